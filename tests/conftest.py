@@ -1,0 +1,30 @@
+"""Eight simulated CPU devices, exact float32 matmuls, and the shared reference material."""
+
+import os
+
+# Both must be set before JAX starts a backend.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+from pathlib import Path
+
+import jax
+import pytest
+from absl import flags
+
+jax.config.update("jax_default_matmul_precision", "float32")
+# grain reads absl flags in its workers; nothing parses them under pytest.
+flags.FLAGS.mark_as_parsed()
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
+
+
+def shared(relative: str) -> Path:
+    """Path of recorded reference material, or skip with the reason that it is absent."""
+    path = SHARED / relative
+    if not path.exists():
+        pytest.skip(f"reference material not found: {path}")
+    return path
