@@ -1,0 +1,41 @@
+"""LoRA on the fused qkv projection (Hu et al. 2021; SAMed's choice of q and v, scale 1)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+TARGETS = ("q", "k", "v")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Rank of the update and which of q, k, v it is added to; rank 0 means none."""
+
+    rank: int = 4
+    targets: tuple[str, ...] = ("q", "v")
+
+
+class LoraQKV(nnx.Module):
+    """Low-rank update of a (D, 3D) projection: concat over q, k, v of x A_t B_t (else zeros).
+
+    A starts uniform in +-1/sqrt(D) (PyTorch's linear default), B at zero, no alpha/rank scaling.
+    """
+
+    def __init__(self, dim: int, config: LoraConfig, *, dtype, rngs: nnx.Rngs):
+        count, bound = len(config.targets), dim**-0.5
+        shape = (count, dim, config.rank)
+        self.a = nnx.LoRAParam(
+            jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+        )
+        self.b = nnx.LoRAParam(jnp.zeros((count, config.rank, dim)))
+        self.targets = config.targets
+        self.dtype = dtype
+
+    def __call__(self, x):
+        a, b = self.a[...].astype(self.dtype), self.b[...].astype(self.dtype)
+        low = jnp.einsum("...d,tdr->t...r", x, a)
+        update = {t: low[i] @ b[i] for i, t in enumerate(self.targets)}
+        zero = jnp.zeros(x.shape, self.dtype)
+        return jnp.concatenate([update.get(t, zero) for t in TARGETS], axis=-1)

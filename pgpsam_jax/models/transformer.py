@@ -1,0 +1,90 @@
+"""SAM's two-way transformer: tokens attend to the image and the image to the tokens.
+
+Letters: B batch, T tokens, L = H*W image positions, D width, N heads, C head dim.
+Source: Kirillov et al. 2023, appendix A ("Lightweight mask decoder").
+"""
+
+import jax
+from flax import nnx
+
+from pgpsam_jax.models import attention, layers
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with projections that may shrink the width by `downsample`."""
+
+    def __init__(self, dim: int, heads: int, downsample: int, *, dtype, rngs: nnx.Rngs):
+        inner = dim // downsample
+        self.q_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
+        self.k_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
+        self.v_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
+        self.out_proj = nnx.Linear(inner, dim, dtype=dtype, rngs=rngs)
+        self.heads = heads
+
+    def _split(self, x):
+        b, t, d = x.shape
+        return x.reshape(b, t, self.heads, d // self.heads).swapaxes(1, 2)
+
+    def __call__(self, q, k, v):
+        """q (B, T, D), k and v (B, L, D) to (B, T, D)."""
+        q, k, v = (
+            self._split(self.q_proj(q)),
+            self._split(self.k_proj(k)),
+            self._split(self.v_proj(v)),
+        )
+        out = attention.attend(q * q.shape[-1] ** -0.5, k, v)
+        b, n, t, c = out.shape
+        return self.out_proj(out.swapaxes(1, 2).reshape(b, t, n * c))
+
+
+class TwoWayBlock(nnx.Module):
+    """Token self-attention, token-to-image, MLP, image-to-token; a LayerNorm after each."""
+
+    def __init__(self, dim, heads, mlp_dim, downsample, *, first: bool, dtype, rngs: nnx.Rngs):
+        norm = dict(eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs)
+        attend = dict(dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(dim, heads, 1, **attend)
+        self.norm1 = layers.layer_norm(dim, **norm)
+        self.cross_attn_token_to_image = Attention(dim, heads, downsample, **attend)
+        self.norm2 = layers.layer_norm(dim, **norm)
+        self.mlp = layers.MlpBlock(dim, mlp_dim, activation=jax.nn.relu, dtype=dtype, rngs=rngs)
+        self.norm3 = layers.layer_norm(dim, **norm)
+        self.norm4 = layers.layer_norm(dim, **norm)
+        self.cross_attn_image_to_token = Attention(dim, heads, downsample, **attend)
+        self.first = first
+
+    def __call__(self, tokens, image, token_pe, image_pe):
+        if self.first:  # no position and no residual: the first layer replaces the tokens
+            tokens = self.self_attn(tokens, tokens, tokens)
+        else:
+            q = tokens + token_pe
+            tokens = tokens + self.self_attn(q, q, tokens)
+        tokens = self.norm1(tokens)
+        q, k = tokens + token_pe, image + image_pe
+        tokens = self.norm2(tokens + self.cross_attn_token_to_image(q, k, image))
+        tokens = self.norm3(tokens + self.mlp(tokens))
+        q = tokens + token_pe
+        image = self.norm4(image + self.cross_attn_image_to_token(k, q, tokens))
+        return tokens, image
+
+
+class TwoWayTransformer(nnx.Module):
+    """`depth` two-way blocks and a final token-to-image attention."""
+
+    def __init__(self, dim, depth, heads, mlp_dim, downsample, *, dtype, rngs: nnx.Rngs):
+        self.layers = nnx.List(
+            TwoWayBlock(dim, heads, mlp_dim, downsample, first=i == 0, dtype=dtype, rngs=rngs)
+            for i in range(depth)
+        )
+        self.final_attn_token_to_image = Attention(dim, heads, downsample, dtype=dtype, rngs=rngs)
+        self.norm_final_attn = layers.layer_norm(
+            dim, eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, image, image_pe, token_pe):
+        """image and image_pe (B, L, D), token_pe (B, T, D): the prompt tokens are their own PE."""
+        tokens = token_pe
+        for layer in self.layers:
+            tokens, image = layer(tokens, image, token_pe, image_pe)
+        update = self.final_attn_token_to_image(tokens + token_pe, image + image_pe, image)
+        return self.norm_final_attn(tokens + update), image
