@@ -1,0 +1,107 @@
+"""Progressive Prototype Refinement (paper 2.2, Eq 3-5): prototypes updated from image and class.
+
+Letters: B batch, H W token grid, L = H*W, C channels, K classes with background, Q = alpha*K
+inter-class prototypes, k of them per class, n = K*(k+1) prototype tokens.
+The softmaxes run over space in the consistent reading of the equations; float32 throughout them.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+COSINE_EPS = 1e-8
+
+
+def select_inter(intra, inter, k: int):
+    """Indices (B, K, k) of the k inter prototypes most similar (cosine) to each class prototype."""
+    unit_intra, unit_inter = (
+        x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + COSINE_EPS) for x in (intra, inter)
+    )
+    similarity = jnp.einsum("bkc,bqc->bkq", unit_intra, unit_inter)
+    return jax.lax.top_k(jax.lax.stop_gradient(similarity), k)[1]
+
+
+def gather_tokens(intra, inter, indices):
+    """P^ = [intra; its k inter] per class, (B, n, C) with n = K(k+1), class-major."""
+    b, classes, k = indices.shape
+    chosen = jnp.take_along_axis(inter, indices.reshape(b, -1, 1), axis=1)
+    chosen = chosen.reshape(b, classes, k, -1)
+    return jnp.concatenate([intra[:, :, None], chosen], axis=2).reshape(b, classes * (k + 1), -1)
+
+
+def scatter_tokens(intra, inter, indices, tokens):
+    """Add refined tokens (B, n, C): intra directly, inter at its indices (repeats add up)."""
+    b, classes, k = indices.shape
+    tokens = tokens.reshape(b, classes, k + 1, -1)
+    rows = jnp.arange(b)[:, None]
+    update = tokens[:, :, 1:].reshape(b, classes * k, -1)
+    return intra + tokens[:, :, 0], inter.at[rows, indices.reshape(b, -1)].add(update)
+
+
+def query_attention(tokens, fused):
+    """Eq 5, first line: W_q = softmax over space of P^ F^T / sqrt(C), (B, n, L)."""
+    scores = jnp.einsum("bnc,blc->bnl", tokens, fused, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores * fused.shape[-1] ** -0.5, axis=-1)
+
+
+def attend_tokens(alpha, beta, class_weights, query_weights, fused):
+    """Eq 5, second line: P^' = (alpha W_c + beta W_q) F^, (B, n, C)."""
+    weights = alpha * class_weights + beta * query_weights
+    return jnp.einsum("bnl,blc->bnc", weights.astype(fused.dtype), fused)
+
+
+class ClassAttention(nnx.Module):
+    """Eq 3-4: W_c = softmax over space of conv_1->n(F_I'' outer F_M''), (B, n, L)."""
+
+    def __init__(self, channels: int, classes: int, tokens: int, grid, *, dtype, rngs: nnx.Rngs):
+        h, w = grid
+        linear = dict(dtype=dtype, rngs=rngs)
+        self.image_conv = nnx.Linear(channels, 1, **linear)
+        self.class_conv = nnx.Linear(classes, 1, **linear)
+        self.image_fc = nnx.Linear(h * w, h, **linear)
+        self.class_fc = nnx.Linear(h * w, w, **linear)
+        # No bias: it would be constant over the space the softmax runs over.
+        self.expand = nnx.Linear(1, tokens, use_bias=False, **linear)
+
+    def vectors(self, feature, class_feature):
+        """Eq 3: F_I'' (B, H) from F_I (B, H, W, C) and F_M'' (B, W) from F_M (B, H, W, K)."""
+        b = feature.shape[0]
+        image = self.image_fc(self.image_conv(feature).reshape(b, -1))
+        return image, self.class_fc(self.class_conv(class_feature).reshape(b, -1))
+
+    def __call__(self, feature, class_feature):
+        image, klass = self.vectors(feature, class_feature)
+        outer = image[:, :, None] * klass[:, None, :]
+        scores = self.expand(outer.reshape(outer.shape[0], -1, 1)).astype(jnp.float32)
+        return jax.nn.softmax(scores.swapaxes(1, 2), axis=-1)
+
+
+class PrototypeRefinement(nnx.Module):
+    """One stage of PPR: intra (B, K, C) and inter (B, Q, C) prototypes to refined ones."""
+
+    def __init__(self, channels: int, classes: int, k: int, grid, *, dtype, rngs: nnx.Rngs):
+        tokens = classes * (k + 1)
+        self.class_attention = ClassAttention(
+            channels, classes, tokens, grid, dtype=dtype, rngs=rngs
+        )
+        self.fuse = nnx.Linear(channels + classes, channels, dtype=dtype, rngs=rngs)
+        self.alpha = nnx.Param(jnp.array(0.5))
+        self.beta = nnx.Param(jnp.array(0.5))
+        self.k = k
+
+    def __call__(self, feature, class_feature, intra, inter):
+        """feature F_I (B, H, W, C), class_feature F_M (B, H, W, K); returns (intra, inter)."""
+        b, h, w, c = feature.shape
+        class_feature = class_feature.astype(feature.dtype)
+        fused = self.fuse(jnp.concatenate([feature, class_feature], axis=-1))
+        fused = fused.reshape(b, h * w, c)
+        indices = select_inter(intra, inter, self.k)
+        tokens = gather_tokens(intra, inter, indices)
+        tokens = attend_tokens(
+            self.alpha[...],
+            self.beta[...],
+            self.class_attention(feature, class_feature),
+            query_attention(tokens, fused),
+            fused,
+        )
+        return scatter_tokens(intra, inter, indices, tokens)
