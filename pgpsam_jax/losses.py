@@ -1,0 +1,98 @@
+"""Segmentation losses: cross-entropy and soft Dice, and their mix over two outputs.
+
+Letters: `B` batch, `H W` pixels, `K` classes with background. Everything is computed in float32.
+All means and sums run over the whole array, so under `jax.jit` with a sharded batch they are those
+of the *global* batch. Class masks are comparisons inside a reduction, which XLA fuses: no one-hot
+array is stored.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_DICE_EPS = 1e-5
+
+
+def cross_entropy(logits, labels):
+    """Mean over pixels of -log softmax(logits)[label]: (B, H, W, K), (B, H, W) -> scalar."""
+    log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.sum(_where_class(labels, log_probability)) / labels.size
+
+
+def soft_dice_loss(logits, labels):
+    """1 - soft Dice, averaged over all K classes, background included (methods.md 1.12).
+
+    Dice_k = 2 sum(p y) / (sum p^2 + sum y^2 + 1e-5), sums over batch and pixels together. A class
+    that the batch lacks has Dice 0, hence adds 1 / K to the loss with next to no gradient.
+
+    Args:
+      logits: (B, H, W, K).
+      labels: (B, H, W) integer class ids below K.
+
+    Returns:
+      float32 scalar.
+    """
+    probability = jax.nn.softmax(logits.astype(jnp.float32))
+    pixels = (0, 1, 2)
+    overlap = jnp.sum(_where_class(labels, probability), axis=pixels)
+    predicted = jnp.sum(jnp.square(probability), axis=pixels)
+    actual = jnp.sum(_where_class(labels, jnp.ones_like(probability)), axis=pixels)
+    return jnp.mean(1 - 2 * overlap / (predicted + actual + _DICE_EPS))
+
+
+def _where_class(labels, values):
+    """`values` (..., K) where the label is that class, else 0."""
+    return jnp.where(labels[..., None] == jnp.arange(values.shape[-1]), values, 0)
+
+
+def segmentation_loss(logits, labels, ce_weight: float = 0.2, dice_weight: float = 0.8):
+    """(ce_weight * CE + dice_weight * Dice, {"ce": ..., "dice": ...}) for one output."""
+    parts = {"ce": cross_entropy(logits, labels), "dice": soft_dice_loss(logits, labels)}
+    return ce_weight * parts["ce"] + dice_weight * parts["dice"], parts
+
+
+def resize_labels_nearest(labels, shape: tuple[int, int]):
+    """(B, H, W) -> (B, *shape) by PyTorch's nearest rule: row i comes from floor(i * (H / h)).
+
+    `jax.image.resize` samples at pixel centres instead, half a cell further on.
+    """
+    if labels.shape[1:] == tuple(shape):
+        return labels
+    rows, columns = (_source_index(*sizes) for sizes in zip(labels.shape[1:], shape, strict=True))
+    return labels[:, rows[:, None], columns]
+
+
+def _source_index(source: int, target: int):
+    # float32 like PyTorch: for some size pairs the rounding decides which pixel is read.
+    scale = np.float32(source) / np.float32(target)
+    index = np.floor(np.arange(target, dtype=np.float32) * scale).astype(np.int32)
+    return np.minimum(index, source - 1)
+
+
+def final_weight(epoch):
+    """Share of the final output in the loss, 0.6^(0.99^epoch): 0.6 at first, towards 1."""
+    return jnp.float32(0.6) ** (jnp.float32(0.99) ** epoch)
+
+
+def deep_supervision_loss(outputs, labels, epoch, ce_weight: float = 0.2, dice_weight: float = 0.8):
+    """L = (1 - w) L_bootstrap + w L_final, with w = `final_weight(epoch)`.
+
+    Args:
+      outputs: {"bootstrap": (B, h, w, K), "final": (B, H, W, K)} logits; each is compared with
+        the labels at its own resolution.
+      labels: (B, H, W) integer class ids.
+      epoch: scalar, may be traced.
+
+    Returns:
+      The scalar loss, and a flat dictionary of float32 scalars to log.
+    """
+    weight = final_weight(epoch)
+    loss = jnp.float32(0)
+    metrics = {"final_weight": weight}
+    for name, share in (("bootstrap", 1 - weight), ("final", weight)):
+        logits = outputs[name]
+        target = resize_labels_nearest(labels, logits.shape[1:3])
+        value, parts = segmentation_loss(logits, target, ce_weight, dice_weight)
+        loss += share * value
+        metrics |= {f"{name}_{part}": part_value for part, part_value in parts.items()}
+    return loss, {"loss": loss} | metrics
