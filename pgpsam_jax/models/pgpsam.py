@@ -125,11 +125,19 @@ class PgpSam(nnx.Module):
 
 
 # Which tensors of a converted SAM this model starts from: path prefix here -> prefix there.
-# Mask tokens, hypernetworks and the IoU head are replaced by one per class.
 BASE_TENSORS = {
-    "image_encoder/": "image_encoder/",
-    "pe_layer/": "prompt_encoder/pe_layer/",
-    "mask_decoder/transformer/": "mask_decoder/transformer/",
-    "mask_decoder/upscaling/": "mask_decoder/upscaling/",
+    "image_encoder": "image_encoder",
+    "pe_layer": "prompt_encoder/pe_layer",
+    "mask_decoder/transformer": "mask_decoder/transformer",
+    "mask_decoder/upscaling": "mask_decoder/upscaling",
     "default_dense": "prompt_encoder/no_mask_embed",
 }
+# SAM's own prompts, mask tokens, hypernetworks and quality head have no place here: prompts come
+# from prototypes, and there is one mask token and one hypernetwork per class.
+BASE_UNUSED = (
+    "prompt_encoder",
+    "mask_decoder/iou_token",
+    "mask_decoder/mask_tokens",
+    "mask_decoder/hyper_mlps",
+    "mask_decoder/iou_head",
+)

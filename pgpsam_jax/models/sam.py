@@ -25,7 +25,7 @@ _VIT = {
     "vit_h": dict(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
     # Small enough to train from scratch on two CPU cores: tests and the phantom.
     "vit_t": dict(
-        width=128, depth=4, heads=4, global_blocks=(1, 3), window_size=8, out_channels=128
+        width=128, depth=4, heads=4, global_blocks=(1, 3), window_size=10, out_channels=128
     ),
 }
 

@@ -1,0 +1,144 @@
+"""From a configuration to objects: model, optimiser, step; and the backbone it starts from."""
+
+import dataclasses
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from pgpsam_jax import weights
+from pgpsam_jax.data.augment import AugmentConfig
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.models import pgpsam
+from pgpsam_jax.models.lora import TARGETS, LoraConfig
+from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.optim import OptimConfig, make_optimizer
+from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.step import StepConfig, split_model
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A registered segmentation method: its module, and what it takes from a converted SAM."""
+
+    make: callable  # (settings, num_classes, dtype, rngs) -> nnx.Module
+    base_tensors: dict[str, str]
+    base_unused: tuple[str, ...]
+
+
+def _make_pgpsam(settings, num_classes: int, dtype, rngs: nnx.Rngs):
+    full = settings.train_encoder == "full"
+    if unknown := set(settings.lora_targets) - set(TARGETS):
+        raise UserError(f"model.lora_targets {sorted(unknown)} unknown; choose from {TARGETS}")
+    config = pgpsam.PgpSamConfig(
+        SamConfig.preset(
+            settings.encoder, settings.image_size, settings.patch_size, remat=settings.remat
+        ),
+        num_classes,
+        stage_taps=tuple(settings.stage_taps),
+        alpha=settings.alpha,
+        k=settings.k,
+        cfm=settings.cfm,
+        ppr=settings.ppr,
+        ppg=settings.ppg,
+        lora=LoraConfig(0 if full else settings.lora_rank, tuple(settings.lora_targets)),
+    )
+    return pgpsam.PgpSam(config, dtype=dtype, rngs=rngs)
+
+
+# (config.model.name, config.model.preset) -> method.
+METHODS = {
+    ("pgpsam", "paper"): Method(_make_pgpsam, pgpsam.BASE_TENSORS, pgpsam.BASE_UNUSED),
+}
+
+
+def method_of(settings: ConfigDict) -> Method:
+    """The method that `config.model` names."""
+    key = (settings.name, settings.preset)
+    if key not in METHODS:
+        known = ", ".join(f"{name}/{preset}" for name, preset in METHODS)
+        raise UserError(f"unknown method {'/'.join(key)} (model.name/model.preset); known: {known}")
+    return METHODS[key]
+
+
+def make_model(settings: ConfigDict, num_classes: int, seed: int) -> nnx.Module:
+    """The module of `config.model`, randomly initialised from `seed`."""
+    if settings.compute_dtype not in DTYPES:
+        raise UserError(
+            f"model.compute_dtype {settings.compute_dtype!r} unknown; choose {' or '.join(DTYPES)}"
+        )
+    dtype = DTYPES[settings.compute_dtype]
+    return method_of(settings).make(settings, num_classes, dtype, nnx.Rngs(seed))
+
+
+def abstract_model(config: ConfigDict, num_classes: int):
+    """(graphdef, params, frozen) with shapes only: nothing is computed."""
+    model = nnx.eval_shape(lambda: make_model(config.model, num_classes, config.seed))
+    return split_model(model, config.model.train_encoder)
+
+
+def init_model(config: ConfigDict, num_classes: int):
+    """(graphdef, params, frozen, base digest or None): random, then the backbone's weights."""
+    model = make_model(config.model, num_classes, config.seed)
+    graphdef, params, frozen = split_model(model, config.model.train_encoder)
+    digest = None
+    if config.model.base:
+        digest = apply_base(config.model, params, frozen)
+    return graphdef, params, frozen, digest
+
+
+def apply_base(settings: ConfigDict, params, frozen) -> str:
+    """Overwrite leaves of the states by the converted SAM of `settings.base`; its SHA-256."""
+    method, base = method_of(settings), weights.load_base(settings.base)
+    grid = (settings.image_size // settings.patch_size,) * 2
+    tensors = weights.fit_base(base.tensors, grid)
+    leaves = flat_paths(params) | flat_paths(frozen)
+    shapes = {
+        path: leaf.shape
+        for path, leaf in leaves.items()
+        if not isinstance(leaf, nnx.LoRAParam)
+        and any(path == p or path.startswith(p + "/") for p in method.base_tensors)
+    }
+    chosen = weights.select_base(tensors, shapes, method.base_tensors, method.base_unused)
+    for path, value in chosen.items():
+        leaves[path].set_value(jnp.asarray(value))
+    return base.digest
+
+
+def base_notice(settings: ConfigDict) -> str | None:
+    """The warning that every print and report of a run with a random backbone carries."""
+    if settings.base:
+        return None
+    if settings.train_encoder == "full":
+        return "The backbone was initialised at random and trained from scratch: no SAM weights."
+    official = weights.OFFICIAL.get(settings.encoder)
+    where = f" Official weights: {official.url}" if official else ""
+    return (
+        "THE BACKBONE IS RANDOM AND FROZEN (model.base is empty): scores say nothing about "
+        f"PGP-SAM on SAM weights.{where}"
+    )
+
+
+def step_config(config: ConfigDict, epoch_size: int) -> StepConfig:
+    return StepConfig(
+        epoch_size=epoch_size,
+        seed=config.seed,
+        augment=AugmentConfig(**config.augment),
+        ce_weight=config.train.ce_weight,
+        dice_weight=config.train.dice_weight,
+    )
+
+
+def total_steps(config: ConfigDict, epoch_size: int) -> int:
+    """Steps of the whole run: `train.steps`, or as many as cover `train.epochs`."""
+    if config.train.steps > 0:
+        return config.train.steps
+    return max(1, -(-config.train.epochs * epoch_size // config.train.batch_size))
+
+
+def optimizer_of(config: ConfigDict, epoch_size: int):
+    """AdamW over the run's updates (fewer than steps when gradients are accumulated)."""
+    settings = OptimConfig(**config.optim)
+    updates = max(1, total_steps(config, epoch_size) // settings.accumulate_steps)
+    return make_optimizer(settings, updates)

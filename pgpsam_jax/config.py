@@ -1,0 +1,157 @@
+"""The run configuration: every field with its default, and how it is stored and compared.
+
+A config file (`configs/*.py`) calls `default_config()` and changes what differs. The dictionary is
+locked: a field that does not exist is an error, in a file and on the command line.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict, config_dict
+
+from pgpsam_jax.data.augment import AugmentConfig
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.files import write_json
+from pgpsam_jax.optim import OptimConfig
+
+# May differ between a run and its resumption: they change where or how often, not what.
+FREE_ON_RESUME = ("mesh.", "eval.", "log.", "data.root", "data.cache_dir", "model.base")
+
+
+def default_config() -> ConfigDict:
+    """All fields; the values are the paper's Synapse run (DESIGN section 3)."""
+    config = ConfigDict()
+    config.name = "run"  # default workdir: runs/<name>
+    config.seed = 0
+
+    config.model = ConfigDict()
+    config.model.name = "pgpsam"
+    config.model.preset = "paper"
+    config.model.encoder = "vit_b"  # vit_t, vit_b, vit_l, vit_h
+    config.model.base = ""  # converted SAM weights; empty = random backbone
+    config.model.train_encoder = "lora"  # lora, full, frozen
+    config.model.image_size = 512
+    config.model.patch_size = 16
+    config.model.alpha = 8  # inter-class prototypes per class
+    config.model.k = 4  # of them matched to each class
+    config.model.stage_taps = ()  # encoder blocks, one per stage; empty = last, first global
+    config.model.cfm = True  # the three switches of Table 3
+    config.model.ppr = True
+    config.model.ppg = True
+    config.model.lora_rank = 4
+    config.model.lora_targets = ("q", "v")
+    config.model.compute_dtype = "float32"  # or bfloat16; parameters and softmaxes are float32
+    config.model.remat = False  # recompute encoder blocks in the backward pass
+
+    config.data = ConfigDict()
+    config.data.layout = "btcv"  # btcv, pairs, phantom
+    config.data.root = ""
+    config.data.image_glob = ""  # layout pairs: the part that * matches is the case id
+    config.data.label_glob = ""
+    config.data.label_table = ""  # JSON file; empty = the Synapse eight (btcv, phantom)
+    config.data.window = (-125.0, 275.0)  # intensities mapped to [0, 1]
+    config.data.split = "btcv_18_12"  # btcv_18_12, file, fraction, within_volume
+    config.data.split_file = ""
+    config.data.test_fraction = 0.4
+    config.data.split_seed = 0
+    config.data.cache_dir = ""  # empty = <workdir>/cache
+    config.data.phantom_seed = 0
+
+    config.fewshot = ConfigDict()
+    config.fewshot.file = ""  # an existing list; the rule below is then not used
+    config.fewshot.rule = "random"  # random, area, volumes, every, all
+    config.fewshot.pool = "valid"  # valid = slices with an organ of min_pixels; or all
+    config.fewshot.min_pixels = 100
+    config.fewshot.fraction = config_dict.placeholder(float)
+    config.fewshot.count = config_dict.placeholder(int)
+    config.fewshot.volumes = config_dict.placeholder(int)
+    config.fewshot.every = config_dict.placeholder(int)
+    config.fewshot.seed = config_dict.placeholder(int)  # None = the rule's own default
+
+    config.augment = ConfigDict(dataclasses.asdict(AugmentConfig()))
+    config.optim = ConfigDict(dataclasses.asdict(OptimConfig()))
+    config.optim.clip_norm = config_dict.placeholder(float)
+
+    config.train = ConfigDict()
+    config.train.batch_size = 12  # global, over all devices
+    config.train.epochs = 300
+    config.train.steps = 0  # > 0 overrides epochs
+    config.train.ce_weight = 0.2
+    config.train.dice_weight = 0.8
+
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 = the rest
+
+    config.log = ConfigDict()
+    config.log.every_steps = 10
+    config.log.checkpoint_steps = 200
+    config.log.tensorboard = False
+
+    config.eval = ConfigDict()
+    config.eval.batch_size = 8
+    config.eval.nsd_tolerance_mm = 2.0
+    config.eval.overlays = True
+    return config.lock()
+
+
+def to_json(config: ConfigDict) -> dict:
+    """The configuration as plain JSON values."""
+    return json.loads(config.to_json(sort_keys=True))
+
+
+def from_json(value: dict) -> ConfigDict:
+    """A stored configuration on top of the defaults; unknown fields are an error."""
+    config = default_config()
+    try:
+        config.update(_tuples(value))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"stored configuration does not fit this version: {error}") from None
+    return config
+
+
+def load_config(workdir) -> ConfigDict:
+    """The configuration a workdir was trained with."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{path} not found, so {workdir} is no training workdir; train one with "
+            "python -m pgpsam_jax.main --config CONFIG --workdir WORKDIR"
+        )
+    try:
+        return from_json(json.loads(path.read_text()))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it from a copy") from None
+
+
+def store_or_compare(config: ConfigDict, workdir) -> None:
+    """Write `config.json` into a new workdir; refuse a workdir of another configuration."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        write_json(path, to_json(config))
+        return
+    stored, ours = _flat(to_json(load_config(workdir))), _flat(to_json(config))
+    different = [
+        f"{key}: {stored[key]!r} there, {ours[key]!r} now"
+        for key in sorted(ours)
+        if stored[key] != ours[key] and not key.startswith(FREE_ON_RESUME)
+    ]
+    if different:
+        raise UserError(
+            f"{workdir} belongs to a run with another configuration ({'; '.join(different)}); "
+            "choose another --workdir or the same settings"
+        )
+    write_json(path, to_json(config))
+
+
+def _tuples(value):
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _flat(value: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, item in value.items():
+        nested = isinstance(item, dict)
+        flat |= _flat(item, f"{prefix}{key}.") if nested else {prefix + key: item}
+    return flat

@@ -1,0 +1,86 @@
+"""From a configuration to what training and evaluation read: cases, labels, few-shot slices."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from pgpsam_jax.data import cache, fewshot, layouts, phantom
+from pgpsam_jax.data.labels import SYNAPSE8, LabelTable, load_label_table
+from pgpsam_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FewShotData:
+    """The training set in memory: images (N, S, S) float16, labels (N, S, S) uint8, its list."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    list: fewshot.FewShotList
+    summary: str
+
+
+def label_table(config: ConfigDict) -> LabelTable:
+    """The label table of `config.data`; layouts without a built-in one need a file."""
+    if config.data.label_table:
+        return load_label_table(config.data.label_table)
+    if config.data.layout in ("btcv", "phantom"):
+        return SYNAPSE8
+    raise UserError(
+        f"data.layout {config.data.layout!r} needs data.label_table, a JSON file that names the "
+        'classes: {"classes": [{"name": "spleen", "source": [1]}, ...]}'
+    )
+
+
+def find_split(config: ConfigDict) -> tuple[list[layouts.Case], list[layouts.Case], LabelTable]:
+    """Training cases, test cases and the label table; the phantom is generated where it lacks."""
+    data, table = config.data, label_table(config)
+    if not data.root:
+        raise UserError("data.root is empty; set --config.data.root to the folder of the data set")
+    layout = data.layout
+    if layout == "phantom":
+        phantom.generate(data.root, seed=data.phantom_seed)
+        layout = "btcv"
+    cases = layouts.find_cases(layout, data.root, data.image_glob or None, data.label_glob or None)
+    train, test = layouts.split_cases(
+        cases,
+        data.split,
+        file=data.split_file or None,
+        test_fraction=data.test_fraction,
+        seed=data.split_seed,
+    )
+    return train, test, table
+
+
+def few_shot_data(config: ConfigDict, cases, table: LabelTable, workdir) -> FewShotData:
+    """Slices of the few-shot list, from the cache; a workdir's own list wins on resume."""
+    workdir = Path(workdir)
+    bar = tqdm(total=len(cases), desc="reading volumes", unit="case", leave=False)
+    with bar:
+        cached = cache.build_cache(
+            cases,
+            table,
+            tuple(config.data.window),
+            config.model.image_size,
+            config.data.cache_dir or workdir / "cache",
+            progress=lambda done, total, case: bar.update(done - bar.n),
+        )
+    areas = {case.case_id: case.areas for case in cached}
+    own = workdir / "fewshot.txt"
+    settings = dict(config.fewshot)
+    file, rule = settings.pop("file"), settings.pop("rule")
+    if own.is_file() or file:
+        chosen = fewshot.read_list(own if own.is_file() else file, areas)
+    else:
+        chosen = fewshot.make_list(areas, rule, **settings)
+    if not own.is_file():
+        chosen.write(own)
+    images, labels = cache.gather_slices(cached, chosen.entries)
+    return FewShotData(images, labels, chosen, chosen.summary(areas, table.names))
+
+
+def stored_list(workdir) -> fewshot.FewShotList:
+    """The few-shot list a workdir was trained on."""
+    return fewshot.read_list(Path(workdir) / "fewshot.txt")

@@ -1,0 +1,64 @@
+"""Score every test case on its own grid and write the tables, masks and pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pgpsam_jax.data.cache import read_case
+from pgpsam_jax.data.geometry import rescale
+from pgpsam_jax.data.labels import LabelTable
+from pgpsam_jax.data.layouts import Case
+from pgpsam_jax.data.nifti import write_label
+from pgpsam_jax.evaluation.inference import Predictor
+from pgpsam_jax.evaluation.protocols import score_case
+from pgpsam_jax.evaluation.report import write_evaluation
+from pgpsam_jax.visual import write_overlays
+
+
+def evaluate(
+    predictor: Predictor,
+    cases: Sequence[Case],
+    table: LabelTable,
+    folder,
+    *,
+    nsd_tolerance_mm: float,
+    overlays: bool,
+    trained_slices: dict[str, set[int]] | None = None,
+    meta: dict | None = None,
+) -> dict:
+    """Predict, score and write `folder`; returns the summary that `summary.json` holds.
+
+    `trained_slices` (case id -> slice indices) are left out of the scores where training and test
+    share volumes.
+    """
+    folder, rows = Path(folder), []
+    for case in tqdm(cases, desc="evaluating", unit="case"):
+        volume, truth = read_case(case, table)
+        prediction = predictor(volume)
+        region = None
+        if trained_slices is not None:
+            region = np.ones(len(truth), bool)
+            region[sorted(trained_slices.get(case.case_id, ()))] = False
+        rows += score_case(
+            prediction,
+            truth,
+            volume.spacing,
+            table.names,
+            case_id=case.case_id,
+            nsd_tolerance_mm=nsd_tolerance_mm,
+            region=region,
+        )
+        write_label(folder / "predictions" / f"{case.case_id}.nii.gz", prediction, volume.source)
+        if overlays:
+            write_overlays(
+                rescale(volume.array, predictor.window),
+                truth,
+                prediction,
+                volume.spacing,
+                table.names,
+                case.case_id,
+                folder / "overlays",
+            )
+    return write_evaluation(rows, folder, table.names, meta or {})

@@ -1,0 +1,62 @@
+"""Whole volumes to class ids on their own grid; evaluation and prediction share it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pgpsam_jax import sharding
+from pgpsam_jax.data.geometry import Fit, logits_to_native, model_slices
+from pgpsam_jax.data.nifti import Volume
+from pgpsam_jax.step import make_predict_step
+
+
+class Predictor:
+    """A model ready to segment volumes: fixed-size slice batches, argmax on the device.
+
+    The model is compiled once; a new in-plane shape compiles only the resize to it.
+    """
+
+    def __init__(self, graphdef, params, frozen, *, image_size, window, batch_size: int, mesh):
+        lanes = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch_size = -(-batch_size // lanes) * lanes
+        self.image_size, self.window = image_size, tuple(window)
+        self._sharding = sharding.batch_sharding(mesh)
+        self._states = params, frozen
+        self._predict = jax.jit(
+            make_predict_step(graphdef),
+            in_shardings=(
+                sharding.state_shardings(params, mesh),
+                sharding.state_shardings(frozen, mesh),
+                self._sharding,
+            ),
+            out_shardings=self._sharding,
+        )
+
+    def __call__(self, volume: Volume) -> np.ndarray:
+        """Class ids (D, H, W) uint8 in the volume's display orientation."""
+        depth, *native = volume.array.shape
+        fit = Fit.of(tuple(native), self.image_size)
+        out = np.empty(volume.array.shape, np.uint8)
+        pending = None  # one batch in flight: the host prepares while the device computes
+        for start in range(0, depth, self.batch_size):
+            part = slice(start, min(start + self.batch_size, depth))
+            images = np.zeros((self.batch_size, self.image_size, self.image_size), np.float32)
+            slices = model_slices(volume.array[part], self.window, fit)
+            images[: len(slices)] = slices
+            logits = self._predict(*self._states, jax.device_put(images, self._sharding))
+            if pending:
+                self._collect(out, *pending)
+            pending = part, _class_ids(logits, fit, tuple(native))
+        self._collect(out, *pending)
+        return out
+
+    @staticmethod
+    def _collect(out, part, ids) -> None:
+        out[part] = np.asarray(ids)[: part.stop - part.start]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _class_ids(logits, fit: Fit, native: tuple[int, int]):
+    return jnp.argmax(logits_to_native(logits, fit, native), axis=-1).astype(jnp.uint8)

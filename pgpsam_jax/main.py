@@ -1,0 +1,56 @@
+"""Command line: python -m pgpsam_jax.main --config configs/synapse.py --workdir runs/synapse."""
+
+import warnings
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from pgpsam_jax.errors import UserError, exit_on_user_error
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file; fields are set as --config.model.lora_rank=8.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config name>.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "evaluate"], "Train and evaluate, or evaluate a trained workdir."
+)
+
+
+def parse(argv):
+    """absl's parsing, with what it makes of an unknown field or a bad value said in a sentence."""
+    with exit_on_user_error():
+        try:
+            rest = flags.FLAGS(argv)
+        except FileNotFoundError as error:
+            raise UserError(f"config file {error.filename} not found; give --config FILE") from None
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+            text = " ".join(str(error).strip("'\"").split())
+            raise UserError(f"{text} (--help lists the flags)") from None
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}; settings look like --config.seed=1")
+        return rest
+
+
+def main(_):
+    with exit_on_user_error():
+        from pgpsam_jax import train  # JAX starts its backends only once the flags are parsed
+
+        warnings.filterwarnings("default", module="pgpsam_jax")
+        config = _CONFIG.value
+        if _MODE.value == "evaluate":
+            if _WORKDIR.value is None:
+                raise UserError("--mode evaluate needs --workdir, the folder of a trained run")
+            train.evaluate_workdir(_WORKDIR.value, config)
+            return
+        if config is None:
+            raise UserError("no configuration; give --config configs/phantom.py, for example")
+        train.train(config, _WORKDIR.value or f"runs/{config.name}")
+
+
+def run():
+    """Entry point."""
+    app.run(main, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    run()

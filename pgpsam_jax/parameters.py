@@ -1,0 +1,57 @@
+"""The one filter that says what trains, and the report of what it lets through.
+
+The filter drives the split of the model, hence the gradients, the optimiser state and the
+checkpoint: a leaf outside it is never differentiated, updated, decayed or saved.
+"""
+
+import math
+from collections import defaultdict
+
+from flax import nnx
+
+from pgpsam_jax.errors import UserError
+
+ENCODER = "image_encoder"
+
+# What trains of the image encoder; everything else that is a parameter always trains.
+ENCODER_MODES = {
+    "lora": nnx.LoRAParam,
+    "full": nnx.Param,
+    "frozen": nnx.Nothing(),
+}
+
+
+def trainable(encoder_mode: str) -> nnx.filterlib.Filter:
+    """NNX filter of the trained leaves for `encoder_mode` `lora`, `full` or `frozen`."""
+    if encoder_mode not in ENCODER_MODES:
+        raise UserError(
+            f"model.train_encoder is {encoder_mode!r}; choose one of {', '.join(ENCODER_MODES)}"
+        )
+    in_encoder = nnx.PathContains(ENCODER)
+    return nnx.Any(
+        nnx.All(nnx.Param, nnx.Not(in_encoder)),
+        nnx.All(ENCODER_MODES[encoder_mode], in_encoder),
+    )
+
+
+def flat_paths(state) -> dict:
+    """An NNX state as a dict from 'a/b/0/c' to its variable."""
+    return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+def count(state) -> int:
+    """Number of scalars in a state."""
+    return sum(math.prod(leaf.shape) for leaf in flat_paths(state).values())
+
+
+def report(params, frozen) -> str:
+    """Table of trained and frozen parameter counts by top-level module."""
+    rows = defaultdict(lambda: [0, 0])
+    for column, state in enumerate((params, frozen)):
+        for path, leaf in flat_paths(state).items():
+            rows[path.split("/")[0]][column] += math.prod(leaf.shape)
+    rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
+    width = max(map(len, rows))
+    lines = [f"{'parameters':<{width}} {'trained':>13} {'frozen':>13}"]
+    lines += [f"{name:<{width}} {a:>13,} {b:>13,}" for name, (a, b) in rows.items()]
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""Segment NIfTI files with a trained run: masks on the input's own grid, label names beside.
+
+python -m pgpsam_jax.predict --workdir runs/x --input FILE_OR_FOLDER --output FOLDER
+"""
+
+import argparse
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pgpsam_jax.config import load_config
+from pgpsam_jax.data.geometry import rescale
+from pgpsam_jax.data.labels import load_label_table
+from pgpsam_jax.data.nifti import read_image, write_label
+from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.files import write_json
+
+SUFFIXES = (".nii", ".nii.gz")
+
+
+def stem_of(path: Path) -> str:
+    """File name without `.nii` or `.nii.gz`."""
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def find_inputs(path) -> list[Path]:
+    """The file itself, or the NIfTI files of a folder; a `UserError` where there is none."""
+    path = Path(path)
+    if path.is_file() and path.name.endswith(SUFFIXES):
+        return [path]
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.name.endswith(SUFFIXES))
+        if not files:
+            raise UserError(f"{path} holds no .nii or .nii.gz file; give a folder of volumes")
+        names = [stem_of(f) for f in files]
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise UserError(
+                f"{path} holds {', '.join(sorted(twice))} both as .nii and .nii.gz, which would "
+                "write one mask twice; keep one of each"
+            )
+        return files
+    raise UserError(f"--input {path} is neither a NIfTI file nor a folder; check the path")
+
+
+def predict(predictor, names, inputs, output, *, overlay: bool, skip_existing: bool) -> int:
+    """Write `<output>/<name>.nii.gz` for every input; returns the number of files that failed.
+
+    A file that cannot be read is reported and passed over: the rest of a folder is still done.
+    """
+    output, failed = Path(output), 0
+    write_json(output / "labels.json", {name: i for i, name in enumerate(names)})
+    for path in tqdm(inputs, desc="predicting", unit="volume"):
+        target = output / f"{stem_of(path)}.nii.gz"
+        if target.resolve() == path.resolve():
+            raise UserError(f"{target} would overwrite its input; choose another --output")
+        if skip_existing and target.is_file():
+            continue
+        try:
+            volume = read_image(path)
+        except UserError as error:
+            tqdm.write(f"error: {error}")
+            failed += 1
+            continue
+        prediction = predictor(volume)
+        write_label(target, prediction, volume.source)
+        if overlay:
+            from pgpsam_jax.visual import write_preview
+
+            image = rescale(volume.array, predictor.window)
+            picture = output / f"{stem_of(path)}.png"
+            write_preview(image, prediction, volume.spacing, names, picture)
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pgpsam_jax.predict", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="folder of a trained run")
+    parser.add_argument("--input", required=True, help="a NIfTI file or a folder of them")
+    parser.add_argument("--output", required=True, help="folder for the masks")
+    parser.add_argument("--overlay", action="store_true", help="a PNG of slices beside each mask")
+    parser.add_argument("--skip-existing", action="store_true", help="keep masks already there")
+    arguments = parser.parse_args()
+    with exit_on_user_error():
+        from pgpsam_jax.train import load_predictor
+
+        config = load_config(arguments.workdir)
+        names = load_label_table(Path(arguments.workdir) / "labels.json").names
+        inputs = find_inputs(arguments.input)
+        failed = predict(
+            load_predictor(config, arguments.workdir, len(names)),
+            names,
+            inputs,
+            arguments.output,
+            overlay=arguments.overlay,
+            skip_existing=arguments.skip_existing,
+        )
+        if failed:
+            raise UserError(
+                f"{failed} of {len(inputs)} files could not be read (see above); the others are "
+                f"in {arguments.output}"
+            )
+
+
+if __name__ == "__main__":
+    main()

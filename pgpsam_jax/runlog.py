@@ -1,0 +1,123 @@
+"""What a run leaves behind: provenance, metrics.jsonl, the curve, TensorBoard, a progress bar."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from pgpsam_jax import __version__
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.files import write_json, write_text
+from pgpsam_jax.visual import training_curve
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "nibabel")
+_CURVE_SECONDS = 30
+
+
+def provenance() -> dict:
+    """Versions, git revision and devices."""
+    return {
+        "pgpsam_jax": __version__,
+        "git": _git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "processes": jax.process_count(),
+    }
+
+
+def _git_revision() -> str | None:
+    """Commit of the checkout this package runs from, with `+changes` if files differ from it."""
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder)]
+    try:
+        run = dict(capture_output=True, text=True, check=True, timeout=10)
+        revision = subprocess.run([*git, "rev-parse", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **run).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision + ("+changes" if changed else "")
+
+
+class RunLog:
+    """Writer of one run; call `write` every logged step. Only the first process writes files."""
+
+    def __init__(self, workdir, config_log, start: int, total: int, batch_size: int):
+        self.workdir, self.batch_size = Path(workdir), batch_size
+        self.writes = jax.process_index() == 0
+        self.records = self._kept_records(start)
+        self._bar = tqdm(
+            total=total, initial=start, unit="step", desc="training", disable=not self.writes
+        )
+        self._last_step, self._last_time, self._curve_time = start, time.perf_counter(), 0.0
+        self._board = self._tensorboard() if config_log.tensorboard and self.writes else None
+        if self.writes:
+            write_json(self.workdir / "provenance.json", provenance())
+            self._file = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")
+
+    def _kept_records(self, start: int) -> list[dict]:
+        """Records up to the restored step; later ones are dropped from the file as well."""
+        path = self.workdir / "metrics.jsonl"
+        records = []
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:  # the last line of a killed run
+                    break
+                if record["step"] <= start:
+                    records.append(record)
+            if self.writes:
+                write_text(path, "".join(json.dumps(r) + "\n" for r in records))
+        return records
+
+    def _tensorboard(self):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "log.tensorboard is on but tensorboardX is not installed; "
+                "run pip install '.[tensorboard]'"
+            ) from None
+        return SummaryWriter(str(self.workdir / "tensorboard"))
+
+    def advance(self) -> None:
+        """One step done."""
+        self._bar.update()
+
+    def write(self, step: int, metrics: dict) -> None:
+        """Append one record of host scalars; refreshes the curve every half minute."""
+        now = time.perf_counter()
+        rate = (step - self._last_step) * self.batch_size / (now - self._last_time)
+        self._last_step, self._last_time = step, now
+        self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate:.1f} images/s")
+        record = {"step": step, **metrics, "images_per_second": round(rate, 3)}
+        self.records.append(record)
+        if not self.writes:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in record.items():
+                self._board.add_scalar(name, value, step)
+        if now - self._curve_time > _CURVE_SECONDS:
+            self._curve_time = now
+            training_curve(self.records, self.workdir / "training.png")
+
+    def pause(self) -> None:
+        """Leave the time since the last record out of the next rate (saving, compiling)."""
+        self._last_time = time.perf_counter()
+
+    def close(self) -> None:
+        self._bar.close()
+        if self.writes:
+            self._file.close()
+            if self.records:
+                training_curve(self.records, self.workdir / "training.png")
+        if self._board:
+            self._board.close()

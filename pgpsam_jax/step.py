@@ -1,0 +1,94 @@
+"""The pure steps that loop, benchmark, ahead-of-time compiler and tests share.
+
+State is split once: `params` (what the filter trains), `frozen` (the rest), optimiser state and
+step. Gradients are taken with respect to `params` only, so no dW of a frozen weight exists.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from pgpsam_jax.data.augment import AugmentConfig, augment, sample_keys
+from pgpsam_jax.losses import deep_supervision_loss
+from pgpsam_jax.models.mask_decoder import upsample_logits
+from pgpsam_jax.parameters import trainable
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """What a step changes: parameters that train, their optimiser state, the step counter."""
+
+    params: nnx.State
+    opt_state: Any
+    step: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """Static settings of the training step; `epoch_size` is the number of few-shot slices."""
+
+    epoch_size: int
+    seed: int
+    augment: AugmentConfig
+    ce_weight: float = 0.2
+    dice_weight: float = 0.8
+
+
+def split_model(model: nnx.Module, encoder_mode: str):
+    """(graphdef, params, frozen): the model apart, by the one filter of what trains."""
+    return nnx.split(model, trainable(encoder_mode), ...)
+
+
+def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh training state around `params`."""
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def to_input(images):
+    """Grey slices (B, H, W) in [0, 1] to the three equal channels SAM takes, (B, H, W, 3)."""
+    return jnp.repeat(images.astype(jnp.float32)[..., None], 3, axis=-1)
+
+
+def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: StepConfig):
+    """Pure function (state, frozen, batch) -> (state, metrics), to be jitted by the caller.
+
+    batch: `image` (B, S, S) in [0, 1] and `label` (B, S, S), the global batch. Augmentation keys
+    depend on (seed, step, row of the global batch) only.
+    """
+
+    def train_step(state: TrainState, frozen, batch):
+        images = batch["image"].astype(jnp.float32)
+        labels = batch["label"].astype(jnp.int32)
+        size = images.shape[0]
+        keys = sample_keys(jax.random.key(config.seed), state.step, jnp.arange(size))
+        images, labels = augment(keys, images, labels, config.augment)
+        epoch = (state.step * size) // config.epoch_size
+
+        def loss_of(params):
+            outputs = nnx.merge(graphdef, params, frozen)(to_input(images))
+            outputs["final"] = upsample_logits(outputs["final"], labels.shape[1:])
+            return deep_supervision_loss(
+                outputs, labels, epoch, config.ce_weight, config.dice_weight
+            )
+
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        metrics["gradient_norm"] = optax.global_norm(gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    return train_step
+
+
+def make_predict_step(graphdef):
+    """Pure function (params, frozen, images (B, S, S)) -> final logits (B, S / 4 ..., K)."""
+
+    def predict_step(params, frozen, images):
+        return nnx.merge(graphdef, params, frozen)(to_input(images))["final"]
+
+    return predict_step

@@ -1,0 +1,218 @@
+"""Training, top to bottom: data, mesh, model, step, restore, loop, evaluation."""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from pgpsam_jax import build, checkpoint, sharding
+from pgpsam_jax import config as configuration
+from pgpsam_jax.data import dataset
+from pgpsam_jax.data.loader import make_loader
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation.evaluate import evaluate
+from pgpsam_jax.evaluation.inference import Predictor
+from pgpsam_jax.files import write_json
+from pgpsam_jax.parameters import report
+from pgpsam_jax.runlog import RunLog
+from pgpsam_jax.step import TrainState, init_state, make_train_step
+
+
+def train(config: ConfigDict, workdir) -> dict:
+    """Train to the last step (resuming where the workdir stands), evaluate, return the summary."""
+    workdir = Path(workdir)
+    mesh = make_run_mesh(config)
+    train_cases, test_cases, table = dataset.find_split(config)
+    configuration.store_or_compare(config, workdir)
+    write_json(workdir / "labels.json", table.to_json())
+    data = dataset.few_shot_data(config, train_cases, table, workdir)
+    loader = make_loader(
+        data.images,
+        data.labels,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+    graphdef, params, frozen, base_digest = build.init_model(config, table.num_classes)
+    checkpoint.settle_base(workdir, config.model.base, base_digest, frozen)
+    size, total = len(data.list), build.total_steps(config, len(data.list))
+    optimizer = build.optimizer_of(config, size)
+    abstract = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    state_sharding = sharding.state_shardings(abstract, mesh)
+    frozen_sharding = sharding.state_shardings(frozen, mesh)
+    frozen = jax.device_put(frozen, frozen_sharding)
+    abstract = checkpoint.abstract_like(abstract, state_sharding)
+
+    train_step = jax.jit(
+        make_train_step(graphdef, optimizer, build.step_config(config, size)),
+        in_shardings=(state_sharding, frozen_sharding, sharding.batch_sharding(mesh)),
+        out_shardings=(state_sharding, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    print(announcement(config, mesh, data, table, params, frozen, total), flush=True)
+    start_time = time.perf_counter()
+    compiled = train_step.lower(abstract, frozen, _abstract_batch(config, data, mesh)).compile()
+    print(_compile_report(compiled, time.perf_counter() - start_time), flush=True)
+
+    checkpoints = checkpoint.Checkpoints(workdir)
+    if checkpoints.latest is not None:  # resume: the workdir's newest state
+        state = checkpoints.restore(abstract, loader)
+        print(f"resumed from step {int(state.step)}", flush=True)
+    else:
+        initial = jax.jit(lambda p: init_state(p, optimizer), out_shardings=state_sharding)
+        state = initial(params)
+    del params
+
+    state = _loop(config, workdir, compiled, state, frozen, loader, checkpoints, mesh, total)
+    checkpoints.close()
+    loader.close()
+    predictor = make_predictor(config, graphdef, state.params, frozen, mesh)
+    return run_evaluation(config, workdir, predictor, test_cases, table, data.list.entries)
+
+
+def _loop(config, workdir, step_fn, state: TrainState, frozen, loader, checkpoints, mesh, total):
+    step = int(state.step)
+    log = RunLog(workdir, config.log, step, total, config.train.batch_size)
+    last_saved = step if checkpoints.latest == step else None
+    try:
+        while step < total:
+            batch = next(loader)
+            arrays = sharding.put_batch({k: batch[k] for k in ("image", "label")}, mesh)
+            state, metrics = step_fn(state, frozen, arrays)
+            step += 1
+            log.advance()
+            if step % config.log.every_steps == 0 or step == total:
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                if not np.isfinite(values["loss"]):
+                    raise UserError(
+                        f"the loss is {values['loss']} at step {step} (batch rows "
+                        f"{batch['index'].tolist()} of {workdir}/fewshot.txt); lower "
+                        "optim.learning_rate or set optim.clip_norm, then run the same command: "
+                        "it goes on from the last checkpoint"
+                    )
+                log.write(step, values)
+            if step % config.log.checkpoint_steps == 0 or step == total:
+                checkpoints.save(state, loader)
+                last_saved = step
+                log.pause()
+        if last_saved != total:
+            checkpoints.save(state, loader)
+    finally:
+        log.close()
+    return state
+
+
+def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
+    """Score the newest checkpoint of a workdir: `--mode evaluate`."""
+    stored = configuration.load_config(workdir)
+    if config is not None:
+        configuration.store_or_compare(config, workdir)
+    config = config or stored
+    _, test_cases, table = dataset.find_split(config)
+    predictor = load_predictor(config, workdir, table.num_classes)
+    entries = dataset.stored_list(workdir).entries
+    return run_evaluation(config, workdir, predictor, test_cases, table, entries)
+
+
+def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
+    """The newest checkpoint of a workdir, ready for volumes."""
+    mesh = make_run_mesh(config)
+    checkpoints = checkpoint.Checkpoints(workdir)
+    graphdef, params, frozen, digest = build.init_model(config, num_classes)
+    checkpoint.settle_base(workdir, config.model.base, digest, frozen)
+    abstract = checkpoint.abstract_like(params, sharding.state_shardings(params, mesh))
+    params = checkpoints.restore_params(abstract)
+    checkpoints.close()
+    frozen = jax.device_put(frozen, sharding.state_shardings(frozen, mesh))
+    return make_predictor(config, graphdef, params, frozen, mesh)
+
+
+def make_predictor(config: ConfigDict, graphdef, params, frozen, mesh) -> Predictor:
+    return Predictor(
+        graphdef,
+        params,
+        frozen,
+        image_size=config.model.image_size,
+        window=config.data.window,
+        batch_size=config.eval.batch_size,
+        mesh=mesh,
+    )
+
+
+def run_evaluation(config: ConfigDict, workdir, predictor, test_cases, table, entries) -> dict:
+    """Write `<workdir>/evaluation` and print its table; within one volume, unseen slices only."""
+    trained = None
+    if config.data.split == "within_volume":
+        trained = {}
+        for case_id, index in entries:
+            trained.setdefault(case_id, set()).add(index)
+    notice = build.base_notice(config.model)
+    folder = Path(workdir) / "evaluation"
+    summary = evaluate(
+        predictor,
+        test_cases,
+        table,
+        folder,
+        nsd_tolerance_mm=config.eval.nsd_tolerance_mm,
+        overlays=config.eval.overlays,
+        trained_slices=trained,
+        meta={"warnings": [notice] if notice else []},
+    )
+    print((folder / "summary.md").read_text(encoding="utf-8"), flush=True)
+    return summary
+
+
+def make_run_mesh(config: ConfigDict):
+    """The mesh of `config.mesh`; the batch must split evenly over its data and fsdp axes."""
+    mesh = sharding.make_mesh(**config.mesh)
+    lanes = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.train.batch_size % lanes:
+        raise UserError(
+            f"train.batch_size {config.train.batch_size} does not divide over the {lanes} devices of "
+            f"data x fsdp; choose a multiple of {lanes}, or config.mesh to use fewer"
+        )
+    return mesh
+
+
+def announcement(config, mesh, data, table, params, frozen, total: int) -> str:
+    """What a run is, before it starts: devices, precision, batch, data, labels, parameters."""
+    devices = mesh.devices.ravel()
+    notice = build.base_notice(config.model)
+    lines = [
+        f"devices    {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
+        f"mesh {dict(mesh.shape)}, {jax.process_count()} process(es)",
+        f"precision  {config.model.compute_dtype} compute, float32 parameters and losses",
+        f"batch      {config.train.batch_size} slices of {config.model.image_size} px over all "
+        f"devices, {total} steps = {total * config.train.batch_size / len(data.list):.1f} epochs",
+        f"few-shot   {data.summary}",
+        f"           hash {data.list.hash[:16]}, rule {data.list.rule}",
+        f"labels     {', '.join(f'{i} {name}' for i, name in enumerate(table.names))}",
+        report(params, frozen),
+    ]
+    if notice:
+        lines = [f"!!! {notice}", *lines]
+    return "\n".join(lines)
+
+
+def _compile_report(compiled, seconds: float) -> str:
+    memory = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
+    gib = 2**30
+    return (
+        f"step       {cost.get('flops', float('nan')) / 1e9:.1f} GFLOP per device, expected memory "
+        f"{(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / gib:.2f} GiB per device "
+        f"({memory.temp_size_in_bytes / gib:.2f} temporary), compiled in {seconds:.1f} s"
+    )
+
+
+def _abstract_batch(config, data, mesh) -> dict:
+    lanes = sharding.batch_sharding(mesh)
+    shape = (config.train.batch_size, *data.images.shape[1:])
+    return {
+        "image": jax.ShapeDtypeStruct(shape, data.images.dtype, sharding=lanes),
+        "label": jax.ShapeDtypeStruct(shape, data.labels.dtype, sharding=lanes),
+    }
