@@ -1,0 +1,216 @@
+"""Decode every volume once: windowed float16 slices and uint8 labels at network size, on disk.
+
+One uncompressed `.npz` per case, named after the case and a hash of everything that went into
+it, so a changed file, window, size or label table makes a new cache file and a stale one is
+never read. Files are verified (zip checksums) before use and rebuilt where damaged.
+"""
+
+import hashlib
+import itertools
+import json
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pgpsam_jax.data.geometry import Fit, model_slices, to_model
+from pgpsam_jax.data.labels import LabelTable
+from pgpsam_jax.data.layouts import Case
+from pgpsam_jax.data.nifti import SourceGrid, Volume, read_image, read_label, to_display, to_source
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.files import atomic_path, file_digest
+
+FORMAT = 1  # raise it whenever the content of a cache file would change
+_BLOCK = 16  # slices resized at a time
+_TOLERANCE_MM = 0.1  # of image and label corners; below it affines differ by rounding only
+
+
+@dataclass(frozen=True, eq=False)
+class CachedCase:
+    """A verified cache file.
+
+    `areas` (D, K) counts native pixels per slice and class; `meta` holds spacing (mm) and shape
+    in display order (D, H, W), the source orientation, the SHA-256 of both sources and the key.
+    """
+
+    case: Case
+    file: Path
+    areas: np.ndarray
+    meta: dict
+
+    @property
+    def case_id(self) -> str:
+        return self.case.case_id
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.meta["shape"])
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        return tuple(self.meta["spacing"])
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images (D, S, S) float16 in [0, 1] and labels (D, S, S) uint8."""
+        with np.load(self.file, allow_pickle=False) as file:
+            return file["images"], file["labels"]
+
+
+def build_cache(
+    cases: Sequence[Case],
+    table: LabelTable,
+    window: tuple[float, float],
+    image_size: int,
+    cache_dir,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[CachedCase]:
+    """Make or reuse the cache file of each case, in the order given.
+
+    `window` (lo, hi) is mapped to [0, 1]. `progress(index, total, case_id)` is called before
+    each case. Errors: unreadable or mismatching files, label ids outside the table.
+    """
+    low, high = map(float, window)
+    if not low < high:
+        raise UserError(f"window {tuple(window)} is empty; give (low, high) with low < high")
+    recipe = {
+        "format": FORMAT,
+        "window": [low, high],
+        "size": image_size,
+        "table": table.to_json(),
+    }
+    result = []
+    for index, case in enumerate(cases):
+        if progress is not None:
+            progress(index, len(cases), case.case_id)
+        result.append(_cached(case, table, recipe, Path(cache_dir)))
+    return result
+
+
+def read_case(case: Case, table: LabelTable) -> tuple[Volume, np.ndarray]:
+    """The image and its class ids (D, H, W) uint8 on the same native grid.
+
+    A shape mismatch is an error. Where the affines disagree, a warning gives the distance, and
+    if the arrays have the same shape they are paired voxel by voxel: tools that lose the affine
+    of a label keep its voxels.
+    """
+    if case.label is None:
+        raise UserError(f"case {case.case_id} ({case.image}) has no label file")
+    image, label = read_image(case.image), read_label(case.label)
+    ids = label.array
+    distance = _corner_distance(image.source, label.source)
+    if distance > _TOLERANCE_MM:
+        warnings.warn(
+            f"{case.label} lies up to {distance:.2f} mm off {case.image} by its affine; "
+            "look at an overlay before trusting the pair",
+            stacklevel=2,
+        )
+        if image.source.shape[:3] == label.source.shape[:3]:
+            ids = to_display(to_source(ids, label.source), image.source)
+    if image.array.shape != ids.shape:
+        raise UserError(
+            f"{case.label} has shape {ids.shape} but its image {case.image} has "
+            f"{image.array.shape} (D, H, W); pair the right files or resample the label"
+        )
+    return image, table.remap(np.ascontiguousarray(ids), case.label)
+
+
+def gather_slices(
+    cached: Sequence[CachedCase], entries: Sequence[tuple[str, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, S, S) float16 and labels (N, S, S) uint8 of (case_id, slice) entries, in order.
+
+    Each case is read once, one at a time.
+    """
+    wanted: dict[str, list[int]] = {}
+    for position, (case_id, _) in enumerate(entries):
+        wanted.setdefault(case_id, []).append(position)
+    unknown = sorted(set(wanted) - {case.case_id for case in cached})
+    if unknown:
+        raise UserError(f"slices are wanted of cases that are not cached: {', '.join(unknown)}")
+    images = labels = None
+    for case in cached:
+        positions = wanted.get(case.case_id, [])
+        if not positions:
+            continue
+        case_images, case_labels = case.load()
+        if images is None:
+            shape = (len(entries), *case_images.shape[1:])
+            images, labels = np.empty(shape, np.float16), np.empty(shape, np.uint8)
+        slices = [entries[position][1] for position in positions]
+        images[positions], labels[positions] = case_images[slices], case_labels[slices]
+    if images is None:
+        raise UserError("no slices to gather; the few-shot list is empty")
+    return images, labels
+
+
+def _cached(case: Case, table: LabelTable, recipe: dict, folder: Path) -> CachedCase:
+    for path in (case.image, case.label):
+        if path is None or not path.is_file():
+            raise UserError(f"case {case.case_id}: file {path} not found; check the data folder")
+    sources = {"image": file_digest(case.image), "label": file_digest(case.label)}
+    text = json.dumps(recipe | {"sources": sources}, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()
+    file = folder / f"{case.case_id}-{key[:16]}.npz"
+    found = _verify(file, key)
+    if found is None:
+        _build(file, case, table, recipe, {"key": key, "sources": sources})
+        found = _verify(file, key)
+        if found is None:
+            raise UserError(f"cache file {file} is damaged right after writing; check the disk")
+    return CachedCase(case, file, *found)
+
+
+def _verify(file: Path, key: str) -> tuple[np.ndarray, dict] | None:
+    """Areas and metadata of an intact cache file made with this key, else None."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("checksum")
+        with np.load(file, allow_pickle=False) as arrays:
+            meta = json.loads(str(arrays["meta"]))
+            intact = meta["key"] == key and {"images", "labels"} <= set(arrays.files)
+            return (arrays["areas"], meta) if intact else None
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # damage shows in a dozen types, and the cure is the same
+        warnings.warn(f"cache file {file} is damaged ({error}); rebuilding it", stacklevel=2)
+        return None
+
+
+def _build(file: Path, case: Case, table: LabelTable, recipe: dict, meta: dict) -> None:
+    image, ids = read_case(case, table)
+    depth, *native = image.array.shape
+    size = recipe["size"]
+    fit = Fit.of(tuple(native), size)
+    images = np.empty((depth, size, size), np.float16)
+    labels = np.empty((depth, size, size), np.uint8)
+    for start in range(0, depth, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        images[part] = model_slices(image.array[part], recipe["window"], fit)
+        labels[part] = to_model(ids[part], fit, order=0)
+    meta = meta | {
+        "case_id": case.case_id,
+        "shape": list(image.array.shape),
+        "spacing": list(image.spacing),
+        "orientation": image.source.orientation,
+        "window": recipe["window"],
+    }
+    arrays = {"images": images, "labels": labels, "areas": _areas(ids, table.num_classes)}
+    with atomic_path(file) as temporary:
+        np.savez(temporary, meta=np.array(json.dumps(meta)), **arrays)
+
+
+def _areas(ids: np.ndarray, num_classes: int) -> np.ndarray:
+    """Pixels per slice and class, (D, H, W) -> (D, K)."""
+    return np.stack([np.bincount(part.ravel(), minlength=num_classes) for part in ids])
+
+
+def _corner_distance(first: SourceGrid, second: SourceGrid) -> float:
+    """Largest distance in mm between the corner voxels of two grids in display orientation."""
+    ends = [(0, n - 1) for n in first.display_shape]
+    corners = np.array([(*corner, 1) for corner in itertools.product(*ends)], float)
+    moved = corners @ (first.display_affine - second.display_affine).T
+    return float(np.linalg.norm(moved[:, :3], axis=1).max())

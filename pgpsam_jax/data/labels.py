@@ -1,0 +1,151 @@
+"""Label tables: which number in a file is which organ, by name, and the remap to class ids."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pgpsam_jax.errors import UserError
+
+_UNKNOWN = 255  # marks ids outside the table during a remap, hence at most 255 classes
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Class names, the class of every source id, and what becomes of ids not listed.
+
+    `names[0]` is "background"; `source_to_class` maps source ids to 0..num_classes-1 and always
+    holds 0 -> 0; `other` is "error" or "background".
+    """
+
+    names: tuple[str, ...]
+    source_to_class: Mapping[int, int]
+    other: str = "error"
+
+    def __post_init__(self):
+        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "source_to_class", {0: 0, **self.source_to_class})
+        _check(self)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, background included."""
+        return len(self.names)
+
+    def remap(self, array: np.ndarray, path) -> np.ndarray:
+        """Source ids (any shape, integers) -> class ids, uint8, by one gather.
+
+        `path` names the file in the error for ids outside the table.
+        """
+        top = max(self.source_to_class)
+        lookup = np.full(top + 2, _UNKNOWN if self.other == "error" else 0, np.uint8)
+        lookup[list(self.source_to_class)] = list(self.source_to_class.values())
+        if array.size and (array.min() < 0 or array.max() > top):
+            listed = (array >= 0) & (array <= top)
+            result = lookup[np.where(listed, array, top + 1)]
+        else:
+            result = lookup[array]
+        if self.other == "error" and (result == _UNKNOWN).any():
+            values = np.unique(array[result == _UNKNOWN]).tolist()
+            listing = ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
+            raise UserError(
+                f"{path} holds label values outside the label table ({listing}); "
+                'list them in the table or set its "other" to "background"'
+            )
+        return result
+
+    def to_json(self) -> dict:
+        """The value to store as JSON; `from_json` inverts it."""
+        classes = [
+            {"name": name, "source": sorted(s for s, c in self.source_to_class.items() if c == k)}
+            for k, name in enumerate(self.names)
+        ]
+        value = {"classes": classes[1:], "other": self.other}
+        ignored = [source for source in classes[0]["source"] if source != 0]
+        return value | ({"background": ignored} if ignored else {})
+
+    @classmethod
+    def from_json(cls, value, where="label table") -> "LabelTable":
+        """Build from `{"classes": [{"name", "source": [ids]}], "other", "background": [ids]}`.
+
+        The last two are optional. `where` starts the error message (a file name).
+        """
+        value = _fields(value, {"classes": list, "other": str, "background": list}, where)
+        table, names = {0: 0}, ["background"]
+        groups = [{"source": value.get("background", [])}]
+        for entry in value.get("classes", []):
+            groups.append(_fields(entry, {"name": str, "source": list}, where))
+            names.append(groups[-1].get("name", ""))
+        for class_id, group in enumerate(groups):
+            for source in group.get("source", []):
+                if type(source) is not int or source in table:
+                    raise UserError(
+                        f"{where}: source id {source!r} of class {names[class_id]!r} must be an "
+                        "integer above 0 that no other class lists"
+                    )
+                table[source] = class_id
+        try:
+            return cls(tuple(names), table, value.get("other", "error"))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+
+
+def load_label_table(path) -> LabelTable:
+    """Read a label table from a JSON file; errors name the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"label table {path} not found; write one that names every class")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"label table {path} is not valid JSON: {error}") from error
+    return LabelTable.from_json(value, str(path))
+
+
+def _fields(value, types: dict, where: str) -> dict:
+    """A JSON object with none but the expected keys, each of the expected type."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected an object with {', '.join(types)}, got {value!r:.60}")
+    for key, item in value.items():
+        if key not in types:
+            raise UserError(f"{where}: unknown key {key!r}; known are {', '.join(types)}")
+        if not isinstance(item, types[key]):
+            raise UserError(f"{where}: {key!r} must be a {types[key].__name__}, got {item!r:.60}")
+    return value
+
+
+def _check(table: LabelTable) -> None:
+    names, mapping = table.names, table.source_to_class
+    if not 2 <= len(names) <= _UNKNOWN or names[0] != "background":
+        raise UserError(f'needs "background" and 1 to {_UNKNOWN - 1} named classes, got {names}')
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        raise UserError(f"every class needs a name, got {names}")
+    if len(set(names)) < len(names):
+        raise UserError(f"class names must differ, got {names}")
+    for source, target in mapping.items():
+        if type(source) is not int or not 0 <= source < 1 << 16:
+            raise UserError(f"source ids must be integers in 0..65535, got {source!r}")
+        if type(target) is not int or not 0 <= target < len(names):
+            raise UserError(f"source id {source} points to class {target!r}, which has no name")
+    if mapping[0] != 0:
+        raise UserError("source id 0 is always background")
+    missing = [name for k, name in enumerate(names) if k not in mapping.values()]
+    if missing:
+        raise UserError(f"no source id for {', '.join(missing)}")
+    if table.other not in ("error", "background"):
+        raise UserError(f'"other" must be "error" or "background", got {table.other!r}')
+
+
+SYNAPSE8 = LabelTable(
+    names=(
+        *("background", "spleen", "right_kidney", "left_kidney", "gallbladder", "liver"),
+        *("stomach", "aorta", "pancreas"),
+    ),
+    # BTCV ids: 5 oesophagus, 9 vena cava, 10 portal and splenic veins, 12 and 13 adrenal glands.
+    source_to_class={
+        **{1: 1, 2: 2, 3: 3, 4: 4, 6: 5, 7: 6, 8: 7, 11: 8},
+        **{5: 0, 9: 0, 10: 0, 12: 0, 13: 0},
+    },
+)

@@ -1,0 +1,72 @@
+"""From few-shot arrays in memory to batches; grain batches them and carries the position.
+
+A few-shot set is a fraction of a gigabyte, so there are no worker processes and no threads.
+The global batch of a step depends on (seed, step, N, batch size) alone: processes take their rows
+of it, so that the same run on another number of hosts sees the same data.
+"""
+
+import grain
+import numpy as np
+
+from pgpsam_jax.errors import UserError
+
+
+def make_loader(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Endless iterator over shuffled batches of this process.
+
+    `images` (N, S, S) float16 and `labels` (N, S, S) uint8; `batch_size` is global. Yields
+    `image` (b, S, S), `label` (b, S, S) and `index` (b,) int32, the row in `images`, with
+    b = batch_size / process_count. Every epoch is a fresh permutation and batches run across
+    epochs, so no slice is dropped and N may be below `batch_size`. `get_state` / `set_state`
+    (or grain's orbax handler) carry the position. Errors: sizes that do not fit.
+    """
+    if images.shape != labels.shape or len(images) == 0:
+        raise ValueError(f"images {images.shape} and labels {labels.shape} must match, N >= 1")
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"batch size {batch_size} is not a multiple of {process_count} processes")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process {process_index} of {process_count} does not exist")
+    per_process = batch_size // process_count
+    rows = slice(process_index * per_process, (process_index + 1) * per_process)
+
+    def gather(batch: np.ndarray) -> dict[str, np.ndarray]:
+        index = np.asarray(batch)[rows].astype(np.int32)
+        return {"image": images[index], "label": labels[index], "index": index}
+
+    dataset = grain.MapDataset.source(_Order(len(images), seed))
+    dataset = dataset.batch(batch_size, drop_remainder=True).map(gather)
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(dataset.to_iter_dataset(options))
+
+
+class _Order:
+    """Position in an endless run of epochs -> row, a new permutation of `count` rows per epoch.
+
+    In place of grain's own shuffle, which walks a 16-bit cipher until it lands below `count`:
+    1.7 ms an index for 17 slices, 10 ms for 3.
+    """
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+        self._epoch, self._rows = -1, np.empty(0, int)
+
+    def __len__(self) -> int:
+        return 1 << 62  # as good as endless, and it still fits a machine word
+
+    def __getitem__(self, position: int) -> np.int64:
+        epoch, place = divmod(int(position), self.count)
+        if epoch != self._epoch:
+            self._rows = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            self._epoch = epoch
+        return self._rows[place]
+
+    def __repr__(self) -> str:
+        return f"epochs of {self.count} rows, seed {self.seed}"

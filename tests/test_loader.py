@@ -1,0 +1,109 @@
+"""Batches: the same for any number of processes, every slice once an epoch, exact resume."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgpsam_jax.data.loader import make_loader
+from pgpsam_jax.errors import UserError
+
+
+def arrays(count, size=4):
+    """Slices that carry their own index."""
+    images = np.broadcast_to(np.arange(count)[:, None, None] / 1024, (count, size, size))
+    labels = np.broadcast_to(np.arange(count)[:, None, None] % 9, (count, size, size))
+    return images.astype(np.float16), labels.astype(np.uint8)
+
+
+def take(iterator, steps):
+    return [next(iterator) for _ in range(steps)]
+
+
+def indices(count, batch, seed, steps, **process):
+    loader = make_loader(*arrays(count), batch_size=batch, seed=seed, **process)
+    return np.stack([batch["index"] for batch in take(loader, steps)])
+
+
+def test_batches_hold_the_indexed_slices():
+    images, labels = arrays(11)
+    for batch in take(make_loader(images, labels, batch_size=4, seed=0), 9):
+        assert set(batch) == {"image", "label", "index"}
+        assert batch["image"].shape == batch["label"].shape == (4, 4, 4)
+        assert batch["image"].dtype == np.float16 and batch["label"].dtype == np.uint8
+        assert batch["index"].dtype == np.int32
+        np.testing.assert_array_equal(batch["image"], images[batch["index"]])
+        np.testing.assert_array_equal(batch["label"], labels[batch["index"]])
+
+
+@pytest.mark.parametrize("count", [3, 8, 37])
+def test_global_batch_does_not_depend_on_processes(count):
+    whole = indices(count, 8, 5, 20)
+    for processes in (2, 4):
+        parts = [
+            indices(count, 8, 5, 20, process_index=p, process_count=processes)
+            for p in range(processes)
+        ]
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+@given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_every_slice_once_an_epoch(count, batch, seed):
+    steps = -(-3 * count // batch)
+    epochs = indices(count, batch, seed, steps).ravel()[: 3 * count].reshape(3, count)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(count), (3, 1)))
+
+
+def test_order_is_pinned():
+    """A change of the order would silently change every run and break their resumption."""
+    assert indices(6, 4, 3, 3).tolist() == [[2, 5, 4, 1], [3, 0, 1, 2], [0, 4, 5, 3]]
+    assert indices(1, 3, 0, 2).tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_small_sets_do_not_wait():
+    """grain's shuffle needs 10 ms of processor time an index here."""
+    loader = make_loader(*arrays(3), batch_size=100, seed=0)
+    start = time.process_time()
+    take(loader, 10)
+    assert time.process_time() - start < 1
+
+
+def test_seed_and_epoch_decide_the_order():
+    first = indices(50, 10, 1, 15)
+    np.testing.assert_array_equal(first, indices(50, 10, 1, 15))
+    assert (first != indices(50, 10, 2, 15)).any()
+    epochs = first.reshape(3, 50)
+    assert all((epochs[i] != epochs[j]).any() for i, j in [(0, 1), (0, 2), (1, 2)])
+    assert (epochs[0] != np.arange(50)).any()
+
+
+@pytest.mark.parametrize("position", [0, 1, 4, 13])
+def test_resume_from_state(position):
+    """Through JSON, as a checkpoint stores it; batch 4 of 11 slices crosses epochs."""
+    loader = make_loader(*arrays(11), batch_size=4, seed=9)
+    take(loader, position)
+    state = json.dumps(loader.get_state())
+    expected = take(loader, 6)
+    fresh = make_loader(*arrays(11), batch_size=4, seed=9)
+    take(fresh, 2)
+    fresh.set_state(json.loads(state))
+    for wanted, got in zip(expected, take(fresh, 6), strict=True):
+        for key in wanted:
+            np.testing.assert_array_equal(got[key], wanted[key])
+
+
+def test_bad_sizes():
+    images, labels = arrays(6)
+    with pytest.raises(UserError, match="batch size 6 is not a multiple of 4 processes"):
+        make_loader(images, labels, batch_size=6, seed=0, process_count=4)
+    with pytest.raises(UserError, match="batch size 0"):
+        make_loader(images, labels, batch_size=0, seed=0)
+    for bad in ((images[:5], labels), (images[:0], labels[:0]), (images, labels[:, :3])):
+        with pytest.raises(ValueError, match="must match"):
+            make_loader(*bad, batch_size=2, seed=0)
+    with pytest.raises(ValueError, match="process 2 of 2"):
+        make_loader(images, labels, batch_size=2, seed=0, process_index=2, process_count=2)
