@@ -1,0 +1,155 @@
+"""Score one case under the two protocols that are always both written.
+
+Both use `metrics`; they differ in the rule for an organ that truth, prediction or both lack:
+
+| status       | truth | prediction | strict (mm)              | transunet (voxels)  |
+|--------------|-------|------------|--------------------------|---------------------|
+| both_empty   | -     | -          | all NaN                  | Dice 0, HD95 0      |
+| missed       | yes   | -          | Dice 0, NSD 0, HD95 NaN  | Dice 0, HD95 0      |
+| hallucinated | -     | yes        | Dice 0, NSD 0, HD95 NaN  | Dice 1, HD95 0      |
+| ok           | yes   | yes        | Dice, directed HD95, NSD | Dice, pooled HD95   |
+
+`transunet` is the convention behind the published tables of this family, kept with its flaws
+(a hallucinated organ scores Dice 1, a missed one HD95 0) so that its numbers can be compared with
+those tables; `strict` is the one to judge a model by.
+"""
+
+import numpy as np
+from scipy import ndimage
+
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation import metrics
+
+NAN = float("nan")
+COLUMNS = (
+    "case",
+    "class_id",
+    "class",
+    "protocol",
+    "metric",
+    "value",
+    "truth_voxels",
+    "predicted_voxels",
+    "status",
+)
+METRICS = {"strict": ("dice", "hd95", "nsd"), "transunet": ("dice", "hd95")}
+DEFINITIONS = {
+    "strict": "distances in mm between voxel-centre surfaces (6-connected erosion); HD95 is the "
+    "larger of the two directed 95th percentiles; NSD is the share of surface voxels within the "
+    "tolerance; an organ absent from truth and prediction is left out, one absent from either has "
+    "Dice 0, NSD 0 and no HD95 (counted as missed or hallucinated)",
+    "transunet": "distances in voxels; HD95 is the 95th percentile of both directions pooled; an "
+    "organ absent from both or from the prediction has Dice 0 and HD95 0, one absent from the "
+    "truth only has Dice 1 and HD95 0 (the rule of the published tables, rewarding both failures)",
+}
+_EMPTY_VALUES = {
+    "strict": {
+        "both_empty": {"dice": NAN, "hd95": NAN, "nsd": NAN},
+        "missed": {"dice": 0.0, "hd95": NAN, "nsd": 0.0},
+        "hallucinated": {"dice": 0.0, "hd95": NAN, "nsd": 0.0},
+    },
+    "transunet": {
+        "both_empty": {"dice": 0.0, "hd95": 0.0},
+        "missed": {"dice": 0.0, "hd95": 0.0},
+        "hallucinated": {"dice": 1.0, "hd95": 0.0},
+    },
+}
+
+
+def score_case(
+    prediction, truth, spacing, names, *, case_id, nsd_tolerance_mm: float = 2.0, region=None
+) -> list[dict]:
+    """Long-form rows (one per organ, protocol and metric) of one predicted volume.
+
+    prediction, truth: integer (D, H, W) label maps on the same grid. spacing: mm along (D, H, W).
+    names: K class names, index = id, background first (not scored). region: boolean (D,), slices to
+    score (see `metrics`), all by default; status and voxel counts then speak of those slices only.
+    Returns dicts with the keys `COLUMNS`. Pure and picklable: safe to map over a process pool.
+    Raises `UserError` where shapes differ or a label has no name.
+    """
+    _check(prediction, truth, names, case_id)
+    if region is not None:
+        region = np.asarray(region, bool)
+        if region.shape != truth.shape[:1]:
+            raise ValueError(f"region has shape {region.shape}, expected {truth.shape[:1]}")
+    boxes = [ndimage.find_objects(volume, len(names) - 1) for volume in (prediction, truth)]
+    rows = []
+    for class_id in range(1, len(names)):
+        box = _union(boxes[0][class_id - 1], boxes[1][class_id - 1])
+        score = _score_organ(
+            prediction[box] == class_id,
+            truth[box] == class_id,
+            spacing,
+            nsd_tolerance_mm,
+            None if region is None else region[box[0]],
+        )
+        rows += _rows(case_id, class_id, names[class_id], *score)
+    return rows
+
+
+def _check(prediction, truth, names, case_id) -> None:
+    if prediction.shape != truth.shape:
+        raise UserError(
+            f"case {case_id}: prediction {prediction.shape} and label {truth.shape} differ in "
+            "shape; predict on the grid of the label."
+        )
+    for what, volume in (("prediction", prediction), ("label", truth)):
+        low, high = (int(volume.min()), int(volume.max())) if volume.size else (0, 0)
+        if low < 0 or high >= len(names):
+            raise UserError(
+                f"case {case_id}: the {what} holds class {low if low < 0 else high}, but the label "
+                f"table has only ids 0 to {len(names) - 1}; use the label table of this data set."
+            )
+
+
+def _union(first, second) -> tuple[slice, ...]:
+    """Box around two boxes (None = absent); an empty box where both are absent."""
+    boxes = [box for box in (first, second) if box is not None]
+    if not boxes:
+        return (slice(0, 0),) * 3
+    return tuple(
+        slice(min(part.start for part in axis), max(part.stop for part in axis))
+        for axis in zip(*boxes, strict=True)
+    )
+
+
+def _score_organ(prediction, truth, spacing, tolerance_mm, region):
+    """Status, voxel counts (truth, predicted) and {protocol: {metric: value}} of one organ."""
+    scored = slice(None) if region is None else region
+    counts = [int(np.count_nonzero(mask[scored])) for mask in (truth, prediction)]
+    status = {
+        (False, False): "both_empty",
+        (True, False): "missed",
+        (False, True): "hallucinated",
+        (True, True): "ok",
+    }[counts[0] > 0, counts[1] > 0]
+    if status != "ok":
+        return status, counts, {name: rule[status] for name, rule in _EMPTY_VALUES.items()}
+    overlap = metrics.dice(prediction, truth, region)
+    in_mm = metrics.surface_distances(prediction, truth, spacing, region)
+    in_voxels = metrics.surface_distances(prediction, truth, (1.0, 1.0, 1.0), region)
+    values = {
+        "strict": {
+            "dice": overlap,
+            "hd95": metrics.directed_percentile(*in_mm),
+            "nsd": metrics.share_within(*in_mm, tolerance_mm),
+        },
+        "transunet": {"dice": overlap, "hd95": metrics.pooled_percentile(*in_voxels)},
+    }
+    return status, counts, values
+
+
+def _rows(case_id, class_id, name, status, counts, values) -> list[dict]:
+    common = {"case": str(case_id), "class_id": class_id, "class": name}
+    ending = {"truth_voxels": counts[0], "predicted_voxels": counts[1], "status": status}
+    return [
+        {
+            **common,
+            "protocol": protocol,
+            "metric": metric,
+            "value": float(values[protocol][metric]),
+            **ending,
+        }
+        for protocol, wanted in METRICS.items()
+        for metric in wanted
+    ]

@@ -1,0 +1,231 @@
+"""Result files of an evaluation: `cases.csv` (the primary artefact), `summary.json`, `summary.md`.
+
+Everything but the run's own notes is computed from the rows of `cases.csv`, so that tables can be
+made again, or differently, without the volumes: `summarise(read_cases(path))`.
+
+Two means are always given because published tables do not say which they print. The *class mean*
+averages the cases of a class first and the classes afterwards; the *case mean* averages the classes
+of a case first. They differ as soon as a class is undefined in some case. Undefined values (NaN)
+are left out of every mean and counted instead; a mean of nothing is null in JSON.
+"""
+
+import csv
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation.protocols import COLUMNS, DEFINITIONS, METRICS
+from pgpsam_jax.files import write_json, write_text
+
+INTERVAL = (
+    "two-sided 95 % Student t interval of the mean over cases (n cases, sample SD with n - 1)"
+)
+SMALL_SAMPLE = (
+    "n < 50: the nominal 95 % coverage of these intervals is optimistic (about 84 % at n = 12 in "
+    "simulations with skewed Dice-like scores)"
+)
+_INTEGERS = ("class_id", "truth_voxels", "predicted_voxels")
+
+
+def write_evaluation(rows, out_dir, names, meta) -> dict:
+    """Write the three files into `out_dir` and return the summary.
+
+    rows: from `score_case`, all cases. names: K class names, background first. meta: notes added
+    to `summary.json` (tolerances, weights, definitions, ...); its list `notices` is printed at the
+    top of `summary.md`, its `nsd_tolerance_mm` in the table head. Each file is written atomically,
+    the CSV first. Raises `UserError` if there is no case or a case occurs twice.
+    """
+    summary = summarise(rows)
+    found = list(summary["strict"]["per_class"])
+    if found != list(names[1:]):
+        raise ValueError(f"rows score the classes {found}, the label table has {list(names[1:])}")
+    notes = {"interval": INTERVAL, "definitions": DEFINITIONS, "notices": [], **meta}
+    if clash := set(notes) & set(summary):
+        raise ValueError(f"meta may not replace {sorted(clash)}")
+    summary |= _jsonable(notes)
+    out_dir = Path(out_dir)
+    write_text(out_dir / "cases.csv", format_cases(rows))
+    write_json(out_dir / "summary.json", summary)
+    write_text(out_dir / "summary.md", format_markdown(summary))
+    return summary
+
+
+def format_cases(rows) -> str:
+    """Rows as CSV text; floats in full precision, undefined values as `nan`."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "value": repr(float(row["value"]))} for row in rows)
+    return text.getvalue()
+
+
+def read_cases(path) -> list[dict]:
+    """Rows of a `cases.csv` as they were written; `UserError` if the file is not one."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"the columns are not {', '.join(COLUMNS)}")
+            return [_typed(row, reader.line_num) for row in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{path}: not a readable evaluation table ({error}); run the evaluation again."
+        ) from error
+
+
+def _typed(row, line) -> dict:
+    if None in row or None in row.values():
+        raise ValueError(f"line {line} has not {len(COLUMNS)} fields")
+    return row | {key: int(row[key]) for key in _INTEGERS} | {"value": float(row["value"])}
+
+
+def summarise(rows) -> dict:
+    """Class means, case means and per-class statistics of both protocols; null where undefined."""
+    if not rows:
+        raise UserError("no case was evaluated; check that the evaluation list is not empty.")
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    classes = dict(sorted({row["class_id"]: row["class"] for row in rows}.items()))
+    summary = {
+        protocol: _summarise_protocol(rows, protocol, cases, classes) for protocol in METRICS
+    }
+    return _jsonable(summary | {"n_cases": len(cases)})
+
+
+def _summarise_protocol(rows, protocol, cases, classes) -> dict:
+    values, status = _tables(rows, protocol, cases, classes)
+    means = {}
+    for metric, table in values.items():
+        means[f"{metric}_class_mean"] = _mean(_mean(table, axis=0))
+        means[f"{metric}_case_mean"] = _mean(_mean(table, axis=1))
+    means |= _spread(_mean(values["dice"], axis=1), "dice_case")
+    per_class = {}
+    for column, name in enumerate(classes.values()):
+        scores = {metric: table[:, column] for metric, table in values.items()}
+        entry = {metric: _mean(score) for metric, score in scores.items()}
+        entry["n"] = int(np.isfinite(scores["dice"]).sum())
+        for kind in ("both_empty", "missed", "hallucinated"):
+            entry[f"n_{kind}"] = int((status[:, column] == kind).sum())
+        entry["n_hd95"] = int(np.isfinite(scores["hd95"]).sum())
+        for metric, score in scores.items():
+            entry |= _spread(score, metric)
+        per_class[name] = entry
+    return means | {"per_class": per_class}
+
+
+def _tables(rows, protocol, cases, classes):
+    """{metric: (cases, classes) values} and the statuses of one protocol."""
+    place = {case: i for i, case in enumerate(cases)}, {key: j for j, key in enumerate(classes)}
+    shape = len(cases), len(classes)
+    values = {metric: np.full(shape, np.nan) for metric in METRICS[protocol]}
+    status = np.full(shape, "", dtype=object)
+    seen = set()
+    for row in rows:
+        if row["protocol"] != protocol:
+            continue
+        key = row["case"], row["class_id"], row["metric"]
+        if key in seen:
+            raise UserError(
+                f"case {row['case']} was evaluated twice; give every case a name of its own."
+            )
+        seen.add(key)
+        where = place[0][row["case"]], place[1][row["class_id"]]
+        values[row["metric"]][where] = row["value"]
+        status[where] = row["status"]
+    return values, status
+
+
+def _mean(values, axis=None):
+    """Mean over what is defined, NaN (without numpy's warning) where nothing is."""
+    defined = np.isfinite(values)
+    count = defined.sum(axis=axis)
+    total = np.where(defined, values, 0.0).sum(axis=axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _spread(values, label) -> dict:
+    """Sample SD and t interval of the mean; undefined for fewer than two values."""
+    values = values[np.isfinite(values)]
+    if values.size < 2:
+        return {f"{label}_sd": None, f"{label}_ci95": None}
+    sd = values.std(ddof=1)
+    half = stats.t.ppf(0.975, values.size - 1) * sd / math.sqrt(values.size)
+    return {f"{label}_sd": sd, f"{label}_ci95": [values.mean() - half, values.mean() + half]}
+
+
+def _jsonable(value):
+    """Plain Python values only; NaN and infinity become null, which JSON has a token for."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _jsonable(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, int | float | str | bool | None) else str(value)
+
+
+def format_markdown(summary) -> str:
+    """The summary as a page: notices, one table (an organ a row), and what the numbers mean."""
+    strict, transunet = summary["strict"], summary["transunet"]
+    tolerance = summary.get("nsd_tolerance_mm")
+    at = "" if tolerance is None else f" at {tolerance:g} mm"
+    head = ["organ", "n", "Dice", "SD", "95 % CI", "HD95 (mm)", f"NSD{at}", "missed"]
+    head += ["hallucinated", "absent", "Dice (transunet)", "HD95 (transunet, voxels)"]
+    lines = [f"# Evaluation of {summary['n_cases']} case(s)", ""]
+    for notice in summary.get("notices", ()):
+        lines += [f"> **Note:** {' '.join(str(notice).split())}", ""]
+    lines += [_row(head), _row(["---"] + ["---:"] * (len(head) - 1))]
+    for name, entry in strict["per_class"].items():
+        counts = [entry[f"n_{kind}"] for kind in ("missed", "hallucinated", "both_empty")]
+        label, other = name.replace("|", "\\|"), transunet["per_class"][name]
+        lines.append(_table_row(label, entry["n"], entry, "dice", counts, other))
+    for kind in ("class", "case"):
+        means, others = (
+            {metric: part[f"{metric}_{kind}_mean"] for metric in METRICS[protocol]}
+            for protocol, part in (("strict", strict), ("transunet", transunet))
+        )
+        label = f"**{kind} mean**"
+        lines.append(
+            _table_row(label, summary["n_cases"], strict | means, f"dice_{kind}", [""] * 3, others)
+        )
+    return "\n".join([*lines, "", *_explanations(summary)]) + "\n"
+
+
+def _table_row(label, n, strict, spread, counts, transunet) -> str:
+    """One line of the table; `spread` names the SD and interval, blank where there is none."""
+    sd, ends = (strict.get(f"{spread}_{part}", "") for part in ("sd", "ci95"))
+    cells = [label, n, _number(strict["dice"]), _number(sd), _interval(ends)]
+    cells += [_number(strict["hd95"], 2), _number(strict["nsd"]), *counts]
+    return _row([*cells, _number(transunet["dice"]), _number(transunet["hd95"], 2)])
+
+
+def _explanations(summary) -> list[str]:
+    definitions = summary.get("definitions", DEFINITIONS)
+    lines = [
+        "- Columns without a protocol are `strict`; n is the number of cases in which Dice is "
+        "defined, and HD95 averages the cases in which truth and prediction both have the organ.",
+        "- Class mean: mean over organs of their mean over cases. Case mean: mean over cases of "
+        "the mean over the organs defined in the case.",
+        f"- Interval: {summary.get('interval', INTERVAL)}.",
+    ]
+    if summary["n_cases"] < 50:
+        lines.append(f"- {SMALL_SAMPLE}.")
+    return lines + [f"- `{name}`: {text}." for name, text in definitions.items()]
+
+
+def _row(cells) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def _number(value, digits: int = 3) -> str:
+    """Undefined (None) reads n/a; a cell that means nothing here ("") stays blank."""
+    return value if value == "" else "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(ends) -> str:
+    return " to ".join(_number(end) for end in ends) if ends else _number(ends)
