@@ -1,6 +1,7 @@
 """From a configuration to objects: model, optimiser, step; and the backbone it starts from."""
 
 import dataclasses
+
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict

@@ -1,0 +1,1 @@
+"""Conversion of SAM checkpoints, official or Hugging Face, to this project's layout and back."""
