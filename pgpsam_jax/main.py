@@ -2,7 +2,7 @@
 
 import warnings
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from pgpsam_jax.errors import UserError, exit_on_user_error
@@ -33,6 +33,7 @@ def parse(argv):
 
 def main(_):
     with exit_on_user_error():
+        logging.set_verbosity(logging.WARNING)  # orbax tells every file it writes
         from pgpsam_jax import train  # JAX starts its backends only once the flags are parsed
 
         warnings.filterwarnings("default", module="pgpsam_jax")

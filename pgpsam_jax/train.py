@@ -172,8 +172,8 @@ def make_run_mesh(config: ConfigDict):
     lanes = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.train.batch_size % lanes:
         raise UserError(
-            f"train.batch_size {config.train.batch_size} does not divide over the {lanes} devices of "
-            f"data x fsdp; choose a multiple of {lanes}, or config.mesh to use fewer"
+            f"train.batch_size {config.train.batch_size} does not divide over the {lanes} devices "
+            f"of data x fsdp; choose a multiple of {lanes}, or config.mesh to use fewer"
         )
     return mesh
 

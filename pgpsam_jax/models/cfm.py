@@ -14,9 +14,8 @@ class StripConv(nnx.Module):
     """Depthwise convolution of odd length k along one spatial axis, zero padding, same size."""
 
     def __init__(self, channels: int, k: int, axis: int, *, dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal(in_axis=0, out_axis=1)
-        self.kernel = nnx.Param(init(rngs.params(), (k, channels)))
-        self.bias = nnx.Param(jnp.zeros((channels,)))
+        self.kernel = layers.kernel_param(rngs, (k, channels), k)
+        self.bias = layers.zeros_param(channels)
         self.axis, self.dtype = axis, dtype
 
     def __call__(self, x):
@@ -50,9 +49,9 @@ class ChannelGate(nnx.Module):
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
         hidden = channels // 2
-        self.reduce = nnx.Linear(channels, hidden, dtype=dtype, rngs=rngs)
+        self.reduce = layers.Linear(channels, hidden, dtype=dtype, rngs=rngs)
         self.norm = layers.layer_norm(hidden, eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
-        self.expand = nnx.Linear(hidden, channels, dtype=dtype, rngs=rngs)
+        self.expand = layers.Linear(hidden, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
         """(B, H, W, C) to a gate (B, 1, 1, C) in (0, 1)."""
@@ -64,7 +63,7 @@ class ContextualFeatureModulation(nnx.Module):
     """X_i = F + F*g_s + F*g_c + X_{i-1}, F the projected encoder tap; without gates if disabled."""
 
     def __init__(self, width: int, channels: int, *, k: int, enabled: bool, dtype, rngs: nnx.Rngs):
-        self.projection = nnx.Linear(width, channels, use_bias=False, dtype=dtype, rngs=rngs)
+        self.projection = layers.Linear(width, channels, use_bias=False, dtype=dtype, rngs=rngs)
         self.norm = layers.layer_norm(channels, eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
         if enabled:
             self.spatial = SpatialGate(channels, k, dtype=dtype, rngs=rngs)

@@ -35,11 +35,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: EncoderConfig, window: int, lora, *, dtype, rngs: nnx.Rngs):
         dim, head_dim = config.width, config.width // config.heads
-        self.qkv = nnx.Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.qkv = layers.Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
+        self.proj = layers.Linear(dim, dim, dtype=dtype, rngs=rngs)
         rows, columns = (window, window) if window else config.grid
-        self.rel_pos_h = nnx.Param(jnp.zeros((2 * rows - 1, head_dim)))
-        self.rel_pos_w = nnx.Param(jnp.zeros((2 * columns - 1, head_dim)))
+        self.rel_pos_h = layers.zeros_param(2 * rows - 1, head_dim)
+        self.rel_pos_w = layers.zeros_param(2 * columns - 1, head_dim)
         if lora is not None:
             self.lora = LoraQKV(dim, lora, dtype=dtype, rngs=rngs)
         self.adapted = lora is not None
@@ -48,7 +48,7 @@ class Attention(nnx.Module):
 
     def project(self, x):
         """qkv without its bias: padding tokens are zero here and become the bias afterwards."""
-        qkv = x @ self.qkv.kernel[...].astype(self.dtype)
+        qkv = layers.matmul(x, self.qkv.kernel[...].astype(self.dtype))
         return qkv + self.lora(x) if self.adapted else qkv
 
     def __call__(self, x):
@@ -93,7 +93,7 @@ class Neck(nnx.Module):
     """1x1 and 3x3 convolution, each with a channel LayerNorm: D to the decoder's width."""
 
     def __init__(self, dim: int, out: int, *, dtype, rngs: nnx.Rngs):
-        conv = dict(use_bias=False, dtype=dtype, rngs=rngs)
+        conv = dict(use_bias=False, kernel_init=layers.kernel_init, dtype=dtype, rngs=rngs)
         norm = dict(eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
         self.conv1 = nnx.Conv(dim, out, (1, 1), **conv)
         self.norm1 = layers.layer_norm(out, **norm)
@@ -114,7 +114,7 @@ class ImageEncoder(nnx.Module):
             config.patch_size, 3, config.width, dtype=dtype, rngs=rngs
         )
         shape = (1, *config.grid, config.width)
-        self.pos_embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+        self.pos_embed = nnx.Param(jnp.asarray(0.02 * layers.draw(rngs, shape)))
         lora = lora if lora is not None and lora.rank and lora.targets else None
         self.blocks = nnx.List(
             Block(

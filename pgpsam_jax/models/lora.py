@@ -2,9 +2,10 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from pgpsam_jax.models.layers import draw, matmul
 
 TARGETS = ("q", "k", "v")
 
@@ -26,16 +27,13 @@ class LoraQKV(nnx.Module):
     def __init__(self, dim: int, config: LoraConfig, *, dtype, rngs: nnx.Rngs):
         count, bound = len(config.targets), dim**-0.5
         shape = (count, dim, config.rank)
-        self.a = nnx.LoRAParam(
-            jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-        )
+        self.a = nnx.LoRAParam(jnp.asarray(bound * (2 * draw(rngs, shape, "uniform") - 1)))
         self.b = nnx.LoRAParam(jnp.zeros((count, config.rank, dim)))
         self.targets = config.targets
         self.dtype = dtype
 
     def __call__(self, x):
         a, b = self.a[...].astype(self.dtype), self.b[...].astype(self.dtype)
-        low = jnp.einsum("...d,tdr->t...r", x, a)
-        update = {t: low[i] @ b[i] for i, t in enumerate(self.targets)}
+        update = {t: matmul(matmul(x, a[i]), b[i]) for i, t in enumerate(self.targets)}
         zero = jnp.zeros(x.shape, self.dtype)
         return jnp.concatenate([update.get(t, zero) for t in TARGETS], axis=-1)

@@ -71,7 +71,7 @@ class MaskDecoder(nnx.Module):
         """Logits (B, 4H, 4W, M), float32: hypernetwork weights applied to the upscaled image."""
         up = self.upscaling(image_tokens)
         weights = self.hyper_mlps(mask_tokens)
-        return jnp.einsum("bhwd,bmd->bhwm", up, weights, preferred_element_type=jnp.float32)
+        return _apply_tokens(up, weights)
 
     def __call__(self, image, image_pe, sparse, dense, *, multimask: bool):
         """SAM's own call: logits (B, 4H, 4W, 3 or 1) and IoU predictions (B, 3 or 1).
@@ -87,9 +87,15 @@ class MaskDecoder(nnx.Module):
 
 def class_features(mask_tokens, image_tokens):
     """F_M = mask-token outputs . image tokens, (B, H, W, K) float32: the paper's class feature."""
-    return jnp.einsum(
-        "bhwd,bkd->bhwk", image_tokens, mask_tokens, preferred_element_type=jnp.float32
-    )
+    return _apply_tokens(image_tokens, mask_tokens)
+
+
+def _apply_tokens(image, tokens):
+    """Inner products (B, H, W, D) x (B, M, D) to (B, H, W, M), float32, over one spatial axis."""
+    b, h, w, d = image.shape
+    image = image.reshape(b, h * w, d)
+    products = jnp.einsum("bld,bmd->blm", image, tokens, preferred_element_type=jnp.float32)
+    return products.reshape(b, h, w, -1)
 
 
 def upsample_logits(logits, size: tuple[int, int]):

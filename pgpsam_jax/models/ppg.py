@@ -34,7 +34,7 @@ class PromptPath(nnx.Module):
     """What both paths share: prototypes joined with their affinities by an FC, and the MLP."""
 
     def __init__(self, channels: int, others: int, *, dtype, rngs: nnx.Rngs):
-        self.join = nnx.Linear(channels + others, channels, dtype=dtype, rngs=rngs)
+        self.join = layers.Linear(channels + others, channels, dtype=dtype, rngs=rngs)
         self.mlp = layers.MlpBlock(
             channels, channels // 2, activation=layers.gelu, dtype=dtype, rngs=rngs
         )

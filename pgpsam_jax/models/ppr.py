@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pgpsam_jax.models import layers
+
 COSINE_EPS = 1e-8
 
 
@@ -56,12 +58,12 @@ class ClassAttention(nnx.Module):
     def __init__(self, channels: int, classes: int, tokens: int, grid, *, dtype, rngs: nnx.Rngs):
         h, w = grid
         linear = dict(dtype=dtype, rngs=rngs)
-        self.image_conv = nnx.Linear(channels, 1, **linear)
-        self.class_conv = nnx.Linear(classes, 1, **linear)
-        self.image_fc = nnx.Linear(h * w, h, **linear)
-        self.class_fc = nnx.Linear(h * w, w, **linear)
+        self.image_conv = layers.Linear(channels, 1, **linear)
+        self.class_conv = layers.Linear(classes, 1, **linear)
+        self.image_fc = layers.Linear(h * w, h, **linear)
+        self.class_fc = layers.Linear(h * w, w, **linear)
         # No bias: it would be constant over the space the softmax runs over.
-        self.expand = nnx.Linear(1, tokens, use_bias=False, **linear)
+        self.expand = layers.Linear(1, tokens, use_bias=False, **linear)
 
     def vectors(self, feature, class_feature):
         """Eq 3: F_I'' (B, H) from F_I (B, H, W, C) and F_M'' (B, W) from F_M (B, H, W, K)."""
@@ -84,7 +86,7 @@ class PrototypeRefinement(nnx.Module):
         self.class_attention = ClassAttention(
             channels, classes, tokens, grid, dtype=dtype, rngs=rngs
         )
-        self.fuse = nnx.Linear(channels + classes, channels, dtype=dtype, rngs=rngs)
+        self.fuse = layers.Linear(channels + classes, channels, dtype=dtype, rngs=rngs)
         self.alpha = nnx.Param(jnp.array(0.5))
         self.beta = nnx.Param(jnp.array(0.5))
         self.k = k

@@ -4,7 +4,6 @@ Letters: B prompts, P points, H W token grid, C channels. Coordinates are pixels
 Source: Kirillov et al. 2023; random Fourier features of Tancik et al. 2020.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -15,8 +14,7 @@ class FourierPositions(nnx.Module):
     """Random Fourier position encoding; the Gaussian matrix is a buffer, not a parameter."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        matrix = jax.random.normal(rngs.params(), (2, channels // 2))
-        self.gaussian_matrix = layers.Buffer(matrix)
+        self.gaussian_matrix = layers.Buffer(jnp.asarray(layers.draw(rngs, (2, channels // 2))))
 
     def encode(self, coordinates):
         """(..., 2) coordinates (x, y) in [0, 1] to (..., C), always in float32."""
@@ -34,7 +32,7 @@ class MaskDownscaling(nnx.Module):
     """(B, 4H, 4W, 1) mask logits to (B, H, W, C)."""
 
     def __init__(self, channels: int, hidden: int, *, dtype, rngs: nnx.Rngs):
-        conv = dict(padding="VALID", dtype=dtype, rngs=rngs)
+        conv = dict(padding="VALID", kernel_init=layers.kernel_init, dtype=dtype, rngs=rngs)
         norm = dict(eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
         self.conv1 = nnx.Conv(1, hidden // 4, (2, 2), strides=2, **conv)
         self.norm1 = layers.layer_norm(hidden // 4, **norm)

@@ -15,10 +15,10 @@ class Attention(nnx.Module):
 
     def __init__(self, dim: int, heads: int, downsample: int, *, dtype, rngs: nnx.Rngs):
         inner = dim // downsample
-        self.q_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
-        self.k_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
-        self.v_proj = nnx.Linear(dim, inner, dtype=dtype, rngs=rngs)
-        self.out_proj = nnx.Linear(inner, dim, dtype=dtype, rngs=rngs)
+        self.q_proj = layers.Linear(dim, inner, dtype=dtype, rngs=rngs)
+        self.k_proj = layers.Linear(dim, inner, dtype=dtype, rngs=rngs)
+        self.v_proj = layers.Linear(dim, inner, dtype=dtype, rngs=rngs)
+        self.out_proj = layers.Linear(inner, dim, dtype=dtype, rngs=rngs)
         self.heads = heads
 
     def _split(self, x):
