@@ -77,7 +77,7 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: S
             )
 
         (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.step + 1), metrics

@@ -150,7 +150,9 @@ def run_evaluation(config: ConfigDict, workdir, predictor, test_cases, table, en
         trained = {}
         for case_id, index in entries:
             trained.setdefault(case_id, set()).add(index)
-    notice = build.base_notice(config.model)
+    notices = [build.base_notice(config.model)]
+    if trained is not None:
+        notices.append("Training and scored slices come from the same volumes: no generalisation.")
     folder = Path(workdir) / "evaluation"
     summary = evaluate(
         predictor,
@@ -160,7 +162,7 @@ def run_evaluation(config: ConfigDict, workdir, predictor, test_cases, table, en
         nsd_tolerance_mm=config.eval.nsd_tolerance_mm,
         overlays=config.eval.overlays,
         trained_slices=trained,
-        meta={"warnings": [notice] if notice else []},
+        notices=[notice for notice in notices if notice],
     )
     print((folder / "summary.md").read_text(encoding="utf-8"), flush=True)
     return summary

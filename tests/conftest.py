@@ -28,3 +28,9 @@ def shared(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"reference material not found: {path}")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Programs that several tests compile (the same small run) are compiled once a session."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))

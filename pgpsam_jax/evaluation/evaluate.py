@@ -26,12 +26,12 @@ def evaluate(
     nsd_tolerance_mm: float,
     overlays: bool,
     trained_slices: dict[str, set[int]] | None = None,
-    meta: dict | None = None,
+    notices: Sequence[str] = (),
 ) -> dict:
     """Predict, score and write `folder`; returns the summary that `summary.json` holds.
 
     `trained_slices` (case id -> slice indices) are left out of the scores where training and test
-    share volumes.
+    share volumes. `notices` stand at the top of the report.
     """
     folder, rows = Path(folder), []
     for case in tqdm(cases, desc="evaluating", unit="case"):
@@ -60,5 +60,7 @@ def evaluate(
                 table.names,
                 case.case_id,
                 folder / "overlays",
+                region=region,
             )
-    return write_evaluation(rows, folder, table.names, meta or {})
+    meta = {"nsd_tolerance_mm": nsd_tolerance_mm, "notices": list(notices)}
+    return write_evaluation(rows, folder, table.names, meta)

@@ -66,6 +66,9 @@ class PgpSam(nnx.Module):
     def __init__(self, config: PgpSamConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         encoder, c = config.sam.encoder, config.sam.decoder.width
         classes, inter = config.num_classes, config.alpha * config.num_classes
+        # A middle pass only gives PPR its class feature; without PPR it would be dead weight.
+        self.middle_passes = config.ppr
+        passes = 1 + (len(config.stage_taps) if self.middle_passes else 1)
         common = dict(dtype=dtype, rngs=rngs)
         self.image_encoder = ImageEncoder(encoder, config.lora, **common)
         self.pe_layer = FourierPositions(c, rngs=rngs)
@@ -79,9 +82,8 @@ class PgpSam(nnx.Module):
         if config.ppg:
             self.intra = layers.normal_param(rngs, classes, c)
             self.inter = layers.normal_param(rngs, inter, c)
-            self.ppg = nnx.List(  # the bootstrap's, then one per stage
-                PromptGenerator(c, classes, inter, **common)
-                for _ in range(1 + len(config.stage_taps))
+            self.ppg = nnx.List(  # the bootstrap's, then one per later pass
+                PromptGenerator(c, classes, inter, **common) for _ in range(passes)
             )
         else:
             self.default_dense = layers.normal_param(rngs, c)
@@ -119,8 +121,9 @@ class PgpSam(nnx.Module):
             feature = self.cfm[i](tap, feature)
             if self.config.ppr:
                 prototypes = self.ppr[i](feature, class_feature, *prototypes)
-            prompts = self.prompts(i + 1, feature, prototypes)
-            logits, class_feature = self.decode(feature, *prompts)
+            if self.middle_passes or tap is taps[-1]:
+                prompts = self.prompts(i + 1 if self.middle_passes else 1, feature, prototypes)
+                logits, class_feature = self.decode(feature, *prompts)
         return {"bootstrap": bootstrap, "final": logits}
 
 

@@ -1,0 +1,97 @@
+"""Every config file fits the code: model, data settings and one train step, by shapes alone."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import REPOSITORY
+
+from pgpsam_jax import build, config, parameters
+from pgpsam_jax.data.dataset import label_table
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.step import init_state, make_predict_step, make_train_step
+
+CONFIGS = [
+    ("synapse", ()),
+    ("ventricle", ()),
+    ("ventricle", ("head_mr",)),
+    ("phantom", ()),
+    ("abdomen_ct", ()),
+    ("abdomen_ct", ("small",)),
+]
+
+
+def load(name, arguments=()):
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*arguments), module.__doc__
+
+
+def test_all_config_files_are_listed():
+    files = {path.stem for path in (REPOSITORY / "configs").glob("*.py")}
+    assert files == {name for name, _ in CONFIGS}
+
+
+@pytest.mark.parametrize(("name", "arguments"), CONFIGS)
+def test_init_and_one_step_by_shapes(name, arguments, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    settings, record = load(name, arguments)
+    for word in ("Command:", "Data:"):
+        assert word in record
+    classes = label_table(settings).num_classes
+    graphdef, params, frozen = build.abstract_model(settings, classes)
+    optimizer = build.optimizer_of(settings, 126)
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    size, batch = settings.model.image_size, settings.train.batch_size
+    slices = jax.ShapeDtypeStruct((batch, size, size), jnp.float16)
+    labels = jax.ShapeDtypeStruct((batch, size, size), jnp.uint8)
+    step = make_train_step(graphdef, optimizer, build.step_config(settings, 126))
+    after, metrics = jax.eval_shape(step, state, frozen, {"image": slices, "label": labels})
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
+    logits = jax.eval_shape(make_predict_step(graphdef), params, frozen, slices)
+    grid = size // settings.model.patch_size
+    assert logits.shape == (batch, 4 * grid, 4 * grid, classes)
+
+
+def test_the_synapse_config_is_the_paper_run():
+    settings, _ = load("synapse")
+    assert settings.optim.learning_rate == 3e-3 and settings.optim.weight_decay == 0.1
+    assert settings.train.batch_size == 12 and settings.train.epochs == 300
+    assert settings.model.image_size == 512 and settings.model.lora_rank == 4
+    assert build.total_steps(settings, 126) == 3150
+    _, params, frozen = build.abstract_model(settings, 9)
+    paths = parameters.flat_paths(params)
+    encoder = [p for p in paths if p.startswith("image_encoder")]
+    assert encoder and all("/lora/" in p for p in encoder)
+    assert sum(paths[p][...].size for p in encoder) == 147_456
+    assert "total" in parameters.report(params, frozen)
+
+
+def test_stored_configurations_round_trip():
+    settings, _ = load("abdomen_ct", ("small",))
+    again = config.from_json(config.to_json(settings))
+    assert config.to_json(again) == config.to_json(settings)
+    with pytest.raises(UserError, match="does not fit this version"):
+        config.from_json({"no_such_section": {"a": 1}})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("image_size", 500, "not divisible by the patch size 16"),
+        ("encoder", "vit_x", "choose one of"),
+        ("train_encoder", "some", "choose one of"),
+        ("name", "unet", "known: pgpsam/paper"),
+        ("lora_targets", ("q", "x"), "unknown; choose from"),
+        ("stage_taps", (99,), "block indices from 0 to 11"),
+        ("compute_dtype", "float8", "choose float32 or bfloat16"),
+    ],
+)
+def test_settings_that_make_no_model(field, value, message):
+    settings, _ = load("synapse")
+    settings.model[field] = value
+    with pytest.raises(UserError, match=message):
+        build.abstract_model(settings, 9)

@@ -1,0 +1,55 @@
+"""LoRA on the fused qkv projection: starts as the base model, equals weights with its update."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sam_torch
+from flax import nnx
+from sam_torch import SMALL, draw, encode, relative
+
+from pgpsam_jax.models.lora import LoraConfig, LoraQKV
+from pgpsam_jax.models.sam import Sam
+
+
+def with_lora(config: LoraConfig, *, zero: bool):
+    """The small SAM with random A, and B zero or random."""
+    sam = sam_torch.jax_sam(SMALL, sam_torch.small()[0], lora=config)
+    for i, block in enumerate(sam.image_encoder.blocks):
+        block.attn.lora.a.set_value(0.3 * draw(*block.attn.lora.a.shape, seed=i))
+        if not zero:
+            block.attn.lora.b.set_value(0.3 * draw(*block.attn.lora.b.shape, seed=100 + i))
+    return sam
+
+
+def test_lora_starts_as_the_base_model():
+    """B starts at zero, A within 1/sqrt(D); B = 0 gives the base model's output bit for bit."""
+    lora = LoraQKV(48, LoraConfig(3), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    assert lora.a.shape == (2, 48, 3) and lora.b.shape == (2, 3, 48)
+    assert not lora.b[...].any() and 0.9 < float(abs(lora.a[...]).max()) * 48**0.5 <= 1
+    images = draw(1, 96, 96, 3)
+    adapted = encode(with_lora(LoraConfig(3), zero=True), images)
+    np.testing.assert_array_equal(adapted, encode(sam_torch.small()[2], images))
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ("v", "k")])
+def test_lora_adds_its_product_to_the_projection(targets):
+    """The same as a base model whose qkv weights hold the update in the rows of the targets."""
+    sam, merged = with_lora(LoraConfig(3, targets), zero=False), dict(sam_torch.small()[0])
+    for i, block in enumerate(sam.image_encoder.blocks):
+        name = f"image_encoder.blocks.{i}.attn.qkv.weight"
+        update = np.einsum("tdr,tre->ted", block.attn.lora.a[...], block.attn.lora.b[...])
+        parts = dict(zip("qkv", np.split(merged[name].copy(), 3), strict=True))
+        for target, value in zip(targets, update, strict=True):
+            parts[target] += value
+        merged[name] = np.concatenate(list(parts.values()))
+    images = draw(1, 96, 96, 3)
+    adapted = encode(sam, images)
+    assert relative(adapted, encode(sam_torch.jax_sam(SMALL, merged), images)) <= 1e-5
+    assert relative(adapted, encode(sam_torch.small()[2], images)) > 0.1
+
+
+def test_no_lora_without_rank_or_targets():
+    for config in (LoraConfig(0), LoraConfig(4, ()), None):
+        sam = nnx.eval_shape(lambda c=config: Sam(SMALL, lora=c, rngs=nnx.Rngs(0)))
+        assert not jax.tree.leaves(nnx.state(sam, nnx.LoRAParam))

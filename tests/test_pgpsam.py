@@ -1,0 +1,376 @@
+"""PGP-SAM whole: the forward pass against the equations, switches, sizes, gradients, precision.
+
+The expected logits are composed in float64 from `equations_numpy` and `decoder_numpy`; what the
+image encoder gives is taken as it is, and in most tests drawn at random, to compile less.
+"""
+
+import dataclasses
+import functools
+
+import decoder_numpy
+import equations_numpy as eq
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.models.lora import LoraConfig
+from pgpsam_jax.models.pgpsam import PgpSam, PgpSamConfig
+from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.parameters import count, flat_paths, trainable
+
+# Relative L2 of logits.
+FORWARD_TOLERANCE = 1e-5
+BFLOAT16_TOLERANCE = 0.05
+ENCODER = dict(width=32, depth=2, heads=2, global_blocks=(0, 1), out_channels=32, window_size=4)
+TABLE_3 = {
+    "baseline": dict(cfm=False, ppg=False, ppr=False),
+    "cfm": dict(cfm=True, ppg=False, ppr=False),
+    "cfm+ppg": dict(cfm=True, ppg=True, ppr=False),
+    "cfm+ppg+ppr": dict(cfm=True, ppg=True, ppr=True),
+}
+
+
+def small(size=32, classes=3, **kwargs):
+    """A model of a few thousand parameters: what a test of behaviour, not of size, needs."""
+    sam = SamConfig.preset("vit_t", size, 8, **ENCODER)
+    decoder = dataclasses.replace(sam.decoder, depth=1, heads=2, mlp_dim=64)
+    return PgpSamConfig(dataclasses.replace(sam, decoder=decoder), classes, **kwargs)
+
+
+class Given(nnx.Module):
+    """In the place of the image encoder: the `images` are its outputs already."""
+
+    def __call__(self, images, taps):
+        return images
+
+
+def create(config, encoder=False, dtype=jnp.float32):
+    """A model at its own initialisation, with its image encoder or `Given`."""
+    model = PgpSam(config, dtype=dtype, rngs=nnx.Rngs(3))
+    if not encoder:
+        model.image_encoder = Given()
+    return model
+
+
+@functools.cache
+def build(config, encoder=False, dtype=jnp.float32):
+    """A model with every parameter random, and its arrays in float64."""
+    return eq.random_module(lambda: create(config, encoder, dtype), 1)
+
+
+def inputs_for(config, encoder=False, batch=2):
+    """Images, or the neck's output and the taps."""
+    rng, sam = np.random.default_rng(5), config.sam
+    if encoder:
+        return rng.random((batch, *sam.image_size, 3), np.float32)
+    shape = (batch, *sam.encoder.grid)
+    taps = [rng.normal(size=(*shape, sam.encoder.width)) for _ in config.stage_taps]
+    neck = rng.normal(size=(*shape, sam.encoder.out_channels))
+    return np.float32(neck), [np.float32(tap) for tap in taps]
+
+
+def relative(got, expected) -> float:
+    """Relative L2 error in float64."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def check_outputs(config, p, features, outputs):
+    """Both outputs against the composition of the equations, image by image."""
+    grid, sizes = config.sam.encoder.grid, config.sam.decoder
+    pe = decoder_numpy.fourier_positions(p["pe_layer.gaussian_matrix"], grid)
+    weights = eq.sub(p, "mask_decoder")
+
+    def decode(*prompt):
+        return decoder_numpy.decode(*prompt, pe, weights, sizes.depth, sizes.heads)
+
+    switches = {f"{name}_on": getattr(config, name) for name in ("cfm", "ppg", "ppr")}
+    neck, *taps = (np.asarray(x, np.float64) for x in (features[0], *features[1]))
+    for b in range(len(neck)):
+        shape = dict(stages=len(config.stage_taps), k=config.k)
+        passes = eq.pgp_sam(neck[b], [tap[b] for tap in taps], decode, p, **shape, **switches)
+        assert len(passes) == 1 + len(config.stage_taps)
+        for key, expected in (("bootstrap", passes[0]), ("final", passes[-1])):
+            assert expected.shape == (4 * grid[0], 4 * grid[1], config.num_classes)
+            assert relative(outputs[key][b], expected) <= FORWARD_TOLERANCE
+        assert relative(passes[-1], passes[0]) > 0.01  # the stages do something
+
+
+# The forward pass.
+
+
+@functools.cache
+def run_vit_t(dtype):
+    """(outputs, (neck, taps)) of the small preset, encoder and all, with random parameters."""
+    config = PgpSamConfig(SamConfig.preset("vit_t", 64, 8), 9)
+    model, _ = build(config, True, dtype)
+
+    @nnx.jit
+    def run(model, images):
+        return model(images), model.image_encoder(images, config.stage_taps)
+
+    return config, model, run(model, inputs_for(config, True))
+
+
+def test_forward_pass_with_its_encoder_is_the_composition_of_the_equations():
+    config, _, (outputs, features) = run_vit_t(jnp.float32)
+    assert config.stage_taps == (3, 1) and outputs["final"].shape == (2, 32, 32, 9)
+    check_outputs(config, build(config, True)[1], features, outputs)
+
+
+OTHER_SIZES = {
+    "wide, one stage": small((32, 56), 2, stage_taps=(1,), alpha=2, k=1),
+    "tall, three stages": small((40, 24), 5, stage_taps=(1, 0, 1), alpha=3, k=6, strip_kernel=3),
+}
+
+
+call = nnx.jit(lambda model, images: model(images))
+
+
+@pytest.mark.parametrize("name", OTHER_SIZES)
+def test_forward_pass_at_other_sizes(name):
+    config = OTHER_SIZES[name]
+    (model, p), features = build(config), inputs_for(config)
+    check_outputs(config, p, features, call(model, features))
+
+
+@pytest.mark.parametrize("row", TABLE_3)
+def test_forward_pass_of_each_row_of_table_3(row):
+    config = small(**TABLE_3[row])
+    model, p = build(config)
+    check_outputs(config, p, inputs_for(config), gradients(config, model)[1])
+
+
+def test_model_has_no_favourite_class():
+    """Classes in another order, with every weight that counts classes, give the same masks."""
+    config, order = OTHER_SIZES["tall, three stages"], np.array([2, 0, 4, 3, 1])
+    (model, p), features = build(config), inputs_for(config)
+    c, moved = config.sam.decoder.width, dict(p)
+    tokens = (order[:, None] * (config.k + 1) + np.arange(config.k + 1)).reshape(-1)
+    for name, value in p.items():
+        if name == "intra" or name.startswith(("mask_decoder.mask_tokens", "mask_decoder.hyper")):
+            moved[name] = value[order]
+        elif name.endswith("class_conv.kernel"):
+            moved[name] = value[order]
+        elif name.endswith("class_attention.expand.kernel"):
+            moved[name] = value[:, tokens]
+        elif name.endswith(("fuse.kernel", "dense.join.kernel")):
+            moved[name] = value[np.concatenate([np.arange(c), c + order])]
+    graphdef, state = nnx.split(model)
+    got = call(nnx.merge(graphdef, eq.fill(state, moved)), features)
+    for key, expected in call(model, features).items():
+        assert relative(got[key], expected[..., order]) < FORWARD_TOLERANCE
+
+
+# Configuration.
+
+
+@pytest.mark.parametrize("name, taps", [("vit_b", (11, 2)), ("vit_l", (23, 5)), ("vit_h", (31, 7))])
+def test_stage_taps_default_to_the_last_and_first_global_block(name, taps):
+    assert PgpSamConfig(SamConfig.preset(name, 512), 9).stage_taps == taps
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(ppg=False), "ppr"),
+        (dict(stage_taps=(1, 2)), "stage_taps"),
+        (dict(stage_taps=(-1,)), "stage_taps"),
+        (dict(k=0), "k=0"),
+        (dict(k=7, alpha=2), "k=7"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong, words):
+    with pytest.raises(UserError, match=words):
+        small(**wrong)
+
+
+def names(**switches):
+    """Dotted parameter names of a small model, without compiling anything."""
+    shapes = nnx.eval_shape(lambda: PgpSam(small(**switches), rngs=nnx.Rngs(0)))
+    return set(flat_paths(nnx.state(shapes, nnx.Param)))
+
+
+def test_switches_add_and_remove_exactly_their_own_parameters():
+    rows = {name: names(**switches) for name, switches in TABLE_3.items()}
+    gates = {n for n in rows["cfm"] if "/spatial/" in n or "/channel/" in n}
+    assert len(gates) == 2 * 12 and rows["cfm"] - rows["baseline"] == gates
+    assert not rows["baseline"] - rows["cfm"]
+    ppg = {n for n in rows["cfm+ppg"] if n.startswith("ppg/")} | {"intra", "inter"}
+    assert rows["cfm+ppg"] - rows["cfm"] == ppg and len(ppg) == 2 + 3 * 12
+    assert rows["cfm"] - rows["cfm+ppg"] == {"default_dense"}
+    ppr = {n for n in rows["cfm+ppg+ppr"] if n.startswith("ppr/")}
+    assert rows["cfm+ppg+ppr"] - rows["cfm+ppg"] == ppr and len(ppr) == 2 * 13
+    assert not rows["cfm+ppg"] - rows["cfm+ppg+ppr"]
+    projections = {f"cfm/{s}/{n}" for s in (0, 1) for n in ("projection/kernel", "norm/scale")}
+    assert all(projections <= row for row in rows.values())
+    assert not any("iou" in n or "prompt_encoder" in n for row in rows.values() for n in row)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_each_stage_has_its_own_modules_and_all_share_one_decoder(stages):
+    taps = (1, 0, 1)[:stages]
+    found, two = names(stage_taps=taps), names()
+    per_stage = {n.split("/")[1] for n in found if n.startswith("cfm/")}
+    assert per_stage == {str(s) for s in range(stages)}
+    assert {n.split("/")[1] for n in found if n.startswith("ppr/")} == per_stage
+    assert {n.split("/")[1] for n in found if n.startswith("ppg/")} == per_stage | {str(stages)}
+    decoder = {n for n in found if n.startswith("mask_decoder/")}
+    assert decoder == {n for n in two if n.startswith("mask_decoder/")} and decoder
+
+
+def part(state, prefix):
+    return count({n: v for n, v in flat_paths(state).items() if n.startswith(prefix)})
+
+
+def test_parameter_counts_at_the_paper_size():
+    """ViT-b, 512 px, 9 classes, against counts worked out by hand from the layer sizes."""
+    config = PgpSamConfig(SamConfig.preset("vit_b", 512), 9)
+    model = nnx.eval_shape(lambda: PgpSam(config, rngs=nnx.Rngs(0)))
+    trained, rest = nnx.state(model, trainable("lora"), ...)
+    c, d, n, k, q, side = 256, 768, 9, 4, 72, 32
+
+    def linear(a, b):
+        return a * b + b
+
+    cfm = d * c + 2 * c + 2 * (5 * c + c) + 2 * c  # projection, strips, norms
+    cfm += linear(c, c // 2) + 2 * (c // 2) + linear(c // 2, c)
+    ppr = linear(c, 1) + linear(n, 1) + 2 * linear(side * side, side) + n * (k + 1)
+    ppr += linear(c + n, c) + 2
+    mlp = linear(c, c // 2) + linear(c // 2, c)
+    ppg = linear(c + n, c) + linear(c + q, c) + 2 * mlp
+    upscaling = (c * 64 * 4 + 64) + 2 * 64 + (64 * 32 * 4 + 32)
+    hyper = n * (2 * linear(c, c) + linear(c, 32))
+    expected = {
+        "image_encoder/": 147_456,  # LoRA: 12 blocks x (q, v) x 2 x 768 x 4
+        "cfm/": 2 * cfm,
+        "ppr/": 2 * ppr,
+        "ppg/": 3 * ppg,
+        "intra": n * c,
+        "inter": q * c,
+        "mask_decoder/transformer/": 3_291_264,
+        "mask_decoder/upscaling/": upscaling,
+        "mask_decoder/hyper_mlps/": hyper,
+        "mask_decoder/mask_tokens": n * c,
+    }
+    assert (cfm, ppr, ppg, hyper) == (266_880, 134_010, 284_160, 1_258_272)
+    assert {name: part(trained, name) for name in expected} == expected
+    assert count(trained) == sum(expected.values()) == 6_448_244
+    assert part(rest, "image_encoder/") == 87_278_848  # SAM's encoder at 512 px
+    assert part(rest, "pe_layer/") == count(rest) - 87_278_848 == 2 * 128
+    assert all("lora" in name for name in flat_paths(trained) if name.startswith("image_encoder/"))
+
+
+# Gradients.
+
+
+def loss(outputs, labels):
+    """Plain cross-entropy on both outputs, so that both send gradients."""
+    chance = [jax.nn.log_softmax(outputs[key]) for key in ("bootstrap", "final")]
+    return -sum(jnp.take_along_axis(x, labels[..., None], -1).mean() for x in chance)
+
+
+def labels_for(config, batch=2):
+    h, w = config.sam.encoder.grid
+    return np.random.default_rng(6).integers(0, config.num_classes, (batch, 4 * h, 4 * w))
+
+
+@functools.cache
+def differentiate(config, encoder):
+    """Compiled (trained, rest, inputs, labels) -> (gradients, outputs)."""
+    graphdef = nnx.graphdef(build(config, encoder)[0])
+
+    @jax.jit
+    def run(trained, rest, inputs, labels):
+        def objective(trained):
+            outputs = nnx.merge(graphdef, trained, rest)(inputs)
+            return loss(outputs, labels), outputs
+
+        return jax.grad(objective, has_aux=True)(trained)
+
+    return run
+
+
+def gradients(config, model, encoder=False):
+    """Gradient of the loss for each trained leaf, by path, and the outputs."""
+    _, trained, rest = nnx.split(model, trainable("lora"), ...)
+    run = differentiate(config, encoder)
+    found, outputs = run(trained, rest, inputs_for(config, encoder), labels_for(config))
+    return {n: np.asarray(g[...]) for n, g in flat_paths(found).items()}, outputs
+
+
+@pytest.mark.parametrize("row", TABLE_3)
+def test_every_trained_parameter_receives_a_gradient(row):
+    """At the real initialisation, all but the decoder's key biases.
+
+    Those add one number to every score of a softmax: their gradient is zero, up to rounding.
+    """
+    config = small(**TABLE_3[row])
+    found, _ = gradients(config, create(config))
+    sizes = {n: np.linalg.norm(g) for n, g in found.items()}
+    keys = {n for n in sizes if n.endswith("k_proj/bias")}
+    assert len(keys) == 4
+    assert all(sizes[n] < 1e-4 * sizes[n.replace("bias", "kernel")] for n in keys)
+    assert {n for n in sizes if sizes[n] < 1e-6} - keys == set()
+    tables = ["mask_decoder/mask_tokens"] + (["intra", "inter"] if config.ppg else [])
+    for name in tables:  # every class, and every prototype whether chosen or not
+        assert np.linalg.norm(found[name], axis=-1).min() > 1e-6, name
+
+
+def test_lora_gradients_start_with_b_and_then_reach_both_factors():
+    """B starts at zero, which stops the gradient of A: the other parameters that wait."""
+    config = small(stage_taps=(0,), lora=LoraConfig(rank=2))
+    found, _ = gradients(config, create(config, True), True)
+    lora = {n: np.linalg.norm(g) for n, g in found.items() if "image_encoder" in n}
+    names = {f"image_encoder/blocks/{i}/attn/lora/{factor}" for i in (0, 1) for factor in "ab"}
+    assert set(lora) == names
+    assert all((lora[n] == 0) == n.endswith("a") for n in names)
+    found, _ = gradients(config, build(config, True)[0], True)
+    assert all(np.linalg.norm(found[n]) > 1e-6 for n in names)
+
+
+def test_one_decoder_serves_all_passes_and_sums_their_gradients():
+    config = small()
+    model, _ = build(config)
+    features, labels = inputs_for(config), labels_for(config)
+    graphdef, decoder, rest = nnx.split(model, nnx.PathContains("mask_decoder"), ...)
+
+    def objective(decoders):
+        """The loss with a decoder of its own for each pass."""
+        model = nnx.merge(graphdef, decoders[0], rest)
+        copies = iter([nnx.merge(graphdef, own, rest).mask_decoder for own in decoders])
+        decode = model.decode
+
+        def next_decode(*prompt):
+            model.mask_decoder = next(copies)
+            return decode(*prompt)
+
+        model.decode = next_decode
+        value = loss(model(features), labels)
+        assert next(copies, None) is None  # the bootstrap and two stages: three passes
+        return value
+
+    apart = jax.jit(jax.grad(objective))([decoder] * 3)
+    for own in apart:
+        assert sum(float(jnp.linalg.norm(x)) for x in jax.tree.leaves(own)) > 1e-3
+    total = flat_paths(jax.tree.map(lambda *x: sum(x), *apart))
+    shared, _ = gradients(config, model)
+    for name, expected in total.items():
+        if not name.endswith("k_proj/bias"):
+            assert relative(shared[name], expected[...]) < 1e-4, name
+
+
+# Precision.
+
+
+def test_bfloat16_computes_close_to_float32_and_returns_float32():
+    exact = run_vit_t(jnp.float32)[2][0]
+    _, model, (half, _) = run_vit_t(jnp.bfloat16)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(model)))
+    for key in ("bootstrap", "final"):
+        assert half[key].dtype == jnp.float32 and np.isfinite(half[key]).all()
+        assert relative(half[key], exact[key]) < BFLOAT16_TOLERANCE
