@@ -3,7 +3,7 @@
 ONE PATIENT, software labels, slices of the same volume on both sides: this shows that the real
 path runs from file to table; it is no claim of accuracy or generalisation.
 
-Command:  python -m pgpsam_jax.main --config configs/abdomen_ct.py:small --workdir runs/abdomen_small
+Command:  python -m pgpsam_jax.main --config configs/abdomen_ct.py:small
           python -m pgpsam_jax.main --config configs/abdomen_ct.py
 Data:     ../shared/data/abdomen_ct (122 x 101 x 112 voxels of 3 mm, TotalSegmentator's reference
           case, Apache-2.0), or --config.data.root=FOLDER with ct.nii.gz and seg104.nii.gz.
@@ -34,12 +34,16 @@ def get_config(variant: str = "vit_b"):
     config.log.checkpoint_steps = 20
     config.eval.batch_size = 2
     if variant == "small":
+        config.name = "abdomen_small"
         config.model.base = ""
         config.model.encoder = "vit_t"
         config.model.train_encoder = "full"
         config.model.image_size = 128
         config.model.patch_size = 8
-        config.train.batch_size = 8
+        config.optim.learning_rate = 1e-3
+        config.optim.weight_decay = 0.01
+        config.optim.clip_norm = 1.0
+        config.train.batch_size = 4
         config.train.steps = 600
         config.log.every_steps = 10
         config.log.checkpoint_steps = 200

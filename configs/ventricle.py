@@ -47,11 +47,14 @@ def get_config(variant: str = ""):
         config.model.base = ""
         config.model.encoder = "vit_t"
         config.model.train_encoder = "full"
-        config.model.image_size = 160
+        config.model.image_size = 128
         config.model.patch_size = 8
-        config.train.batch_size = 8
-        config.train.steps = 300
-        config.log.checkpoint_steps = 100
+        config.optim.learning_rate = 1e-3
+        config.optim.weight_decay = 0.01
+        config.optim.clip_norm = 1.0
+        config.train.batch_size = 4
+        config.train.steps = 600
+        config.log.checkpoint_steps = 200
     elif variant:
         raise ValueError(f"configs/ventricle.py knows no variant {variant!r}; use head_mr or none")
     return config

@@ -12,7 +12,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import pgpsam
 from pgpsam_jax.models.lora import TARGETS, LoraConfig
 from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.optim import OptimConfig, make_optimizer
+from pgpsam_jax.optim import OptimConfig, learning_rate_schedule, make_optimizer
 from pgpsam_jax.parameters import flat_paths
 from pgpsam_jax.step import StepConfig, split_model
 
@@ -138,8 +138,19 @@ def total_steps(config: ConfigDict, epoch_size: int) -> int:
     return max(1, -(-config.train.epochs * epoch_size // config.train.batch_size))
 
 
-def optimizer_of(config: ConfigDict, epoch_size: int):
-    """AdamW over the run's updates (fewer than steps when gradients are accumulated)."""
+def schedule_of(config: ConfigDict, epoch_size: int):
+    """(optimiser settings, updates): fewer updates than steps when gradients are accumulated."""
     settings = OptimConfig(**config.optim)
-    updates = max(1, total_steps(config, epoch_size) // settings.accumulate_steps)
-    return make_optimizer(settings, updates)
+    return settings, max(1, total_steps(config, epoch_size) // settings.accumulate_steps)
+
+
+def optimizer_of(config: ConfigDict, epoch_size: int):
+    """AdamW with the schedule of the whole run."""
+    return make_optimizer(*schedule_of(config, epoch_size))
+
+
+def learning_rate_of(config: ConfigDict, epoch_size: int):
+    """step -> learning rate of that step, for the log."""
+    settings, updates = schedule_of(config, epoch_size)
+    schedule = learning_rate_schedule(settings, updates)
+    return lambda step: float(schedule((step - 1) // settings.accumulate_steps))

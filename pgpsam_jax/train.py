@@ -67,16 +67,19 @@ def train(config: ConfigDict, workdir) -> dict:
         state = initial(params)
     del params
 
-    state = _loop(config, workdir, compiled, state, frozen, loader, checkpoints, mesh, total)
+    log = RunLog(workdir, config.log, int(state.step), total, config.train.batch_size)
+    rate = build.learning_rate_of(config, size)
+    state = _loop(config, compiled, state, frozen, loader, checkpoints, mesh, total, log, rate)
     checkpoints.close()
     loader.close()
     predictor = make_predictor(config, graphdef, state.params, frozen, mesh)
     return run_evaluation(config, workdir, predictor, test_cases, table, data.list.entries)
 
 
-def _loop(config, workdir, step_fn, state: TrainState, frozen, loader, checkpoints, mesh, total):
+def _loop(
+    config, step_fn, state: TrainState, frozen, loader, checkpoints, mesh, total, log, rate_at
+):
     step = int(state.step)
-    log = RunLog(workdir, config.log, step, total, config.train.batch_size)
     last_saved = step if checkpoints.latest == step else None
     try:
         while step < total:
@@ -90,11 +93,11 @@ def _loop(config, workdir, step_fn, state: TrainState, frozen, loader, checkpoin
                 if not np.isfinite(values["loss"]):
                     raise UserError(
                         f"the loss is {values['loss']} at step {step} (batch rows "
-                        f"{batch['index'].tolist()} of {workdir}/fewshot.txt); lower "
+                        f"{batch['index'].tolist()} of {log.workdir}/fewshot.txt); lower "
                         "optim.learning_rate or set optim.clip_norm, then run the same command: "
                         "it goes on from the last checkpoint"
                     )
-                log.write(step, values)
+                log.write(step, values | {"learning_rate": rate_at(step)})
             if step % config.log.checkpoint_steps == 0 or step == total:
                 checkpoints.save(state, loader)
                 last_saved = step

@@ -1,4 +1,4 @@
-"""SAM's mask decoder in plain float64 numpy, no batch axis, written from Kirillov et al., appendix A.
+"""SAM's mask decoder (Kirillov et al., appendix A) in plain float64 numpy, no batch axis.
 
 The second half of the oracle of `test_pgpsam.py`; `p` maps dotted parameter names to arrays, as in
 `equations_numpy`.

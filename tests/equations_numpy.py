@@ -185,9 +185,13 @@ def ppr(f_i, f_m, intra, inter, k, p):
 
 
 def joined(own, others, p):
-    """Section 2.3: FC of [P, P others^T], the prototypes beside their products with the others."""
+    """Section 2.3: FC of [P, P others^T], the prototypes beside their products with the others.
+
+    With the LayerNorm (eps 1e-5) that the authors' release and this project put behind it.
+    """
     products = np.array([[one @ other for other in others] for one in own])
-    return linear(np.concatenate([own, products], -1), p)
+    joined = linear(np.concatenate([own, products], -1), sub(p, "join"))
+    return layer_norm(joined, sub(p, "norm"), eps=1e-5)
 
 
 def mlp(x, p):
@@ -207,7 +211,7 @@ def eq6_attention(f_i, prototypes):
 
 def eq6_dense(f_i, intra, inter, p):
     """Eq 6: D (H, W, C) = MLP(softmax_Q(F_I P^_inter^T / sqrt C) P^_inter)."""
-    return mlp(eq6_attention(f_i, joined(inter, intra, sub(p, "join"))), sub(p, "mlp"))
+    return mlp(eq6_attention(f_i, joined(inter, intra, p)), sub(p, "mlp"))
 
 
 def eq7_attention(prototypes, f_i):
@@ -218,7 +222,7 @@ def eq7_attention(prototypes, f_i):
 
 def eq7_sparse(f_i, intra, inter, p):
     """Eq 7: S (N, C) = MLP(softmax_L(P^_intra F_I^T / sqrt C) F_I), one prompt per class."""
-    return mlp(eq7_attention(joined(intra, inter, sub(p, "join")), f_i), sub(p, "mlp"))
+    return mlp(eq7_attention(joined(intra, inter, p), f_i), sub(p, "mlp"))
 
 
 def class_feature(mask_tokens, image_tokens):
@@ -233,7 +237,8 @@ def pgp_sam(neck, taps, decode, p, *, stages, k, cfm_on=True, ppg_on=True, ppr_o
     """Figure 2: bootstrap pass, then the stages; returns the logits of every decoder pass.
 
     `neck` (H, W, C); `taps` one (H, W, width) map per stage; `decode(feature, sparse, dense)` the
-    shared decoder, giving (logits, mask tokens, image tokens). Refined prototypes pass on.
+    shared decoder, giving (logits, mask tokens, image tokens). Refined prototypes pass on. Only
+    PPR reads a pass between the first and the last, so without it there is none.
     """
     feature = neck
     intra, inter = (p["intra"], p["inter"]) if ppg_on else (None, None)
@@ -254,6 +259,7 @@ def pgp_sam(neck, taps, decode, p, *, stages, k, cfm_on=True, ppg_on=True, ppr_o
         feature = cfm(taps[s], feature, sub(p, f"cfm.{s}"), cfm_on)
         if ppr_on:
             intra, inter = ppr(feature, f_m, intra, inter, k, sub(p, f"ppr.{s}"))
-        logits, f_m = run(s + 1)
-        outputs.append(logits)
+        if ppr_on or s == stages - 1:
+            logits, f_m = run(len(outputs))
+            outputs.append(logits)
     return outputs

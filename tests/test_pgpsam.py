@@ -6,6 +6,7 @@ image encoder gives is taken as it is, and in most tests drawn at random, to com
 
 import dataclasses
 import functools
+import math
 
 import decoder_numpy
 import equations_numpy as eq
@@ -21,9 +22,10 @@ from pgpsam_jax.models.pgpsam import PgpSam, PgpSamConfig
 from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.parameters import count, flat_paths, trainable
 
-# Relative L2 of logits.
-FORWARD_TOLERANCE = 1e-5
-BFLOAT16_TOLERANCE = 0.05
+# Relative L2 errors, about three times what was measured on CPU.
+FORWARD_TOLERANCE = 1e-5  # of logits
+BFLOAT16_TOLERANCE = 0.03
+GRADIENT_TOLERANCE = 5e-4  # per tensor: saturated softmaxes leave differences of large numbers
 ENCODER = dict(width=32, depth=2, heads=2, global_blocks=(0, 1), out_channels=32, window_size=4)
 TABLE_3 = {
     "baseline": dict(cfm=False, ppg=False, ppr=False),
@@ -31,6 +33,8 @@ TABLE_3 = {
     "cfm+ppg": dict(cfm=True, ppg=True, ppr=False),
     "cfm+ppg+ppr": dict(cfm=True, ppg=True, ppr=True),
 }
+# Unoptimised machine code: half the time of a compilation, which is nearly all the time here.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def small(size=32, classes=3, **kwargs):
@@ -93,7 +97,7 @@ def check_outputs(config, p, features, outputs):
     for b in range(len(neck)):
         shape = dict(stages=len(config.stage_taps), k=config.k)
         passes = eq.pgp_sam(neck[b], [tap[b] for tap in taps], decode, p, **shape, **switches)
-        assert len(passes) == 1 + len(config.stage_taps)
+        assert len(passes) == 1 + (len(config.stage_taps) if config.ppr else 1)
         for key, expected in (("bootstrap", passes[0]), ("final", passes[-1])):
             assert expected.shape == (4 * grid[0], 4 * grid[1], config.num_classes)
             assert relative(outputs[key][b], expected) <= FORWARD_TOLERANCE
@@ -105,19 +109,20 @@ def check_outputs(config, p, features, outputs):
 
 @functools.cache
 def run_vit_t(dtype):
-    """(outputs, (neck, taps)) of the small preset, encoder and all, with random parameters."""
+    """Outputs and (neck, taps) of the small preset, encoder and all, with random parameters."""
     config = PgpSamConfig(SamConfig.preset("vit_t", 64, 8), 9)
-    model, _ = build(config, True, dtype)
+    graphdef, state = nnx.split(build(config, True, dtype)[0])
 
-    @nnx.jit
-    def run(model, images):
+    @quick_jit
+    def run(state, images):
+        model = nnx.merge(graphdef, state)
         return model(images), model.image_encoder(images, config.stage_taps)
 
-    return config, model, run(model, inputs_for(config, True))
+    return config, *run(state, inputs_for(config, True))
 
 
 def test_forward_pass_with_its_encoder_is_the_composition_of_the_equations():
-    config, _, (outputs, features) = run_vit_t(jnp.float32)
+    config, outputs, features = run_vit_t(jnp.float32)
     assert config.stage_taps == (3, 1) and outputs["final"].shape == (2, 32, 32, 9)
     check_outputs(config, build(config, True)[1], features, outputs)
 
@@ -128,14 +133,19 @@ OTHER_SIZES = {
 }
 
 
-call = nnx.jit(lambda model, images: model(images))
+@functools.cache
+def compiled(config):
+    """Compiled (state, features) -> outputs."""
+    graphdef = nnx.graphdef(build(config)[0])
+    return quick_jit(lambda state, features: nnx.merge(graphdef, state)(features))
 
 
 @pytest.mark.parametrize("name", OTHER_SIZES)
 def test_forward_pass_at_other_sizes(name):
     config = OTHER_SIZES[name]
     (model, p), features = build(config), inputs_for(config)
-    check_outputs(config, p, features, call(model, features))
+    outputs = compiled(config)(nnx.state(model), features)
+    check_outputs(config, p, features, outputs)
 
 
 @pytest.mark.parametrize("row", TABLE_3)
@@ -160,9 +170,9 @@ def test_model_has_no_favourite_class():
             moved[name] = value[:, tokens]
         elif name.endswith(("fuse.kernel", "dense.join.kernel")):
             moved[name] = value[np.concatenate([np.arange(c), c + order])]
-    graphdef, state = nnx.split(model)
-    got = call(nnx.merge(graphdef, eq.fill(state, moved)), features)
-    for key, expected in call(model, features).items():
+    run, state = compiled(config), nnx.state(model)
+    got = run(eq.fill(state, moved), features)
+    for key, expected in run(state, features).items():
         assert relative(got[key], expected[..., order]) < FORWARD_TOLERANCE
 
 
@@ -189,6 +199,12 @@ def test_wrong_settings_are_refused(wrong, words):
         small(**wrong)
 
 
+def test_parameters_start_as_plain_float32():
+    """A weakly typed one would turn strong in the first update and compile the step again."""
+    for path, leaf in flat_paths(nnx.state(create(small()))).items():
+        assert leaf[...].dtype == jnp.float32 and not leaf[...].weak_type, path
+
+
 def names(**switches):
     """Dotted parameter names of a small model, without compiling anything."""
     shapes = nnx.eval_shape(lambda: PgpSam(small(**switches), rngs=nnx.Rngs(0)))
@@ -201,10 +217,10 @@ def test_switches_add_and_remove_exactly_their_own_parameters():
     assert len(gates) == 2 * 12 and rows["cfm"] - rows["baseline"] == gates
     assert not rows["baseline"] - rows["cfm"]
     ppg = {n for n in rows["cfm+ppg"] if n.startswith("ppg/")} | {"intra", "inter"}
-    assert rows["cfm+ppg"] - rows["cfm"] == ppg and len(ppg) == 2 + 3 * 12
+    assert rows["cfm+ppg"] - rows["cfm"] == ppg and len(ppg) == 2 + 2 * 12
     assert rows["cfm"] - rows["cfm+ppg"] == {"default_dense"}
-    ppr = {n for n in rows["cfm+ppg+ppr"] if n.startswith("ppr/")}
-    assert rows["cfm+ppg+ppr"] - rows["cfm+ppg"] == ppr and len(ppr) == 2 * 13
+    ppr = {n for n in rows["cfm+ppg+ppr"] if n.startswith(("ppr/", "ppg/2/"))}
+    assert rows["cfm+ppg+ppr"] - rows["cfm+ppg"] == ppr and len(ppr) == 2 * 13 + 12
     assert not rows["cfm+ppg"] - rows["cfm+ppg+ppr"]
     projections = {f"cfm/{s}/{n}" for s in (0, 1) for n in ("projection/kernel", "norm/scale")}
     assert all(projections <= row for row in rows.values())
@@ -224,7 +240,9 @@ def test_each_stage_has_its_own_modules_and_all_share_one_decoder(stages):
 
 
 def part(state, prefix):
-    return count({n: v for n, v in flat_paths(state).items() if n.startswith(prefix)})
+    """Scalars of a state below one path."""
+    leaves = flat_paths(state).items()
+    return sum(math.prod(leaf.shape) for name, leaf in leaves if name.startswith(prefix))
 
 
 def test_parameter_counts_at_the_paper_size():
@@ -242,7 +260,7 @@ def test_parameter_counts_at_the_paper_size():
     ppr = linear(c, 1) + linear(n, 1) + 2 * linear(side * side, side) + n * (k + 1)
     ppr += linear(c + n, c) + 2
     mlp = linear(c, c // 2) + linear(c // 2, c)
-    ppg = linear(c + n, c) + linear(c + q, c) + 2 * mlp
+    ppg = linear(c + n, c) + linear(c + q, c) + 2 * 2 * c + 2 * mlp  # with a LayerNorm each
     upscaling = (c * 64 * 4 + 64) + 2 * 64 + (64 * 32 * 4 + 32)
     hyper = n * (2 * linear(c, c) + linear(c, 32))
     expected = {
@@ -257,9 +275,9 @@ def test_parameter_counts_at_the_paper_size():
         "mask_decoder/hyper_mlps/": hyper,
         "mask_decoder/mask_tokens": n * c,
     }
-    assert (cfm, ppr, ppg, hyper) == (266_880, 134_010, 284_160, 1_258_272)
+    assert (cfm, ppr, ppg, hyper) == (266_880, 134_010, 285_184, 1_258_272)
     assert {name: part(trained, name) for name in expected} == expected
-    assert count(trained) == sum(expected.values()) == 6_448_244
+    assert count(trained) == sum(expected.values()) == 6_451_316
     assert part(rest, "image_encoder/") == 87_278_848  # SAM's encoder at 512 px
     assert part(rest, "pe_layer/") == count(rest) - 87_278_848 == 2 * 128
     assert all("lora" in name for name in flat_paths(trained) if name.startswith("image_encoder/"))
@@ -284,7 +302,7 @@ def differentiate(config, encoder):
     """Compiled (trained, rest, inputs, labels) -> (gradients, outputs)."""
     graphdef = nnx.graphdef(build(config, encoder)[0])
 
-    @jax.jit
+    @quick_jit
     def run(trained, rest, inputs, labels):
         def objective(trained):
             outputs = nnx.merge(graphdef, trained, rest)(inputs)
@@ -312,18 +330,19 @@ def test_every_trained_parameter_receives_a_gradient(row):
     config = small(**TABLE_3[row])
     found, _ = gradients(config, create(config))
     sizes = {n: np.linalg.norm(g) for n, g in found.items()}
-    keys = {n for n in sizes if n.endswith("k_proj/bias")}
-    assert len(keys) == 4
-    assert all(sizes[n] < 1e-4 * sizes[n.replace("bias", "kernel")] for n in keys)
-    assert {n for n in sizes if sizes[n] < 1e-6} - keys == set()
+    share = {n: sizes[n] / sizes[n.replace("bias", "kernel")] for n in sizes if "proj/bias" in n}
+    keys = {n for n in share if n.endswith("k_proj/bias")}
+    assert len(share) == 4 * len(keys) == 16  # four attentions in a decoder of one block
+    assert all((share[n] < 1e-4) == (n in keys) for n in share)
+    assert {n for n in sizes if sizes[n] < 1e-7} <= keys
     tables = ["mask_decoder/mask_tokens"] + (["intra", "inter"] if config.ppg else [])
     for name in tables:  # every class, and every prototype whether chosen or not
-        assert np.linalg.norm(found[name], axis=-1).min() > 1e-6, name
+        assert np.linalg.norm(found[name], axis=-1).min() > 1e-7, name
 
 
 def test_lora_gradients_start_with_b_and_then_reach_both_factors():
     """B starts at zero, which stops the gradient of A: the other parameters that wait."""
-    config = small(stage_taps=(0,), lora=LoraConfig(rank=2))
+    config = small(stage_taps=(0,), lora=LoraConfig(rank=2), **TABLE_3["baseline"])
     found, _ = gradients(config, create(config, True), True)
     lora = {n: np.linalg.norm(g) for n, g in found.items() if "image_encoder" in n}
     names = {f"image_encoder/blocks/{i}/attn/lora/{factor}" for i in (0, 1) for factor in "ab"}
@@ -354,22 +373,23 @@ def test_one_decoder_serves_all_passes_and_sums_their_gradients():
         assert next(copies, None) is None  # the bootstrap and two stages: three passes
         return value
 
-    apart = jax.jit(jax.grad(objective))([decoder] * 3)
+    apart = quick_jit(jax.grad(objective))([decoder] * 3)
     for own in apart:
         assert sum(float(jnp.linalg.norm(x)) for x in jax.tree.leaves(own)) > 1e-3
     total = flat_paths(jax.tree.map(lambda *x: sum(x), *apart))
     shared, _ = gradients(config, model)
     for name, expected in total.items():
-        if not name.endswith("k_proj/bias"):
-            assert relative(shared[name], expected[...]) < 1e-4, name
+        if not name.endswith("k_proj/bias"):  # zero up to rounding
+            assert relative(shared[name], expected[...]) < GRADIENT_TOLERANCE, name
 
 
 # Precision.
 
 
 def test_bfloat16_computes_close_to_float32_and_returns_float32():
-    exact = run_vit_t(jnp.float32)[2][0]
-    _, model, (half, _) = run_vit_t(jnp.bfloat16)
+    exact = run_vit_t(jnp.float32)[1]
+    config, half, _ = run_vit_t(jnp.bfloat16)
+    model, _ = build(config, True, jnp.bfloat16)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(model)))
     for key in ("bootstrap", "final"):
         assert half[key].dtype == jnp.float32 and np.isfinite(half[key]).all()

@@ -66,9 +66,8 @@ class PgpSam(nnx.Module):
     def __init__(self, config: PgpSamConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         encoder, c = config.sam.encoder, config.sam.decoder.width
         classes, inter = config.num_classes, config.alpha * config.num_classes
-        # A middle pass only gives PPR its class feature; without PPR it would be dead weight.
-        self.middle_passes = config.ppr
-        passes = 1 + (len(config.stage_taps) if self.middle_passes else 1)
+        # A middle pass only gives PPR its class feature; without PPR its prompts would be dead.
+        passes = 1 + (len(config.stage_taps) if config.ppr else 1)
         common = dict(dtype=dtype, rngs=rngs)
         self.image_encoder = ImageEncoder(encoder, config.lora, **common)
         self.pe_layer = FourierPositions(c, rngs=rngs)
@@ -121,9 +120,10 @@ class PgpSam(nnx.Module):
             feature = self.cfm[i](tap, feature)
             if self.config.ppr:
                 prototypes = self.ppr[i](feature, class_feature, *prototypes)
-            if self.middle_passes or tap is taps[-1]:
-                prompts = self.prompts(i + 1 if self.middle_passes else 1, feature, prototypes)
-                logits, class_feature = self.decode(feature, *prompts)
+            elif i + 1 < len(taps):
+                continue
+            prompts = self.prompts(i + 1 if self.config.ppr else 1, feature, prototypes)
+            logits, class_feature = self.decode(feature, *prompts)
         return {"bootstrap": bootstrap, "final": logits}
 
 

@@ -35,13 +35,16 @@ class PromptPath(nnx.Module):
 
     def __init__(self, channels: int, others: int, *, dtype, rngs: nnx.Rngs):
         self.join = layers.Linear(channels + others, channels, dtype=dtype, rngs=rngs)
+        # Not in the paper, but in its release: without it the affinities, sums over C products,
+        # make the softmaxes of Eq 6 and 7 one-hot from the second pass on, and training stalls.
+        self.norm = layers.layer_norm(channels, eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs)
         self.mlp = layers.MlpBlock(
             channels, channels // 2, activation=layers.gelu, dtype=dtype, rngs=rngs
         )
 
     def prototypes(self, own, others):
-        """P^ = FC([P; P P_other^T]), (B, number of own, C)."""
-        return self.join(jnp.concatenate([own, affinity(own, others)], axis=-1))
+        """P^ = LN(FC([P; P P_other^T])), (B, number of own, C)."""
+        return self.norm(self.join(jnp.concatenate([own, affinity(own, others)], axis=-1)))
 
 
 class PromptGenerator(nnx.Module):

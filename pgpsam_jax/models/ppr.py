@@ -62,8 +62,10 @@ class ClassAttention(nnx.Module):
         self.class_conv = layers.Linear(classes, 1, **linear)
         self.image_fc = layers.Linear(h * w, h, **linear)
         self.class_fc = layers.Linear(h * w, w, **linear)
-        # No bias: it would be constant over the space the softmax runs over.
+        # No bias: it would be constant over the space the softmax runs over. Small at first, so
+        # that W_c starts as a mean over the image and not as one pixel (F_M is a sum over C).
         self.expand = layers.Linear(1, tokens, use_bias=False, **linear)
+        self.expand.kernel.set_value(self.expand.kernel[...] / (h * w) ** 0.5)
 
     def vectors(self, feature, class_feature):
         """Eq 3: F_I'' (B, H) from F_I (B, H, W, C) and F_M'' (B, W) from F_M (B, H, W, K)."""
@@ -87,8 +89,8 @@ class PrototypeRefinement(nnx.Module):
             channels, classes, tokens, grid, dtype=dtype, rngs=rngs
         )
         self.fuse = layers.Linear(channels + classes, channels, dtype=dtype, rngs=rngs)
-        self.alpha = nnx.Param(jnp.array(0.5))
-        self.beta = nnx.Param(jnp.array(0.5))
+        self.alpha = nnx.Param(jnp.array(0.5, jnp.float32))
+        self.beta = nnx.Param(jnp.array(0.5, jnp.float32))
         self.k = k
 
     def __call__(self, feature, class_feature, intra, inter):

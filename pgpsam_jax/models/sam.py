@@ -24,9 +24,7 @@ _VIT = {
     "vit_l": dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)),
     "vit_h": dict(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
     # Small enough to train from scratch on two CPU cores: tests and the phantom.
-    "vit_t": dict(
-        width=128, depth=4, heads=4, global_blocks=(1, 3), window_size=10, out_channels=128
-    ),
+    "vit_t": dict(width=96, depth=4, heads=3, global_blocks=(1, 3), window_size=8, out_channels=64),
 }
 
 
