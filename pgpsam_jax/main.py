@@ -6,6 +6,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.hostmemory import keep_freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; fields are set as --config.model.lora_rank=8.", lock_config=True
@@ -50,6 +51,7 @@ def main(_):
 
 def run():
     """Entry point."""
+    keep_freed_memory()
     app.run(main, flags_parser=parse)
 
 

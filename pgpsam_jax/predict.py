@@ -14,6 +14,7 @@ from pgpsam_jax.data.labels import load_label_table
 from pgpsam_jax.data.nifti import read_image, write_label
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.files import write_json
+from pgpsam_jax.hostmemory import keep_freed_memory
 
 SUFFIXES = (".nii", ".nii.gz")
 
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--overlay", action="store_true", help="a PNG of slices beside each mask")
     parser.add_argument("--skip-existing", action="store_true", help="keep masks already there")
     arguments = parser.parse_args()
+    keep_freed_memory()
     with exit_on_user_error():
         from pgpsam_jax.train import load_predictor
 
