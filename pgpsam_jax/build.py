@@ -10,6 +10,7 @@ from pgpsam_jax import weights
 from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import pgpsam
+from pgpsam_jax.models.image_encoder import EncoderConfig
 from pgpsam_jax.models.lora import TARGETS, LoraConfig
 from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.optim import OptimConfig, learning_rate_schedule, make_optimizer
@@ -85,15 +86,14 @@ def init_model(config: ConfigDict, num_classes: int):
     graphdef, params, frozen = split_model(model, config.model.train_encoder)
     digest = None
     if config.model.base:
-        digest = apply_base(config.model, params, frozen)
+        digest = apply_base(config.model, model.image_encoder.config, params, frozen)
     return graphdef, params, frozen, digest
 
 
-def apply_base(settings: ConfigDict, params, frozen) -> str:
+def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> str:
     """Overwrite leaves of the states by the converted SAM of `settings.base`; its SHA-256."""
     method, base = method_of(settings), weights.load_base(settings.base)
-    grid = (settings.image_size // settings.patch_size,) * 2
-    tensors = weights.fit_base(base.tensors, grid)
+    tensors = weights.fit_base(base.tensors, encoder.grid, global_blocks=encoder.global_blocks)
     leaves = flat_paths(params) | flat_paths(frozen)
     shapes = {
         path: leaf.shape

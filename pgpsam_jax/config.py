@@ -123,12 +123,15 @@ def load_config(workdir) -> ConfigDict:
         raise UserError(f"{path} cannot be read ({error}); restore it from a copy") from None
 
 
-def store_or_compare(config: ConfigDict, workdir) -> None:
-    """Write `config.json` into a new workdir; refuse a workdir of another configuration."""
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
-        write_json(path, to_json(config))
-        return
+def store(config: ConfigDict, workdir) -> None:
+    """Write `config.json`: from here on the workdir belongs to this configuration."""
+    write_json(Path(workdir) / "config.json", to_json(config))
+
+
+def belongs_to(config: ConfigDict, workdir) -> bool:
+    """Whether the workdir already holds this run; one of another configuration is refused."""
+    if not (Path(workdir) / "config.json").is_file():
+        return False
     stored, ours = _flat(to_json(load_config(workdir))), _flat(to_json(config))
     different = [
         f"{key}: {stored[key]!r} there, {ours[key]!r} now"
@@ -140,7 +143,7 @@ def store_or_compare(config: ConfigDict, workdir) -> None:
             f"{workdir} belongs to a run with another configuration ({'; '.join(different)}); "
             "choose another --workdir or the same settings"
         )
-    write_json(path, to_json(config))
+    return True
 
 
 def _tuples(value):

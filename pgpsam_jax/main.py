@@ -1,5 +1,6 @@
 """Command line: python -m pgpsam_jax.main --config configs/synapse.py --workdir runs/synapse."""
 
+import re
 import warnings
 
 from absl import app, flags, logging
@@ -22,14 +23,23 @@ def parse(argv):
     with exit_on_user_error():
         try:
             rest = flags.FLAGS(argv)
-        except FileNotFoundError as error:
-            raise UserError(f"config file {error.filename} not found; give --config FILE") from None
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-            text = " ".join(str(error).strip("'\"").split())
-            raise UserError(f"{text} (--help lists the flags)") from None
+            getattr(_CONFIG.value, "name", None)  # a file that failed to load raises only here
+        except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{_essence(error)} (--help lists the flags)") from None
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}; settings look like --config.seed=1")
         return rest
+
+
+def _essence(error: Exception) -> str:
+    """One line of an error of the flags, which may carry a traceback of the config file."""
+    text = str(error)
+    if isinstance(error, AttributeError | KeyError):
+        text = f"no such configuration field: {error.args[0]}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if any("Traceback" in line for line in lines):
+        lines = [line for line in lines if re.match(r"\w+(Error|Exception): ", line)][-1:]
+    return " ".join(lines)
 
 
 def main(_):

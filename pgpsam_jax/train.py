@@ -25,9 +25,9 @@ def train(config: ConfigDict, workdir) -> dict:
     workdir = Path(workdir)
     mesh = make_run_mesh(config)
     train_cases, test_cases, table = dataset.find_split(config)
-    configuration.store_or_compare(config, workdir)
-    write_json(workdir / "labels.json", table.to_json())
-    data = dataset.few_shot_data(config, train_cases, table, workdir)
+    resume = configuration.belongs_to(config, workdir)
+    graphdef, params, frozen, base_digest = build.init_model(config, table.num_classes)
+    data = dataset.few_shot_data(config, train_cases, table, workdir, resume=resume)
     loader = make_loader(
         data.images,
         data.labels,
@@ -36,9 +36,12 @@ def train(config: ConfigDict, workdir) -> dict:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-    graphdef, params, frozen, base_digest = build.init_model(config, table.num_classes)
+    if not resume:  # everything that can be wrong has been looked at: the workdir is claimed
+        data.list.write(workdir / "fewshot.txt")
+        write_json(workdir / "labels.json", table.to_json())
+        configuration.store(config, workdir)
     checkpoint.settle_base(workdir, config.model.base, base_digest, frozen)
+
     size, total = len(data.list), build.total_steps(config, len(data.list))
     optimizer = build.optimizer_of(config, size)
     abstract = jax.eval_shape(lambda p: init_state(p, optimizer), params)
@@ -112,9 +115,9 @@ def _loop(
 def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
     """Score the newest checkpoint of a workdir: `--mode evaluate`."""
     stored = configuration.load_config(workdir)
-    if config is not None:
-        configuration.store_or_compare(config, workdir)
-    config = config or stored
+    if config is None:
+        config = stored
+    configuration.belongs_to(config, workdir)
     _, test_cases, table = dataset.find_split(config)
     predictor = load_predictor(config, workdir, table.num_classes)
     entries = dataset.stored_list(workdir).entries

@@ -142,7 +142,8 @@ def fit_base(
     for block in global_blocks:
         for template, size in zip(_RESIZED, grid, strict=True):
             name = template.format(block)
-            result[name] = _resize(tensors[name], 0, 2 * size - 1)
+            if name in tensors:  # a model deeper than the weights is `select_base`'s to report
+                result[name] = _resize(tensors[name], 0, 2 * size - 1)
     return result
 
 

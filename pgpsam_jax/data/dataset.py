@@ -54,8 +54,10 @@ def find_split(config: ConfigDict) -> tuple[list[layouts.Case], list[layouts.Cas
     return train, test, table
 
 
-def few_shot_data(config: ConfigDict, cases, table: LabelTable, workdir) -> FewShotData:
-    """Slices of the few-shot list, from the cache; a workdir's own list wins on resume."""
+def few_shot_data(
+    config: ConfigDict, cases, table: LabelTable, workdir, *, resume: bool
+) -> FewShotData:
+    """Slices of the few-shot list, by way of the cache; on resume, of the workdir's own list."""
     workdir = Path(workdir)
     bar = tqdm(total=len(cases), desc="reading volumes", unit="case", leave=False)
     with bar:
@@ -68,19 +70,18 @@ def few_shot_data(config: ConfigDict, cases, table: LabelTable, workdir) -> FewS
             progress=lambda done, total, case: bar.update(done - bar.n),
         )
     areas = {case.case_id: case.areas for case in cached}
-    own = workdir / "fewshot.txt"
     settings = dict(config.fewshot)
     file, rule = settings.pop("file"), settings.pop("rule")
-    if own.is_file() or file:
-        chosen = fewshot.read_list(own if own.is_file() else file, areas)
+    if resume:
+        chosen = stored_list(workdir, areas)
+    elif file:
+        chosen = fewshot.read_list(file, areas)
     else:
         chosen = fewshot.make_list(areas, rule, **settings)
-    if not own.is_file():
-        chosen.write(own)
     images, labels = cache.gather_slices(cached, chosen.entries)
     return FewShotData(images, labels, chosen, chosen.summary(areas, table.names))
 
 
-def stored_list(workdir) -> fewshot.FewShotList:
+def stored_list(workdir, areas=None) -> fewshot.FewShotList:
     """The few-shot list a workdir was trained on."""
-    return fewshot.read_list(Path(workdir) / "fewshot.txt")
+    return fewshot.read_list(Path(workdir) / "fewshot.txt", areas)
