@@ -37,6 +37,8 @@ def _essence(error: Exception) -> str:
     if isinstance(error, AttributeError | KeyError):
         text = f"no such configuration field: {error.args[0]}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if isinstance(error, OSError):
+        return f"config file cannot be loaded: {lines[-1]}"
     if any("Traceback" in line for line in lines):
         lines = [line for line in lines if re.match(r"\w+(Error|Exception): ", line)][-1:]
     return " ".join(lines)

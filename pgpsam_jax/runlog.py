@@ -45,7 +45,7 @@ def _git_revision() -> str | None:
 
 
 class RunLog:
-    """Writer of one run; call `write` every logged step. Only the first process writes files."""
+    """Writer of one run, a context manager. Only the first process writes files."""
 
     def __init__(self, workdir, config_log, start: int, total: int, batch_size: int):
         self.workdir, self.batch_size = Path(workdir), batch_size
@@ -113,7 +113,10 @@ class RunLog:
         """Leave the time since the last record out of the next rate (saving, compiling)."""
         self._last_time = time.perf_counter()
 
-    def close(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
         self._bar.close()
         if self.writes:
             self._file.close()

@@ -17,7 +17,7 @@ from pgpsam_jax.evaluation.inference import Predictor
 from pgpsam_jax.files import write_json
 from pgpsam_jax.parameters import report
 from pgpsam_jax.runlog import RunLog
-from pgpsam_jax.step import TrainState, init_state, make_train_step
+from pgpsam_jax.step import init_state, make_train_step
 
 
 def train(config: ConfigDict, workdir) -> dict:
@@ -57,10 +57,6 @@ def train(config: ConfigDict, workdir) -> dict:
         donate_argnums=0,
     )
     print(announcement(config, mesh, data, table, params, frozen, total), flush=True)
-    start_time = time.perf_counter()
-    compiled = train_step.lower(abstract, frozen, _abstract_batch(config, data, mesh)).compile()
-    print(_compile_report(compiled, time.perf_counter() - start_time), flush=True)
-
     checkpoints = checkpoint.Checkpoints(workdir)
     if checkpoints.latest is not None:  # resume: the workdir's newest state
         state = checkpoints.restore(abstract, loader)
@@ -70,46 +66,43 @@ def train(config: ConfigDict, workdir) -> dict:
         state = initial(params)
     del params
 
-    log = RunLog(workdir, config.log, int(state.step), total, config.train.batch_size)
-    rate = build.learning_rate_of(config, size)
-    state = _loop(config, compiled, state, frozen, loader, checkpoints, mesh, total, log, rate)
+    step = int(state.step)
+    if step < total:
+        start = time.perf_counter()
+        train_step = train_step.lower(abstract, frozen, _abstract_batch(config, data, mesh))
+        train_step = train_step.compile()
+        print(_compile_report(train_step, time.perf_counter() - start), flush=True)
+    rate_at = build.learning_rate_of(config, size)
+    with RunLog(workdir, config.log, step, total, config.train.batch_size) as log:
+        while step < total:
+            batch = next(loader)
+            arrays = sharding.put_batch({k: batch[k] for k in ("image", "label")}, mesh)
+            state, metrics = train_step(state, frozen, arrays)
+            step += 1
+            log.advance()
+            write = step % config.log.every_steps == 0 or step == total
+            save = step % config.log.checkpoint_steps == 0 or step == total
+            if write or save:
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                _check_finite(values["loss"], step, batch["index"], workdir)
+            if write:
+                log.write(step, values | {"learning_rate": rate_at(step)})
+            if save:
+                checkpoints.save(state, loader)
+                log.pause()
     checkpoints.close()
     loader.close()
     predictor = make_predictor(config, graphdef, state.params, frozen, mesh)
     return run_evaluation(config, workdir, predictor, test_cases, table, data.list.entries)
 
 
-def _loop(
-    config, step_fn, state: TrainState, frozen, loader, checkpoints, mesh, total, log, rate_at
-):
-    step = int(state.step)
-    last_saved = step if checkpoints.latest == step else None
-    try:
-        while step < total:
-            batch = next(loader)
-            arrays = sharding.put_batch({k: batch[k] for k in ("image", "label")}, mesh)
-            state, metrics = step_fn(state, frozen, arrays)
-            step += 1
-            log.advance()
-            if step % config.log.every_steps == 0 or step == total:
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                if not np.isfinite(values["loss"]):
-                    raise UserError(
-                        f"the loss is {values['loss']} at step {step} (batch rows "
-                        f"{batch['index'].tolist()} of {log.workdir}/fewshot.txt); lower "
-                        "optim.learning_rate or set optim.clip_norm, then run the same command: "
-                        "it goes on from the last checkpoint"
-                    )
-                log.write(step, values | {"learning_rate": rate_at(step)})
-            if step % config.log.checkpoint_steps == 0 or step == total:
-                checkpoints.save(state, loader)
-                last_saved = step
-                log.pause()
-        if last_saved != total:
-            checkpoints.save(state, loader)
-    finally:
-        log.close()
-    return state
+def _check_finite(loss: float, step: int, rows, workdir) -> None:
+    if not np.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {step} (few-shot slices {rows.tolist()} of "
+            f"{workdir}/fewshot.txt, counted from 0); start again in a new --workdir with a lower "
+            "optim.learning_rate or with optim.clip_norm=1"
+        )
 
 
 def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:

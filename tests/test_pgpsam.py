@@ -217,7 +217,7 @@ def test_switches_add_and_remove_exactly_their_own_parameters():
     assert len(gates) == 2 * 12 and rows["cfm"] - rows["baseline"] == gates
     assert not rows["baseline"] - rows["cfm"]
     ppg = {n for n in rows["cfm+ppg"] if n.startswith("ppg/")} | {"intra", "inter"}
-    assert rows["cfm+ppg"] - rows["cfm"] == ppg and len(ppg) == 2 + 2 * 12
+    assert rows["cfm+ppg"] - rows["cfm"] == ppg and len(ppg) == 2 + 2 * 16
     assert rows["cfm"] - rows["cfm+ppg"] == {"default_dense"}
     ppr = {n for n in rows["cfm+ppg+ppr"] if n.startswith(("ppr/", "ppg/2/"))}
     assert rows["cfm+ppg+ppr"] - rows["cfm+ppg"] == ppr and len(ppr) == 2 * 13 + 12

@@ -103,6 +103,12 @@ def test_another_configuration_is_refused(finished, root):
     assert (workdir / "config.json").read_bytes() == before
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
+    config = config_for(root, optim__learning_rate=1e38, optim__final_learning_rate=0.0)
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d .*optim.clip_norm"):
+        train.train(config, tmp_path / "run")
+
+
 def test_predict_equals_evaluation(finished, root, tmp_path):
     workdir, _ = finished
     config = train.configuration.load_config(workdir)
