@@ -143,15 +143,15 @@ def make_predictor(config: ConfigDict, graphdef, params, frozen, mesh) -> Predic
 
 
 def run_evaluation(config: ConfigDict, workdir, predictor, test_cases, table, entries) -> dict:
-    """Write `<workdir>/evaluation` and print its table; within one volume, unseen slices only."""
-    trained = None
+    """Write `<workdir>/evaluation` and print its table."""
+    notices, options = [build.base_notice(config.model)], {}
     if config.data.split == "within_volume":
-        trained = {}
-        for case_id, index in entries:
-            trained.setdefault(case_id, set()).add(index)
-    notices = [build.base_notice(config.model)]
-    if trained is not None:
-        notices.append("Training and scored slices come from the same volumes: no generalisation.")
+        notices.append(
+            "Training and scored slices come from the same volumes: no claim of generalisation. "
+            f'Scored are the slices of the few-shot pool ("{config.fewshot.pool}") that were not '
+            "trained on."
+        )
+        options["region_of"] = dataset.unseen_slices(config, table, entries)
     folder = Path(workdir) / "evaluation"
     summary = evaluate(
         predictor,
@@ -160,8 +160,8 @@ def run_evaluation(config: ConfigDict, workdir, predictor, test_cases, table, en
         folder,
         nsd_tolerance_mm=config.eval.nsd_tolerance_mm,
         overlays=config.eval.overlays,
-        trained_slices=trained,
         notices=[notice for notice in notices if notice],
+        **options,
     )
     print((folder / "summary.md").read_text(encoding="utf-8"), flush=True)
     return summary

@@ -227,3 +227,22 @@ def test_summary():
     areas = {"p": np.array([[9, 1, 0, 0], [9, 4, 4, 0]]), "q": np.array([[9, 0, 0, 0]])}
     text = make_list(areas, "all", min_pixels=1).summary(areas, NAMES)
     assert text == "2 slices of 1 of 2 patients; with a 2, b 1, c 0"
+
+
+def test_unseen_slices_are_the_pool_without_the_list():
+    from small_run import TABLE
+
+    from pgpsam_jax.config import default_config
+    from pgpsam_jax.data.dataset import unseen_slices
+    from pgpsam_jax.data.labels import LabelTable
+
+    config = default_config()
+    config.fewshot.min_pixels = 2
+    truth = np.zeros((5, 3, 3), np.uint8)
+    truth[1, 0, :2] = truth[2, 0, :2] = truth[4, 0, :2] = 1
+    truth[3, 0, :2] = (1, 2)  # one pixel of each organ: too few
+    region = unseen_slices(config, LabelTable.from_json(TABLE), [("a", 2), ("b", 1)])
+    assert region("a", truth).tolist() == [False, True, False, False, True]
+    assert region("c", truth).tolist() == [False, True, True, False, True]
+    config.fewshot.pool = "all"
+    assert region("a", truth).tolist() == [True, True, False, True, True]

@@ -198,12 +198,12 @@ def _build(file: Path, case: Case, table: LabelTable, recipe: dict, meta: dict) 
         "orientation": image.source.orientation,
         "window": recipe["window"],
     }
-    arrays = {"images": images, "labels": labels, "areas": _areas(ids, table.num_classes)}
+    arrays = {"images": images, "labels": labels, "areas": slice_areas(ids, table.num_classes)}
     with atomic_path(file) as temporary:
         np.savez(temporary, meta=np.array(json.dumps(meta)), **arrays)
 
 
-def _areas(ids: np.ndarray, num_classes: int) -> np.ndarray:
+def slice_areas(ids: np.ndarray, num_classes: int) -> np.ndarray:
     """Pixels per slice and class, (D, H, W) -> (D, K)."""
     return np.stack([np.bincount(part.ravel(), minlength=num_classes) for part in ids])
 

@@ -85,3 +85,18 @@ def few_shot_data(
 def stored_list(workdir, areas=None) -> fewshot.FewShotList:
     """The few-shot list a workdir was trained on."""
     return fewshot.read_list(Path(workdir) / "fewshot.txt", areas)
+
+
+def unseen_slices(config: ConfigDict, table: LabelTable, entries):
+    """(case id, truth (D, H, W)) -> boolean (D,): slices of the few-shot pool not trained on."""
+    trained: dict[str, list[int]] = {}
+    for case_id, index in entries:
+        trained.setdefault(case_id, []).append(index)
+
+    def region(case_id: str, truth: np.ndarray) -> np.ndarray:
+        areas = cache.slice_areas(truth, table.num_classes)
+        mask = fewshot.in_pool(areas, config.fewshot.pool, config.fewshot.min_pixels)
+        mask[trained.get(case_id, [])] = False
+        return mask
+
+    return region

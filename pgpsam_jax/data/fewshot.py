@@ -155,14 +155,20 @@ def _text(entries) -> str:
     return "".join(f"{case_id}\t{index}\n" for case_id, index in sorted(entries))
 
 
-def _pool(areas: Areas, pool: str, min_pixels: int) -> list[tuple[str, int]]:
+def in_pool(areas: np.ndarray, pool: str, min_pixels: int) -> np.ndarray:
+    """Which slices of one case belong to a pool: (D, K) native pixels to boolean (D,)."""
     if pool not in ("all", "valid"):
         raise UserError(f'few-shot pool must be "all" or "valid", got {pool!r}')
+    if pool == "all":
+        return np.ones(len(areas), bool)
+    return areas[:, 1:].max(axis=1) >= min_pixels
+
+
+def _pool(areas: Areas, pool: str, min_pixels: int) -> list[tuple[str, int]]:
     slices = [
-        (case_id, index)
+        (case_id, int(index))
         for case_id in sorted(areas)
-        for index, row in enumerate(areas[case_id])
-        if pool == "all" or row[1:].max() >= min_pixels
+        for index in np.flatnonzero(in_pool(areas[case_id], pool, min_pixels))
     ]
     if not slices:
         raise UserError(f"no slice has an organ of {min_pixels} pixels or more; lower min_pixels")

@@ -1,6 +1,6 @@
 """Score every test case on its own grid and write the tables, masks and pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,22 +25,19 @@ def evaluate(
     *,
     nsd_tolerance_mm: float,
     overlays: bool,
-    trained_slices: dict[str, set[int]] | None = None,
+    region_of: Callable[[str, np.ndarray], np.ndarray | None] = lambda case_id, truth: None,
     notices: Sequence[str] = (),
 ) -> dict:
     """Predict, score and write `folder`; returns the summary that `summary.json` holds.
 
-    `trained_slices` (case id -> slice indices) are left out of the scores where training and test
-    share volumes. `notices` stand at the top of the report.
+    `region_of(case_id, truth)` may say which slices (D,) to score, where training and test share
+    volumes. `notices` stand at the top of the report.
     """
     folder, rows = Path(folder), []
     for case in tqdm(cases, desc="evaluating", unit="case"):
         volume, truth = read_case(case, table)
         prediction = predictor(volume)
-        region = None
-        if trained_slices is not None:
-            region = np.ones(len(truth), bool)
-            region[sorted(trained_slices.get(case.case_id, ()))] = False
+        region = region_of(case.case_id, truth)
         rows += score_case(
             prediction,
             truth,
