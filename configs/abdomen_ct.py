@@ -12,7 +12,7 @@ Variants: default: SAM ViT-b with LoRA at 512 px from weights/sam_vit_b; without
           small: a four-block encoder at 128 px trained from scratch, minutes on two CPU cores.
 """
 
-from pgpsam_jax.config import default_config
+from pgpsam_jax.config import default_config, use_small_encoder
 
 
 def get_config(variant: str = "vit_b"):
@@ -35,19 +35,8 @@ def get_config(variant: str = "vit_b"):
     config.eval.batch_size = 2
     if variant == "small":
         config.name = "abdomen_small"
-        config.model.base = ""
-        config.model.encoder = "vit_t"
-        config.model.train_encoder = "full"
-        config.model.image_size = 128
-        config.model.patch_size = 8
-        config.optim.learning_rate = 1e-3
-        config.optim.weight_decay = 0.01
-        config.optim.clip_norm = 1.0
-        config.train.batch_size = 4
         config.train.steps = 600
-        config.log.every_steps = 10
-        config.log.checkpoint_steps = 200
-        config.eval.batch_size = 8
+        use_small_encoder(config)
     elif variant != "vit_b":
         raise ValueError(f"configs/abdomen_ct.py knows no variant {variant!r}; vit_b or small")
     return config

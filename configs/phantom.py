@@ -8,7 +8,7 @@ Model:    PGP-SAM, preset paper, on a four-block encoder at 128 px trained from 
           no SAM weights of that size), hence the lower learning rate and the gradient clipping.
 """
 
-from pgpsam_jax.config import default_config
+from pgpsam_jax.config import default_config, use_small_encoder
 
 
 def get_config():
@@ -17,14 +17,6 @@ def get_config():
     config.data.layout = "phantom"
     config.data.root = "datasets/phantom"
     config.fewshot.fraction = 0.25
-    config.model.encoder = "vit_t"
-    config.model.train_encoder = "full"
-    config.model.image_size = 128
-    config.model.patch_size = 8
-    config.optim.learning_rate = 1e-3
-    config.optim.weight_decay = 0.01
-    config.optim.clip_norm = 1.0
-    config.train.batch_size = 4
     config.train.steps = 800
-    config.log.checkpoint_steps = 200
+    use_small_encoder(config)
     return config

@@ -14,7 +14,7 @@ unseen slices of the same head: no claim of accuracy), with a small encoder trai
   python -m pgpsam_jax.main --config configs/ventricle.py:head_mr --workdir runs/head_mr
 """
 
-from pgpsam_jax.config import default_config
+from pgpsam_jax.config import default_config, use_small_encoder
 
 
 def get_config(variant: str = ""):
@@ -44,17 +44,8 @@ def get_config(variant: str = ""):
         config.fewshot.fraction = None
         config.fewshot.every = 3
         config.fewshot.min_pixels = 20
-        config.model.base = ""
-        config.model.encoder = "vit_t"
-        config.model.train_encoder = "full"
-        config.model.image_size = 128
-        config.model.patch_size = 8
-        config.optim.learning_rate = 1e-3
-        config.optim.weight_decay = 0.01
-        config.optim.clip_norm = 1.0
-        config.train.batch_size = 4
         config.train.steps = 600
-        config.log.checkpoint_steps = 200
+        use_small_encoder(config)
     elif variant:
         raise ValueError(f"configs/ventricle.py knows no variant {variant!r}; use head_mr or none")
     return config

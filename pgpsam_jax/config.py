@@ -94,6 +94,26 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
+def use_small_encoder(config: ConfigDict) -> None:
+    """A four-block encoder at 128 px, trained from scratch: minutes on two CPU cores.
+
+    There are no SAM weights of that size, hence the lower learning rate and decay, the clipping
+    and the small batch.
+    """
+    config.model.base = ""
+    config.model.encoder = "vit_t"
+    config.model.train_encoder = "full"
+    config.model.image_size = 128
+    config.model.patch_size = 8
+    config.optim.learning_rate = 1e-3
+    config.optim.weight_decay = 0.01
+    config.optim.clip_norm = 1.0
+    config.train.batch_size = 4
+    config.log.every_steps = 10
+    config.log.checkpoint_steps = 200
+    config.eval.batch_size = 8
+
+
 def to_json(config: ConfigDict) -> dict:
     """The configuration as plain JSON values."""
     return json.loads(config.to_json(sort_keys=True))
