@@ -220,7 +220,7 @@ def test_switches_add_and_remove_exactly_their_own_parameters():
     assert rows["cfm+ppg"] - rows["cfm"] == ppg and len(ppg) == 2 + 2 * 16
     assert rows["cfm"] - rows["cfm+ppg"] == {"default_dense"}
     ppr = {n for n in rows["cfm+ppg+ppr"] if n.startswith(("ppr/", "ppg/2/"))}
-    assert rows["cfm+ppg+ppr"] - rows["cfm+ppg"] == ppr and len(ppr) == 2 * 13 + 12
+    assert rows["cfm+ppg+ppr"] - rows["cfm+ppg"] == ppr and len(ppr) == 2 * 13 + 16
     assert not rows["cfm+ppg"] - rows["cfm+ppg+ppr"]
     projections = {f"cfm/{s}/{n}" for s in (0, 1) for n in ("projection/kernel", "norm/scale")}
     assert all(projections <= row for row in rows.values())
