@@ -7,6 +7,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from pgpsam_jax import weights
+from pgpsam_jax.config import total_steps
 from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import pgpsam
@@ -121,21 +122,12 @@ def base_notice(settings: ConfigDict) -> str | None:
     )
 
 
-def step_config(config: ConfigDict, epoch_size: int) -> StepConfig:
+def step_config(config: ConfigDict) -> StepConfig:
     return StepConfig(
-        epoch_size=epoch_size,
-        seed=config.seed,
         augment=AugmentConfig(**config.augment),
         ce_weight=config.train.ce_weight,
         dice_weight=config.train.dice_weight,
     )
-
-
-def total_steps(config: ConfigDict, epoch_size: int) -> int:
-    """Steps of the whole run: `train.steps`, or as many as cover `train.epochs`."""
-    if config.train.steps > 0:
-        return config.train.steps
-    return max(1, -(-config.train.epochs * epoch_size // config.train.batch_size))
 
 
 def schedule_of(config: ConfigDict, epoch_size: int):

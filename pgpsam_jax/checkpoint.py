@@ -1,11 +1,12 @@
 """Checkpoints of a run: what trains, its optimiser state and the data order; never the base.
 
 Orbax writes each into a temporary folder and renames it, in the background. A checkpoint has
-three parts: `params`, `progress` (optimiser state and step) and `data` (grain's position), so
+three parts: `params`, `progress` (optimiser state, step, seed) and `data` (grain's position), so
 that prediction reads `params` alone. Frozen weights live beside them once: by path and SHA-256
 of the converted SAM, or, for a random backbone, as `frozen.safetensors` in the workdir.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class Checkpoints:
         """Save in the background; the state may be donated right after the call."""
         parts = {
             "params": state.params,
-            "progress": {"opt_state": state.opt_state, "step": state.step},
+            "progress": _progress(state),
             "data": iterator,
         }
         self._checkpointer.save_checkpointables_async(int(state.step), parts)
@@ -56,12 +57,11 @@ class Checkpoints:
         parts = self._load(
             {
                 "params": abstract.params,
-                "progress": {"opt_state": abstract.opt_state, "step": abstract.step},
+                "progress": _progress(abstract),
                 "data": iterator,
             }
         )
-        progress = parts["progress"]
-        return TrainState(parts["params"], progress["opt_state"], progress["step"])
+        return TrainState(params=parts["params"], **parts["progress"])
 
     def restore_params(self, abstract_params):
         """Only the trained parameters of the newest checkpoint."""
@@ -85,6 +85,12 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for a save under way, and release the folder."""
         self._checkpointer.close()
+
+
+def _progress(state: TrainState) -> dict:
+    """Every field but the parameters, which prediction reads alone."""
+    fields = dataclasses.fields(state)
+    return {field.name: getattr(state, field.name) for field in fields if field.name != "params"}
 
 
 def abstract_like(tree, shardings):

@@ -5,6 +5,7 @@ locked: a field that does not exist is an error, in a file and on the command li
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from pgpsam_jax.optim import OptimConfig
 
 # May differ between a run and its resumption: they change where or how often, not what.
 FREE_ON_RESUME = ("mesh.", "eval.", "log.", "data.root", "data.cache_dir", "model.base")
+# Say where things are or how often to write, not what is computed: no part of a run's identity.
+_PLACES = ("name", "mesh.", "log.", "data.root", "data.cache_dir", "eval.overlays")
 
 
 def default_config() -> ConfigDict:
@@ -114,6 +117,13 @@ def use_small_encoder(config: ConfigDict) -> None:
     config.eval.batch_size = 8
 
 
+def total_steps(config: ConfigDict, epoch_size: int) -> int:
+    """Steps of the whole run: `train.steps`, or as many as cover `train.epochs`."""
+    if config.train.steps > 0:
+        return config.train.steps
+    return max(1, -(-config.train.epochs * epoch_size // config.train.batch_size))
+
+
 def to_json(config: ConfigDict) -> dict:
     """The configuration as plain JSON values."""
     return json.loads(config.to_json(sort_keys=True))
@@ -148,17 +158,28 @@ def store(config: ConfigDict, workdir) -> None:
     write_json(Path(workdir) / "config.json", to_json(config))
 
 
+def fingerprint(config: ConfigDict) -> str:
+    """SHA-256 of every field that decides a result: two runs with the same one are one run."""
+    fields = {k: v for k, v in _flat(to_json(config)).items() if not k.startswith(_PLACES)}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def differences(stored: dict, ours: dict, free: tuple[str, ...] = ()) -> list[str]:
+    """Fields of two configurations (as JSON) that differ, in words; `free` prefixes may."""
+    stored, ours = _flat(stored), _flat(ours)
+    return [
+        f"{key}: {stored.get(key)!r} there, {ours.get(key)!r} now"
+        for key in sorted(stored.keys() | ours.keys())
+        if stored.get(key) != ours.get(key) and not key.startswith(free)
+    ]
+
+
 def belongs_to(config: ConfigDict, workdir) -> bool:
     """Whether the workdir already holds this run; one of another configuration is refused."""
     if not (Path(workdir) / "config.json").is_file():
         return False
-    stored, ours = _flat(to_json(load_config(workdir))), _flat(to_json(config))
-    different = [
-        f"{key}: {stored[key]!r} there, {ours[key]!r} now"
-        for key in sorted(ours)
-        if stored[key] != ours[key] and not key.startswith(FREE_ON_RESUME)
-    ]
-    if different:
+    stored = to_json(load_config(workdir))
+    if different := differences(stored, to_json(config), FREE_ON_RESUME):
         raise UserError(
             f"{workdir} belongs to a run with another configuration ({'; '.join(different)}); "
             "choose another --workdir or the same settings"

@@ -1,47 +1,18 @@
-"""What a run leaves behind: provenance, metrics.jsonl, the curve, TensorBoard, a progress bar."""
+"""What a run leaves behind as it trains: metrics.jsonl, the curve, TensorBoard, a progress bar."""
 
-import importlib.metadata
 import json
-import platform
-import subprocess
 import time
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
-from pgpsam_jax import __version__
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import write_json, write_text
+from pgpsam_jax.files import write_text
+from pgpsam_jax.runs import read_metrics
 from pgpsam_jax.visual import training_curve
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "nibabel")
 _CURVE_SECONDS = 30
-
-
-def provenance() -> dict:
-    """Versions, git revision and devices."""
-    return {
-        "pgpsam_jax": __version__,
-        "git": _git_revision(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
-        "processes": jax.process_count(),
-    }
-
-
-def _git_revision() -> str | None:
-    """Commit of the checkout this package runs from, with `+changes` if files differ from it."""
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder)]
-    try:
-        run = dict(capture_output=True, text=True, check=True, timeout=10)
-        revision = subprocess.run([*git, "rev-parse", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **run).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return revision + ("+changes" if changed else "")
 
 
 class RunLog:
@@ -57,23 +28,14 @@ class RunLog:
         self._last_step, self._last_time, self._curve_time = start, time.perf_counter(), 0.0
         self._board = self._tensorboard() if config_log.tensorboard and self.writes else None
         if self.writes:
-            write_json(self.workdir / "provenance.json", provenance())
             self._file = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")
 
     def _kept_records(self, start: int) -> list[dict]:
         """Records up to the restored step; later ones are dropped from the file as well."""
         path = self.workdir / "metrics.jsonl"
-        records = []
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:  # the last line of a killed run
-                    break
-                if record["step"] <= start:
-                    records.append(record)
-            if self.writes:
-                write_text(path, "".join(json.dumps(r) + "\n" for r in records))
+        records = [r for r in read_metrics(path) if r["step"] <= start]
+        if self.writes and path.is_file():
+            write_text(path, "".join(json.dumps(r) + "\n" for r in records))
         return records
 
     def _tensorboard(self):

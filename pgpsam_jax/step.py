@@ -21,19 +21,23 @@ from pgpsam_jax.parameters import trainable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """What a step changes: parameters that train, their optimiser state, the step counter."""
+    """What a step changes: parameters that train, their optimiser state, the step counter.
+
+    `seed` and `epoch_size` (few-shot slices) stay as they are. They are carried, not compiled in,
+    so that another seed or list reuses the compiled step.
+    """
 
     params: nnx.State
     opt_state: Any
     step: jax.Array
+    seed: jax.Array
+    epoch_size: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """Static settings of the training step; `epoch_size` is the number of few-shot slices."""
+    """Static settings of the training step."""
 
-    epoch_size: int
-    seed: int
     augment: AugmentConfig
     ce_weight: float = 0.2
     dice_weight: float = 0.8
@@ -44,9 +48,12 @@ def split_model(model: nnx.Module, encoder_mode: str):
     return nnx.split(model, trainable(encoder_mode), ...)
 
 
-def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params, optimizer: optax.GradientTransformation, *, seed: int, epoch_size: int
+) -> TrainState:
     """A fresh training state around `params`."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    step, seed, epoch_size = (jnp.array(n, jnp.int32) for n in (0, seed, epoch_size))
+    return TrainState(params, optimizer.init(params), step, seed, epoch_size)
 
 
 def to_input(images):
@@ -65,9 +72,9 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: S
         images = batch["image"].astype(jnp.float32)
         labels = batch["label"].astype(jnp.int32)
         size = images.shape[0]
-        keys = sample_keys(jax.random.key(config.seed), state.step, jnp.arange(size))
+        keys = sample_keys(jax.random.key(state.seed), state.step, jnp.arange(size))
         images, labels = augment(keys, images, labels, config.augment)
-        epoch = (state.step * size) // config.epoch_size
+        epoch = (state.step * size) // state.epoch_size
 
         def loss_of(params):
             outputs = nnx.merge(graphdef, params, frozen)(to_input(images))
@@ -80,7 +87,8 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: S
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), metrics
+        state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
+        return state, metrics
 
     return train_step
 

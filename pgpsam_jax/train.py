@@ -1,5 +1,6 @@
 """Training, top to bottom: data, mesh, model, step, restore, loop, evaluation."""
 
+import functools
 import time
 from pathlib import Path
 
@@ -16,18 +17,23 @@ from pgpsam_jax.evaluation.evaluate import evaluate
 from pgpsam_jax.evaluation.inference import Predictor
 from pgpsam_jax.files import write_json
 from pgpsam_jax.parameters import report
+from pgpsam_jax.provenance import provenance
 from pgpsam_jax.runlog import RunLog
 from pgpsam_jax.step import init_state, make_train_step
+from pgpsam_jax.stopwatch import Stopwatch
 
 
 def train(config: ConfigDict, workdir) -> dict:
     """Train to the last step (resuming where the workdir stands), evaluate, return the summary."""
-    workdir = Path(workdir)
+    workdir, watch = Path(workdir), Stopwatch(workdir)
     mesh = make_run_mesh(config)
-    train_cases, test_cases, table = dataset.find_split(config)
+    with watch("data"):
+        train_cases, test_cases, table = dataset.find_split(config)
     resume = configuration.belongs_to(config, workdir)
-    graphdef, params, frozen, base_digest = build.init_model(config, table.num_classes)
-    data = dataset.few_shot_data(config, train_cases, table, workdir, resume=resume)
+    with watch("model"):
+        graphdef, params, frozen, base_digest = build.init_model(config, table.num_classes)
+    with watch("data"):
+        data = dataset.few_shot_data(config, train_cases, table, workdir, resume=resume)
     loader = make_loader(
         data.images,
         data.labels,
@@ -40,18 +46,22 @@ def train(config: ConfigDict, workdir) -> dict:
         data.list.write(workdir / "fewshot.txt")
         write_json(workdir / "labels.json", table.to_json())
         configuration.store(config, workdir)
+    if jax.process_index() == 0:
+        inputs = {"list": data.list.hash, "data": data.digest, "base": base_digest}
+        write_json(workdir / "provenance.json", provenance(**inputs))
     checkpoint.settle_base(workdir, config.model.base, base_digest, frozen)
 
-    size, total = len(data.list), build.total_steps(config, len(data.list))
+    size, total = len(data.list), configuration.total_steps(config, len(data.list))
     optimizer = build.optimizer_of(config, size)
-    abstract = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    start = functools.partial(init_state, optimizer=optimizer, seed=config.seed, epoch_size=size)
+    abstract = jax.eval_shape(start, params)
     state_sharding = sharding.state_shardings(abstract, mesh)
     frozen_sharding = sharding.state_shardings(frozen, mesh)
     frozen = jax.device_put(frozen, frozen_sharding)
     abstract = checkpoint.abstract_like(abstract, state_sharding)
 
     train_step = jax.jit(
-        make_train_step(graphdef, optimizer, build.step_config(config, size)),
+        make_train_step(graphdef, optimizer, build.step_config(config)),
         in_shardings=(state_sharding, frozen_sharding, sharding.batch_sharding(mesh)),
         out_shardings=(state_sharding, sharding.replicated(mesh)),
         donate_argnums=0,
@@ -62,18 +72,18 @@ def train(config: ConfigDict, workdir) -> dict:
         state = checkpoints.restore(abstract, loader)
         print(f"resumed from step {int(state.step)}", flush=True)
     else:
-        initial = jax.jit(lambda p: init_state(p, optimizer), out_shardings=state_sharding)
-        state = initial(params)
+        state = jax.jit(start, out_shardings=state_sharding)(params)
     del params
 
     step = int(state.step)
     if step < total:
-        start = time.perf_counter()
-        train_step = train_step.lower(abstract, frozen, _abstract_batch(config, data, mesh))
-        train_step = train_step.compile()
-        print(_compile_report(train_step, time.perf_counter() - start), flush=True)
+        before = time.perf_counter()
+        with watch("compile"):
+            train_step = train_step.lower(abstract, frozen, _abstract_batch(config, data, mesh))
+            train_step = train_step.compile()
+        print(_compile_report(train_step, time.perf_counter() - before), flush=True)
     rate_at = build.learning_rate_of(config, size)
-    with RunLog(workdir, config.log, step, total, config.train.batch_size) as log:
+    with watch("train"), RunLog(workdir, config.log, step, total, config.train.batch_size) as log:
         while step < total:
             batch = next(loader)
             arrays = sharding.put_batch({k: batch[k] for k in ("image", "label")}, mesh)
@@ -88,12 +98,18 @@ def train(config: ConfigDict, workdir) -> dict:
             if write:
                 log.write(step, values | {"learning_rate": rate_at(step)})
             if save:
-                checkpoints.save(state, loader)
+                with watch("checkpoint"):
+                    checkpoints.save(state, loader)
+                watch.store()
                 log.pause()
-    checkpoints.close()
+    with watch("checkpoint"):
+        checkpoints.close()
     loader.close()
     predictor = make_predictor(config, graphdef, state.params, frozen, mesh)
-    return run_evaluation(config, workdir, predictor, test_cases, table, data.list.entries)
+    with watch("evaluate"):
+        summary = run_evaluation(config, workdir, predictor, test_cases, table, data.list.entries)
+    watch.store()
+    return summary
 
 
 def _check_finite(loss: float, step: int, rows, workdir) -> None:

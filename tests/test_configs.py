@@ -44,11 +44,11 @@ def test_init_and_one_step_by_shapes(name, arguments, monkeypatch):
     classes = label_table(settings).num_classes
     graphdef, params, frozen = build.abstract_model(settings, classes)
     optimizer = build.optimizer_of(settings, 126)
-    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, seed=0, epoch_size=126), params)
     size, batch = settings.model.image_size, settings.train.batch_size
     slices = jax.ShapeDtypeStruct((batch, size, size), jnp.float16)
     labels = jax.ShapeDtypeStruct((batch, size, size), jnp.uint8)
-    step = make_train_step(graphdef, optimizer, build.step_config(settings, 126))
+    step = make_train_step(graphdef, optimizer, build.step_config(settings))
     after, metrics = jax.eval_shape(step, state, frozen, {"image": slices, "label": labels})
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32

@@ -29,8 +29,9 @@ def lora_run(tmp_path_factory):
         label[i, y : y + 10, x : x + 10] = 1 + i % 2
     image = (0.2 + 0.3 * label + 0.02 * rng.standard_normal(label.shape)).astype(np.float16)
     optimizer = build.optimizer_of(config, BATCH)
-    step = make_train_step(graphdef, optimizer, build.step_config(config, BATCH))
-    return step, init_state(params, optimizer), frozen, {"image": image, "label": label}
+    step = make_train_step(graphdef, optimizer, build.step_config(config))
+    state = init_state(params, optimizer, seed=0, epoch_size=BATCH)
+    return step, state, frozen, {"image": image, "label": label}
 
 
 def on_mesh(run, **sizes):

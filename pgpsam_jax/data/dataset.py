@@ -1,6 +1,7 @@
 """From a configuration to what training and evaluation read: cases, labels, few-shot slices."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,16 @@ from pgpsam_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FewShotData:
-    """The training set in memory: images (N, S, S) float16, labels (N, S, S) uint8, its list."""
+    """The training set in memory: images (N, S, S) float16, labels (N, S, S) uint8, its list.
+
+    `digest` is a hash of the training volumes, their labels and how they were preprocessed.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     list: fewshot.FewShotList
     summary: str
+    digest: str
 
 
 def label_table(config: ConfigDict) -> LabelTable:
@@ -79,7 +84,9 @@ def few_shot_data(
     else:
         chosen = fewshot.make_list(areas, rule, **settings)
     images, labels = cache.gather_slices(cached, chosen.entries)
-    return FewShotData(images, labels, chosen, chosen.summary(areas, table.names))
+    keys = "".join(f"{case.case_id} {case.meta['key']}\n" for case in cached)
+    digest = hashlib.sha256(keys.encode()).hexdigest()
+    return FewShotData(images, labels, chosen, chosen.summary(areas, table.names), digest)
 
 
 def stored_list(workdir, areas=None) -> fewshot.FewShotList:

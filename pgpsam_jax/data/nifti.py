@@ -109,17 +109,24 @@ def read_grid(path) -> SourceGrid:
     """Header only: the grid that a prediction for this file has to be written on."""
     path = Path(path)
     with _open(path) as (stream, _):
-        return _grid(stream, path)
+        return parse_header(stream, path)
 
 
 def write_label(path, array: np.ndarray, source: SourceGrid) -> None:
     """Write class ids (D, H, W) uint8 on the source's grid; affine, qform and sform unchanged."""
+    image = label_image(array, source)
+    if not str(path).endswith((".nii", ".nii.gz")):
+        raise UserError(f"cannot write {path}: name the file .nii or .nii.gz")
+    with atomic_path(path) as temporary:
+        nib.save(image, temporary)
+
+
+def label_image(array: np.ndarray, source: SourceGrid) -> nib.Nifti1Image:
+    """Class ids (D, H, W) uint8 as an image on the source's grid: what `write_label` writes."""
     if array.dtype != np.uint8 or array.shape != source.display_shape:
         raise ValueError(
             f"need uint8 {source.display_shape}, got {array.dtype} {tuple(array.shape)}"
         )
-    if not str(path).endswith((".nii", ".nii.gz")):
-        raise UserError(f"cannot write {path}: name the file .nii or .nii.gz")
     header = source.header.copy()
     header.set_data_dtype(np.uint8)
     for field in ("scl_slope", "scl_inter", "cal_min", "cal_max"):
@@ -127,9 +134,7 @@ def write_label(path, array: np.ndarray, source: SourceGrid) -> None:
     header["descrip"] = b""
     header.set_intent("none")
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    with atomic_path(path) as temporary:
-        image = kind(to_source(array, source).reshape(source.shape), source.affine, header)
-        nib.save(image, temporary)
+    return kind(to_source(array, source).reshape(source.shape), source.affine, header)
 
 
 def to_display(array: np.ndarray, source: SourceGrid) -> np.ndarray:
@@ -147,35 +152,41 @@ def to_source(array: np.ndarray, source: SourceGrid) -> np.ndarray:
 def _read(path, dtype) -> Volume:
     path = Path(path)
     with _open(path) as (stream, zipped):
-        grid = _grid(stream, path)
+        grid = parse_header(stream, path)
         raw = _voxels(stream, grid)
         if zipped and len(stream.read(_MAX_TRAILING + 1)) > _MAX_TRAILING:
             raise UserError(f"{path} inflates past the size its header declares; get a new copy")
-    array = np.ascontiguousarray(to_display(_decode(raw, grid, dtype), grid))
+    array = np.ascontiguousarray(to_display(decode(raw, grid, dtype), grid))
     return Volume(array, grid.spacing, grid)
 
 
 @contextlib.contextmanager
 def _open(path: Path):
-    """Yield (byte stream, whether it is gzip); whatever way it is damaged becomes one sentence."""
+    """Yield (byte stream, whether it is gzip) of a file whose name says which of both it is."""
     if not path.is_file():
         raise UserError(f"{path} is not a file; check the path")
     named = path.name.lower().endswith(".gz")
+    with told(path), open(path, "rb") as file:
+        zipped = file.peek(2)[:2] == b"\x1f\x8b"
+        if named and not zipped:
+            raise UserError(f"{path} is named .gz but is not gzip; rename it or compress it")
+        if zipped and not named:
+            raise UserError(f"{path} is gzip but is not named .gz; rename it to {path.name}.gz")
+        yield (gzip.GzipFile(fileobj=file) if zipped else file), zipped
+
+
+@contextlib.contextmanager
+def told(path: Path):
+    """Whatever goes wrong while a file is read becomes one sentence."""
     try:
-        with open(path, "rb") as file:
-            zipped = file.peek(2)[:2] == b"\x1f\x8b"
-            if named and not zipped:
-                raise UserError(f"{path} is named .gz but is not gzip; rename it or compress it")
-            if zipped and not named:
-                raise UserError(f"{path} is gzip but is not named .gz; rename it to {path.name}.gz")
-            yield (gzip.GzipFile(fileobj=file) if zipped else file), zipped
+        yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is damaged or cut off ({error}); get a new copy") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _grid(stream, path: Path) -> SourceGrid:
+def parse_header(stream, path: Path) -> SourceGrid:
     """Read and check the header; leaves the stream right behind it."""
     start = stream.read(4)
     size = next((n for n in _HEADERS if start in (struct.pack("<i", n), struct.pack(">i", n))), 0)
@@ -242,7 +253,7 @@ def _voxels(stream, grid: SourceGrid) -> np.ndarray:
     return raw.reshape(grid.shape[:3], order="F")
 
 
-def _decode(raw: np.ndarray, grid: SourceGrid, dtype) -> np.ndarray:
+def decode(raw: np.ndarray, grid: SourceGrid, dtype) -> np.ndarray:
     """Scale and convert slab by slab, so that no float64 copy of the volume is made."""
     slope, inter = grid.header.get_slope_inter()
     scaled = slope is not None and (slope, inter) != (1.0, 0.0)

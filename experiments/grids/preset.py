@@ -1,0 +1,15 @@
+"""The presets of PGP-SAM that are registered, at equal budget.
+
+python -m experiments.run_grid --grid experiments/grids/preset.py --workdir runs/preset
+"""
+
+from experiments.grids.targets import SYNAPSE, target
+from experiments.plan import Plan, method_rows
+
+
+def get_grid(variant: str = SYNAPSE) -> Plan:
+    return Plan(
+        title="Presets of PGP-SAM",
+        rows=method_rows("pgpsam"),
+        **target(variant),
+    )

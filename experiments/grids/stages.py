@@ -1,0 +1,22 @@
+"""Number of refinement stages: the paper has two. Each takes one more block, deep to shallow.
+
+python -m experiments.run_grid --grid experiments/grids/stages.py --workdir runs/stages
+"""
+
+from experiments.grids.targets import PHANTOM, SYNAPSE, target
+from experiments.plan import Plan, tap_rows
+
+TAPS = {
+    SYNAPSE: ((11,), (11, 2), (11, 5, 2), (11, 8, 5, 2)),
+    PHANTOM: ((3,), (3, 1), (3, 2, 1), (3, 2, 1, 0)),
+}
+
+
+def get_grid(variant: str = SYNAPSE) -> Plan:
+    setting, rows = target(variant), tap_rows(TAPS[variant])
+    return Plan(
+        title="Dice against the number of refinement stages",
+        rows=rows,
+        reference=rows[1].name,
+        **setting,
+    )

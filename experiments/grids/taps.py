@@ -1,0 +1,20 @@
+"""Which encoder blocks feed the two refinement stages: the paper says early features, not which.
+
+python -m experiments.run_grid --grid experiments/grids/taps.py --workdir runs/taps
+
+Rows name block indices, stage 1 first. The default is the last and the first block with global
+attention (ViT-b: 11 and 2 of 12; the phantom's encoder: 3 and 1 of 4).
+"""
+
+from experiments.grids.targets import PHANTOM, SYNAPSE, target
+from experiments.plan import Plan, tap_rows
+
+TAPS = {
+    SYNAPSE: ((11, 2), (11, 5), (11, 8), (2, 11)),
+    PHANTOM: ((3, 1), (3, 0), (3, 2), (1, 3)),
+}
+
+
+def get_grid(variant: str = SYNAPSE) -> Plan:
+    setting = target(variant)
+    return Plan(title="Dice by the encoder blocks used", rows=tap_rows(TAPS[variant]), **setting)

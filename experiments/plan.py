@@ -1,0 +1,210 @@
+"""Grid files and grid folders: from named overrides to one resolved configuration per cell.
+
+A grid file defines `get_grid(variant) -> Plan`. `--grid FILE:VARIANT` names one; the plan is kept
+in the grid folder as `grid.json`, which tables and reports read (`pgpsam_jax.runs`).
+"""
+
+import ast
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from pgpsam_jax import config as configuration
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.files import write_json
+from pgpsam_jax.provenance import code_version
+from pgpsam_jax.runs import PLAN, Grid, Row, read_grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A study: a config file, overrides for all cells, one line of its table per row, seeds.
+
+    config: a config file, its variant behind a colon. overrides: {"model.k": 4, ...} for every
+    cell; each row adds its own. seed_fields: the fields a seed is written to. published: key of
+    the paper's table, only where data, model and protocol are the paper's. axis: what the rows'
+    values count, if they form an axis.
+    """
+
+    title: str
+    config: str
+    rows: tuple[Row, ...]
+    overrides: dict = dataclasses.field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    seed_fields: tuple[str, ...] = ("seed",)
+    reference: str = ""  # empty = the first row
+    published: str | None = None
+    axis: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def axis_rows(field: str, values) -> tuple[Row, ...]:
+    """One row per value of a configuration field: `k4` for `model.k` = 4."""
+    name = field.rpartition(".")[2]
+    return tuple(
+        Row(f"{name}{value}", f"{name.replace('_', ' ')} {value}", {field: value}, value)
+        for value in values
+    )
+
+
+def tap_rows(taps) -> tuple[Row, ...]:
+    """One row per choice of encoder blocks, one block for each refinement stage."""
+    return tuple(
+        Row(
+            "taps" + "_".join(map(str, blocks)),
+            f"{len(blocks)} stage(s), blocks {', '.join(map(str, blocks))}",
+            {"model.stage_taps": tuple(blocks)},
+        )
+        for blocks in taps
+    )
+
+
+def method_rows(only: str = "") -> tuple[Row, ...]:
+    """One row per registered method (or preset of the method `only`), the paper's preset first."""
+    from pgpsam_jax.build import METHODS
+
+    keys = [key for key in METHODS if not only or key[0] == only]
+    return tuple(
+        Row(f"{name}_{preset}", f"{name}, {preset}", {"model.name": name, "model.preset": preset})
+        for name, preset in keys
+    )
+
+
+def load_plan(spec: str) -> tuple[str, str, Plan]:
+    """(name, variant, plan) of `FILE` or `FILE:VARIANT`."""
+    path, _, variant = spec.partition(":")
+    get_grid = _function_of(path, "get_grid", "grid")
+    try:
+        plan = get_grid(variant) if variant else get_grid()
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return Path(path).stem, variant, plan
+
+
+def resolve(plan: Plan, row: Row, seed: int, settings: dict) -> ConfigDict:
+    """The configuration of one cell: file, plan, row, seed, then the user's own settings."""
+    path, _, variant = plan.config.partition(":")
+    get_config = _function_of(path, "get_config", "config")
+    config = get_config(variant) if variant else get_config()
+    seeds = {field: seed for field in plan.seed_fields}
+    for field, value in (plan.overrides | row.overrides | seeds | settings).items():
+        _set(config, field, value)
+    config.name = f"{row.name}-seed{seed}"
+    return config
+
+
+def parse_settings(pairs) -> dict:
+    """`--set FIELD=VALUE` strings; a value that is no Python literal is text."""
+    settings = {}
+    for pair in pairs:
+        field, equals, text = pair.partition("=")
+        if not (field and equals):
+            raise UserError(f"--set {pair!r} is not FIELD=VALUE, such as data.root=datasets/btcv")
+        try:
+            settings[field] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            settings[field] = text
+    return settings
+
+
+def make_grid(spec: str, folder, settings: dict) -> Grid:
+    """The grid as planned now; nothing is written."""
+    name, variant, plan = load_plan(spec)
+    names = [row.name for row in plan.rows]
+    if len(set(names)) < len(names) or not names or not plan.seeds:
+        raise UserError(f"{spec} needs rows with names of their own, and seeds")
+    reference = plan.reference or names[0]
+    if reference not in names:
+        raise UserError(f"{spec}: reference {reference!r} is none of the rows {', '.join(names)}")
+    cells = []
+    for row in plan.rows:
+        for seed in plan.seeds:
+            config = resolve(plan, row, seed, settings)
+            key = configuration.fingerprint(config)[:8]
+            cells.append(
+                {
+                    "name": config.name,
+                    "row": row.name,
+                    "seed": seed,
+                    "folder": f"{config.name}-{key}",
+                    "config": configuration.to_json(config),
+                }
+            )
+    rows = [dataclasses.asdict(row) for row in plan.rows]
+    fields = {f: getattr(plan, f) for f in ("title", "published", "axis")}
+    content = fields | {
+        "name": name,
+        "variant": variant,
+        "reference": reference,
+        "notes": list(plan.notes),
+        "code": code_version(),
+        "rows": rows,
+        "cells": cells,
+    }
+    return Grid.from_json(content, Path(folder))
+
+
+def settle(grid: Grid, mix: bool) -> None:
+    """Write the plan into its folder, unless results of other settings or code are there.
+
+    With `mix` the new plan replaces the old one: changed cells run in folders of their own, done
+    ones stay, and tables say that code versions differ.
+    """
+    if (grid.path / PLAN).is_file():
+        before = read_grid(grid.path)
+        found = _changes(before, grid)
+        if found and not mix:
+            raise UserError(
+                f"{grid.path} was begun differently: {'; '.join(found)}. Choose another --workdir, "
+                "or say --mix to go on with the new plan and keep what is done"
+            )
+    write_json(grid.path / PLAN, grid.to_json())
+
+
+def _changes(before: Grid, now: Grid) -> list[str]:
+    """What would mix results of different plans or programs; new cells may join."""
+    found, cells = [], {cell.name: cell for cell in now.cells}
+    for old in before.cells:
+        new = cells.get(old.name)
+        if new is None:
+            found.append(f"{old.name} is planned no longer")
+        elif new.folder != old.folder:
+            different = configuration.differences(old.config, new.config)
+            found.append(f"{old.name} has other settings ({', '.join(different)})")
+    started = any(cell.state["state"] != "pending" for cell in before.cells)
+    if started and before.code["code"] != now.code["code"]:
+        revisions = [(code["git"] or "no git")[:12] for code in (before.code, now.code)]
+        found.append("the code of pgpsam_jax changed ({} there, {} now)".format(*revisions))
+    return found[:5] + ([f"and {len(found) - 5} more"] if len(found) > 5 else [])
+
+
+def _function_of(path: str, name: str, what: str):
+    """The function `name` of a Python file."""
+    if not Path(path).is_file():
+        raise UserError(f"{what} file {path} not found; run from the folder that holds it")
+    module_spec = importlib.util.spec_from_file_location(f"_{what}_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        return getattr(module, name)
+    except AttributeError:
+        raise UserError(f"{what} file {path} defines no {name}()") from None
+    except (ImportError, SyntaxError, NameError) as error:
+        raise UserError(f"{what} file {path} cannot be run: {error}") from None
+
+
+def _set(config: ConfigDict, field: str, value) -> None:
+    *parts, last = field.split(".")
+    section = config
+    try:
+        for part in parts:
+            section = section[part]
+        if last not in section:
+            raise KeyError(field)
+        section[last] = tuple(value) if isinstance(value, list) else value
+    except (KeyError, AttributeError, TypeError) as error:
+        if isinstance(error, TypeError) and last in section:
+            raise UserError(f"{field} cannot be {value!r}: {error}") from None
+        raise UserError(f"no such configuration field: {field}") from None

@@ -1,0 +1,81 @@
+"""Tables of grids and runs: python -m experiments.tables runs/table3 --format markdown.
+
+RUNS are grid folders (finished or not) and run folders. One run folder alone gets its own tables;
+of several, those whose configurations differ in seeds only are the seeds of one row, and the first
+row is the reference. CSV is long: every score of every case, organ, protocol and metric.
+"""
+
+import argparse
+import csv
+import io
+import sys
+from pathlib import Path
+
+from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.evaluation import study
+from pgpsam_jax.evaluation.tables import run_tables, study_tables, to_latex, to_markdown
+from pgpsam_jax.files import write_text
+from pgpsam_jax.runs import is_grid, read_grid, read_run
+
+
+def main(arguments=None) -> None:
+    """Entry point; `arguments` replace those of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.tables", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="grid folders and run folders")
+    parser.add_argument("--format", choices=("markdown", "latex", "csv"), default="markdown")
+    parser.add_argument("--output", metavar="FILE", help="write there instead of printing")
+    options = parser.parse_args(arguments)
+    with exit_on_user_error():
+        text = format_tables(options.runs, options.format)
+        if options.output is None:
+            sys.stdout.write(text)
+        else:
+            write_text(options.output, text)
+            print(f"wrote {options.output}")
+
+
+def format_tables(folders, style: str) -> str:
+    """The text for these folders in "markdown", "latex" or "csv"; `UserError` for a wrong one."""
+    grids, runs = _read(folders)
+    studies = [study.from_grid(grid) for grid in grids]
+    studies += [study.from_runs(runs)] if runs else []
+    if style == "csv":
+        return _csv(studies)
+    parts = []
+    for one in studies:
+        alone = one.name == "runs" and len(runs) == 1
+        title = f"Run {runs[0].workdir}" if alone else one.title
+        tables = run_tables(runs[0]) if alone else study_tables(one)
+        write = to_latex if style == "latex" else to_markdown
+        heading = f"% {title}; needs \\usepackage{{booktabs}}" if style == "latex" else f"# {title}"
+        parts += [" ".join(heading.split()) + "\n", *map(write, tables)]
+    return "\n".join(parts)
+
+
+def _read(folders):
+    """Grids and runs of these folders, each read once."""
+    grids, runs = [], []
+    for path in {Path(folder).resolve(): Path(folder) for folder in folders}.values():
+        if is_grid(path):
+            grids.append(read_grid(path))
+        elif (path / "config.json").is_file():
+            runs.append(read_run(path))
+        else:
+            raise UserError(
+                f"{path} is neither a grid folder (no grid.json) nor a run folder (no "
+                "config.json); give folders that run_grid or pgpsam_jax.main have written"
+            )
+    return grids, runs
+
+
+def _csv(studies) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, study.LONG_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for one in studies:
+        writer.writerows(study.long_rows(one))
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    main()
