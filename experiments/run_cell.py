@@ -134,8 +134,8 @@ def _end_with_parent() -> None:
     """End this process when the driver does: its end of our standard input closes then."""
 
     def watch():
-        with contextlib.suppress(OSError, ValueError):
-            while sys.stdin.buffer.read(1):
+        with contextlib.suppress(OSError):
+            while os.read(0, 1):  # sys.stdin's own lock would be held at exit
                 pass
         os._exit(143)
 

@@ -46,6 +46,7 @@ class Driver:
             desc=grid.name,
             bar_format="{desc}: {n:.2f} of {total} cells |{bar}| {elapsed} spent, {remaining} left",
             mininterval=1 if sys.stderr.isatty() else 60,
+            miniters=0,
         )
 
     def run(self) -> bool:
@@ -57,8 +58,7 @@ class Driver:
                     self._start()
                     time.sleep(_POLL_SECONDS)
                     self._collect()
-                    self._bar.n = self._progress()
-                    self._bar.refresh()
+                    self._bar.update(self._progress() - self._bar.n)
             finally:
                 self._stop()
         return all(cell.state["state"] == DONE for cell in self.cells)
