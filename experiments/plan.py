@@ -119,8 +119,9 @@ def make_grid(spec: str, folder, settings: dict) -> Grid:
     if reference not in names:
         raise UserError(f"{spec}: reference {reference!r} is none of the rows {', '.join(names)}")
     cells = []
-    for row in plan.rows:
-        for seed in plan.seeds:
+    # Seeds outside: an unfinished grid has every row, and neighbours do not compile the same step.
+    for seed in plan.seeds:
+        for row in plan.rows:
             config = resolve(plan, row, seed, settings)
             key = configuration.fingerprint(config)[:8]
             cells.append(

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from pgpsam_jax import sharding
 from pgpsam_jax.data.geometry import Fit, logits_to_native, model_slices
@@ -23,7 +24,7 @@ class Predictor:
         self.batch_size = -(-batch_size // lanes) * lanes
         self.image_size, self.window = image_size, tuple(window)
         self._sharding = sharding.batch_sharding(mesh)
-        self._states = params, frozen
+        self._graphdef, self._states = graphdef, (params, frozen)
         self._predict = jax.jit(
             make_predict_step(graphdef),
             in_shardings=(
@@ -33,6 +34,11 @@ class Predictor:
             ),
             out_shardings=self._sharding,
         )
+
+    @property
+    def model(self) -> nnx.Module:
+        """The module with its weights: a new object over the same arrays."""
+        return nnx.merge(self._graphdef, *self._states)
 
     def __call__(self, volume: Volume) -> np.ndarray:
         """Class ids (D, H, W) uint8 in the volume's display orientation."""

@@ -15,19 +15,19 @@ import math
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.protocols import COLUMNS, DEFINITIONS, METRICS
+from pgpsam_jax.evaluation.scores import (
+    INTERVAL,
+    SMALL,
+    SMALL_SAMPLE,
+    defined_mean,
+    score_arrays,
+    spread,
+)
 from pgpsam_jax.files import write_json, write_text
 
-INTERVAL = (
-    "two-sided 95 % Student t interval of the mean over cases (n cases, sample SD with n - 1)"
-)
-SMALL_SAMPLE = (
-    "n < 50: the nominal 95 % coverage of these intervals is optimistic (about 84 % at n = 12 in "
-    "simulations with skewed Dice-like scores)"
-)
 _INTEGERS = ("class_id", "truth_voxels", "predicted_voxels")
 
 
@@ -96,16 +96,16 @@ def summarise(rows) -> dict:
 
 
 def _summarise_protocol(rows, protocol, cases, classes) -> dict:
-    values, status = _tables(rows, protocol, cases, classes)
+    values, status = score_arrays(rows, protocol, cases, classes)
     means = {}
     for metric, table in values.items():
-        means[f"{metric}_class_mean"] = _mean(_mean(table, axis=0))
-        means[f"{metric}_case_mean"] = _mean(_mean(table, axis=1))
-    means |= _spread(_mean(values["dice"], axis=1), "dice_case")
+        means[f"{metric}_class_mean"] = defined_mean(defined_mean(table, axis=0))
+        means[f"{metric}_case_mean"] = defined_mean(defined_mean(table, axis=1))
+    means |= _spread(defined_mean(values["dice"], axis=1), "dice_case")
     per_class = {}
     for column, name in enumerate(classes.values()):
         scores = {metric: table[:, column] for metric, table in values.items()}
-        entry = {metric: _mean(score) for metric, score in scores.items()}
+        entry = {metric: defined_mean(score) for metric, score in scores.items()}
         entry["n"] = int(np.isfinite(scores["dice"]).sum())
         for kind in ("both_empty", "missed", "hallucinated"):
             entry[f"n_{kind}"] = int((status[:, column] == kind).sum())
@@ -116,44 +116,8 @@ def _summarise_protocol(rows, protocol, cases, classes) -> dict:
     return means | {"per_class": per_class}
 
 
-def _tables(rows, protocol, cases, classes):
-    """{metric: (cases, classes) values} and the statuses of one protocol."""
-    place = {case: i for i, case in enumerate(cases)}, {key: j for j, key in enumerate(classes)}
-    shape = len(cases), len(classes)
-    values = {metric: np.full(shape, np.nan) for metric in METRICS[protocol]}
-    status = np.full(shape, "", dtype=object)
-    seen = set()
-    for row in rows:
-        if row["protocol"] != protocol:
-            continue
-        key = row["case"], row["class_id"], row["metric"]
-        if key in seen:
-            raise UserError(
-                f"case {row['case']} was evaluated twice; give every case a name of its own."
-            )
-        seen.add(key)
-        where = place[0][row["case"]], place[1][row["class_id"]]
-        values[row["metric"]][where] = row["value"]
-        status[where] = row["status"]
-    return values, status
-
-
-def _mean(values, axis=None):
-    """Mean over what is defined, NaN (without numpy's warning) where nothing is."""
-    defined = np.isfinite(values)
-    count = defined.sum(axis=axis)
-    total = np.where(defined, values, 0.0).sum(axis=axis)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
 def _spread(values, label) -> dict:
-    """Sample SD and t interval of the mean; undefined for fewer than two values."""
-    values = values[np.isfinite(values)]
-    if values.size < 2:
-        return {f"{label}_sd": None, f"{label}_ci95": None}
-    sd = values.std(ddof=1)
-    half = stats.t.ppf(0.975, values.size - 1) * sd / math.sqrt(values.size)
-    return {f"{label}_sd": sd, f"{label}_ci95": [values.mean() - half, values.mean() + half]}
+    return dict(zip((f"{label}_sd", f"{label}_ci95"), spread(values), strict=True))
 
 
 def _jsonable(value):
@@ -213,7 +177,7 @@ def _explanations(summary) -> list[str]:
         "the mean over the organs defined in the case.",
         f"- Interval: {summary.get('interval', INTERVAL)}.",
     ]
-    if summary["n_cases"] < 50:
+    if summary["n_cases"] < SMALL:
         lines.append(f"- {SMALL_SAMPLE}.")
     return lines + [f"- `{name}`: {text}." for name, text in definitions.items()]
 

@@ -1,0 +1,161 @@
+"""A table of text, its numbers, and its three spellings: Markdown, LaTeX (booktabs) and HTML.
+
+Cells and notes are plain text; `code` between backticks in titles and notes is set as code.
+"""
+
+import dataclasses
+import html
+import math
+import re
+
+NONE, UNDEFINED = "-", "n/a"  # no result yet; a result without this number
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Title, column heads, one list of cells a row (as many as heads) and notes to stand below."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def number(value, digits: int = 2, sign: bool = False) -> str:
+    """Fixed digits; `UNDEFINED` for None and NaN."""
+    if value is None or math.isnan(value):
+        return UNDEFINED
+    return f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def percent(share, sign: bool = False) -> str:
+    """A share (0..1), or a difference of two, in % with two digits."""
+    return number(None if share is None else 100 * share, sign=sign)
+
+
+def plus_minus(mean, sd, write=number) -> str:
+    """Mean ± SD; the mean alone where there is no SD."""
+    return write(mean) if sd is None or math.isnan(mean) else f"{write(mean)} ± {write(sd)}"
+
+
+def interval(ends, write=number) -> str:
+    return UNDEFINED if ends is None else " to ".join(write(end) for end in ends)
+
+
+def spoken(name: str) -> str:
+    """An organ's name as read."""
+    return name.replace("_", " ")
+
+
+def to_markdown(table: Table, level: int = 2) -> str:
+    """A section with a pipe table, columns padded to read well as plain text too."""
+    lines = [[_pipe(cell) for cell in row] for row in [table.head, *table.rows]]
+    widths = [max(3, *(len(cell) for cell in column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    text = [
+        "| " + " | ".join(_pad(cell, width, place) for place, (cell, width) in cells) + " |"
+        for cells in (
+            enumerate(zip(row, widths, strict=True)) for row in [lines[0], rule, *lines[1:]]
+        )
+    ]
+    notes = ["", *(f"- {_prose(note)}" for note in table.notes)] if table.notes else []
+    return "\n".join([f"{'#' * level} {_prose(table.title)}", "", *text, *notes]) + "\n"
+
+
+def to_latex(table: Table) -> str:
+    """A `table` environment; the document needs the package booktabs, nothing else."""
+    columns = "l" + "r" * (len(table.head) - 1)
+    body = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in [table.head, *table.rows]]
+    notes = [rf"\item {_latex(note)}" for note in table.notes]
+    if notes:
+        box = [r"\begin{minipage}{\linewidth}", r"\footnotesize", r"\begin{itemize}"]
+        notes = [r"\par\medskip", *box, *notes, r"\end{itemize}", r"\end{minipage}"]
+    return (
+        "\n".join(
+            [
+                r"\begin{table}[htbp]",
+                r"\centering",
+                rf"\caption{{{_latex(table.title)}}}",
+                r"\scriptsize" if len(table.head) > 10 else r"\footnotesize",
+                r"\setlength{\tabcolsep}{3pt}",
+                r"\makebox[\linewidth][c]{%",  # centred even where it is wider than the text
+                rf"\begin{{tabular}}{{{columns}}}",
+                r"\toprule",
+                body[0],
+                r"\midrule",
+                *body[1:],
+                r"\bottomrule",
+                r"\end{tabular}}",
+                *notes,
+                r"\end{table}",
+            ]
+        )
+        + "\n"
+    )
+
+
+def to_html(table: Table) -> str:
+    """A `<table>` with caption, scoped heads and a list of notes; no styling."""
+    head = "".join(f'<th scope="col">{_html(cell)}</th>' for cell in table.head)
+    rows = [
+        f'<tr><th scope="row">{_html(first)}</th>'
+        + "".join(f"<td>{_html(cell)}</td>" for cell in rest)
+        + "</tr>"
+        for first, *rest in table.rows
+    ]
+    notes = [f"<li>{_html(note, code=True)}</li>" for note in table.notes]
+    lines = ["<table>", f"<caption>{_html(table.title, code=True)}</caption>"]
+    lines += [f"<thead><tr>{head}</tr></thead>", "<tbody>", *rows, "</tbody>", "</table>"]
+    return "\n".join(lines + (["<ul>", *notes, "</ul>"] if notes else [])) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _pipe(text: str) -> str:
+    return re.sub(r"([\\|*<`])", r"\\\1", _one_line(text))
+
+
+def _prose(text: str) -> str:
+    """Markdown's own signs escaped outside code; a lone `<` between spaces is none of them."""
+    parts = re.split(r"(`[^`]+`)", _one_line(text))
+    parts[::2] = [re.sub(r"([\\*]|<(?=[A-Za-z/!]))", r"\\\1", part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def _pad(cell: str, width: int, place: int) -> str:
+    return cell.rjust(width) if place else cell.ljust(width)
+
+
+def _html(text: str, code: bool = False) -> str:
+    text = html.escape(_one_line(text))
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text) if code else text
+
+
+_LATEX = {character: f"\\{character}" for character in "%&$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "|": r"\textbar{}",
+    '"': "''",
+    "<": "$<$",
+    ">": "$>$",
+    "±": r"$\pm$",
+    "\N{MULTIPLICATION SIGN}": r"$\times$",
+    "≤": r"$\le$",
+    "≥": r"$\ge$",
+    "→": r"$\to$",
+    "\N{MINUS SIGN}": "$-$",
+    "\N{EN DASH}": "--",
+    "\N{GREEK SMALL LETTER ALPHA}": r"$\alpha$",
+    "\N{GREEK SMALL LETTER BETA}": r"$\beta$",
+}
+
+
+def _latex(text: str) -> str:
+    """Escaped; a minus sign before a number is set as one."""
+    parts = re.split(r"`([^`]+)`", _one_line(text))
+    escaped = ["".join(_LATEX.get(character, character) for character in part) for part in parts]
+    escaped = [re.sub(r"(?<![\w.)])-(?=\d)", "$-$", part) for part in escaped]
+    return "".join(rf"\texttt{{{p}}}" if i % 2 else p for i, p in enumerate(escaped))
