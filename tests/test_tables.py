@@ -68,6 +68,7 @@ def test_finished_grid_by_hand(tmp_path):
         }
     line = cells(by_title(tables, "case mean"), "LoRA")
     assert line["difference"] == "-20.00" and line["p"] == "0.0005" == line["Holm p"]
+    assert line["by seed"] == "-10.00, -30.00"
     assert (line["seeds"], line["n"], line["better / worse / same"]) == ("2", "12", "0 / 12 / 0")
     organ = cells(by_title(tables, "per organ"), "LoRA")
     assert organ == {"row": "LoRA", "liver": "-20.00 (0.0010)", "spleen": "-20.00 (0.0010)"}

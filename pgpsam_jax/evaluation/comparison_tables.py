@@ -23,7 +23,7 @@ PROTOCOL, METRIC = "strict", "dice"
 
 def comparison_table(study: Study) -> Table:
     """Every row but the reference: difference of the case means, its interval, p and Holm p."""
-    head = ["row", "seeds", "n", "row mean", "reference mean", "difference", "95 % CI"]
+    head = ["row", "seeds", "n", "row mean", "reference mean", "difference", "by seed", "95 % CI"]
     head += ["p", "Holm p", "better / worse / same"]
     found = _compared(study, [None])
     adjusted = holm([math.nan if one is None else one.p for one in found.values()])
@@ -33,12 +33,13 @@ def comparison_table(study: Study) -> Table:
             rows.append([label] + [NONE] * (len(head) - 1))
             continue
         cells = [label, str(len(one.seeds)), str(one.n), percent(one.row), percent(one.reference)]
-        cells += [_signed(one.difference), interval(one.interval, _signed), _p(one.p), _p(p)]
+        cells += [_signed(one.difference), ", ".join(map(_signed, one.by_seed))]
+        cells += [interval(one.interval, _signed), _p(one.p), _p(p)]
         rows.append([*cells, f"{one.better} / {one.worse} / {one.same}"])
     notes = [
         "A case's score is its mean over organs (case mean), averaged over the seeds that row and "
         "reference both have; difference: row minus reference in Dice points, over the n cases "
-        f"both have. Interval: {DIFFERENCE_INTERVAL}."
+        f"both have; by seed: the difference of each seed alone. Interval: {DIFFERENCE_INTERVAL}."
     ]
     return Table(_title(study, "case mean"), head, rows, notes + _notes(study, found))
 

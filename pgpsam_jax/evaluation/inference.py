@@ -1,5 +1,6 @@
 """Whole volumes to class ids on their own grid; evaluation and prediction share it."""
 
+import copy
 import functools
 
 import jax
@@ -39,6 +40,17 @@ class Predictor:
     def model(self) -> nnx.Module:
         """The module with its weights: a new object over the same arrays."""
         return nnx.merge(self._graphdef, *self._states)
+
+    @property
+    def params(self):
+        """State of the trained weights."""
+        return self._states[0]
+
+    def with_params(self, params) -> "Predictor":
+        """The same compiled program with other trained weights."""
+        other = copy.copy(self)
+        other._states = params, self._states[1]
+        return other
 
     def __call__(self, volume: Volume) -> np.ndarray:
         """Class ids (D, H, W) uint8 in the volume's display orientation."""

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from scipy import stats
 
-from pgpsam_jax.evaluation.scores import SMALL, SMALL_SAMPLE, Scores, spread
+from pgpsam_jax.evaluation.scores import SMALL, SMALL_SAMPLE, Scores, defined_mean, spread
 
 LEVEL = 0.05
 EXACT, APPROXIMATE = "exact", "normal approximation"
@@ -25,7 +25,8 @@ class Comparison:
     """A row minus the reference over the n cases in which both are defined.
 
     Scores in the unit of the rows (Dice 0..1). interval: 95 % of the mean difference, None for
-    n < 2. better, worse, same: cases; the test drops those that are the same.
+    n < 2. better, worse, same: cases; the test drops those that are the same. by_seed: the mean
+    difference of each seed alone, which shows whether another training run would agree.
     """
 
     seeds: tuple[int, ...]
@@ -39,6 +40,12 @@ class Comparison:
     better: int
     worse: int
     same: int
+    by_seed: tuple[float, ...]
+
+    @property
+    def seeds_disagree(self) -> bool:
+        """Whether the difference has another sign for another seed."""
+        return min(self.by_seed) < 0 < max(self.by_seed)
 
 
 def compare(row: Scores | None, reference: Scores | None, organ=None) -> Comparison | None:
@@ -54,7 +61,10 @@ def compare(row: Scores | None, reference: Scores | None, organ=None) -> Compari
     seeds, cases, organs = common
     if organ is not None:
         organs = [name for name in organs if name == organ]
-    pairs = np.stack([s.select(seeds, cases, organs).case_scores() for s in (row, reference)])
+    both = [scores.select(seeds, cases, organs) for scores in (row, reference)]
+    pairs = np.stack([scores.case_scores() for scores in both])
+    each = np.stack([defined_mean(scores.values, axis=2) for scores in both])
+    by_seed = defined_mean(each[0] - each[1], axis=1).tolist()
     pairs = pairs[:, np.isfinite(pairs).all(axis=0)]
     if not pairs.size:
         return None
@@ -63,7 +73,8 @@ def compare(row: Scores | None, reference: Scores | None, organ=None) -> Compari
     signs = [int(np.count_nonzero(np.sign(differences) == sign)) for sign in (1, -1, 0)]
     means = [float(mean) for mean in (*pairs.mean(axis=1), differences.mean())]
     interval = spread(differences)[1]
-    return Comparison(tuple(seeds), pairs.shape[1], *means, interval, p, method, *signs)
+    counts = tuple(seeds), pairs.shape[1]
+    return Comparison(*counts, *means, interval, p, method, *signs, tuple(by_seed))
 
 
 def signed_rank(differences) -> tuple[float, str]:
@@ -125,6 +136,12 @@ def comparison_notes(comparisons) -> list[str]:
         "p and interval are about other cases for these trained models; what retraining changes is "
         "not in them (see the SD over seeds).",
     ]
+    torn = sum(one.seeds_disagree for one in comparisons if one.p <= LEVEL)
+    if torn:
+        notes.append(
+            f"Warning: {torn} comparison(s) with p <= {LEVEL} change sign from seed to seed: they "
+            "are no evidence that the row is better or worse when trained again."
+        )
     pairs = [one.n - one.same for one in comparisons]
     if short := [used for used in pairs if smallest_p(used) > LEVEL]:
         notes.append(

@@ -1,0 +1,135 @@
+"""What a trained PGP-SAM loses when one of its parts is switched off at test time.
+
+python -m experiments.knockout RUN_OR_GRID [--output FILE.csv]
+
+Each part is silenced by editing weights (a mixing scalar to zero, the last layer of a prompt path
+to zero, gates shut), and all test cases are segmented again. The drop says how much the trained
+model *relies* on the part; what training without it reaches is what `table3` measures. A part
+that is trained but silent costs nothing here.
+"""
+
+import argparse
+import csv
+import io
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from pgpsam_jax.data import dataset
+from pgpsam_jax.data.cache import read_case
+from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.evaluation import metrics
+from pgpsam_jax.evaluation.scores import defined_mean
+from pgpsam_jax.files import write_text
+from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.runs import is_grid, read_grid
+from pgpsam_jax.trained import load_run
+
+# Part -> {pattern of parameter paths: value}. A gate is a sigmoid: a large negative bias shuts it.
+PARTS = {
+    "CFM gates (Eq 1-2)": {
+        r"cfm/\d+/(spatial/column|channel/expand)/kernel": 0.0,
+        r"cfm/\d+/(spatial/column|channel/expand)/bias": -1e4,
+    },
+    "dense prompts (Eq 6)": {r"ppg/\d+/dense/mlp/lin2/(kernel|bias)": 0.0},
+    "sparse prompts (Eq 7)": {r"ppg/\d+/sparse/mlp/lin2/(kernel|bias)": 0.0},
+    "PPR (Eq 5)": {r"ppr/\d+/(alpha|beta)": 0.0},
+    "class attention W_c (Eq 4)": {r"ppr/\d+/alpha": 0.0},
+    "query attention W_q (Eq 5)": {r"ppr/\d+/beta": 0.0},
+}
+COLUMNS = ("run", "part", "case", "class", "dice")
+WHOLE = "nothing"
+
+
+def silenced(params, edits: dict):
+    """A copy of the trained state with the leaves of `edits` set; None where it has none."""
+    copy = jax.tree.map(lambda leaf: leaf, params)
+    found = False
+    for path, leaf in flat_paths(copy).items():
+        for pattern, value in edits.items():
+            if re.fullmatch(pattern, path):
+                leaf.set_value(jnp.full_like(leaf[...], value))
+                found = True
+    return copy if found else None
+
+
+def knock_out(workdir) -> list[dict]:
+    """Rows of `COLUMNS` for one trained run: every part it has, every test case, every class."""
+    run = load_run(workdir)
+    _, cases, table = dataset.find_split(run.config)
+    predictors = {WHOLE: run.predictor}
+    for part, edits in PARTS.items():
+        params = silenced(run.predictor.params, edits)
+        if params is not None:
+            predictors[part] = run.predictor.with_params(params)
+    rows = []
+    for case in tqdm(cases, desc=Path(workdir).name, unit="case"):
+        volume, truth = read_case(case, table)
+        for part, predictor in predictors.items():
+            prediction = predictor(volume)
+            start = {"run": Path(workdir).name, "part": part, "case": case.case_id}
+            for k, name in enumerate(table.names[1:], 1):
+                dice = metrics.dice(prediction == k, truth == k)
+                rows.append(start | {"class": name, "dice": dice})
+    return rows
+
+
+def summary(rows) -> str:
+    """Markdown: mean Dice (class mean, %) with each part off, and the change, mean over runs."""
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    lines = ["| switched off | runs | Dice (%) | change | smallest to largest change |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: |")
+    whole = {run: _class_mean(rows, run, WHOLE) for run in runs}
+    for part in parts:
+        means = {run: _class_mean(rows, run, part) for run in runs}
+        means = {run: mean for run, mean in means.items() if not np.isnan(mean)}
+        change = [100 * (mean - whole[run]) for run, mean in means.items()]
+        cells = [part, len(means), f"{100 * np.mean(list(means.values())):.2f}"]
+        cells += [f"{np.mean(change):+.2f}", f"{min(change):+.2f} to {max(change):+.2f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _class_mean(rows, run: str, part: str) -> float:
+    by_class: dict[str, list[float]] = {}
+    for row in rows:
+        if row["run"] == run and row["part"] == part:
+            by_class.setdefault(row["class"], []).append(row["dice"])
+    means = [defined_mean(np.array(values)) for values in by_class.values()]
+    return float(defined_mean(np.array(means))) if means else float("nan")
+
+
+def main(arguments=None) -> None:
+    """Entry point; `arguments` replace those of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.knockout", description=__doc__)
+    parser.add_argument("folder", metavar="RUN_OR_GRID")
+    parser.add_argument("--only", default="", metavar="ROW", help="of a grid, this row's runs")
+    parser.add_argument("--output", metavar="FILE", help="CSV with every case and class")
+    options = parser.parse_args(arguments)
+    with exit_on_user_error():
+        folders = [options.folder]
+        if is_grid(options.folder):
+            runs = read_grid(options.folder).runs()
+            if options.only and options.only not in runs:
+                raise UserError(f"{options.folder} has no row {options.only!r}; {', '.join(runs)}")
+            chosen = [options.only] if options.only else list(runs)
+            folders = [run.workdir for row in chosen for run in runs[row]]
+        if not folders:
+            raise UserError(f"{options.folder} has no finished run yet")
+        rows = [row for folder in folders for row in knock_out(folder)]
+        if options.output:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_text(options.output, text.getvalue())
+        print(summary(rows))
+
+
+if __name__ == "__main__":
+    main()
