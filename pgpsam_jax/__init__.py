@@ -1,3 +1,13 @@
 """PGP-SAM in JAX/Flax NNX: few-shot medical image segmentation on Segment Anything."""
 
 __version__ = "0.1.0"
+__all__ = ["load_run"]
+
+
+def __getattr__(name: str):
+    """`load_run` comes with JAX; importing the package alone stays light."""
+    if name == "load_run":
+        from pgpsam_jax.trained import load_run
+
+        return load_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from pgpsam_jax.config import load_config
 from pgpsam_jax.data.geometry import rescale
-from pgpsam_jax.data.labels import load_label_table
 from pgpsam_jax.data.nifti import read_image, write_label
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.files import write_json
@@ -83,14 +82,14 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     with exit_on_user_error():
-        from pgpsam_jax.train import load_predictor
+        from pgpsam_jax.trained import load_run
 
-        config = load_config(arguments.workdir)
-        names = load_label_table(Path(arguments.workdir) / "labels.json").names
+        load_config(arguments.workdir)  # what takes no time to refuse comes first
         inputs = find_inputs(arguments.input)
+        run = load_run(arguments.workdir)
         failed = predict(
-            load_predictor(config, arguments.workdir, len(names)),
-            names,
+            run.predictor,
+            run.label_names,
             inputs,
             arguments.output,
             overlay=arguments.overlay,

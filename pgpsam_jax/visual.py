@@ -63,14 +63,14 @@ def overlay_slice(image, truth, prediction, spacing, names, title: str) -> Figur
     """
     maps = {"ground truth": truth, "prediction": prediction}
     maps = {what: labels for what, labels in maps.items() if labels is not None}
-    legend = {k: names[k] for k in _present(names, *maps.values())}
+    legend = {k: names[k] for k in present(names, *maps.values())}
     if len(maps) == 2:
         scores = slice_dice(prediction[None], truth[None], len(names))[0]
         legend = {k: f"{name}  {scores[k - 1]:.2f}" for k, name in legend.items()}
     grid = 1, 1 + len(maps)
-    figure, axes = _panels(grid, image.shape, spacing, 3.6, legend, names, title, 0.22)
+    figure, axes = panels(grid, image.shape, spacing, 3.6, legend, names, title, 0.22)
     for ax, (what, labels) in zip(axes, {"image": None, **maps}.items(), strict=True):
-        _draw(ax, image, labels, spacing, names)
+        draw_slice(ax, image, labels, spacing, names)
         ax.set_title(what, fontsize=10, pad=4)
     return figure
 
@@ -138,43 +138,46 @@ def write_preview(image, prediction, spacing, names, path) -> Path:
     organs = np.flatnonzero((prediction > 0).any(axis=(1, 2)))
     pool = organs if organs.size else np.arange(len(prediction))
     chosen = pool[np.unique(np.linspace(0, len(pool) - 1, min(12, len(pool))).round().astype(int))]
-    legend = {k: names[k] for k in _present(names, prediction[chosen])}
+    legend = {k: names[k] for k in present(names, prediction[chosen])}
     title = path.name.removesuffix(path.suffix) + ("" if organs.size else ": no organ found")
     columns = min(4, len(chosen))
     grid = math.ceil(len(chosen) / columns), columns
-    figure, axes = _panels(grid, image.shape[1:], spacing[1:], 2.7, legend, names, title, 0.0)
+    figure, axes = panels(grid, image.shape[1:], spacing[1:], 2.7, legend, names, title, 0.0)
     for ax, z in zip(axes, chosen, strict=False):
-        _draw(ax, image[z], prediction[z], spacing[1:], names)
-        ax.text(0.98, 0.98, f"z = {z}", transform=ax.transAxes, ha="right", va="top", **_note(8))
+        draw_slice(ax, image[z], prediction[z], spacing[1:], names)
+        ax.text(0.98, 0.98, f"z = {z}", transform=ax.transAxes, ha="right", va="top", **note(8))
     for ax in axes[len(chosen) :]:
         ax.set_visible(False)
     return _save(figure, path)
 
 
-def _present(names, *maps) -> list[int]:
+def present(names, *maps) -> list[int]:
+    """Ids of the classes, background aside, that occur in any of the maps."""
     ids = np.unique(np.concatenate([np.unique(labels) for labels in maps] or [[]]))
     return [k for k in range(1, len(names)) if k in ids]
 
 
-def _panels(grid, shape, spacing, width, legend, names, title, head):
+def panels(grid, shape, spacing, width, legend, names, title, head, top=0.35):
     """Figure with a grid of axes of the slice's true aspect, a title, and a legend below.
 
     grid: (rows, columns). legend: {class id: text}. In inches, width: of a panel; head: room above
-    each row for panel titles.
+    each row for panel titles; top: above them all. Returns the figure and its axes, row by row.
     """
     rows, columns = grid
     height = width * (shape[0] * spacing[0]) / (shape[1] * spacing[1])
     total = columns * width + (columns - 1) * _GAP + 2 * _MARGIN
     across = max(1, int(total / (0.7 + 0.085 * max(map(len, legend.values()), default=1))))
     bottom = _MARGIN + 0.05 + 0.215 * math.ceil(len(legend) / across)
-    tall = bottom + rows * (height + head + _GAP) + 0.35
+    tall = bottom + rows * (height + head + _GAP) + top
     figure, axes = Figure(figsize=(total, tall), dpi=_DPI), []
     for place in range(rows * columns):
         row, column = divmod(place, columns)
         low = bottom + (rows - 1 - row) * (height + head + _GAP)
         left = _MARGIN + column * (width + _GAP)
         axes.append(figure.add_axes((left / total, low / tall, width / total, height / tall)))
-    size = min(12, 120 * total / len(title))  # a long case name must not run off a narrow sheet
+    size = min(
+        12, 120 * total / max(1, len(title))
+    )  # a long case name must not run off a narrow sheet
     figure.text(0.5, 1 - 0.2 / tall, title, ha="center", va="center", fontsize=size)
     colours = palette(names)
     handles = [
@@ -186,14 +189,17 @@ def _panels(grid, shape, spacing, width, legend, names, title, head):
     return figure, axes
 
 
-def _draw(ax, image, labels, spacing, names) -> None:
-    """One slice in mm with the organs of `labels` (or none) and the orientation letters."""
+def draw_slice(ax, image, labels, spacing, names, letters=True) -> None:
+    """One slice in mm with the organs of `labels` (or none) and the orientation letters.
+
+    image: (H, W) in [0, 1]; labels: class ids of that shape; spacing: mm along (H, W).
+    """
     height, width = (n * s for n, s in zip(image.shape, spacing, strict=True))
     ax.imshow(
         image, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0), interpolation="bilinear"
     )
     colours = palette(names)
-    for k in _present(names, labels) if labels is not None else ():
+    for k in present(names, labels) if labels is not None else ():
         # A rim of zeros closes the contour of an organ that touches the border.
         mask = np.pad(labels == k, 1).astype(np.float32)
         y, x = ((np.arange(n) - 0.5) * s for n, s in zip(mask.shape, spacing, strict=True))
@@ -202,11 +208,13 @@ def _draw(ax, image, labels, spacing, names) -> None:
     ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     for spine in ax.spines.values():
         spine.set_visible(False)
-    for letter, x, y in (("R", 0.03, 0.5), ("L", 0.97, 0.5), ("A", 0.5, 0.96), ("P", 0.5, 0.04)):
-        ax.text(x, y, letter, transform=ax.transAxes, ha="center", va="center", **_note(9))
+    sides = ("R", 0.03, 0.5), ("L", 0.97, 0.5), ("A", 0.5, 0.96), ("P", 0.5, 0.04)
+    for letter, x, y in sides if letters else ():
+        ax.text(x, y, letter, transform=ax.transAxes, ha="center", va="center", **note(9))
 
 
-def _note(size) -> dict:
+def note(size) -> dict:
+    """Style of text that stays readable on any grey: white with a black rim."""
     return {"color": "white", "fontsize": size, "path_effects": _OUTLINE}
 
 

@@ -5,7 +5,9 @@ Source: Yan et al., PGP-SAM (2025), sections 2.1-2.3; equations live in cfm.py, 
 """
 
 import dataclasses
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -16,7 +18,7 @@ from pgpsam_jax.models.image_encoder import ImageEncoder
 from pgpsam_jax.models.lora import LoraConfig
 from pgpsam_jax.models.mask_decoder import MaskDecoder, class_features
 from pgpsam_jax.models.ppg import PromptGenerator
-from pgpsam_jax.models.ppr import PrototypeRefinement
+from pgpsam_jax.models.ppr import PrototypeRefinement, Refined
 from pgpsam_jax.models.prompt_encoder import FourierPositions
 from pgpsam_jax.models.sam import SamConfig
 
@@ -60,6 +62,28 @@ class PgpSamConfig:
             )
 
 
+class Pass(NamedTuple):
+    """One pass of the decoder: what went in, how it came about, what came out.
+
+    feature (B, H, W, C) is X_i; intra (B, K, C) and inter (B, Q, C) are the prototypes that sparse
+    (B, K, C) and dense (B, H, W, C) prompts were made of; logits (B, 4H, 4W, K); class_feature
+    F_M (B, H, W, K). How PPR refined the prototypes, if it did in this pass: picks (B, K, k) of
+    the pass before's inter prototypes, W_c and W_q (B, n, L), see `ppr.Refined`. None where a
+    switch is off.
+    """
+
+    feature: jax.Array
+    intra: jax.Array | None
+    inter: jax.Array | None
+    picks: jax.Array | None
+    class_weights: jax.Array | None
+    query_weights: jax.Array | None
+    sparse: jax.Array
+    dense: jax.Array
+    logits: jax.Array
+    class_feature: jax.Array
+
+
 class PgpSam(nnx.Module):
     """Images (B, rows, columns, 3) in [0, 1] to `bootstrap` and `final` logits (B, 4H, 4W, K)."""
 
@@ -93,10 +117,10 @@ class PgpSam(nnx.Module):
             )
         self.config = config
 
-    def prompts(self, i: int, feature, prototypes):
+    def prompts(self, i: int, feature, intra, inter):
         """Sparse (B, K or 0, C) and dense (B, H, W, C) prompts of pass i (0 is the bootstrap)."""
         if self.config.ppg:
-            return self.ppg[i](feature, *prototypes)
+            return self.ppg[i](feature, intra, inter)
         dense = jnp.broadcast_to(self.default_dense[...].astype(feature.dtype), feature.shape)
         return jnp.zeros((feature.shape[0], 0, feature.shape[-1]), feature.dtype), dense
 
@@ -107,24 +131,31 @@ class PgpSam(nnx.Module):
         logits = self.mask_decoder.masks(mask_tokens, image_tokens)
         return logits, class_features(mask_tokens, image_tokens)
 
-    def __call__(self, images):
+    def passes(self, images) -> list[Pass]:
+        """Every pass of the decoder, the bootstrap first, with all that led to it."""
         feature, taps = self.image_encoder(images, self.config.stage_taps)
-        prototypes = None
+        refined = Refined()
         if self.config.ppg:
-            prototypes = tuple(
-                jnp.broadcast_to(p[...], (feature.shape[0], *p.shape))
-                for p in (self.intra, self.inter)
-            )
-        bootstrap, class_feature = self.decode(feature, *self.prompts(0, feature, prototypes))
+            raw = (self.intra[...], self.inter[...])
+            refined = Refined(*(jnp.broadcast_to(p, (len(feature), *p.shape)) for p in raw))
+        passes = [self._pass(0, feature, refined)]
         for i, tap in enumerate(taps):
             feature = self.cfm[i](tap, feature)
             if self.config.ppr:
-                prototypes = self.ppr[i](feature, class_feature, *prototypes)
+                last = passes[-1].class_feature
+                refined = self.ppr[i](feature, last, refined.intra, refined.inter)
             elif i + 1 < len(taps):
                 continue
-            prompts = self.prompts(i + 1 if self.config.ppr else 1, feature, prototypes)
-            logits, class_feature = self.decode(feature, *prompts)
-        return {"bootstrap": bootstrap, "final": logits}
+            passes.append(self._pass(len(passes), feature, refined))
+        return passes
+
+    def _pass(self, i: int, feature, refined: Refined) -> Pass:
+        sparse, dense = self.prompts(i, feature, refined.intra, refined.inter)
+        return Pass(feature, *refined, sparse, dense, *self.decode(feature, sparse, dense))
+
+    def __call__(self, images):
+        passes = self.passes(images)
+        return {"bootstrap": passes[0].logits, "final": passes[-1].logits}
 
 
 # Which tensors of a converted SAM this model starts from: path prefix here -> prefix there.

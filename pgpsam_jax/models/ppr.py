@@ -5,6 +5,8 @@ inter-class prototypes, k of them per class, n = K*(k+1) prototype tokens.
 The softmaxes run over space in the consistent reading of the equations; float32 throughout them.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +14,21 @@ from flax import nnx
 from pgpsam_jax.models import layers
 
 COSINE_EPS = 1e-8
+
+
+class Refined(NamedTuple):
+    """Prototypes of a pass, and how a stage of PPR came to them (None: they are not refined).
+
+    intra (B, K, C), inter (B, Q, C); picks (B, K, k): the inter prototypes each class took;
+    class_weights W_c and query_weights W_q (B, n, L), each summing to one over space. Token
+    c * (k + 1) is class c's own, the k after it are its picks.
+    """
+
+    intra: jax.Array | None = None
+    inter: jax.Array | None = None
+    picks: jax.Array | None = None
+    class_weights: jax.Array | None = None
+    query_weights: jax.Array | None = None
 
 
 def select_inter(intra, inter, k: int):
@@ -93,19 +110,16 @@ class PrototypeRefinement(nnx.Module):
         self.beta = nnx.Param(jnp.array(0.5, jnp.float32))
         self.k = k
 
-    def __call__(self, feature, class_feature, intra, inter):
-        """feature F_I (B, H, W, C), class_feature F_M (B, H, W, K); returns (intra, inter)."""
+    def __call__(self, feature, class_feature, intra, inter) -> Refined:
+        """feature F_I (B, H, W, C), class_feature F_M (B, H, W, K), prototypes to refine."""
         b, h, w, c = feature.shape
         class_feature = class_feature.astype(feature.dtype)
         fused = self.fuse(jnp.concatenate([feature, class_feature], axis=-1))
         fused = fused.reshape(b, h * w, c)
-        indices = select_inter(intra, inter, self.k)
-        tokens = gather_tokens(intra, inter, indices)
-        tokens = attend_tokens(
-            self.alpha[...],
-            self.beta[...],
-            self.class_attention(feature, class_feature),
-            query_attention(tokens, fused),
-            fused,
-        )
-        return scatter_tokens(intra, inter, indices, tokens)
+        picks = select_inter(intra, inter, self.k)
+        tokens = gather_tokens(intra, inter, picks)
+        class_weights = self.class_attention(feature, class_feature)
+        query_weights = query_attention(tokens, fused)
+        tokens = attend_tokens(self.alpha[...], self.beta[...], class_weights, query_weights, fused)
+        intra, inter = scatter_tokens(intra, inter, picks, tokens)
+        return Refined(intra, inter, picks, class_weights, query_weights)

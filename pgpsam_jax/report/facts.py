@@ -1,0 +1,147 @@
+"""What a run or a grid is and where it stands: settings, provenance, states and files as HTML."""
+
+import json
+from pathlib import Path
+
+from pgpsam_jax import config as configuration
+from pgpsam_jax.report.markup import escape, link, paragraph, text_table
+from pgpsam_jax.runs import DONE, FAILED, PENDING, RUNNING, Cell, Grid, Run
+
+_SIGNS = {DONE: "✓ done", FAILED: "✗ failed", RUNNING: "… running", PENDING: "pending"}
+
+
+def flat(value: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one, keys joined by dots."""
+    result = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        result |= flat(item, f"{name}.") if isinstance(item, dict) and item else {name: item}
+    return result
+
+
+def merged(dictionaries) -> dict:
+    """One value per key; a text naming all where the dictionaries differ."""
+    found: dict[str, list] = {}
+    for dictionary in dictionaries:
+        for key, value in dictionary.items():
+            values = found.setdefault(key, [])
+            if value not in values:
+                values.append(value)
+    return {
+        key: values[0] if len(values) == 1 else "differs: " + "; ".join(map(spoken, values))
+        for key, values in found.items()
+    }
+
+
+def spoken(value) -> str:
+    """A value of JSON as a reader wants it: no quotes, no brackets around a list."""
+    if value is None or value == "" or value == [] or value == {}:
+        return "(none)"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(spoken, value))
+    return str(value)
+
+
+def configuration_tables(configs: list[dict]) -> str:
+    """Every field by group; those that differ from `default_config()` stand out.
+
+    configs: stored configurations, of all cells for a grid.
+    """
+    ours = merged(flat(config) for config in configs)
+    default = flat(configuration.to_json(configuration.default_config()))
+    groups: dict[str, list[str]] = {}
+    for key in ours:
+        groups.setdefault(key.rpartition(".")[0], []).append(key)
+    count = sum(ours[key] != default.get(key) for key in ours)
+    parts = [
+        f"<p>{count} of {len(ours)} fields differ from the default (the paper's Synapse run); "
+        "they are marked.</p>"
+    ]
+    for group, keys in sorted(groups.items()):
+        rows, marked = [], []
+        for place, key in enumerate(keys):
+            differs = ours[key] != default.get(key)
+            marked += [place] if differs else []
+            usual = spoken(default.get(key)) if differs else ""
+            rows.append((key.rpartition(".")[2], spoken(ours[key]), usual))
+        title = group or "run"
+        table = text_table(["field", "value", "default"], rows, title, marked)
+        name = f"{escape(title)} ({len(marked)} of {len(keys)} changed)"
+        parts.append(f"<details{' open' if marked else ''}><summary>{name}</summary>{table}")
+        parts.append("</details>")
+    return "\n".join([parts[0], '<div class="groups">', *parts[1:], "</div>"])
+
+
+def provenance_table(runs: list[Run], extra: dict) -> str:
+    """Versions, git, devices and hashes of the runs; what differs between them is listed."""
+    records = []
+    for run in runs:
+        base = _json(run.workdir / "base.json")
+        record = flat(run.provenance) | {f"base weights: {key}": base[key] for key in base}
+        records.append(record | {"few-shot list hash": run.list_hash})
+    rows = [(key, spoken(value)) for key, value in (extra | merged(records)).items()]
+    if not rows:
+        return paragraph("Nothing has run yet.", "missing")
+    return text_table(["", "value"], rows, "provenance")
+
+
+def _json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def states(grid: Grid) -> str:
+    """Cells by row and seed, and why the failed ones failed."""
+    found = {(cell.row, cell.seed): cell for cell in grid.cells}
+    seeds = sorted({cell.seed for cell in grid.cells})
+    rows = []
+    for row in grid.rows:
+        cells = (found.get((row.name, seed)) for seed in seeds)
+        rows.append([row.label, *("" if cell is None else _state(cell) for cell in cells)])
+    parts = [text_table(["row", *(f"seed {seed}" for seed in seeds)], rows, "cells")]
+    failed = [cell for cell in grid.cells if cell.state["state"] == FAILED]
+    if failed:
+        rows = [(cell.name, cell.state.get("reason", "no reason was recorded")) for cell in failed]
+        parts.append(text_table(["failed cell", "reason"], rows, "failed cells"))
+    return "\n".join(parts)
+
+
+def _state(cell: Cell) -> str:
+    name = cell.state["state"]
+    return _SIGNS.get(name, name)
+
+
+def overrides(grid: Grid) -> str:
+    """What each row changes."""
+    rows = [
+        (row.label, row.name, "; ".join(f"{k} = {spoken(v)}" for k, v in row.overrides.items()))
+        for row in grid.rows
+    ]
+    return text_table(["row", "name", "overrides"], rows, "overrides of the rows")
+
+
+def files(folder: Path) -> str:
+    """Files of the folder and of its evaluation, linked from `report/report.html`."""
+    lines = []
+    for path in [*sorted(folder.iterdir()), *sorted(folder.glob("evaluation/*"))]:
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not path.name.startswith("."):
+            lines.append(f"<li>{link(f'../{name}', name)} ({_size(path.stat().st_size)})</li>")
+        elif path.is_dir() and name not in ("report", "evaluation"):
+            count = sum(item.is_file() for item in path.rglob("*"))
+            lines.append(f"<li>{link(f'../{name}/', f'{name}/')} ({count} files)</li>")
+    lines.append("<li>report/figures/: every figure of this page as PNG and PDF, and its CSV</li>")
+    return f"<ul>{''.join(lines)}</ul>"
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

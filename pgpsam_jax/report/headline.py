@@ -1,0 +1,96 @@
+"""The head of the page: what it is about, what to beware of, and the numbers looked for first."""
+
+import numpy as np
+
+from pgpsam_jax.evaluation.report import summarise
+from pgpsam_jax.evaluation.scores import spread
+from pgpsam_jax.evaluation.table_text import interval, percent
+from pgpsam_jax.report.markup import escape, paragraph
+from pgpsam_jax.report.series import Group, scores_of
+from pgpsam_jax.report.subject import Subject
+from pgpsam_jax.runs import DONE, Grid, Run
+
+
+def header(subject: Subject) -> str:
+    """Name, notices and tiles of a run or a grid."""
+    if subject.grid:
+        kind, about = f"Grid, {subject.grid.variant}", _grid_line(subject.grid)
+        tiles = _grid_tiles(subject.groups)
+    else:
+        kind, about, tiles = "Run", _run_line(subject.run), _run_tiles(subject.run)
+    boxes = "".join(
+        f'<div><dt>{escape(what)}</dt><dd class="number">{escape(number)}</dd>'
+        f"<dd>{escape(more)}</dd></div>"
+        for what, number, more in tiles
+    )
+    parts = [
+        paragraph(kind, "kind"),
+        f"<h1>{escape(subject.title)}</h1>",
+        paragraph(about, "about"),
+    ]
+    parts += [f'<p class="notice">{escape(notice)}</p>' for notice in subject.notices]
+    return "\n".join([*parts, f'<dl class="tiles">{boxes}</dl>' if boxes else ""])
+
+
+def _run_line(run: Run) -> str:
+    model, data = run.config.model, run.config.data
+    step = f", step {run.records[-1]['step']}" if run.records else ", no step recorded yet"
+    return (
+        f"{model.name} ({model.preset}), {model.encoder} at {model.image_size} px, data "
+        f"{data.layout}, seed {run.config.seed}{step}"
+    )
+
+
+def _grid_line(grid: Grid) -> str:
+    done = sum(cell.state["state"] == DONE for cell in grid.cells)
+    axis = f", varied: {grid.axis}" if grid.axis else ""
+    rows, cells = len(grid.rows), len(grid.cells)
+    return f"{grid.name}: {rows} rows{axis}, {done} of {cells} cells finished"
+
+
+def _run_tiles(run: Run) -> list[tuple[str, str, str]]:
+    if not run.cases:
+        return [("Dice, class mean (strict)", "-", "not evaluated yet")]
+    summary = summarise(run.cases)
+    strict, n = summary["strict"], summary["n_cases"]
+    ends = strict["dice_case_ci95"]
+    return [
+        (
+            "Dice, class mean (strict)",
+            f"{percent(strict['dice_class_mean'])} %",
+            f"mean of {len(run.names) - 1} organs, n = {n} cases",
+        ),
+        (
+            "Dice, case mean (strict)",
+            f"{percent(strict['dice_case_mean'])} %",
+            f"95 % CI {interval(ends, percent)}, n = {n} cases (Student t)",
+        ),
+        (
+            "HD95, class mean (strict)",
+            "n/a" if strict["hd95_class_mean"] is None else f"{strict['hd95_class_mean']:.1f} mm",
+            "without missed and hallucinated organs",
+        ),
+    ]
+
+
+def _grid_tiles(groups: list[Group]) -> list[tuple[str, str, str]]:
+    """The reference row and the row with the highest class mean."""
+    groups = [group for group in groups if scores_of(group) is not None]
+    if not groups:
+        return [("Dice, class mean (strict)", "-", "no cell is evaluated yet")]
+    best = max(groups, key=lambda group: scores_of(group).over_seeds("class")[0])
+    tiles = [_row_tile(group, "Reference row") for group in groups if group.reference]
+    return [*tiles, _row_tile(best, "Highest row")] if not best.reference else tiles
+
+
+def _row_tile(group: Group, what: str) -> tuple[str, str, str]:
+    scores = scores_of(group)
+    mean, sd = scores.over_seeds("class")
+    ends = spread(scores.case_scores())[1]
+    n = int(np.isfinite(scores.case_scores()).sum())
+    seeds = "one seed" if sd is None else f"SD {percent(sd)} over {len(scores.seeds)} seeds"
+    more = (
+        f"Dice, class mean (strict), {seeds}; 95 % CI of the case mean {interval(ends, percent)}, "
+        f"n = {n} cases"
+    )
+    return f"{what}: {group.label}", f"{percent(mean)} %", more

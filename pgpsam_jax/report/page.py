@@ -1,0 +1,144 @@
+"""The page: one HTML file that holds its pictures and its style and asks for nothing else."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation.study import from_grid
+from pgpsam_jax.evaluation.tables import run_tables, study_tables
+from pgpsam_jax.files import write_text
+from pgpsam_jax.report import charts, facts, pictures
+from pgpsam_jax.report.css import stylesheet
+from pgpsam_jax.report.headline import header
+from pgpsam_jax.report.markup import escape, figure, paragraph, section, tables
+from pgpsam_jax.report.style import Picture
+from pgpsam_jax.report.subject import Subject
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+{header}
+<nav aria-label="Contents"><ul>{contents}</ul></nav>
+</header>
+<main>
+{sections}
+</main>
+<footer>Made by pgpsam_jax.report from the files of {path}. All figures are drawn from the CSV files
+beside them.</footer>
+</body>
+</html>
+"""
+
+
+def write_report(folder) -> Path:
+    """Write `<folder>/report/report.html` and its figures for a run or a grid; returns its path."""
+    folder = Path(folder)
+    subject = Subject.read(folder)
+    figures = folder / "report" / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    for old in figures.iterdir():  # of an earlier report, which may have had more figures
+        if old.suffix in (".png", ".pdf", ".csv"):
+            old.unlink()
+    parts = _parts(subject, figures) | _background(subject, folder)
+    page = _PAGE.format(
+        title=escape(f"{subject.title}: report"),
+        style=stylesheet(),
+        header=header(subject),
+        contents="".join(f'<li><a href="#{_anchor(t)}">{escape(t)}</a></li>' for t in parts),
+        sections="\n".join(section(_anchor(t), t, *body) for t, body in parts.items()),
+        path=escape(folder.resolve().name),
+    )
+    path = folder / "report" / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _parts(subject: Subject, figures: Path) -> dict[str, list[str]]:
+    """Title -> HTML of the sections with results."""
+
+    def drawn(found: list[Picture], otherwise: str = "") -> list[str]:
+        shown = [figure(picture, figures) for picture in found]
+        return shown or ([_missing(otherwise)] if otherwise else [])
+
+    groups, scored, grid = subject.groups, subject.scored, subject.grid
+    parts = {}
+    if grid:
+        notes = [paragraph(note) for note in grid.notes]
+        parts["Rows and cells"] = [*notes, facts.states(grid), facts.overrides(grid)]
+    parts["Results"] = [_tables(subject)] if grid or scored else [_missing("Not evaluated yet.")]
+    if grid:
+        parts["Results"] += drawn(charts.comparison_charts(groups, grid.axis, figures))
+    if scored:
+        parts["Distributions"] = drawn(charts.distribution_charts(scored, figures))
+    curves = charts.training_charts(groups, figures)
+    parts["Training"] = drawn(curves, "No step has been recorded yet.")
+    if scored:
+        parts["Qualitative results"] = _tried(
+            lambda: drawn([pictures.qualitative(scored, figures)])
+        )
+        parts["Failures"] = _tried(lambda: drawn([pictures.failures(scored[-1], figures)]))
+    parts["Prompts and prototypes"] = _tried(
+        lambda: drawn(_prototypes(groups, figures), _NO_PROTOTYPES)
+    )
+    timing = charts.timing_charts(groups, figures)
+    parts["Timing"] = drawn(timing, "No times were recorded.")
+    return parts
+
+
+_NO_PROTOTYPES = (
+    "No pictures: there is no finished run, its method has no prototypes, or its checkpoint or "
+    "data set cannot be read."
+)
+
+
+def _tables(subject: Subject) -> str:
+    known = [f"Note: {notice}" for notice in subject.notices]
+    if subject.run:
+        return tables(run_tables(subject.run), subject.title, known)
+    study = from_grid(subject.grid)
+    return tables(study_tables(study), study.title, [*known, *subject.grid.notes])
+
+
+def _tried(make: Callable[[], list[str]]) -> list[str]:
+    """The pictures, or in one sentence why there are none (a data set that was moved, say)."""
+    try:
+        return make()
+    except (UserError, OSError) as error:
+        print(f"left out: {error}", file=sys.stderr, flush=True)
+        return [_missing(f"The pictures cannot be drawn: {error}.")]
+
+
+def _prototypes(groups, figures: Path) -> list[Picture]:
+    """Of the first finished run of the last row that has any."""
+    from pgpsam_jax.report.prototypes import prototype_pictures
+
+    for group in reversed(groups):
+        if group.runs and (found := prototype_pictures(group.runs[0], figures)):
+            return found
+    return []
+
+
+def _background(subject: Subject, folder: Path) -> dict[str, list[str]]:
+    code = subject.grid.code if subject.grid else {}
+    extra = {f"grid: code {key}": value for key, value in code.items()}
+    return {
+        "Configuration": [facts.configuration_tables(subject.configs)],
+        "Provenance": [facts.provenance_table(subject.runs, extra)],
+        "Files": [facts.files(folder)],
+    }
+
+
+def _missing(text: str) -> str:
+    return paragraph(text, "missing")
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")

@@ -1,0 +1,55 @@
+"""What a report is about: a run or a grid, read once."""
+
+import dataclasses
+
+from pgpsam_jax.build import base_notice
+from pgpsam_jax.config import from_json, to_json
+from pgpsam_jax.report.series import Group, groups_of
+from pgpsam_jax.runs import Grid, Run, is_grid, read_grid, read_run
+
+_PHANTOM = "The data are computed phantoms, not patients: no claim about real images."
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """`run` or `grid`, the other is None; `groups` are its rows (one for a run)."""
+
+    run: Run | None
+    grid: Grid | None
+    groups: list[Group]
+
+    @classmethod
+    def read(cls, folder) -> "Subject":
+        """From a folder; `UserError` if it is neither a workdir nor a grid."""
+        run, grid = (None, read_grid(folder)) if is_grid(folder) else (read_run(folder), None)
+        return cls(run, grid, groups_of(run or grid))
+
+    @property
+    def title(self) -> str:
+        return self.grid.title if self.grid else self.run.config.name
+
+    @property
+    def runs(self) -> list[Run]:
+        """All finished runs."""
+        return [run for group in self.groups for run in group.runs]
+
+    @property
+    def scored(self) -> list[Group]:
+        """The rows with results."""
+        return [group for group in self.groups if any(run.cases for run in group.runs)]
+
+    @property
+    def configs(self) -> list[dict]:
+        """Stored configurations, of planned cells too."""
+        if self.grid:
+            return [cell.config for cell in self.grid.cells]
+        return [to_json(self.run.config)]
+
+    @property
+    def notices(self) -> list[str]:
+        """What to know before the numbers: random backbone, phantoms, and the runs' own."""
+        found = [text for run in self.runs for text in (run.summary or {}).get("notices", ())]
+        for config in map(from_json, self.configs):
+            found.append(base_notice(config.model))
+            found.append(_PHANTOM if config.data.layout == "phantom" else None)
+        return [text for text in dict.fromkeys(found) if text]

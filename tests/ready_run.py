@@ -1,0 +1,34 @@
+"""A workdir as training leaves it, without the minutes of compiling a training step."""
+
+import numpy as np
+from small_run import config_for
+
+from pgpsam_jax import build, checkpoint, train
+from pgpsam_jax.data import dataset, fewshot
+from pgpsam_jax.data.loader import make_loader
+from pgpsam_jax.files import write_json
+from pgpsam_jax.step import init_state
+
+
+def ready_run(root, workdir, **settings):
+    """Random weights as checkpoint 6, its label table, few-shot list and evaluation; `workdir`."""
+    config = config_for(root, eval__overlays=False, **settings)
+    _, test_cases, table = dataset.find_split(config)
+    _, params, frozen, digest = build.init_model(config, table.num_classes)
+    entries = [("a", 4), ("b", 5)]
+    fewshot.FewShotList(entries, {"rule": "by hand"}).write(workdir / "fewshot.txt")
+    write_json(workdir / "labels.json", table.to_json())
+    train.configuration.store(config, workdir)
+    checkpoint.settle_base(workdir, config.model.base, digest, frozen)
+    state = init_state(params, build.optimizer_of(config, 2), seed=0, epoch_size=2)
+    blank = np.zeros((8, 32, 32), np.float16)
+    options = dict(batch_size=8, seed=0, process_index=0, process_count=1)
+    loader = make_loader(blank, blank.astype(np.uint8), **options)
+    state.step += config.train.steps
+    checkpoints = checkpoint.Checkpoints(workdir)
+    checkpoints.save(state, loader)
+    checkpoints.close()
+    loader.close()
+    predictor = train.load_predictor(config, workdir, table.num_classes)
+    train.run_evaluation(config, workdir, predictor, test_cases, table, entries)
+    return workdir

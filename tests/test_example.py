@@ -1,0 +1,59 @@
+"""The example notebook runs from top to bottom, and is committed as it was run."""
+
+import nbformat
+import pytest
+from conftest import REPOSITORY
+from nbclient import NotebookClient
+from ready_run import ready_run
+from small_run import write_data
+
+NOTEBOOK = REPOSITORY / "examples" / "segment_volume.ipynb"
+
+
+def printed(notebook) -> list[str]:
+    """What each code cell wrote to stdout."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [[o for o in cell.outputs if o.get("name") == "stdout"] for cell in cells]
+    return ["".join(output.text for output in own) for own in outputs]
+
+
+def pictures(notebook) -> int:
+    """How many of the outputs are pictures."""
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    return sum("image/jpeg" in output.get("data", {}) for output in outputs)
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    root = write_data(tmp_path / "data")
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    monkeypatch.setenv("PGPSAM_RUN", str(ready_run(root, workdir)))
+    monkeypatch.delenv("PGPSAM_VOLUME", raising=False)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    place = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    NotebookClient(notebook, timeout=300, resources=place).execute()  # raises if a cell does
+    text = "\n".join(printed(notebook))
+    assert "1 liver, 2 spleen" in text and "c.nii.gz: (24, 20, 10) voxels" in text
+    for name in ("liver", "spleen"):
+        assert text.count(f"\n{name}") == 2  # a volume and a Dice
+    assert "pass 2: dense prompt (4, 4, 64)" in text
+    assert pictures(notebook) == 2
+
+
+def test_the_committed_outputs():
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    notebook = nbformat.reads(text, as_version=4)
+    nbformat.validate(notebook)
+    assert len(text) < 400_000
+    assert pictures(notebook) == 2 and "pancreas" in "\n".join(printed(notebook))
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+
+
+@pytest.mark.parametrize("private", ["/home/", "/root/", "/tmp/", "/work/", "/Users/"])
+def test_no_machine_paths(private):
+    assert private not in NOTEBOOK.read_text(encoding="utf-8")

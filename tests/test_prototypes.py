@@ -1,0 +1,217 @@
+"""The intermediates of PGP-SAM, what is computed from them, and their pictures."""
+
+import functools
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ready_run import ready_run
+from small_run import write_data
+from test_pgpsam import build, inputs_for, quick_jit, small
+
+from pgpsam_jax import runs
+from pgpsam_jax.data.geometry import Fit
+from pgpsam_jax.models.pgpsam import Pass
+from pgpsam_jax.models.ppr import select_inter
+from pgpsam_jax.report import prototype_charts, prototype_data, prototypes
+from pgpsam_jax.report.series import write_rows
+
+SWITCHES = {
+    "three stages": dict(stage_taps=(1, 0, 1), alpha=3, k=5),
+    "no ppr": dict(ppr=False),
+    "no ppg": dict(ppr=False, ppg=False),
+}
+
+
+@functools.cache
+def look(name):
+    """(configuration, passes, outputs) of a small model with random parameters."""
+    config = small((32, 48), 3, **SWITCHES[name])
+    graphdef, state = nnx.split(build(config)[0])
+
+    @quick_jit
+    def run(state, images):
+        model = nnx.merge(graphdef, state)
+        return model.passes(images), model(images)
+
+    return config, *run(state, inputs_for(config))
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_passes_are_the_forward_pass(name):
+    config, passes, outputs = look(name)
+    assert len(passes) == 1 + (len(config.stage_taps) if config.ppr else 1)
+    np.testing.assert_array_equal(passes[0].logits, outputs["bootstrap"])
+    np.testing.assert_array_equal(passes[-1].logits, outputs["final"])
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_shapes_of_the_passes(name):
+    config, passes, _ = look(name)
+    b, (h, w), c, classes = 2, config.sam.encoder.grid, 32, config.num_classes
+    inter = config.alpha * classes
+    for place, one in enumerate(passes):
+        assert one.feature.shape == one.dense.shape == (b, h, w, c)
+        assert one.logits.shape == (b, 4 * h, 4 * w, classes)
+        assert one.class_feature.shape == (b, h, w, classes)
+        assert one.sparse.shape == (b, classes if config.ppg else 0, c)
+        if config.ppg:
+            assert one.intra.shape == (b, classes, c) and one.inter.shape == (b, inter, c)
+        else:
+            assert one.intra is one.inter is None
+        if config.ppr and place:
+            tokens = classes * (config.k + 1)
+            assert one.picks.shape == (b, classes, config.k)
+            assert one.class_weights.shape == one.query_weights.shape == (b, tokens, h * w)
+        else:
+            assert one.picks is one.class_weights is one.query_weights is None
+
+
+def test_attention_sums_to_one_and_picks_are_the_nearest():
+    config, passes, _ = look("three stages")
+    for before, one in itertools.pairwise(passes):
+        for weights in (one.class_weights, one.query_weights):
+            np.testing.assert_allclose(np.sum(weights, -1), 1, rtol=2e-6)
+        picks = select_inter(before.intra, before.inter, config.k)
+        np.testing.assert_array_equal(one.picks, picks)
+        assert np.abs(one.intra - before.intra).max() > 0  # refined by the stage
+        untouched = np.setdiff1d(np.arange(one.inter.shape[1]), one.picks[0])
+        np.testing.assert_array_equal(one.inter[0, untouched], before.inter[0, untouched])
+
+
+# What the pictures are drawn from.
+
+
+def part(truth, size=16):
+    image = np.zeros(truth.shape, np.float32)
+    return prototype_data.Slice("a", 3, image, truth, (1.0, 1.0), Fit.of(truth.shape, size))
+
+
+def fake_look(truth, weights, picks):
+    """A look at one slice and one stage of a model with 2 classes and k = 1, on a 4 x 4 grid."""
+    n, k = len(picks), 2
+    rng = np.random.default_rng(0)
+    arrays = {
+        "feature": np.zeros((n, 4, 4, 5)),
+        "intra": rng.normal(size=(n, k, 5)),
+        "inter": rng.normal(size=(n, 6, 5)),
+        "dense": rng.normal(size=(n, 4, 4, 5)),
+    }
+    names = ("sparse", "logits", "class_feature", "picks", "class_weights", "query_weights")
+    first = Pass(**arrays, **dict.fromkeys(names))
+    refined = first._replace(picks=picks, class_weights=weights, query_weights=weights)
+    slices = [part(truth)] * n
+    return prototype_data.Look(("background", "x"), slices, [0], [first, refined], [(0.4, 0.6)])
+
+
+def one_hot_look():
+    """Class 1 fills the top left quarter; its own token looks at token (0, 1)."""
+    truth = np.zeros((16, 16), np.uint8)
+    truth[:8, :8] = 1
+    weights = np.zeros((2, 4, 16))
+    weights[:, :, 15] = 1
+    weights[:, 2] = np.eye(16)[1]  # token k (k + 1) = 2 is class 1's own
+    return fake_look(truth, weights, np.array([[[0], [4]], [[0], [5]]]))
+
+
+def test_shares_count_the_tokens_that_touch_the_organ():
+    rows = prototype_data.share_rows(one_hot_look())
+    assert {(row["map"], row["class"]) for row in rows} == {("W_c", "x"), ("W_q", "x")}
+    assert all(row["attention"] == 1 and row["tokens"] == 0.25 for row in rows)
+
+
+def test_pick_frequencies():
+    rows = prototype_data.pick_rows(one_hot_look())
+    picked = {(row["class"], row["inter"]): row["picked"] for row in rows if row["picked"]}
+    assert picked == {("background", 0): 1, ("x", 4): 0.5, ("x", 5): 0.5}
+
+
+def test_cosines_against_numpy():
+    one = one_hot_look()
+    rows = prototype_data.similarity_rows(one)
+    assert {row["prototypes"] for row in rows} == {"learned", "refined"}
+    intra, inter = one.passes[0].intra, one.passes[0].inter
+    for row in rows:
+        k, others = one.names.index(row["class"]), {"intra": intra, "inter": inter}[row["with"]]
+        pairs = zip(intra[:, k], others[:, row["index"]], strict=True)
+        cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs]
+        assert row["cosine"] == pytest.approx(np.mean(cosines), abs=1e-3)
+
+
+def test_tables_come_back_as_they_were_written(tmp_path):
+    rows = prototype_data.attention_rows(one_hot_look())
+    write_rows(tmp_path / "t.csv", rows)
+    table = prototypes.read_table(tmp_path / "t.csv")
+    own = (table["class"] == "x") & (table["map"] == "W_c")
+    grid = np.stack([table[f"c{i}"][own] for i in range(4)], axis=1)
+    assert np.array_equal(grid, np.eye(16)[1].reshape(4, 4))
+
+
+def test_order_of_the_picked():
+    first = np.array([[0, 0, 1, 0, 0], [1, 0, 1, 0, 0]])
+    second = np.array([[0, 0, 0, 0, 0.5], [0, 0, 0, 1, 0.5]])
+    assert prototype_charts.pick_order([first, second]) == [2, 0, 4, 3, 1]
+
+
+# The pictures of a run.
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), cases=("a", "b", "c"))
+
+
+@pytest.fixture(scope="module")
+def workdir(root, tmp_path_factory):
+    return ready_run(root, tmp_path_factory.mktemp("run"), model__alpha=2, model__k=2)
+
+
+CHARTS = ("shares", "similarity", "picks", "mixing")
+RASTER = {"dense": "dense", "class_attention": "attention", "query_attention": "attention"}
+
+
+def test_pictures_of_a_run(workdir, tmp_path):
+    pictures = prototypes.prototype_pictures(runs.read_run(workdir), tmp_path)
+    by_stem = {p.stem.removeprefix("prototype_"): p for p in pictures}
+    assert list(by_stem) == [*RASTER, *CHARTS]
+    for name, picture in by_stem.items():
+        for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+            assert (tmp_path / f"prototype_{name}.{kind}").read_bytes().startswith(magic)
+        assert picture.title and picture.caption.endswith(".")
+        assert (picture.dark is None) == (name in RASTER)
+    tables = {path.stem for path in tmp_path.glob("*.csv")}
+    assert tables == {f"prototype_{name}" for name in ("dense", "attention", *CHARTS)}
+    mixing = prototypes.read_table(tmp_path / "prototype_mixing.csv")
+    assert mixing["alpha"].tolist() == mixing["beta"].tolist() == [0.5, 0.5]  # never trained
+    attention = prototypes.read_table(tmp_path / "prototype_attention.csv")
+    total = sum(attention[f"c{i}"].sum() for i in range(4))
+    assert total == pytest.approx(2 * 2 * 3, rel=1e-2)  # maps of 2 stages, 3 classes sum to one
+
+
+@pytest.mark.parametrize("missing", ["checkpoint", "data", "evaluation"])
+def test_what_is_missing_is_said(missing, workdir, root, tmp_path, capsys):
+    run = runs.read_run(workdir)
+    if missing == "checkpoint":
+        for name in ("config.json", "labels.json", "base.json", "frozen.safetensors"):
+            (tmp_path / name).write_bytes((workdir / name).read_bytes())
+        run = runs.dataclasses.replace(run, workdir=tmp_path)
+    elif missing == "data":
+        run.config.data.root = str(tmp_path / "gone")
+    else:
+        run = runs.dataclasses.replace(run, cases=[])
+    assert prototypes.prototype_pictures(run, tmp_path / "figures") == []
+    words = {"checkpoint": "no complete checkpoint", "data": "gone", "evaluation": "no evaluated"}
+    assert f"{words[missing]}" in capsys.readouterr().out
+    assert not (tmp_path / "figures").exists()
+
+
+def test_a_method_without_prototypes_has_no_pictures(workdir, tmp_path, capsys, monkeypatch):
+    class Other(nnx.Module):
+        def __call__(self, images):
+            return {"final": jnp.zeros((1, 8, 8, 3))}
+
+    monkeypatch.setattr("pgpsam_jax.trained.TrainedRun.model", Other())
+    assert prototypes.prototype_pictures(runs.read_run(workdir), tmp_path) == []
+    assert "no decoder passes" in capsys.readouterr().out
