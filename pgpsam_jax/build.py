@@ -42,6 +42,7 @@ def _make_pgpsam(settings, num_classes: int, dtype, rngs: nnx.Rngs):
         stage_taps=tuple(settings.stage_taps),
         alpha=settings.alpha,
         k=settings.k,
+        mix_start=settings.mix_start,
         cfm=settings.cfm,
         ppr=settings.ppr,
         ppg=settings.ppg,

@@ -38,6 +38,7 @@ def default_config() -> ConfigDict:
     config.model.patch_size = 16
     config.model.alpha = 8  # inter-class prototypes per class
     config.model.k = 4  # of them matched to each class
+    config.model.mix_start = 0.5  # alpha and beta of Eq 5 at the start, how strongly PPR refines
     config.model.stage_taps = ()  # encoder blocks, one per stage; empty = last, first global
     config.model.cfm = True  # the three switches of Table 3
     config.model.ppr = True

@@ -27,8 +27,9 @@ from pgpsam_jax.models.sam import SamConfig
 class PgpSamConfig:
     """Sizes and switches; one refinement stage per entry of `stage_taps` (block indices).
 
-    alpha: inter prototypes per class; k: those matched to each class. Empty `stage_taps` means
-    the paper's two: the last and the first global-attention block of the encoder.
+    alpha: inter prototypes per class; k: those matched to each class; mix_start: value of the
+    learned alpha and beta of Eq 5 at the start. Empty `stage_taps` means the paper's two: the last
+    and the first global-attention block of the encoder.
     """
 
     sam: SamConfig
@@ -36,6 +37,7 @@ class PgpSamConfig:
     stage_taps: tuple[int, ...] = ()
     alpha: int = 8
     k: int = 4
+    mix_start: float = 0.5
     strip_kernel: int = 5
     cfm: bool = True
     ppr: bool = True
@@ -112,7 +114,9 @@ class PgpSam(nnx.Module):
             self.default_dense = layers.normal_param(rngs, c)
         if config.ppr:
             self.ppr = nnx.List(
-                PrototypeRefinement(c, classes, config.k, encoder.grid, **common)
+                PrototypeRefinement(
+                    c, classes, config.k, encoder.grid, mix_start=config.mix_start, **common
+                )
                 for _ in config.stage_taps
             )
         self.config = config

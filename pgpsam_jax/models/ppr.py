@@ -100,14 +100,16 @@ class ClassAttention(nnx.Module):
 class PrototypeRefinement(nnx.Module):
     """One stage of PPR: intra (B, K, C) and inter (B, Q, C) prototypes to refined ones."""
 
-    def __init__(self, channels: int, classes: int, k: int, grid, *, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, channels: int, classes: int, k: int, grid, *, mix_start=0.5, dtype, rngs: nnx.Rngs
+    ):
         tokens = classes * (k + 1)
         self.class_attention = ClassAttention(
             channels, classes, tokens, grid, dtype=dtype, rngs=rngs
         )
         self.fuse = layers.Linear(channels + classes, channels, dtype=dtype, rngs=rngs)
-        self.alpha = nnx.Param(jnp.array(0.5, jnp.float32))
-        self.beta = nnx.Param(jnp.array(0.5, jnp.float32))
+        self.alpha = nnx.Param(jnp.array(mix_start, jnp.float32))
+        self.beta = nnx.Param(jnp.array(mix_start, jnp.float32))
         self.k = k
 
     def __call__(self, feature, class_feature, intra, inter) -> Refined:

@@ -13,8 +13,8 @@ _MOMENTS = {"learned": "as learned", "refined": "after the last stage"}
 def shares_figure(table: dict, names, theme: Theme) -> Figure:
     """A line per organ: attention on it, for every map and stage; `prototype_shares.csv`."""
     organs = [name for name in names[1:] if (table["class"] == name).any()]
-    figure = new_figure(_WIDE, 0.95 + 0.46 * len(organs), theme)
-    ax = figure.add_axes(_inches(figure, 1.7, 0.55, 7.3, 0.46 * len(organs)))
+    figure, left = new_figure(_WIDE, 0.95 + 0.46 * len(organs), theme), _margin(names) + 0.4
+    ax = figure.add_axes(_inches(figure, left, 0.55, _WIDE - left - 0.2, 0.46 * len(organs)))
     series = [(name, n) for name in ("W_c", "W_q") for n in sorted(set(table["pass"]))]
     for line, organ in enumerate(organs):
         own = table["class"] == organ
@@ -49,25 +49,20 @@ def similarity_figure(table: dict, names, theme: Theme) -> Figure:
     figure = new_figure(_WIDE, len(moments) * (height + 0.45) + 1.35, theme)
     cmap = _diverging(theme)
     labels = [name.replace("_", " ") for name in names]
+    start, side = _margin(names), min(height, 3.5)
+    boxes = {"intra": (start, side), "inter": (start + side + 0.25, _WIDE - start - side - 0.45)}
     for place, moment in enumerate(moments):
         low = 1.15 + (len(moments) - 1 - place) * (height + 0.45)
-        boxes = {"intra": (1.1, height), "inter": (1.1 + height + 0.25, 0.0)}
         for kind, (left, width) in boxes.items():
             cosine = _matrix(table, moment, kind, names)
-            wide = width or _WIDE - left - 0.2
-            ax = figure.add_axes(_inches(figure, left, low, wide, height))
+            ax = figure.add_axes(_inches(figure, left, low, width, height))
             image = ax.imshow(cosine, cmap=cmap, vmin=-1, vmax=1, aspect="auto")
             ax.set_yticks(range(len(names)), labels if kind == "intra" else [])
             ax.tick_params(length=0)
             last = place == len(moments) - 1
             if kind == "intra":
-                ax.set_xticks(
-                    range(len(names)),
-                    labels if last else [],
-                    rotation=60,
-                    ha="right",
-                    rotation_mode="anchor",
-                )
+                slant = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+                ax.set_xticks(range(len(names)), labels if last else [], **slant)
                 ax.set_title(f"classes, {_MOMENTS[moment]}")
                 _numbers(ax, cosine, theme)
             else:
@@ -91,15 +86,8 @@ def _numbers(ax, values, theme: Theme) -> None:
     for k, q in np.ndindex(values.shape):
         strong = abs(values[k, q]) > 0.5
         text = f"{values[k, q]:.2f}".replace("0.", ".")
-        ax.text(
-            q,
-            k,
-            text,
-            ha="center",
-            va="center",
-            fontsize=6.5,
-            color=theme.surface if strong else theme.text,
-        )
+        style = {"ha": "center", "va": "center", "fontsize": 6.5}
+        ax.text(q, k, text, color=theme.surface if strong else theme.text, **style)
 
 
 def picks_figure(table: dict, names, theme: Theme) -> Figure:
@@ -113,7 +101,8 @@ def picks_figure(table: dict, names, theme: Theme) -> Figure:
     cmap = LinearSegmentedColormap.from_list("picks", [theme.surface, theme.series[0]])
     for place, (number, matrix) in enumerate(zip(stages, matrices, strict=True)):
         low = 0.85 + (len(stages) - 1 - place) * (height + 0.4)
-        ax = figure.add_axes(_inches(figure, 1.1, low, _WIDE - 1.3, height))
+        left = _margin(names)
+        ax = figure.add_axes(_inches(figure, left, low, _WIDE - left - 0.2, height))
         image = ax.imshow(matrix[:, order], cmap=cmap, vmin=0, vmax=1, aspect="auto")
         ax.set_yticks(range(len(names)), labels)
         ax.set_xticks(np.arange(len(order) + 1) - 0.5, [], minor=True)
@@ -162,6 +151,11 @@ def mixing_figure(table: dict, theme: Theme) -> Figure:
     ax.set(xlim=(min(0, *values), max(1, *values)), ylim=(stages[-1] + 0.5, stages[0] - 0.5))
     ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 1.0), handletextpad=0.3)
     return figure
+
+
+def _margin(names) -> float:
+    """Inches that the longest class name takes."""
+    return 0.15 + 0.08 * max(map(len, names))
 
 
 def _diverging(theme: Theme) -> LinearSegmentedColormap:

@@ -1,0 +1,23 @@
+"""How strongly PPR refines at the start: alpha and beta of Eq 5, which the paper leaves open.
+
+python -m experiments.run_grid --grid experiments/grids/mixing.py --workdir runs/mixing
+
+At 0.5 the update of Eq 5 is longer than the prototype it is added to, and all class prototypes
+come out alike (docs/results/README.md); the authors' release starts its gains at 0.001.
+"""
+
+from experiments.grids.targets import SYNAPSE, target
+from experiments.plan import Plan, Row
+
+
+def get_grid(variant: str = SYNAPSE) -> Plan:
+    return Plan(
+        title="Dice against the strength of prototype refinement at the start",
+        rows=(
+            Row("no_ppr", "without PPR", {"model.ppr": False}),
+            Row("mix0500", "PPR from 0.5", {"model.mix_start": 0.5}),
+            Row("mix0050", "PPR from 0.05", {"model.mix_start": 0.05}),
+            Row("mix0001", "PPR from 0.001", {"model.mix_start": 0.001}),
+        ),
+        **target(variant),
+    )
