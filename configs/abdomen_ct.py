@@ -12,7 +12,7 @@ Variants: default: SAM ViT-b with LoRA at 512 px from weights/sam_vit_b; without
           small: a four-block encoder at 128 px trained from scratch.
 Expected: small: mean Dice 0.863 on the 34 organ-bearing slices not trained on, 4 minutes on two CPU
           cores. Default: 18 s a step on two busy cores, peak memory 4.9 GiB; without the official
-          weights its Dice means nothing. More in docs/results.md.
+          weights its Dice means nothing. More in docs/results/README.md.
 """
 
 from pgpsam_jax.config import default_config, use_small_encoder

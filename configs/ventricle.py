@@ -12,7 +12,7 @@ Settings: HU window 10..90, lr 1e-3 and batch 16 (the authors' release).
 Tried on one head MR (256^3, software labels, left and right as source ids 1 and 2; one patient, so
 unseen slices of the same head: no claim of accuracy), with a small encoder trained from scratch:
   python -m pgpsam_jax.main --config configs/ventricle.py:head_mr --workdir runs/head_mr
-mean Dice 0.783 on the slices with a ventricle that were not trained on (docs/results.md).
+mean Dice 0.783 on the slices with a ventricle that were not trained on (docs/results/README.md).
 """
 
 from pgpsam_jax.config import default_config, use_small_encoder
