@@ -38,13 +38,17 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Look:
-    """N slices (`shown`: those to draw), every pass over them, Eq 5's (alpha, beta) per stage."""
+    """N slices (`shown`: those to draw), every pass over them, Eq 5's (alpha, beta) per stage.
+
+    mix_start: what alpha and beta started at.
+    """
 
     names: tuple[str, ...]
     slices: list[Slice]
     shown: list[int]
     passes: list
     mixing: list[tuple[float, float]]
+    mix_start: float
 
     @property
     def stages(self) -> range:
@@ -80,7 +84,7 @@ def look_into(run: Run) -> Look:
         raise UserError(f"{run.workdir} was trained without prototypes (model.ppg is off)")
     stages = trained.model.ppr if passes[-1].picks is not None else ()
     mixing = [(float(stage.alpha[...]), float(stage.beta[...])) for stage in stages]
-    return Look(run.names, slices, shown, passes, mixing)
+    return Look(run.names, slices, shown, passes, mixing, run.config.model.mix_start)
 
 
 def _bearing(truth, region) -> list[int]:
@@ -175,9 +179,10 @@ def _touched(part: Slice, num_classes: int, grid) -> np.ndarray:
 
 
 def similarity_rows(look: Look) -> list[dict]:
-    """Cosines of class prototypes with each other and with inter prototypes.
+    """Cosines of class prototypes with each other and with inter prototypes, and their length.
 
-    `learned`: as stored; `refined`: after the last stage, mean over the slices.
+    `learned`: as stored; `refined`: after the last stage, mean over the slices. `length`: norm of
+    the class prototype.
     """
     moments = {"learned": look.passes[0]} | ({"refined": look.passes[-1]} if look.stages else {})
     rows = []
@@ -185,11 +190,12 @@ def similarity_rows(look: Look) -> list[dict]:
         intra, inter = (
             x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (one.intra, one.inter)
         )
+        length = np.linalg.norm(one.intra, axis=-1).mean(axis=0)
         for kind, others in (("intra", intra), ("inter", inter)):
             cosine = np.einsum("nkc,nqc->kq", intra, others) / len(intra)
             for k, q in np.ndindex(cosine.shape):
                 key = {"prototypes": moment, "class": look.names[k], "with": kind, "index": q}
-                rows.append(key | _short({"cosine": cosine[k, q]}))
+                rows.append(key | _short({"cosine": cosine[k, q], "length": length[k]}))
     return rows
 
 

@@ -120,14 +120,21 @@ def _shares(look: Look, folder: Path) -> Picture:
 def _similarity(look: Look, folder: Path) -> Picture:
     table = _table(folder, "similarity")
     same = table["with"] == "intra"
-    between = {}
+    between, length = {}, {}
     for moment in dict.fromkeys(table["prototypes"]):
         own = same & (table["prototypes"] == moment)
         classes = [look.names[int(i)] for i in table["index"][own]]
+        length[moment] = table["length"][own].mean()
         between[moment] = table["cosine"][own][table["class"][own] != np.array(classes, object)]
-    words = f"Between classes the mean cosine is {between['learned'].mean():.2f} as learned"
+    words = (
+        f"Between classes the mean cosine is {between['learned'].mean():.2f} as learned, the mean "
+        f"length of their prototypes {length['learned']:.1f}"
+    )
     if "refined" in between:
-        words += f" and {between['refined'].mean():.2f} after the last stage (mean over slices)"
+        words += (
+            f"; after the last stage it is {between['refined'].mean():.2f}, the length "
+            f"{length['refined']:.1f} (means over slices)"
+        )
     return draw(
         functools.partial(charts.similarity_figure, table, look.names),
         folder,
@@ -160,11 +167,11 @@ def _picks(look: Look, folder: Path) -> Picture:
 
 
 def _mixing(look: Look, folder: Path) -> Picture:
-    table = _table(folder, "mixing")
+    table, start = _table(folder, "mixing"), look.mix_start
     return draw(
         functools.partial(charts.mixing_figure, table),
         folder,
         "prototype_mixing",
         "Mixing of the two attentions",
-        "The learned scalars of Eq 5, P' = (alpha W_c + beta W_q) F; both start at 0.5.",
+        f"The learned scalars of Eq 5, P' = (alpha W_c + beta W_q) F; both start at {start:g}.",
     )
