@@ -9,8 +9,6 @@ that is trained but silent costs nothing here.
 """
 
 import argparse
-import csv
-import io
 import re
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from pgpsam_jax.data.cache import read_case
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.evaluation import metrics
 from pgpsam_jax.evaluation.scores import defined_mean
-from pgpsam_jax.files import write_text
+from pgpsam_jax.files import csv_text, write_text
 from pgpsam_jax.parameters import flat_paths
 from pgpsam_jax.runs import is_grid, read_grid
 from pgpsam_jax.trained import load_run
@@ -123,11 +121,7 @@ def main(arguments=None) -> None:
             raise UserError(f"{options.folder} has no finished run yet")
         rows = [row for folder in folders for row in knock_out(folder)]
         if options.output:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(options.output, text.getvalue())
+            write_text(options.output, csv_text(COLUMNS, rows))
         print(summary(rows))
 
 

@@ -6,15 +6,13 @@ row is the reference. CSV is long: every score of every case, organ, protocol an
 """
 
 import argparse
-import csv
-import io
 import sys
 from pathlib import Path
 
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.evaluation import study
 from pgpsam_jax.evaluation.tables import run_tables, study_tables, to_latex, to_markdown
-from pgpsam_jax.files import write_text
+from pgpsam_jax.files import csv_text, write_text
 from pgpsam_jax.runs import is_grid, read_grid, read_run
 
 
@@ -69,12 +67,8 @@ def _read(folders):
 
 
 def _csv(studies) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, study.LONG_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for one in studies:
-        writer.writerows(study.long_rows(one))
-    return text.getvalue()
+    rows = (row for one in studies for row in study.long_rows(one))
+    return csv_text(study.LONG_COLUMNS, rows)
 
 
 if __name__ == "__main__":

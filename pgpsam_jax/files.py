@@ -1,7 +1,9 @@
 """Atomic writes and hashes, so that a killed run never leaves a half-written file."""
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -31,6 +33,15 @@ def write_text(path, text: str) -> None:
 
 def write_json(path, value) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def csv_text(columns, rows) -> str:
+    """Rows (dictionaries with these keys) as CSV with a head line."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def file_digest(path, algorithm: str = "sha256") -> str:

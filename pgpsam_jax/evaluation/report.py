@@ -10,7 +10,6 @@ are left out of every mean and counted instead; a mean of nothing is null in JSO
 """
 
 import csv
-import io
 import math
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from pgpsam_jax.evaluation.scores import (
     score_arrays,
     spread,
 )
-from pgpsam_jax.files import write_json, write_text
+from pgpsam_jax.files import csv_text, write_json, write_text
 
 _INTEGERS = ("class_id", "truth_voxels", "predicted_voxels")
 
@@ -56,11 +55,7 @@ def write_evaluation(rows, out_dir, names, meta) -> dict:
 
 def format_cases(rows) -> str:
     """Rows as CSV text; floats in full precision, undefined values as `nan`."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "value": repr(float(row["value"]))} for row in rows)
-    return text.getvalue()
+    return csv_text(COLUMNS, ({**row, "value": repr(float(row["value"]))} for row in rows))
 
 
 def read_cases(path) -> list[dict]:

@@ -6,13 +6,12 @@ each file holds all that its chart shows, so that the figure can be made again f
 
 import csv
 import dataclasses
-import io
 import math
 
 import numpy as np
 
 from pgpsam_jax.evaluation.scores import Scores, defined_mean, gather
-from pgpsam_jax.files import write_text
+from pgpsam_jax.files import csv_text, write_text
 from pgpsam_jax.runs import Grid, Run
 
 _MAX_RECORDS = 400  # of a curve: more points than pixels
@@ -139,13 +138,11 @@ def timing_rows(groups) -> list[dict]:
 
 def write_rows(path, rows) -> None:
     """Rows as CSV, floats in full precision, None and NaN as empty fields."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        missing = {key for key, value in row.items() if value is None or value != value}
-        writer.writerow(row | dict.fromkeys(missing, ""))
-    write_text(path, text.getvalue())
+    filled = (
+        {key: "" if value is None or value != value else value for key, value in row.items()}
+        for row in rows
+    )
+    write_text(path, csv_text(list(rows[0]), filled))
 
 
 def read_rows(path) -> list[dict]:
