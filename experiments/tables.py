@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from pgpsam_jax.errors import UserError, exit_on_user_error
-from pgpsam_jax.evaluation import study
-from pgpsam_jax.evaluation.tables import run_tables, study_tables, to_latex, to_markdown
 from pgpsam_jax.files import csv_text, write_text
 from pgpsam_jax.runs import is_grid, read_grid, read_run
+from pgpsam_jax.tables import study
+from pgpsam_jax.tables.assemble import run_tables, study_tables, to_latex, to_markdown
 
 
 def main(arguments=None) -> None:

@@ -11,7 +11,7 @@ from pgpsam_jax import __version__
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "nibabel")
 _PACKAGE = Path(__file__).parent
 # These draw and print what a run left behind; a change in them changes no result.
-_READERS = ("report/", "visual.py", "runs.py")
+_READERS = ("report/", "tables/", "visual.py", "runs.py")
 
 
 def provenance(**inputs) -> dict:

@@ -13,7 +13,7 @@ from scipy import stats
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.report import summarise
 from pgpsam_jax.evaluation.scores import gather, spread
-from pgpsam_jax.evaluation.statistics import (
+from pgpsam_jax.tables.statistics import (
     APPROXIMATE,
     EXACT,
     compare,

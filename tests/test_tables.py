@@ -6,8 +6,8 @@ import pytest
 from grid_folder import CASES, case_rows, made_up, write_grid, write_run
 
 from pgpsam_jax.evaluation.report import summarise
-from pgpsam_jax.evaluation.study import from_runs
-from pgpsam_jax.evaluation.tables import (
+from pgpsam_jax.runs import read_grid, read_run
+from pgpsam_jax.tables.assemble import (
     grid_tables,
     long_rows,
     run_tables,
@@ -16,7 +16,7 @@ from pgpsam_jax.evaluation.tables import (
     to_latex,
     to_markdown,
 )
-from pgpsam_jax.runs import read_grid, read_run
+from pgpsam_jax.tables.study import from_runs
 
 OFF = {"model.cfm": False, "model.ppg": False, "model.ppr": False}
 TABLE3 = {"full": {}, "cfm_ppg": {"model.ppr": False}, "none": OFF}

@@ -4,11 +4,11 @@ import numpy as np
 
 from pgpsam_jax.evaluation.report import summarise
 from pgpsam_jax.evaluation.scores import spread
-from pgpsam_jax.evaluation.table_text import interval, percent
 from pgpsam_jax.report.markup import escape, paragraph
 from pgpsam_jax.report.series import Group, scores_of
 from pgpsam_jax.report.subject import Subject
 from pgpsam_jax.runs import DONE, Grid, Run
+from pgpsam_jax.tables.text import interval, percent
 
 
 def header(subject: Subject) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 from unicodedata import category
 from urllib.parse import quote
 
-from pgpsam_jax.evaluation.tables import Table, to_html
 from pgpsam_jax.report.style import Picture
+from pgpsam_jax.tables.assemble import Table, to_html
 
 _CSS_PIXELS = 96 / 144  # of a pixel of the pictures that `style.draw` embeds
 

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation.study import from_grid
-from pgpsam_jax.evaluation.tables import run_tables, study_tables
 from pgpsam_jax.files import write_text
 from pgpsam_jax.report import charts, facts, pictures
 from pgpsam_jax.report.css import stylesheet
@@ -14,6 +12,8 @@ from pgpsam_jax.report.headline import header
 from pgpsam_jax.report.markup import escape, figure, paragraph, section, tables
 from pgpsam_jax.report.style import Picture
 from pgpsam_jax.report.subject import Subject
+from pgpsam_jax.tables.assemble import run_tables, study_tables
+from pgpsam_jax.tables.study import from_grid
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">

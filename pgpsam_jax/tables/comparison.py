@@ -6,7 +6,7 @@ Differences are row minus reference in Dice points (hundredths), protocol `stric
 import math
 
 from pgpsam_jax.evaluation.scores import gather
-from pgpsam_jax.evaluation.statistics import (
+from pgpsam_jax.tables.statistics import (
     DIFFERENCE_INTERVAL,
     Comparison,
     compare,
@@ -15,8 +15,8 @@ from pgpsam_jax.evaluation.statistics import (
     holm,
     sample_notes,
 )
-from pgpsam_jax.evaluation.study import Study
-from pgpsam_jax.evaluation.table_text import NONE, Table, interval, percent, spoken
+from pgpsam_jax.tables.study import Study
+from pgpsam_jax.tables.text import NONE, Table, interval, percent, spoken
 
 PROTOCOL, METRIC = "strict", "dice"
 

@@ -4,14 +4,15 @@ Dice and NSD in %, HD95 in mm (`strict`) or voxels (`transunet`). "-" stands whe
 result yet, "n/a" where there are results but the number is undefined.
 """
 
-from pgpsam_jax.evaluation import published, study
-from pgpsam_jax.evaluation.comparison_tables import comparison_table, organ_table
 from pgpsam_jax.evaluation.protocols import METRICS
 from pgpsam_jax.evaluation.report import summarise
 from pgpsam_jax.evaluation.scores import INTERVAL, gather, spread
-from pgpsam_jax.evaluation.statistics import data_notes, sample_notes
-from pgpsam_jax.evaluation.study import Line, Study, tolerance
-from pgpsam_jax.evaluation.table_text import (
+from pgpsam_jax.runs import Grid, Run
+from pgpsam_jax.tables import published, study
+from pgpsam_jax.tables.comparison import comparison_table, organ_table
+from pgpsam_jax.tables.statistics import data_notes, sample_notes
+from pgpsam_jax.tables.study import Line, Study, tolerance
+from pgpsam_jax.tables.text import (
     NONE,
     Table,
     interval,
@@ -23,7 +24,6 @@ from pgpsam_jax.evaluation.table_text import (
     to_latex,
     to_markdown,
 )
-from pgpsam_jax.runs import Grid, Run
 
 __all__ = ["Table", "grid_tables", "long_rows", "run_tables", "study_tables"]
 __all__ += ["to_html", "to_latex", "to_markdown"]

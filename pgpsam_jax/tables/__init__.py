@@ -1,0 +1,1 @@
+"""Tables over runs and grids: what their rows are, statistics, the paper's values, text formats."""
