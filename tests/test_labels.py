@@ -1,0 +1,111 @@
+"""Label tables: the published remap, files, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgpsam_jax.data.labels import SYNAPSE8, LabelTable, load_label_table
+from pgpsam_jax.errors import UserError
+
+TOTAL = {  # shared/data/README.md: class -> (id in seg104, voxels)
+    "spleen": (1, 9677),
+    "right_kidney": (2, 6993),
+    "left_kidney": (3, 5144),
+    "gallbladder": (4, 1300),
+    "liver": (5, 41602),
+    "stomach": (6, 4977),
+    "aorta": (7, 1786),
+    "pancreas": (10, 818),
+}
+TOTAL_TABLE = LabelTable.from_json(
+    {
+        "classes": [{"name": name, "source": [i]} for name, (i, _) in TOTAL.items()],
+        "other": "background",
+    }
+)
+PAIR = LabelTable(("background", "a", "b"), {1: 1, 2: 1, 5: 2})
+
+
+def test_synapse_table_is_the_published_remap():
+    remap = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 0, 6: 5, 7: 6, 8: 7, 9: 0, 10: 0, 11: 8, 12: 0, 13: 0}
+    ids = np.arange(14, dtype=np.int32)
+    assert SYNAPSE8.remap(ids, "x").tolist() == [remap[i] for i in ids]
+    assert SYNAPSE8.num_classes == 9 and SYNAPSE8.names[8] == "pancreas"
+
+
+@given(st.permutations(range(1, 9)), st.booleans())
+def test_remap_is_not_in_place_chaining(order, other):
+    """Tables that swap ids, where key-by-key assignment maps some voxels twice."""
+    names = ("background", *(f"c{k}" for k in range(1, 9)))
+    table = LabelTable(
+        names, {s: k for k, s in enumerate(order, 1)}, ("error", "background")[other]
+    )
+    ids = np.array([0, *order, *order[::-1]], np.int32).reshape(1, -1)
+    before = ids.copy()
+    result = table.remap(ids, "x")
+    assert result.dtype == np.uint8 and result.tolist() == [[0, *range(1, 9), *range(8, 0, -1)]]
+    np.testing.assert_array_equal(ids, before)
+
+
+def test_unknown_values():
+    ids = np.array([[0, 1, 3], [-4, 70000, 5]], np.int32)
+    with pytest.raises(UserError, match=r"seg\.nii holds .*\(-4, 3, 70000\).*other"):
+        PAIR.remap(ids, "seg.nii")
+    lenient = LabelTable(PAIR.names, PAIR.source_to_class, "background")
+    assert lenient.remap(ids, "x").tolist() == [[0, 1, 0], [0, 0, 2]]
+    assert lenient.remap(ids[:0], "x").shape == (0, 3)
+
+
+def test_table_json_round_trip(tmp_path):
+    path = tmp_path / "labels.json"
+    for table in (SYNAPSE8, PAIR, TOTAL_TABLE):
+        path.write_text(json.dumps(table.to_json()))
+        assert load_label_table(path) == table
+    assert TOTAL_TABLE.to_json()["classes"][7] == {"name": "pancreas", "source": [10]}
+
+
+def one(**entry):
+    return {"classes": [{"name": "a", "source": [1]}, entry]}
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ([], "expected an object"),
+        ({"classes": {}}, "'classes' must be a list"),
+        ({"classes": []}, "1 to 254 named classes"),
+        ({"labels": []}, "unknown key 'labels'"),
+        (one(name="a", source=[2]), "names must differ"),
+        (one(name="background", source=[2]), "names must differ"),
+        (one(name="b", source=[1]), "source id 1 of class 'b'"),
+        (one(name="b", source=[2, 2]), "source id 2 of class 'b'"),
+        (one(name="b", source=[0]), "source id 0 of class 'b'"),
+        (one(name="b", source=["2"]), "source id '2' of class 'b'"),
+        (one(name="b", source=[True]), "source id True of class 'b'"),
+        (one(name="b", source=[2.0]), "source id 2.0 of class 'b'"),
+        (one(name="b", source=[-1]), "must be integers in 0..65535"),
+        (one(name="b", source=2), "'source' must be a list"),
+        (one(name="b", source=[]), "no source id for b"),
+        (one(name="", source=[2]), "every class needs a name"),
+        (one(name="b", source=[2], color="red"), "unknown key 'color'"),
+        (one(name="b", source=[2]) | {"other": "ignore"}, '"other" must be'),
+        (one(name="b", source=[2]) | {"background": [2]}, "source id 2 of class 'b'"),
+    ],
+)
+def test_bad_tables(tmp_path, value, message):
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(UserError, match=message) as caught:
+        load_label_table(path)
+    assert str(path) in str(caught.value)
+
+
+def test_table_file_problems(tmp_path):
+    with pytest.raises(UserError, match="not found"):
+        load_label_table(tmp_path / "none.json")
+    (tmp_path / "t.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_label_table(tmp_path / "t.json")
