@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small_run import write_data
 
-from experiments import run_grid
+from experiments import driver, placement, run_grid
 from experiments.plan import load_plan, make_grid, parse_settings, settle
 from experiments.run_cell import BUSY, DIED, standing, write_state
 from experiments.slurm import script
@@ -272,28 +272,27 @@ def test_max_failures_stops_the_grid(grid_file, tmp_path, monkeypatch):
         cell.folder.mkdir(parents=True, exist_ok=True)
         return subprocess.Popen(command, stdin=subprocess.PIPE)
 
-    monkeypatch.setattr(run_grid.Driver, "_launch", launch)
-    monkeypatch.setattr(run_grid, "_POLL_SECONDS", 0.01)
-    driver = run_grid.Driver(grid, list(grid.cells), 1, 2)
-    assert driver.run() is False
+    monkeypatch.setattr(driver.Driver, "_launch", launch)
+    monkeypatch.setattr(driver, "_POLL_SECONDS", 0.01)
+    assert driver.Driver(grid, list(grid.cells), 1, 2).run() is False
     states = [cell.state for cell in grid.cells]
     assert [s["state"] for s in states] == [FAILED, FAILED] + [PENDING] * 4
     assert states[0]["reason"] == "ended with exit code 9"
 
 
 def test_workers_share_what_there_is(monkeypatch):
-    monkeypatch.setattr(run_grid, "_gpus", lambda: ["0", "1", "2", "3"])
-    assert run_grid._places(2) == [
+    monkeypatch.setattr(placement, "gpus", lambda: ["0", "1", "2", "3"])
+    assert placement.places(2) == [
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, None),
         ({"CUDA_VISIBLE_DEVICES": "2,3"}, None),
     ]
     with pytest.raises(UserError, match="at most --workers 4"):
-        run_grid._places(5)
-    monkeypatch.setattr(run_grid, "_gpus", lambda: [])
+        placement.places(5)
+    monkeypatch.setattr(placement, "gpus", lambda: [])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
-    assert run_grid._places(2) == [({}, {0, 2, 4}), ({}, {1, 3})]
+    assert placement.places(2) == [({}, {0, 2, 4}), ({}, {1, 3})]
     with pytest.raises(UserError, match="one per core"):
-        run_grid._places(6)
+        placement.places(6)
 
 
 def test_slurm_script_runs_what_is_not_done(grid_file, tmp_path):
