@@ -103,7 +103,8 @@ def fake_look(truth, weights, picks):
     first = Pass(**arrays, **dict.fromkeys(names))
     refined = first._replace(picks=picks, class_weights=weights, query_weights=weights)
     slices = [part(truth)] * n
-    return prototype_data.Look(("background", "x"), slices, [0], [first, refined], [(0.4, 0.6)])
+    passes, mixing = [first, refined], [(0.4, 0.6)]
+    return prototype_data.Look(("background", "x"), slices, [0], passes, mixing, mix_start=0.5)
 
 
 def one_hot_look():
@@ -138,6 +139,8 @@ def test_cosines_against_numpy():
         pairs = zip(intra[:, k], others[:, row["index"]], strict=True)
         cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs]
         assert row["cosine"] == pytest.approx(np.mean(cosines), abs=1e-3)
+        lengths = np.linalg.norm(intra[:, k], axis=-1)
+        assert row["length"] == pytest.approx(lengths.mean(), rel=1e-3)
 
 
 def test_tables_come_back_as_they_were_written(tmp_path):
