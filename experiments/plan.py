@@ -15,7 +15,7 @@ from pgpsam_jax import config as configuration
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_json
 from pgpsam_jax.provenance import code_version
-from pgpsam_jax.runs import PLAN, Grid, Row, read_grid
+from pgpsam_jax.runs import PENDING, PLAN, Grid, Row, read_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _changes(before: Grid, now: Grid) -> list[str]:
         elif new.folder != old.folder:
             different = configuration.differences(old.config, new.config)
             found.append(f"{old.name} has other settings ({', '.join(different)})")
-    started = any(cell.state["state"] != "pending" for cell in before.cells)
+    started = any(cell.state["state"] != PENDING for cell in before.cells)
     if started and before.code["code"] != now.code["code"]:
         revisions = [(code["git"] or "no git")[:12] for code in (before.code, now.code)]
         found.append("the code of pgpsam_jax changed ({} there, {} now)".format(*revisions))

@@ -12,6 +12,7 @@ import scipy.ndimage
 from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from label_tables import PAIR, TOTAL, TOTAL_TABLE
 
 from pgpsam_jax.data.cache import build_cache, gather_slices, read_case
 from pgpsam_jax.data.geometry import Fit, to_model
@@ -21,24 +22,6 @@ from pgpsam_jax.data.layouts import (
     find_cases,
 )
 from pgpsam_jax.errors import UserError
-
-TOTAL = {  # shared/data/README.md: class -> (id in seg104, voxels)
-    "spleen": (1, 9677),
-    "right_kidney": (2, 6993),
-    "left_kidney": (3, 5144),
-    "gallbladder": (4, 1300),
-    "liver": (5, 41602),
-    "stomach": (6, 4977),
-    "aorta": (7, 1786),
-    "pancreas": (10, 818),
-}
-TOTAL_TABLE = LabelTable.from_json(
-    {
-        "classes": [{"name": name, "source": [i]} for name, (i, _) in TOTAL.items()],
-        "other": "background",
-    }
-)
-PAIR = LabelTable(("background", "a", "b"), {1: 1, 2: 1, 5: 2})
 
 
 def make_case(folder, case_id="p1", shape=(20, 30, 6), affine=None, label_affine=None, flip=False):
