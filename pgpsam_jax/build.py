@@ -13,6 +13,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import pgpsam
 from pgpsam_jax.models.image_encoder import EncoderConfig
 from pgpsam_jax.models.lora import TARGETS, LoraConfig
+from pgpsam_jax.models.release import model as release
 from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.optim import OptimConfig, learning_rate_schedule, make_optimizer
 from pgpsam_jax.parameters import flat_paths
@@ -30,30 +31,48 @@ class Method:
     base_unused: tuple[str, ...]
 
 
-def _make_pgpsam(settings, num_classes: int, dtype, rngs: nnx.Rngs):
+def _prototype_settings(settings, num_classes: int) -> dict:
+    """The arguments of `PrototypeConfig`: what both presets of PGP-SAM are told."""
     full = settings.train_encoder == "full"
     if unknown := set(settings.lora_targets) - set(TARGETS):
         raise UserError(f"model.lora_targets {sorted(unknown)} unknown; choose from {TARGETS}")
-    config = pgpsam.PgpSamConfig(
-        SamConfig.preset(
+    return dict(
+        sam=SamConfig.preset(
             settings.encoder, settings.image_size, settings.patch_size, remat=settings.remat
         ),
-        num_classes,
+        num_classes=num_classes,
         stage_taps=tuple(settings.stage_taps),
         alpha=settings.alpha,
         k=settings.k,
+        lora=LoraConfig(0 if full else settings.lora_rank, tuple(settings.lora_targets)),
+    )
+
+
+def _make_paper(settings, num_classes: int, dtype, rngs: nnx.Rngs):
+    config = pgpsam.PgpSamConfig(
+        **_prototype_settings(settings, num_classes),
         mix_start=settings.mix_start,
         cfm=settings.cfm,
         ppr=settings.ppr,
         ppg=settings.ppg,
-        lora=LoraConfig(0 if full else settings.lora_rank, tuple(settings.lora_targets)),
     )
     return pgpsam.PgpSam(config, dtype=dtype, rngs=rngs)
 
 
+def _make_release(settings, num_classes: int, dtype, rngs: nnx.Rngs):
+    if not (settings.cfm and settings.ppr and settings.ppg):
+        raise UserError(
+            "model.cfm, model.ppr and model.ppg switch off parts of preset paper, release has no "
+            "such switches; set model.preset=paper or all three to True"
+        )
+    config = release.ReleaseConfig(**_prototype_settings(settings, num_classes), dcn=settings.dcn)
+    return release.ReleasePgpSam(config, dtype=dtype, rngs=rngs)
+
+
 # (config.model.name, config.model.preset) -> method.
 METHODS = {
-    ("pgpsam", "paper"): Method(_make_pgpsam, pgpsam.BASE_TENSORS, pgpsam.BASE_UNUSED),
+    ("pgpsam", "paper"): Method(_make_paper, pgpsam.BASE_TENSORS, pgpsam.BASE_UNUSED),
+    ("pgpsam", "release"): Method(_make_release, release.BASE_TENSORS, release.BASE_UNUSED),
 }
 
 

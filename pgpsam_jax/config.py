@@ -30,7 +30,7 @@ def default_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.name = "pgpsam"
-    config.model.preset = "paper"
+    config.model.preset = "paper"  # its equations; release: what the authors' code computes
     config.model.encoder = "vit_b"  # vit_t, vit_b, vit_l, vit_h
     config.model.base = ""  # converted SAM weights; empty = random backbone
     config.model.train_encoder = "lora"  # lora, full, frozen
@@ -43,6 +43,7 @@ def default_config() -> ConfigDict:
     config.model.cfm = True  # the three switches of Table 3
     config.model.ppr = True
     config.model.ppg = True
+    config.model.dcn = "deformable"  # preset release; or plain: dilated convolutions, no gathers
     config.model.lora_rank = 4
     config.model.lora_targets = ("q", "v")
     config.model.compute_dtype = "float32"  # or bfloat16; parameters and softmaxes are float32
@@ -55,9 +56,11 @@ def default_config() -> ConfigDict:
     config.data.label_glob = ""
     config.data.label_table = ""  # JSON file; empty = the Synapse eight (btcv, phantom)
     config.data.window = (-125.0, 275.0)  # intensities mapped to [0, 1]
-    config.data.split = "btcv_18_12"  # btcv_18_12, file, fraction, within_volume
-    config.data.split_file = ""
-    config.data.test_fraction = 0.4
+    config.data.levels = 0  # grey levels they are rounded down to; 0 = continuous, 256 = 8 bits
+    config.data.split = "btcv_18_12"  # or btcv_18_6_6, file, fraction, within_volume
+    config.data.split_file = ""  # JSON lists of case ids: train, test, perhaps validation
+    config.data.test_fraction = 0.4  # of the patients, split fraction
+    config.data.validation_fraction = 0.0  # of the patients, split fraction
     config.data.split_seed = 0
     config.data.cache_dir = ""  # empty = <workdir>/cache
     config.data.phantom_seed = 0
@@ -83,6 +86,10 @@ def default_config() -> ConfigDict:
     config.train.steps = 0  # > 0 overrides epochs
     config.train.ce_weight = 0.2
     config.train.dice_weight = 0.8
+
+    config.validation = ConfigDict()
+    # Score the validation cases after so many epochs and keep the best parameters; 0 = the last.
+    config.validation.every_epochs = 0
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 = the rest
 

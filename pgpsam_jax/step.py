@@ -61,6 +61,13 @@ def to_input(images):
     return jnp.repeat(images.astype(jnp.float32)[..., None], 3, axis=-1)
 
 
+def loss_of(graphdef, params, frozen, images, labels, epoch, config: StepConfig):
+    """(loss, metrics) of a batch: images (B, S, S) in [0, 1], labels (B, S, S) class ids."""
+    outputs = nnx.merge(graphdef, params, frozen)(to_input(images))
+    outputs["final"] = upsample_logits(outputs["final"], labels.shape[1:])
+    return deep_supervision_loss(outputs, labels, epoch, config.ce_weight, config.dice_weight)
+
+
 def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: StepConfig):
     """Pure function (state, frozen, batch) -> (state, metrics), to be jitted by the caller.
 
@@ -76,14 +83,10 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: S
         images, labels = augment(keys, images, labels, config.augment)
         epoch = (state.step * size) // state.epoch_size
 
-        def loss_of(params):
-            outputs = nnx.merge(graphdef, params, frozen)(to_input(images))
-            outputs["final"] = upsample_logits(outputs["final"], labels.shape[1:])
-            return deep_supervision_loss(
-                outputs, labels, epoch, config.ce_weight, config.dice_weight
-            )
-
-        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        differentiate = jax.value_and_grad(loss_of, argnums=1, has_aux=True)
+        (_, metrics), gradients = differentiate(
+            graphdef, state.params, frozen, images, labels, epoch, config
+        )
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -30,15 +30,17 @@ def position_scores(q, rel_h, rel_w, grid: tuple[int, int]):
     return score_h.reshape(b, n, t, h), score_w.reshape(b, n, t, w)
 
 
-def attend(q, k, v):
+def attend(q, k, v, gate=None):
     """softmax(q k^T) v over (B, N, T, C) operands, q already scaled; softmax in float32.
 
-    The division comes after the product with v, on T*C instead of T*T numbers.
+    gate: factors of the weights after the softmax, which then no longer sum to one. The division
+    comes after the product with v, on T*C instead of T*T numbers.
     """
     scores = jnp.einsum("bnqc,bnkc->bnqk", q, k, preferred_element_type=jnp.float32)
     scores -= jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores)
     total = weights.sum(-1, keepdims=True)
+    weights = weights if gate is None else weights * gate
     out = jnp.einsum("bnqk,bnkc->bnqc", weights.astype(v.dtype), v)
     return (out / total).astype(v.dtype)
 

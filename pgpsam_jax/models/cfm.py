@@ -13,50 +13,54 @@ from pgpsam_jax.models import layers
 class StripConv(nnx.Module):
     """Depthwise convolution of odd length k along one spatial axis, zero padding, same size."""
 
-    def __init__(self, channels: int, k: int, axis: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, channels: int, k: int, axis: int, *, use_bias: bool = True, dtype, rngs: nnx.Rngs
+    ):
         self.kernel = layers.kernel_param(rngs, (k, channels), k)
-        self.bias = layers.zeros_param(channels)
+        self.bias = layers.zeros_param(channels) if use_bias else None
         self.axis, self.dtype = axis, dtype
 
     def __call__(self, x):
-        """(B, H, W, C) to the same shape; a sum of k shifts, which every backend runs fast."""
-        kernel = self.kernel[...].astype(self.dtype)
-        k, size = kernel.shape[0], x.shape[self.axis]
-        pad = [(0, 0)] * 4
-        pad[self.axis] = (k // 2, k // 2)
-        x = jnp.pad(x.astype(self.dtype), pad)
-        shifts = (jax.lax.slice_in_dim(x, i, i + size, axis=self.axis) for i in range(k))
-        terms = (kernel[i] * shift for i, shift in enumerate(shifts))
-        return sum(terms) + self.bias[...].astype(self.dtype)
+        """(B, H, W, C) to the same shape."""
+        kernel = jnp.expand_dims(self.kernel[...].astype(self.dtype), 2 - self.axis)
+        x = layers.depthwise(x.astype(self.dtype), kernel)
+        return x if self.bias is None else x + self.bias[...].astype(self.dtype)
 
 
 class SpatialGate(nnx.Module):
-    """Eq 1: sigma(conv_kx1(ReLU(LN(conv_1xk(F_s))))), F_s the sum of both axial means."""
+    """Eq 1: sigma(conv_kx1(act(LN(conv_1xk(F_s))))), F_s the sum of both axial means."""
 
-    def __init__(self, channels: int, k: int, *, dtype, rngs: nnx.Rngs):
-        self.row = StripConv(channels, k, axis=2, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, channels: int, k: int, *, activation=jax.nn.relu, use_bias=True, dtype, rngs: nnx.Rngs
+    ):
+        conv = dict(use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.row = StripConv(channels, k, axis=2, **conv)
         self.norm = layers.layer_norm(channels, eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
-        self.column = StripConv(channels, k, axis=1, dtype=dtype, rngs=rngs)
+        self.column = StripConv(channels, k, axis=1, **conv)
+        self.activation = activation
 
     def __call__(self, x):
         """(B, H, W, C) to a gate of the same shape in (0, 1)."""
         axial = x.mean(axis=2, keepdims=True) + x.mean(axis=1, keepdims=True)
-        return jax.nn.sigmoid(self.column(jax.nn.relu(self.norm(self.row(axial)))))
+        return jax.nn.sigmoid(self.column(self.activation(self.norm(self.row(axial)))))
 
 
 class ChannelGate(nnx.Module):
-    """Eq 2: sigma(conv_1x1(ReLU(LN(conv_1x1(F_c))))), F_c the spatial mean."""
+    """Eq 2: sigma(conv_1x1(act(LN(conv_1x1(F_c))))), F_c the spatial mean."""
 
-    def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
-        hidden = channels // 2
-        self.reduce = layers.Linear(channels, hidden, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, channels: int, *, activation=jax.nn.relu, use_bias=True, dtype, rngs: nnx.Rngs
+    ):
+        hidden, linear = channels // 2, dict(use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.reduce = layers.Linear(channels, hidden, **linear)
         self.norm = layers.layer_norm(hidden, eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
-        self.expand = layers.Linear(hidden, channels, dtype=dtype, rngs=rngs)
+        self.expand = layers.Linear(hidden, channels, **linear)
+        self.activation = activation
 
     def __call__(self, x):
         """(B, H, W, C) to a gate (B, 1, 1, C) in (0, 1)."""
         pooled = x.mean(axis=(1, 2), keepdims=True)
-        return jax.nn.sigmoid(self.expand(jax.nn.relu(self.norm(self.reduce(pooled)))))
+        return jax.nn.sigmoid(self.expand(self.activation(self.norm(self.reduce(pooled)))))
 
 
 class ContextualFeatureModulation(nnx.Module):

@@ -48,6 +48,29 @@ def _kernel(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int):
     return draw(rngs, shape) * np.float32(fan_in**-0.5)
 
 
+def xavier_uniform(rngs: nnx.Rngs, shape: tuple[int, int]):
+    """Glorot's uniform kernel of a dense layer, (in, out)."""
+    bound = np.float32((6 / sum(shape)) ** 0.5)
+    return bound * (2 * draw(rngs, shape, "uniform") - 1)
+
+
+def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, int]):
+    """N(0, 1 / in) kernel of a dense layer, (in, out): the default here."""
+    return _kernel(rngs, shape, shape[0])
+
+
+def draw_as_torch(module: nnx.Module, rngs: nnx.Rngs) -> None:
+    """Redraw every dense layer of `module` as PyTorch starts it: uniform in +-1/sqrt(in)."""
+    for _, layer in nnx.iter_modules(module):
+        if not isinstance(layer, Linear | ParallelLinear):
+            continue
+        bound = np.float32(layer.kernel.shape[-2] ** -0.5)
+        for leaf in (layer.kernel, layer.bias):
+            if leaf is not None:
+                uniform = draw(rngs, leaf.shape, "uniform")
+                leaf.set_value(jnp.asarray(bound * (2 * uniform - 1)))
+
+
 def normal_param(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
     """A parameter drawn from N(0, 1), as SAM's and the paper's embeddings start."""
     return nnx.Param(jnp.asarray(draw(rngs, shape)))
@@ -75,15 +98,52 @@ class Linear(nnx.Module):
     """x @ kernel + bias on the last axis; kernel (in, out)."""
 
     def __init__(
-        self, dim: int, out: int, *, use_bias: bool = True, dtype=jnp.float32, rngs: nnx.Rngs
+        self,
+        dim: int,
+        out: int,
+        *,
+        use_bias: bool = True,
+        init=fan_in_normal,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
     ):
-        self.kernel = kernel_param(rngs, (dim, out), dim)
+        self.kernel = nnx.Param(jnp.asarray(init(rngs, (dim, out))))
         self.bias = zeros_param(out) if use_bias else None
         self.dtype = dtype
 
     def __call__(self, x):
         x = matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)
+
+
+class DepthwiseConv(nnx.Module):
+    """Depthwise convolution (h x w odd, zero padding, same size), (B, H, W, C) to the same shape.
+
+    A sum of h * w shifts: every backend runs it fast, forward and backward.
+    """
+
+    def __init__(
+        self, channels: int, size: tuple[int, int], *, use_bias=True, dtype, rngs: nnx.Rngs
+    ):
+        self.kernel = kernel_param(rngs, (*size, channels), math.prod(size))
+        self.bias = zeros_param(channels) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x):
+        x = depthwise(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return x if self.bias is None else x + self.bias[...].astype(self.dtype)
+
+
+def depthwise(x, kernel, dilation: int = 1):
+    """Depthwise convolution of (B, H, W, C) with (h, w, C), zero padding, same size."""
+    (_, h, w, _), (rows, columns, _) = x.shape, kernel.shape
+    pads = [(dilation * (n // 2),) * 2 for n in (rows, columns)]
+    x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
+    return sum(
+        kernel[i, j] * x[:, dilation * i : dilation * i + h, dilation * j : dilation * j + w]
+        for i in range(rows)
+        for j in range(columns)
+    )
 
 
 def gelu(x):
@@ -125,9 +185,11 @@ class PatchEmbed(nnx.Module):
 class MlpBlock(nnx.Module):
     """Two linear layers with an activation between, on the last axis."""
 
-    def __init__(self, dim: int, hidden: int, *, activation, dtype, rngs: nnx.Rngs, out=None):
-        self.lin1 = Linear(dim, hidden, dtype=dtype, rngs=rngs)
-        self.lin2 = Linear(hidden, out or dim, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, dim: int, hidden: int, *, activation, init=fan_in_normal, dtype, rngs: nnx.Rngs
+    ):
+        self.lin1 = Linear(dim, hidden, init=init, dtype=dtype, rngs=rngs)
+        self.lin2 = Linear(hidden, dim, init=init, dtype=dtype, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x):
@@ -182,8 +244,8 @@ class Upsample2x(nnx.Module):
     Its windows do not overlap, so it is one matmul and a reshape.
     """
 
-    def __init__(self, dim: int, out: int, *, dtype, rngs: nnx.Rngs):
-        self.kernel = kernel_param(rngs, (dim, 2, 2, out), dim)
+    def __init__(self, dim: int, out: int, *, fan_in: int = 0, dtype, rngs: nnx.Rngs):
+        self.kernel = kernel_param(rngs, (dim, 2, 2, out), fan_in or dim)
         self.bias = zeros_param(out)
         self.dtype = dtype
 

@@ -71,7 +71,7 @@ class MaskDecoder(nnx.Module):
         """Logits (B, 4H, 4W, M), float32: hypernetwork weights applied to the upscaled image."""
         up = self.upscaling(image_tokens)
         weights = self.hyper_mlps(mask_tokens)
-        return _apply_tokens(up, weights)
+        return token_products(up, weights)
 
     def __call__(self, image, image_pe, sparse, dense, *, multimask: bool):
         """SAM's own call: logits (B, 4H, 4W, 3 or 1) and IoU predictions (B, 3 or 1).
@@ -87,10 +87,10 @@ class MaskDecoder(nnx.Module):
 
 def class_features(mask_tokens, image_tokens):
     """F_M = mask-token outputs . image tokens, (B, H, W, K) float32: the paper's class feature."""
-    return _apply_tokens(image_tokens, mask_tokens)
+    return token_products(image_tokens, mask_tokens)
 
 
-def _apply_tokens(image, tokens):
+def token_products(image, tokens):
     """Inner products (B, H, W, D) x (B, M, D) to (B, H, W, M), float32, over one spatial axis."""
     b, h, w, d = image.shape
     image = image.reshape(b, h * w, d)

@@ -24,12 +24,11 @@ from pgpsam_jax.models.sam import SamConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class PgpSamConfig:
-    """Sizes and switches; one refinement stage per entry of `stage_taps` (block indices).
+class PrototypeConfig:
+    """Sizes that every preset has; one refinement stage per entry of `stage_taps` (block indices).
 
-    alpha: inter prototypes per class; k: those matched to each class; mix_start: value of the
-    learned alpha and beta of Eq 5 at the start. Empty `stage_taps` means the paper's two: the last
-    and the first global-attention block of the encoder.
+    alpha: inter prototypes per class; k: those matched to each class. Empty `stage_taps` means the
+    paper's two: the last and the first global-attention block of the encoder.
     """
 
     sam: SamConfig
@@ -37,11 +36,7 @@ class PgpSamConfig:
     stage_taps: tuple[int, ...] = ()
     alpha: int = 8
     k: int = 4
-    mix_start: float = 0.5
     strip_kernel: int = 5
-    cfm: bool = True
-    ppr: bool = True
-    ppg: bool = True
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self):
@@ -53,11 +48,32 @@ class PgpSamConfig:
             raise UserError(
                 f"stage_taps {self.stage_taps} must be block indices from 0 to {encoder.depth - 1}"
             )
-        if not 1 <= self.k <= self.alpha * self.num_classes:
+        if not 1 <= self.k <= self.inter:
             raise UserError(
                 f"k={self.k} inter prototypes per class must lie between 1 and alpha * classes "
-                f"= {self.alpha * self.num_classes}"
+                f"= {self.inter}"
             )
+
+    @property
+    def inter(self) -> int:
+        """Number of inter prototypes, Q = alpha K."""
+        return self.alpha * self.num_classes
+
+
+@dataclasses.dataclass(frozen=True)
+class PgpSamConfig(PrototypeConfig):
+    """Preset `paper`: with the switches of Table 3.
+
+    mix_start: value of the learned alpha and beta of Eq 5 at the start.
+    """
+
+    mix_start: float = 0.5
+    cfm: bool = True
+    ppr: bool = True
+    ppg: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.ppr and not self.ppg:
             raise UserError(
                 "model.ppr refines prototypes that only model.ppg uses; switch both on or ppr off"
@@ -91,7 +107,7 @@ class PgpSam(nnx.Module):
 
     def __init__(self, config: PgpSamConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         encoder, c = config.sam.encoder, config.sam.decoder.width
-        classes, inter = config.num_classes, config.alpha * config.num_classes
+        classes, inter = config.num_classes, config.inter
         # A middle pass only gives PPR its class feature; without PPR its prompts would be dead.
         passes = 1 + (len(config.stage_taps) if config.ppr else 1)
         common = dict(dtype=dtype, rngs=rngs)

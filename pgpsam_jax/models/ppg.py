@@ -23,10 +23,14 @@ def dense_attention(feature, prototypes):
     return jnp.einsum("blq,bqc->blc", weights.astype(feature.dtype), prototypes)
 
 
-def sparse_attention(prototypes, feature):
-    """Inside Eq 7: softmax over space of P^ F_I^T / sqrt(C), times F_I; (B, K, C)."""
+def sparse_attention(prototypes, feature, gate=None):
+    """Inside Eq 7: softmax over space of P^ F_I^T / sqrt(C), times F_I; (B, K, C).
+
+    gate (B, K, L): factors of the weights after the softmax, which then sum to less than one.
+    """
     scores = jnp.einsum("bkc,blc->bkl", prototypes, feature, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * feature.shape[-1] ** -0.5, axis=-1)
+    weights = weights if gate is None else weights * gate
     return jnp.einsum("bkl,blc->bkc", weights.astype(feature.dtype), feature)
 
 

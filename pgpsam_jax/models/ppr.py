@@ -48,13 +48,16 @@ def gather_tokens(intra, inter, indices):
     return jnp.concatenate([intra[:, :, None], chosen], axis=2).reshape(b, classes * (k + 1), -1)
 
 
-def scatter_tokens(intra, inter, indices, tokens):
-    """Add refined tokens (B, n, C): intra directly, inter at its indices (repeats add up)."""
+def scatter_tokens(intra, inter, indices, tokens, intra_gain=1.0, inter_gain=1.0):
+    """Add refined tokens (B, n, C): intra directly, inter at its indices (repeats add up).
+
+    The gains, scalars or (C,), scale what is added.
+    """
     b, classes, k = indices.shape
     tokens = tokens.reshape(b, classes, k + 1, -1)
     rows = jnp.arange(b)[:, None]
-    update = tokens[:, :, 1:].reshape(b, classes * k, -1)
-    return intra + tokens[:, :, 0], inter.at[rows, indices.reshape(b, -1)].add(update)
+    update = inter_gain * tokens[:, :, 1:].reshape(b, classes * k, -1)
+    return intra + intra_gain * tokens[:, :, 0], inter.at[rows, indices.reshape(b, -1)].add(update)
 
 
 def query_attention(tokens, fused):
@@ -70,19 +73,34 @@ def attend_tokens(alpha, beta, class_weights, query_weights, fused):
 
 
 class ClassAttention(nnx.Module):
-    """Eq 3-4: W_c = softmax over space of conv_1->n(F_I'' outer F_M''), (B, n, L)."""
+    """Eq 3-4: W_c = softmax over space of conv_1->n(F_I'' outer F_M''), (B, n, L).
 
-    def __init__(self, channels: int, classes: int, tokens: int, grid, *, dtype, rngs: nnx.Rngs):
+    expand_std: of the convolution's kernel at the start. The default is small, so that W_c starts
+    as a mean over the image and not as one pixel (F_M is a sum over C). Without a bias: it is
+    constant over the space the softmax runs over.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        tokens: int,
+        grid,
+        *,
+        expand_std: float | None = None,
+        expand_bias: bool = False,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         h, w = grid
         linear = dict(dtype=dtype, rngs=rngs)
         self.image_conv = layers.Linear(channels, 1, **linear)
         self.class_conv = layers.Linear(classes, 1, **linear)
         self.image_fc = layers.Linear(h * w, h, **linear)
         self.class_fc = layers.Linear(h * w, w, **linear)
-        # No bias: it would be constant over the space the softmax runs over. Small at first, so
-        # that W_c starts as a mean over the image and not as one pixel (F_M is a sum over C).
-        self.expand = layers.Linear(1, tokens, use_bias=False, **linear)
-        self.expand.kernel.set_value(self.expand.kernel[...] / (h * w) ** 0.5)
+        self.expand = layers.Linear(1, tokens, use_bias=expand_bias, **linear)
+        std = (h * w) ** -0.5 if expand_std is None else expand_std
+        self.expand.kernel.set_value(self.expand.kernel[...] * std)
 
     def vectors(self, feature, class_feature):
         """Eq 3: F_I'' (B, H) from F_I (B, H, W, C) and F_M'' (B, W) from F_M (B, H, W, K)."""
@@ -90,11 +108,15 @@ class ClassAttention(nnx.Module):
         image = self.image_fc(self.image_conv(feature).reshape(b, -1))
         return image, self.class_fc(self.class_conv(class_feature).reshape(b, -1))
 
-    def __call__(self, feature, class_feature):
+    def scores(self, feature, class_feature):
+        """Eq 4 before its softmax, (B, n, L) float32."""
         image, klass = self.vectors(feature, class_feature)
         outer = image[:, :, None] * klass[:, None, :]
         scores = self.expand(outer.reshape(outer.shape[0], -1, 1)).astype(jnp.float32)
-        return jax.nn.softmax(scores.swapaxes(1, 2), axis=-1)
+        return scores.swapaxes(1, 2)
+
+    def __call__(self, feature, class_feature):
+        return jax.nn.softmax(self.scores(feature, class_feature), axis=-1)
 
 
 class PrototypeRefinement(nnx.Module):

@@ -25,14 +25,15 @@ class Attention(nnx.Module):
         b, t, d = x.shape
         return x.reshape(b, t, self.heads, d // self.heads).swapaxes(1, 2)
 
-    def __call__(self, q, k, v):
-        """q (B, T, D), k and v (B, L, D) to (B, T, D)."""
-        q, k, v = (
-            self._split(self.q_proj(q)),
-            self._split(self.k_proj(k)),
-            self._split(self.v_proj(v)),
-        )
-        out = attention.attend(q * q.shape[-1] ** -0.5, k, v)
+    def similar(self, q, k):
+        """Projected queries and keys as their inner products compare them; a subclass may."""
+        return q, k
+
+    def __call__(self, q, k, v, gate=None):
+        """q (B, T, D), k and v (B, L, D) to (B, T, D); gate: see `attention.attend`."""
+        q, k = self.similar(self.q_proj(q), self.k_proj(k))
+        q, k, v = self._split(q), self._split(k), self._split(self.v_proj(v))
+        out = attention.attend(q * q.shape[-1] ** -0.5, k, v, gate)
         b, n, t, c = out.shape
         return self.out_proj(out.swapaxes(1, 2).reshape(b, t, n * c))
 
@@ -40,12 +41,14 @@ class Attention(nnx.Module):
 class TwoWayBlock(nnx.Module):
     """Token self-attention, token-to-image, MLP, image-to-token; a LayerNorm after each."""
 
+    token_to_image = Attention
+
     def __init__(self, dim, heads, mlp_dim, downsample, *, first: bool, dtype, rngs: nnx.Rngs):
         norm = dict(eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs)
         attend = dict(dtype=dtype, rngs=rngs)
         self.self_attn = Attention(dim, heads, 1, **attend)
         self.norm1 = layers.layer_norm(dim, **norm)
-        self.cross_attn_token_to_image = Attention(dim, heads, downsample, **attend)
+        self.cross_attn_token_to_image = self.token_to_image(dim, heads, downsample, **attend)
         self.norm2 = layers.layer_norm(dim, **norm)
         self.mlp = layers.MlpBlock(dim, mlp_dim, activation=jax.nn.relu, dtype=dtype, rngs=rngs)
         self.norm3 = layers.layer_norm(dim, **norm)
@@ -53,13 +56,15 @@ class TwoWayBlock(nnx.Module):
         self.cross_attn_image_to_token = Attention(dim, heads, downsample, **attend)
         self.first = first
 
+    def attend_tokens(self, tokens, token_pe):
+        """Self-attention; the first block replaces the tokens: no position and no residual."""
+        if self.first:
+            return self.self_attn(tokens, tokens, tokens)
+        q = tokens + token_pe
+        return tokens + self.self_attn(q, q, tokens)
+
     def __call__(self, tokens, image, token_pe, image_pe):
-        if self.first:  # no position and no residual: the first layer replaces the tokens
-            tokens = self.self_attn(tokens, tokens, tokens)
-        else:
-            q = tokens + token_pe
-            tokens = tokens + self.self_attn(q, q, tokens)
-        tokens = self.norm1(tokens)
+        tokens = self.norm1(self.attend_tokens(tokens, token_pe))
         q, k = tokens + token_pe, image + image_pe
         tokens = self.norm2(tokens + self.cross_attn_token_to_image(q, k, image))
         tokens = self.norm3(tokens + self.mlp(tokens))
@@ -71,9 +76,11 @@ class TwoWayBlock(nnx.Module):
 class TwoWayTransformer(nnx.Module):
     """`depth` two-way blocks and a final token-to-image attention."""
 
+    block = TwoWayBlock
+
     def __init__(self, dim, depth, heads, mlp_dim, downsample, *, dtype, rngs: nnx.Rngs):
         self.layers = nnx.List(
-            TwoWayBlock(dim, heads, mlp_dim, downsample, first=i == 0, dtype=dtype, rngs=rngs)
+            self.block(dim, heads, mlp_dim, downsample, first=i == 0, dtype=dtype, rngs=rngs)
             for i in range(depth)
         )
         self.final_attn_token_to_image = Attention(dim, heads, downsample, dtype=dtype, rngs=rngs)
@@ -81,10 +88,13 @@ class TwoWayTransformer(nnx.Module):
             dim, eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, image, image_pe, token_pe):
-        """image and image_pe (B, L, D), token_pe (B, T, D): the prompt tokens are their own PE."""
-        tokens = token_pe
+    def __call__(self, image, image_pe, tokens, token_pe=None, *gate):
+        """image and image_pe (B, L, D), tokens (B, T, D); in SAM the tokens are their own PE.
+
+        gate: what the blocks of a subclass take besides.
+        """
+        token_pe = tokens if token_pe is None else token_pe
         for layer in self.layers:
-            tokens, image = layer(tokens, image, token_pe, image_pe)
+            tokens, image = layer(tokens, image, token_pe, image_pe, *gate)
         update = self.final_attn_token_to_image(tokens + token_pe, image + image_pe, image)
         return self.norm_final_attn(tokens + update), image
