@@ -12,6 +12,7 @@ from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import pgpsam
 from pgpsam_jax.models.image_encoder import EncoderConfig
+from pgpsam_jax.models.layers import NoDraws
 from pgpsam_jax.models.lora import TARGETS, LoraConfig
 from pgpsam_jax.models.release import model as release
 from pgpsam_jax.models.sam import SamConfig
@@ -85,25 +86,25 @@ def method_of(settings: ConfigDict) -> Method:
     return METHODS[key]
 
 
-def make_model(settings: ConfigDict, num_classes: int, seed: int) -> nnx.Module:
-    """The module of `config.model`, randomly initialised from `seed`."""
+def make_model(settings: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> nnx.Module:
+    """The module of `config.model`, initialised from `rngs`."""
     if settings.compute_dtype not in DTYPES:
         raise UserError(
             f"model.compute_dtype {settings.compute_dtype!r} unknown; choose {' or '.join(DTYPES)}"
         )
     dtype = DTYPES[settings.compute_dtype]
-    return method_of(settings).make(settings, num_classes, dtype, nnx.Rngs(seed))
+    return method_of(settings).make(settings, num_classes, dtype, rngs)
 
 
 def abstract_model(config: ConfigDict, num_classes: int):
     """(graphdef, params, frozen) with shapes only: nothing is computed."""
-    model = nnx.eval_shape(lambda: make_model(config.model, num_classes, config.seed))
+    model = nnx.eval_shape(lambda: make_model(config.model, num_classes, NoDraws()))
     return split_model(model, config.model.train_encoder)
 
 
 def init_model(config: ConfigDict, num_classes: int):
     """(graphdef, params, frozen, base digest or None): random, then the backbone's weights."""
-    model = make_model(config.model, num_classes, config.seed)
+    model = make_model(config.model, num_classes, nnx.Rngs(config.seed))
     graphdef, params, frozen = split_model(model, config.model.train_encoder)
     digest = None
     if config.model.base:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
 
-from pgpsam_jax.data.augment import AugmentConfig
+from pgpsam_jax.data.augment_config import RELEASE, AugmentConfig
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_json
 from pgpsam_jax.optim import OptimConfig
@@ -123,6 +123,16 @@ def use_small_encoder(config: ConfigDict) -> None:
     config.log.every_steps = 10
     config.log.checkpoint_steps = 200
     config.eval.batch_size = 8
+
+
+def use_release_recipe(config: ConfigDict) -> None:
+    """The authors' model, 8-bit slices, list rule, augmentation and choice of the best epoch."""
+    config.model.preset = "release"
+    config.model.lora_rank = 5
+    config.data.levels = 256
+    config.fewshot.rule = "area"
+    config.augment.update(dataclasses.asdict(RELEASE))
+    config.validation.every_epochs = 1
 
 
 def total_steps(config: ConfigDict, epoch_size: int) -> int:

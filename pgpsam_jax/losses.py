@@ -1,6 +1,7 @@
 """Segmentation losses: cross-entropy and soft Dice, and their mix over two outputs.
 
-Letters: `B` batch, `H W` pixels, `K` classes with background. Everything is computed in float32.
+Letters: `B` batch, `H W` pixels, `K` classes with background. Everything is computed in float32
+(float64 for float64 logits).
 All means and sums run over the whole array, so under `jax.jit` with a sharded batch they are those
 of the *global* batch. Class masks are comparisons inside a reduction, which XLA fuses: no one-hot
 array is stored.
@@ -10,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pgpsam_jax.models.layers import wide
+
 _DICE_EPS = 1e-5
 
 
 def cross_entropy(logits, labels):
     """Mean over pixels of -log softmax(logits)[label]: (B, H, W, K), (B, H, W) -> scalar."""
-    log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
+    log_probability = jax.nn.log_softmax(logits.astype(wide(logits.dtype)))
     return -jnp.sum(_where_class(labels, log_probability)) / labels.size
 
 
@@ -32,7 +35,7 @@ def soft_dice_loss(logits, labels):
     Returns:
       float32 scalar.
     """
-    probability = jax.nn.softmax(logits.astype(jnp.float32))
+    probability = jax.nn.softmax(logits.astype(wide(logits.dtype)))
     pixels = (0, 1, 2)
     overlap = jnp.sum(_where_class(labels, probability), axis=pixels)
     predicted = jnp.sum(jnp.square(probability), axis=pixels)
@@ -87,7 +90,7 @@ def deep_supervision_loss(outputs, labels, epoch, ce_weight: float = 0.2, dice_w
       The scalar loss, and a flat dictionary of float32 scalars to log.
     """
     weight = final_weight(epoch)
-    loss = jnp.float32(0)
+    loss = 0
     metrics = {"final_weight": weight}
     for name, share in (("bootstrap", 1 - weight), ("final", weight)):
         logits = outputs[name]

@@ -14,6 +14,7 @@ from flax import nnx
 
 from pgpsam_jax.data.augment import AugmentConfig, augment, sample_keys
 from pgpsam_jax.losses import deep_supervision_loss
+from pgpsam_jax.models.layers import wide
 from pgpsam_jax.models.mask_decoder import upsample_logits
 from pgpsam_jax.parameters import trainable
 
@@ -58,7 +59,7 @@ def init_state(
 
 def to_input(images):
     """Grey slices (B, H, W) in [0, 1] to the three equal channels SAM takes, (B, H, W, 3)."""
-    return jnp.repeat(images.astype(jnp.float32)[..., None], 3, axis=-1)
+    return jnp.repeat(images.astype(wide(images.dtype))[..., None], 3, axis=-1)
 
 
 def loss_of(graphdef, params, frozen, images, labels, epoch, config: StepConfig):
@@ -76,7 +77,7 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: S
     """
 
     def train_step(state: TrainState, frozen, batch):
-        images = batch["image"].astype(jnp.float32)
+        images = batch["image"].astype(wide(batch["image"].dtype))
         labels = batch["label"].astype(jnp.int32)
         size = images.shape[0]
         keys = sample_keys(jax.random.key(state.seed), state.step, jnp.arange(size))

@@ -17,6 +17,8 @@ CONFIGS = [
     ("synapse", ()),
     ("ventricle", ()),
     ("ventricle", ("head_mr",)),
+    ("synapse_release", ()),
+    ("ventricle_release", ()),
     ("phantom", ()),
     ("abdomen_ct", ()),
     ("abdomen_ct", ("small",)),

@@ -8,6 +8,8 @@ position terms). Operands are head-major, (B, N, T, C): the layout CPU and GPU m
 import jax
 import jax.numpy as jnp
 
+from pgpsam_jax.models.layers import wide, wide_einsum
+
 
 def relative_positions(table, size: int):
     """(2*size - 1, C) table to (size, size, C): entry [h, k] is the row of offset h - k."""
@@ -36,7 +38,7 @@ def attend(q, k, v, gate=None):
     gate: factors of the weights after the softmax, which then no longer sum to one. The division
     comes after the product with v, on T*C instead of T*T numbers.
     """
-    scores = jnp.einsum("bnqc,bnkc->bnqk", q, k, preferred_element_type=jnp.float32)
+    scores = wide_einsum("bnqc,bnkc->bnqk", q, k)
     scores -= jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores)
     total = weights.sum(-1, keepdims=True)
@@ -51,7 +53,7 @@ def naive(q, k, v, rel_h, rel_w, grid):
     score_h, score_w = position_scores(q, rel_h, rel_w, grid)
     bias = score_h.reshape(b, n, t, grid[0], 1) + score_w.reshape(b, n, t, 1, grid[1])
     scores = jnp.einsum("bnqc,bnkc->bnqk", q, k) * c**-0.5 + bias.reshape(b, n, t, t)
-    weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(scores.astype(wide(scores.dtype)), axis=-1).astype(v.dtype)
     return jnp.einsum("bnqk,bnkc->bnqc", weights, v)
 
 

@@ -18,6 +18,16 @@ DECODER_EPS = 1e-5  # token LayerNorms of the two-way transformer (PyTorch's def
 _CHUNK = 1 << 16
 
 
+def wide(dtype):
+    """The type of softmaxes, long sums and losses: float32, and float64 for a float64 model."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def wide_einsum(spec: str, a, b):
+    """An einsum summed and returned in at least float32."""
+    return jnp.einsum(spec, a, b, preferred_element_type=wide(jnp.result_type(a, b)))
+
+
 class Buffer(nnx.Variable):
     """A constant array of a model: saved and converted, never trained nor decayed."""
 
@@ -27,12 +37,27 @@ def _draw_chunk(key, distribution: str, index):
     return getattr(jax.random, distribution)(jax.random.fold_in(key, index), (_CHUNK,))
 
 
+class NoDraws(nnx.Rngs):
+    """In place of random streams where only shapes are asked for: every draw is zero.
+
+    Tracing a draw per parameter takes longer than the rest of a model (10 s for `release`).
+    """
+
+    def __init__(self):
+        pass
+
+    def params(self):
+        return None
+
+
 def draw(rngs: nnx.Rngs, shape: tuple[int, ...], distribution: str = "normal"):
     """Random numbers of any shape, N(0, 1) or `uniform` in [0, 1).
 
     Drawn in chunks of one size: a compiled draw per parameter shape would take half a minute.
     """
     key, size = rngs.params(), math.prod(shape)
+    if key is None:
+        return jnp.zeros(shape)
     chunks = [_draw_chunk(key, distribution, i) for i in range(-(-size // _CHUNK))]
     traced = isinstance(key, jax.core.Tracer)
     numpy = jnp if traced else np
@@ -41,7 +66,8 @@ def draw(rngs: nnx.Rngs, shape: tuple[int, ...], distribution: str = "normal"):
 
 def kernel_init(key, shape, dtype=jnp.float32):
     """Initialiser for `nnx.Conv`: N(0, 1 / fan-in), as all kernels here start."""
-    return jnp.asarray(_kernel(nnx.Rngs(key), shape, math.prod(shape[:-1])), dtype)
+    rngs = NoDraws() if key is None else nnx.Rngs(key)
+    return jnp.asarray(_kernel(rngs, shape, math.prod(shape[:-1])), dtype)
 
 
 def _kernel(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int):

@@ -94,10 +94,10 @@ def token_products(image, tokens):
     """Inner products (B, H, W, D) x (B, M, D) to (B, H, W, M), float32, over one spatial axis."""
     b, h, w, d = image.shape
     image = image.reshape(b, h * w, d)
-    products = jnp.einsum("bld,bmd->blm", image, tokens, preferred_element_type=jnp.float32)
+    products = layers.wide_einsum("bld,bmd->blm", image, tokens)
     return products.reshape(b, h, w, -1)
 
 
 def upsample_logits(logits, size: tuple[int, int]):
     """(B, h, w, K) logits to (B, *size, K), bilinear in float32."""
-    return layers.resize_bilinear(logits.astype(jnp.float32), size)
+    return layers.resize_bilinear(logits.astype(layers.wide(logits.dtype)), size)

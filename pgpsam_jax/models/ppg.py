@@ -18,7 +18,7 @@ def affinity(prototypes, others):
 
 def dense_attention(feature, prototypes):
     """Inside Eq 6: softmax over the Q prototypes of F_I P^T / sqrt(C), times P^; (B, L, C)."""
-    scores = jnp.einsum("blc,bqc->blq", feature, prototypes, preferred_element_type=jnp.float32)
+    scores = layers.wide_einsum("blc,bqc->blq", feature, prototypes)
     weights = jax.nn.softmax(scores * feature.shape[-1] ** -0.5, axis=-1)
     return jnp.einsum("blq,bqc->blc", weights.astype(feature.dtype), prototypes)
 
@@ -28,7 +28,7 @@ def sparse_attention(prototypes, feature, gate=None):
 
     gate (B, K, L): factors of the weights after the softmax, which then sum to less than one.
     """
-    scores = jnp.einsum("bkc,blc->bkl", prototypes, feature, preferred_element_type=jnp.float32)
+    scores = layers.wide_einsum("bkc,blc->bkl", prototypes, feature)
     weights = jax.nn.softmax(scores * feature.shape[-1] ** -0.5, axis=-1)
     weights = weights if gate is None else weights * gate
     return jnp.einsum("bkl,blc->bkc", weights.astype(feature.dtype), feature)

@@ -62,7 +62,7 @@ def scatter_tokens(intra, inter, indices, tokens, intra_gain=1.0, inter_gain=1.0
 
 def query_attention(tokens, fused):
     """Eq 5, first line: W_q = softmax over space of P^ F^T / sqrt(C), (B, n, L)."""
-    scores = jnp.einsum("bnc,blc->bnl", tokens, fused, preferred_element_type=jnp.float32)
+    scores = layers.wide_einsum("bnc,blc->bnl", tokens, fused)
     return jax.nn.softmax(scores * fused.shape[-1] ** -0.5, axis=-1)
 
 
@@ -112,8 +112,8 @@ class ClassAttention(nnx.Module):
         """Eq 4 before its softmax, (B, n, L) float32."""
         image, klass = self.vectors(feature, class_feature)
         outer = image[:, :, None] * klass[:, None, :]
-        scores = self.expand(outer.reshape(outer.shape[0], -1, 1)).astype(jnp.float32)
-        return scores.swapaxes(1, 2)
+        scores = self.expand(outer.reshape(outer.shape[0], -1, 1))
+        return scores.astype(layers.wide(scores.dtype)).swapaxes(1, 2)
 
     def __call__(self, feature, class_feature):
         return jax.nn.softmax(self.scores(feature, class_feature), axis=-1)

@@ -20,7 +20,7 @@ _TEMPERATURE = 1e4
 
 
 def sine_positions(grid: tuple[int, int], channels: int):
-    """DETR's normalised sine encoding, (H, W, C) float32: y in the first half, x in the second."""
+    """DETR's normalised sine encoding, (H, W, C): y in the first half, x in the second."""
     half = channels // 2
     frequency = _TEMPERATURE ** (2 * (np.arange(half) // 2) / half)
     axes = [2 * np.pi * (np.arange(n) + 1) / (n + 1e-6) for n in grid]
@@ -30,7 +30,7 @@ def sine_positions(grid: tuple[int, int], channels: int):
     )
     shape = (*grid, half)
     both = np.broadcast_to(y[:, None], shape), np.broadcast_to(x[None], shape)
-    return np.concatenate(both, axis=-1).astype(np.float32)
+    return np.concatenate(both, axis=-1)
 
 
 class CosineAttention(Attention):
@@ -42,7 +42,7 @@ class CosineAttention(Attention):
 
 def unit(x):
     """x / max(|x|, 1e-12) over the last axis."""
-    norm = jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True)
+    norm = jnp.linalg.norm(x.astype(layers.wide(x.dtype)), axis=-1, keepdims=True)
     return (x / jnp.maximum(norm, 1e-12)).astype(x.dtype)
 
 
@@ -158,7 +158,7 @@ class MaskDecoder(nnx.Module):
         own = self.mask_tokens[...].astype(sparse.dtype)
         tokens = jnp.concatenate([jnp.broadcast_to(own, (b, *own.shape)), sparse], axis=1)
         position = self.position[...].astype(tokens.dtype)
-        pe = sine_positions((h, w), c).astype(source.dtype).reshape(1, h * w, c)
+        pe = jnp.asarray(sine_positions((h, w), c), source.dtype).reshape(1, h * w, c)
         tokens, source = self.transformer(source, pe, tokens, position, gate)
         mask_tokens, image_tokens = tokens[:, : len(own)], source.reshape(b, h, w, c)
         # The authors' code reads its (L, C) tokens as a (C, H, W) image without transposing, which
@@ -170,7 +170,7 @@ class MaskDecoder(nnx.Module):
 
     def add_class_maps(self, source, class_feature, low):
         """source += LeakyReLU(source^T low) E, per channel a sum of class maps; float32 inside."""
-        mixing = jnp.einsum("blc,blk->bck", source, low, preferred_element_type=jnp.float32)
+        mixing = layers.wide_einsum("blc,blk->bck", source, low)
         maps = self.class_maps(class_feature)
-        update = jnp.einsum("bck,bkl->blc", leaky_relu(mixing), maps.astype(jnp.float32))
+        update = jnp.einsum("bck,bkl->blc", leaky_relu(mixing), maps.astype(mixing.dtype))
         return source + update.astype(source.dtype)

@@ -1,7 +1,7 @@
 """Modulated deformable depthwise convolution (Zhu et al. 2019, "Deformable ConvNets v2") on XLA.
 
 Letters: B batch, H W grid, L = H*W, C channels, T = 9 taps. Channels last: a sampled point is one
-contiguous row of C numbers, so bilinear sampling is four gathers of rows.
+contiguous row of C numbers, so bilinear sampling gathers four rows.
 """
 
 import jax
@@ -30,29 +30,37 @@ def deformable_depthwise(x, kernel, offsets, modulation, dilation: int):
     """Sum over taps of kernel * modulation * x at the tap's moved point, bilinear, zero outside.
 
     x (B, H, W, C); kernel (3, 3, C); offsets (B, H, W, T, 2) in pixels, row then column, taps
-    row-major; modulation (B, H, W, T). Returns (B, H, W, C). Points and weights are float32.
+    row-major; modulation (B, H, W, T). Returns (B, H, W, C).
     """
     b, h, w, c = x.shape
-    points = tap_points((h, w), dilation) + offsets.astype(jnp.float32)
     # One ring of zeros around the image stands for all that lies outside of it.
     image = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(b, (h + 2) * (w + 2), c)
-    corner = jnp.floor(jax.lax.stop_gradient(points))
-    fraction = points - corner
-    kernel = kernel.reshape(TAPS, c)
-    out = 0
-    for tap in range(TAPS):
-        sampled = 0
-        for down in (0, 1):
-            for right in (0, 1):
-                place = corner[..., tap, :] + np.array([down, right], np.float32)
-                inside = jnp.clip(place, -1, np.array([h, w], np.float32)).astype(jnp.int32) + 1
-                index = (inside[..., 0] * (w + 2) + inside[..., 1]).reshape(b, h * w, 1)
-                near = jnp.abs(1 - np.array([down, right], np.float32) - fraction[..., tap, :])
-                weight = near[..., 0] * near[..., 1] * modulation[..., tap]
-                rows = jnp.take_along_axis(image, index, axis=1, mode="promise_in_bounds")
-                sampled += weight.reshape(b, h * w, 1).astype(x.dtype) * rows
-        out += kernel[tap] * sampled
+    index, weight = _neighbours(tap_points((h, w), dilation) + offsets, (h, w))
+    weight = (weight * modulation[..., None]).astype(x.dtype)
+
+    # One tap at a time, sampled again in the backward pass: 36 sampled copies of the image are
+    # neither held nor compiled. Against all taps at once: 1/8 of the memory, half of the time.
+    @jax.checkpoint
+    def add_tap(out, tap):
+        index, weight, kernel = tap
+        rows = jax.vmap(lambda pixels, places: pixels[places])(image, index)  # (B, L, 4, C)
+        return out + kernel * jnp.einsum("bls,blsc->blc", weight, rows), None
+
+    index, weight = (jnp.moveaxis(a.reshape(b, h * w, TAPS, 4), 2, 0) for a in (index, weight))
+    start = jnp.zeros((b, h * w, c), x.dtype)
+    out, _ = jax.lax.scan(add_tap, start, (index, weight, kernel.reshape(TAPS, c)))
     return out.reshape(b, h, w, c)
+
+
+def _neighbours(points, grid: tuple[int, int]):
+    """Of points (..., 2): places (..., 4) in the flat ringed image of the pixels around each, and
+    their bilinear weights."""
+    h, w = grid
+    steps = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.float32)
+    corner = jnp.floor(jax.lax.stop_gradient(points))[..., None, :]
+    ringed = jnp.clip(corner + steps, -1, np.array([h, w], np.float32)).astype(jnp.int32) + 1
+    near = jnp.abs(1 - steps - (points[..., None, :] - corner))
+    return ringed[..., 0] * (w + 2) + ringed[..., 1], near[..., 0] * near[..., 1]
 
 
 class DeformableConv(nnx.Module):
@@ -85,7 +93,8 @@ class DeformableConv(nnx.Module):
         if self.kind == "plain":
             out = layers.depthwise(x, kernel, self.dilation)
         else:
-            moves = self.offset(x).astype(jnp.float32)
+            moves = self.offset(x)
+            moves = moves.astype(layers.wide(moves.dtype))
             offsets = moves[..., : 2 * TAPS].reshape(*x.shape[:3], TAPS, 2)
             modulation = jax.nn.sigmoid(moves[..., 2 * TAPS :])
             out = deformable_depthwise(x, kernel, offsets, modulation, self.dilation)

@@ -61,7 +61,7 @@ class ClassQueryAttention(nnx.Module):
             x.reshape(*x.shape[:2], HEADS, -1).swapaxes(1, 2)
             for x in (self.q_proj(self.q_norm(tokens)), self.k_proj(fused), self.v_proj(fused))
         )
-        query = jnp.einsum("bnqc,bnlc->bnql", q, k, preferred_element_type=jnp.float32)
+        query = layers.wide_einsum("bnqc,bnlc->bnql", q, k)
         own = probability.reshape(probability.shape[0], -1, probability.shape[-1]).swapaxes(1, 2)
         gate = jnp.repeat(own, tokens.shape[1] // own.shape[1], axis=1)  # (B, n, L)
         klass = self.class_attention.scores(feature, class_feature)
@@ -128,4 +128,4 @@ def space_sums(probability, x):
 
     Not divided by the mass of P, so up to L times as large as a mean.
     """
-    return jnp.einsum("bhwk,bhwc->bkc", probability, x, preferred_element_type=jnp.float32)
+    return layers.wide_einsum("bhwk,bhwc->bkc", probability, x)

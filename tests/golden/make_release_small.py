@@ -1,0 +1,159 @@
+"""Write the small golden set, release_small.json and .npz, from the numpy transcription.
+
+    pip install autograd
+    PYTHONPATH=tests python -m golden.make_release_small
+
+Same content and layout as the recorded set of the published sizes, except that the values are
+float64 results (stored in float32). Deterministic; takes half a minute.
+"""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import autograd.numpy as anp
+import autograd.scipy.special
+import numpy as np
+import release_numpy
+from autograd import value_and_grad
+from golden import golden_rule
+from release_state import RANK, release_shapes
+
+from pgpsam_jax.files import atomic_path, write_text
+
+SIZES = {
+    "image_size": 64,
+    "patch_size": 8,
+    "width": 32,
+    "depth": 4,
+    "heads": 2,
+    "window_size": 5,  # no divisor of the grid, so windows reach past it
+    "global_blocks": (0, 2, 3),
+    "out_channels": 32,
+    "lora_rank": RANK,
+    "num_classes": 4,
+}
+SEED, EPOCH = 0, 10
+ADAMW = {"lr": 1e-4, "weight_decay": 0.1, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
+
+
+def differentiable():
+    """Let the transcription run on autograd's numpy."""
+    release_numpy.np, release_numpy.erf = anp, autograd.scipy.special.erf
+
+
+def total_and_gradients(trainable, frozen, image, labels):
+    """Loss, and its gradient by trainable name: zeros where the loss does not depend on it."""
+
+    def total(p):
+        out = release_numpy.forward(image, {**frozen, **{name: p[name] for name in trainable}})
+        return release_numpy.loss(out, labels, EPOCH)["total"]
+
+    return value_and_grad(total)(trainable)
+
+
+def adamw_losses(trainable, gradients, total, again, steps=3):
+    """Losses before and after each AdamW step with decoupled decay; `again` gives the next pair.
+
+    A tensor without a gradient is left alone, as PyTorch does.
+    """
+    losses, p = [total], dict(trainable)
+    first, second = ({name: 0.0 for name in p} for _ in range(2))
+    for step in range(1, steps + 1):
+        for name, g in gradients.items():
+            if not g.any():
+                continue
+            first[name] = ADAMW["b1"] * first[name] + (1 - ADAMW["b1"]) * g
+            second[name] = ADAMW["b2"] * second[name] + (1 - ADAMW["b2"]) * g**2
+            mean = first[name] / (1 - ADAMW["b1"] ** step)
+            root = np.sqrt(second[name] / (1 - ADAMW["b2"] ** step))
+            decayed = p[name] * (1 - ADAMW["lr"] * ADAMW["weight_decay"])
+            p[name] = decayed - ADAMW["lr"] * mean / (root + ADAMW["eps"])
+        total, gradients = again(p)
+        losses.append(total)
+    return losses
+
+
+def recorded(out):
+    """The arrays of the NPZ: batch axis, float32, every fourth pixel of the final logits."""
+    out = dict(out)
+    pre, final = out.pop("logits_pre"), out.pop("logits_final")
+    out[f"logits_pre_{pre.shape[-1]}"] = pre
+    out[f"logits_final_{final.shape[-1]}_stride4"] = final[:, ::4, ::4]
+    return {name: value[None].astype(np.float32) for name, value in out.items()}
+
+
+def digits(value):
+    """The value with its floats cut to nine digits, a little more than float32 holds."""
+    if isinstance(value, dict):
+        return {key: digits(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [digits(item) for item in value]
+    return float(f"{value:.8e}") if isinstance(value, float) else value
+
+
+def layout():
+    """Name to shape of every tensor, in the order of the release's checkpoint."""
+    return release_shapes(
+        {
+            "D": SIZES["width"],
+            "depth": SIZES["depth"],
+            "whole": SIZES["global_blocks"],
+            "G": SIZES["image_size"] // SIZES["patch_size"],
+            "P": SIZES["patch_size"],
+            "C": SIZES["width"] // SIZES["heads"],
+            "S": SIZES["window_size"],
+            "E": SIZES["out_channels"],
+            "N": SIZES["num_classes"],
+        }
+    )
+
+
+def trains(name):
+    """Everything but the encoder, and the encoder's LoRA."""
+    return "lora" in name or not name.startswith("image_encoder.")
+
+
+def main():
+    differentiable()
+    shapes, size, classes = layout(), SIZES["image_size"], SIZES["num_classes"]
+    image = golden_rule.image(1, size, SEED)[0].astype(float)
+    labels = golden_rule.labels(1, size, classes, SEED)[0]
+    p = {name: golden_rule.tensor(name, s, SEED).astype(float) for name, s in shapes.items()}
+    trainable = {name: value for name, value in p.items() if trains(name)}
+    frozen = {name: value for name, value in p.items() if name not in trainable}
+
+    def again(p):
+        return total_and_gradients(p, frozen, image, labels)
+
+    total, gradients = again(trainable)
+    out = release_numpy.forward(image, p)
+    summary = {}
+    for name, g in gradients.items():
+        probe = golden_rule.tensor(f"probe.{name}.kernel", g.shape, SEED)
+        summary[name] = [float(np.linalg.norm(g)), float((g * probe).sum())] if g.any() else None
+    record = {
+        "made_with": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("numpy", "scipy", "autograd")},
+        },
+        "sizes": SIZES,
+        "seed": SEED,
+        "num_classes": classes,
+        "batch": 1,
+        "image_size": size,
+        "state_dict": shapes,
+        "trainable": list(trainable),
+        "loss": release_numpy.loss(out, labels, EPOCH),
+        "adamw": {**ADAMW, "losses": adamw_losses(trainable, gradients, total, again)},
+        "gradients": summary,
+    }
+    here = Path(__file__).with_name("release_small")
+    write_text(here.with_suffix(".json"), json.dumps(digits(record), separators=(",", ":")) + "\n")
+    with atomic_path(here.with_suffix(".npz")) as path:
+        np.savez_compressed(path, **recorded(out))
+
+
+if __name__ == "__main__":
+    main()

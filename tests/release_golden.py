@@ -1,0 +1,95 @@
+"""The two golden sets of preset `release`: recorded at the published size, and the project's own.
+
+Both list names and shapes of the authors' state dict, rules for weights and input, and what comes
+out. `recorded` is the output of the authors' code in float32 and lies outside the project; `small`
+was computed in float64 by `release_numpy` (tests/golden).
+"""
+
+import functools
+import importlib.util
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from conftest import shared
+from flax import nnx
+
+from pgpsam_jax.models.lora import LoraConfig
+from pgpsam_jax.models.release.model import ReleaseConfig, ReleasePgpSam
+from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.parameters import flat_paths
+from weights_conversion import mapping, release
+
+UNUSED = "unused/"
+ENCODER_SIZES = ("width", "depth", "heads", "global_blocks", "window_size", "out_channels")
+
+
+class Golden:
+    """One set: `meta` (the JSON), recorded arrays by name in our layout, weights by our path."""
+
+    def __init__(self, folder: Path, stem: str, rule: str):
+        self.meta = json.loads((folder / f"{stem}.json").read_text())
+        self._arrays = np.load(folder / f"{stem}.npz")
+        spec = importlib.util.spec_from_file_location(rule, folder / f"{rule}.py")
+        self.rule = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.rule)
+        self.size, self.classes = self.meta["image_size"], self.meta["num_classes"]
+        encoder, patch, sizes = "vit_b", 16, dict(self.meta.get("sizes", {}))
+        if sizes:
+            encoder, patch = "vit_t", sizes["patch_size"]
+            sizes = {key: sizes[key] for key in ENCODER_SIZES}
+            sizes["global_blocks"] = tuple(sizes["global_blocks"])
+        sam = SamConfig.preset(encoder, self.size, patch, **sizes)
+        self.config = ReleaseConfig(sam, self.classes, lora=LoraConfig(5))
+
+    def __getitem__(self, name: str):
+        """A recorded array, channels last."""
+        array = self._arrays[name]
+        maps = array.ndim == 4 and not name.startswith("image_encoder.tap")
+        return np.moveaxis(array, 1, -1) if maps else array
+
+    def first(self, prefix: str):
+        """The recorded array whose name begins so: the rest of the name is a size."""
+        return self[next(name for name in self._arrays.files if name.startswith(prefix))]
+
+    @functools.cached_property
+    def weights(self) -> dict:
+        shapes = self.meta["state_dict"].items()
+        tensors = {name: self.rule.tensor(name, shape, 0) for name, shape in shapes}
+        return mapping.read(tensors, release.RELEASE, "golden set")
+
+    @property
+    def images(self):
+        return jnp.asarray(self.rule.image(1, self.size, 0)[:, 0])
+
+    @property
+    def labels(self):
+        return jnp.asarray(self.rule.labels(1, self.size, self.classes, 0))
+
+    def probe(self, name: str):
+        return self.rule.tensor(f"probe.{name}.kernel", self.meta["state_dict"][name], 0)
+
+    def model(self, dtype=jnp.float32) -> ReleasePgpSam:
+        """The model with the set's weights, complete in both directions."""
+        model = nnx.eval_shape(lambda: ReleasePgpSam(self.config, dtype=dtype, rngs=nnx.Rngs(0)))
+        state = nnx.state(model)
+        leaves = flat_paths(state)
+        assert set(leaves) == {path for path in self.weights if not path.startswith(UNUSED)}
+        for path, leaf in leaves.items():
+            assert leaf.shape == self.weights[path].shape
+            leaf.set_value(jnp.asarray(self.weights[path], dtype))
+        nnx.update(model, state)
+        return model
+
+    def theirs(self, ours: dict) -> dict:
+        """Arrays by our path (those of `unused` weights zero) as the authors name and lay them."""
+        zero = {path: np.zeros_like(array) for path, array in self.weights.items()}
+        return mapping.write(zero | ours, release.RELEASE, "gradients")
+
+
+@functools.cache
+def load(name: str) -> Golden:
+    if name == "small":
+        return Golden(Path(__file__).parent / "golden", "release_small", "golden_rule")
+    return Golden(shared("golden"), "release_synapse", "golden_weights")
