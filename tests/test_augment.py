@@ -1,76 +1,22 @@
-"""Augmentation: resampling against scipy, geometry by its properties, keys, shards, retracing."""
+"""Augmentation whole: what it changes and what not, keys, shards, retracing, settings."""
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from augment_samples import ALL, NOTHING, SIZE, batch, fast_keys, keys, only, run, warp_many
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scipy import ndimage
-from scipy.interpolate import BSpline
 
-from pgpsam_jax.data import augment as module
-from pgpsam_jax.data.augment import (
-    AugmentConfig,
-    augment,
-    resample,
-    sample_keys,
-    warp_coordinates,
-)
+from pgpsam_jax.config import default_config, from_json, to_json
+from pgpsam_jax.data.augment import augment, augmentation_seed, sample_keys
+from pgpsam_jax.data.augment_config import RELEASE, AugmentConfig
 from pgpsam_jax.errors import UserError
-
-SIZE = 48
-NOTHING = {"rotate_probability": 0, "scale_probability": 0, "elastic_probability": 0}
-ALL = AugmentConfig(
-    rotate_probability=1, scale_probability=1, elastic_probability=1, exclusive=False
-)
-run = jax.jit(augment, static_argnums=3)
-fast_keys = jax.jit(sample_keys)
-
-
-def only(kind, **fields):
-    return AugmentConfig(**NOTHING | {f"{kind}_probability": 1.0} | fields)
-
-
-def keys(count, step=0, seed=0):
-    return fast_keys(jax.random.key(seed), step, np.arange(count))
-
-
-def batch(count=8, size=SIZE, seed=0):
-    rng = np.random.default_rng(seed)
-    images = rng.random((count, size, size), dtype=np.float32)
-    return images, rng.integers(0, 9, images.shape).astype(np.int32)
-
-
-def pixel_grid(shape):
-    return np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")).astype(np.float32)
-
-
-def coordinates(count, config, shape=(SIZE, SIZE), seed=0):
-    return np.asarray(warp_many(keys(count, seed=seed), shape, config))
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def warp_many(sample_keys, shape, config):
-    return jax.vmap(lambda key: warp_coordinates(key, shape, config))(sample_keys)
-
-
-@pytest.mark.parametrize("shape", [(40, 40), (31, 52)])
-def test_resample_equals_scipy(shape):
-    rng = np.random.default_rng(1)
-    image = rng.random(shape, dtype=np.float32)
-    label = rng.integers(0, 9, shape).astype(np.int32)
-    # Far outside, across the border and inside, none of them half-way between two pixels.
-    where = rng.uniform(-6, max(shape) + 6, (2, *shape)).astype(np.float32)
-    where[np.abs(where % 1 - 0.5) < 1e-4] += 0.01
-    warped, warped_label = jax.jit(resample)(image, label, where)
-    read = partial(ndimage.map_coordinates, coordinates=where, mode="grid-constant", cval=0)
-    np.testing.assert_allclose(warped, read(image, order=1), atol=1e-5)
-    np.testing.assert_array_equal(warped_label, read(label, order=0))
-    assert 0.1 < np.mean(warped_label > 0) < 0.9
 
 
 def test_whole_warp_equals_scipy_at_the_same_coordinates():
@@ -111,91 +57,6 @@ def test_samples_that_draw_nothing_keep_every_bit(dtype):
     np.testing.assert_array_equal(warped_labels[untouched], labels[untouched])
 
 
-def test_rotation_turns_rigidly_about_the_centre_both_ways():
-    shape = (40, 56)
-    where = coordinates(200, only("rotate", rotate_degrees=20), shape)
-    centre = (np.array(shape) - 1) / 2
-    point = pixel_grid(shape) - centre[:, None, None]
-    turned = where - centre[:, None, None]
-    np.testing.assert_allclose(
-        np.hypot(*np.moveaxis(turned, 1, 0)), np.tile(np.hypot(*point), (200, 1, 1)), atol=1e-4
-    )
-    cross = point[0] * turned[:, 1] - point[1] * turned[:, 0]
-    dot = point[0] * turned[:, 0] + point[1] * turned[:, 1]
-    angles = np.rad2deg(np.arctan2(cross, dot))
-    np.testing.assert_allclose(np.ptp(angles, axis=(1, 2)), 0, atol=1e-2)
-    assert angles.min() < -18 and angles.max() > 18 and np.abs(angles).max() < 20.01
-    assert abs(angles[:, 0, 0].mean()) < 3
-
-
-def test_zoom_of_a_known_factor_and_its_range():
-    where = coordinates(3, only("scale", scale_range=(1.25, 1.25)))
-    centre = (SIZE - 1) / 2
-    expected = centre + (pixel_grid((SIZE, SIZE)) - centre) / 1.25
-    np.testing.assert_allclose(where, np.tile(expected, (3, 1, 1, 1)), atol=1e-4)
-    zoom = (SIZE - 1) / np.ptp(coordinates(300, only("scale"))[:, 0], axis=(1, 2))
-    assert 0.799 < zoom.min() < 0.83 and 1.2 < zoom.max() < 1.251
-    assert abs(np.log(zoom).mean()) < 0.03
-
-
-def test_random_window_stays_inside_the_picture_and_moves():
-    config = only("scale", scale_range=(1.1, 2.5), random_window=True)
-    where = coordinates(200, config)
-    # Zoom 1 / r shows r of the picture, anywhere in it.
-    assert where.min() > -1e-3 and where.max() < SIZE - 1 + 1e-3
-    middle = where.mean(axis=(2, 3)) - (SIZE - 1) / 2
-    assert (middle.min(0) < -SIZE / 8).all() and (middle.max(0) > SIZE / 8).all()
-    shrunk = coordinates(5, only("scale", scale_range=(0.8, 0.8), random_window=True))
-    np.testing.assert_allclose(shrunk.mean(axis=(2, 3)), (SIZE - 1) / 2, atol=1e-3)
-
-
-@pytest.mark.parametrize("controls", [4, 8, 11])
-def test_spline_weights_equal_scipy(controls):
-    knots = np.arange(controls + 4) - 3.0
-    position = np.linspace(0, controls - 3, SIZE)
-    position[-1] -= 1e-9  # scipy leaves the last knot to the next, missing, segment
-    expected = BSpline.design_matrix(position, knots, 3).toarray()
-    weights = module._spline_weights(SIZE, controls)
-    np.testing.assert_allclose(weights, expected, atol=1e-6)
-    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
-
-
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**31 - 1), controls=st.sampled_from([4, 6, 10]))
-def test_strongest_elastic_stays_in_bounds_and_never_folds(seed, controls):
-    amplitude = 0.48 / (controls - 3)
-    config = only("elastic", elastic_amplitude=amplitude, elastic_grid=controls)
-    where = coordinates(4, config, seed=seed)
-    shift = where - pixel_grid((SIZE, SIZE))
-    assert np.abs(shift).max() <= amplitude * SIZE
-    assert shift.std() > 0.05 * amplitude * SIZE
-    down, right = np.gradient(where, axis=(2, 3))
-    determinant = down[:, 0] * right[:, 1] - down[:, 1] * right[:, 0]
-    assert determinant.min() > 0
-
-
-def frequencies(config):
-    draws = jax.random.uniform(jax.random.key(3), (20_000, 3))
-    active = np.asarray(jax.vmap(lambda u: module._choose(u, config))(draws))
-    assert set(np.unique(active)) <= {0.0, 1.0}
-    return active.mean(0), active.sum(1)
-
-
-def test_exclusive_draws_at_most_one_kind_at_the_stated_rates():
-    rate, kinds = frequencies(AugmentConfig())
-    np.testing.assert_allclose(rate, [0.3, 0.3, 0.2], atol=0.015)
-    assert kinds.max() == 1
-    thirds = {name: 1 / 3 for name in NOTHING}
-    assert frequencies(AugmentConfig(**thirds))[1].min() == 1
-
-
-def test_independent_draws_combine_at_the_stated_rates():
-    rate, kinds = frequencies(AugmentConfig(exclusive=False))
-    np.testing.assert_allclose(rate, [0.3, 0.3, 0.2], atol=0.015)
-    np.testing.assert_allclose(np.mean(kinds == 3), 0.3 * 0.3 * 0.2, atol=0.005)
-    np.testing.assert_allclose(np.mean(kinds == 0), 0.7 * 0.7 * 0.8, atol=0.015)
-
-
 @settings(max_examples=15, deadline=None)
 @given(
     classes=st.sets(st.integers(1, 8), min_size=1, max_size=4),
@@ -226,19 +87,6 @@ def test_image_and_label_stay_aligned(config):
     assert (moved / (labelled.sum((1, 2)) + (label == 5).sum((1, 2)))).min() < 0.93
 
 
-def test_noise_is_gaussian_clipped_and_leaves_labels_alone():
-    labels = batch(64)[1]
-    images = np.full(labels.shape, 0.5, np.float32)
-    config = AugmentConfig(**NOTHING, noise_probability=0.5, noise_sigma=0.04)
-    noisy, same_labels = run(keys(64), images, labels, config)
-    spread = np.asarray(noisy - images).std(axis=(1, 2))
-    assert 18 <= (spread > 0).sum() <= 46
-    np.testing.assert_allclose(spread[spread > 0], 0.04, rtol=0.1)
-    np.testing.assert_array_equal(same_labels, labels)
-    edge, _ = run(keys(64), np.ones(labels.shape, np.float32), labels, config)
-    assert edge.max() == 1 and edge.min() > 0.7
-
-
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**31 - 1),
@@ -255,9 +103,11 @@ def test_keys_depend_on_seed_step_and_global_position_only(seed, step, cut):
 
 
 @pytest.mark.parametrize("devices", [2, 8])
-def test_result_does_not_depend_on_the_number_of_devices(devices):
+@pytest.mark.parametrize(
+    "config", [dataclasses.replace(ALL, noise_probability=0.5), RELEASE], ids=["all", "release"]
+)
+def test_result_does_not_depend_on_the_number_of_devices(devices, config):
     images, labels = batch()
-    config = AugmentConfig(**vars(ALL) | {"noise_probability": 0.5})
     expected = run(keys(8), images, labels, config)
     split = NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("data",)), PartitionSpec("data"))
     sharded_keys = fast_keys(jax.random.key(0), 0, jax.device_put(np.arange(8), split))
@@ -267,10 +117,11 @@ def test_result_does_not_depend_on_the_number_of_devices(devices):
         np.testing.assert_array_equal(ours, whole)
 
 
-def test_sharded_augmentation_needs_no_communication():
+@pytest.mark.parametrize("config", [ALL, RELEASE], ids=["all", "release"])
+def test_sharded_augmentation_needs_no_communication(config):
     split = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
     arguments = jax.device_put((keys(8), *batch()), split)
-    program = run.lower(*arguments, ALL).compile().as_text()
+    program = run.lower(*arguments, config).compile().as_text()
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in program
 
@@ -300,6 +151,12 @@ def test_one_compilation_serves_every_step():
         ({"scale_range": (0.0, 1.0)}, "scale_range"),
         ({"elastic_grid": 3}, "elastic_grid"),
         ({"elastic_amplitude": 0.2}, "folds"),
+        ({"elastic": "bspline"}, "elastic is 'bspline'; choose spline or gaussian"),
+        ({"label_warp": "cubic"}, "label_warp is 'cubic'; choose nearest or linear"),
+        ({"noise_sigma": -1}, "noise_sigma"),
+        ({"poisson_probability": 2}, "poisson_probability"),
+        ({"noise_probability": 0.6, "salt_pepper_probability": 0.5}, "add up to more than 1"),
+        ({"salt_pepper_fraction": 1.0}, "salt_pepper_fraction"),
     ],
 )
 def test_impossible_settings_are_refused_with_the_field_named(fields, word):
@@ -309,3 +166,77 @@ def test_impossible_settings_are_refused_with_the_field_named(fields, word):
 
 def test_settings_from_a_list_are_still_a_static_argument():
     assert hash(AugmentConfig(scale_range=[0.8, 1.25])) == hash(AugmentConfig())
+
+
+def test_the_default_draws_are_pinned():
+    """Numbers of the first version: a run of an older checkpoint sees the same pictures."""
+    y, x = np.mgrid[:SIZE, :SIZE]
+    image = np.tile(((y * 5 + x * 3) % 97 / 96).astype(np.float32), (6, 1, 1))
+    label = np.tile((y // 12 + x // 16) % 9, (6, 1, 1)).astype(np.int32)
+    config = AugmentConfig(noise_probability=0.3)
+    warped, ids = map(np.asarray, run(keys(6, step=3, seed=11), image, label, config))
+    pixel = [0.74262375, 0.93104553, 0.78125, 0.7449227, 0.7443286, 0.6248389]
+    mean = [0.32709837, 0.44575617, 0.49664986, 0.48032787, 0.4914873, 0.43905476]
+    np.testing.assert_allclose(warped[:, 17, 29], pixel, atol=1e-5)
+    np.testing.assert_allclose(warped.mean((1, 2)), mean, atol=1e-6)
+    assert ids.sum((1, 2)).tolist() == [3610, 5120, 5760, 5570, 5669, 5050]
+
+
+LINEAR = AugmentConfig(**NOTHING | {"elastic_probability": 0.5, "label_warp": "linear"})
+
+
+def test_linear_label_warp_invents_classes_where_a_sample_is_elastic():
+    label = np.zeros((16, SIZE, SIZE), np.int32)
+    label[:, 12:30, 10:35] = 8
+    image = label.astype(np.float32) / 8
+    for elastic in ("spline", "gaussian"):
+        config = dataclasses.replace(LINEAR, elastic=elastic)
+        warped, linear = map(np.asarray, run(keys(16), image, label, config))
+        _, nearest = run(keys(16), image, label, dataclasses.replace(config, label_warp="nearest"))
+        assert set(np.unique(nearest)) == {0, 8}
+        invented = ((linear > 0) & (linear < 8)).any((1, 2))
+        still = (warped == image).all((1, 2))
+        np.testing.assert_array_equal(invented, ~still)
+        assert 3 <= still.sum() <= 13
+        np.testing.assert_array_equal(linear[still], label[still])
+
+
+def test_linear_label_warp_rounds_as_scipy_does_for_bytes():
+    images, labels = batch(4)
+    config = dataclasses.replace(LINEAR, elastic_probability=1.0)
+    _, linear = run(keys(4), images, labels, config)
+    places = warp_many(
+        jax.vmap(lambda key: jax.random.split(key)[0])(keys(4)), (SIZE, SIZE), config
+    )
+    read = partial(ndimage.map_coordinates, order=1, mode="grid-constant")
+    for n in range(4):
+        exact = read(labels[n].astype(float), places[n])
+        clear = np.abs(exact % 1 - 0.5) > 1e-4
+        expected = read(labels[n].astype(np.uint8), places[n])
+        np.testing.assert_array_equal(np.asarray(linear[n])[clear], expected[clear])
+        assert clear.mean() > 0.99
+
+
+def test_release_keeps_values_and_classes_in_range():
+    images, labels = batch(64)
+    labels = np.where(labels > 4, 7, 2).astype(np.int32)
+    warped, ids = map(np.asarray, run(keys(64), images, labels, RELEASE))
+    assert warped.dtype == np.float32 and ids.dtype == labels.dtype
+    assert np.isfinite(warped).all() and warped.min() >= 0 and warped.max() <= 1
+    assert set(np.unique(ids)) <= {0, 2, 7}
+    untouched = (ids == labels).all((1, 2))
+    assert 4 <= untouched.sum() <= 25
+
+
+def test_release_settings_pass_through_a_configuration():
+    config = default_config()
+    config.augment.update(dataclasses.asdict(RELEASE))
+    assert AugmentConfig(**from_json(to_json(config)).augment) == RELEASE
+    assert sum(RELEASE.geometric) == pytest.approx(0.8)
+    assert sum(RELEASE.noises) == pytest.approx(0.6)
+
+
+def test_seed_of_the_augmentation():
+    assert augmentation_seed(5, AugmentConfig()) == 5
+    drawn = {augmentation_seed(5, AugmentConfig(seeded=False)) for _ in range(3)}
+    assert len(drawn) == 3 and all(0 <= seed < 2**31 for seed in drawn)

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import os
 import warnings
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from label_tables import PAIR, TOTAL, TOTAL_TABLE
 
 from pgpsam_jax.data.cache import build_cache, gather_slices, read_case
-from pgpsam_jax.data.geometry import Fit, to_model
+from pgpsam_jax.data.geometry import Fit, model_slices, to_model
 from pgpsam_jax.data.labels import LabelTable
 from pgpsam_jax.data.layouts import (
     Case,
@@ -94,6 +95,36 @@ def test_cache_is_reused_and_keyed_by_content(tmp_path):
     assert changed[0] != first[0] and changed[1] == first[1]
     assert len({*first, *changed, *itertools.chain(*others)}) == 11
     assert sorted(folder.iterdir()) == sorted({*first, *changed, *itertools.chain(*others)})
+
+
+def test_grey_levels_are_stored_and_part_of_the_key(tmp_path):
+    case = make_case(tmp_path)
+    (plain,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache")
+    (same,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache", levels=0)
+    (byte,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache", levels=256)
+    (coarse,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache", levels=16)
+    assert same.file == plain.file and len({plain.file, byte.file, coarse.file}) == 3
+    array, fit = read_case(case, PAIR)[0].array, Fit.of((30, 20), 64)
+    for cached, levels in ((plain, 0), (byte, 256), (coarse, 16)):
+        seen = model_slices(array, WINDOW, fit, levels)  # what prediction gives the network
+        np.testing.assert_array_equal(cached.load()[0], seen.astype(np.float16))
+    for levels in (1, -1):
+        with pytest.raises(UserError, match=rf"data\.levels is {levels}; give 0"):
+            build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache", levels=levels)
+
+
+def test_keys_of_caches_made_before_the_choice_of_levels(tmp_path):
+    case = make_case(tmp_path)
+    (cached,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache")
+    recipe = {
+        "format": 1,
+        "window": [-125.0, 275.0],
+        "size": 64,
+        "table": PAIR.to_json(),
+        "sources": cached.meta["sources"],
+    }
+    text = json.dumps(recipe, sort_keys=True)
+    assert cached.meta["key"] == hashlib.sha256(text.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "tail", "flip", "garbage", "other"])

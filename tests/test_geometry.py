@@ -10,7 +10,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgpsam_jax.data.geometry import Fit, logits_to_native, to_model
+from pgpsam_jax.data.geometry import Fit, logits_to_native, model_slices, quantise, to_model
+
+
+@pytest.mark.parametrize("window", [(-125, 275), (10, 90)])
+def test_256_levels_are_the_bytes_that_the_release_stores(window):
+    """Its pictures hold the integer part of 255 times the share of the window."""
+    low, high = window
+    values = np.arange(-1100, 1500, dtype=np.int16).reshape(1, 20, 130)
+    clipped = np.clip(values, low, high).astype(int)
+    stored = 255 * (clipped - low) // (high - low)
+    fit = Fit.of((20, 130), 130)
+    inside = np.s_[:, fit.top : fit.top + 20, fit.left : fit.left + 130]
+    seen = model_slices(values, window, fit, 256)
+    assert seen.dtype == np.float32
+    np.testing.assert_array_equal(seen[inside], stored.astype(np.float32) / 255)
+    np.testing.assert_array_equal(np.round(255 * seen.astype(np.float16))[inside], stored)
+    continuous = model_slices(values, window, fit, 0)[inside]
+    assert 0 < (continuous - seen[inside]).max() < 1 / 255
+
+
+@given(st.integers(2, 300), st.integers(0, 2**31 - 1))
+def test_levels_never_raise_an_intensity(levels, seed):
+    images = np.random.default_rng(seed).random(200, np.float32)
+    images[:2] = 0, 1
+    seen = quantise(images, levels)
+    assert seen.dtype == np.float32 and (seen - images).max() < 1e-6
+    assert (images - seen).max() < 1.001 / (levels - 1)
+    assert len(np.unique(seen)) <= levels and seen[0] == 0 and seen[1] == 1
+    assert quantise(images, 0) is images
 
 
 @given(st.integers(1, 600), st.integers(1, 600), st.integers(16, 1024))

@@ -66,21 +66,31 @@ def build_cache(
     image_size: int,
     cache_dir,
     progress: Callable[[int, int, str], None] | None = None,
+    *,
+    levels: int = 0,
 ) -> list[CachedCase]:
     """Make or reuse the cache file of each case, in the order given.
 
-    `window` (lo, hi) is mapped to [0, 1]. `progress(index, total, case_id)` is called before
-    each case. Errors: unreadable or mismatching files, label ids outside the table.
+    `window` (lo, hi) is mapped to [0, 1], in `levels` steps (`geometry.quantise`).
+    `progress(index, total, case_id)` is called before each case. Errors: unreadable or
+    mismatching files, label ids outside the table.
     """
     low, high = map(float, window)
     if not low < high:
         raise UserError(f"window {tuple(window)} is empty; give (low, high) with low < high")
+    if levels < 0 or levels == 1:
+        raise UserError(
+            f"data.levels is {levels}; give 0 (continuous intensities) or the number of grey "
+            "levels, 256 for 8 bits"
+        )
     recipe = {
         "format": FORMAT,
         "window": [low, high],
         "size": image_size,
         "table": table.to_json(),
     }
+    if levels:  # left out otherwise, so that files made before there was a choice stay valid
+        recipe["levels"] = levels
     result = []
     for index, case in enumerate(cases):
         if progress is not None:
@@ -184,12 +194,12 @@ def _build(file: Path, case: Case, table: LabelTable, recipe: dict, meta: dict) 
     image, ids = read_case(case, table)
     depth, *native = image.array.shape
     size = recipe["size"]
-    fit = Fit.of(tuple(native), size)
+    fit, levels = Fit.of(tuple(native), size), recipe.get("levels", 0)
     images = np.empty((depth, size, size), np.float16)
     labels = np.empty((depth, size, size), np.uint8)
     for start in range(0, depth, _BLOCK):
         part = slice(start, start + _BLOCK)
-        images[part] = model_slices(image.array[part], recipe["window"], fit)
+        images[part] = model_slices(image.array[part], recipe["window"], fit, levels)
         labels[part] = to_model(ids[part], fit, order=0)
     meta = meta | {
         "case_id": case.case_id,

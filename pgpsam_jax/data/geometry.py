@@ -57,12 +57,26 @@ def rescale(images: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     return ((np.clip(images, low, high) - low) / (high - low)).astype(np.float32, copy=False)
 
 
-def model_slices(images: np.ndarray, window: tuple[float, float], fit: Fit) -> np.ndarray:
+def quantise(images: np.ndarray, levels: int) -> np.ndarray:
+    """Intensities in [0, 1] rounded down to `levels` equal steps; 0 leaves them continuous.
+
+    256 is what the release stores: 8-bit pictures, truncated. It takes a volume's own extremes
+    for the ends of the window, which is the same wherever a CT reaches beyond both.
+    """
+    if not levels:
+        return images
+    return np.floor(images * (levels - 1)) / np.float32(levels - 1)
+
+
+def model_slices(
+    images: np.ndarray, window: tuple[float, float], fit: Fit, levels: int
+) -> np.ndarray:
     """Native slices (N, H, W) as the network sees them, (N, S, S) float32.
 
-    Clipped before the resize: metal at 3000 HU must not bleed through it.
+    Clipped before the resize: metal at 3000 HU must not bleed through it. `levels` as in
+    `quantise`.
     """
-    return to_model(rescale(images, window), fit, order=1)
+    return to_model(quantise(rescale(images, window), levels), fit, order=1)
 
 
 def logits_to_native(logits: jax.Array, fit: Fit, shape_hw: tuple[int, int]) -> jax.Array:
