@@ -19,7 +19,7 @@ from pgpsam_jax.models.image_encoder import EncoderConfig
 from pgpsam_jax.models.mask_decoder import DecoderConfig
 from pgpsam_jax.models.sam import Sam, SamConfig
 from pgpsam_jax.weights import fit_base, select_base
-from weights_conversion.mapping import from_official
+from weights_conversion.sam import from_official
 
 # Two windowed and two global blocks; 12 tokens a side are padded to two windows of 7.
 SMALL = SamConfig(

@@ -17,7 +17,8 @@ from sam_official import SMALL, VIT_B, assert_equal, official_shapes, random_sta
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.weights import load_base
 from weights_conversion import convert as program
-from weights_conversion.mapping import (
+from weights_conversion import sam_table
+from weights_conversion.sam import (
     describe,
     detect_layout,
     from_huggingface,
@@ -25,7 +26,6 @@ from weights_conversion.mapping import (
     to_huggingface,
     to_official,
 )
-from weights_conversion.sam_table import TABLE
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +159,9 @@ def test_extreme_floats_survive_bit_for_bit(state):
 
 
 def test_templates_of_the_table_are_unique():
-    for layout in ("ours", "official", "huggingface"):
-        names = [getattr(row, layout) for row in TABLE]
-        assert len(set(names)) == len(names)
+    for rows in (sam_table.OFFICIAL, sam_table.HUGGINGFACE):
+        for side in ("ours", "theirs"):
+            assert len({getattr(row, side) for row in rows}) == len(rows)
 
 
 # Hugging Face. The official name is derived by these replacements, not by our table.

@@ -13,8 +13,9 @@ from sam_official import SMALL, VIT_B, assert_equal, random_state, save_pth
 
 from pgpsam_jax.files import file_digest
 from pgpsam_jax.weights import load_base
+from weights_conversion import checkpoint_files
 from weights_conversion import convert as program
-from weights_conversion.mapping import from_official, to_huggingface, to_official
+from weights_conversion.sam import from_official, to_huggingface, to_official
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_failed_write_leaves_the_old_files(capsys, state, tmp_path, monkeypatch)
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(program, "save_file", full_disk)
+    monkeypatch.setattr(checkpoint_files, "save_file", full_disk)
     message = fail(capsys, "--source", source, "--output", tmp_path / "out" / "w")
     assert "cannot be written" in message and "No space left" in message
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before

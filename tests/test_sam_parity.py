@@ -17,7 +17,7 @@ from flax import nnx
 from sam_torch import SMALL, draw, encode, first, last, predict, relative
 
 from pgpsam_jax.models.sam import Sam, SamConfig
-from weights_conversion.mapping import from_huggingface, from_official
+from weights_conversion.sam import from_huggingface, from_official
 
 BLOCK = 2e-6
 PROMPTS = 2e-6

@@ -20,7 +20,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import attention, layers
 from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.weights import fit_base, select_base
-from weights_conversion.mapping import from_official, to_official
+from weights_conversion.sam import from_official, to_official
 
 TIGHT = 2e-6
 VISIBLE = 1e-4  # what the wrong variant must exceed

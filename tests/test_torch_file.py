@@ -91,23 +91,26 @@ def state_dicts(draw) -> dict:
 def test_equals_what_was_saved(tmp_path_factory, state, protocol):
     path = tmp_path_factory.mktemp("t") / "s.pth"
     torch.save(state, path, pickle_protocol=protocol)
-    assert_same(read_torch_file(path), state)
+    assert_same(read_torch_file(path).tensors, state)
 
 
 def test_module_state_dict_and_parameters(tmp_path):
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Conv2d(2, 3, 2))
     torch.save(module.state_dict(), tmp_path / "a.pth")
-    assert_same(read_torch_file(tmp_path / "a.pth"), module.state_dict())
+    assert_same(read_torch_file(tmp_path / "a.pth").tensors, module.state_dict())
     torch.save(dict(module.named_parameters()), tmp_path / "b.pth")
-    assert_same(read_torch_file(tmp_path / "b.pth"), dict(module.named_parameters()))
+    assert_same(read_torch_file(tmp_path / "b.pth").tensors, dict(module.named_parameters()))
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict"])
 def test_training_checkpoint_is_opened_one_level(tmp_path, key):
     state = {"w": torch.arange(3.0)}
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]).state_dict()
-    torch.save({key: state, "optimizer": optimizer, "epoch": 3}, tmp_path / "a.pth")
-    assert_same(read_torch_file(tmp_path / "a.pth"), state)
+    beside = {"epoch": 3, "lr": 0.1, "name": "x"}
+    torch.save({**beside, key: state, "optimizer": optimizer}, tmp_path / "a.pth")
+    found = read_torch_file(tmp_path / "a.pth")
+    assert_same(found.tensors, state)
+    assert found.beside == beside
 
 
 def test_file_without_checksums(tmp_path):
@@ -118,14 +121,14 @@ def test_file_without_checksums(tmp_path):
         torch.save(state, tmp_path / "a.pth")
     finally:
         torch.serialization.set_crc32_options(before)
-    assert_same(read_torch_file(tmp_path / "a.pth"), state)
+    assert_same(read_torch_file(tmp_path / "a.pth").tensors, state)
 
 
 def test_hand_made_archive_is_read(tmp_path):
     """The helper of the tests below makes a file that is accepted as long as it tells the truth."""
     data = np.arange(6, dtype=np.float32)
     path = write_archive(tmp_path / "a.pth", state_pickle(), data.tobytes())
-    np.testing.assert_array_equal(read_torch_file(path)["w"], data.reshape(2, 3))
+    np.testing.assert_array_equal(read_torch_file(path).tensors["w"], data.reshape(2, 3))
 
 
 class Payload:
@@ -323,7 +326,7 @@ def test_damaged_byte_is_refused_or_harmless(saved, position, mask):
     other = path.with_name("damaged.pth")
     other.write_bytes(damaged)
     try:
-        found = read_torch_file(other)
+        found = read_torch_file(other).tensors
     except UserError:
         return
     assert_same(found, state)

@@ -14,7 +14,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import file_digest
 from pgpsam_jax.weights import fit_base, load_base, read_safetensors, select_base
 from weights_conversion.convert import convert
-from weights_conversion.mapping import from_official
+from weights_conversion.sam import from_official
 
 POSITION = "image_encoder/pos_embed"
 

@@ -1,1 +1,1 @@
-"""Conversion of SAM checkpoints, official or Hugging Face, to this project's layout and back."""
+"""Conversion of SAM and PGP-SAM checkpoints to this project's layouts and back."""

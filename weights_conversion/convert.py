@@ -4,38 +4,40 @@
     python -m weights_conversion.convert --reverse --layout official \\
         --source weights/sam_vit_b --output sam.pth
 
-Reads the official `.pth` (without torch, without running code) and Hugging Face `.safetensors`
-files; writes `<output>.safetensors` and `<output>.json`. Conversion only renames, transposes and
-stacks tensors: it is checked for names, shapes and exact round trips on the official layout, the
-official files themselves were not at hand.
+Or a checkpoint of the PGP-SAM authors' code to a workdir for prediction and evaluation, or back
+from any workdir of preset `release`:
+
+    python -m weights_conversion.convert --kind pgpsam_release \\
+        --source best_ckpt.pth --output runs/release --config configs/synapse_release.py
+    python -m weights_conversion.convert --kind pgpsam_release --reverse \\
+        --source runs/release --output best_ckpt.pth
+
+Reads `.pth` (without torch, without running code) and `.safetensors` files. SAM is written as
+`<output>.safetensors` and `<output>.json`. Conversion only renames, transposes and stacks tensors:
+it is checked for names, shapes and exact round trips on both layouts, the published files
+themselves were not at hand.
 """
 
 import argparse
-import contextlib
 import sys
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.files import atomic_path, file_digest, write_json
-from pgpsam_jax.weights import (
-    FORMAT,
-    FORMAT_VERSION,
-    OFFICIAL,
-    base_files,
-    how_to_get,
-    load_base,
-    read_safetensors,
+from pgpsam_jax.weights import FORMAT, FORMAT_VERSION, OFFICIAL, base_files, how_to_get, load_base
+from weights_conversion import sam
+from weights_conversion.checkpoint_files import (
+    check_suffix,
+    read_checkpoint,
+    save_safetensors,
+    write_checkpoint,
+    writing,
 )
-from weights_conversion import mapping
-from weights_conversion.torch_file import ZIP_MAGIC, read_torch_file
 
-FROM = {"official": mapping.from_official, "huggingface": mapping.from_huggingface}
-TO = {"official": mapping.to_official, "huggingface": mapping.to_huggingface}
+FROM = {"official": sam.from_official, "huggingface": sam.from_huggingface}
+TO = {"official": sam.to_official, "huggingface": sam.to_huggingface}
 
 
 def convert(source, output, *, allow_unknown_md5: bool = False, log=print) -> dict:
@@ -47,20 +49,20 @@ def convert(source, output, *, allow_unknown_md5: bool = False, log=print) -> di
     digests = {name: file_digest(file, name) for name in ("sha256", "md5")}
     log(f"source   {file}, {file.stat().st_size / 2**20:.0f} MiB, SHA-256 {digests['sha256']}")
     official = _official_name(file, digests["md5"], allow_unknown_md5, log)
-    tensors = _read(file)
-    layout = mapping.detect_layout(tensors, str(file))
+    tensors = read_checkpoint(file).tensors
+    layout = sam.detect_layout(tensors, str(file))
     log(f"read     {len(tensors)} tensors in the {layout} layout")
     ours = FROM[layout](tensors, str(file))
     casts = {n: t.dtype.name for n, t in tensors.items() if t.dtype != np.float32}
     if casts:
         log(f"cast     {len(casts)} tensors to float32 (listed in {sidecar.name})")
-    with _writing(weights), atomic_path(weights) as temporary:
-        _save_safetensors(temporary, ours)
+    with writing(weights), atomic_path(weights) as temporary:
+        save_safetensors(temporary, ours)
         digest = file_digest(temporary)
     meta = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        **mapping.describe(ours),
+        **sam.describe(ours),
         "layout": layout,
         "source": file.name,
         "source_sha256": digests["sha256"],
@@ -71,7 +73,7 @@ def convert(source, output, *, allow_unknown_md5: bool = False, log=print) -> di
         "parameter_count": sum(array.size for array in ours.values()),
         "casts": [{"tensor": name, "from": dtype} for name, dtype in sorted(casts.items())],
     }
-    with _writing(sidecar):
+    with writing(sidecar):
         write_json(sidecar, meta)
     log(f"wrote    {weights} and {sidecar.name}")
     if meta["variant"] == "custom":
@@ -86,18 +88,13 @@ def convert(source, output, *, allow_unknown_md5: bool = False, log=print) -> di
 def reverse(source, output, layout: str, *, log=print) -> None:
     """Write converted weights back as a `.pth` (needs torch) or `.safetensors` checkpoint."""
     output = Path(output)
-    if output.suffix not in (".pth", ".safetensors"):
-        raise UserError(f"{output} should end in .pth or .safetensors; change --output")
+    check_suffix(output)
     base = load_base(source)
     log(f"read     {len(base.tensors)} tensors, {base.meta['variant']}")
     if output.exists() and output.samefile(base_files(source)[0]):
         raise UserError(f"{output} would overwrite the source; choose another --output")
     tensors = TO[layout](base.tensors, str(source))
-    with _writing(output), atomic_path(output) as temporary:
-        if output.suffix == ".pth":
-            _save_torch(temporary, tensors)
-        else:
-            _save_safetensors(temporary, tensors, {"format": "pt"})  # transformers asks for it
+    write_checkpoint(output, tensors)
     log(f"wrote    {output}, {len(tensors)} tensors in the {layout} layout")
 
 
@@ -126,74 +123,60 @@ def _official_name(file: Path, md5: str, allow_unknown: bool, log) -> str | None
     return known[md5].name if md5 in known else None
 
 
-def _read(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with open(file, "rb") as opened:
-            head = opened.read(9)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); check the path") from None
-    # safetensors: the header's length in eight bytes, then its JSON.
-    if head[8:] == b"{" and not head.startswith(ZIP_MAGIC):
-        return read_safetensors(file)
-    return read_torch_file(file)
-
-
-@contextlib.contextmanager
-def _writing(path: Path):
-    """Turn a failure to write `path` into a `UserError`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be written ({error}); choose another --output or make room"
-        ) from None
-
-
-def _save_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata=None) -> None:
-    save_file(tensors, path, metadata=metadata)
-    path.chmod(0o644)  # the library makes a file of its own that only its owner can read
-
-
-def _save_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            "a .pth file is written by PyTorch, which is not installed; run "
-            "pip install '.[convert]' or let --output end in .safetensors"
-        ) from None
-    # Through an open file, so that the name of the temporary file does not enter the archive.
-    with open(path, "wb") as file:
-        torch.save(OrderedDict((n, torch.from_numpy(t)) for n, t in tensors.items()), file)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m weights_conversion.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--kind", choices=("sam", "pgpsam_release"), default="sam", help="of the checkpoint"
     )
     parser.add_argument(
         "--source", required=True, help="checkpoint file, or folder holding model.safetensors"
     )
-    parser.add_argument("--output", required=True, help="stem of the two files to write")
+    parser.add_argument("--output", required=True, help="stem of the two files, workdir, or file")
     parser.add_argument("--reverse", action="store_true", help="from our weights to a checkpoint")
-    parser.add_argument("--layout", choices=sorted(TO), help="layout to write with --reverse")
+    parser.add_argument("--layout", choices=sorted(TO), help="SAM: layout to write with --reverse")
     parser.add_argument(
         "--allow-unknown-md5",
         action="store_true",
-        help="convert a file that has an official name but not the official MD5",
+        help="SAM: convert a file that has an official name but not the official MD5",
+    )
+    parser.add_argument(
+        "--config",
+        help="PGP-SAM: config file of the workdir, fields as --config.data.root=FOLDER; without it "
+        "configs/synapse_release.py for 9 classes, configs/ventricle_release.py for 5",
     )
     return parser
 
 
 def main(argv=None) -> None:
     parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.reverse != (arguments.layout is not None):
-        parser.error("--reverse and --layout go together")
+    arguments, fields = parser.parse_known_args(argv)
+    if strange := [field for field in fields if not field.startswith("--config.")]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    settings = [f"--config={arguments.config}"] * bool(arguments.config) + fields
+    if arguments.kind == "pgpsam_release":
+        if arguments.layout or arguments.allow_unknown_md5:
+            parser.error("--layout and --allow-unknown-md5 go with --kind sam")
+        if arguments.reverse and settings:
+            parser.error("--reverse takes no --config: the workdir has its own")
+    else:
+        if arguments.reverse != (arguments.layout is not None):
+            parser.error("--reverse and --layout go together")
+        if settings:
+            parser.error("--config goes with --kind pgpsam_release")
     with exit_on_user_error():
-        if arguments.reverse:
+        if arguments.kind == "pgpsam_release":
+            from weights_conversion import release  # imports JAX, which SAM needs not
+
+            if arguments.reverse:
+                release.reverse(arguments.source, arguments.output)
+            else:
+                release.convert(arguments.source, arguments.output, settings)
+        elif arguments.reverse:
             reverse(arguments.source, arguments.output, arguments.layout)
         else:
             convert(

@@ -1,7 +1,7 @@
-"""SAM tensors from the official or the Hugging Face layout to ours and back, all or nothing.
+"""Tensors from the layout of a checkpoint to ours and back, all or nothing, for any table of names.
 
-Each name template of `sam_table.TABLE` becomes a regex. Every name must match exactly one row,
-every row must be filled, every shape must agree; all that is wrong is reported in one `UserError`.
+Each name template of the table becomes a regex. Every name must match exactly one row, every row
+must be filled, every shape must agree; all that is wrong is reported in one `UserError`.
 Nothing is computed: tensors are transposed and stacked, so both directions are exact inverses.
 """
 
@@ -14,112 +14,93 @@ from typing import NamedTuple
 import numpy as np
 
 from pgpsam_jax.errors import UserError
-from weights_conversion.sam_table import DUPLICATES, STACKED, TABLE, TRANSFORMS, Row
+from weights_conversion.rows import Layout, Row
 
-VARIANTS = {(768, 12): "vit_b", (1024, 24): "vit_l", (1280, 32): "vit_h"}  # (width, depth)
 Tensors = Mapping[str, np.ndarray]
+OURS, THEIRS = "ours", "theirs"  # sides of a table
+_NUMBER = r"0|[1-9]\d?"
 
 
 class _Slot(NamedTuple):
-    """Place of one tensor: a row, its block number and, outside our layout, its stack number."""
+    """Place of one tensor: a row, its block number and, on their side, its place in the stack."""
 
     row: Row
     i: int | None
     m: int | None
 
-    def name(self, layout: str) -> str:
-        return getattr(self.row, layout).replace("{i}", str(self.i)).replace("{m}", str(self.m))
+    def name(self, side: str) -> str:
+        word = self.row.stack[self.m] if self.row.stack and self.m is not None else self.m
+        return getattr(self.row, side).replace("{i}", str(self.i)).replace("{m}", str(word))
 
 
-def from_official(tensors: Tensors, source: str = "checkpoint") -> dict[str, np.ndarray]:
-    """Our float32 tensors from the names of the official release; `source` names it in errors."""
-    return _read(tensors, "official", source)
-
-
-def from_huggingface(tensors: Tensors, source: str = "checkpoint") -> dict[str, np.ndarray]:
-    """Our float32 tensors from `transformers.SamModel` names; `source` names it in errors."""
-    return _read(tensors, "huggingface", source)
-
-
-def to_official(tensors: Tensors, source: str = "weights") -> dict[str, np.ndarray]:
-    """Inverse of `from_official`, bit for bit."""
-    return _write(tensors, "official", source)
-
-
-def to_huggingface(tensors: Tensors, source: str = "weights") -> dict[str, np.ndarray]:
-    """Inverse of `from_huggingface`, bit for bit; names in `DUPLICATES` are not written."""
-    return _write(tensors, "huggingface", source)
-
-
-def detect_layout(names: Iterable[str], source: str) -> str:
-    """`official` or `huggingface`, from the name of the image encoder; `UserError` for neither."""
-    heads = {re.match(r"[^./]*[./]?", name)[0] for name in names}
-    for head, layout in (("image_encoder.", "official"), ("vision_encoder.", "huggingface")):
-        if head in heads:
-            return layout
-    if "image_encoder/" in heads:
-        raise UserError(f"{source} is already in this project's layout; use it as it is")
-    raise UserError(
-        f"{source} holds no SAM image encoder under image_encoder. or vision_encoder. "
-        f"(but {', '.join(sorted(heads)[:5])}); give an official or Hugging Face SAM checkpoint"
-    )
-
-
-def describe(tensors: Tensors) -> dict:
-    """Variant (`custom` if of no official size), image size and patch size of our tensors."""
-    _, grid, _, width = tensors["image_encoder/pos_embed"].shape
-    patch = tensors["image_encoder/patch_embed/kernel"].shape[0]
-    depth = sum(name.endswith("/attn/qkv/kernel") for name in tensors)
-    variant = VARIANTS.get((width, depth), "custom")
-    return {"variant": variant, "image_size": grid * patch, "patch_size": patch}
-
-
-def _read(tensors: Tensors, layout: str, source: str) -> dict[str, np.ndarray]:
+def read(tensors: Tensors, layout: Layout, source: str = "checkpoint") -> dict[str, np.ndarray]:
+    """Our float32 tensors from the names of `layout`; `source` names the file in errors."""
     errors = []
     tensors = _without_duplicates(tensors, layout, errors)
-    found = _match(tensors, layout, errors)
-    _check(found, tensors, layout, errors)
-    _raise(errors, layout, source)
+    found = _look_up(tensors, layout, THEIRS, errors)
+    _raise(errors, layout.name, layout.family, source)
     parts = defaultdict(list)
     for slot in sorted(found, key=lambda slot: slot.m or 0):
-        array = TRANSFORMS[slot.row.transform].forward(tensors[found[slot]])
-        parts[slot.name("ours")].append(array)
-    result, stacked = {}, {slot.name("ours") for slot in found if slot.row.stacked}
-    for name, arrays in parts.items():
+        parts[slot._replace(m=None)].append(slot.row.transform.forward(tensors[found[slot]]))
+    result = {}
+    for slot, arrays in parts.items():
+        name = slot.name(OURS)
         with np.errstate(over="ignore"):  # reported below
-            array = np.stack(arrays) if name in stacked else arrays[0]
+            array = np.stack(arrays) if slot.row.stacked else arrays[0]
             result[name] = np.array(array, np.float32, order="C")
         if not np.isfinite(result[name]).all():
             errors.append(f"not finite in float32: {name}")
-    _raise(errors, layout, source)
+    _raise(errors, layout.name, layout.family, source)
     return result
 
 
-def _write(tensors: Tensors, layout: str, source: str) -> dict[str, np.ndarray]:
+def write(tensors: Tensors, layout: Layout, source: str = "weights") -> dict[str, np.ndarray]:
+    """Inverse of `read`, bit for bit; duplicates are not written."""
     errors = []
-    found = _match(tensors, "ours", errors)
-    _check(found, tensors, "ours", errors)
-    _raise(errors, "pgpsam_jax", source)
+    found = _look_up(tensors, layout, OURS, errors)
+    _raise(errors, "pgpsam_jax", layout.family, source)
     result = {}
     for slot, name in found.items():
         arrays = tensors[name] if slot.row.stacked else [tensors[name]]
         for m, array in enumerate(arrays):
-            array = TRANSFORMS[slot.row.transform].inverse(array)
-            result[slot._replace(m=m).name(layout)] = np.array(array, order="C")
+            array = slot.row.transform.inverse(array)
+            result[slot._replace(m=m).name(THEIRS)] = np.array(array, order="C")
     return result
 
 
-def _raise(errors: list[str], layout: str, source: str) -> None:
+def absent(tensors: Tensors, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Shapes of our tensors that the table has and `tensors` lack, as the others' sizes tell."""
+    found = _match(tensors, layout, OURS, [])
+    counts = _counts(found, tensors, OURS)
+    sizes = _vote(found, tensors, counts, OURS)
+    return {
+        slot.name(OURS): _shape(slot, (), sizes, counts, OURS)
+        for slot in _expected(layout, counts, OURS)
+        if slot not in found
+    }
+
+
+def _look_up(tensors: Tensors, layout: Layout, side: str, errors: list[str]) -> dict[_Slot, str]:
+    """Name found for each slot of one side; appends whatever is wrong."""
+    found = _match(tensors, layout, side, errors)
+    counts = _counts(found, tensors, side)
+    missing = [s.name(side) for s in _expected(layout, counts, side) if s not in found]
+    errors.extend(f"missing: {name}" for name in missing)
+    _check(found, tensors, counts, side, errors)
+    return found
+
+
+def _raise(errors: list[str], name: str, family: str, source: str) -> None:
     if errors:
         raise UserError(
-            f"{source} does not fit the {layout} SAM layout in {len(errors)} places; convert an "
-            "unmodified SAM checkpoint:\n  " + "\n  ".join(errors)
+            f"{source} does not fit the {name} {family} layout in {len(errors)} places; convert an "
+            f"unmodified {family} checkpoint:\n  " + "\n  ".join(errors)
         )
 
 
-def _without_duplicates(tensors: Tensors, layout: str, errors: list[str]) -> Tensors:
-    result = {n: t for n, t in tensors.items() if n not in DUPLICATES[layout]}
-    for copy, original in DUPLICATES[layout].items():
+def _without_duplicates(tensors: Tensors, layout: Layout, errors: list[str]) -> Tensors:
+    result = {n: t for n, t in tensors.items() if n not in layout.duplicates}
+    for copy, original in layout.duplicates.items():
         if copy in tensors and not np.array_equal(
             tensors[copy], result.setdefault(original, tensors[copy])
         ):
@@ -128,55 +109,72 @@ def _without_duplicates(tensors: Tensors, layout: str, errors: list[str]) -> Ten
 
 
 @functools.cache
-def _pattern(template: str) -> re.Pattern:
-    numbers = {r"\{i\}": r"(?P<i>0|[1-9]\d?)", r"\{m\}": f"(?P<m>[0-{STACKED - 1}])"}
+def _pattern(template: str, stack: tuple[str, ...] | None) -> re.Pattern:
+    words = "|".join(map(re.escape, stack)) if stack else _NUMBER
     pattern = re.escape(template)
-    for placeholder, number in numbers.items():
-        pattern = pattern.replace(placeholder, number)
+    pattern = pattern.replace(r"\{i\}", f"(?P<i>{_NUMBER})").replace(r"\{m\}", f"(?P<m>{words})")
     return re.compile(pattern, re.ASCII)
 
 
-def _match(names: Iterable[str], layout: str, errors: list[str]) -> dict[_Slot, str]:
-    """Name found for each slot; appends what is unexpected, matched twice, or missing."""
-    patterns = [(row, _pattern(getattr(row, layout))) for row in TABLE]
+def _match(names: Iterable[str], layout: Layout, side: str, errors: list[str]) -> dict[_Slot, str]:
+    """Name found for each slot; appends what is unexpected or matched twice."""
+    patterns = [(row, _pattern(getattr(row, side), row.stack)) for row in layout.rows]
     found = {}
     for name in names:
         hits = [(row, hit) for row, pattern in patterns if (hit := pattern.fullmatch(name))]
         if len(hits) != 1:
             errors.append(f"{'matched twice' if hits else 'unexpected'}: {name}")
             continue
-        row, number = hits[0][0], hits[0][1].groupdict()
-        found[_Slot(row, *(int(number[k]) if k in number else None for k in "im"))] = name
-    missing = [slot.name(layout) for slot in _expected(found, layout) if slot not in found]
-    errors.extend(f"missing: {name}" for name in missing)
+        row, words = hits[0][0], hits[0][1].groupdict()
+        i, m = words.get("i"), words.get("m")
+        place = None if m is None else row.stack.index(m) if row.stack else int(m)
+        found[_Slot(row, None if i is None else int(i), place)] = name
     return found
 
 
-def _expected(found: Iterable[_Slot], layout: str) -> list[_Slot]:
-    """Every slot of the table, with as many blocks and layers as the highest number found."""
-    depths = defaultdict(lambda: 1)
-    for slot in found:
-        if slot.i is not None:
-            stem = slot.row.ours.split("{i}")[0]
-            depths[stem] = max(depths[stem], slot.i + 1)
+def _counts(found: Mapping[_Slot, str], tensors: Tensors, side: str) -> dict[str, int]:
+    """How many blocks, layers and stacked tensors there are, by the name's part before the number.
+
+    As many as the highest number found; on our side most stacks tell, by their first axis.
+    """
+    counts, votes = defaultdict(lambda: 1), defaultdict(Counter)
+    for slot, name in found.items():
+        for placeholder, number in (("{i}", slot.i), ("{m}", slot.m)):
+            if number is not None:
+                stem = _stem(slot.row, placeholder)
+                counts[stem] = max(counts[stem], number + 1)
+        if side == OURS and slot.row.stacked and tensors[name].ndim:
+            votes[_stem(slot.row, "{m}")][tensors[name].shape[0]] += 1
+    counts.update({stem: votes.most_common(1)[0][0] for stem, votes in votes.items()})
+    return counts
+
+
+def _stem(row: Row, placeholder: str) -> str:
+    return row.theirs.split(placeholder)[0]
+
+
+def _stack_size(row: Row, counts: Mapping[str, int]) -> int:
+    return len(row.stack) if row.stack else counts[_stem(row, "{m}")]
+
+
+def _expected(layout: Layout, counts: Mapping[str, int], side: str) -> list[_Slot]:
+    """Every slot of the table, with as many blocks, layers and stacked tensors as were found."""
     slots = []
-    for row in TABLE:
-        stem, *numbered = row.ours.split("{i}")
-        stacked = row.stacked and layout != "ours"
-        for i in range(depths[stem]) if numbered else (None,):
-            slots += [_Slot(row, i, m) for m in (range(STACKED) if stacked else (None,))]
+    for row in layout.rows:
+        blocks = range(counts[_stem(row, "{i}")]) if "{i}" in row.ours else (None,)
+        stacked = row.stacked and side == THEIRS
+        places = range(_stack_size(row, counts)) if stacked else (None,)
+        slots += [_Slot(row, i, m) for i in blocks for m in places]
     return slots
 
 
-def _check(found: dict[_Slot, str], tensors: Tensors, layout: str, errors: list[str]) -> None:
+def _check(
+    found: Mapping[_Slot, str], tensors: Tensors, counts, side: str, errors: list[str]
+) -> None:
     """Append wrong shapes and types. A size is what most tensors that have it say it is."""
-    votes = defaultdict(Counter)
+    sizes = _vote(found, tensors, counts, side)
     for slot, name in found.items():
-        for token, size in zip(*_sizes(slot, tensors[name].shape, layout), strict=False):
-            votes[token][size] += 1
-    sizes = {token: count.most_common(1)[0][0] for token, count in votes.items()}
-    for slot, name in found.items():
-        expected = _shape(slot, tensors[name].shape, sizes, layout)
+        expected = _shape(slot, tensors[name].shape, sizes, counts, side)
         if tensors[name].shape != expected:
             errors.append(f"wrong shape: {name} is {tensors[name].shape}, expected {expected}")
         if tensors[name].dtype.kind != "f" and tensors[name].dtype.name != "bfloat16":
@@ -184,11 +182,21 @@ def _check(found: dict[_Slot, str], tensors: Tensors, layout: str, errors: list[
     _check_tables(found, tensors, sizes, errors)
 
 
-def _sizes(slot: _Slot, shape: tuple, layout: str) -> tuple[list[str], tuple]:
+def _vote(found: Mapping[_Slot, str], tensors: Tensors, counts, side: str) -> dict[str, int]:
+    """Size that each letter stands for."""
+    votes = defaultdict(Counter)
+    for slot, name in found.items():
+        tokens, own = _sizes(slot, tensors[name].shape, counts, side)
+        for token, size in zip(tokens, own, strict=False):
+            votes[token][size] += 1
+    return {token: count.most_common(1)[0][0] for token, count in votes.items()}
+
+
+def _sizes(slot: _Slot, shape: tuple, counts, side: str) -> tuple[list[str], tuple]:
     """Tokens of our shape and the sizes that the tensor has there; no sizes if the rank differs."""
-    tokens, transform = slot.row.shape.split(), TRANSFORMS[slot.row.transform]
-    if layout == "ours":
-        tokens = [str(STACKED)] * slot.row.stacked + tokens
+    tokens, transform = slot.row.shape.split(), slot.row.transform
+    if side == OURS:
+        tokens = [str(_stack_size(slot.row, counts))] * slot.row.stacked + tokens
         return tokens, shape if len(shape) == len(tokens) else ()
     rank = transform.inverse(np.empty((1,) * len(tokens))).ndim
     usable = len(shape) == rank and 0 not in shape
@@ -196,9 +204,9 @@ def _sizes(slot: _Slot, shape: tuple, layout: str) -> tuple[list[str], tuple]:
     return tokens, transform.forward(dummy).shape if usable else ()
 
 
-def _shape(slot: _Slot, shape: tuple, sizes: dict[str, int], layout: str) -> tuple[int, ...]:
-    """Shape that the tensor should have in its own layout; sizes that nothing tells are its own."""
-    tokens, own = _sizes(slot, shape, layout)
+def _shape(slot: _Slot, shape: tuple, sizes, counts, side: str) -> tuple[int, ...]:
+    """Shape that the tensor should have on its own side; sizes that nothing tells are its own."""
+    tokens, own = _sizes(slot, shape, counts, side)
     own = own or (1,) * len(tokens)
     expected = []
     for token, size in zip(tokens, own, strict=True):
@@ -206,9 +214,10 @@ def _shape(slot: _Slot, shape: tuple, sizes: dict[str, int], layout: str) -> tup
         free = letter == "R" or (letter and letter not in sizes)
         value = int(times or 1) * sizes.get(letter, 1) // int(divisor or 1)
         expected.append(size if free else value)
-    if layout == "ours":
+    if side == OURS:
         return tuple(expected)
-    return TRANSFORMS[slot.row.transform].inverse(np.broadcast_to(np.float32(0), expected)).shape
+    dummy = np.broadcast_to(np.float32(0), expected)
+    return slot.row.transform.inverse(dummy).shape
 
 
 def _check_tables(found, tensors: Tensors, sizes: dict[str, int], errors: list[str]) -> None:

@@ -9,6 +9,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,11 +21,20 @@ _MAX_PICKLE = 16 << 20  # bytes; that of vit_h is 0.1 MiB
 _SLACK = 1 << 20  # bytes
 
 
-def read_torch_file(path) -> dict[str, np.ndarray]:
-    """Tensors of a `.pth` state dict by name: read-only views of the file mapped into memory.
+class TorchFile(NamedTuple):
+    """Tensors by name: read-only views of the file mapped into memory.
 
-    A dict that holds the state dict under `state_dict` or `model` is opened one level. `UserError`
-    for any other format, a damaged file, or a pickle that asks for more than tensors.
+    beside: the numbers and words of a dict that holds the state dict, such as its epoch.
+    """
+
+    tensors: dict[str, np.ndarray]
+    beside: dict
+
+
+def read_torch_file(path) -> TorchFile:
+    """The state dict of a `.pth` file, itself or one level down under `state_dict` or `model`.
+
+    `UserError` for any other format, a damaged file, or a pickle that asks for more than tensors.
     """
     path = Path(path)
     try:
@@ -38,7 +48,7 @@ def read_torch_file(path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _read(path: Path) -> TorchFile:
     records = _Records(path)
     pickled = records.read("data.pkl")
     if pickled.size > _MAX_PICKLE:
@@ -46,7 +56,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             f"{path} needs {pickled.size} bytes to describe its tensors, more than the "
             f"{_MAX_PICKLE} allowed; save only the model's state dict"
         )
-    tensors = _state_dict(path, interpret(path, pickled.tobytes()))
+    tensors, beside = _state_dict(path, interpret(path, pickled.tobytes()))
     # Strides of zero can blow up a small file: allow no more than shared weights explain.
     total = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in tensors.values())
     if total > 2 * records.size + _SLACK:
@@ -54,7 +64,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             f"{path} of {records.size} bytes would unpack to {total}, which no ordinary checkpoint "
             "does; use a source that you trust"
         )
-    return {name: _array(records, name, tensor) for name, tensor in tensors.items()}
+    return TorchFile({name: _array(records, name, t) for name, t in tensors.items()}, beside)
 
 
 def _check_format(path: Path) -> None:
@@ -111,9 +121,12 @@ class _Records:
         return data
 
 
-def _state_dict(path: Path, value) -> dict[str, Tensor]:
+def _state_dict(path: Path, value) -> tuple[dict[str, Tensor], dict]:
+    """The state dict, and the numbers and words beside it."""
+    beside = {}
     for key in ("state_dict", "model"):
         if type(value) is dict and type(value.get(key)) is dict:
+            beside = {k: v for k, v in value.items() if type(v) in (bool, int, float, str)}
             value = value[key]
             break
     if type(value) is not dict or not value:
@@ -124,7 +137,7 @@ def _state_dict(path: Path, value) -> dict[str, Tensor]:
             f"{path} holds {len(wrong)} entries that are not named tensors "
             f"({', '.join(wrong[:10])}); save only the model's state dict"
         )
-    return value
+    return value, beside
 
 
 def _array(records: _Records, name: str, tensor: Tensor) -> np.ndarray:

@@ -1,0 +1,397 @@
+"""Checkpoints of the authors' release to workdirs and back: names, bits, settings, mistakes."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPOSITORY, shared
+from jax import lax
+from orbax.checkpoint import v1 as ocp
+from release_state import RANK, SMALL, VIT_B, release_shapes, release_state
+from safetensors.numpy import load_file, save_file
+from sam_official import assert_equal, save_pth
+from small_run import config_for, write_data
+
+from pgpsam_jax import build, checkpoint, train
+from pgpsam_jax import config as configuration
+from pgpsam_jax.data.dataset import label_table
+from pgpsam_jax.data.labels import load_label_table
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.files import file_digest, write_json
+from pgpsam_jax.parameters import flat_paths
+from weights_conversion import convert as program
+from weights_conversion import release
+from weights_conversion.mapping import read, write
+
+DEAD = ("cross_attn_token_to_image.alpha", "cross_attn_token_to_image.beta", "mask_norm")
+DEAD += ("cross_attn_token_to_image.linear", "mask_proj1", "mask_proj2")
+SETTINGS = dict(
+    model__preset="release",
+    model__train_encoder="lora",
+    model__lora_rank=RANK,
+    eval__overlays=False,
+)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return release_state(SMALL)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def config(root):
+    """Path of a config file for three classes and the encoder vit_t."""
+    path = root / "release.py"
+    path.write_text(
+        "from pathlib import Path\nfrom small_run import config_for\n"
+        f"def get_config():\n    return config_for(Path({str(root)!r}), **{SETTINGS!r})\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(state, tmp_path_factory):
+    """A `.pth` as a training script writes it under DataParallel."""
+    path = tmp_path_factory.mktemp("source") / "best_ckpt.pth"
+    named = {f"module.{name}": torch.from_numpy(array) for name, array in state.items()}
+    torch.save({"epoch": 7, "model": named, "optimizer": {"param_groups": []}}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def workdir(source, config, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "converted"
+    program.main(arguments(source, output, f"--config={config}", "--config.seed=3"))
+    return output
+
+
+def arguments(source, output, *more) -> list[str]:
+    options = ["--kind", "pgpsam_release", "--source", source, "--output", output, *more]
+    return [str(option) for option in options]
+
+
+def fail(capsys, *options) -> str:
+    with pytest.raises(SystemExit) as caught:
+        program.main(arguments(*options))
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def tensors_of(path) -> dict[str, np.ndarray]:
+    return {name: t.numpy() for name, t in torch.load(path, weights_only=True).items()}
+
+
+def test_names_and_shapes_are_those_of_the_release():
+    recorded = json.loads(shared("golden/release_synapse.json").read_text())["state_dict"]
+    expected = {name: tuple(shape) for name, shape in recorded.items()}
+    assert list(release_shapes(VIT_B).items()) == list(expected.items())
+
+
+def test_arithmetic_of_the_transforms(state):
+    """Each kind of layer that SAM has not computes what torch computes."""
+    ours, rng = read(state, release.RELEASE), np.random.default_rng(1)
+    width = SMALL["E"]
+    x = rng.standard_normal((2, 4, 6, width), np.float32)
+    nchw = torch.from_numpy(x).permute(0, 3, 1, 2)
+
+    def check(found, expected):
+        np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1).numpy(), atol=1e-5, rtol=0)
+
+    refine = "prototype_prompt_encoder.feature_refinement.1"
+    for name, shape, path in (
+        ("sem_conv.0", (1, 5), "cfm/1/spatial/row/kernel"),
+        ("sem_conv.1", (5, 1), "cfm/1/spatial/column/kernel"),
+    ):
+        weight = torch.from_numpy(state[f"{refine}.scm.{name}.conv.weight"])
+        kernel = ours[path].reshape(*shape, 1, width)
+        layout = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=width)
+        found = lax.conv_general_dilated(x, jnp.asarray(kernel), (1, 1), "SAME", **layout)
+        check(found, F.conv2d(nchw, weight, padding="same", groups=width))
+
+    name = "pre_prompt.prompt_generator.dense_prompt_generator.dcn"
+    weight, bias = (
+        torch.from_numpy(state[f"{name}.out_proj.1.conv.{leaf}"]) for leaf in ("weight", "bias")
+    )
+    found = lax.conv_general_dilated(
+        x,
+        jnp.asarray(ours["pre_prompt/ppg/dense/deform/depthwise/kernel"])[:, :, None],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=width,
+    )
+    found = found + ours["pre_prompt/ppg/dense/deform/depthwise/bias"]
+    check(found, F.conv2d(nchw, weight, bias, padding="same", groups=width))
+
+    weight = torch.from_numpy(state[f"{refine}.final.project_in.conv.weight"])
+    check(x @ ours["cfm/1/ffn/project_in/kernel"], F.conv2d(nchw, weight))
+
+    tokens = torch.from_numpy(rng.standard_normal((3, SMALL["D"])).astype(np.float32))
+    for place, part in enumerate("qv"):
+        a, b = (
+            torch.from_numpy(state[f"image_encoder.blocks.2.attn.lora_linear_{leaf}_{part}.weight"])
+            for leaf in "ab"
+        )
+        lora = [ours[f"image_encoder/blocks/2/attn/lora/{leaf}"][place] for leaf in "ab"]
+        expected = F.linear(F.linear(tokens, a), b).numpy()
+        np.testing.assert_allclose(tokens.numpy() @ lora[0] @ lora[1], expected, atol=1e-5, rtol=0)
+
+
+def test_what_a_converted_workdir_holds(workdir, source, state):
+    names = ("base.json", "checkpoints", "config.json", "frozen.safetensors", "labels.json")
+    names += ("provenance.json", "unused.safetensors")
+    assert tuple(sorted(path.name for path in workdir.iterdir())) == names
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["7"]
+    assert json.loads((workdir / "base.json").read_text()) == {"base": source.name, "sha256": None}
+    record = json.loads((workdir / "provenance.json").read_text())
+    assert record["source"] == source.name and record["source_sha256"] == file_digest(source)
+    assert record["source_epoch"] == 7
+    config = configuration.load_config(workdir)
+    assert (config.model.preset, config.model.base, config.seed) == ("release", "", 3)
+    names = load_label_table(workdir / "labels.json").names
+    assert names == ("background", "liver", "spleen")
+    frozen, unused = (load_file(workdir / f"{name}.safetensors") for name in ("frozen", "unused"))
+    ours = read(state, release.RELEASE)
+    assert_equal(unused, {name: array for name, array in ours.items() if name[:7] == "unused/"})
+    encoder = {
+        n: a for n, a in ours.items() if n.startswith("image_encoder/") and "/lora/" not in n
+    }
+    assert_equal(frozen, encoder)
+    assert workdir.stat().st_mode & 0o777 == 0o755
+
+
+def test_round_trip_is_exact_and_in_order(workdir, state, tmp_path):
+    """Out again through the loading code: frozen and trained weights of the model itself."""
+    program.main(arguments(workdir, tmp_path / "back.pth", "--reverse"))
+    back = tensors_of(tmp_path / "back.pth")
+    assert list(back) == list(state)
+    assert_equal(back, state)
+
+
+def test_a_converted_workdir_is_evaluated(workdir, root):
+    summary = train.evaluate_workdir(workdir)
+    assert (workdir / "evaluation" / "cases.csv").is_file() and summary
+    mask = nib.load(workdir / "evaluation" / "predictions" / "c.nii.gz")
+    assert mask.shape == nib.load(root / "images" / "c.nii.gz").shape
+    assert len(np.unique(np.asarray(mask.dataobj))) > 1
+
+
+@pytest.mark.parametrize("kind", ["bare", "module", "model", "state_dict", "safetensors"])
+def test_files_that_hold_the_state(kind, state, tmp_path):
+    source, named = tmp_path / "a.pth", {n: torch.from_numpy(a) for n, a in state.items()}
+    if kind == "module":
+        torch.save({f"module.{name}": tensor for name, tensor in named.items()}, source)
+    elif kind == "safetensors":
+        save_file(state, source)
+    else:
+        beside = {"epoch": 12 if kind == "model" else "last", "best_dice": 0.8, "lr": [1e-3]}
+        torch.save(named if kind == "bare" else {kind: named, **beside}, source)
+    tensors, epoch = release.read_release(source)
+    assert_equal(tensors, state)
+    assert epoch == (12 if kind == "model" else None)
+
+
+def test_a_run_of_ours_goes_out(root, tmp_path, capsys):
+    """One that trained the whole encoder: without LoRA, and without what the release has idle."""
+    settings = config_for(root, **SETTINGS | {"model__train_encoder": "full"})
+    table, workdir = label_table(settings), tmp_path / "full"
+    _, params, frozen, _ = build.init_model(settings, table.num_classes)
+    write_json(workdir / "labels.json", table.to_json())
+    configuration.store(settings, workdir)
+    checkpoint.settle_base(workdir, "", None, frozen)
+    with ocp.training.Checkpointer(workdir / "checkpoints") as checkpoints:
+        checkpoints.save_checkpointables(6, {"params": params})
+    program.main(arguments(workdir, tmp_path / "a.safetensors", "--reverse"))
+    printed = capsys.readouterr().out
+    assert "LoRA of rank 5 that adds zero" in printed
+    assert "14 tensors that compute nothing" in printed
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert {name: array.shape for name, array in tensors.items()} == release_shapes(SMALL)
+    for name, array in tensors.items():
+        if any(part in name for part in (*DEAD, "lora_linear")):
+            np.testing.assert_array_equal(array, float(name.endswith("mask_norm.weight")))
+    ours = read(tensors, release.RELEASE)
+    for path, leaf in flat_paths(params).items():
+        np.testing.assert_array_equal(ours[path], leaf[...], err_msg=path)
+
+
+def test_a_failed_conversion_leaves_nothing(source, config, tmp_path, monkeypatch, capsys):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(release, "_states", lambda *_: ({}, {}))
+    monkeypatch.setattr(release.checkpoint, "settle_base", full_disk)
+    message = fail(capsys, source, tmp_path / "w", f"--config={config}")
+    assert "cannot be written" in message and "No space left" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+# Mistakes.
+
+
+def test_all_problems_come_in_one_message(state, config, tmp_path, capsys):
+    bad = dict(state)
+    bad["mask_decoder.iou_token.weight"] = np.zeros((1, 64), np.float32)
+    del bad["mask_decoder.output_hypernetworks_mlps.1.layers.2.bias"]
+    del bad["pre_prompt.csm.mlp.1.conv.weight"]
+    bad["mask_decoder.mask_proj1.weight"] = np.zeros((1, 4), np.float32)
+    message = fail(capsys, save_pth(tmp_path / "x.pth", bad), tmp_path / "w", f"--config={config}")
+    first, *lines = message.strip().splitlines()
+    assert f"{tmp_path}/x.pth does not fit the release PGP-SAM layout in 4 places" in first
+    assert sorted(line.strip() for line in lines) == [
+        "missing: mask_decoder.output_hypernetworks_mlps.1.layers.2.bias",
+        "missing: pre_prompt.csm.mlp.1.conv.weight",
+        "unexpected: mask_decoder.iou_token.weight",
+        "wrong shape: mask_decoder.mask_proj1.weight is (1, 4), expected (1, 3)",
+    ]
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["model.preset=paper"], "it has model.preset paper, not release; change these"),
+        (["model.train_encoder=full"], "model.train_encoder full, not lora"),
+        (["model.dcn=plain"], "model.dcn plain, not deformable"),
+        (["model.lora_rank=4", "model.image_size=64"], "image_size 64, not 32; .*lora_rank 4, not"),
+        (["model.encoder=vit_b"], "width of model.encoder 768, not 96; depth of .* 12, not 4"),
+        (["model.alpha=4", "model.k=2"], "model.alpha 4, not 8; model.k 2, not 4"),
+        (["data.label_table=configs/labels/ventricles.json"], "classes in data.label_table 5, not"),
+        (["model.lora_ranks=4"], "--config cannot be used: .*lora_ranks"),
+        (["model.lora_rank=x"], "--config cannot be used: .*lora_rank"),
+    ],
+)
+def test_settings_that_do_not_fit(flags, message, source, config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    fields = [f"--config.{flag}" for flag in flags]
+    found = fail(capsys, source, tmp_path / "w", f"--config={config}", *fields)
+    assert re.search(message, found), found
+    assert not (tmp_path / "w").exists()
+
+
+def test_models_that_do_not_fit():
+    needed = {"cfm/0/alpha": (4,), "cfm/1/alpha": (4,), "image_encoder/lora/a": (1, 4, 5)}
+    given = {"cfm/0/alpha": (4,), "image_encoder/lora/a": (2, 4, 5), "image_level": (1, 4)}
+    release.check_fit(needed, needed, "a.pth")
+    with pytest.raises(UserError) as caught:
+        release.check_fit(needed, given, "a.pth")
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith("a.pth does not fit the model of --config in 3 places")
+    assert [line.strip() for line in lines] == [
+        "cfm/1/alpha is missing, expected (4,)",
+        "image_encoder/lora/a is (2, 4, 5), expected (1, 4, 5)",
+        "image_level is (1, 4), expected no such tensor",
+    ]
+
+
+def test_mistaken_paths(source, config, workdir, tmp_path, capsys):
+    assert "already; choose another --output" in fail(capsys, source, workdir, f"--config={config}")
+    assert "is not a file" in fail(capsys, tmp_path, tmp_path / "w")
+    assert "should end in .pth" in fail(capsys, workdir, tmp_path / "a.bin", "--reverse")
+    assert "is no training workdir" in fail(capsys, tmp_path, tmp_path / "a.pth", "--reverse")
+    assert "for which there is no default" in fail(capsys, source, tmp_path / "w")
+
+
+def test_runs_that_the_layout_cannot_hold(workdir, tmp_path, capsys):
+    stored = json.loads((workdir / "config.json").read_text())
+    stored["model"] |= {"preset": "paper", "dcn": "plain", "lora_targets": ["q", "k"]}
+    write_json(tmp_path / "run" / "config.json", stored)
+    message = fail(capsys, tmp_path / "run", tmp_path / "a.pth", "--reverse")
+    assert "it has model.preset paper, not release; model.dcn plain, not deformable; " in message
+    assert "model.lora_targets ('q', 'k'), not ('q', 'v')" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kind", "pgpsam_release", "--layout", "official"], "go with --kind sam"),
+        (["--kind", "pgpsam_release", "--allow-unknown-md5"], "go with --kind sam"),
+        (["--kind", "pgpsam_release", "--reverse", "--config.seed=1"], "the workdir has its own"),
+        (["--config=a.py"], "--config goes with --kind pgpsam_release"),
+        (["--kind", "pgpsam_release", "--conf=a.py"], "unrecognized arguments: --conf=a.py"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message, capsys):
+    with pytest.raises(SystemExit):
+        program.main(["--source", "a", "--output", "b", *options])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("classes", [9, 5])
+def test_default_configs(classes, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    config = release.config_of([], classes, "best_ckpt.pth")
+    assert config.model.preset == "release"
+    assert label_table(config).num_classes == classes
+
+
+def test_full_size_round_trip_of_the_names():
+    """All 770 tensors of the release's vit_b, each number at a place of its own."""
+    state = {
+        name: np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+        for name, shape in release_shapes(VIT_B).items()
+    }
+    back = write(read(state, release.RELEASE), release.RELEASE)
+    assert back.keys() == state.keys()
+    for name, array in state.items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
+
+
+def test_more_than_ten_classes():
+    state = release_state(SMALL | {"N": 12})
+    ours = read(state, release.RELEASE)
+    for m in range(12):
+        expected = state[f"mask_decoder.output_hypernetworks_mlps.{m}.layers.2.bias"]
+        np.testing.assert_array_equal(ours["mask_decoder/hyper_mlps/layers/2/bias"][m], expected)
+    assert_equal(write(ours, release.RELEASE), state)
+    ours["mask_decoder/hyper_mlps/layers/2/bias"] = np.zeros((11, 8), np.float32)
+    with pytest.raises(UserError, match=r"layers/2/bias is \(11, 8\), expected \(12, 8\)"):
+        write(ours, release.RELEASE)
+
+
+def test_templates_of_the_table_are_unique():
+    for side in ("ours", "theirs"):
+        assert len({getattr(row, side) for row in release.TABLE}) == len(release.TABLE)
+
+
+MEASURED = """
+import sys
+from weights_conversion.convert import main
+main(sys.argv[1:])
+lines = open("/proc/self/status") if sys.platform == "linux" else ["VmHWM: 0 kB"]
+print(next(line for line in lines if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.slow
+def test_full_size_workdir(tmp_path):
+    """The release's vit_b to a workdir and back, in processes of their own, within 2.5 GiB."""
+    state = release_state(VIT_B)
+    source, run, back = (tmp_path / name for name in ("best_ckpt.pth", "run", "back.pth"))
+    save_pth(source, state)
+    for options in (arguments(source, run), arguments(run, back, "--reverse")):
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, *options],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "770 tensors in the release layout" in done.stdout
+        assert int(done.stdout.split("VmHWM:")[1].split()[0]) < 2.5 * 2**20  # kB
+    found = tensors_of(back)
+    assert list(found) == list(state)
+    assert_equal(found, state)

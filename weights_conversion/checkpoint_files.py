@@ -1,0 +1,72 @@
+"""Read and write checkpoint files, `.pth` or `.safetensors`; only writing a `.pth` needs torch."""
+
+import contextlib
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.files import atomic_path
+from pgpsam_jax.weights import read_safetensors
+from weights_conversion.torch_file import ZIP_MAGIC, TorchFile, read_torch_file
+
+
+def read_checkpoint(file: Path) -> TorchFile:
+    """Tensors by name, and what a `.pth` tells beside them; its content says which file it is."""
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(9)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); check the path") from None
+    # safetensors: the header's length in eight bytes, then its JSON.
+    if head[8:] == b"{" and not head.startswith(ZIP_MAGIC):
+        return TorchFile(read_safetensors(file), {})
+    return read_torch_file(file)
+
+
+def check_suffix(output: Path) -> None:
+    """`UserError` unless `write_checkpoint` knows what to write."""
+    if output.suffix not in (".pth", ".safetensors"):
+        raise UserError(f"{output} should end in .pth or .safetensors; change --output")
+
+
+def write_checkpoint(output: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write tensors by name as the suffix says: `.pth` (needs torch) or `.safetensors`."""
+    with writing(output), atomic_path(output) as temporary:
+        if output.suffix == ".pth":
+            _save_torch(temporary, tensors)
+        else:
+            save_safetensors(temporary, tensors, {"format": "pt"})  # transformers asks for it
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Turn a failure to write `path` into a `UserError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be written ({error}); choose another --output or make room"
+        ) from None
+
+
+def save_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata=None) -> None:
+    """A safetensors file that others can read."""
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(0o644)  # the library makes a file of its own that only its owner can read
+
+
+def _save_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            "a .pth file is written by PyTorch, which is not installed; run "
+            "pip install '.[convert]' or let --output end in .safetensors"
+        ) from None
+    # Through an open file, so that the name of the temporary file does not enter the archive.
+    with open(path, "wb") as file:
+        torch.save(OrderedDict((n, torch.from_numpy(t)) for n, t in tensors.items()), file)

@@ -1,0 +1,246 @@
+"""Checkpoints of the PGP-SAM authors' code to workdirs of preset `release`, and back.
+
+A workdir has a place for every weight that computes something. The others, and the order of the
+names, are kept in its `unused.safetensors`, so that the way back gives the same tensors.
+"""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+from ml_collections import ConfigDict, config_flags
+from orbax.checkpoint import v1 as ocp
+from safetensors import safe_open
+
+from pgpsam_jax import build, checkpoint
+from pgpsam_jax import config as configuration
+from pgpsam_jax.data.dataset import label_table
+from pgpsam_jax.data.labels import LabelTable
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.files import file_digest, write_json
+from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.provenance import provenance
+from pgpsam_jax.trained import load_run
+from pgpsam_jax.weights import read_safetensors
+from weights_conversion import sam
+from weights_conversion.checkpoint_files import (
+    check_suffix,
+    read_checkpoint,
+    save_safetensors,
+    write_checkpoint,
+    writing,
+)
+from weights_conversion.mapping import Tensors, absent, read, write
+from weights_conversion.release_table import TABLE
+from weights_conversion.rows import Layout
+
+RELEASE = Layout("release", "PGP-SAM", tuple(TABLE))
+UNUSED = "unused/"  # how our names of weights without a place in the model begin
+KEPT = "unused.safetensors"
+LORA_RANK = 5  # the only one that the release builds
+_CONFIGS = Path(__file__).parents[1] / "configs"
+_DEFAULTS = {9: "synapse_release.py", 5: "ventricle_release.py"}  # by classes
+_NEEDED = {"preset": "release", "train_encoder": "lora", "dcn": "deformable"}
+
+
+def convert(source, output, settings=(), *, log=print) -> None:
+    """Write the workdir `output` from a checkpoint of the release.
+
+    settings: `--config=FILE` and `--config.x=y` flags, as `pgpsam_jax.main` takes them.
+    """
+    source, output = Path(source), Path(output)
+    if not source.is_file():
+        raise UserError(f"{source} is not a file; give a checkpoint of the release")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists already; choose another --output")
+    digest = file_digest(source)
+    log(f"source   {source}, {source.stat().st_size / 2**20:.0f} MiB, SHA-256 {digest}")
+    tensors, epoch = read_release(source)
+    ours = read(tensors, RELEASE, str(source))
+    log(f"read     {len(tensors)} tensors in the release layout")
+    if casts := [name for name, tensor in tensors.items() if tensor.dtype != np.float32]:
+        log(f"cast     {len(casts)} tensors to float32, such as {casts[0]}")
+    config = config_of(settings, len(ours["intra"]), source)
+    table = label_table(config)
+    _check_settings(config.model, table, ours, source)
+    config.model.base = ""  # the workdir has the frozen weights itself
+    unused = {name: ours.pop(name) for name in list(ours) if name.startswith(UNUSED)}
+    params, frozen = _states(config, table, ours, source)
+    with writing(output), _new_folder(output) as folder:
+        write_json(folder / "labels.json", table.to_json())
+        inputs = {"source": source.name, "source_sha256": digest, "source_epoch": epoch}
+        write_json(folder / "provenance.json", provenance(**inputs))
+        checkpoint.settle_base(folder, source.name, None, frozen)
+        save_safetensors(folder / KEPT, unused, {"names": json.dumps(list(tensors))})
+        with ocp.training.Checkpointer(folder.absolute() / "checkpoints") as checkpoints:
+            checkpoints.save_checkpointables(epoch or 0, {"params": params})
+        configuration.store(config, folder)
+    log(f"kept     {len(unused)} tensors that compute nothing, in {KEPT}")
+    log(f"wrote    {output}: {table.num_classes} classes, checkpoint {epoch or 0}")
+
+
+def reverse(workdir, output, *, log=print) -> None:
+    """Write a workdir's trained weights as a `.pth` or `.safetensors` checkpoint of the release.
+
+    What our model has no place for comes from the workdir if that was converted; else it is zero
+    (scales of norms one), which changes no output.
+    """
+    workdir, output = Path(workdir), Path(output)
+    check_suffix(output)
+    _check_exportable(configuration.load_config(workdir).model, workdir)
+    leaves = flat_paths(nnx.state(load_run(workdir).model))
+    ours = {name: np.asarray(leaf[...]) for name, leaf in leaves.items()}
+    log(f"read     {len(ours)} tensors of {workdir}")
+    if not any("/lora/" in name for name in ours):
+        ours |= _idle_lora(ours)
+        log(f"added    LoRA of rank {LORA_RANK} that adds zero: the run has none")
+    if (workdir / KEPT).is_file():
+        unused, names = _kept(workdir / KEPT)
+    else:
+        unused, names = _idle(ours), None
+        log(f"added    {len(unused)} tensors that compute nothing: zeros, scales of norms ones")
+    tensors = write(ours | unused, RELEASE, str(workdir))
+    write_checkpoint(output, {name: tensors[name] for name in names or tensors})
+    log(f"wrote    {output}, {len(tensors)} tensors in the release layout")
+
+
+def read_release(source: Path) -> tuple[Tensors, int | None]:
+    """Tensors by the names of the release's model, and the epoch if the file tells one."""
+    tensors, beside = read_checkpoint(source)
+    if all(name.startswith("module.") for name in tensors):  # written by torch's DataParallel
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    epoch = beside.get("epoch")
+    return tensors, epoch if type(epoch) is int and epoch >= 0 else None
+
+
+def config_of(settings, classes: int, source) -> ConfigDict:
+    """The configuration that the flags describe; without a file, the recipe for `classes`."""
+    if not any(flag.startswith("--config=") for flag in settings):
+        if classes not in _DEFAULTS:
+            raise UserError(
+                f"{source} has {classes} classes with the background, for which there is no "
+                "default; give a --config whose label table has as many"
+            )
+        settings = [f"--config={_CONFIGS / _DEFAULTS[classes]}", *settings]
+    values, argv = flags.FlagValues(), ["convert", *settings]
+    try:
+        holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        values(argv)
+        getattr(holder.value, "name", None)  # a file that failed to load raises only here
+    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--config cannot be used: {' '.join(str(error).split())}") from None
+    return holder.value
+
+
+def _check_settings(settings: ConfigDict, table: LabelTable, ours: Tensors, source: Path) -> None:
+    """`UserError` that names every field of the configuration that the tensors contradict."""
+    size, classes = sam.describe(ours), len(ours["intra"])
+    tokens = ours["ppr/0/attention/class_attention/expand/kernel"].shape[1]
+    encoder = SamConfig.preset(settings.encoder, settings.image_size, settings.patch_size).encoder
+    fields = {f"model.{field}": (settings[field], value) for field, value in _NEEDED.items()} | {
+        "classes in data.label_table": (table.num_classes, classes),
+        "width of model.encoder": (encoder.width, ours["image_encoder/pos_embed"].shape[-1]),
+        "depth of model.encoder": (encoder.depth, sum("/attn/qkv/kernel" in name for name in ours)),
+        "model.image_size": (settings.image_size, size["image_size"]),
+        "model.patch_size": (settings.patch_size, size["patch_size"]),
+        "model.lora_rank": (
+            settings.lora_rank,
+            ours["image_encoder/blocks/0/attn/lora/a"].shape[-1],
+        ),
+        "model.alpha": (settings.alpha, len(ours["inter"]) // classes),
+        "model.k": (settings.k, tokens // classes - 1),
+    }
+    if wrong := _contradictions(fields):
+        raise UserError(f"--config does not fit {source}: it has {wrong}; change these")
+
+
+def _contradictions(fields: dict[str, tuple]) -> str:
+    """What is not as it must be, of (is, must be) by field."""
+    return "; ".join(
+        f"{name} {is_}, not {must}" for name, (is_, must) in fields.items() if is_ != must
+    )
+
+
+def _states(config: ConfigDict, table: LabelTable, ours: Tensors, source: Path):
+    """(trained, frozen): the model's states, with the tensors in place."""
+    _, params, frozen, _ = build.init_model(config, table.num_classes)
+    leaves = flat_paths(params) | flat_paths(frozen)
+    shapes = ({path: a.shape for path, a in arrays.items()} for arrays in (leaves, ours))
+    check_fit(*shapes, source)
+    for path, leaf in leaves.items():
+        leaf.set_value(jnp.asarray(ours[path]))
+    return params, frozen
+
+
+def check_fit(needed: dict[str, tuple], given: dict[str, tuple], source) -> None:
+    """`UserError` that lists every path whose shape in the model and the file differs."""
+    different = [
+        f"{path} is {given.get(path, 'missing')}, expected {needed.get(path, 'no such tensor')}"
+        for path in sorted(needed.keys() | given.keys())
+        if needed.get(path) != given.get(path)
+    ]
+    if different:
+        raise UserError(
+            f"{source} does not fit the model of --config in {len(different)} places; change its "
+            "model fields:\n  " + "\n  ".join(different)
+        )
+
+
+@contextlib.contextmanager
+def _new_folder(output: Path):
+    """A folder beside `output` to fill, renamed to it only on success."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".tmp-", suffix=f"-{output.name}", dir=output.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        folder.rename(output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _check_exportable(settings: ConfigDict, workdir: Path) -> None:
+    lora = ("q", "v") if settings.train_encoder == "full" else tuple(settings.lora_targets)
+    fields = {
+        "model.preset": (settings.preset, "release"),
+        "model.dcn": (settings.dcn, "deformable"),
+        "model.lora_targets": (lora, ("q", "v")),
+    }
+    if wrong := _contradictions(fields):
+        raise UserError(f"the release's layout cannot hold {workdir}: it has {wrong}")
+
+
+def _kept(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The weights without a place in the model, and the names of the whole checkpoint in order."""
+    unused = read_safetensors(path)
+    with safe_open(path, "numpy") as file:
+        return unused, json.loads(file.metadata()["names"])
+
+
+def _idle(ours: Tensors) -> dict[str, np.ndarray]:
+    """Weights that the release has beside ours, as zeros and ones."""
+    return {
+        name: np.full(shape, float(name.endswith("/scale")), np.float32)
+        for name, shape in absent(ours, RELEASE).items()
+        if name.startswith(UNUSED)
+    }
+
+
+def _idle_lora(ours: Tensors) -> dict[str, np.ndarray]:
+    """LoRA that adds zero to q and v of every block."""
+    width = ours["image_encoder/pos_embed"].shape[-1]
+    shapes = {"a": (2, width, LORA_RANK), "b": (2, LORA_RANK, width)}
+    blocks = [n.removesuffix("/qkv/kernel") for n in ours if n.endswith("/attn/qkv/kernel")]
+    return {
+        f"{block}/lora/{leaf}": np.zeros(shape, np.float32)
+        for block in blocks
+        for leaf, shape in shapes.items()
+    }
