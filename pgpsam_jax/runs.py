@@ -30,6 +30,7 @@ class Run:
     names: tuple[str, ...]  # K class names, background first
     provenance: dict
     timing: dict  # seconds by activity
+    cost: dict  # cost.json: parameters, FLOPs, memory, seconds per step
     records: list[dict]  # of metrics.jsonl
     cases: list[dict]  # rows of evaluation/cases.csv
     summary: dict | None  # evaluation/summary.json
@@ -128,6 +129,7 @@ def read_run(workdir) -> Run:
         tuple(load_label_table(workdir / "labels.json").names),
         _json(workdir / "provenance.json") or {},
         _json(workdir / "timing.json") or {},
+        _json(workdir / "cost.json") or {},
         _records(workdir / "metrics.jsonl"),
         read_cases(cases) if cases.is_file() else [],
         _json(evaluation / "summary.json"),

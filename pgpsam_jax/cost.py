@@ -1,0 +1,143 @@
+"""What a run costs: parameters, FLOPs, memory and time, kept in `<workdir>/cost.json`.
+
+FLOPs are XLA's count of the program it is given, before it optimises it for a device, so that
+device and mesh do not change them: a multiply-add is two, any elementwise operation one, the body
+of a loop is counted once however often it runs. (What XLA counts afterwards differs by 2 % on CPU
+and leaves out the products of cuBLAS on GPU, JAX issue 22249.) Bytes of a step are what the
+compiler plans for one device; peaks are measured, of this process.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from pgpsam_jax.files import write_json
+from pgpsam_jax.parameters import count
+from pgpsam_jax.step import make_predict_step
+
+try:
+    import resource
+except ImportError:  # no such count on this system
+    resource = None
+
+FILE = "cost.json"
+_SETTING = ("devices", "compute_dtype", "image_size", "batch_size", "flops_per_image")
+
+
+def of_step(config: ConfigDict, mesh, graphdef, train_step, arguments, lowered, compiled) -> dict:
+    """What is known before the first step.
+
+    `train_step` is the jitted step, `arguments` the shapes of its (state, frozen, batch), `lowered`
+    and `compiled` its stages for them. A step augments, runs forward and back and updates; its
+    FLOPs are divided by the images of the global batch. The forward pass ends with the logits.
+    """
+    state, frozen, _ = arguments
+    batch, size = config.train.batch_size, config.model.image_size
+    device, memory = mesh.devices.flat[0], compiled.memory_analysis()
+    counted = (lowered.cost_analysis() or {}).get("flops")  # devices behind a plugin have none
+    if counted is None:
+        counted = host_flops(train_step.__wrapped__, *arguments)
+    image = jax.ShapeDtypeStruct((1, size, size), jnp.float32)
+    return {
+        "devices": {
+            "count": mesh.devices.size,
+            "kind": device.device_kind,
+            "platform": device.platform,
+        },
+        "compute_dtype": config.model.compute_dtype,
+        "image_size": size,
+        "batch_size": batch,
+        "parameters": {"trained": count(state.params), "frozen": count(frozen)},
+        "flops_per_image": {
+            "forward": host_flops(make_predict_step(graphdef), state.params, frozen, image),
+            "training": None if counted is None else counted / batch,
+        },
+        "step_bytes": {
+            "arguments": memory.argument_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "aliased": memory.alias_size_in_bytes,  # outputs that take the place of arguments
+        },
+    }
+
+
+def host_flops(function, *arguments) -> float | None:
+    """FLOPs of a pure function of arrays or shapes, lowered for the CPU but never compiled.
+
+    None where JAX is kept from the CPU (`JAX_PLATFORMS`).
+    """
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+    with jax.default_device(host):
+        return jax.jit(function).lower(*shapes).cost_analysis()["flops"]
+
+
+def of_loop(records: list[dict], batch_size: int, first: int = 0) -> dict:
+    """Seconds per step over the intervals between records after step `first`, and memory peaks.
+
+    The rates of `metrics.jsonl` leave out saving and validating; compiling comes before them.
+    """
+    rates = [record["images_per_second"] for record in records if record["step"] > first]
+    seconds = [batch_size / rate for rate in rates if rate > 0]
+    spent = {"peak_bytes": {"process": _process_peak(), "device": _device_peak()}}
+    if seconds:
+        low, median, high = np.percentile(seconds, (25, 50, 75)).tolist()
+        spent["step_seconds"] = {
+            "median": median,
+            "quartiles": [low, high],
+            "intervals": len(seconds),
+        }
+    return spent
+
+
+def begin(workdir, record: dict, step: int) -> None:
+    """Keep a record of `of_step` for a run that starts, or goes on, after `step`.
+
+    Steps are timed from there; from where an earlier start began if its setting was the same.
+    """
+    earlier, timed_from = read(workdir), step
+    if all(earlier.get(key) == record[key] for key in _SETTING):
+        timed_from = earlier["timed_from"]
+    _store(workdir, record | {"timed_from": timed_from})
+
+
+def update(workdir, records: list[dict]) -> None:
+    """Add what the steps took so far to the record that `begin` left."""
+    if record := read(workdir):
+        spent = of_loop(records, record["batch_size"], record["timed_from"])
+        _store(workdir, record | spent)
+
+
+def read(workdir) -> dict:
+    """The record of a workdir; {} where there is none or it cannot be read."""
+    try:
+        return json.loads((Path(workdir) / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _store(workdir, record: dict) -> None:
+    if jax.process_index() == 0:
+        write_json(Path(workdir) / FILE, record)
+
+
+def _process_peak() -> int | None:
+    """Largest resident size of this process so far, compiling and reading data included."""
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _device_peak() -> int | None:
+    """Most bytes ever in use on one local device; None where devices keep no count."""
+    counts = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((c["peak_bytes_in_use"] for c in counts if "peak_bytes_in_use" in c), default=None)

@@ -1,0 +1,197 @@
+"""The record of cost: FLOPs and bytes by hand, the methods' own products, times over restarts."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+
+from pgpsam_jax import build, cost, sharding
+from pgpsam_jax.config import default_config, use_small_encoder
+from pgpsam_jax.step import init_state, make_predict_step
+
+SIZE, BATCH, MIDDLE, CLASSES = 16, 8, 5, 2
+
+
+class TwoProducts(nnx.Module):
+    """Three channels to MIDDLE by weights that train, then to CLASSES by weights that do not."""
+
+    def __init__(self):
+        self.first = nnx.Param(jnp.ones((3, MIDDLE)))
+        self.second = nnx.Variable(jnp.ones((MIDDLE, CLASSES)))
+
+    def __call__(self, images):
+        return {"final": images @ self.first[...] @ self.second[...]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """A jitted training step with the shapes of its arguments, lowered and compiled for them."""
+
+    graphdef: object
+    mesh: object
+    step: object
+    shapes: tuple
+    lowered: object
+    compiled: object
+
+    def record(self, config, lowered=None):
+        stages = lowered or self.lowered, self.compiled
+        return cost.of_step(config, self.mesh, self.graphdef, self.step, self.shapes, *stages)
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = default_config()
+    config.model.image_size, config.train.batch_size = SIZE, BATCH
+    return config
+
+
+@pytest.fixture(scope="module")
+def stages():
+    """A step of plain gradient descent on eight devices, one image each."""
+    graphdef, params, frozen = nnx.split(TwoProducts(), nnx.Param, ...)
+    optimizer, mesh = optax.sgd(0.1), sharding.make_mesh(data=8)
+    forward = make_predict_step(graphdef)
+
+    def train_step(state, frozen, batch):
+        images = batch["image"]
+        slope = jax.grad(lambda params: forward(params, frozen, images).sum())(state.params)
+        updates, _ = optimizer.update(slope, state.opt_state, state.params)
+        return dataclasses.replace(state, params=optax.apply_updates(state.params, updates))
+
+    state = init_state(params, optimizer, seed=0, epoch_size=BATCH)
+    batch = {"image": jax.ShapeDtypeStruct((BATCH, SIZE, SIZE), jnp.float32)}
+    whole = sharding.replicated(mesh)
+    placed = {"in_shardings": (whole, whole, sharding.batch_sharding(mesh))}
+    step = jax.jit(train_step, **placed, out_shardings=whole, donate_argnums=0)
+    shapes = jax.eval_shape(lambda *arguments: arguments, state, frozen, batch)
+    lowered = step.lower(*shapes)
+    return Stages(graphdef, mesh, step, shapes, lowered, lowered.compile())
+
+
+def test_a_step_by_hand(stages, config):
+    found = stages.record(config)
+    pixels = SIZE * SIZE
+    forward = 2 * pixels * (3 * MIDDLE + MIDDLE * CLASSES)
+    assert found["flops_per_image"]["forward"] == forward
+    # The gradient of a sum: back through the second product, then that of the first weights; none
+    # of the frozen ones, and the value is not asked for. The update is small.
+    backward = 2 * pixels * (CLASSES * MIDDLE + 3 * MIDDLE)
+    assert found["flops_per_image"]["training"] == pytest.approx(backward, rel=1e-3)
+    assert found["parameters"] == {"trained": 3 * MIDDLE, "frozen": MIDDLE * CLASSES}
+    assert found["devices"] == {"count": 8, "kind": "cpu", "platform": "cpu"}
+    assert (found["image_size"], found["batch_size"]) == (SIZE, BATCH)
+    state = 4 * (3 * MIDDLE + 3)  # weights, step, seed, epoch size
+    parts = found["step_bytes"]
+    # Of eight images a device holds one.
+    assert parts["arguments"] == state + 4 * MIDDLE * CLASSES + 4 * pixels
+    assert parts["aliased"] == state
+    assert parts["outputs"] >= state and parts["temporaries"] >= 0
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_devices_that_count_nothing(stages, config, monkeypatch):
+    """Behind a plugin (CUDA, TPU) a lowered program has no count: it is lowered for the host."""
+    known = stages.record(config)
+    silent = type("Lowered", (), {"cost_analysis": lambda self: None})()
+    found = stages.record(config, silent)
+    training = [one["flops_per_image"].pop("training") for one in (found, known)]
+    assert training[0] == pytest.approx(training[1], rel=1e-3)
+    assert found == known
+
+    def no_host(backend):
+        raise RuntimeError(f"no {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", no_host)
+    found = stages.record(config, silent)
+    assert found["flops_per_image"] == {"forward": None, "training": None}
+    assert found["step_bytes"] == known["step_bytes"]
+
+
+def products(jaxpr) -> float:
+    """FLOPs of the matrix products and convolutions of a jaxpr, two for a multiply-add."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        shapes = [getattr(variable.aval, "shape", ()) for variable in equation.invars]
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            depth = math.prod(shapes[0][axis] for axis in contracted)
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel, places = shapes[1], equation.params["dimension_numbers"].rhs_spec
+            depth = math.prod(kernel) // kernel[places[0]]
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
+        total += sum(map(products, jaxprs_in_params(equation.params)))
+    return total
+
+
+@pytest.mark.parametrize(("name", "preset"), sorted(build.METHODS))
+def test_forward_passes_are_their_products_and_little_else(name, preset):
+    """Against an own count; no loop whose body XLA would count once."""
+    config = default_config()
+    use_small_encoder(config)
+    config.model.name, config.model.preset, config.model.image_size = name, preset, 64
+    graphdef, *states = build.abstract_model(config, CLASSES + 1)
+    image = jax.ShapeDtypeStruct((1, 64, 64), jnp.float32)
+    traced = jax.jit(make_predict_step(graphdef)).trace(*states, image)
+    lowered, own = traced.lower(), products(traced.jaxpr.jaxpr)
+    assert "stablehlo.while" not in lowered.as_text()
+    assert own < lowered.cost_analysis()["flops"] < 1.15 * own
+
+
+def records(seconds, batch=BATCH):
+    """Of `metrics.jsonl`: an interval of two steps each, with these seconds per step."""
+    return [
+        {"step": 2 * place, "loss": 1.0, "images_per_second": batch / value}
+        for place, value in enumerate(seconds, start=1)
+    ]
+
+
+def test_step_time_by_hand():
+    found = cost.of_loop(records([5.0, 1.0, 2.0, 4.0, 3.0]), BATCH)
+    assert found["step_seconds"] == {"median": 3.0, "quartiles": [2.0, 4.0], "intervals": 5}
+    later = cost.of_loop(records([5.0, 1.0, 2.0, 4.0, 3.0]), BATCH, first=4)  # the last three
+    assert later["step_seconds"] == {"median": 3.0, "quartiles": [2.5, 3.5], "intervals": 3}
+    stuck = [{"step": 12, "images_per_second": 0.0}]
+    assert cost.of_loop(records([2.0]) + stuck, BATCH)["step_seconds"]["intervals"] == 1
+    assert "step_seconds" not in cost.of_loop([], BATCH)
+
+
+def test_peak_of_the_process():
+    """Linux keeps the same mark in /proc; nothing here needs a gigabyte more in between."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("no /proc on this system")
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    peaks = cost.of_loop([], BATCH)["peak_bytes"]
+    assert peaks["process"] == pytest.approx(1024 * int(line.split()[1]), rel=0.1)
+    assert peaks["device"] is None  # a CPU keeps no count
+
+
+def test_record_over_restarts(stages, config, tmp_path):
+    record = stages.record(config)
+    cost.update(tmp_path, records([1.0]))  # a run from before there were records: none is made up
+    assert not list(tmp_path.iterdir())
+    cost.begin(tmp_path, record, 0)
+    assert cost.read(tmp_path) == record | {"timed_from": 0}
+    cost.update(tmp_path, records([9.0, 9.0]))
+    cost.begin(tmp_path, record, 4)
+    cost.update(tmp_path, records([9.0, 9.0, 1.0]))
+    assert cost.read(tmp_path)["step_seconds"]["median"] == 9.0  # of both starts
+    elsewhere = record | {"devices": record["devices"] | {"kind": "fast"}}
+    cost.begin(tmp_path, elsewhere, 4)
+    assert "step_seconds" not in cost.read(tmp_path)
+    cost.update(tmp_path, records([9.0, 9.0, 1.0]))
+    assert cost.read(tmp_path)["step_seconds"]["median"] == 1.0  # of the new devices alone
+    (tmp_path / cost.FILE).write_text("{")
+    assert cost.read(tmp_path) == {}
+    cost.begin(tmp_path, record, 6)
+    assert cost.read(tmp_path)["timed_from"] == 6
+    assert [path.name for path in tmp_path.iterdir()] == [cost.FILE]
