@@ -56,7 +56,7 @@ def scatter_tokens(intra, inter, indices, tokens, intra_gain=1.0, inter_gain=1.0
     b, classes, k = indices.shape
     tokens = tokens.reshape(b, classes, k + 1, -1)
     rows = jnp.arange(b)[:, None]
-    update = inter_gain * tokens[:, :, 1:].reshape(b, classes * k, -1)
+    update = (inter_gain * tokens[:, :, 1:].reshape(b, classes * k, -1)).astype(inter.dtype)
     return intra + intra_gain * tokens[:, :, 0], inter.at[rows, indices.reshape(b, -1)].add(update)
 
 
