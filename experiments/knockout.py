@@ -58,19 +58,19 @@ def silenced(params, edits: dict):
 def knock_out(workdir) -> list[dict]:
     """Rows of `COLUMNS` for one trained run: every part it has, every test case, every class."""
     run = load_run(workdir)
-    _, cases, table = dataset.find_split(run.config)
+    split = dataset.find_split(run.config)
     predictors = {WHOLE: run.predictor}
     for part, edits in PARTS.items():
         params = silenced(run.predictor.params, edits)
         if params is not None:
             predictors[part] = run.predictor.with_params(params)
     rows = []
-    for case in tqdm(cases, desc=Path(workdir).name, unit="case"):
-        volume, truth = read_case(case, table)
+    for case in tqdm(split.test, desc=Path(workdir).name, unit="case"):
+        volume, truth = read_case(case, split.table)
         for part, predictor in predictors.items():
             prediction = predictor(volume)
             start = {"run": Path(workdir).name, "part": part, "case": case.case_id}
-            for k, name in enumerate(table.names[1:], 1):
+            for k, name in enumerate(split.table.names[1:], 1):
                 dice = metrics.dice(prediction == k, truth == k)
                 rows.append(start | {"class": name, "dice": dice})
     return rows

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from pgpsam_jax import weights
+from pgpsam_jax import checkpoint, weights
 from pgpsam_jax.config import total_steps
 from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
@@ -129,9 +129,9 @@ def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> 
     return base.digest
 
 
-def base_notice(settings: ConfigDict) -> str | None:
+def base_notice(settings: ConfigDict, workdir) -> str | None:
     """The warning that every print and report of a run with a random backbone carries."""
-    if settings.base:
+    if settings.base or checkpoint.frozen_origin(workdir):
         return None
     if settings.train_encoder == "full":
         return "The backbone was initialised at random and trained from scratch: no SAM weights."

@@ -2,8 +2,9 @@
 
 Orbax writes each into a temporary folder and renames it, in the background. A checkpoint has
 three parts: `params`, `progress` (optimiser state, step, seed) and `data` (grain's position), so
-that prediction reads `params` alone. Frozen weights live beside them once: by path and SHA-256
-of the converted SAM, or, for a random backbone, as `frozen.safetensors` in the workdir.
+that prediction reads `params` alone. Parameters that validation chose have a folder of their own.
+Frozen weights live beside them once: by path and SHA-256 of the converted SAM, or, for a random
+backbone, as `frozen.safetensors` in the workdir.
 """
 
 import dataclasses
@@ -23,25 +24,57 @@ from pgpsam_jax.step import TrainState
 from pgpsam_jax.weights import read_safetensors
 
 KEEP = 2
+FROZEN = "frozen.safetensors"
+BEST = "best"
 
 
-class Checkpoints:
-    """The `checkpoints` folder of a workdir."""
+class _Folder:
+    """Numbered checkpoints in a folder, of which the newest `keep` stay."""
 
-    def __init__(self, workdir):
-        self.folder = Path(workdir).absolute() / "checkpoints"
+    def __init__(self, folder, keep: int):
+        self.folder = Path(folder).absolute()
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Number of the newest complete checkpoint."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
+
+    def restore_params(self, abstract_params):
+        """Only the trained parameters of the newest checkpoint."""
+        return self._load({"params": abstract_params})["params"]
+
+    def _load(self, abstract: dict) -> dict:
+        if self.latest is None:
+            raise UserError(
+                f"{self.folder} holds no complete checkpoint; train first with "
+                "python -m pgpsam_jax.main --config CONFIG --workdir WORKDIR"
+            )
+        try:
+            return self._checkpointer.load_checkpointables(self.latest, abstract)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"checkpoint {self.folder / str(self.latest)} cannot be read ({reason}); "
+                "delete that folder to go on without it"
+            ) from None
+
+    def close(self) -> None:
+        """Wait for a save under way, and release the folder."""
+        self._checkpointer.close()
+
+
+class Checkpoints(_Folder):
+    """The `checkpoints` folder of a workdir, numbered by step."""
+
+    def __init__(self, workdir):
+        super().__init__(Path(workdir) / "checkpoints", KEEP)
 
     def save(self, state: TrainState, iterator) -> None:
         """Save in the background; the state may be donated right after the call."""
@@ -63,28 +96,49 @@ class Checkpoints:
         )
         return TrainState(params=parts["params"], **parts["progress"])
 
-    def restore_params(self, abstract_params):
-        """Only the trained parameters of the newest checkpoint."""
-        return self._load({"params": abstract_params})["params"]
 
-    def _load(self, abstract: dict) -> dict:
-        if self.latest is None:
-            raise UserError(
-                f"{self.folder} holds no complete checkpoint; train first with "
-                "python -m pgpsam_jax.main --config CONFIG --workdir WORKDIR"
-            )
-        try:
-            return self._checkpointer.load_checkpointables(self.latest, abstract)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"checkpoint {self.folder / str(self.latest)} cannot be read ({reason}); "
-                "delete that folder to go on from the one before"
-            ) from None
+class Best(_Folder):
+    """The `best` folder of a workdir: the parameters that did best on the validation cases.
 
-    def close(self) -> None:
-        """Wait for a save under way, and release the folder."""
-        self._checkpointer.close()
+    Numbered by improvement, not by step: a run that goes on from an older checkpoint may find a
+    better state at an earlier step than that of the last one kept.
+    """
+
+    def __init__(self, workdir):
+        super().__init__(Path(workdir) / BEST, 1)
+
+    @property
+    def record(self) -> dict | None:
+        """What was saved with them: their `step` and `score`."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.metrics
+
+    def save(self, params, step: int, score: float) -> None:
+        """Replace the parameters; they and the record appear together or not at all."""
+        number = 0 if self.latest is None else self.latest + 1
+        record = {"step": step, "score": score}
+        self._checkpointer.save_checkpointables(number, {"params": params}, metrics=record)
+
+
+def best_record(workdir) -> dict | None:
+    """The record of the `best` folder; None where validation has chosen nothing."""
+    if not (Path(workdir) / BEST).is_dir():
+        return None
+    best = Best(workdir)
+    record = best.record
+    best.close()
+    return record
+
+
+def restore_params(workdir, abstract_params, *, best: bool):
+    """The trained parameters of a workdir: the newest, or with `best` those validation chose.
+
+    Where it has chosen none yet, they are the newest too.
+    """
+    folder = (Best if best and best_record(workdir) else Checkpoints)(workdir)
+    params = folder.restore_params(abstract_params)
+    folder.close()
+    return params
 
 
 def _progress(state: TrainState) -> dict:
@@ -102,13 +156,20 @@ def abstract_like(tree, shardings):
     )
 
 
+def frozen_origin(workdir) -> str | None:
+    """Where a workdir's frozen weights come from: the path of a converted SAM, the name of a
+    converted checkpoint, "" for a random backbone; None where nothing is settled yet."""
+    record = Path(workdir) / "base.json"
+    return json.loads(record.read_text(encoding="utf-8"))["base"] if record.is_file() else None
+
+
 def settle_base(workdir, base: str, digest: str | None, frozen) -> None:
     """Pin the frozen weights of a workdir at its first use, and hold later uses to them.
 
     A converted SAM (`digest` given) is pinned by path and SHA-256. A random backbone is written
     into the workdir once and read back afterwards, so that the run does not hang on a seed.
     """
-    record, file = Path(workdir) / "base.json", Path(workdir) / "frozen.safetensors"
+    record, file = Path(workdir) / "base.json", Path(workdir) / FROZEN
     if not record.is_file():
         if digest is None:
             arrays = {name: np.asarray(leaf[...]) for name, leaf in flat_paths(frozen).items()}

@@ -1,5 +1,6 @@
 """What a run leaves behind as it trains: metrics.jsonl, the curve, TensorBoard, a progress bar."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -58,7 +59,7 @@ class RunLog:
         rate = (step - self._last_step) * self.batch_size / (now - self._last_time)
         self._last_step, self._last_time = step, now
         self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate:.1f} images/s")
-        record = {"step": step, **metrics, "images_per_second": round(rate, 3)}
+        record = {"step": step, **metrics, "images_per_second": float(f"{rate:.4g}")}
         self.records.append(record)
         if not self.writes:
             return
@@ -69,11 +70,15 @@ class RunLog:
                 self._board.add_scalar(name, value, step)
         if now - self._curve_time > _CURVE_SECONDS:
             self._curve_time = now
-            training_curve(self.records, self.workdir / "training.png")
+            with self.paused():
+                training_curve(self.records, self.workdir / "training.png")
 
-    def pause(self) -> None:
-        """Leave the time since the last record out of the next rate (saving, compiling)."""
-        self._last_time = time.perf_counter()
+    @contextlib.contextmanager
+    def paused(self):
+        """Leave the time inside (saving, validating) out of the next rate."""
+        start = time.perf_counter()
+        yield
+        self._last_time += time.perf_counter() - start
 
     def __enter__(self):
         return self

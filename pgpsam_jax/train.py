@@ -1,4 +1,4 @@
-"""Training, top to bottom: data, mesh, model, step, restore, loop, evaluation."""
+"""Training, top to bottom: data, mesh, model, step, restore, loop with validation, evaluation."""
 
 import functools
 import time
@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from pgpsam_jax import build, checkpoint, sharding
+from pgpsam_jax import build, checkpoint, cost, sharding, validation
 from pgpsam_jax import config as configuration
 from pgpsam_jax.data import dataset
+from pgpsam_jax.data.augment import augmentation_seed
 from pgpsam_jax.data.loader import make_loader
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.evaluate import evaluate
@@ -28,12 +29,19 @@ def train(config: ConfigDict, workdir) -> dict:
     workdir, watch = Path(workdir), Stopwatch(workdir)
     mesh = make_run_mesh(config)
     with watch("data"):
-        train_cases, test_cases, table = dataset.find_split(config)
+        split = dataset.find_split(config)
+    validation.check(config, split)
     resume = configuration.belongs_to(config, workdir)
+    if resume and not (workdir / "fewshot.txt").is_file():
+        raise UserError(
+            f"{workdir} was converted from a checkpoint and has neither a few-shot list nor an "
+            "optimiser state to go on from; use --mode evaluate, or train in another --workdir"
+        )
     with watch("model"):
-        graphdef, params, frozen, base_digest = build.init_model(config, table.num_classes)
+        graphdef, params, frozen, base_digest = build.init_model(config, split.table.num_classes)
     with watch("data"):
-        data = dataset.few_shot_data(config, train_cases, table, workdir, resume=resume)
+        data = dataset.few_shot_data(config, split.train, split.table, workdir, resume=resume)
+        held_out = dataset.validation_data(config, split, workdir)
     loader = make_loader(
         data.images,
         data.labels,
@@ -44,16 +52,18 @@ def train(config: ConfigDict, workdir) -> dict:
     )
     if not resume:  # everything that can be wrong has been looked at: the workdir is claimed
         data.list.write(workdir / "fewshot.txt")
-        write_json(workdir / "labels.json", table.to_json())
+        write_json(workdir / "labels.json", split.table.to_json())
         configuration.store(config, workdir)
     if jax.process_index() == 0:
         inputs = {"list": data.list.hash, "data": data.digest, "base": base_digest}
+        inputs |= {"validation": held_out.digest} if held_out else {}
         write_json(workdir / "provenance.json", provenance(**inputs))
     checkpoint.settle_base(workdir, config.model.base, base_digest, frozen)
 
     size, total = len(data.list), configuration.total_steps(config, len(data.list))
     optimizer = build.optimizer_of(config, size)
-    start = functools.partial(init_state, optimizer=optimizer, seed=config.seed, epoch_size=size)
+    seed = augmentation_seed(config.seed, build.step_config(config).augment)
+    start = functools.partial(init_state, optimizer=optimizer, seed=seed, epoch_size=size)
     abstract = jax.eval_shape(start, params)
     state_sharding = sharding.state_shardings(abstract, mesh)
     frozen_sharding = sharding.state_shardings(frozen, mesh)
@@ -66,7 +76,10 @@ def train(config: ConfigDict, workdir) -> dict:
         out_shardings=(state_sharding, sharding.replicated(mesh)),
         donate_argnums=0,
     )
-    print(announcement(config, mesh, data, table, params, frozen, total), flush=True)
+    print(
+        announcement(config, workdir, mesh, data, held_out, split.table, params, frozen, total),
+        flush=True,
+    )
     checkpoints = checkpoint.Checkpoints(workdir)
     if checkpoints.latest is not None:  # resume: the workdir's newest state
         state = checkpoints.restore(abstract, loader)
@@ -79,10 +92,16 @@ def train(config: ConfigDict, workdir) -> dict:
     if step < total:
         before = time.perf_counter()
         with watch("compile"):
-            train_step = train_step.lower(abstract, frozen, _abstract_batch(config, data, mesh))
-            train_step = train_step.compile()
-        print(_compile_report(train_step, time.perf_counter() - before), flush=True)
+            shapes = abstract, frozen, _abstract_batch(config, data, mesh)
+            lowered = train_step.lower(*shapes)
+            compiled = lowered.compile()
+        print(_compile_report(compiled, time.perf_counter() - before), flush=True)
+        spent = cost.of_step(config, mesh, graphdef, train_step, shapes, lowered, compiled)
+        cost.begin(workdir, spent, step)
+        train_step = compiled
     rate_at = build.learning_rate_of(config, size)
+    predictor = make_predictor(config, graphdef, state.params, frozen, mesh)
+    selection = held_out and validation.Selection(config, held_out, workdir, size, total)
     with watch("train"), RunLog(workdir, config.log, step, total, config.train.batch_size) as log:
         while step < total:
             batch = next(loader)
@@ -92,22 +111,31 @@ def train(config: ConfigDict, workdir) -> dict:
             log.advance()
             write = step % config.log.every_steps == 0 or step == total
             save = step % config.log.checkpoint_steps == 0 or step == total
-            if write or save:
+            judge = selection and selection.due(step)
+            if write or save or judge:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 _check_finite(values["loss"], step, batch["index"], workdir)
-            if write:
+            if judge:
+                with watch("validate"), log.paused():
+                    score = selection.judge(predictor.with_params(state.params), step)
+                values["validation_score"] = score
+            if write or judge:
                 log.write(step, values | {"learning_rate": rate_at(step)})
             if save:
-                with watch("checkpoint"):
+                with watch("checkpoint"), log.paused():
                     checkpoints.save(state, loader)
                 watch.store()
-                log.pause()
+                cost.update(workdir, log.records)
+    params = state.params
     with watch("checkpoint"):
         checkpoints.close()
+        if selection:
+            selection.close()
+            params = checkpoint.restore_params(workdir, abstract.params, best=True)
     loader.close()
-    predictor = make_predictor(config, graphdef, state.params, frozen, mesh)
+    watch.seconds.pop("evaluate", None)  # of an evaluation that this one takes the place of
     with watch("evaluate"):
-        summary = run_evaluation(config, workdir, predictor, test_cases, table, data.list.entries)
+        summary = run_evaluation(config, workdir, predictor.with_params(params), split)
     watch.store()
     return summary
 
@@ -122,26 +150,28 @@ def _check_finite(loss: float, step: int, rows, workdir) -> None:
 
 
 def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
-    """Score the newest checkpoint of a workdir: `--mode evaluate`."""
+    """Score a workdir's parameters, newest or best, again: `--mode evaluate`."""
     stored = configuration.load_config(workdir)
     if config is None:
         config = stored
     configuration.belongs_to(config, workdir)
-    _, test_cases, table = dataset.find_split(config)
-    predictor = load_predictor(config, workdir, table.num_classes)
-    entries = dataset.stored_list(workdir).entries
-    return run_evaluation(config, workdir, predictor, test_cases, table, entries)
+    split = dataset.find_split(config)
+    predictor = load_predictor(config, workdir, split.table.num_classes)
+    return run_evaluation(config, workdir, predictor, split)
 
 
 def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
-    """The newest checkpoint of a workdir, ready for volumes."""
+    """The trained parameters of a workdir, newest or best, ready for volumes."""
     mesh = make_run_mesh(config)
-    checkpoints = checkpoint.Checkpoints(workdir)
+    if (Path(workdir) / checkpoint.FROZEN).is_file():  # it needs no other backbone
+        config = config.copy_and_resolve_references()
+        config.model.base = ""
     graphdef, params, frozen, digest = build.init_model(config, num_classes)
     checkpoint.settle_base(workdir, config.model.base, digest, frozen)
     abstract = checkpoint.abstract_like(params, sharding.state_shardings(params, mesh))
-    params = checkpoints.restore_params(abstract)
-    checkpoints.close()
+    params = checkpoint.restore_params(workdir, abstract, best=validation.is_on(config))
+    if notice := validation.notice(config, workdir):
+        print(notice, flush=True)
     frozen = jax.device_put(frozen, sharding.state_shardings(frozen, mesh))
     return make_predictor(config, graphdef, params, frozen, mesh)
 
@@ -153,28 +183,32 @@ def make_predictor(config: ConfigDict, graphdef, params, frozen, mesh) -> Predic
         frozen,
         image_size=config.model.image_size,
         window=config.data.window,
+        levels=config.data.levels,
         batch_size=config.eval.batch_size,
         mesh=mesh,
     )
 
 
-def run_evaluation(config: ConfigDict, workdir, predictor, test_cases, table, entries) -> dict:
+def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split) -> dict:
     """Write `<workdir>/evaluation` and print its table."""
-    notices, options = [build.base_notice(config.model)], {}
+    notices = [build.base_notice(config.model, workdir), validation.notice(config, workdir)]
+    options = {}
     if config.data.split == "within_volume":
         notices.append(
             "Training and scored slices come from the same volumes: no claim of generalisation. "
             f'Scored are the slices of the few-shot pool ("{config.fewshot.pool}") that were not '
             "trained on."
         )
-        options["region_of"] = dataset.unseen_slices(config, table, entries)
+        entries = dataset.stored_list(workdir).entries
+        options["region_of"] = dataset.unseen_slices(config, split.table, entries)
     folder = Path(workdir) / "evaluation"
     summary = evaluate(
         predictor,
-        test_cases,
-        table,
+        split.test,
+        split.table,
         folder,
         nsd_tolerance_mm=config.eval.nsd_tolerance_mm,
+        min_pixels=config.fewshot.min_pixels,
         overlays=config.eval.overlays,
         notices=[notice for notice in notices if notice],
         **options,
@@ -195,10 +229,10 @@ def make_run_mesh(config: ConfigDict):
     return mesh
 
 
-def announcement(config, mesh, data, table, params, frozen, total: int) -> str:
+def announcement(config, workdir, mesh, data, held_out, table, params, frozen, total: int) -> str:
     """What a run is, before it starts: devices, precision, batch, data, labels, parameters."""
     devices = mesh.devices.ravel()
-    notice = build.base_notice(config.model)
+    notice = build.base_notice(config.model, workdir)
     lines = [
         f"devices    {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
         f"mesh {dict(mesh.shape)}, {jax.process_count()} process(es)",
@@ -210,6 +244,11 @@ def announcement(config, mesh, data, table, params, frozen, total: int) -> str:
         f"labels     {', '.join(f'{i} {name}' for i, name in enumerate(table.names))}",
         report(params, frozen),
     ]
+    if held_out:
+        lines[-1:-1] = [
+            f"validation {len(held_out.images)} slices of {held_out.cases} case(s) every "
+            f"{config.validation.every_epochs} epoch(s); the best parameters are kept"
+        ]
     if notice:
         lines = [f"!!! {notice}", *lines]
     return "\n".join(lines)

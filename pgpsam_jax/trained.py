@@ -24,7 +24,10 @@ from pgpsam_jax.train import load_predictor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedRun:
-    """A workdir's newest checkpoint: `label_names` has K names, the background first."""
+    """A workdir's newest parameters, or those that validation chose (`config.validation`).
+
+    `label_names` has K names, the background first.
+    """
 
     workdir: Path
     config: ConfigDict
@@ -64,7 +67,8 @@ class TrainedRun:
         """Some slices as the network sees them, (N, S, S) in [0, 1]."""
         array = as_volume(volume).array
         fit = Fit.of(array.shape[1:], self.config.model.image_size)
-        return model_slices(array[list(slices)], self.predictor.window, fit)
+        predictor = self.predictor
+        return model_slices(array[list(slices)], predictor.window, fit, predictor.levels)
 
     @functools.cached_property
     def _passes(self):
@@ -77,7 +81,7 @@ class TrainedRun:
 
 
 def load_run(workdir) -> TrainedRun:
-    """The newest checkpoint of a training workdir, ready to use; `UserError` if there is none."""
+    """The trained parameters of a workdir, ready to use; `UserError` if there are none."""
     config = load_config(workdir)
     names = tuple(load_label_table(Path(workdir) / "labels.json").names)
     return TrainedRun(Path(workdir), config, names, load_predictor(config, workdir, len(names)))

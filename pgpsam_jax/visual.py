@@ -29,6 +29,7 @@ _KNOWN = dict(zip(_ORGANS, _CYCLE, strict=True)) | dict(
 )
 _OUTLINE = [patheffects.withStroke(linewidth=2, foreground="black")]
 _DPI = 110
+_SIDES = ("validation_score", "lr", "learning_rate", "gradient_norm", "images_per_second")
 _GAP = 0.08  # inches between panels
 _MARGIN = 0.15
 
@@ -219,7 +220,7 @@ def note(size) -> dict:
 
 
 def training_curve(records, path) -> None:
-    """Refresh the picture of a run: losses, learning rate, gradient norm, throughput.
+    """Refresh the picture of a run: losses, validation, learning rate, gradient, throughput.
 
     records: dictionaries of `metrics.jsonl` with `step` and numbers; only what is there is drawn.
     Faint lines are the records, strong ones a running mean over a fiftieth of them.
@@ -228,10 +229,11 @@ def training_curve(records, path) -> None:
         return
     keys = dict.fromkeys(key for record in records for key in record)
     losses = [key for key in keys if re.search(r"(^|_)(loss|ce|dice)($|_)", key)]
-    sides = [k for k in ("lr", "learning_rate", "gradient_norm", "images_per_second") if k in keys]
+    sides = [key for key in _SIDES if key in keys]
     figure = Figure(figsize=(10, 4.5), dpi=_DPI)
     # Fixed margins: a layout engine would draw everything twice.
-    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.11, top=0.93, wspace=0.3, hspace=0.55)
+    gap = 0.55 if len(sides) < 4 else 0.9
+    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.11, top=0.93, wspace=0.3, hspace=gap)
     grid = figure.add_gridspec(max(1, len(sides)), 3)
     main = figure.add_subplot(grid[:, :2] if sides else grid[:, :])
     for place, key in enumerate(losses):

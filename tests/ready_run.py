@@ -13,10 +13,10 @@ from pgpsam_jax.step import init_state
 def ready_run(root, workdir, **settings):
     """Random weights as checkpoint 6, its label table, few-shot list and evaluation; `workdir`."""
     config = config_for(root, eval__overlays=False, **settings)
-    _, test_cases, table = dataset.find_split(config)
+    split = dataset.find_split(config)
+    table = split.table
     _, params, frozen, digest = build.init_model(config, table.num_classes)
-    entries = [("a", 4), ("b", 5)]
-    fewshot.FewShotList(entries, {"rule": "by hand"}).write(workdir / "fewshot.txt")
+    fewshot.FewShotList([("a", 4), ("b", 5)], {"rule": "by hand"}).write(workdir / "fewshot.txt")
     write_json(workdir / "labels.json", table.to_json())
     train.configuration.store(config, workdir)
     checkpoint.settle_base(workdir, config.model.base, digest, frozen)
@@ -30,5 +30,5 @@ def ready_run(root, workdir, **settings):
     checkpoints.close()
     loader.close()
     predictor = train.load_predictor(config, workdir, table.num_classes)
-    train.run_evaluation(config, workdir, predictor, test_cases, table, entries)
+    train.run_evaluation(config, workdir, predictor, split)
     return workdir

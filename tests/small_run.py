@@ -35,6 +35,13 @@ def write_data(root, cases=("a", "b", "c"), seed=0):
     return root
 
 
+def hold_out(root, validation):
+    """Make one of the training cases of `write_data` the validation case."""
+    split = json.loads((root / "split.json").read_text())
+    split["train"].remove(validation)
+    (root / "split.json").write_text(json.dumps(split | {"validation": [validation]}))
+
+
 def config_for(root, **settings):
     """Configuration of a few steps on `write_data`'s folder; settings as `model__k=2`."""
     config = default_config()

@@ -128,13 +128,26 @@ def products(jaxpr) -> float:
             kernel, places = shapes[1], equation.params["dimension_numbers"].rhs_spec
             depth = math.prod(kernel) // kernel[places[0]]
             total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
-        total += sum(map(products, jaxprs_in_params(equation.params)))
+        inner = sum(map(products, jaxprs_in_params(equation.params)))
+        total += inner * (equation.params["length"] if equation.primitive.name == "scan" else 1)
     return total
+
+
+def looped_products(jaxpr) -> float:
+    """Those of them that are in loops, of which XLA counts one round."""
+    inside = 0.0
+    for equation in jaxpr.eqns:
+        inner = list(jaxprs_in_params(equation.params))
+        if equation.primitive.name == "scan":
+            inside += equation.params["length"] * sum(map(products, inner))
+        else:
+            inside += sum(map(looped_products, inner))
+    return inside
 
 
 @pytest.mark.parametrize(("name", "preset"), sorted(build.METHODS))
 def test_forward_passes_are_their_products_and_little_else(name, preset):
-    """Against an own count; no loop whose body XLA would count once."""
+    """Against an own count; next to nothing is in loops, whose bodies XLA counts once."""
     config = default_config()
     use_small_encoder(config)
     config.model.name, config.model.preset, config.model.image_size = name, preset, 64
@@ -142,8 +155,9 @@ def test_forward_passes_are_their_products_and_little_else(name, preset):
     image = jax.ShapeDtypeStruct((1, 64, 64), jnp.float32)
     traced = jax.jit(make_predict_step(graphdef)).trace(*states, image)
     lowered, own = traced.lower(), products(traced.jaxpr.jaxpr)
-    assert "stablehlo.while" not in lowered.as_text()
-    assert own < lowered.cost_analysis()["flops"] < 1.15 * own
+    looped = looped_products(traced.jaxpr.jaxpr)  # release at 64 px 1.5 %, ViT-b at 512 px 0.05 %
+    assert looped < 0.02 * own
+    assert own - looped < lowered.cost_analysis()["flops"] < 1.15 * own
 
 
 def records(seconds, batch=BATCH):

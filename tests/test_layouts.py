@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from pgpsam_jax.data.layouts import (
     BTCV_TEST,
+    BTCV_TEST_6,
     BTCV_TRAIN,
+    BTCV_VALIDATION_6,
     Case,
     find_cases,
     safe_case_id,
@@ -123,12 +125,25 @@ def ids_of(cases):
 
 def test_btcv_split():
     ids = [f"{i:04d}" for i in (*range(1, 11), *range(21, 41))]
-    train, test = split_cases(cases_of(ids), "btcv_18_12")
+    train, validation, test = split_cases(cases_of(ids), "btcv_18_12")
     assert [int(i) for i in ids_of(train)] == list(BTCV_TRAIN) and len(train) == 18
+    assert validation == []
     assert [int(i) for i in ids_of(test)] == list(BTCV_TEST) and len(test) == 12
     assert sorted(ids_of(train) + ids_of(test)) == ids
     with pytest.raises(UserError, match="not in the data: 40, 5"):
         split_cases(cases_of(set(ids) - {"0005", "0040"}), "btcv_18_12")
+
+
+def test_btcv_split_of_the_release():
+    ids = [f"{i:04d}" for i in (*range(1, 11), *range(21, 41))]
+    train, validation, test = split_cases(cases_of(ids), "btcv_18_6_6")
+    assert [int(i) for i in ids_of(train)] == list(BTCV_TRAIN)
+    assert [int(i) for i in ids_of(validation)] == list(BTCV_VALIDATION_6)
+    assert [int(i) for i in ids_of(test)] == list(BTCV_TEST_6)
+    assert len(validation) == len(test) == 6
+    assert sorted(BTCV_VALIDATION_6 + BTCV_TEST_6) == list(BTCV_TEST)
+    with pytest.raises(UserError, match="not in the data: 36"):
+        split_cases(cases_of(set(ids) - {"0036"}), "btcv_18_6_6")
 
 
 def test_file_split(tmp_path):
@@ -138,8 +153,13 @@ def test_file_split(tmp_path):
         file.write_text(json.dumps(value))
         return split_cases(cases_of(["a", "b", "0007"]), "file", file=file)
 
-    train, test = split({"train": [7, "a"], "test": ["b"]})
-    assert (ids_of(train), ids_of(test)) == (["0007", "a"], ["b"])
+    train, validation, test = split({"train": [7, "a"], "test": ["b"]})
+    assert (ids_of(train), validation, ids_of(test)) == (["0007", "a"], [], ["b"])
+    parts = split({"validation": ["a"], "train": [7], "test": ["b"]})
+    assert list(map(ids_of, parts)) == [["0007"], ["a"], ["b"]]
+    for double in ({"train": ["a"], "test": ["b"]}, {"train": [7], "test": ["a"]}):
+        with pytest.raises(UserError, match="twice, which would leak: a"):
+            split(double | {"validation": ["a"]})
     with pytest.raises(UserError, match="not in the data: c"):
         split({"train": ["a"], "test": ["c"]})
     with pytest.raises(UserError, match="twice, which would leak: 7"):
@@ -152,7 +172,10 @@ def test_file_split(tmp_path):
         {"train": ["a"], "test": []},
         {"train": "a", "test": ["b"]},
         {"train": ["a"], "test": [None]},
-        {"train": ["a"], "test": ["b"], "val": []},
+        {"train": ["a"], "test": ["b"], "val": ["a"]},
+        {"train": ["a"], "test": ["b"], "validation": []},
+        {"train": ["a"], "test": ["b"], "validation": 7},
+        {"train": ["a"], "validation": ["b"]},
     ):
         with pytest.raises(UserError, match="must be"):
             split(bad)
@@ -165,25 +188,47 @@ def test_file_split(tmp_path):
 @given(st.integers(2, 20), st.floats(0.01, 0.99), st.integers(0, 9))
 def test_fraction_split(count, fraction, seed):
     cases = cases_of(range(count))
-    train, test = split_cases(cases, "fraction", test_fraction=fraction, seed=seed)
+    train, validation, test = split_cases(cases, "fraction", test_fraction=fraction, seed=seed)
     assert sorted(ids_of(train + test)) == sorted(ids_of(cases)) and train and test
+    assert validation == []
     assert len(test) == min(max(round(fraction * count), 1), count - 1)
     again = split_cases(cases[::-1], "fraction", test_fraction=fraction, seed=seed)
-    assert again == (train, test)
+    assert again == (train, [], test)
+
+
+@given(st.integers(3, 20), st.floats(0.01, 0.5), st.floats(0.01, 0.5), st.integers(0, 9))
+def test_fraction_split_with_validation(count, fraction, held_out, seed):
+    cases, settings = cases_of(range(count)), {"test_fraction": fraction, "seed": seed}
+    wanted = [max(round(part * count), 1) for part in (held_out, fraction)]
+    if sum(wanted) >= count:
+        with pytest.raises(UserError, match="leave one of the"):
+            split_cases(cases, "fraction", validation_fraction=held_out, **settings)
+        return
+    parts = split_cases(cases, "fraction", validation_fraction=held_out, **settings)
+    assert sorted(i for part in parts for i in ids_of(part)) == sorted(ids_of(cases))
+    assert list(map(len, parts[1:])) == wanted and parts[0]
+    assert parts[2] == split_cases(cases, "fraction", **settings)[2]  # the same test cases
+    again = split_cases(cases[::-1], "fraction", validation_fraction=held_out, **settings)
+    assert again == parts
 
 
 def test_other_splits():
     cases = cases_of("abcdefghij")
     drawn = {
-        tuple(ids_of(split_cases(cases, "fraction", test_fraction=0.3, seed=s)[1]))
+        tuple(ids_of(split_cases(cases, "fraction", test_fraction=0.3, seed=s)[2]))
         for s in range(5)
     }
     assert len(drawn) > 1
-    assert split_cases(cases, "within_volume") == (cases, cases)
+    assert split_cases(cases, "within_volume") == (cases, [], cases)
     for fraction in (None, 0, 1, 2):
         with pytest.raises(UserError, match="0 < test_fraction < 1"):
             split_cases(cases, "fraction", test_fraction=fraction)
     with pytest.raises(UserError, match="within_volume"):
         split_cases(cases[:1], "fraction", test_fraction=0.5)
+    for held_out in (-0.1, 1.0):
+        with pytest.raises(UserError, match=r"must lie in \[0, 1\)"):
+            split_cases(cases, "fraction", test_fraction=0.3, validation_fraction=held_out)
+    with pytest.raises(UserError, match="which split 'within_volume' does not use"):
+        split_cases(cases, "within_volume", validation_fraction=0.2)
     with pytest.raises(UserError, match="unknown split"):
         split_cases(cases, "random")

@@ -17,6 +17,7 @@ from pgpsam_jax.data.geometry import Fit, logits_to_native
 from pgpsam_jax.data.nibabel_image import from_nibabel
 from pgpsam_jax.data.nifti import read_image
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.models.mask_decoder import upsample_logits
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,12 @@ def test_the_model_gives_the_logits_behind_the_mask(run, root):
     shape = volume.array.shape[1:]
     native = logits_to_native(logits, Fit.of(shape, 32), shape)
     assert np.mean(np.argmax(native, -1) == run.predictor(volume)) > 0.999  # ties may differ
+    inputs = run.inputs(volume, range(len(volume.array)))
+    assert len(inputs) > run.predictor.batch_size
+    slices, own = run.predictor.slices(inputs), upsample_logits(logits, (32, 32))
+    assert slices.shape == inputs.shape and slices.dtype == np.uint8
+    assert np.mean(np.argmax(own, -1) == slices) > 0.999
+    assert run.predictor._predict._cache_size() == 1  # the network was compiled once for both
 
 
 def images(rng):

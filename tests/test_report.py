@@ -12,28 +12,29 @@ from pgpsam_jax.evaluation.protocols import COLUMNS, METRICS, score_case
 from pgpsam_jax.evaluation.report import (
     format_markdown,
     read_cases,
+    read_slices,
     summarise,
     write_evaluation,
 )
 
 NAN = float("nan")
 NAMES = ("background", "spleen", "liver", "aorta")
-# case -> class -> (status, strict dice, hd95, nsd, transunet dice, hd95)
+# case -> class -> (status, strict dice, hd95, nsd, transunet dice, hd95, release dice)
 SCORES = {
     "a": {
-        "spleen": ("ok", 0.8, 4.0, 0.9, 0.8, 2.0),
-        "liver": ("missed", 0.0, NAN, 0.0, 0.0, 0.0),
-        "aorta": ("both_empty", NAN, NAN, NAN, 0.0, 0.0),
+        "spleen": ("ok", 0.8, 4.0, 0.9, 0.8, 2.0, 0.9),
+        "liver": ("missed", 0.0, NAN, 0.0, 0.0, 0.0, 0.0),
+        "aorta": ("both_empty", NAN, NAN, NAN, 0.0, 0.0, NAN),
     },
     "b": {
-        "spleen": ("ok", 0.6, 8.0, 0.5, 0.6, 5.0),
-        "liver": ("ok", 0.9, 2.0, 0.7, 0.9, 1.0),
-        "aorta": ("both_empty", NAN, NAN, NAN, 0.0, 0.0),
+        "spleen": ("ok", 0.6, 8.0, 0.5, 0.6, 5.0, 0.7),
+        "liver": ("ok", 0.9, 2.0, 0.7, 0.9, 1.0, 0.9),
+        "aorta": ("both_empty", NAN, NAN, NAN, 0.0, 0.0, NAN),
     },
     "c": {
-        "spleen": ("both_empty", NAN, NAN, NAN, 0.0, 0.0),
-        "liver": ("hallucinated", 0.0, NAN, 0.0, 1.0, 0.0),
-        "aorta": ("both_empty", NAN, NAN, NAN, 0.0, 0.0),
+        "spleen": ("both_empty", NAN, NAN, NAN, 0.0, 0.0, NAN),
+        "liver": ("hallucinated", 0.0, NAN, 0.0, 1.0, 0.0, NAN),
+        "aorta": ("both_empty", NAN, NAN, NAN, 0.0, 0.0, NAN),
     },
 }
 
@@ -85,6 +86,39 @@ def test_transunet_means_count_every_case():
     assert "nsd" not in transunet["per_class"]["spleen"]
 
 
+def make_slices():
+    """Slices of make_rows' cases: spleen 0.8, -, 0.4; liver 0, 0.5, 1; the aorta in none."""
+    scores = {("a", 3): (0.8, 0.0, NAN), ("a", 4): (NAN, 0.5, NAN), ("b", 3): (0.4, 1.0, NAN)}
+    return [
+        {"case": case, "slice": index, "class": name, "dice": value}
+        for (case, index), values in scores.items()
+        for name, value in zip(NAMES[1:], values, strict=True)
+    ]
+
+
+def test_release_means_by_hand():
+    release = summarise(make_rows(), make_slices())["release"]
+    # Volumes: spleen (0.9 + 0.7) / 2, liver (0 + 0.9) / 2; cases a 0.45, b 0.8, c has neither.
+    assert release["dice_class_mean"] == pytest.approx((0.8 + 0.45) / 2)
+    assert release["dice_case_mean"] == pytest.approx((0.45 + 0.8) / 2)
+    # Slices: spleen (0.8 + 0.4) / 2, liver (0 + 0.5 + 1) / 3; items 0.4, 0.5 and 0.7.
+    assert release["slice_mcdice"] == pytest.approx((0.6 + 0.5) / 2)
+    assert release["slice_dice"] == pytest.approx((0.4 + 0.5 + 0.7) / 3)
+    assert release["n_slices"] == 3
+    organs = {n: (e["slice_dice"], e["n_slices"]) for n, e in release["per_class"].items()}
+    assert organs["aorta"] == (None, 0)
+    assert organs["spleen"] == (pytest.approx(0.6), 2) and organs["liver"][1] == 3
+    assert not {"hd95", "nsd", "n_hd95"} & set(release["per_class"]["spleen"])
+
+
+def test_tables_of_before_have_no_release():
+    old = [row for row in make_rows() if row["protocol"] != "release"]
+    summary = summarise(old)
+    assert set(summary) == {"strict", "transunet", "n_cases"}
+    page = format_markdown(summary)
+    assert "mcDice" not in page.split("- Columns")[0] and "| spleen | 2 |" in page
+
+
 def test_interval_is_the_t_interval_over_cases():
     strict = summarise(make_rows())["strict"]
     for scores, sd, ends in (
@@ -109,9 +143,10 @@ def test_files_schema_and_round_trip(tmp_path):
         "odd": {"nan": NAN, "path": tmp_path},
         "notices": ["backbone randomly initialised"],
     }
-    summary = write_evaluation(rows, tmp_path / "evaluation", NAMES, meta)
+    summary = write_evaluation(rows, tmp_path / "evaluation", NAMES, meta, make_slices())
     folder = tmp_path / "evaluation"
-    assert {path.name for path in folder.iterdir()} == {"cases.csv", "summary.json", "summary.md"}
+    names = {"cases.csv", "slices.csv", "summary.json", "summary.md"}
+    assert {path.name for path in folder.iterdir()} == names
 
     def refuse(token):
         raise AssertionError(f"{token} is not JSON")
@@ -131,9 +166,17 @@ def test_files_schema_and_round_trip(tmp_path):
     lines = (folder / "cases.csv").read_text().splitlines()
     assert lines[0] == ",".join(COLUMNS)
     assert lines[2] == "a,1,spleen,strict,hd95,4.0,7,9,ok"
-    assert lines[7] == "a,2,liver,strict,hd95,nan,7,9,missed"
+    assert lines[8] == "a,2,liver,strict,hd95,nan,7,9,missed"
     np.testing.assert_equal(read_cases(folder / "cases.csv"), rows)
-    assert summarise(read_cases(folder / "cases.csv")) == summarise(rows)
+    slices = read_slices(folder / "slices.csv")
+    np.testing.assert_equal(slices, make_slices())
+    assert (folder / "slices.csv").read_text().splitlines()[:2] == [
+        "case,slice,class,dice",
+        "a,3,spleen,0.8",
+    ]
+    again = summarise(read_cases(folder / "cases.csv"), slices)
+    assert again == summarise(rows, make_slices())
+    assert again.items() <= summary.items()
 
 
 def test_csv_keeps_every_bit_and_awkward_names(tmp_path):
@@ -149,10 +192,21 @@ def test_csv_keeps_every_bit_and_awkward_names(tmp_path):
 
 def test_markdown_table(tmp_path):
     meta = {"nsd_tolerance_mm": 1.5, "notices": ["backbone randomly\ninitialised"]}
-    write_evaluation(make_rows(), tmp_path, NAMES, meta)
+    write_evaluation(make_rows(), tmp_path, NAMES, meta, make_slices())
     page = (tmp_path / "summary.md").read_text().splitlines()
     assert page[2] == "> **Note:** backbone randomly initialised"
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in page if "|" in line]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page if "|" in line]
+    table, release = lines[:7], lines[7:]
+    assert [line[1:] for line in release[2:]] == [
+        ["2", "0.800", "2", "0.600"],
+        ["2", "0.450", "3", "0.500"],
+        ["0", "n/a", "0", "n/a"],
+        ["3", "0.625", "3", "0.550"],
+        ["3", "0.625", "3", "0.533"],
+    ]
+    assert [line[0] for line in release] == [
+        *("organ (`release`)", "---", *NAMES[1:], "**mcDice**", "**Dice**"),
+    ]
     assert len(table) == 2 + 3 + 2 and {len(line) for line in table} == {12}
     cells = {line[0]: dict(zip(table[0], line, strict=True)) for line in table[2:]}
     assert cells["spleen"]["Dice"] == "0.700" and cells["spleen"]["n"] == "2"

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from grid_folder import made_up, read_csv, write_grid, write_run
+from grid_folder import cost_record, made_up, read_csv, write_grid, write_run
 from matplotlib.image import imread
 from small_run import config_for, write_data
 
@@ -21,13 +21,13 @@ from pgpsam_jax.evaluation.protocols import score_case
 from pgpsam_jax.evaluation.report import write_evaluation
 from pgpsam_jax.report import __main__ as program
 from pgpsam_jax.report import prototypes
-from pgpsam_jax.report.charts import CHARTS, redraw
+from pgpsam_jax.report.charts import CHARTS, cost_charts, redraw
 from pgpsam_jax.report.css import stylesheet
 from pgpsam_jax.report.page import write_report
 from pgpsam_jax.report.pictures import failures
 from pgpsam_jax.report.series import groups_of
 from pgpsam_jax.report.style import DARK, LIGHT, Picture, draw, new_figure
-from pgpsam_jax.runs import STATE, read_run
+from pgpsam_jax.runs import STATE, read_grid, read_run
 
 HOSTILE = '<script>alert("x")</script> & $\\frac$ <b>'
 NAMES = ("background", "liver", "spleen")
@@ -109,7 +109,7 @@ def write_scored(root, workdir, name="small", split="file"):
     config.name = name
     workdir.mkdir(parents=True)
     configuration.store(config, workdir)
-    _, tests, table = dataset.find_split(config)
+    _, _, tests, table = dataset.find_split(config)
     (workdir / "labels.json").write_text(json.dumps(table.to_json()))
     rows = []
     for case in [case for case in tests if case.case_id != "a"]:
@@ -270,6 +270,50 @@ def test_charts_of_a_grid(half):
         case = row["case"]
         want = 0.0 if case == "0003" else np.mean(ten[case]) - np.mean(one[case])
         assert float(row["difference"]) == pytest.approx(want, abs=1e-12)
+
+
+def test_page_of_a_run_that_recorded_its_cost(tmp_path):
+    workdir = write_run(tmp_path / "r", None, cost=cost_record(0.625))
+    page = check_self_contained(write_report(workdir))
+    assert "Cost Parameters, operations, time and memory" in page.words
+    assert page.words.count("0.6250 GFLOP") == 1 and "Not evaluated yet." in page.words
+    assert check_figures(workdir / "report" / "figures") == {"training", "timing"}
+
+
+def priced(folder, costs):
+    """A grid of two rows and seeds with the Dice 70 and 80 % of `one`, 60 % of `two`."""
+    levels = {("one", 0): 0.7, ("one", 1): 0.8, ("two", 0): 0.6, ("two", 1): 0.6}
+    scores = lambda row, seed: {case: [levels[row, seed]] * 2 for case in ("a", "b")}  # noqa: E731
+    rows = {"one": {}, "two": {"model.k": 2}}
+    return write_grid(folder, rows, (0, 1), scores=scores, costs=costs)
+
+
+def test_cost_of_a_grid(tmp_path):
+    """A section with its table, apart from the results, and a chart of what differs."""
+
+    def costs(row, seed):
+        return cost_record(0.5 if row == "one" else 20.0, 0.2 + 0.2 * seed, 100)
+
+    folder = priced(tmp_path / "g", costs)
+    page = check_self_contained(write_report(folder))
+    assert page.words.count("operations, time and memory") == 1
+    assert "Cost Parameters, operations, time and memory" in page.words
+    assert "0.300 (0.200 to 0.400)" in page.words
+    assert "cost" in check_figures(folder / "report" / "figures")
+    forward, seconds, memory = redraw(folder / "report" / "figures", "cost", LIGHT).axes
+    assert forward.get_xscale() == "log" and seconds.get_xlim()[0] == 0 == memory.get_xlim()[0]
+    for ax, wanted in ((forward, (0.5, 20)), (seconds, (0.3, 0.3)), (memory, (100, 100))):
+        middles = [line.get_xydata() for line in ax.lines if line.get_marker() in "os"]
+        np.testing.assert_allclose(middles, [[(wanted[0], 75)], [(wanted[1], 60)]])
+
+
+def test_rows_of_one_cost_have_no_chart(tmp_path):
+    """Time alone differs by chance; without any record there is nothing to draw either."""
+    same = priced(tmp_path / "same", lambda row, seed: cost_record(seconds=1 + seed))
+    none = priced(tmp_path / "none", lambda row, seed: None)
+    one = priced(tmp_path / "one", lambda row, seed: cost_record() if row == "one" else None)
+    for folder in (same, none, one):
+        assert cost_charts(groups_of(read_grid(folder)), tmp_path) == []
 
 
 def test_nothing_finished_yet(tmp_path):

@@ -58,9 +58,11 @@ def test_finished_grid_by_hand(tmp_path):
     )
     tables = grid_tables(grid)
     assert_well_formed(tables)
-    assert len(tables) == 5 and tables[0].title == "A study (phantom): Dice (`strict`)"
-    for protocol in ("strict", "transunet"):
+    assert len(tables) == 6 and tables[0].title == "A study (phantom): Dice (`strict`)"
+    for protocol in ("strict", "transunet", "release"):
         line = cells(by_title(tables, f": Dice (`{protocol}`)"), "full")
+        slices = line.pop("slice Dice", None), line.pop("slice mcDice", None)
+        assert slices == (("37.50 ± 3.54",) * 2 if protocol == "release" else (None, None))
         assert line == {
             **{"row": "full", "seeds": "2/2", "n": "12", "liver": "85.00", "spleen": "65.00"},
             **{"class mean": "75.00 ± 7.07", "case mean": "75.00 ± 7.07"},
@@ -151,7 +153,7 @@ def test_unequal_cases_tolerances_and_masks_are_said(tmp_path):
     tables = grid_tables(read_grid(path))
     assert_well_formed(tables)
     assert cells(tables[0], "short")["n"] == "5" and cells(tables[0], "full")["n"] == "12"
-    for table in (tables[0], tables[1], by_title(tables, "case mean")):
+    for table in (*tables[:3], by_title(tables, "case mean")):
         notes = "\n".join(table.notes)
         assert "different cases (full: 12, short: 5, coarse: 12)" in notes
         assert f"reference masks of 1 case(s) ({CASES[0]}) differ" in notes
@@ -193,8 +195,8 @@ def test_notices_and_code_revisions_of_the_runs(tmp_path):
 def test_run_tables_say_what_the_summary_says(tmp_path):
     dice = {"a": (0.8, 0.4), "b": (0.6, 0.0), "c": (0.7, None)}
     folder = write_run(tmp_path / "r", dice, tolerance=1.5, name="mine")
-    strict, transunet = run_tables(read_run(folder))
-    assert_well_formed([strict, transunet])
+    strict, transunet, release = run_tables(read_run(folder))
+    assert_well_formed([strict, transunet, release])
     summary = summarise(case_rows(dice))
     line = cells(strict, "spleen")
     assert (line["n"], line["Dice (%)"], line["HD95 (mm)"]) == ("2", "20.00", "12.00")
@@ -203,10 +205,14 @@ def test_run_tables_say_what_the_summary_says(tmp_path):
     low, high = (f"{100 * end:.2f}" for end in entry["dice_ci95"])
     assert cells(strict, "liver")["95 % CI"] == f"{low} to {high}"
     assert cells(strict, "liver")["SD"] == f"{100 * entry['dice_sd']:.2f}" == "10.00"
-    for table, protocol in ((strict, "strict"), (transunet, "transunet")):
+    for table, protocol in ((strict, "strict"), (transunet, "transunet"), (release, "release")):
         for kind in ("class", "case"):
             mean = summary[protocol][f"dice_{kind}_mean"]
             assert cells(table, f"{kind} mean")["Dice (%)"] == f"{100 * mean:.2f}"
+    # Slices have half the Dice: liver 40, 30, 35, spleen 20, 0 and absent.
+    for row, mean in (("liver", 35.0), ("spleen", 10.0), ("class mean", 22.5)):
+        assert cells(release, row)["slice Dice (%)"] == f"{mean:.2f}"
+    assert cells(release, "case mean")["slice Dice (%)"] == f"{(30 + 15 + 35) / 3:.2f}"
     assert "NSD at 1.5 mm (%)" in strict.head and not any("NSD" in one for one in transunet.head)
     assert "n < 50" in " ".join(strict.notes)
     empty = run_tables(read_run(write_run(tmp_path / "e", None)))
@@ -237,3 +243,36 @@ def test_runs_that_differ_in_seeds_only_are_one_row(tmp_path):
     lone = study_tables(from_runs([read_run(folders[1]), read_run(folders[3])]))
     comparison = by_title(lone, "case mean")
     assert "again shares no seed and case with the reference" in " ".join(comparison.notes)
+
+
+def before_release(folder):
+    """Make an evaluation as it was before there was a third protocol."""
+    evaluation = folder / "evaluation"
+    lines = (evaluation / "cases.csv").read_text().splitlines()
+    kept = [line for line in lines if ",release," not in line]
+    (evaluation / "cases.csv").write_text("\n".join(kept) + "\n")
+    (evaluation / "slices.csv").unlink()
+    summary = json.loads((evaluation / "summary.json").read_text())
+    del summary["release"]
+    (evaluation / "summary.json").write_text(json.dumps(summary))
+
+
+def test_runs_from_before_the_release_protocol(tmp_path):
+    """Of old runs alone nothing is said about it; beside new ones they have no scores in it."""
+    path = write_grid(tmp_path / "g", {"full": {}, "none": OFF}, (0, 1))
+    for cell in read_grid(path).cells:
+        if cell.row == "full" or cell.seed == 1:
+            before_release(cell.folder)
+    tables = grid_tables(read_grid(path))
+    assert_well_formed(tables)
+    table = by_title(tables, "Dice (`release`)")
+    assert set(cells(table, "full").values()) == {"full", "0/2", "-"}
+    assert cells(table, "none")["seeds"] == "1/2" and "±" not in cells(table, "none")["case mean"]
+    assert "evaluated before this protocol was added" in " ".join(table.notes)
+    assert cells(tables[0], "full")["seeds"] == "2/2"
+    assert not any("reference masks" in note for one in tables for note in one.notes)
+    before_release(next(path.glob("none-seed0-*")))
+    titles = [table.title for table in grid_tables(read_grid(path))]
+    assert len(titles) == 5 and not any("release" in title for title in titles)
+    run = read_run(next(path.glob("full-seed0-*")))
+    assert [table.title[-8:] for table in run_tables(run)] == ["`strict`", "ansunet`"]

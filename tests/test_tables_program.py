@@ -19,7 +19,7 @@ def test_long_rows_hold_every_case_row(tmp_path, capsys):
     grid = read_grid(path)
     program.main([str(path), "--format", "csv"])
     lines = read_csv(capsys.readouterr().out)
-    assert len(lines) == len(long_rows(grid)) == 3 * len(CASES) * len(ORGANS) * 5
+    assert len(lines) == len(long_rows(grid)) == 3 * len(CASES) * len(ORGANS) * 6
     for row, seed in (("full", 0), ("full", 1), ("none", 0)):
         (cell,) = [cell for cell in grid.cells if (cell.row, cell.seed) == (row, seed)]
         found = [line for line in lines if (line["row"], line["seed"]) == (row, str(seed))]
@@ -39,10 +39,10 @@ def test_program(tmp_path, capsys):
     program.main([str(grid), str(run), "--format", "latex", "--output", str(out)])
     assert capsys.readouterr().out == f"wrote {out}\n"
     assert out.read_text().startswith("% A study (phantom); needs \\usepackage{booktabs}\n")
-    assert out.read_text().count(r"\begin{table}") == 5 + 2
+    assert out.read_text().count(r"\begin{table}") == 6 + 3
     both = program.format_tables([grid, run, grid], "csv")
     assert {line["grid"] for line in read_csv(both)} == {"study", "runs"}
-    assert len(read_csv(both)) == 3 * len(CASES) * len(ORGANS) * 5
+    assert len(read_csv(both)) == 3 * len(CASES) * len(ORGANS) * 6
 
 
 def test_wrong_folders_end_in_a_sentence(tmp_path, capsys):

@@ -6,30 +6,52 @@ import jax
 import nibabel as nib
 import numpy as np
 import pytest
-from small_run import config_for, write_data
+from small_run import config_for, hold_out, write_data
 
-from pgpsam_jax import predict, runlog, train
+from pgpsam_jax import checkpoint, predict, runlog, train, validation
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation.report import read_cases
+from pgpsam_jax.evaluation.report import read_cases, read_slices
+from pgpsam_jax.parameters import flat_paths
+
+SELECT = {"validation__every_epochs": 1}  # 7 slices in batches of 8: after every step
 
 
-def losses(workdir):
+def losses(workdir, but=("images_per_second",)):
     """Every logged number but the speed, by step."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+    return [{k: v for k, v in r.items() if k not in but} for r in records]
+
+
+def numbers(workdir, folder):
+    """Every value of the parameters in a folder of checkpoints, as Orbax wrote them."""
+    config = train.configuration.load_config(workdir)
+    mesh = train.make_run_mesh(config)
+    _, params, _ = train.build.abstract_model(config, 3)
+    shardings = train.sharding.state_shardings(params, mesh)
+    kept = folder(workdir)
+    params = kept.restore_params(checkpoint.abstract_like(params, shardings))
+    kept.close()
+    return {path: np.asarray(leaf[...]) for path, leaf in flat_paths(params).items()}
+
+
+def same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return all(np.array_equal(value, theirs[path]) for path, value in ours.items())
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
+    root = write_data(tmp_path_factory.mktemp("data"), cases=("a", "b", "v", "c"))
+    hold_out(root, "v")
+    return root
 
 
 @pytest.fixture(scope="module")
 def finished(root, tmp_path_factory):
-    """(workdir, summary) of an uninterrupted run."""
+    """(workdir, summary) of an uninterrupted run with selection on the validation case."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, train.train(config_for(root), workdir)
+    return workdir, train.train(config_for(root, **SELECT), workdir)
 
 
 def test_a_run_leaves_all_its_records(finished):
@@ -44,6 +66,8 @@ def test_a_run_leaves_all_its_records(finished):
     assert (workdir / "training.png").stat().st_size > 10_000
     steps = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert steps == {"4", "6"}
+    timing = json.loads((workdir / "timing.json").read_text())
+    assert {"train", "validate", "evaluate"} <= timing.keys()
     assert not list(workdir.rglob(".tmp-*"))
 
 
@@ -52,55 +76,91 @@ def test_evaluation_files(finished):
     folder = workdir / "evaluation"
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert summary["n_cases"] == 1
-    for protocol in ("strict", "transunet"):
+    for protocol in ("strict", "transunet", "release"):
         assert {"dice_class_mean", "dice_case_mean", "per_class"} <= set(summary[protocol])
         assert set(summary[protocol]["per_class"]) == {"liver", "spleen"}
     assert {"dice", "hd95", "nsd"} <= set(summary["strict"]["per_class"]["liver"])
     rows = read_cases(folder / "cases.csv")
     assert {row["case"] for row in rows} == {"c"}
+    assert {row["protocol"] for row in rows} == {"strict", "transunet", "release"}
+    slices = read_slices(folder / "slices.csv")
+    assert len(slices) == 2 * summary["release"]["n_slices"] > 0
     assert "trained from scratch" in (folder / "summary.md").read_text()
     assert list((folder / "overlays").glob("c_worst_z*.png"))
     mask = nib.load(folder / "predictions" / "c.nii.gz")
     assert mask.shape == (24, 20, 10) and mask.get_data_dtype() == np.uint8
 
 
-def test_same_seed_same_losses(finished, root, tmp_path):
-    train.train(config_for(root), tmp_path / "again")
-    assert losses(tmp_path / "again") == losses(finished[0])
+def test_the_best_parameters_are_kept_and_used(finished):
+    workdir, summary = finished
+    scores = [record["validation_score"] for record in losses(workdir)]
+    best = checkpoint.best_record(workdir)
+    assert best == {"step": 1 + int(np.argmax(scores)), "score": max(scores)}
+    assert len({path.name for path in (workdir / "best").iterdir()}) == 1
+    assert any(f"those of step {best['step']}," in notice for notice in summary["notices"])
+    kept = numbers(workdir, checkpoint.Best)
+    assert same(kept, numbers(workdir, checkpoint.Checkpoints)) == (best["step"] == 6)
+    config = train.configuration.load_config(workdir)
+    split = train.dataset.find_split(config)
+    predictor = train.load_predictor(config, workdir, 3)
+    used = {k: np.asarray(leaf[...]) for k, leaf in flat_paths(predictor.params).items()}
+    assert same(used, kept)
+    held_out = train.dataset.validation_data(config, split, workdir)
+    again = validation.slice_dice(predictor.slices(held_out.images), held_out.labels, 3)
+    assert again == best["score"]
+
+
+def test_same_seed_same_losses_and_validation_changes_none(finished, root, tmp_path):
+    summary = train.train(config_for(root), tmp_path / "again")
+    unselected = ("images_per_second", "validation_score")
+    assert losses(tmp_path / "again") == losses(finished[0], but=unselected)
+    assert not (tmp_path / "again" / "best").exists()
+    assert not any("did best" in notice for notice in summary["notices"])
+    last = (numbers(folder, checkpoint.Checkpoints) for folder in (tmp_path / "again", finished[0]))
+    assert same(*last)
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(finished, root, tmp_path, monkeypatch):
-    workdir, advance = tmp_path / "cut", runlog.RunLog.advance
+    workdir, write = tmp_path / "cut", runlog.RunLog.write
 
-    def stop_in_step_4(log):
-        advance(log)
-        if log._bar.n == 4:
+    def stop_in_step_4(log, step, metrics):
+        if step == 4:  # validated, but neither logged nor saved
             raise KeyboardInterrupt
+        write(log, step, metrics)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runlog.RunLog, "advance", stop_in_step_4)
+        patch.setattr(runlog.RunLog, "write", stop_in_step_4)
         with pytest.raises(KeyboardInterrupt):
-            train.train(config_for(root), workdir)
+            train.train(config_for(root, **SELECT), workdir)
     assert [r["step"] for r in losses(workdir)] == [1, 2, 3]
-    summary = train.train(config_for(root), workdir)
+    summary = train.train(config_for(root, **SELECT), workdir)
     assert losses(workdir) == losses(finished[0])
     assert summary == finished[1]
+    assert checkpoint.best_record(workdir) == checkpoint.best_record(finished[0])
+    assert same(numbers(workdir, checkpoint.Best), numbers(finished[0], checkpoint.Best))
 
 
 def test_a_finished_run_only_evaluates_again(finished, root):
     workdir, summary = finished
     before = (workdir / "metrics.jsonl").read_text()
-    assert train.train(config_for(root), workdir) == summary
+    assert train.train(config_for(root, **SELECT), workdir) == summary
     assert (workdir / "metrics.jsonl").read_text() == before
+    (workdir / "fewshot.txt").rename(workdir / "aside.txt")  # a converted run has none
     assert train.evaluate_workdir(workdir) == summary
+    (workdir / "aside.txt").rename(workdir / "fewshot.txt")
 
 
 def test_another_configuration_is_refused(finished, root):
     workdir, _ = finished
     before = (workdir / "config.json").read_bytes()
     with pytest.raises(UserError, match=r"optim.learning_rate: 0.003 there, 0.1 now"):
-        train.train(config_for(root, optim__learning_rate=0.1), workdir)
+        train.train(config_for(root, optim__learning_rate=0.1, **SELECT), workdir)
     assert (workdir / "config.json").read_bytes() == before
+
+
+def test_selection_is_part_of_a_run(finished, root):
+    with pytest.raises(UserError, match=r"validation.every_epochs: 1 there, 0 now"):
+        train.train(config_for(root), finished[0])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
@@ -133,11 +193,27 @@ def test_a_truncated_checkpoint_is_said(finished, root, tmp_path):
 
     workdir = tmp_path / "damaged"
     shutil.copytree(finished[0], workdir)
-    for path in (workdir / "checkpoints" / "6" / "params").rglob("*"):
+    for path in workdir.glob("*/*/params/**/*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:7])
+    config = train.configuration.load_config(workdir)
+    with pytest.raises(UserError, match=r"best/\d cannot be read"):
+        train.load_predictor(config, workdir, 3)
+    shutil.rmtree(workdir / "best")
     with pytest.raises(UserError, match=r"checkpoints/6 cannot be read"):
-        train.load_predictor(train.configuration.load_config(workdir), workdir, 3)
+        train.load_predictor(config, workdir, 3)
+
+
+def test_validation_without_validation_cases_is_said(root, tmp_path):
+    config = config_for(root, data__split="fraction", **SELECT)
+    with pytest.raises(UserError, match=r"'fraction' holds no validation case; use btcv_18_6_6"):
+        train.train(config, tmp_path / "run")
+    config = config_for(root, validation__every_epochs=-1)
+    with pytest.raises(UserError, match=r"every_epochs is -1; give a number of epochs"):
+        train.train(config, tmp_path / "run")
+    config = config_for(root, fewshot__min_pixels=10_000, **SELECT)
+    with pytest.raises(UserError, match=r"no validation slice has an organ of 10000 pixels"):
+        train.dataset.validation_data(config, train.dataset.find_split(config), tmp_path / "run")
 
 
 def test_no_workdir_no_checkpoint(tmp_path, finished):
@@ -147,3 +223,18 @@ def test_no_workdir_no_checkpoint(tmp_path, finished):
         (tmp_path / name).write_bytes((finished[0] / name).read_bytes())
     with pytest.raises(UserError, match=r"holds no complete checkpoint"):
         train.evaluate_workdir(tmp_path)
+
+
+def test_pauses_are_in_no_rate(tmp_path, monkeypatch):
+    """5 steps of 8 images in 10 s, of which 4 went into saving and validating."""
+    now = [0.0]
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: now[0])
+    settings = train.configuration.default_config().log
+    with runlog.RunLog(tmp_path, settings, 0, 10, 8) as log:
+        for begin, end in ((2.0, 5.0), (8.0, 9.0)):
+            now[0] = begin
+            with log.paused():
+                now[0] = end
+        now[0] = 10.0
+        log.write(5, {"loss": 1.0})
+    assert losses(tmp_path, but=())[0]["images_per_second"] == round(5 * 8 / 6, 3)

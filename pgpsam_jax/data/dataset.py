@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -11,6 +12,15 @@ from tqdm import tqdm
 from pgpsam_jax.data import cache, fewshot, layouts, phantom
 from pgpsam_jax.data.labels import SYNAPSE8, LabelTable, load_label_table
 from pgpsam_jax.errors import UserError
+
+
+class Split(NamedTuple):
+    """The cases of each part, no patient in two (see `layouts.split_cases`), and their labels."""
+
+    train: list[layouts.Case]
+    validation: list[layouts.Case]
+    test: list[layouts.Case]
+    table: LabelTable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,6 +37,20 @@ class FewShotData:
     digest: str
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ValidationData:
+    """Valid slices of `cases` cases: images (N, S, S) float16, labels (N, S, S) uint8, K classes.
+
+    `digest` as in `FewShotData`.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    cases: int
+    digest: str
+
+
 def label_table(config: ConfigDict) -> LabelTable:
     """The label table of `config.data`; layouts without a built-in one need a file."""
     if config.data.label_table:
@@ -39,8 +63,8 @@ def label_table(config: ConfigDict) -> LabelTable:
     )
 
 
-def find_split(config: ConfigDict) -> tuple[list[layouts.Case], list[layouts.Case], LabelTable]:
-    """Training cases, test cases and the label table; the phantom is generated where it lacks."""
+def find_split(config: ConfigDict) -> Split:
+    """The cases of `config.data` by part; the phantom is generated where it lacks."""
     data, table = config.data, label_table(config)
     if not data.root:
         raise UserError("data.root is empty; set --config.data.root to the folder of the data set")
@@ -49,31 +73,22 @@ def find_split(config: ConfigDict) -> tuple[list[layouts.Case], list[layouts.Cas
         phantom.generate(data.root, seed=data.phantom_seed)
         layout = "btcv"
     cases = layouts.find_cases(layout, data.root, data.image_glob or None, data.label_glob or None)
-    train, test = layouts.split_cases(
+    parts = layouts.split_cases(
         cases,
         data.split,
         file=data.split_file or None,
         test_fraction=data.test_fraction,
+        validation_fraction=data.validation_fraction,
         seed=data.split_seed,
     )
-    return train, test, table
+    return Split(*parts, table)
 
 
 def few_shot_data(
     config: ConfigDict, cases, table: LabelTable, workdir, *, resume: bool
 ) -> FewShotData:
     """Slices of the few-shot list, by way of the cache; on resume, of the workdir's own list."""
-    workdir = Path(workdir)
-    bar = tqdm(total=len(cases), desc="reading volumes", unit="case", leave=False)
-    with bar:
-        cached = cache.build_cache(
-            cases,
-            table,
-            tuple(config.data.window),
-            config.model.image_size,
-            config.data.cache_dir or workdir / "cache",
-            progress=lambda done, total, case: bar.update(done - bar.n),
-        )
+    cached = _cached(config, cases, table, workdir)
     areas = {case.case_id: case.areas for case in cached}
     settings = dict(config.fewshot)
     file, rule = settings.pop("file"), settings.pop("rule")
@@ -84,9 +99,46 @@ def few_shot_data(
     else:
         chosen = fewshot.make_list(areas, rule, **settings)
     images, labels = cache.gather_slices(cached, chosen.entries)
+    return FewShotData(images, labels, chosen, chosen.summary(areas, table.names), _digest(cached))
+
+
+def validation_data(config: ConfigDict, split: Split, workdir) -> ValidationData | None:
+    """All valid slices of the validation cases, by way of the cache; None if there is no use."""
+    if not config.validation.every_epochs:
+        return None
+    cached = _cached(config, split.validation, split.table, workdir)
+    min_pixels = config.fewshot.min_pixels
+    entries = [
+        (case.case_id, int(index))
+        for case in cached
+        for index in np.flatnonzero(fewshot.in_pool(case.areas, "valid", min_pixels))
+    ]
+    found = cache.gather_slices(cached, entries) if entries else None
+    if found is None or not found[1].any():
+        raise UserError(
+            f"no validation slice has an organ of {min_pixels} pixels or more; lower "
+            "fewshot.min_pixels or choose other validation cases"
+        )
+    return ValidationData(*found, split.table.num_classes, len(cached), _digest(cached))
+
+
+def _cached(config: ConfigDict, cases, table: LabelTable, workdir) -> list[cache.CachedCase]:
+    bar = tqdm(total=len(cases), desc="reading volumes", unit="case", leave=False)
+    with bar:
+        return cache.build_cache(
+            cases,
+            table,
+            tuple(config.data.window),
+            config.model.image_size,
+            config.data.cache_dir or Path(workdir) / "cache",
+            progress=lambda done, total, case: bar.update(done - bar.n),
+            levels=config.data.levels,
+        )
+
+
+def _digest(cached: list[cache.CachedCase]) -> str:
     keys = "".join(f"{case.case_id} {case.meta['key']}\n" for case in cached)
-    digest = hashlib.sha256(keys.encode()).hexdigest()
-    return FewShotData(images, labels, chosen, chosen.summary(areas, table.names), digest)
+    return hashlib.sha256(keys.encode()).hexdigest()
 
 
 def stored_list(workdir, areas=None) -> fewshot.FewShotList:

@@ -12,6 +12,9 @@ from pgpsam_jax.errors import UserError
 # The split every paper of this family uses on BTCV/Synapse.
 BTCV_TRAIN = (5, 6, 7, 9, 10, 21, 23, 24, 26, 27, 28, 30, 31, 33, 34, 37, 39, 40)
 BTCV_TEST = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)
+# The release's: half of the test cases choose the checkpoint, the other half are scored.
+BTCV_VALIDATION_6 = (2, 8, 22, 32, 36, 38)
+BTCV_TEST_6 = (1, 3, 4, 25, 29, 35)
 
 _BTCV_FOLDERS = ("RawData/Training", "Training", ".", "Abdomen/RawData/Training")
 _BTCV_HELP = (
@@ -51,28 +54,43 @@ def find_cases(layout: str, root, image_glob=None, label_glob=None) -> list[Case
 
 
 def split_cases(
-    cases: Sequence[Case], kind: str, *, file=None, test_fraction=None, seed: int = 0
-) -> tuple[list[Case], list[Case]]:
-    """Train and test cases, patients never in both, except that `within_volume` returns all twice.
+    cases: Sequence[Case],
+    kind: str,
+    *,
+    file=None,
+    test_fraction=None,
+    validation_fraction: float = 0.0,
+    seed: int = 0,
+) -> tuple[list[Case], list[Case], list[Case]]:
+    """Train, validation (may be empty) and test cases; no patient is in two of them.
 
-    `btcv_18_12` is the published split, `file` a JSON object with "train" and "test" id lists,
-    `fraction` a seeded draw of whole patients. With `within_volume`, scoring has to leave out
-    the training slices.
+    `btcv_18_12` is the published split, `btcv_18_6_6` the release's, `file` a JSON object with
+    id lists "train", "test" and perhaps "validation", `fraction` a seeded draw of whole patients,
+    whose test cases do not depend on `validation_fraction`. `within_volume` returns all cases as
+    train and as test: scoring has to leave out the training slices.
     """
     cases = list(cases)
+    if validation_fraction and kind != "fraction":
+        raise UserError(
+            f"data.validation_fraction is {validation_fraction}, which split {kind!r} does not "
+            "use; set it to 0, or data.split to fraction"
+        )
     if kind == "within_volume":
-        return cases, cases
+        return cases, [], cases
     if kind == "btcv_18_12":
-        train, test = BTCV_TRAIN, BTCV_TEST
+        parts = BTCV_TRAIN, (), BTCV_TEST
+    elif kind == "btcv_18_6_6":
+        parts = BTCV_TRAIN, BTCV_VALIDATION_6, BTCV_TEST_6
     elif kind == "file":
-        train, test = _split_file(file)
+        parts = _split_file(file)
     elif kind == "fraction":
-        train, test = _split_fraction(cases, test_fraction, seed)
+        parts = _split_fraction(cases, validation_fraction, test_fraction, seed)
     else:
         raise UserError(
-            f"unknown split {kind!r}; known are btcv_18_12, file, fraction and within_volume"
+            f"unknown split {kind!r}; known are btcv_18_12, btcv_18_6_6, file, fraction and "
+            "within_volume"
         )
-    return _select(cases, train, test, f"split {file or kind}")
+    return _select(cases, parts, f"split {file or kind}")
 
 
 def safe_case_id(text: str) -> str:
@@ -153,48 +171,57 @@ def _check_root(root: Path, expected: str) -> None:
         raise UserError(f"data folder {root} does not exist: {expected}")
 
 
-def _split_file(file) -> tuple[list, list]:
+def _split_file(file) -> tuple[list, list, list]:
     try:
         value = json.loads(Path(file or "").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"split file {file} cannot be read as JSON: {error}") from error
-    lists = [value.get(key) for key in ("train", "test")] if isinstance(value, dict) else []
+    keys = set(value) if isinstance(value, dict) else set()
     if (
-        not lists
-        or set(value) != {"train", "test"}
-        or not all(
-            isinstance(ids, list) and ids and all(type(i) in (str, int) for i in ids)
-            for ids in lists
-        )
+        keys - {"validation"} != {"train", "test"}
+        or not all(isinstance(ids, list) and ids for ids in value.values())
+        or not all(type(i) in (str, int) for ids in value.values() for i in ids)
     ):
-        raise UserError(f'split file {file} must be {{"train": [ids], "test": [ids]}}, not empty')
-    return lists[0], lists[1]
-
-
-def _split_fraction(cases: list[Case], fraction, seed: int) -> tuple[list[str], list[str]]:
-    if fraction is None or not 0 < fraction < 1 or len(cases) < 2:
         raise UserError(
-            f"split fraction needs 0 < test_fraction < 1 and at least 2 cases, got {fraction} and "
+            f'split file {file} must be {{"train": [ids], "test": [ids]}}, with or without '
+            '"validation": [ids], none of them empty'
+        )
+    return value["train"], value.get("validation", []), value["test"]
+
+
+def _split_fraction(cases: list[Case], validation, test, seed: int) -> tuple[list[str], ...]:
+    if test is None or not 0 < test < 1 or len(cases) < 2:
+        raise UserError(
+            f"split fraction needs 0 < test_fraction < 1 and at least 2 cases, got {test} and "
             f"{len(cases)} (within_volume is the split for a single case)"
         )
-    count = min(max(round(fraction * len(cases)), 1), len(cases) - 1)
-    ids = sorted(case.case_id for case in cases)
-    test = set(random.Random(seed).sample(ids, count))
-    return [i for i in ids if i not in test], [i for i in ids if i in test]
+    count = min(max(round(test * len(cases)), 1), len(cases) - 1)
+    held_out = max(round(validation * len(cases)), 1) if validation else 0
+    if not 0 <= validation < 1 or count + held_out >= len(cases):
+        raise UserError(
+            f"data.validation_fraction {validation} must lie in [0, 1) and, beside test_fraction "
+            f"{test}, leave one of the {len(cases)} cases to train on; lower one of them"
+        )
+    ids, draw = sorted(case.case_id for case in cases), random.Random(seed)
+    tests = set(draw.sample(ids, count))
+    rest = [i for i in ids if i not in tests]
+    chosen = set(draw.sample(rest, held_out))
+    return [i for i in rest if i not in chosen], sorted(chosen), sorted(tests)
 
 
-def _select(cases: list[Case], train, test, what: str) -> tuple[list[Case], list[Case]]:
+def _select(cases: list[Case], parts, what: str) -> tuple[list[Case], ...]:
     known = {_key(case.case_id): case for case in cases}
     if len(known) < len(cases):
         raise UserError(f"{what}: case ids differ only by leading zeros; rename the files")
-    train, test = [_key(i) for i in train], [_key(i) for i in test]
-    missing = sorted({i for i in train + test if i not in known})
+    parts = [[_key(i) for i in part] for part in parts]
+    named = [i for part in parts for i in part]
+    missing = sorted({i for i in named if i not in known})
     if missing:
         raise UserError(f"{what} names cases that are not in the data: {', '.join(missing)}")
-    double = sorted({i for i in train + test if (train + test).count(i) > 1})
+    double = sorted({i for i in named if named.count(i) > 1})
     if double:
         raise UserError(f"{what} names cases twice, which would leak: {', '.join(double)}")
-    return [known[i] for i in train], [known[i] for i in test]
+    return tuple([known[i] for i in part] for part in parts)
 
 
 def _key(case_id) -> str:

@@ -20,10 +20,12 @@ class Predictor:
     The model is compiled once; a new in-plane shape compiles only the resize to it.
     """
 
-    def __init__(self, graphdef, params, frozen, *, image_size, window, batch_size: int, mesh):
+    def __init__(
+        self, graphdef, params, frozen, *, image_size, window, levels: int, batch_size: int, mesh
+    ):
         lanes = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // lanes) * lanes
-        self.image_size, self.window = image_size, tuple(window)
+        self.image_size, self.window, self.levels = image_size, tuple(window), levels
         self._sharding = sharding.batch_sharding(mesh)
         self._graphdef, self._states = graphdef, (params, frozen)
         self._predict = jax.jit(
@@ -56,17 +58,29 @@ class Predictor:
         """Class ids (D, H, W) uint8 in the volume's display orientation."""
         depth, *native = volume.array.shape
         fit = Fit.of(tuple(native), self.image_size)
-        out = np.empty(volume.array.shape, np.uint8)
+
+        def prepare(part: slice) -> np.ndarray:
+            return model_slices(volume.array[part], self.window, fit, self.levels)
+
+        return self._segment(prepare, depth, fit, tuple(native))
+
+    def slices(self, images) -> np.ndarray:
+        """Class ids (N, S, S) uint8 of slices (N, S, S) that are as the network sees them."""
+        shape = (self.image_size, self.image_size)
+        return self._segment(images.__getitem__, len(images), Fit.of(shape, shape[0]), shape)
+
+    def _segment(self, prepare, count: int, fit: Fit, shape: tuple[int, int]) -> np.ndarray:
+        """Class ids (count, *shape); `prepare(slice)` gives a part of the network's input."""
+        out = np.empty((count, *shape), np.uint8)
         pending = None  # one batch in flight: the host prepares while the device computes
-        for start in range(0, depth, self.batch_size):
-            part = slice(start, min(start + self.batch_size, depth))
+        for start in range(0, count, self.batch_size):
+            part = slice(start, min(start + self.batch_size, count))
             images = np.zeros((self.batch_size, self.image_size, self.image_size), np.float32)
-            slices = model_slices(volume.array[part], self.window, fit)
-            images[: len(slices)] = slices
+            images[: part.stop - part.start] = prepare(part)
             logits = self._predict(*self._states, jax.device_put(images, self._sharding))
             if pending:
                 self._collect(out, *pending)
-            pending = part, _class_ids(logits, fit, tuple(native))
+            pending = part, _class_ids(logits, fit, shape)
         self._collect(out, *pending)
         return out
 

@@ -1,4 +1,4 @@
-"""Score one case under the two protocols that are always both written.
+"""Score one case under the protocols `strict` and `transunet`, and what all protocols share.
 
 Both use `metrics`; they differ in the rule for an organ that truth, prediction or both lack:
 
@@ -11,7 +11,8 @@ Both use `metrics`; they differ in the rule for an organ that truth, prediction 
 
 `transunet` is the convention behind the published tables of this family, kept with its flaws
 (a hallucinated organ scores Dice 1, a missed one HD95 0) so that its numbers can be compared with
-those tables; `strict` is the one to judge a model by.
+those tables; `strict` is the one to judge a model by. The third protocol that is always written,
+`release`, has a module of its own: `release_protocol`.
 """
 
 import numpy as np
@@ -32,7 +33,11 @@ COLUMNS = (
     "predicted_voxels",
     "status",
 )
-METRICS = {"strict": ("dice", "hd95", "nsd"), "transunet": ("dice", "hd95")}
+METRICS = {
+    "strict": ("dice", "hd95", "nsd"),
+    "transunet": ("dice", "hd95"),
+    "release": ("dice",),
+}
 DEFINITIONS = {
     "strict": "distances in mm between voxel-centre surfaces (6-connected erosion); HD95 is the "
     "larger of the two directed 95th percentiles; NSD is the share of surface voxels within the "
@@ -41,6 +46,17 @@ DEFINITIONS = {
     "transunet": "distances in voxels; HD95 is the 95th percentile of both directions pooled; an "
     "organ absent from both or from the prediction has Dice 0 and HD95 0, one absent from the "
     "truth only has Dice 1 and HD95 0 (the rule of the published tables, rewarding both failures)",
+    "release": "valid slices only (some organ has enough pixels in them), so that nothing found in "
+    "slices without organs counts; an item is such a slice, or a volume made of them; an organ "
+    "absent from truth and prediction of an item is left out, one absent from either has Dice 0; "
+    '"Dice" is the mean over items of their mean over organs (for volumes the case mean), "mcDice" '
+    "the mean over organs of their mean over items (the class mean)",
+}
+STATUSES = {  # (in the truth, in the prediction) -> status
+    (False, False): "both_empty",
+    (True, False): "missed",
+    (False, True): "hallucinated",
+    (True, True): "ok",
 }
 _EMPTY_VALUES = {
     "strict": {
@@ -59,7 +75,7 @@ _EMPTY_VALUES = {
 def score_case(
     prediction, truth, spacing, names, *, case_id, nsd_tolerance_mm: float = 2.0, region=None
 ) -> list[dict]:
-    """Long-form rows (one per organ, protocol and metric) of one predicted volume.
+    """Long-form rows (one per organ, metric and protocol of the two) of one predicted volume.
 
     prediction, truth: integer (D, H, W) label maps on the same grid. spacing: mm along (D, H, W).
     names: K class names, index = id, background first (not scored). region: boolean (D,), slices to
@@ -117,12 +133,7 @@ def _score_organ(prediction, truth, spacing, tolerance_mm, region):
     """Status, voxel counts (truth, predicted) and {protocol: {metric: value}} of one organ."""
     scored = slice(None) if region is None else region
     counts = [int(np.count_nonzero(mask[scored])) for mask in (truth, prediction)]
-    status = {
-        (False, False): "both_empty",
-        (True, False): "missed",
-        (False, True): "hallucinated",
-        (True, True): "ok",
-    }[counts[0] > 0, counts[1] > 0]
+    status = STATUSES[counts[0] > 0, counts[1] > 0]
     if status != "ok":
         return status, counts, {name: rule[status] for name, rule in _EMPTY_VALUES.items()}
     overlap = metrics.dice(prediction, truth, region)
@@ -147,9 +158,9 @@ def _rows(case_id, class_id, name, status, counts, values) -> list[dict]:
             **common,
             "protocol": protocol,
             "metric": metric,
-            "value": float(values[protocol][metric]),
+            "value": float(value),
             **ending,
         }
-        for protocol, wanted in METRICS.items()
-        for metric in wanted
+        for protocol, found in values.items()
+        for metric, value in found.items()
     ]

@@ -1,7 +1,8 @@
-"""Result files of an evaluation: `cases.csv` (the primary artefact), `summary.json`, `summary.md`.
+"""Result files of an evaluation: `cases.csv` and `slices.csv`, then `summary.json`, `summary.md`.
 
-Everything but the run's own notes is computed from the rows of `cases.csv`, so that tables can be
-made again, or differently, without the volumes: `summarise(read_cases(path))`.
+Everything but the run's own notes is computed from the rows of the two tables, so that summaries
+can be made again, or differently, without the volumes: `summarise(read_cases(path),
+read_slices(path))`. Protocols and slices that an older table does not have are left out.
 
 Two means are always given because published tables do not say which they print. The *class mean*
 averages the cases of a class first and the classes afterwards; the *case mean* averages the classes
@@ -16,7 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation import release_protocol
 from pgpsam_jax.evaluation.protocols import COLUMNS, DEFINITIONS, METRICS
+from pgpsam_jax.evaluation.release_protocol import SLICE_COLUMNS
 from pgpsam_jax.evaluation.scores import (
     INTERVAL,
     SMALL,
@@ -27,18 +30,20 @@ from pgpsam_jax.evaluation.scores import (
 )
 from pgpsam_jax.files import csv_text, write_json, write_text
 
-_INTEGERS = ("class_id", "truth_voxels", "predicted_voxels")
+_TYPES = {"class_id": int, "truth_voxels": int, "predicted_voxels": int, "value": float}
+_TYPES |= {"slice": int, "dice": float}
 
 
-def write_evaluation(rows, out_dir, names, meta) -> dict:
-    """Write the three files into `out_dir` and return the summary.
+def write_evaluation(rows, out_dir, names, meta, slices=()) -> dict:
+    """Write the four files into `out_dir` and return the summary.
 
-    rows: from `score_case`, all cases. names: K class names, background first. meta: notes added
-    to `summary.json` (tolerances, weights, definitions, ...); its list `notices` is printed at the
-    top of `summary.md`, its `nsd_tolerance_mm` in the table head. Each file is written atomically,
-    the CSV first. Raises `UserError` if there is no case or a case occurs twice.
+    rows: from `score_case` and `score_release`, all cases. names: K class names, background first.
+    meta: notes added to `summary.json` (weights, definitions, ...); of them `summary.md` prints the
+    list `notices` at its top, `nsd_tolerance_mm` in the table head, and `valid_min_pixels`.
+    slices: rows of single slices from `score_release`. Each file is written atomically, the tables
+    first. Raises `UserError` if there is no case or a case occurs twice.
     """
-    summary = summarise(rows)
+    summary = summarise(rows, slices)
     found = list(summary["strict"]["per_class"])
     if found != list(names[1:]):
         raise ValueError(f"rows score the classes {found}, the label table has {list(names[1:])}")
@@ -47,24 +52,34 @@ def write_evaluation(rows, out_dir, names, meta) -> dict:
         raise ValueError(f"meta may not replace {sorted(clash)}")
     summary |= _jsonable(notes)
     out_dir = Path(out_dir)
-    write_text(out_dir / "cases.csv", format_cases(rows))
+    write_text(out_dir / "cases.csv", _format(rows, COLUMNS, "value"))
+    write_text(out_dir / "slices.csv", _format(slices, SLICE_COLUMNS, "dice"))
     write_json(out_dir / "summary.json", summary)
     write_text(out_dir / "summary.md", format_markdown(summary))
     return summary
 
 
-def format_cases(rows) -> str:
-    """Rows as CSV text; floats in full precision, undefined values as `nan`."""
-    return csv_text(COLUMNS, ({**row, "value": repr(float(row["value"]))} for row in rows))
+def _format(rows, columns, score: str) -> str:
+    """Rows as CSV text; scores in full precision, undefined ones as `nan`."""
+    return csv_text(columns, ({**row, score: repr(float(row[score]))} for row in rows))
 
 
 def read_cases(path) -> list[dict]:
     """Rows of a `cases.csv` as they were written; `UserError` if the file is not one."""
+    return _read(path, COLUMNS)
+
+
+def read_slices(path) -> list[dict]:
+    """Rows of a `slices.csv` as they were written; `UserError` if the file is not one."""
+    return _read(path, SLICE_COLUMNS)
+
+
+def _read(path, columns) -> list[dict]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"the columns are not {', '.join(COLUMNS)}")
+            if tuple(reader.fieldnames or ()) != columns:
+                raise ValueError(f"the columns are not {', '.join(columns)}")
             return [_typed(row, reader.line_num) for row in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(
@@ -74,20 +89,48 @@ def read_cases(path) -> list[dict]:
 
 def _typed(row, line) -> dict:
     if None in row or None in row.values():
-        raise ValueError(f"line {line} has not {len(COLUMNS)} fields")
-    return row | {key: int(row[key]) for key in _INTEGERS} | {"value": float(row["value"])}
+        raise ValueError(f"line {line} has not {len(row) - (None in row)} fields")
+    return {key: _TYPES.get(key, str)(text) for key, text in row.items()}
 
 
-def summarise(rows) -> dict:
-    """Class means, case means and per-class statistics of both protocols; null where undefined."""
+def summarise(rows, slices=()) -> dict:
+    """Class means, case means and per-class statistics of each protocol; null where undefined.
+
+    With rows of single slices, `release` also has `slice_dice`, `slice_mcdice` and their counts.
+    """
     if not rows:
         raise UserError("no case was evaluated; check that the evaluation list is not empty.")
     cases = list(dict.fromkeys(row["case"] for row in rows))
     classes = dict(sorted({row["class_id"]: row["class"] for row in rows}.items()))
+    written = {row["protocol"] for row in rows}
     summary = {
-        protocol: _summarise_protocol(rows, protocol, cases, classes) for protocol in METRICS
+        protocol: _summarise_protocol(rows, protocol, cases, classes)
+        for protocol in METRICS
+        if protocol in written
     }
+    if slices:
+        _add_slices(summary["release"], slices)
     return _jsonable(summary | {"n_cases": len(cases)})
+
+
+def _add_slices(release: dict, slices) -> None:
+    """Add the slice mode to the summary of the protocol, and of each of its classes."""
+    items = {key: i for i, key in enumerate(dict.fromkeys(map(_slice_key, slices)))}
+    per_class = release["per_class"]
+    columns = {name: j for j, name in enumerate(per_class)}
+    scores = np.full((len(items), len(columns)), np.nan)
+    for row in slices:
+        scores[items[_slice_key(row)], columns[row["class"]]] = row["dice"]
+    release["slice_dice"] = release_protocol.item_mean(scores)
+    release["slice_mcdice"] = release_protocol.organ_mean(scores)
+    release["n_slices"] = len(items)
+    for name, column in columns.items():
+        per_class[name]["slice_dice"] = defined_mean(scores[:, column])
+        per_class[name]["n_slices"] = int(np.isfinite(scores[:, column]).sum())
+
+
+def _slice_key(row) -> tuple[str, int]:
+    return row["case"], row["slice"]
 
 
 def _summarise_protocol(rows, protocol, cases, classes) -> dict:
@@ -104,7 +147,8 @@ def _summarise_protocol(rows, protocol, cases, classes) -> dict:
         entry["n"] = int(np.isfinite(scores["dice"]).sum())
         for kind in ("both_empty", "missed", "hallucinated"):
             entry[f"n_{kind}"] = int((status[:, column] == kind).sum())
-        entry["n_hd95"] = int(np.isfinite(scores["hd95"]).sum())
+        if "hd95" in scores:
+            entry["n_hd95"] = int(np.isfinite(scores["hd95"]).sum())
         for metric, score in scores.items():
             entry |= _spread(score, metric)
         per_class[name] = entry
@@ -129,7 +173,7 @@ def _jsonable(value):
 
 
 def format_markdown(summary) -> str:
-    """The summary as a page: notices, one table (an organ a row), and what the numbers mean."""
+    """The summary as a page: notices, tables (an organ a row), and what the numbers mean."""
     strict, transunet = summary["strict"], summary["transunet"]
     tolerance = summary.get("nsd_tolerance_mm")
     at = "" if tolerance is None else f" at {tolerance:g} mm"
@@ -152,7 +196,25 @@ def format_markdown(summary) -> str:
         lines.append(
             _table_row(label, summary["n_cases"], strict | means, f"dice_{kind}", [""] * 3, others)
         )
+    if "slice_dice" in summary.get("release", {}):
+        lines += ["", *_release_table(summary)]
     return "\n".join([*lines, "", *_explanations(summary)]) + "\n"
+
+
+def _release_table(summary) -> list[str]:
+    """Both modes of `release`; its "Dice" and "mcDice" are our case mean and class mean."""
+    release, n = summary["release"], summary["n_cases"]
+    head = ["organ (`release`)", "n volumes", "Dice of volumes", "n slices", "Dice of slices"]
+    keys = "n", "dice", "n_slices", "slice_dice"
+    rows = [
+        [name.replace("|", "\\|"), *(entry[key] for key in keys)]
+        for name, entry in release["per_class"].items()
+    ]
+    of_slices = release["n_slices"], release["slice_mcdice"], release["slice_dice"]
+    rows.append(["**mcDice**", n, release["dice_class_mean"], *of_slices[:2]])
+    rows.append(["**Dice**", n, release["dice_case_mean"], *of_slices[::2]])
+    lines = [_row(head), _row(["---"] + ["---:"] * (len(head) - 1))]
+    return lines + [_row([*row[:2], _number(row[2]), row[3], _number(row[4])]) for row in rows]
 
 
 def _table_row(label, n, strict, spread, counts, transunet) -> str:
@@ -172,6 +234,9 @@ def _explanations(summary) -> list[str]:
         "the mean over the organs defined in the case.",
         f"- Interval: {summary.get('interval', INTERVAL)}.",
     ]
+    if "valid_min_pixels" in summary:
+        least = summary["valid_min_pixels"]
+        lines.append(f"- A slice is valid if some organ has {least} pixels or more in it.")
     if summary["n_cases"] < SMALL:
         lines.append(f"- {SMALL_SAMPLE}.")
     return lines + [f"- `{name}`: {text}." for name, text in definitions.items()]

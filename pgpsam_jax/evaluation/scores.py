@@ -109,8 +109,11 @@ class Scores:
 def gather(by_seed, protocol: str, metric: str) -> Scores | None:
     """The scores of {seed: rows of `cases.csv`} in the cases and organs that all seeds share.
 
-    Seeds without rows are left out; None if no seed has any.
+    Seeds without rows of the protocol are left out; None if no seed has any.
     """
+    by_seed = {
+        seed: [row for row in rows if row["protocol"] == protocol] for seed, rows in by_seed.items()
+    }
     by_seed = {seed: rows for seed, rows in by_seed.items() if rows}
     if not by_seed:
         return None

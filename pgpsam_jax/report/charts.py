@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from pgpsam_jax.report import curves, figures, series
+from pgpsam_jax.report import costs, curves, figures, series
 from pgpsam_jax.report.style import Picture, Theme, draw
 
 # Every chart by the stem of its files: rows of the CSV and a theme to a figure.
@@ -16,6 +16,7 @@ CHARTS: dict[str, Callable[[list[dict], Theme], Figure]] = {
     "dice_by_organ": figures.distribution,
     "hd95_by_organ": figures.distribution,
     "training": curves.training,
+    "cost": costs.dice_against_cost,
     "timing": figures.timing,
 }
 _POINTS = "Every point is a case{seeds}; box: quartiles, line: median. Protocol strict."
@@ -75,6 +76,19 @@ def training_charts(groups, folder) -> list[Picture]:
     else:
         caption = "Faint: the records; strong: their running mean over a 50th of them."
     return _drawn([("training", rows, "Training curves", caption)], folder)
+
+
+def cost_charts(groups, folder) -> list[Picture]:
+    """Dice against compute, time and memory; left out where the rows do not differ in cost."""
+    rows = series.cost_rows(groups)
+    planned = {(row["forward_gflop"], row["training_gflop"], row["step_mib"]) for row in rows}
+    if len(planned) < 2:
+        return []
+    caption = (
+        "Class mean of Dice (strict). Large: mean over seeds, at the median of their cost; small: "
+        "seeds; whiskers: ± SD over seeds, none for one seed."
+    )
+    return _drawn([("cost", rows, "Dice against cost", caption)], folder)
 
 
 def timing_charts(groups, folder) -> list[Picture]:

@@ -8,8 +8,8 @@ from scipy.ndimage import uniform_filter1d
 
 from pgpsam_jax.report.style import Theme, new_figure
 
-_SIDES = ("learning_rate", "gradient_norm", "images_per_second")
-_COMPARED = ("loss", "final_dice", "gradient_norm", "images_per_second")
+_SIDES = ("validation_score", "learning_rate", "gradient_norm", "images_per_second")
+_COMPARED = ("loss", "final_dice", "validation_score", "gradient_norm", "images_per_second")
 _LINES = ("-", "--", ":", "-.")
 _WORDS = {"ce": "cross-entropy", "dice": "Dice loss"}
 

@@ -13,6 +13,7 @@ from pgpsam_jax.report.markup import escape, figure, paragraph, section, tables
 from pgpsam_jax.report.style import Picture
 from pgpsam_jax.report.subject import Subject
 from pgpsam_jax.tables.assemble import run_tables, study_tables
+from pgpsam_jax.tables.cost_table import run_cost, study_cost
 from pgpsam_jax.tables.study import from_grid
 
 _PAGE = """<!DOCTYPE html>
@@ -73,7 +74,8 @@ def _parts(subject: Subject, figures: Path) -> dict[str, list[str]]:
     if grid:
         notes = [paragraph(note) for note in grid.notes]
         parts["Rows and cells"] = [*notes, facts.states(grid), facts.overrides(grid)]
-    parts["Results"] = [_tables(subject)] if grid or scored else [_missing("Not evaluated yet.")]
+    results, cost = _tables(subject)
+    parts["Results"] = [results] if grid or scored else [_missing("Not evaluated yet.")]
     if grid:
         parts["Results"] += drawn(charts.comparison_charts(groups, grid.axis, figures))
     if scored:
@@ -88,6 +90,8 @@ def _parts(subject: Subject, figures: Path) -> dict[str, list[str]]:
     parts["Prompts and prototypes"] = _tried(
         lambda: drawn(_prototypes(groups, figures), _NO_PROTOTYPES)
     )
+    if cost:
+        parts["Cost"] = [cost, *drawn(charts.cost_charts(groups, figures))]
     timing = charts.timing_charts(groups, figures)
     parts["Timing"] = drawn(timing, "No times were recorded.")
     return parts
@@ -99,12 +103,17 @@ _NO_PROTOTYPES = (
 )
 
 
-def _tables(subject: Subject) -> str:
+def _tables(subject: Subject) -> tuple[str, str]:
+    """The tables of results, and those of cost ("" without a record of it)."""
     known = [f"Note: {notice}" for notice in subject.notices]
     if subject.run:
-        return tables(run_tables(subject.run), subject.title, known)
-    study = from_grid(subject.grid)
-    return tables(study_tables(study), study.title, [*known, *subject.grid.notes])
+        title, found, cost = subject.title, run_tables(subject.run), run_cost(subject.run)
+    else:
+        study = from_grid(subject.grid)
+        title, found, cost = study.title, study_tables(study), study_cost(study)
+        known += subject.grid.notes
+    results = [table for table in found if table not in cost]
+    return tables(results, title, known), tables(cost, title)
 
 
 def _tried(make: Callable[[], list[str]]) -> list[str]:

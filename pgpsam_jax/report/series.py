@@ -13,6 +13,7 @@ import numpy as np
 from pgpsam_jax.evaluation.scores import Scores, defined_mean, gather
 from pgpsam_jax.files import csv_text, write_text
 from pgpsam_jax.runs import Grid, Run
+from pgpsam_jax.tables.cost_table import COLUMNS, quantities
 
 _MAX_RECORDS = 400  # of a curve: more points than pixels
 
@@ -109,18 +110,19 @@ def paired_rows(groups) -> list[dict]:
 
 
 def curve_rows(groups) -> list[dict]:
-    """Numbers of `metrics.jsonl`, long form; long runs are thinned to 400 records each."""
+    """Numbers of `metrics.jsonl`, long form; each curve is thinned to 400 points."""
     rows = []
     for group in groups:
         for run in group.runs:
-            records = run.records[:: math.ceil(len(run.records) / _MAX_RECORDS) or 1]
-            for record in records:
-                rows += [
-                    {"label": group.label, "seed": run.config.seed, "step": record["step"]}
-                    | {"key": key, "value": value}
-                    for key, value in record.items()
-                    if key != "step" and isinstance(value, int | float)
-                ]
+            curves: dict[str, list[dict]] = {}
+            for record in run.records:
+                for key, value in record.items():
+                    if key != "step" and isinstance(value, int | float):
+                        point = {"step": record["step"], "key": key, "value": value}
+                        curves.setdefault(key, []).append(point)
+            origin = {"label": group.label, "seed": run.config.seed}
+            for points in curves.values():
+                rows += [origin | p for p in points[:: math.ceil(len(points) / _MAX_RECORDS)]]
     return rows
 
 
@@ -133,6 +135,19 @@ def timing_rows(groups) -> list[dict]:
             seconds = [t.get(activity, 0.0) for t in timings]
             row = {"label": group.label, "activity": activity}
             rows.append(row | {"seconds": float(np.mean(seconds)), "runs": len(seconds)})
+    return rows
+
+
+def cost_rows(groups) -> list[dict]:
+    """Class mean of Dice and what it cost, for every seed with scores and a record of cost."""
+    rows = []
+    for group in groups:
+        costs = {run.config.seed: quantities(run) for run in group.runs if run.cost}
+        rows += [
+            {key: row[key] for key in ("label", "seed", "dice_class_mean")} | costs[row["seed"]]
+            for row in seed_rows([group], None)
+            if row["seed"] in costs
+        ]
     return rows
 
 
@@ -154,7 +169,7 @@ def read_rows(path) -> list[dict]:
         ]
 
 
-_NUMBERS = frozenset(
+_NUMBERS = COLUMNS.keys() | set(
     "class_id value seeds seed dice_class_mean reference difference step seconds runs z dice "
     "organ_dice organ_pixels".split()
 )

@@ -1,6 +1,7 @@
 """What a report is about: a run or a grid, read once."""
 
 import dataclasses
+from pathlib import Path
 
 from pgpsam_jax.build import base_notice
 from pgpsam_jax.config import from_json, to_json
@@ -39,17 +40,18 @@ class Subject:
         return [group for group in self.groups if any(run.cases for run in group.runs)]
 
     @property
-    def configs(self) -> list[dict]:
-        """Stored configurations, of planned cells too."""
+    def configs(self) -> dict[Path, dict]:
+        """Stored configurations by workdir, of planned cells too."""
         if self.grid:
-            return [cell.config for cell in self.grid.cells]
-        return [to_json(self.run.config)]
+            return {cell.folder: cell.config for cell in self.grid.cells}
+        return {self.run.workdir: to_json(self.run.config)}
 
     @property
     def notices(self) -> list[str]:
         """What to know before the numbers: random backbone, phantoms, and the runs' own."""
         found = [text for run in self.runs for text in (run.summary or {}).get("notices", ())]
-        for config in map(from_json, self.configs):
-            found.append(base_notice(config.model))
+        for workdir, stored in self.configs.items():
+            config = from_json(stored)
+            found.append(base_notice(config.model, workdir))
             found.append(_PHANTOM if config.data.layout == "phantom" else None)
         return [text for text in dict.fromkeys(found) if text]

@@ -40,11 +40,12 @@ class TestSet:
         config = run.config.copy_and_resolve_references()
         if config.data.layout == "phantom":
             config.data.layout = "btcv"  # what it was written as: a report generates nothing
-        _, cases, self.table = dataset.find_split(config)
+        split = dataset.find_split(config)
+        self.table = split.table
         if self.table.names != run.names:
             raise UserError(f"the label table of {config.data.root} is no longer the run's")
         scored = {row["case"] for row in run.cases}
-        self.cases = {case.case_id: case for case in cases if case.case_id in scored}
+        self.cases = {case.case_id: case for case in split.test if case.case_id in scored}
         self.window = tuple(config.data.window)
         self.region_of = lambda case_id, truth: np.ones(len(truth), bool)
         if config.data.split == "within_volume":

@@ -6,10 +6,11 @@ result yet, "n/a" where there are results but the number is undefined.
 
 from pgpsam_jax.evaluation.protocols import METRICS
 from pgpsam_jax.evaluation.report import summarise
-from pgpsam_jax.evaluation.scores import INTERVAL, gather, spread
+from pgpsam_jax.evaluation.scores import INTERVAL, defined_mean, gather, spread
 from pgpsam_jax.runs import Grid, Run
 from pgpsam_jax.tables import published, study
 from pgpsam_jax.tables.comparison import comparison_table, organ_table
+from pgpsam_jax.tables.cost_table import run_cost, study_cost
 from pgpsam_jax.tables.statistics import data_notes, sample_notes
 from pgpsam_jax.tables.study import Line, Study, tolerance
 from pgpsam_jax.tables.text import (
@@ -33,6 +34,8 @@ RULES = {
     "Dice 0 and no HD95",
     "transunet": "the rule of the published tables: an organ absent from both or from the "
     "prediction has Dice 0 and HD95 0, one absent from the truth only Dice 1 and HD95 0",
+    "release": "the authors' scores on valid slices alone, those with enough of some organ; absent "
+    "organs as in `strict`; here of volumes: case mean = its Dice, class mean = its mcDice",
 }
 MEANS = (
     "Class mean: mean over organs of their mean over cases; case mean: mean over cases of their "
@@ -41,8 +44,8 @@ MEANS = (
 
 
 def run_tables(run: Run) -> list[Table]:
-    """Both protocols of one run, an organ a row; "-" throughout if it is not evaluated yet."""
-    return [_run_table(run, protocol) for protocol in METRICS]
+    """Each protocol of one run, an organ a row ("-" throughout if not evaluated), and its cost."""
+    return [_run_table(run, protocol) for protocol in _protocols(run.cases)] + run_cost(run)
 
 
 def grid_tables(grid: Grid) -> list[Table]:
@@ -56,22 +59,27 @@ def long_rows(grid: Grid) -> list[dict]:
 
 
 def study_tables(of: Study) -> list[Table]:
-    """Dice of both protocols, comparisons with the reference row, distances, the paper's table.
+    """Dice of each protocol, comparisons with the reference row, distances, cost, the paper's.
 
-    Comparisons are left out where there is no second row, organ by organ where nothing is scored.
+    Comparisons are left out where there is no second row, organ by organ where nothing is scored,
+    cost where no run has a record of it.
     """
-    organs = list(
-        dict.fromkeys(
-            row["class"] for line in of.lines for rows in line.cases.values() for row in rows
-        )
-    )
-    tables = [_dice_table(of, protocol, organs) for protocol in METRICS]
+    scored = [row for line in of.lines for rows in line.cases.values() for row in rows]
+    organs = list(dict.fromkeys(row["class"] for row in scored))
+    tables = [_dice_table(of, protocol, organs) for protocol in _protocols(scored)]
     tables[0].notes.extend(of.notes)
     if len(of.lines) > 1:
         tables.append(comparison_table(of))
         tables += [organ_table(of, organs)] if organs else []
     tables.append(_distance_table(of))
+    tables += study_cost(of)
     return tables + ([_published_table(of.published)] if of.published else [])
+
+
+def _protocols(rows) -> list[str]:
+    """The protocols of these rows of `cases.csv`, all of them where nothing is scored yet."""
+    written = {row["protocol"] for row in rows} or METRICS.keys()
+    return [protocol for protocol in METRICS if protocol in written]
 
 
 def _dice_table(of: Study, protocol, organs) -> Table:
@@ -83,6 +91,10 @@ def _dice_table(of: Study, protocol, organs) -> Table:
         f"{MEANS}; all averaged over seeds, ± is the sample SD over seeds; seeds: done/planned.",
         f"Interval: {INTERVAL}, a case's score averaged over seeds.",
     ]
+    if protocol == "release":
+        head += ["slice Dice", "slice mcDice"]
+        rows = [row + _slice_cells(line) for row, line in zip(rows, of.lines, strict=True)]
+        notes.append("Slice Dice, slice mcDice: the same with slices in place of volumes.")
     if of.published:
         head.append("paper")
         for row, line in zip(rows, of.lines, strict=True):
@@ -91,6 +103,12 @@ def _dice_table(of: Study, protocol, organs) -> Table:
         notes += published.notes(of.published)[:1] + _other_data(of)
     lines = {line.label: line.cases for line in of.lines if line.runs}
     found = [gather(cases, protocol, "dice") for cases in lines.values()]
+    found = [one for one in found if one is not None]
+    if sum(len(one.seeds) for one in found) < sum(map(len, lines.values())):
+        notes.append(
+            "Warning: some runs were evaluated before this protocol was added and have no scores "
+            "of it; --mode evaluate makes them."
+        )
     counts = [len(one.cases) for one in found], [len(one.seeds) for one in found]
     notes += sample_notes(*counts) + data_notes(lines)
     return Table(f"{of.title}: Dice (`{protocol}`)", head, rows, notes)
@@ -98,7 +116,7 @@ def _dice_table(of: Study, protocol, organs) -> Table:
 
 def _dice_cells(line: Line, protocol, organs) -> list[str]:
     scores = gather(line.cases, protocol, "dice")
-    start = [line.label, f"{len(line.runs)}/{line.planned}"]
+    start = [line.label, f"{0 if scores is None else len(scores.seeds)}/{line.planned}"]
     if scores is None:
         return start + [NONE] * (len(organs) + 4)
     means = dict(zip(scores.organs, scores.organ_means(), strict=True))
@@ -106,6 +124,17 @@ def _dice_cells(line: Line, protocol, organs) -> list[str]:
     cells += [plus_minus(*scores.over_seeds(kind), percent) for kind in ("class", "case")]
     ends = spread(scores.case_scores())[1]
     return [*start, str(len(scores.cases)), *cells, interval(ends, percent)]
+
+
+def _slice_cells(line: Line) -> list[str]:
+    """The slice mode of `release`, as the summaries of the runs have it, over their seeds."""
+    parts = [(run.summary or {}).get("release", {}) for run in line.runs.values()]
+    cells = []
+    for key in ("slice_dice", "slice_mcdice"):
+        found = [part[key] for part in parts if part.get(key) is not None]
+        mean = float(defined_mean(found))
+        cells.append(plus_minus(mean, spread(found)[0], percent) if found else NONE)
+    return cells
 
 
 def _other_data(of: Study) -> list[str]:
@@ -176,9 +205,13 @@ def _published_table(key: str) -> Table:
 
 
 def _run_table(run: Run, protocol) -> Table:
-    strict = protocol == "strict"
-    head = ["organ", "n", "Dice (%)", "SD", "95 % CI", f"HD95 ({'mm' if strict else 'voxels'})"]
-    head += [f"NSD at {tolerance(run):g} mm (%)"] if strict else []
+    recorded = (run.summary or {}).get(protocol, {})
+    head = ["organ", "n", "Dice (%)", "SD", "95 % CI"]
+    head += {
+        "strict": ["HD95 (mm)", f"NSD at {tolerance(run):g} mm (%)"],
+        "transunet": ["HD95 (voxels)"],
+        "release": ["slice Dice (%)"],
+    }[protocol]
     head += ["missed", "hallucinated", "absent"]
     title = f"{run.config.name}: per organ, `{protocol}`"
     labels = [*map(spoken, run.names[1:]), "class mean", "case mean"]
@@ -187,11 +220,16 @@ def _run_table(run: Run, protocol) -> Table:
         return Table(title, head, rows, ["Not evaluated yet."])
     summary = summarise(run.cases)
     part, n = summary[protocol], summary["n_cases"]
-    rows = [_organ_cells(spoken(organ), entry) for organ, entry in part["per_class"].items()]
-    for kind in ("class", "case"):
+    organs = recorded.get("per_class", {})  # which knows the slices too
+    rows = [
+        _organ_cells(spoken(organ), organs.get(organ, {}) | entry, protocol)
+        for organ, entry in part["per_class"].items()
+    ]
+    for kind, of_slices in (("class", "slice_mcdice"), ("case", "slice_dice")):
         entry = {metric: part[f"{metric}_{kind}_mean"] for metric in METRICS[protocol]} | {"n": n}
         entry |= {key: part.get(f"dice_{kind}_{key[5:]}", "") for key in ("dice_sd", "dice_ci95")}
-        rows.append(_organ_cells(f"{kind} mean", entry))
+        entry["slice_dice"] = recorded.get(of_slices)
+        rows.append(_organ_cells(f"{kind} mean", entry, protocol))
     notes = [
         f"`{protocol}`: {RULES[protocol]}. n: cases in which Dice is defined; SD over cases.",
         f"{MEANS}. Interval: {INTERVAL}.",
@@ -201,12 +239,13 @@ def _run_table(run: Run, protocol) -> Table:
     return Table(title, head, rows, notes + [f"Note: {notice}" for notice in notices])
 
 
-def _organ_cells(label: str, entry: dict) -> list[str]:
+def _organ_cells(label: str, entry: dict, protocol) -> list[str]:
     """A line of a run's table; a mean has no counts, and the class mean no spread: left blank."""
     sd, ends = entry["dice_sd"], entry["dice_ci95"]
     cells = [label, str(entry["n"]), percent(entry["dice"])]
     cells += ["" if sd == "" else percent(sd), "" if ends == "" else interval(ends, percent)]
-    cells.append(number(entry["hd95"]))
+    cells += [number(entry["hd95"])] if "hd95" in entry else []
     cells += [percent(entry["nsd"])] if "nsd" in entry else []
+    cells += [percent(entry.get("slice_dice"))] if protocol == "release" else []
     counts = [entry.get(f"n_{kind}", "") for kind in ("missed", "hallucinated", "both_empty")]
     return cells + [str(count) for count in counts]

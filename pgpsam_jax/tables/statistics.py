@@ -205,8 +205,9 @@ def _mask_notes(lines) -> list[str]:
     for by_seed in lines.values():
         for rows in by_seed.values():
             for row in rows:
-                masks.setdefault((row["case"], row["class"]), set()).add(row["truth_voxels"])
-    differing = sorted({case for (case, _), counts in masks.items() if len(counts) > 1})
+                key = row["protocol"], row["case"], row["class"]
+                masks.setdefault(key, set()).add(row["truth_voxels"])
+    differing = sorted({case for (_, case, _), counts in masks.items() if len(counts) > 1})
     if not differing:
         return []
     return [

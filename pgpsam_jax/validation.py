@@ -1,0 +1,83 @@
+"""Selection of the parameters to keep: by the Dice of the validation cases during training.
+
+The release's rule (methods.md 1.12): after an epoch all valid slices of the validation cases are
+segmented, and the parameters with the highest slice-level Dice of protocol `release` are kept.
+Slices are scored at network size, where the release's argmax is taken too.
+"""
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from pgpsam_jax import checkpoint
+from pgpsam_jax.data.dataset import Split, ValidationData
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation.inference import Predictor
+from pgpsam_jax.evaluation.release_protocol import slice_dice
+
+
+def is_on(config: ConfigDict) -> bool:
+    """Whether a run keeps the best parameters instead of the last."""
+    return config.validation.every_epochs != 0
+
+
+def check(config: ConfigDict, split: Split) -> None:
+    """Refuse, before anything is computed, a validation that cannot take place."""
+    every = config.validation.every_epochs
+    if every < 0:
+        raise UserError(f"validation.every_epochs is {every}; give a number of epochs, or 0 (off)")
+    if every and not split.validation:
+        raise UserError(
+            f"validation.every_epochs is {every} but data.split {config.data.split!r} holds no "
+            "validation case; use btcv_18_6_6, or fraction with data.validation_fraction, or name "
+            '"validation" in data.split_file, or set validation.every_epochs to 0'
+        )
+
+
+class Selection:
+    """When to validate, and the best parameters so far, in `<workdir>/best`.
+
+    epoch_size: few-shot slices. total: steps of the run.
+    """
+
+    def __init__(
+        self, config: ConfigDict, data: ValidationData, workdir, epoch_size: int, total: int
+    ):
+        self._data, self._total = data, total
+        self._batch_size = config.train.batch_size
+        self._slices = config.validation.every_epochs * epoch_size  # seen between two validations
+        self._best = checkpoint.Best(workdir)
+
+    def due(self, step: int) -> bool:
+        """Whether a validation's worth of epochs is complete with this step, or the run is."""
+        done, before = (n * self._batch_size // self._slices for n in (step, step - 1))
+        return done > before or step == self._total
+
+    def judge(self, predictor: Predictor, step: int) -> float:
+        """The score of the predictor's parameters; they are kept if it is the highest so far."""
+        prediction = predictor.slices(self._data.images)
+        score = slice_dice(prediction, self._data.labels, self._data.num_classes)
+        best = self._best.record
+        if best is None or score > best["score"]:
+            self._best.save(predictor.params, step, score)
+            standing = "the best so far"
+        else:
+            standing = f"best {best['score']:.4f} at step {best['step']}"
+        tqdm.write(f"step {step}: validation Dice {score:.4f}, {standing}")
+        return score
+
+    def close(self) -> None:
+        """Release the folder."""
+        self._best.close()
+
+
+def notice(config: ConfigDict, workdir) -> str | None:
+    """Which parameters of a workdir are used, where that is not simply the newest."""
+    if not is_on(config):
+        return None
+    best = checkpoint.best_record(workdir)
+    if best is None:
+        return "Validation has chosen no parameters here: the newest checkpoint is used."
+    return (
+        f"The parameters are those of step {best['step']}, which did best on the validation cases: "
+        f"slice Dice {best['score']:.4f} (protocol release, at network size)."
+    )
