@@ -33,26 +33,30 @@ PARTS = {
         r"cfm/\d+/(spatial/column|channel/expand)/kernel": 0.0,
         r"cfm/\d+/(spatial/column|channel/expand)/bias": -1e4,
     },
-    "dense prompts (Eq 6)": {r"ppg/\d+/dense/mlp/lin2/(kernel|bias)": 0.0},
-    "sparse prompts (Eq 7)": {r"ppg/\d+/sparse/mlp/lin2/(kernel|bias)": 0.0},
+    "dense prompts (Eq 6)": {r"(ppg/\d+|pre_prompt/ppg)/dense/mlp/lin2/(kernel|bias)": 0.0},
+    "sparse prompts (Eq 7)": {r"(ppg/\d+|pre_prompt/ppg)/sparse/mlp/lin2/(kernel|bias)": 0.0},
     "PPR (Eq 5)": {r"ppr/\d+/(alpha|beta)": 0.0},
     "class attention W_c (Eq 4)": {r"ppr/\d+/alpha": 0.0},
     "query attention W_q (Eq 5)": {r"ppr/\d+/beta": 0.0},
+    "context gates (release)": {r"cfm/\d+/(alpha|beta)": 0.0},
+    "update by attention (release)": {r"ppr/\d+/(inter|intra)_gain": 0.0},
+    "skip connection (release)": {r"mask_decoder/skip/norm2/(scale|bias)": 0.0},
+    "class maps (release)": {r"mask_decoder/class_maps/attention/out_proj/(kernel|bias)": 0.0},
 }
 COLUMNS = ("run", "part", "case", "class", "dice")
 WHOLE = "nothing"
 
 
 def silenced(params, edits: dict):
-    """A copy of the trained state with the leaves of `edits` set; None where it has none."""
+    """A copy of the trained state with the leaves of `edits` set; None where any has none."""
     copy = jax.tree.map(lambda leaf: leaf, params)
-    found = False
+    found = set()
     for path, leaf in flat_paths(copy).items():
         for pattern, value in edits.items():
             if re.fullmatch(pattern, path):
                 leaf.set_value(jnp.full_like(leaf[...], value))
-                found = True
-    return copy if found else None
+                found.add(pattern)
+    return copy if found == set(edits) else None
 
 
 def knock_out(workdir) -> list[dict]:

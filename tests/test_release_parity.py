@@ -31,7 +31,10 @@ from pgpsam_jax.parameters import count, flat_paths
 MODULE_TOLERANCE = 1e-4  # each module fed with recorded inputs
 LOGITS_TOLERANCE = {"bootstrap": 1e-5, "final": 1e-3}
 LOSS_TOLERANCE = 1e-5  # relative
-UPDATE_TOLERANCE = 1e-3  # relative, losses after AdamW steps
+# Relative, losses before and after AdamW steps. Adam moves every weight by the learning rate however
+# small its gradient, and a tenth of the recorded set's are below 1e-8, hence rounding: after one
+# step the record is 1.0e-3 off this model in float32 and 2.6e-3 off in float64, after three 2.2e-2.
+UPDATE_TOLERANCE = {"small": [1e-5, 1e-3, 1e-3, 1e-3], "recorded": [1e-5, 3e-3, 2e-2, 3e-2]}
 GRADIENT_TOLERANCE = 1e-3  # of a tensor's norm
 # Absolute, of norms and inner products. Gradients that are zero in exact arithmetic (the bias of a
 # key moves all scores of a softmax alike) come out as rounding, recorded as up to 8e-8.
@@ -281,5 +284,5 @@ def test_the_same_tensors_train(name):
 
 @SLOW_RECORD
 def test_three_updates(name):
-    losses = release_golden.load(name).meta["adamw"]["losses"]
-    np.testing.assert_allclose(updates(name)[0], losses, rtol=UPDATE_TOLERANCE)
+    losses = np.array(release_golden.load(name).meta["adamw"]["losses"])
+    assert (abs(np.array(updates(name)[0]) / losses - 1) <= UPDATE_TOLERANCE[name]).all()

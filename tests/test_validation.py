@@ -113,7 +113,7 @@ def test_what_is_used_is_said(tmp_path):
     config = default_config()
     assert validation.notice(config, tmp_path) is None
     config.validation.every_epochs = 1
-    assert "chosen no parameters yet" in validation.notice(config, tmp_path)
+    assert "chosen no parameters here" in validation.notice(config, tmp_path)
     assert not (tmp_path / "best").exists()  # looking leaves nothing behind
     one = selection(tmp_path)
     one.judge(Scripted(6), 12)

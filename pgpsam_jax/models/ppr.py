@@ -132,7 +132,12 @@ class PrototypeRefinement(nnx.Module):
         self.fuse = layers.Linear(channels + classes, channels, dtype=dtype, rngs=rngs)
         self.alpha = nnx.Param(jnp.array(mix_start, jnp.float32))
         self.beta = nnx.Param(jnp.array(mix_start, jnp.float32))
-        self.k = k
+        self.k, self.mix_start = k, mix_start
+
+    @property
+    def mixing(self):
+        """(alpha, beta) of Eq 5."""
+        return self.alpha[...], self.beta[...]
 
     def __call__(self, feature, class_feature, intra, inter) -> Refined:
         """feature F_I (B, H, W, C), class_feature F_M (B, H, W, K), prototypes to refine."""

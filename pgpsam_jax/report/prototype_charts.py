@@ -15,7 +15,8 @@ def shares_figure(table: dict, names, theme: Theme) -> Figure:
     organs = [name for name in names[1:] if (table["class"] == name).any()]
     figure, left = new_figure(_WIDE, 0.95 + 0.46 * len(organs), theme), _margin(names) + 0.4
     ax = figure.add_axes(_inches(figure, left, 0.55, _WIDE - left - 0.2, 0.46 * len(organs)))
-    series = [(name, n) for name in ("W_c", "W_q") for n in sorted(set(table["pass"]))]
+    maps = dict.fromkeys(table["map"])
+    series = [(name, n) for name in maps for n in sorted(set(table["pass"]))]
     for line, organ in enumerate(organs):
         own = table["class"] == organ
         ax.axhline(line + 0.5, color=theme.line, linewidth=0.7, zorder=0)
@@ -137,18 +138,21 @@ def pick_order(matrices) -> list[int]:
 
 
 def mixing_figure(table: dict, theme: Theme) -> Figure:
-    """alpha and beta of Eq 5 per stage beside their start; `prototype_mixing.csv`."""
+    """alpha and beta of PPR per stage beside their start; `prototype_mixing.csv`."""
     stages = table["pass"]
     figure = new_figure(_WIDE / 2, 0.9 + 0.42 * len(stages), theme)
     ax = figure.add_axes(_inches(figure, 0.8, 0.5, _WIDE / 2 - 1.0, 0.42 * len(stages)))
-    ax.axvline(0.5, color=theme.muted, linewidth=1, linestyle="--", label="start")
-    symbols = {"alpha": "alpha, of W_c", "beta": "beta, of W_q"}
+    start = table["start"][0]
+    ax.axvline(start, color=theme.muted, linewidth=1, linestyle="--", label="start")
+    symbols = {"alpha": "alpha, of the class scores", "beta": "beta, of the query scores"}
     for place, (key, label) in enumerate(symbols.items()):
         style = {"marker": "os"[place], "linestyle": "none", "markersize": 8}
         ax.plot(table[key], stages, color=theme.series[place], label=label, **style)
     ax.set_yticks(stages, [f"stage {n:.0f}" for n in stages])
     values = [*table["alpha"], *table["beta"]]
-    ax.set(xlim=(min(0, *values), max(1, *values)), ylim=(stages[-1] + 0.5, stages[0] - 0.5))
+    ax.set(
+        xlim=(min(0, *values), max(2 * start, *values)), ylim=(stages[-1] + 0.5, stages[0] - 0.5)
+    )
     ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 1.0), handletextpad=0.3)
     return figure
 

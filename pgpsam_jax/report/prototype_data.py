@@ -38,7 +38,7 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Look:
-    """N slices (`shown`: those to draw), every pass over them, Eq 5's (alpha, beta) per stage.
+    """N slices (`shown`: those to draw), every pass over them, (alpha, beta) of PPR per stage.
 
     mix_start: what alpha and beta started at.
     """
@@ -83,8 +83,9 @@ def look_into(run: Run) -> Look:
     if passes[0].intra is None:
         raise UserError(f"{run.workdir} was trained without prototypes (model.ppg is off)")
     stages = trained.model.ppr if passes[-1].picks is not None else ()
-    mixing = [(float(stage.alpha[...]), float(stage.beta[...])) for stage in stages]
-    return Look(run.names, slices, shown, passes, mixing, run.config.model.mix_start)
+    mixing = [tuple(float(np.mean(weight)) for weight in stage.mixing) for stage in stages]
+    start = float(stages[0].mix_start) if stages else float("nan")
+    return Look(run.names, slices, shown, passes, mixing, start)
 
 
 def _bearing(truth, region) -> list[int]:
@@ -133,11 +134,13 @@ def dense_rows(look: Look) -> list[dict]:
 
 
 def own_weights(look: Look, number: int) -> dict[str, np.ndarray]:
-    """W_c and W_q of every class's own token in a pass, (N, K, h, w)."""
+    """W_c and W_q of every class's own token in a pass, (N, K, h, w); W where there is only one."""
     one = look.passes[number]
     n, h, w, _ = one.feature.shape
     step = one.picks.shape[-1] + 1
-    maps = {"W_c": one.class_weights, "W_q": one.query_weights}
+    maps = {"W": one.query_weights}
+    if one.class_weights is not None:
+        maps = {"W_c": one.class_weights, "W_q": one.query_weights}
     return {name: weights[:, ::step].reshape(n, -1, h, w) for name, weights in maps.items()}
 
 
@@ -214,7 +217,8 @@ def pick_rows(look: Look) -> list[dict]:
 
 def mixing_rows(look: Look) -> list[dict]:
     return [
-        {"pass": i, "alpha": alpha, "beta": beta} for i, (alpha, beta) in enumerate(look.mixing, 1)
+        {"pass": i, "alpha": alpha, "beta": beta, "start": look.mix_start}
+        for i, (alpha, beta) in enumerate(look.mixing, 1)
     ]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.report import prototype_charts as charts
 from pgpsam_jax.report import prototype_maps as maps
-from pgpsam_jax.report.prototype_data import Look, look_into, write_tables
+from pgpsam_jax.report.prototype_data import Look, look_into, own_weights, write_tables
 from pgpsam_jax.report.style import Picture, draw
 from pgpsam_jax.runs import Run
 
@@ -35,7 +35,7 @@ def prototype_pictures(run: Run, folder) -> list[Picture]:
     write_tables(look, folder)
     pictures = [_dense(look, folder)]
     if look.stages:
-        pictures += [_attention(look, folder, name) for name in _ATTENTION]
+        pictures += [_attention(look, folder, name) for name in own_weights(look, look.stages[0])]
         pictures.append(_shares(look, folder))
     pictures.append(_similarity(look, folder))
     if look.stages:
@@ -84,6 +84,11 @@ _ATTENTION = {
         "prototype_query_attention",
         "Query attention W_q (Eq 5)",
         "W_q compares each prototype with every place of the fused feature.",
+    ),
+    "W": (
+        "prototype_attention",
+        "Attention of the prototypes",
+        "Preset release has one softmax over class and query scores together; mean of its heads.",
     ),
 }
 
@@ -167,11 +172,12 @@ def _picks(look: Look, folder: Path) -> Picture:
 
 
 def _mixing(look: Look, folder: Path) -> Picture:
-    table, start = _table(folder, "mixing"), look.mix_start
+    table = _table(folder, "mixing")
     return draw(
         functools.partial(charts.mixing_figure, table),
         folder,
         "prototype_mixing",
         "Mixing of the two attentions",
-        f"The learned scalars of Eq 5, P' = (alpha W_c + beta W_q) F; both start at {start:g}.",
+        "The learned weights of the two, alpha of the class and beta of the query attention (Eq 5; "
+        f"in preset release of their scores, mean over places); both start at {look.mix_start:g}.",
     )

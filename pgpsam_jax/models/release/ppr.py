@@ -101,7 +101,12 @@ class PrototypeRefinement(nnx.Module):
         self.inter_mix = layers.Linear(inter + classes, inter, **linear)  # along tokens
         self.intra_mix = layers.Linear(channels + classes, channels, **linear)  # along channels
         self.inter_ffn, self.intra_ffn = (FeedForward(channels, **common) for _ in range(2))
-        self.k = k
+        self.k, self.mix_start = k, GAIN
+
+    @property
+    def mixing(self):
+        """(alpha, beta), each (L,): weights of the class and the query scores."""
+        return self.attention.alpha[...], self.attention.beta[...]
 
     def __call__(self, feature, class_feature, probability, intra, inter) -> Refined:
         """feature (B, H, W, C), class_feature and probability (B, H, W, K); prototypes with their
