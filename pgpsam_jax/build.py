@@ -12,7 +12,7 @@ from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import pgpsam
 from pgpsam_jax.models.image_encoder import EncoderConfig
-from pgpsam_jax.models.layers import NoDraws
+from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.models.lora import TARGETS, LoraConfig
 from pgpsam_jax.models.release import model as release
 from pgpsam_jax.models.sam import SamConfig

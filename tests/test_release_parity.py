@@ -31,9 +31,9 @@ from pgpsam_jax.parameters import count, flat_paths
 MODULE_TOLERANCE = 1e-4  # each module fed with recorded inputs
 LOGITS_TOLERANCE = {"bootstrap": 1e-5, "final": 1e-3}
 LOSS_TOLERANCE = 1e-5  # relative
-# Relative, losses before and after AdamW steps. Adam moves every weight by the learning rate however
-# small its gradient, and a tenth of the recorded set's are below 1e-8, hence rounding: after one
-# step the record is 1.0e-3 off this model in float32 and 2.6e-3 off in float64, after three 2.2e-2.
+# Relative, losses before and after AdamW steps. Adam moves every weight by the learning rate
+# however small its gradient; a tenth of the recorded set's are below 1e-8, hence rounding. After
+# one step this model is 1.0e-3 off the record in float32, 2.6e-3 in float64; after three 2.2e-2.
 UPDATE_TOLERANCE = {"small": [1e-5, 1e-3, 1e-3, 1e-3], "recorded": [1e-5, 3e-3, 2e-2, 3e-2]}
 GRADIENT_TOLERANCE = 1e-3  # of a tensor's norm
 # Absolute, of norms and inner products. Gradients that are zero in exact arithmetic (the bias of a

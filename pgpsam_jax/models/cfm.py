@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models import layers
+from pgpsam_jax.models import initial, layers
 
 
 class StripConv(nnx.Module):
@@ -16,8 +16,8 @@ class StripConv(nnx.Module):
     def __init__(
         self, channels: int, k: int, axis: int, *, use_bias: bool = True, dtype, rngs: nnx.Rngs
     ):
-        self.kernel = layers.kernel_param(rngs, (k, channels), k)
-        self.bias = layers.zeros_param(channels) if use_bias else None
+        self.kernel = initial.kernel_param(rngs, (k, channels), k)
+        self.bias = initial.zeros_param(channels) if use_bias else None
         self.axis, self.dtype = axis, dtype
 
     def __call__(self, x):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models import attention, layers
+from pgpsam_jax.models import attention, initial, layers
 from pgpsam_jax.models.lora import LoraConfig, LoraQKV
 
 
@@ -38,8 +38,8 @@ class Attention(nnx.Module):
         self.qkv = layers.Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
         self.proj = layers.Linear(dim, dim, dtype=dtype, rngs=rngs)
         rows, columns = (window, window) if window else config.grid
-        self.rel_pos_h = layers.zeros_param(2 * rows - 1, head_dim)
-        self.rel_pos_w = layers.zeros_param(2 * columns - 1, head_dim)
+        self.rel_pos_h = initial.zeros_param(2 * rows - 1, head_dim)
+        self.rel_pos_w = initial.zeros_param(2 * columns - 1, head_dim)
         if lora is not None:
             self.lora = LoraQKV(dim, lora, dtype=dtype, rngs=rngs)
         self.adapted = lora is not None
@@ -93,7 +93,7 @@ class Neck(nnx.Module):
     """1x1 and 3x3 convolution, each with a channel LayerNorm: D to the decoder's width."""
 
     def __init__(self, dim: int, out: int, *, dtype, rngs: nnx.Rngs):
-        conv = dict(use_bias=False, kernel_init=layers.kernel_init, dtype=dtype, rngs=rngs)
+        conv = dict(use_bias=False, kernel_init=initial.kernel_init, dtype=dtype, rngs=rngs)
         norm = dict(eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
         self.conv1 = nnx.Conv(dim, out, (1, 1), **conv)
         self.norm1 = layers.layer_norm(out, **norm)
@@ -114,7 +114,7 @@ class ImageEncoder(nnx.Module):
             config.patch_size, 3, config.width, dtype=dtype, rngs=rngs
         )
         shape = (1, *config.grid, config.width)
-        self.pos_embed = nnx.Param(jnp.asarray(0.02 * layers.draw(rngs, shape)))
+        self.pos_embed = nnx.Param(jnp.asarray(0.02 * initial.draw(rngs, shape)))
         lora = lora if lora is not None and lora.rank and lora.targets else None
         self.blocks = nnx.List(
             Block(

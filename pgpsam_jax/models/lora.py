@@ -5,7 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models.layers import draw, matmul
+from pgpsam_jax.models.initial import draw
+from pgpsam_jax.models.layers import matmul
 
 TARGETS = ("q", "k", "v")
 

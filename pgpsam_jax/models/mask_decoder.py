@@ -9,7 +9,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models import layers
+from pgpsam_jax.models import initial, layers
 from pgpsam_jax.models.transformer import TwoWayTransformer
 
 
@@ -44,11 +44,11 @@ class MaskDecoder(nnx.Module):
         self.transformer = TwoWayTransformer(
             d, config.depth, config.heads, config.mlp_dim, config.downsample, dtype=dtype, rngs=rngs
         )
-        self.mask_tokens = layers.normal_param(rngs, masks, d)
+        self.mask_tokens = initial.normal_param(rngs, masks, d)
         self.upscaling = Upscaling(d, dtype=dtype, rngs=rngs)
         self.hyper_mlps = layers.ParallelMlp(masks, (d, d, d, d // 8), dtype=dtype, rngs=rngs)
         if iou_head:
-            self.iou_token = layers.normal_param(rngs, 1, d)
+            self.iou_token = initial.normal_param(rngs, 1, d)
             self.iou_head = layers.ReluMlp((d, d, d, masks), dtype=dtype, rngs=rngs)
         self.quality = iou_head
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models import layers
+from pgpsam_jax.models import initial
 from pgpsam_jax.models.cfm import ContextualFeatureModulation
 from pgpsam_jax.models.image_encoder import ImageEncoder
 from pgpsam_jax.models.lora import LoraConfig
@@ -121,13 +121,13 @@ class PgpSam(nnx.Module):
             for _ in config.stage_taps
         )
         if config.ppg:
-            self.intra = layers.normal_param(rngs, classes, c)
-            self.inter = layers.normal_param(rngs, inter, c)
+            self.intra = initial.normal_param(rngs, classes, c)
+            self.inter = initial.normal_param(rngs, inter, c)
             self.ppg = nnx.List(  # the bootstrap's, then one per later pass
                 PromptGenerator(c, classes, inter, **common) for _ in range(passes)
             )
         else:
-            self.default_dense = layers.normal_param(rngs, c)
+            self.default_dense = initial.normal_param(rngs, c)
         if config.ppr:
             self.ppr = nnx.List(
                 PrototypeRefinement(

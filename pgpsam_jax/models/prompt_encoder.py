@@ -7,14 +7,14 @@ Source: Kirillov et al. 2023; random Fourier features of Tancik et al. 2020.
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models import layers
+from pgpsam_jax.models import initial, layers
 
 
 class FourierPositions(nnx.Module):
     """Random Fourier position encoding; the Gaussian matrix is a buffer, not a parameter."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.gaussian_matrix = layers.Buffer(jnp.asarray(layers.draw(rngs, (2, channels // 2))))
+        self.gaussian_matrix = layers.Buffer(jnp.asarray(initial.draw(rngs, (2, channels // 2))))
 
     def encode(self, coordinates):
         """(..., 2) coordinates (x, y) in [0, 1] to (..., C), always in float32."""
@@ -32,7 +32,7 @@ class MaskDownscaling(nnx.Module):
     """(B, 4H, 4W, 1) mask logits to (B, H, W, C)."""
 
     def __init__(self, channels: int, hidden: int, *, dtype, rngs: nnx.Rngs):
-        conv = dict(padding="VALID", kernel_init=layers.kernel_init, dtype=dtype, rngs=rngs)
+        conv = dict(padding="VALID", kernel_init=initial.kernel_init, dtype=dtype, rngs=rngs)
         norm = dict(eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
         self.conv1 = nnx.Conv(1, hidden // 4, (2, 2), strides=2, **conv)
         self.norm1 = layers.layer_norm(hidden // 4, **norm)
@@ -59,11 +59,11 @@ class PromptEncoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.pe_layer = FourierPositions(channels, rngs=rngs)
-        self.point_embeddings = layers.normal_param(
+        self.point_embeddings = initial.normal_param(
             rngs, 4, channels
         )  # background, foreground, two box corners
-        self.not_a_point_embed = layers.normal_param(rngs, channels)
-        self.no_mask_embed = layers.normal_param(rngs, channels)
+        self.not_a_point_embed = initial.normal_param(rngs, channels)
+        self.no_mask_embed = initial.normal_param(rngs, channels)
         self.mask_downscaling = MaskDownscaling(channels, mask_channels, dtype=dtype, rngs=rngs)
         self.grid, self.image_size = grid, image_size
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models import layers
+from pgpsam_jax.models import initial, layers
 from pgpsam_jax.models.cfm import ChannelGate, SpatialGate
 
 GAIN = 1e-3  # what every learned gain of the release starts at
@@ -47,16 +47,17 @@ class GatedFeedForward(nnx.Module):
 
 
 class UpFeature(nnx.Module):
-    """U_s: (B, H, W, C) to (B, 4H, 4W, C / 8), what the decoder's skip connection takes."""
+    """(B, H, W, C) to (B, 4H, 4W, C / 8): U_s for the decoder, and the map of its own."""
 
-    def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, activation, dtype, rngs: nnx.Rngs):
         half, last = channels // 4, channels // 8
         common = dict(dtype=dtype, rngs=rngs)
         self.conv1 = layers.Upsample2x(channels, half, fan_in=4 * half, **common)
         self.conv2 = layers.Upsample2x(half, last, fan_in=4 * last, **common)
+        self.activation = activation
 
     def __call__(self, x):
-        return self.conv2(leaky_relu(self.conv1(x)))
+        return self.conv2(self.activation(self.conv1(x)))
 
 
 class ContextualFeatureModulation(nnx.Module):
@@ -75,11 +76,11 @@ class ContextualFeatureModulation(nnx.Module):
         self.spatial = SpatialGate(channels, k, **gate)
         self.channel = ChannelGate(channels, **gate)
         self.alpha, self.beta = gain_param(channels), gain_param(channels)
-        self.pairs = layers.kernel_param(rngs, (2, channels), 2)
+        self.pairs = initial.kernel_param(rngs, (2, channels), 2)
         self.merge_norm = layers.layer_norm(channels, eps=layers.ENCODER_EPS, **common)
         self.merge = layers.Linear(channels, channels, **common)
         self.ffn = GatedFeedForward(channels, **common)
-        self.up = UpFeature(channels, **common)
+        self.up = UpFeature(channels, activation=leaky_relu, **common)
 
     def __call__(self, tap, previous):
         """tap (B, H, W, D), previous X (B, H, W, C) to X_s and U_s (B, 4H, 4W, C / 8)."""

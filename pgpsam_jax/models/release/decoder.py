@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models import layers
+from pgpsam_jax.models import initial, layers
 from pgpsam_jax.models.mask_decoder import DecoderConfig, class_features, token_products
-from pgpsam_jax.models.release.cfm import leaky_relu
+from pgpsam_jax.models.release.cfm import UpFeature, leaky_relu
 from pgpsam_jax.models.transformer import Attention, TwoWayBlock, TwoWayTransformer
 
 CLASS_HEADS = 8
@@ -93,19 +93,6 @@ class ClassMaps(nnx.Module):
         return self.attention(maps, maps, maps)
 
 
-class Upscaling(nnx.Module):
-    """(B, H, W, C) to (B, 4H, 4W, C / 8), without SAM's LayerNorm."""
-
-    def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
-        half, last = channels // 4, channels // 8
-        common = dict(dtype=dtype, rngs=rngs)
-        self.conv1 = layers.Upsample2x(channels, half, fan_in=4 * half, **common)
-        self.conv2 = layers.Upsample2x(half, last, fan_in=4 * last, **common)
-
-    def __call__(self, x):
-        return jax.nn.gelu(self.conv2(jax.nn.gelu(self.conv1(x))))
-
-
 class SkipConnection(nnx.Module):
     """U_s into the upscaled map: up + conv(conv([up ; U_s])), each 1x1 - LN - GELU."""
 
@@ -132,13 +119,13 @@ class MaskDecoder(nnx.Module):
         self.transformer = ReorderedTransformer(
             c, config.depth, config.heads, config.mlp_dim, config.downsample, **common
         )
-        self.position = layers.normal_param(rngs, 1, c)  # of every token
-        self.mask_tokens = layers.normal_param(rngs, classes, c)
+        self.position = initial.normal_param(rngs, 1, c)  # of every token
+        self.mask_tokens = initial.normal_param(rngs, classes, c)
         self.class_maps = ClassMaps(classes, grid, **common)
         self.hyper_mlps = layers.ParallelMlp(classes, (c, c, c, c // 8), **common)
         for part in (self.transformer, self.class_maps, self.hyper_mlps):
-            layers.draw_as_torch(part, rngs)
-        self.upscaling = Upscaling(c, **common)
+            draw_as_torch(part, rngs)
+        self.upscaling = UpFeature(c, activation=jax.nn.gelu, **common)
         self.skip = SkipConnection(c // 8, **common)
 
     def __call__(self, image, sparse, dense, stage=None):
@@ -163,7 +150,7 @@ class MaskDecoder(nnx.Module):
         mask_tokens, image_tokens = tokens[:, : len(own)], source.reshape(b, h, w, c)
         # The authors' code reads its (L, C) tokens as a (C, H, W) image without transposing, which
         # scrambles channels and places; its trained weights know no other order.
-        up = self.upscaling(jnp.moveaxis(source.reshape(b, c, h, w), 1, -1))
+        up = jax.nn.gelu(self.upscaling(jnp.moveaxis(source.reshape(b, c, h, w), 1, -1)))
         up = up if stage is None else self.skip(up, up_feature)
         logits = token_products(up, self.hyper_mlps(mask_tokens))
         return logits, class_features(mask_tokens, image_tokens)
@@ -174,3 +161,15 @@ class MaskDecoder(nnx.Module):
         maps = self.class_maps(class_feature)
         update = jnp.einsum("bck,bkl->blc", leaky_relu(mixing), maps.astype(mixing.dtype))
         return source + update.astype(source.dtype)
+
+
+def draw_as_torch(module: nnx.Module, rngs: nnx.Rngs) -> None:
+    """Redraw every dense layer of `module` as PyTorch starts it: uniform in +-1/sqrt(in)."""
+    for _, layer in nnx.iter_modules(module):
+        if not isinstance(layer, layers.Linear | layers.ParallelLinear):
+            continue
+        bound = np.float32(layer.kernel.shape[-2] ** -0.5)
+        for leaf in (layer.kernel, layer.bias):
+            if leaf is not None:
+                uniform = initial.draw(rngs, leaf.shape, "uniform")
+                leaf.set_value(jnp.asarray(bound * (2 * uniform - 1)))

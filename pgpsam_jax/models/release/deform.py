@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models import layers
+from pgpsam_jax.models import initial, layers
 
 KINDS = ("deformable", "plain")
 _SIDE = 3
@@ -73,8 +73,8 @@ class DeformableConv(nnx.Module):
     def __init__(self, channels: int, dilation: int, *, kind: str, dtype, rngs: nnx.Rngs):
         if kind not in KINDS:
             raise UserError(f"model.dcn is {kind!r}; choose {' or '.join(KINDS)}")
-        self.kernel = layers.kernel_param(rngs, (_SIDE, _SIDE, channels), TAPS * channels // 2)
-        self.bias = layers.zeros_param(channels)
+        self.kernel = initial.kernel_param(rngs, (_SIDE, _SIDE, channels), TAPS * channels // 2)
+        self.bias = initial.zeros_param(channels)
         if kind == "deformable":
             self.offset = nnx.Conv(
                 channels,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models import layers
+from pgpsam_jax.models import initial, layers
 from pgpsam_jax.models.image_encoder import ImageEncoder
 from pgpsam_jax.models.pgpsam import Pass, PrototypeConfig
 from pgpsam_jax.models.ppr import Refined
@@ -32,7 +32,7 @@ class PrePrompt(nnx.Module):
 
     def __init__(self, channels: int, classes: int, inter: int, *, dcn, dtype, rngs: nnx.Rngs):
         common = dict(dtype=dtype, rngs=rngs)
-        self.mask_embed = layers.normal_param(rngs, 1, channels)
+        self.mask_embed = initial.normal_param(rngs, 1, channels)
         self.csm = ChannelSemantics(channels, **common)
         self.ppg = PromptGenerator(channels, classes, inter, dcn=dcn, **common)
 
@@ -47,8 +47,8 @@ class ReleasePgpSam(nnx.Module):
         sizes = c, classes, inter
         self.image_encoder = ImageEncoder(encoder, config.lora, **common)
         self.mask_decoder = MaskDecoder(config.sam.decoder, classes, encoder.grid, **common)
-        self.intra, self.intra_embed = (layers.normal_param(rngs, classes, c) for _ in range(2))
-        self.inter, self.inter_embed = (layers.normal_param(rngs, inter, c) for _ in range(2))
+        self.intra, self.intra_embed = (initial.normal_param(rngs, classes, c) for _ in range(2))
+        self.inter, self.inter_embed = (initial.normal_param(rngs, inter, c) for _ in range(2))
         self.pre_prompt = PrePrompt(*sizes, dcn=config.dcn, **common)
         self.cfm = nnx.List(
             ContextualFeatureModulation(encoder.width, c, k=config.strip_kernel, **common)
@@ -60,8 +60,8 @@ class ReleasePgpSam(nnx.Module):
         self.ppg = nnx.List(
             PromptGenerator(*sizes, dcn=config.dcn, **common) for _ in range(stages)
         )
-        self.image_level = layers.normal_param(rngs, stages, c)
-        self.class_level = layers.normal_param(rngs, stages, classes)
+        self.image_level = initial.normal_param(rngs, stages, c)
+        self.class_level = initial.normal_param(rngs, stages, classes)
         self.config = config
 
     def embedded(self, refined: Refined):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models import layers, ppg
+from pgpsam_jax.models import initial, layers, ppg
 from pgpsam_jax.models.release.cfm import gain_param
 from pgpsam_jax.models.release.deform import DeformableConv
 
@@ -19,7 +19,7 @@ class PrototypeTokens(nnx.Module):
     """LN(W2 gelu(W1 [P ; P P_other^T])): prototypes joined with their affinities."""
 
     def __init__(self, channels: int, others: int, *, dtype, rngs: nnx.Rngs):
-        linear = dict(init=layers.xavier_uniform, dtype=dtype, rngs=rngs)
+        linear = dict(init=initial.xavier_uniform, dtype=dtype, rngs=rngs)
         self.join = layers.Linear(channels + others, channels, **linear)
         self.project = layers.Linear(channels, channels, **linear)
         self.norm = layers.layer_norm(channels, eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs)
@@ -75,9 +75,9 @@ class Branches(nnx.Module):
     """Dense layers side by side, (B, K, C) to their outputs one after another."""
 
     def __init__(self, channels: int, out: int, *, dtype, rngs: nnx.Rngs):
-        kernels = [layers.xavier_uniform(rngs, (channels, out)) for _ in range(BRANCHES)]
+        kernels = [initial.xavier_uniform(rngs, (channels, out)) for _ in range(BRANCHES)]
         self.kernel = nnx.Param(jnp.stack(kernels))
-        self.bias = layers.zeros_param(BRANCHES, out)
+        self.bias = initial.zeros_param(BRANCHES, out)
         self.dtype = dtype
 
     def __call__(self, x):
@@ -110,7 +110,7 @@ class SparsePath(nnx.Module):
             channels,
             (3, 3),
             kernel_dilation=2,
-            kernel_init=layers.kernel_init,
+            kernel_init=initial.kernel_init,
             **common,
         )
         self.adapter = PrototypeAdapter(channels, inter, **common)
@@ -119,7 +119,7 @@ class SparsePath(nnx.Module):
             channels,
             channels // 2,
             activation=jax.nn.gelu,
-            init=layers.xavier_uniform,
+            init=initial.xavier_uniform,
             **common,
         )
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models import layers, ppr
+from pgpsam_jax.models import initial, layers, ppr
 from pgpsam_jax.models.ppr import Refined
 from pgpsam_jax.models.release.cfm import GAIN, gain_param
 
@@ -41,7 +41,7 @@ class ClassQueryAttention(nnx.Module):
 
     def __init__(self, channels: int, classes: int, k: int, grid, *, dtype, rngs: nnx.Rngs):
         common, tokens = dict(dtype=dtype, rngs=rngs), classes * (k + 1)
-        linear = dict(init=layers.xavier_uniform, **common)
+        linear = dict(init=initial.xavier_uniform, **common)
         self.alpha, self.beta = (
             nnx.Param(jnp.full(grid[0] * grid[1], GAIN, jnp.float32)) for _ in range(2)
         )
@@ -79,7 +79,7 @@ class FeedForward(nnx.Module):
         common = dict(dtype=dtype, rngs=rngs)
         self.norm = layers.layer_norm(channels, eps=layers.DECODER_EPS, **common)
         self.mlp = layers.MlpBlock(
-            channels, 4 * channels, activation=jax.nn.gelu, init=layers.xavier_uniform, **common
+            channels, 4 * channels, activation=jax.nn.gelu, init=initial.xavier_uniform, **common
         )
 
     def __call__(self, x):
@@ -93,7 +93,7 @@ class PrototypeRefinement(nnx.Module):
         self, channels: int, classes: int, inter: int, k: int, grid, *, dtype, rngs: nnx.Rngs
     ):
         common = dict(dtype=dtype, rngs=rngs)
-        linear = dict(init=layers.xavier_uniform, **common)
+        linear = dict(init=initial.xavier_uniform, **common)
         self.inter_gain, self.intra_gain = gain_param(channels), gain_param(channels)
         self.inter_proj = layers.Linear(channels, channels, **linear)
         self.intra_proj = layers.Linear(channels, channels, **linear)

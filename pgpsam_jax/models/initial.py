@@ -1,0 +1,81 @@
+"""How parameters start: random numbers, initialisers, and the parameters made of them.
+
+All are float32. Kernels start from N(0, 1 / fan-in) unless a model says otherwise.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+_CHUNK = 1 << 16
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _draw_chunk(key, distribution: str, index):
+    return getattr(jax.random, distribution)(jax.random.fold_in(key, index), (_CHUNK,))
+
+
+class NoDraws(nnx.Rngs):
+    """In place of random streams where only shapes are asked for: every draw is zero.
+
+    Tracing a draw per parameter takes longer than the rest of a model (10 s for `release`).
+    """
+
+    def __init__(self):
+        pass
+
+    def params(self):
+        return None
+
+
+def draw(rngs: nnx.Rngs, shape: tuple[int, ...], distribution: str = "normal"):
+    """Random numbers of any shape, N(0, 1) or `uniform` in [0, 1).
+
+    Drawn in chunks of one size: a compiled draw per parameter shape would take half a minute.
+    """
+    key, size = rngs.params(), math.prod(shape)
+    if key is None:
+        return jnp.zeros(shape)
+    chunks = [_draw_chunk(key, distribution, i) for i in range(-(-size // _CHUNK))]
+    traced = isinstance(key, jax.core.Tracer)
+    numpy = jnp if traced else np
+    return numpy.concatenate(chunks)[:size].reshape(shape)
+
+
+def kernel_init(key, shape, dtype=jnp.float32):
+    """Initialiser for `nnx.Conv`: N(0, 1 / fan-in), as all kernels here start."""
+    rngs = NoDraws() if key is None else nnx.Rngs(key)
+    return jnp.asarray(_kernel(rngs, shape, math.prod(shape[:-1])), dtype)
+
+
+def _kernel(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int):
+    return draw(rngs, shape) * np.float32(fan_in**-0.5)
+
+
+def xavier_uniform(rngs: nnx.Rngs, shape: tuple[int, int]):
+    """Glorot's uniform kernel of a dense layer, (in, out)."""
+    bound = np.float32((6 / sum(shape)) ** 0.5)
+    return bound * (2 * draw(rngs, shape, "uniform") - 1)
+
+
+def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, int]):
+    """N(0, 1 / in) kernel of a dense layer, (in, out): the default here."""
+    return _kernel(rngs, shape, shape[0])
+
+
+def normal_param(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+    """A parameter drawn from N(0, 1), as SAM's and the paper's embeddings start."""
+    return nnx.Param(jnp.asarray(draw(rngs, shape)))
+
+
+def kernel_param(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
+    """A kernel drawn from N(0, 1 / fan_in)."""
+    return nnx.Param(jnp.asarray(_kernel(rngs, shape, fan_in)))
+
+
+def zeros_param(*shape: int) -> nnx.Param:
+    return nnx.Param(jnp.asarray(np.zeros(shape, np.float32)))
