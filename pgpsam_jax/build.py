@@ -66,7 +66,11 @@ def _make_release(settings, num_classes: int, dtype, rngs: nnx.Rngs):
             "model.cfm, model.ppr and model.ppg switch off parts of preset paper, release has no "
             "such switches; set model.preset=paper or all three to True"
         )
-    config = release.ReleaseConfig(**_prototype_settings(settings, num_classes), dcn=settings.dcn)
+    config = release.ReleaseConfig(
+        **_prototype_settings(settings, num_classes),
+        dcn=settings.dcn,
+        token_order=settings.token_order,
+    )
     return release.ReleasePgpSam(config, dtype=dtype, rngs=rngs)
 
 

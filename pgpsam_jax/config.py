@@ -44,6 +44,7 @@ def default_config() -> ConfigDict:
     config.model.ppr = True
     config.model.ppg = True
     config.model.dcn = "deformable"  # preset release; or plain: dilated convolutions, no gathers
+    config.model.token_order = "released"  # preset release; or transposed: docs/release.md
     config.model.lora_rank = 4
     config.model.lora_targets = ("q", "v")
     config.model.compute_dtype = "float32"  # or bfloat16; parameters and softmaxes are float32

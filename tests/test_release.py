@@ -100,6 +100,14 @@ def test_plain_convolutions_have_no_offsets():
     assert all("/offset/" in name for name in names[1] - names[0])
 
 
+def test_transposed_tokens_change_what_is_upscaled_and_nothing_else():
+    _, released = run()
+    _, transposed = run(token_order="transposed")
+    np.testing.assert_array_equal(released[0].class_feature, transposed[0].class_feature)
+    np.testing.assert_array_equal(released[0].dense, transposed[0].dense)
+    assert np.abs(released[0].logits - transposed[0].logits).max() > 1e-3
+
+
 def test_settings_that_make_no_release():
     with pytest.raises(UserError, match="half their number must be divisible by 8"):
         nnx.eval_shape(lambda: ReleasePgpSam(small(size=(24, 24)), rngs=nnx.Rngs(0)))
@@ -108,6 +116,9 @@ def test_settings_that_make_no_release():
     config.model.ppr = False
     with pytest.raises(UserError, match="switch off parts of preset paper"):
         build.abstract_model(config, 9)
-    config.model.ppr, config.model.dcn = True, "dense"
-    with pytest.raises(UserError, match=r"model\.dcn is 'dense'"):
-        build.abstract_model(config, 9)
+    config.model.ppr = True
+    for field, value in (("dcn", "dense"), ("token_order", "none")):
+        settings = config.copy_and_resolve_references()
+        settings.model[field] = value
+        with pytest.raises(UserError, match=rf"model\.{field} is '{value}'"):
+            build.abstract_model(settings, 9)

@@ -189,7 +189,10 @@ def test_notices_and_code_revisions_of_the_runs(tmp_path):
     (none / "provenance.json").write_text(json.dumps({"git": "1" * 40}))
     notes = grid_tables(read_grid(path))[0].notes
     assert "Note (1 of 2 runs): The backbone was initialised at random." in notes
-    assert any("2 code revisions (0000000, 1111111)" in note for note in notes)
+    assert any("2 versions of the code (0000000, 1111111)" in note for note in notes)
+    for folder, commit in ((full, "0"), (none, "1")):  # another commit of the same sources
+        (folder / "provenance.json").write_text(json.dumps({"git": commit * 40, "code": "c"}))
+    assert not any("versions of the code" in n for n in grid_tables(read_grid(path))[0].notes)
 
 
 def test_run_tables_say_what_the_summary_says(tmp_path):

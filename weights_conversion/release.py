@@ -47,7 +47,12 @@ KEPT = "unused.safetensors"
 LORA_RANK = 5  # the only one that the release builds
 _CONFIGS = Path(__file__).parents[1] / "configs"
 _DEFAULTS = {9: "synapse_release.py", 5: "ventricle_release.py"}  # by classes
-_NEEDED = {"preset": "release", "train_encoder": "lora", "dcn": "deformable"}
+_NEEDED = {
+    "preset": "release",
+    "train_encoder": "lora",
+    "dcn": "deformable",
+    "token_order": "released",
+}
 
 
 def convert(source, output, settings=(), *, log=print) -> None:
@@ -212,6 +217,7 @@ def _check_exportable(settings: ConfigDict, workdir: Path) -> None:
     fields = {
         "model.preset": (settings.preset, "release"),
         "model.dcn": (settings.dcn, "deformable"),
+        "model.token_order": (settings.token_order, "released"),
         "model.lora_targets": (lora, ("q", "v")),
     }
     if wrong := _contradictions(fields):

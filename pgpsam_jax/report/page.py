@@ -139,7 +139,7 @@ def _background(subject: Subject, folder: Path) -> dict[str, list[str]]:
     code = subject.grid.code if subject.grid else {}
     extra = {f"grid: code {key}": value for key, value in code.items()}
     return {
-        "Configuration": [facts.configuration_tables(subject.configs)],
+        "Configuration": [facts.configuration_tables(list(subject.configs.values()))],
         "Provenance": [facts.provenance_table(subject.runs, extra)],
         "Files": [facts.files(folder)],
     }

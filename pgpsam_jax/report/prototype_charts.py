@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pgpsam_jax.report.style import Theme, new_figure
 
@@ -141,18 +142,18 @@ def mixing_figure(table: dict, theme: Theme) -> Figure:
     """alpha and beta of PPR per stage beside their start; `prototype_mixing.csv`."""
     stages = table["pass"]
     figure = new_figure(_WIDE / 2, 0.9 + 0.42 * len(stages), theme)
-    ax = figure.add_axes(_inches(figure, 0.8, 0.5, _WIDE / 2 - 1.0, 0.42 * len(stages)))
+    ax = figure.add_axes(_inches(figure, 0.8, 0.5, _WIDE / 2 - 1.15, 0.42 * len(stages)))
     start = table["start"][0]
     ax.axvline(start, color=theme.muted, linewidth=1, linestyle="--", label="start")
-    symbols = {"alpha": "alpha, of the class scores", "beta": "beta, of the query scores"}
+    symbols = {"alpha": "alpha (class)", "beta": "beta (query)"}
     for place, (key, label) in enumerate(symbols.items()):
         style = {"marker": "os"[place], "linestyle": "none", "markersize": 8}
         ax.plot(table[key], stages, color=theme.series[place], label=label, **style)
     ax.set_yticks(stages, [f"stage {n:.0f}" for n in stages])
     values = [*table["alpha"], *table["beta"]]
-    ax.set(
-        xlim=(min(0, *values), max(2 * start, *values)), ylim=(stages[-1] + 0.5, stages[0] - 0.5)
-    )
+    ax.set_xlim(min(0, *values), max(2 * start, *values))
+    ax.set_ylim(stages[-1] + 0.5, stages[0] - 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 1.0), handletextpad=0.3)
     return figure
 

@@ -114,10 +114,11 @@ def _run_notes(lines) -> list[str]:
         f"Note{'' if count == len(runs) else f' ({count} of {len(runs)} runs)'}: {notice}"
         for notice, count in notices.items()
     ]
-    revisions = {run.provenance.get("git") for run in runs}
-    if len(revisions) > 1:
-        names = ", ".join(sorted(str(revision)[:7] for revision in revisions))
-        notes.append(f"Warning: the runs come from {len(revisions)} code revisions ({names}).")
+    # The hash of what can change a result; old runs have only the commit, which may change nothing.
+    versions = {run.provenance.get("code") or run.provenance.get("git") for run in runs}
+    if len(versions) > 1:
+        names = ", ".join(sorted(str(version)[:7] for version in versions))
+        notes.append(f"Warning: the runs come from {len(versions)} versions of the code ({names}).")
     lists = [{run.list_hash for run in line.runs.values()} for line in lines if len(line.runs) > 1]
     lists = [hashes for hashes in lists if None not in hashes]
     if lists and all(len(hashes) == 1 for hashes in lists):

@@ -16,6 +16,9 @@ from pgpsam_jax.models.release.cfm import UpFeature, leaky_relu
 from pgpsam_jax.models.transformer import Attention, TwoWayBlock, TwoWayTransformer
 
 CLASS_HEADS = 8
+# Before upscaling, the authors' code reads its (L, C) image tokens as a (C, H, W) image without
+# transposing, which scrambles channels and places; its trained weights know no other order.
+TOKEN_ORDERS = ("released", "transposed")
 _TEMPERATURE = 1e4
 
 
@@ -113,8 +116,19 @@ class MaskDecoder(nnx.Module):
     """K mask tokens and K sparse prompts to logits (B, 4H, 4W, K) and F_M (B, H, W, K), float32."""
 
     def __init__(
-        self, config: DecoderConfig, classes: int, grid: tuple[int, int], *, dtype, rngs: nnx.Rngs
+        self,
+        config: DecoderConfig,
+        classes: int,
+        grid: tuple[int, int],
+        *,
+        token_order: str,
+        dtype,
+        rngs: nnx.Rngs,
     ):
+        if token_order not in TOKEN_ORDERS:
+            raise UserError(
+                f"model.token_order is {token_order!r}; choose {' or '.join(TOKEN_ORDERS)}"
+            )
         c, common = config.width, dict(dtype=dtype, rngs=rngs)
         self.transformer = ReorderedTransformer(
             c, config.depth, config.heads, config.mlp_dim, config.downsample, **common
@@ -127,6 +141,7 @@ class MaskDecoder(nnx.Module):
             draw_as_torch(part, rngs)
         self.upscaling = UpFeature(c, activation=jax.nn.gelu, **common)
         self.skip = SkipConnection(c // 8, **common)
+        self.token_order = token_order
 
     def __call__(self, image, sparse, dense, stage=None):
         """image and dense (B, H, W, C), sparse (B, K, C).
@@ -148,9 +163,10 @@ class MaskDecoder(nnx.Module):
         pe = jnp.asarray(sine_positions((h, w), c), source.dtype).reshape(1, h * w, c)
         tokens, source = self.transformer(source, pe, tokens, position, gate)
         mask_tokens, image_tokens = tokens[:, : len(own)], source.reshape(b, h, w, c)
-        # The authors' code reads its (L, C) tokens as a (C, H, W) image without transposing, which
-        # scrambles channels and places; its trained weights know no other order.
-        up = jax.nn.gelu(self.upscaling(jnp.moveaxis(source.reshape(b, c, h, w), 1, -1)))
+        to_upscale = image_tokens
+        if self.token_order == "released":
+            to_upscale = jnp.moveaxis(source.reshape(b, c, h, w), 1, -1)
+        up = jax.nn.gelu(self.upscaling(to_upscale))
         up = up if stage is None else self.skip(up, up_feature)
         logits = token_products(up, self.hyper_mlps(mask_tokens))
         return logits, class_features(mask_tokens, image_tokens)

@@ -22,9 +22,13 @@ from pgpsam_jax.models.release.ppr import PrototypeRefinement
 
 @dataclasses.dataclass(frozen=True)
 class ReleaseConfig(PrototypeConfig):
-    """dcn: `deformable`, the release's, or `plain`, dilated convolutions without gathers."""
+    """dcn: `deformable`, the release's, or `plain`, dilated convolutions without gathers.
+
+    token_order: how the decoder reads its image tokens before upscaling, see `TOKEN_ORDERS`.
+    """
 
     dcn: str = "deformable"
+    token_order: str = "released"
 
 
 class PrePrompt(nnx.Module):
@@ -46,7 +50,9 @@ class ReleasePgpSam(nnx.Module):
         common = dict(dtype=dtype, rngs=rngs)
         sizes = c, classes, inter
         self.image_encoder = ImageEncoder(encoder, config.lora, **common)
-        self.mask_decoder = MaskDecoder(config.sam.decoder, classes, encoder.grid, **common)
+        self.mask_decoder = MaskDecoder(
+            config.sam.decoder, classes, encoder.grid, token_order=config.token_order, **common
+        )
         self.intra, self.intra_embed = (initial.normal_param(rngs, classes, c) for _ in range(2))
         self.inter, self.inter_embed = (initial.normal_param(rngs, inter, c) for _ in range(2))
         self.pre_prompt = PrePrompt(*sizes, dcn=config.dcn, **common)

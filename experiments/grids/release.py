@@ -1,0 +1,21 @@
+"""What two peculiarities of preset `release` do: its scrambled tokens, its moving convolutions.
+
+python -m experiments.run_grid --grid experiments/grids/release.py --workdir runs/release
+"""
+
+from experiments.grids.targets import SYNAPSE, target
+from experiments.plan import Plan, Row
+
+_RELEASE = {"model.preset": "release"}
+
+
+def get_grid(variant: str = SYNAPSE) -> Plan:
+    return Plan(
+        title="Preset release and its variants",
+        rows=(
+            Row("released", "as released", _RELEASE),
+            Row("transposed", "tokens transposed", _RELEASE | {"model.token_order": "transposed"}),
+            Row("plain", "plain convolutions", _RELEASE | {"model.dcn": "plain"}),
+        ),
+        **target(variant),
+    )
