@@ -42,7 +42,7 @@ GRADIENT_FLOOR = 1e-7  # absolute, of norms and inner products
 ZERO, ZERO_FLOOR = 1e-7, 2e-6
 # The recorded set: measured 449 of 579 norms and 565 of 579 inner products within the tolerance,
 # the largest errors 6.5e-3 of the norm with an optimising compiler, below 6e-3 as tests compile.
-RECORDED_SHARE, RECORDED_TOLERANCE = 0.7, 8e-3
+RECORDED_SHARE, RECORDED_TOLERANCE = 0.7, 6e-3
 EPOCH = 10
 
 BOTH = pytest.mark.parametrize("name", ["small", "recorded"])
