@@ -72,8 +72,6 @@ class Driver:
         cell.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-u", "-m", "experiments.run_cell", "--attached"]
         command += ["--workdir", str(self.grid.path), "--cell", cell.name]
-        cache = str((self.grid.path / "compiled").absolute())
-        environment = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
         variables, cores = self.places[slot]
         with open(cell.folder / "log.txt", "ab") as log:
             process = subprocess.Popen(
@@ -81,7 +79,7 @@ class Driver:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=environment | variables,
+                env=os.environ | variables,
                 start_new_session=True,  # Ctrl-C reaches the driver, which ends its cells
             )
         if cores:

@@ -96,7 +96,9 @@ def standing_elsewhere(cell: Cell) -> bool:
 def _train(cell: Cell) -> tuple[str | None, int]:
     """(reason of failure or None, exit code)."""
     from pgpsam_jax import train  # JAX: not before the claim
+    from pgpsam_jax.compilation import keep_compiled
 
+    keep_compiled()
     try:
         train.train(configuration.from_json(cell.config), cell.folder)
     except UserError as error:

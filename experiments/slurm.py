@@ -26,7 +26,6 @@ set -euo pipefail
 cells=(
 {cells}
 )
-export JAX_COMPILATION_CACHE_DIR="${{JAX_COMPILATION_CACHE_DIR:-{folder}/compiled}}"
 cd {here}
 exec {python} -m experiments.run_cell --workdir {folder} --cell "${{cells[$SLURM_ARRAY_TASK_ID]}}"
 """

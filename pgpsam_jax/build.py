@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -11,7 +13,7 @@ from pgpsam_jax.config import total_steps
 from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import pgpsam
-from pgpsam_jax.models.image_encoder import EncoderConfig
+from pgpsam_jax.models.image_encoder import EncoderConfig, attention_report
 from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.models.lora import TARGETS, LoraConfig
 from pgpsam_jax.models.release import model as release
@@ -39,7 +41,12 @@ def _prototype_settings(settings, num_classes: int) -> dict:
         raise UserError(f"model.lora_targets {sorted(unknown)} unknown; choose from {TARGETS}")
     return dict(
         sam=SamConfig.preset(
-            settings.encoder, settings.image_size, settings.patch_size, remat=settings.remat
+            settings.encoder,
+            settings.image_size,
+            settings.patch_size,
+            attention=settings.attention,
+            remat=settings.remat,
+            scan_blocks=settings.scan_blocks,
         ),
         num_classes=num_classes,
         stage_taps=tuple(settings.stage_taps),
@@ -97,7 +104,9 @@ def make_model(settings: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> nnx.Mo
             f"model.compute_dtype {settings.compute_dtype!r} unknown; choose {' or '.join(DTYPES)}"
         )
     dtype = DTYPES[settings.compute_dtype]
-    return method_of(settings).make(settings, num_classes, dtype, rngs)
+    model = method_of(settings).make(settings, num_classes, dtype, rngs)
+    attention_report(model.image_encoder.config, dtype)  # refuses what cannot run here
+    return model
 
 
 def abstract_model(config: ConfigDict, num_classes: int):
@@ -114,6 +123,12 @@ def init_model(config: ConfigDict, num_classes: int):
     if config.model.base:
         digest = apply_base(config.model, model.image_encoder.config, params, frozen)
     return graphdef, params, frozen, digest
+
+
+def attention_of(config: ConfigDict, graphdef, params, frozen) -> str:
+    """One line: which attention kernels the encoder's blocks are computed with."""
+    encoder = nnx.merge(graphdef, params, frozen).image_encoder
+    return attention_report(encoder.config, DTYPES[config.model.compute_dtype])
 
 
 def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> str:
@@ -152,22 +167,17 @@ def step_config(config: ConfigDict) -> StepConfig:
         augment=AugmentConfig(**config.augment),
         ce_weight=config.train.ce_weight,
         dice_weight=config.train.dice_weight,
+        microbatches=config.train.microbatches,
     )
-
-
-def schedule_of(config: ConfigDict, epoch_size: int):
-    """(optimiser settings, updates): fewer updates than steps when gradients are accumulated."""
-    settings = OptimConfig(**config.optim)
-    return settings, max(1, total_steps(config, epoch_size) // settings.accumulate_steps)
 
 
 def optimizer_of(config: ConfigDict, epoch_size: int):
     """AdamW with the schedule of the whole run."""
-    return make_optimizer(*schedule_of(config, epoch_size))
+    return make_optimizer(OptimConfig(**config.optim), total_steps(config, epoch_size))
 
 
-def learning_rate_of(config: ConfigDict, epoch_size: int):
-    """step -> learning rate of that step, for the log."""
-    settings, updates = schedule_of(config, epoch_size)
-    schedule = learning_rate_schedule(settings, updates)
-    return lambda step: float(schedule((step - 1) // settings.accumulate_steps))
+def learning_rates(config: ConfigDict, epoch_size: int) -> np.ndarray:
+    """(steps,) float32: the learning rate of every step of the run, for the log."""
+    total = total_steps(config, epoch_size)
+    schedule = learning_rate_schedule(OptimConfig(**config.optim), total)
+    return np.asarray(jax.jit(schedule)(jnp.arange(total)))

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
 from pgpsam_jax.errors import UserError
@@ -32,6 +31,8 @@ class _Folder:
     """Numbered checkpoints in a folder, of which the newest `keep` stay."""
 
     def __init__(self, folder, keep: int):
+        from orbax.checkpoint import v1 as ocp
+
         self.folder = Path(folder).absolute()
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,

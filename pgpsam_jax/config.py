@@ -17,9 +17,32 @@ from pgpsam_jax.files import write_json
 from pgpsam_jax.optim import OptimConfig
 
 # May differ between a run and its resumption: they change where or how often, not what.
-FREE_ON_RESUME = ("mesh.", "eval.", "log.", "data.root", "data.cache_dir", "model.base")
+FREE_ON_RESUME = (
+    "mesh.",
+    "eval.",
+    "log.",
+    "data.root",
+    "data.cache_dir",
+    "data.resident_gib",
+    "model.base",
+    "model.attention",
+    "model.remat",
+    "model.scan_blocks",
+)
 # Say where things are or how often to write, not what is computed: no part of a run's identity.
-_PLACES = ("name", "mesh.", "log.", "data.root", "data.cache_dir", "eval.overlays")
+_PLACES = (
+    "name",
+    "mesh.",
+    "log.",
+    "data.root",
+    "data.cache_dir",
+    "data.resident_gib",
+    "eval.overlays",
+    "eval.workers",
+    "model.attention",
+    "model.remat",
+    "model.scan_blocks",
+)
 
 
 def default_config() -> ConfigDict:
@@ -48,7 +71,11 @@ def default_config() -> ConfigDict:
     config.model.lora_rank = 4
     config.model.lora_targets = ("q", "v")
     config.model.compute_dtype = "float32"  # or bfloat16; parameters and softmaxes are float32
-    config.model.remat = False  # recompute encoder blocks in the backward pass
+    # The encoder's kernel: auto, or naive, folded, cudnn (GPU, bfloat16), splash (TPU).
+    config.model.attention = "auto"
+    # What its backward pass recomputes to save memory: none, attention, dots, blocks.
+    config.model.remat = "none"
+    config.model.scan_blocks = False  # compile blocks that repeat once; memory for their weights
 
     config.data = ConfigDict()
     config.data.layout = "btcv"  # btcv, pairs, phantom
@@ -64,6 +91,7 @@ def default_config() -> ConfigDict:
     config.data.validation_fraction = 0.0  # of the patients, split fraction
     config.data.split_seed = 0
     config.data.cache_dir = ""  # empty = <workdir>/cache
+    config.data.resident_gib = 2.0  # a few-shot set up to this size stays on every device
     config.data.phantom_seed = 0
 
     config.fewshot = ConfigDict()
@@ -83,6 +111,7 @@ def default_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.batch_size = 12  # global, over all devices
+    config.train.microbatches = 1  # parts of a batch, one after the other: less memory, more time
     config.train.epochs = 300
     config.train.steps = 0  # > 0 overrides epochs
     config.train.ce_weight = 0.2
@@ -103,6 +132,8 @@ def default_config() -> ConfigDict:
     config.eval.batch_size = 8
     config.eval.nsd_tolerance_mm = 2.0
     config.eval.overlays = True
+    # Processes that score and write while the device predicts; -1 = one per core, 0 = none.
+    config.eval.workers = -1
     return config.lock()
 
 
@@ -152,6 +183,8 @@ def from_json(value: dict) -> ConfigDict:
     """A stored configuration on top of the defaults; unknown fields are an error."""
     config = default_config()
     try:
+        if isinstance(remat := value.get("model", {}).get("remat"), bool):  # before it had names
+            value = value | {"model": value["model"] | {"remat": "blocks" if remat else "none"}}
         config.update(_tuples(value))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"stored configuration does not fit this version: {error}") from None

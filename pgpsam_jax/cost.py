@@ -7,6 +7,7 @@ and leaves out the products of cuBLAS on GPU, JAX issue 22249.) Bytes of a step 
 compiler plans for one device; peaks are measured, of this process.
 """
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pgpsam_jax.files import write_json
+from pgpsam_jax.models.placement import Placement, traced_for
 from pgpsam_jax.parameters import count
 from pgpsam_jax.step import make_predict_step
 
@@ -41,7 +43,7 @@ def of_step(config: ConfigDict, mesh, graphdef, train_step, arguments, lowered, 
     device, memory = mesh.devices.flat[0], compiled.memory_analysis()
     counted = (lowered.cost_analysis() or {}).get("flops")  # devices behind a plugin have none
     if counted is None:
-        counted = host_flops(train_step.__wrapped__, *arguments)
+        counted = host_flops(inspect.unwrap(train_step), *arguments)
     image = jax.ShapeDtypeStruct((1, size, size), jnp.float32)
     return {
         "devices": {
@@ -76,7 +78,7 @@ def host_flops(function, *arguments) -> float | None:
     except RuntimeError:
         return None
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
-    with jax.default_device(host):
+    with jax.default_device(host), traced_for(Placement("cpu")):
         return jax.jit(function).lower(*shapes).cost_analysis()["flops"]
 
 

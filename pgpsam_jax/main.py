@@ -47,18 +47,20 @@ def _essence(error: Exception) -> str:
 def main(_):
     with exit_on_user_error():
         logging.set_verbosity(logging.WARNING)  # orbax tells every file it writes
-        from pgpsam_jax import train  # JAX starts its backends only once the flags are parsed
-
         warnings.filterwarnings("default", module="pgpsam_jax")
-        config = _CONFIG.value
-        if _MODE.value == "evaluate":
-            if _WORKDIR.value is None:
-                raise UserError("--mode evaluate needs --workdir, the folder of a trained run")
-            train.evaluate_workdir(_WORKDIR.value, config)
-            return
-        if config is None:
+        config, evaluate = _CONFIG.value, _MODE.value == "evaluate"
+        if evaluate and _WORKDIR.value is None:
+            raise UserError("--mode evaluate needs --workdir, the folder of a trained run")
+        if config is None and not evaluate:
             raise UserError("no configuration; give --config configs/phantom.py, for example")
-        train.train(config, _WORKDIR.value or f"runs/{config.name}")
+        from pgpsam_jax import train  # JAX: not before the mistakes that show without it
+        from pgpsam_jax.compilation import keep_compiled
+
+        keep_compiled()
+        if evaluate:
+            train.evaluate_workdir(_WORKDIR.value, config)
+        else:
+            train.train(config, _WORKDIR.value or f"runs/{config.name}")
 
 
 def run():

@@ -20,8 +20,6 @@ class OptimConfig:
       warmup_fraction, warmup_max_steps: warm-up length = the smaller of the two.
       final_learning_rate: where the cosine ends.
       clip_norm: bound on the global gradient norm; None = off.
-      accumulate_steps: gradients averaged over this many calls make one update. Soft Dice sums
-        over each call's batch, so this is close to, not the same as, the larger batch.
     """
 
     learning_rate: float = 3e-3
@@ -33,7 +31,6 @@ class OptimConfig:
     warmup_max_steps: int = 250
     final_learning_rate: float = 1e-6
     clip_norm: float | None = None
-    accumulate_steps: int = 1
 
     def __post_init__(self):
         if not 0 <= self.final_learning_rate <= self.learning_rate:
@@ -45,8 +42,6 @@ class OptimConfig:
             _refuse("warmup_fraction goes from 0 to 1 and warmup_max_steps from 0")
         if self.clip_norm is not None and self.clip_norm <= 0:
             _refuse(f"clip_norm is {self.clip_norm}; give a positive norm, or None for no clipping")
-        if self.accumulate_steps < 1:
-            _refuse(f"accumulate_steps is {self.accumulate_steps}; give 1 or more")
 
 
 def _refuse(problem: str):
@@ -81,7 +76,7 @@ def learning_rate_schedule(config: OptimConfig, total_steps: int) -> optax.Sched
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
-    """AdamW on all parameters it is given; `total_steps` counts updates, not accumulated calls."""
+    """AdamW on all parameters it is given, over a run of `total_steps`."""
     steps = []
     if config.clip_norm is not None:
         steps.append(optax.clip_by_global_norm(config.clip_norm))
@@ -94,7 +89,4 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
             weight_decay=config.weight_decay,
         )
     )
-    optimizer = optax.chain(*steps)
-    if config.accumulate_steps == 1:
-        return optimizer
-    return optax.MultiSteps(optimizer, config.accumulate_steps).gradient_transformation()
+    return optax.chain(*steps)

@@ -4,14 +4,17 @@ python -m pgpsam_jax.predict --workdir runs/x --input FILE_OR_FOLDER --output FO
 """
 
 import argparse
+import collections
+import functools
 from pathlib import Path
 
 from tqdm import tqdm
 
 from pgpsam_jax.config import load_config
-from pgpsam_jax.data.geometry import rescale
-from pgpsam_jax.data.nifti import read_image, write_label
+from pgpsam_jax.data.nifti import Volume, read_image
 from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.evaluation.outputs import Predicted, write_prediction
+from pgpsam_jax.evaluation.workers import ahead, check, in_order, worker_count
 from pgpsam_jax.files import write_json
 from pgpsam_jax.hostmemory import keep_freed_memory
 
@@ -42,34 +45,47 @@ def find_inputs(path) -> list[Path]:
     raise UserError(f"--input {path} is neither a NIfTI file nor a folder; check the path")
 
 
-def predict(predictor, names, inputs, output, *, overlay: bool, skip_existing: bool) -> int:
+def predict(
+    predictor, names, inputs, output, *, overlay: bool, skip_existing: bool, workers: int = 0
+) -> int:
     """Write `<output>/<name>.nii.gz` for every input; returns the number of files that failed.
 
     A file that cannot be read is reported and passed over: the rest of a folder is still done.
+    `workers` as in `evaluate`: processes write a mask while the next volume is predicted.
     """
-    output, failed = Path(output), 0
-    write_json(output / "labels.json", {name: i for i, name in enumerate(names)})
-    for path in tqdm(inputs, desc="predicting", unit="volume"):
+    output = Path(output)
+    for path in inputs:
         target = output / f"{stem_of(path)}.nii.gz"
         if target.resolve() == path.resolve():
             raise UserError(f"{target} would overwrite its input; choose another --output")
-        if skip_existing and target.is_file():
-            continue
-        try:
-            volume = read_image(path)
-        except UserError as error:
-            tqdm.write(f"error: {error}")
-            failed += 1
-            continue
-        prediction = predictor(volume)
-        write_label(target, prediction, volume.source)
-        if overlay:
-            from pgpsam_jax.visual import write_preview
+    if skip_existing:
+        inputs = [path for path in inputs if not (output / f"{stem_of(path)}.nii.gz").is_file()]
+    write_json(output / "labels.json", {name: i for i, name in enumerate(names)})
+    failed = []
 
-            image = rescale(volume.array, predictor.window)
-            picture = output / f"{stem_of(path)}.png"
-            write_preview(image, prediction, volume.spacing, names, picture)
-    return failed
+    def predicted():
+        progress = tqdm(inputs, desc="predicting", unit="volume")
+        for path, volume in zip(progress, ahead(_read, inputs), strict=True):
+            if isinstance(volume, UserError):
+                tqdm.write(f"error: {volume}")
+                failed.append(path)
+                continue
+            image = volume.array if overlay else None
+            ids = predictor(volume)
+            yield Predicted(stem_of(path), ids, volume.spacing, volume.source, image=image)
+
+    write = functools.partial(write_prediction, folder=output, names=names, window=predictor.window)
+    size = sum(path.stat().st_size for path in inputs)  # a compressed CT takes a byte per voxel
+    count = worker_count(workers, len(inputs), size)
+    collections.deque(in_order(write, predicted(), count), maxlen=0)
+    return len(failed)
+
+
+def _read(path: Path) -> Volume | UserError:
+    try:
+        return read_image(path)
+    except UserError as error:
+        return error
 
 
 def main() -> None:
@@ -84,7 +100,7 @@ def main() -> None:
     with exit_on_user_error():
         from pgpsam_jax.trained import load_run
 
-        load_config(arguments.workdir)  # what takes no time to refuse comes first
+        check(load_config(arguments.workdir).eval.workers)  # what takes no time to refuse first
         inputs = find_inputs(arguments.input)
         run = load_run(arguments.workdir)
         failed = predict(
@@ -94,6 +110,7 @@ def main() -> None:
             arguments.output,
             overlay=arguments.overlay,
             skip_existing=arguments.skip_existing,
+            workers=run.config.eval.workers,
         )
         if failed:
             raise UserError(

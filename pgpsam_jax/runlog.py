@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from tqdm import tqdm
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_text
 from pgpsam_jax.runs import read_metrics
-from pgpsam_jax.visual import training_curve
 
 _CURVE_SECONDS = 30
 
@@ -19,8 +19,11 @@ _CURVE_SECONDS = 30
 class RunLog:
     """Writer of one run, a context manager. Only the first process writes files."""
 
-    def __init__(self, workdir, config_log, start: int, total: int, batch_size: int):
+    def __init__(self, workdir, config_log, start: int, rates, batch_size: int):
+        """`rates`: the learning rate of every step of the run; `start`: steps done before."""
+        total = len(rates)
         self.workdir, self.batch_size = Path(workdir), batch_size
+        self._every, self._rates = config_log.every_steps, rates
         self.writes = jax.process_index() == 0
         self.records = self._kept_records(start)
         self._bar = tqdm(
@@ -49,9 +52,26 @@ class RunLog:
             ) from None
         return SummaryWriter(str(self.workdir / "tensorboard"))
 
-    def advance(self) -> None:
-        """One step done."""
+    def record(self, step: int, metrics: dict, rows, **extra) -> None:
+        """One step done, with its metrics on the device; they are fetched only to be written.
+
+        Written is every `log.every_steps`-th step, the last, and one with `extra` host scalars.
+        Raises a `UserError` that names the step and its `rows` where the loss is not finite.
+        """
         self._bar.update()
+        if step % self._every and step < len(self._rates) and not extra:
+            return
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.check_finite(step, values["loss"], rows)
+        self.write(step, values | extra | {"learning_rate": float(self._rates[step - 1])})
+
+    def check_finite(self, step: int, loss: float, rows) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {step} (few-shot slices {rows.tolist()} of "
+                f"{self.workdir}/fewshot.txt, counted from 0); start again in a new --workdir with "
+                "a lower optim.learning_rate or with optim.clip_norm=1"
+            )
 
     def write(self, step: int, metrics: dict) -> None:
         """Append one record of host scalars; refreshes the curve every half minute."""
@@ -71,7 +91,12 @@ class RunLog:
         if now - self._curve_time > _CURVE_SECONDS:
             self._curve_time = now
             with self.paused():
-                training_curve(self.records, self.workdir / "training.png")
+                self._draw()
+
+    def _draw(self) -> None:
+        from pgpsam_jax.visual import training_curve
+
+        training_curve(self.records, self.workdir / "training.png")
 
     @contextlib.contextmanager
     def paused(self):
@@ -88,6 +113,6 @@ class RunLog:
         if self.writes:
             self._file.close()
             if self.records:
-                training_curve(self.records, self.workdir / "training.png")
+                self._draw()
         if self._board:
             self._board.close()

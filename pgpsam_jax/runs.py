@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from pgpsam_jax import config as configuration
 from pgpsam_jax.data.labels import load_label_table
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation.report import read_cases
 
 PLAN = "grid.json"
 STATE = "state.json"
@@ -119,6 +118,8 @@ def is_grid(path) -> bool:
 
 def read_run(workdir) -> Run:
     """A workdir's settings and whatever results it holds; `UserError` if it is none."""
+    from pgpsam_jax.evaluation.report import read_cases
+
     workdir = Path(workdir)
     config = configuration.load_config(workdir)
     evaluation = workdir / "evaluation"

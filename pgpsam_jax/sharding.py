@@ -5,6 +5,7 @@ and over `tensor` along the axis that Megatron-style parallelism splits; the res
 Model code knows nothing of this: specs are found by parameter path.
 """
 
+import functools
 import re
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.models.placement import Placement, traced_for
 
 AXES = ("data", "fsdp", "tensor")
 P = PartitionSpec
@@ -86,3 +88,17 @@ def put_batch(batch: dict, mesh: Mesh) -> dict:
     """This process's rows of the global batch to global arrays on the mesh."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def over_mesh(function, mesh: Mesh):
+    """A step as it is to be jitted for the mesh: its attention suits the devices and is split."""
+    placement = Placement.of(
+        mesh.devices.flat[0], mesh=mesh, batch_axes=("data", "fsdp"), head_axes=("tensor",)
+    )
+
+    @functools.wraps(function)
+    def step(*args):
+        with traced_for(placement):
+            return function(*args)
+
+    return step

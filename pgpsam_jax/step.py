@@ -37,11 +37,17 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """Static settings of the training step."""
+    """Static settings of the training step.
+
+    microbatches: the batch goes through the model in so many parts, one after the other, and
+    their gradients are averaged: less memory for the same batch. Soft Dice then sums over each
+    part, so that this is close to, not the same as, the whole batch at once.
+    """
 
     augment: AugmentConfig
     ce_weight: float = 0.2
     dice_weight: float = 0.8
+    microbatches: int = 1
 
 
 def split_model(model: nnx.Module, encoder_mode: str):
@@ -69,23 +75,49 @@ def loss_of(graphdef, params, frozen, images, labels, epoch, config: StepConfig)
     return deep_supervision_loss(outputs, labels, epoch, config.ce_weight, config.dice_weight)
 
 
+def gradients_of(graphdef, params, frozen, images, labels, epoch, config: StepConfig):
+    """(gradients of `loss_of` to `params`, metrics), over the microbatches of the batch."""
+    parts = config.microbatches
+    differentiate = jax.grad(loss_of, argnums=1, has_aux=True)
+
+    def of_part(images, labels):
+        return differentiate(graphdef, params, frozen, images, labels, epoch, config)
+
+    if parts == 1:
+        return of_part(images, labels)
+
+    def deal(x):  # every device keeps its own rows
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, of_part(*part)), None
+
+    dealt = deal(images), deal(labels)
+    shapes = jax.eval_shape(of_part, *(x[0] for x in dealt))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, dealt)
+    return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
 def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: StepConfig):
     """Pure function (state, frozen, batch) -> (state, metrics), to be jitted by the caller.
 
-    batch: `image` (B, S, S) in [0, 1] and `label` (B, S, S), the global batch. Augmentation keys
-    depend on (seed, step, row of the global batch) only.
+    batch: `image` (B, S, S) in [0, 1] and `label` (B, S, S), the global batch; or a whole data set
+    of N slices that stays on the device, with `rows` (B,), those the batch consists of.
+    Augmentation keys depend on (seed, step, row of the global batch) only.
     """
 
     def train_step(state: TrainState, frozen, batch):
-        images = batch["image"].astype(wide(batch["image"].dtype))
-        labels = batch["label"].astype(jnp.int32)
+        images, labels = batch["image"], batch["label"]
+        if "rows" in batch:
+            images, labels = (x.at[batch["rows"]].get(mode="clip") for x in (images, labels))
+        images, labels = images.astype(wide(images.dtype)), labels.astype(jnp.int32)
         size = images.shape[0]
         keys = sample_keys(jax.random.key(state.seed), state.step, jnp.arange(size))
         images, labels = augment(keys, images, labels, config.augment)
         epoch = (state.step * size) // state.epoch_size
 
-        differentiate = jax.value_and_grad(loss_of, argnums=1, has_aux=True)
-        (_, metrics), gradients = differentiate(
+        gradients, metrics = gradients_of(
             graphdef, state.params, frozen, images, labels, epoch, config
         )
         metrics["gradient_norm"] = optax.tree.norm(gradients)

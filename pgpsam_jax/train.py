@@ -1,11 +1,9 @@
 """Training, top to bottom: data, mesh, model, step, restore, loop with validation, evaluation."""
 
-import functools
 import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from pgpsam_jax import build, checkpoint, cost, sharding, validation
@@ -14,13 +12,15 @@ from pgpsam_jax.data import dataset
 from pgpsam_jax.data.augment import augmentation_seed
 from pgpsam_jax.data.loader import make_loader
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation.evaluate import evaluate
+from pgpsam_jax.evaluation import workers
 from pgpsam_jax.evaluation.inference import Predictor
+from pgpsam_jax.feed import Feed
 from pgpsam_jax.files import write_json
+from pgpsam_jax.loop import run_steps
 from pgpsam_jax.parameters import report
 from pgpsam_jax.provenance import provenance
 from pgpsam_jax.runlog import RunLog
-from pgpsam_jax.step import init_state, make_train_step
+from pgpsam_jax.sharded import shard_step, sharding_of
 from pgpsam_jax.stopwatch import Stopwatch
 
 
@@ -31,6 +31,7 @@ def train(config: ConfigDict, workdir) -> dict:
     with watch("data"):
         split = dataset.find_split(config)
     validation.check(config, split)
+    workers.check(config.eval.workers)
     resume = configuration.belongs_to(config, workdir)
     if resume and not (workdir / "fewshot.txt").is_file():
         raise UserError(
@@ -43,8 +44,7 @@ def train(config: ConfigDict, workdir) -> dict:
         data = dataset.few_shot_data(config, split.train, split.table, workdir, resume=resume)
         held_out = dataset.validation_data(config, split, workdir)
     loader = make_loader(
-        data.images,
-        data.labels,
+        len(data.images),
         batch_size=config.train.batch_size,
         seed=config.seed,
         process_index=jax.process_index(),
@@ -61,67 +61,58 @@ def train(config: ConfigDict, workdir) -> dict:
     checkpoint.settle_base(workdir, config.model.base, base_digest, frozen)
 
     size, total = len(data.list), configuration.total_steps(config, len(data.list))
-    optimizer = build.optimizer_of(config, size)
     seed = augmentation_seed(config.seed, build.step_config(config).augment)
-    start = functools.partial(init_state, optimizer=optimizer, seed=seed, epoch_size=size)
-    abstract = jax.eval_shape(start, params)
-    state_sharding = sharding.state_shardings(abstract, mesh)
-    frozen_sharding = sharding.state_shardings(frozen, mesh)
-    frozen = jax.device_put(frozen, frozen_sharding)
-    abstract = checkpoint.abstract_like(abstract, state_sharding)
-
-    train_step = jax.jit(
-        make_train_step(graphdef, optimizer, build.step_config(config)),
-        in_shardings=(state_sharding, frozen_sharding, sharding.batch_sharding(mesh)),
-        out_shardings=(state_sharding, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
+    feed = Feed(data.images, data.labels, loader, mesh, config.data.resident_gib * 2**30)
+    batch = feed.abstract(config.train.batch_size)
+    step_of = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=size, seed=seed)
+    frozen = jax.device_put(frozen, sharding_of(step_of.frozen))
+    kernels = sharding.over_mesh(build.attention_of, mesh)(config, graphdef, params, frozen)
     print(
-        announcement(config, workdir, mesh, data, held_out, split.table, params, frozen, total),
+        announcement(
+            config, workdir, mesh, kernels, data, held_out, split.table, params, frozen, total
+        ),
         flush=True,
     )
     checkpoints = checkpoint.Checkpoints(workdir)
     if checkpoints.latest is not None:  # resume: the workdir's newest state
-        state = checkpoints.restore(abstract, loader)
+        state = checkpoints.restore(step_of.state, loader)
         print(f"resumed from step {int(state.step)}", flush=True)
     else:
-        state = jax.jit(start, out_shardings=state_sharding)(params)
+        state = step_of.start(params)
     del params
 
     step = int(state.step)
     if step < total:
         before = time.perf_counter()
         with watch("compile"):
-            shapes = abstract, frozen, _abstract_batch(config, data, mesh)
-            lowered = train_step.lower(*shapes)
+            lowered = step_of.lower()
             compiled = lowered.compile()
         print(_compile_report(compiled, time.perf_counter() - before), flush=True)
-        spent = cost.of_step(config, mesh, graphdef, train_step, shapes, lowered, compiled)
+        shapes = step_of.state, step_of.frozen, step_of.batch
+        spent = cost.of_step(config, mesh, graphdef, step_of.run, shapes, lowered, compiled)
         cost.begin(workdir, spent, step)
-        train_step = compiled
-    rate_at = build.learning_rate_of(config, size)
+    rates = build.learning_rates(config, size)
     predictor = make_predictor(config, graphdef, state.params, frozen, mesh)
     selection = held_out and validation.Selection(config, held_out, workdir, size, total)
-    with watch("train"), RunLog(workdir, config.log, step, total, config.train.batch_size) as log:
+    with watch("train"), RunLog(workdir, config.log, step, rates, config.train.batch_size) as log:
+
+        def saves(step) -> bool:
+            return step % config.log.checkpoint_steps == 0 or step == total
+
+        def judges(step) -> bool:
+            return bool(selection) and selection.due(step)
+
         while step < total:
-            batch = next(loader)
-            arrays = sharding.put_batch({k: batch[k] for k in ("image", "label")}, mesh)
-            state, metrics = train_step(state, frozen, arrays)
-            step += 1
-            log.advance()
-            write = step % config.log.every_steps == 0 or step == total
-            save = step % config.log.checkpoint_steps == 0 or step == total
-            judge = selection and selection.due(step)
-            if write or save or judge:
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                _check_finite(values["loss"], step, batch["index"], workdir)
-            if judge:
+            until = next(n for n in range(step + 1, total + 1) if saves(n) or judges(n))
+            state, metrics, rows = run_steps(compiled, state, frozen, feed, step, until, log.record)
+            step, extra = until, {}
+            log.check_finite(step, float(jax.device_get(metrics["loss"])), rows)
+            if judges(step):
                 with watch("validate"), log.paused():
                     score = selection.judge(predictor.with_params(state.params), step)
-                values["validation_score"] = score
-            if write or judge:
-                log.write(step, values | {"learning_rate": rate_at(step)})
-            if save:
+                extra["validation_score"] = score
+            log.record(step, metrics, rows, **extra)
+            if saves(step):
                 with watch("checkpoint"), log.paused():
                     checkpoints.save(state, loader)
                 watch.store()
@@ -131,22 +122,13 @@ def train(config: ConfigDict, workdir) -> dict:
         checkpoints.close()
         if selection:
             selection.close()
-            params = checkpoint.restore_params(workdir, abstract.params, best=True)
+            params = checkpoint.restore_params(workdir, step_of.state.params, best=True)
     loader.close()
     watch.seconds.pop("evaluate", None)  # of an evaluation that this one takes the place of
     with watch("evaluate"):
         summary = run_evaluation(config, workdir, predictor.with_params(params), split)
     watch.store()
     return summary
-
-
-def _check_finite(loss: float, step: int, rows, workdir) -> None:
-    if not np.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} at step {step} (few-shot slices {rows.tolist()} of "
-            f"{workdir}/fewshot.txt, counted from 0); start again in a new --workdir with a lower "
-            "optim.learning_rate or with optim.clip_norm=1"
-        )
 
 
 def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
@@ -191,6 +173,8 @@ def make_predictor(config: ConfigDict, graphdef, params, frozen, mesh) -> Predic
 
 def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split) -> dict:
     """Write `<workdir>/evaluation` and print its table."""
+    from pgpsam_jax.evaluation.evaluate import evaluate  # brings what draws and scores
+
     notices = [build.base_notice(config.model, workdir), validation.notice(config, workdir)]
     options = {}
     if config.data.split == "within_volume":
@@ -210,6 +194,7 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
         nsd_tolerance_mm=config.eval.nsd_tolerance_mm,
         min_pixels=config.fewshot.min_pixels,
         overlays=config.eval.overlays,
+        workers=config.eval.workers,
         notices=[notice for notice in notices if notice],
         **options,
     )
@@ -229,7 +214,9 @@ def make_run_mesh(config: ConfigDict):
     return mesh
 
 
-def announcement(config, workdir, mesh, data, held_out, table, params, frozen, total: int) -> str:
+def announcement(
+    config, workdir, mesh, kernels, data, held_out, table, params, frozen, total: int
+) -> str:
     """What a run is, before it starts: devices, precision, batch, data, labels, parameters."""
     devices = mesh.devices.ravel()
     notice = build.base_notice(config.model, workdir)
@@ -237,6 +224,7 @@ def announcement(config, workdir, mesh, data, held_out, table, params, frozen, t
         f"devices    {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
         f"mesh {dict(mesh.shape)}, {jax.process_count()} process(es)",
         f"precision  {config.model.compute_dtype} compute, float32 parameters and losses",
+        f"attention  {kernels}",
         f"batch      {config.train.batch_size} slices of {config.model.image_size} px over all "
         f"devices, {total} steps = {total * config.train.batch_size / len(data.list):.1f} epochs",
         f"few-shot   {data.summary}",
@@ -263,12 +251,3 @@ def _compile_report(compiled, seconds: float) -> str:
         f"{(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / gib:.2f} GiB per device "
         f"({memory.temp_size_in_bytes / gib:.2f} temporary), compiled in {seconds:.1f} s"
     )
-
-
-def _abstract_batch(config, data, mesh) -> dict:
-    lanes = sharding.batch_sharding(mesh)
-    shape = (config.train.batch_size, *data.images.shape[1:])
-    return {
-        "image": jax.ShapeDtypeStruct(shape, data.images.dtype, sharding=lanes),
-        "label": jax.ShapeDtypeStruct(shape, data.labels.dtype, sharding=lanes),
-    }

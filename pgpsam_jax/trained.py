@@ -11,6 +11,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from pgpsam_jax import runs
+from pgpsam_jax.compilation import keep_compiled
 from pgpsam_jax.config import load_config
 from pgpsam_jax.data.geometry import Fit, model_slices
 from pgpsam_jax.data.labels import load_label_table
@@ -82,6 +83,7 @@ class TrainedRun:
 
 def load_run(workdir) -> TrainedRun:
     """The trained parameters of a workdir, ready to use; `UserError` if there are none."""
+    keep_compiled()
     config = load_config(workdir)
     names = tuple(load_label_table(Path(workdir) / "labels.json").names)
     return TrainedRun(Path(workdir), config, names, load_predictor(config, workdir, len(names)))

@@ -12,7 +12,6 @@ from pgpsam_jax import checkpoint
 from pgpsam_jax.data.dataset import Split, ValidationData
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.inference import Predictor
-from pgpsam_jax.evaluation.release_protocol import slice_dice
 
 
 def is_on(config: ConfigDict) -> bool:
@@ -54,6 +53,8 @@ class Selection:
 
     def judge(self, predictor: Predictor, step: int) -> float:
         """The score of the predictor's parameters; they are kept if it is the highest so far."""
+        from pgpsam_jax.evaluation.release_protocol import slice_dice
+
         prediction = predictor.slices(self._data.images)
         score = slice_dice(prediction, self._data.labels, self._data.num_classes)
         best = self._best.record

@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from scipy.ndimage import uniform_filter1d
 
+from pgpsam_jax.evaluation.protocols import overlaps
+from pgpsam_jax.evaluation.release_protocol import dice
 from pgpsam_jax.files import atomic_path
 
 # Okabe and Ito's colour-blind-safe set without black, and a violet: eight that also stand out from
@@ -78,13 +80,7 @@ def overlay_slice(image, truth, prediction, spacing, names, title: str) -> Figur
 
 def slice_dice(prediction, truth, num_classes: int) -> np.ndarray:
     """Dice (D, K - 1) of every class in every slice of two (D, H, W) maps; NaN where absent."""
-    scores = np.full((len(truth), num_classes - 1), np.nan)
-    for k in range(1, num_classes):
-        ours, theirs = prediction == k, truth == k
-        overlap = np.count_nonzero(ours & theirs, axis=(1, 2))
-        size = np.count_nonzero(ours, axis=(1, 2)) + np.count_nonzero(theirs, axis=(1, 2))
-        np.divide(2.0 * overlap, size, out=scores[:, k - 1], where=size > 0)
-    return scores
+    return dice(overlaps(prediction, truth, num_classes))
 
 
 def write_overlays(

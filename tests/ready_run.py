@@ -1,6 +1,5 @@
 """A workdir as training leaves it, without the minutes of compiling a training step."""
 
-import numpy as np
 from small_run import config_for
 
 from pgpsam_jax import build, checkpoint, train
@@ -21,9 +20,7 @@ def ready_run(root, workdir, **settings):
     train.configuration.store(config, workdir)
     checkpoint.settle_base(workdir, config.model.base, digest, frozen)
     state = init_state(params, build.optimizer_of(config, 2), seed=0, epoch_size=2)
-    blank = np.zeros((8, 32, 32), np.float16)
-    options = dict(batch_size=8, seed=0, process_index=0, process_count=1)
-    loader = make_loader(blank, blank.astype(np.uint8), **options)
+    loader = make_loader(8, batch_size=8, seed=0)
     state.step += config.train.steps
     checkpoints = checkpoint.Checkpoints(workdir)
     checkpoints.save(state, loader)

@@ -63,6 +63,7 @@ def config_for(root, **settings):
     config.train.steps = 6
     config.log.every_steps = 1
     config.log.checkpoint_steps = 2
+    config.eval.workers = 0
     for name, value in settings.items():
         section, field = name.split("__")
         config[section][field] = value

@@ -1,4 +1,4 @@
-"""Learning rate by hand, AdamW against torch, clipping and accumulation."""
+"""Learning rate by hand, AdamW against torch, clipping."""
 
 import math
 
@@ -124,34 +124,12 @@ def test_clipping_bounds_the_joint_norm_and_is_off_by_default():
         np.testing.assert_allclose(moment["b"], [0.4 * factor], rtol=1e-6)
 
 
-def test_accumulated_gradients_equal_one_update_with_their_mean():
-    rng = np.random.default_rng(1)
-    parameters = {"w": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}
-    parts = rng.normal(size=(2, 3, 4, 3)).astype(np.float32)
-    whole = make_optimizer(OptimConfig(), 10)
-    split = make_optimizer(OptimConfig(accumulate_steps=3), 10)
-    once_update, often_update = jax.jit(whole.update), jax.jit(split.update)
-    once, often = parameters, parameters
-    once_state, often_state = whole.init(once), split.init(often)
-    for group in parts:
-        updates, once_state = once_update({"w": group.mean(0)}, once_state, once)
-        once = optax.apply_updates(once, updates)
-        for index, gradient in enumerate(group):
-            before = often
-            updates, often_state = often_update({"w": gradient}, often_state, often)
-            often = optax.apply_updates(often, updates)
-            if index < 2:
-                np.testing.assert_array_equal(often["w"], before["w"])
-        np.testing.assert_allclose(often["w"], once["w"], rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
         ({"final_learning_rate": 1.0}, "final_learning_rate"),
         ({"warmup_fraction": 1.5}, "warmup_fraction"),
         ({"clip_norm": 0.0}, "clip_norm"),
-        ({"accumulate_steps": 0}, "accumulate_steps"),
     ],
 )
 def test_impossible_settings_are_refused_with_the_field_named(settings, word):

@@ -1,5 +1,6 @@
 """Masks come back on the input's own grid, whatever its axes, flips, spacing and codes."""
 
+import gzip
 import itertools
 
 import nibabel as nib
@@ -56,6 +57,29 @@ def test_all_48_orientations(order, tmp_path):
             ours, theirs = (getattr(i, form)(coded=True) for i in (mask, image))
             np.testing.assert_allclose(ours[0], theirs[0], atol=1e-5)
             assert ours[1] == theirs[1]
+
+
+def test_processes_change_no_file(tmp_path):
+    """Masks and sheets by two processes, a broken file among the inputs."""
+    for name in ("a", "b", "c"):
+        nib.save(
+            volume((2, 0, 1), (True, False, True), np.random.default_rng(ord(name)))[0],
+            tmp_path / f"{name}.nii",
+        )
+    (tmp_path / "b.nii").write_bytes(b"nothing")
+    inputs = predict.find_inputs(tmp_path)
+    for count in (0, 2):
+        options = dict(overlay=True, skip_existing=False, workers=count)
+        assert predict.predict(Oracle(), NAMES, inputs, tmp_path / str(count), **options) == 1
+    found = {path.name: path.read_bytes() for path in (tmp_path / "0").iterdir()}
+    assert set(found) == {"a.nii.gz", "a.png", "c.nii.gz", "c.png", "labels.json"}
+    for name, content in found.items():
+        other = tmp_path / "2" / name
+        if name.endswith(".gz"):  # whose header holds the time of writing
+            content, other = (gzip.decompress(one) for one in (content, other.read_bytes()))
+            assert content == other
+        else:
+            assert content == other.read_bytes()
 
 
 def test_one_bad_file_does_not_stop_a_folder(tmp_path, capsys):

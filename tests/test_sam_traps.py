@@ -136,10 +136,10 @@ def test_5_window_padding_takes_part_in_softmax():
         expected = theirs.vision_encoder.layers[0].attn(torch.from_numpy(padded))[0][:, :5, :5]
     assert relative(attn(x)[:, 7:, 7:], expected) <= TIGHT
 
-    qkv = (attn.project(corner) + attn.qkv.bias[...]).reshape(1, 25, 3, 4, 12)
+    qkv = attn.project(corner).reshape(1, 25, 3, 4, 12)
     q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
     tables = attn.rel_pos_h[2:-2], attn.rel_pos_w[2:-2]
-    masked = attention.naive(q, k, v, *tables, (5, 5)).swapaxes(1, 2).reshape(1, 5, 5, 48)
+    masked = attention.naive(q, k, v, *tables, grid=(5, 5)).swapaxes(1, 2).reshape(1, 5, 5, 48)
     assert relative(attn.proj(masked), expected) > 0.1
 
 

@@ -1,5 +1,6 @@
 """The pure step: what it changes, what it leaves, and the same numbers on any mesh."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,20 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from small_run import config_for, write_data
 
 from pgpsam_jax import build, parameters, sharding
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.step import init_state, make_train_step
+from pgpsam_jax.step import gradients_of, init_state, make_train_step
 
 CLASSES, SIZE, BATCH = 3, 32, 8
 
 
 @pytest.fixture(scope="module")
-def lora_run(tmp_path_factory):
-    """A LoRA model with its state, optimiser and a fixed batch of learnable squares."""
+def lora_config(tmp_path_factory):
     root = write_data(tmp_path_factory.mktemp("data"))
-    config = config_for(root, model__train_encoder="lora", train__steps=40)
+    return config_for(root, model__train_encoder="lora", train__steps=40)
+
+
+@pytest.fixture(scope="module")
+def lora_run(lora_config):
+    """A LoRA model with its state, optimiser and a fixed batch of learnable squares."""
+    config = lora_config
     graphdef, params, frozen, _ = build.init_model(config, CLASSES)
     rng = np.random.default_rng(0)
     label = np.zeros((BATCH, SIZE, SIZE), np.uint8)
@@ -62,9 +69,10 @@ def test_only_the_filter_trains_and_the_loss_falls(lora_run):
     moments = jax.tree.leaves(state.opt_state[0][0].mu)
     assert sum(m.size for m in moments) == sum(v.size for v in before.values())
     losses = []
-    for _ in range(25):
-        state, metrics = step(state, frozen, batch)
-        losses.append(float(metrics["loss"]))
+    with jax.transfer_guard("disallow"):
+        for _ in range(25):
+            state, metrics = step(state, frozen, batch)
+            losses.append(jax.device_get(metrics["loss"]))
     assert step._cache_size() == 1  # no retrace
     assert np.mean(losses[-5:]) < 0.8 * losses[0]
     after = parameters.flat_paths(state.params)
@@ -94,6 +102,73 @@ def one_device_steps(lora_run):
         state, metrics = step(state, frozen, batch)
         records.append({k: float(v) for k, v in metrics.items()})
     return records
+
+
+def test_rows_of_a_resident_set_are_the_same_batch(lora_run, one_device_steps):
+    """The set lies on the device in another order; the step picks the batch out of it."""
+    step, state, frozen, batch = lora_run
+    order = np.random.default_rng(1).permutation(BATCH).astype(np.int32)
+    whole = {name: array[order] for name, array in batch.items()}
+    state = jax.tree.map(jnp.copy, state)
+    _, metrics = jax.jit(step)(state, frozen, whole | {"rows": np.argsort(order).astype(np.int32)})
+    for name, value in one_device_steps[0].items():
+        np.testing.assert_allclose(float(metrics[name]), value, rtol=1e-6, err_msg=name)
+
+
+def test_microbatches_average_the_gradients_of_their_parts(lora_run, lora_config):
+    """Every third row is a part: a batch split over devices keeps its rows where they are."""
+    _, state, frozen, batch = lora_run
+    graphdef, _, _ = build.abstract_model(lora_config, CLASSES)
+    config = build.step_config(lora_config)
+    images, labels = (jnp.asarray(batch[name][:6], jnp.float32) for name in ("image", "label"))
+    labels = labels.astype(jnp.int32)
+    of = jax.jit(gradients_of, static_argnums=(0, 6))
+
+    def gradients(images, labels, parts):
+        settings = dataclasses.replace(config, microbatches=parts)
+        return of(graphdef, state.params, frozen, images, labels, 0, settings)
+
+    apart = [gradients(images[i::3], labels[i::3], 1) for i in range(3)]
+    wanted = jax.tree.map(lambda *leaves: sum(leaves) / 3, *apart)
+    got = gradients(images, labels, 3)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_donated_state_is_written_in_place(lora_run):
+    """Every byte of the state but what rounding to whole blocks leaves is reused."""
+    step, state, frozen, batch = on_mesh(lora_run, data=1, fsdp=1, tensor=1)
+    memory = step.lower(state, frozen, batch).compile().memory_analysis()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes >= 0.99 * size
+
+
+def test_frozen_weights_have_no_gradient_products(lora_config):
+    """What LoRA saves against full training: the dW of every frozen kernel of the encoder."""
+
+    def flops(mode):
+        config = lora_config.copy_and_resolve_references()
+        config.model.train_encoder = mode
+        graphdef, params, frozen = build.abstract_model(config, CLASSES)
+        encoder = nnx.merge(graphdef, params, frozen).image_encoder
+        trained = {"full": nnx.Param, "lora": nnx.LoRAParam}[mode]
+        graphdef, params, frozen = nnx.split(encoder, trained, ...)
+
+        def loss(params, frozen, images):
+            return jnp.square(nnx.merge(graphdef, params, frozen)(images)[0]).sum()
+
+        images = jax.ShapeDtypeStruct((BATCH, SIZE, SIZE, 3), jnp.float32)
+        compiled = jax.jit(jax.grad(loss)).lower(params, frozen, images).compile()
+        return compiled.cost_analysis()["flops"], encoder.config
+
+    full, sizes = flops("full")
+    lora, _ = flops("lora")
+    tokens, d, c = BATCH * sizes.grid[0] * sizes.grid[1], sizes.width, sizes.out_channels
+    blocks = 2 * tokens * 12 * d * d * sizes.depth
+    ends = 2 * tokens * (3 * sizes.patch_size**2 * d + d * c + 9 * c * c)
+    first = 2 * tokens * 3 * d * d  # nothing trains below the first block: no dX either
+    adapters = 2 * tokens * 2 * 3 * 2 * 4 * d * sizes.depth  # q and v, rank 4, three products
+    assert full - lora == pytest.approx(blocks + ends + first - adapters, rel=0.05)
 
 
 def specs(config, classes=9):

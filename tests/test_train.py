@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from small_run import config_for, hold_out, write_data
 
-from pgpsam_jax import checkpoint, predict, runlog, train, validation
+from pgpsam_jax import checkpoint, predict, runlog, train
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation.release_protocol import slice_dice
 from pgpsam_jax.evaluation.report import read_cases, read_slices
 from pgpsam_jax.parameters import flat_paths
 
@@ -106,7 +107,7 @@ def test_the_best_parameters_are_kept_and_used(finished):
     used = {k: np.asarray(leaf[...]) for k, leaf in flat_paths(predictor.params).items()}
     assert same(used, kept)
     held_out = train.dataset.validation_data(config, split, workdir)
-    again = validation.slice_dice(predictor.slices(held_out.images), held_out.labels, 3)
+    again = slice_dice(predictor.slices(held_out.images), held_out.labels, 3)
     assert again == best["score"]
 
 
@@ -230,7 +231,7 @@ def test_pauses_are_in_no_rate(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(runlog.time, "perf_counter", lambda: now[0])
     settings = train.configuration.default_config().log
-    with runlog.RunLog(tmp_path, settings, 0, 10, 8) as log:
+    with runlog.RunLog(tmp_path, settings, 0, np.ones(10), 8) as log:
         for begin, end in ((2.0, 5.0), (8.0, 9.0)):
             now[0] = begin
             with log.paused():

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pgpsam_jax.data import cache, fewshot, layouts, phantom
+from pgpsam_jax.data import cache, fewshot, layouts
 from pgpsam_jax.data.labels import SYNAPSE8, LabelTable, load_label_table
 from pgpsam_jax.errors import UserError
 
@@ -70,6 +70,8 @@ def find_split(config: ConfigDict) -> Split:
         raise UserError("data.root is empty; set --config.data.root to the folder of the data set")
     layout = data.layout
     if layout == "phantom":
+        from pgpsam_jax.data import phantom
+
         phantom.generate(data.root, seed=data.phantom_seed)
         layout = "btcv"
     cases = layouts.find_cases(layout, data.root, data.image_glob or None, data.label_glob or None)

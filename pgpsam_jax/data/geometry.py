@@ -3,12 +3,12 @@
 The longer side fills S, the shorter is centred and padded; pixels keep their aspect. Coordinates
 are continuous with pixel centres at half integers, on every grid and at every resolution.
 Letters: N slices, B batch, H W native grid, S input side, h w logit grid, K classes.
+
+The functions for the device import JAX themselves: the others serve processes without it.
 """
 
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -54,7 +54,10 @@ def to_model(images: np.ndarray, fit: Fit, order: int) -> np.ndarray:
 def rescale(images: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     """Intensities to [0, 1] float32: the window's ends map to 0 and 1, the rest is clipped."""
     low, high = window
-    return ((np.clip(images, low, high) - low) / (high - low)).astype(np.float32, copy=False)
+    out = np.clip(images, low, high)
+    place = out if out.dtype.kind == "f" else None
+    out = np.divide(np.subtract(out, low, out=place), high - low, out=place)
+    return out.astype(np.float32, copy=False)
 
 
 def quantise(images: np.ndarray, levels: int) -> np.ndarray:
@@ -76,25 +79,49 @@ def model_slices(
     Clipped before the resize: metal at 3000 HU must not bleed through it. `levels` as in
     `quantise`.
     """
-    return to_model(quantise(rescale(images, window), levels), fit, order=1)
+    return to_model(windowed(images, window, levels), fit, order=1)
 
 
-def logits_to_native(logits: jax.Array, fit: Fit, shape_hw: tuple[int, int]) -> jax.Array:
-    """Logits (B, h, w, K) over the whole input, at any resolution -> (B, H, W, K) float32.
+def windowed(images: np.ndarray, window: tuple[float, float], levels: int) -> np.ndarray:
+    """Native slices (N, H, W) in [0, 1] float32, clipped to the window, in `levels` steps."""
+    return quantise(rescale(images, window), levels)
+
+
+def to_model_on_device(images, fit: Fit):
+    """`to_model` of order 1 in JAX: (B, H, W) float32 -> (B, S, S), equal but for rounding."""
+    import jax.numpy as jnp
+
+    sides = images.shape[1:], (fit.height, fit.width)
+    rows, columns = (_linear(n, m) for n, m in zip(*sides, strict=True))
+    inside = _product(images[..., None], rows, columns)[..., 0]
+    margins = [(0, 0)]
+    for start, length in ((fit.top, fit.height), (fit.left, fit.width)):
+        margins.append((start, fit.size - start - length))
+    return jnp.pad(inside, margins)
+
+
+def logits_to_native(logits, fit: Fit, shape_hw: tuple[int, int]):
+    """Logits (B, h, w, K) over the whole input, at any resolution -> (B, H, W, K) float32, in JAX.
 
     Bilinear at the native pixel centres, never reading logits of the padding. `fit` and
     `shape_hw` are static: the weights are constants of the compiled program.
     """
     _, h, w, _ = logits.shape
-    logits = logits.astype(jnp.float32)
-    exact = jax.lax.Precision.HIGHEST  # TPUs and TF32 would round the interpolation weights
     rows = _bilinear(fit.top, fit.height, fit.size, h, shape_hw[0])
     columns = _bilinear(fit.left, fit.width, fit.size, w, shape_hw[1])
+    return _product(logits.astype("float32"), rows, columns)
+
+
+def _product(images, rows: np.ndarray, columns: np.ndarray):
+    """Weights (H, h) and (W, w) applied to (B, h, w, K) in JAX."""
+    import jax
+
+    exact = jax.lax.Precision.HIGHEST  # TPUs and TF32 would round the interpolation weights
     if not _is_identity(rows):
-        logits = jnp.einsum("Hh,bhwk->bHwk", rows, logits, precision=exact)
+        images = jax.numpy.einsum("Hh,bhwk->bHwk", rows, images, precision=exact)
     if not _is_identity(columns):
-        logits = jnp.einsum("Ww,bhwk->bhWk", columns, logits, precision=exact)
-    return logits
+        images = jax.numpy.einsum("Ww,bhwk->bhWk", columns, images, precision=exact)
+    return images
 
 
 def _nearest(source: int, target: int) -> np.ndarray:
@@ -104,18 +131,31 @@ def _nearest(source: int, target: int) -> np.ndarray:
 
 def _resample(images: np.ndarray, axis: int, target: int) -> np.ndarray:
     """Linear along one axis, as a few weighted gathers."""
-    source = images.shape[axis]
+    taps, weights = _taps(images.shape[axis], target)
+    shape = [-1 if a == axis else 1 for a in range(images.ndim)]
+    total = np.float32(0)
+    for tap, weight in zip(taps.T, weights.T, strict=True):
+        total = total + np.take(images, tap, axis) * weight.reshape(shape)
+    return total
+
+
+def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """Source indices and float32 weights (target, taps) of a linear resampling."""
     step = source / target
     reach = max(step, 1)
     centres = ((np.arange(target) + 0.5) * step - 0.5)[:, None]
     taps = np.ceil(centres - reach).astype(int) + np.arange(int(2 * reach) + 1)
     weights = np.maximum(0, 1 - np.abs(taps - centres) / reach) * (taps >= 0) * (taps < source)
     weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-    shape = [-1 if a == axis else 1 for a in range(images.ndim)]
-    total = np.float32(0)
-    for tap, weight in zip(taps.clip(0, source - 1).T, weights.T, strict=True):
-        total = total + np.take(images, tap, axis) * weight.reshape(shape)
-    return total
+    return taps.clip(0, source - 1), weights
+
+
+def _linear(source: int, target: int) -> np.ndarray:
+    """(target, source) weights of the same resampling."""
+    taps, weights = _taps(source, target)
+    matrix = np.zeros((target, source), np.float32)
+    np.add.at(matrix, (np.arange(target)[:, None], taps), weights)
+    return matrix
 
 
 def _bilinear(start: int, length: int, size: int, source: int, target: int) -> np.ndarray:

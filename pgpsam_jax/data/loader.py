@@ -1,48 +1,41 @@
-"""From few-shot arrays in memory to batches; grain batches them and carries the position.
+"""From a few-shot set to the rows of each batch; grain batches them and carries the position.
 
-A few-shot set is a fraction of a gigabyte, so there are no worker processes and no threads.
+A few-shot set is a fraction of a gigabyte and stays in memory (see `feed`): only numbers of rows
+are drawn here, without worker processes or threads.
 The global batch of a step depends on (seed, step, N, batch size) alone: processes take their rows
 of it, so that the same run on another number of hosts sees the same data.
 """
 
-import grain
+from collections.abc import Iterator
+
 import numpy as np
 
 from pgpsam_jax.errors import UserError
 
 
 def make_loader(
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.DatasetIterator:
-    """Endless iterator over shuffled batches of this process.
+    count: int, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[np.ndarray]:
+    """Endless iterator over shuffled batches: (b,) int32 rows from 0 to `count` - 1.
 
-    `images` (N, S, S) float16 and `labels` (N, S, S) uint8; `batch_size` is global. Yields
-    `image` (b, S, S), `label` (b, S, S) and `index` (b,) int32, the row in `images`, with
-    b = batch_size / process_count. Every epoch is a fresh permutation and batches run across
-    epochs, so no slice is dropped and N may be below `batch_size`. `get_state` / `set_state`
-    (or grain's orbax handler) carry the position. Errors: sizes that do not fit.
+    `batch_size` is global, b = batch_size / process_count the share of this process. Every epoch
+    is a fresh permutation and batches run across epochs, so no row is dropped and `count` may be
+    below `batch_size`. `get_state` / `set_state` (or grain's orbax handler) carry the position.
+    Errors: sizes that do not fit.
     """
-    if images.shape != labels.shape or len(images) == 0:
-        raise ValueError(f"images {images.shape} and labels {labels.shape} must match, N >= 1")
+    import grain
+
+    if count < 1:
+        raise ValueError(f"a set of {count} slices has no batches")
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch size {batch_size} is not a multiple of {process_count} processes")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process {process_index} of {process_count} does not exist")
     per_process = batch_size // process_count
-    rows = slice(process_index * per_process, (process_index + 1) * per_process)
+    own = slice(process_index * per_process, (process_index + 1) * per_process)
 
-    def gather(batch: np.ndarray) -> dict[str, np.ndarray]:
-        index = np.asarray(batch)[rows].astype(np.int32)
-        return {"image": images[index], "label": labels[index], "index": index}
-
-    dataset = grain.MapDataset.source(_Order(len(images), seed))
-    dataset = dataset.batch(batch_size, drop_remainder=True).map(gather)
+    dataset = grain.MapDataset.source(_Order(count, seed)).batch(batch_size, drop_remainder=True)
+    dataset = dataset.map(lambda rows: np.asarray(rows)[own].astype(np.int32))
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return iter(dataset.to_iter_dataset(options))
 

@@ -9,7 +9,6 @@ inside) over a *box*, a tuple of three slices of the grid.
 import math
 
 import numpy as np
-from scipy.interpolate import CubicHermiteSpline
 
 FAR = np.float32(60.0)
 
@@ -116,6 +115,8 @@ class Scene:
 
     def tube(self, points, radii, *, flat=1.0):
         """Union of cones along the spline through `points` (n, 3), `flat` times as tall as wide."""
+        from scipy.interpolate import CubicHermiteSpline
+
         points, radii = np.asarray(points, float), np.asarray(radii, float)
         chord = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
         fine = np.linspace(0, chord[-1], max(2, int(chord[-1] / 15) + 2))

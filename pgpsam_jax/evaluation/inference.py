@@ -9,15 +9,15 @@ import numpy as np
 from flax import nnx
 
 from pgpsam_jax import sharding
-from pgpsam_jax.data.geometry import Fit, logits_to_native, model_slices
+from pgpsam_jax.data.geometry import Fit, logits_to_native, to_model_on_device, windowed
 from pgpsam_jax.data.nifti import Volume
 from pgpsam_jax.step import make_predict_step
 
 
 class Predictor:
-    """A model ready to segment volumes: fixed-size slice batches, argmax on the device.
+    """A model ready to segment volumes: fixed-size batches, resize and argmax on the device.
 
-    The model is compiled once; a new in-plane shape compiles only the resize to it.
+    The model is compiled once; a new in-plane shape compiles only the resizes from and to it.
     """
 
     def __init__(
@@ -28,8 +28,9 @@ class Predictor:
         self.image_size, self.window, self.levels = image_size, tuple(window), levels
         self._sharding = sharding.batch_sharding(mesh)
         self._graphdef, self._states = graphdef, (params, frozen)
+        self._to_model = jax.jit(to_model_on_device, static_argnums=1, out_shardings=self._sharding)
         self._predict = jax.jit(
-            make_predict_step(graphdef),
+            sharding.over_mesh(make_predict_step(graphdef), mesh),
             in_shardings=(
                 sharding.state_shardings(params, mesh),
                 sharding.state_shardings(frozen, mesh),
@@ -56,37 +57,34 @@ class Predictor:
 
     def __call__(self, volume: Volume) -> np.ndarray:
         """Class ids (D, H, W) uint8 in the volume's display orientation."""
-        depth, *native = volume.array.shape
-        fit = Fit.of(tuple(native), self.image_size)
-
-        def prepare(part: slice) -> np.ndarray:
-            return model_slices(volume.array[part], self.window, fit, self.levels)
-
-        return self._segment(prepare, depth, fit, tuple(native))
+        return self._segment(volume.array, lambda part: windowed(part, self.window, self.levels))
 
     def slices(self, images) -> np.ndarray:
         """Class ids (N, S, S) uint8 of slices (N, S, S) that are as the network sees them."""
-        shape = (self.image_size, self.image_size)
-        return self._segment(images.__getitem__, len(images), Fit.of(shape, shape[0]), shape)
+        return self._segment(images, lambda part: part)
 
-    def _segment(self, prepare, count: int, fit: Fit, shape: tuple[int, int]) -> np.ndarray:
-        """Class ids (count, *shape); `prepare(slice)` gives a part of the network's input."""
-        out = np.empty((count, *shape), np.uint8)
+    def _segment(self, images, prepare) -> np.ndarray:
+        """Class ids of `images` (N, H, W); `prepare` gives a batch its intensities in [0, 1]."""
+        out = np.empty(images.shape, np.uint8)
+        shape = images.shape[1:]
+        fit = Fit.of(shape, self.image_size)
         pending = None  # one batch in flight: the host prepares while the device computes
-        for start in range(0, count, self.batch_size):
-            part = slice(start, min(start + self.batch_size, count))
-            images = np.zeros((self.batch_size, self.image_size, self.image_size), np.float32)
-            images[: part.stop - part.start] = prepare(part)
-            logits = self._predict(*self._states, jax.device_put(images, self._sharding))
+        for start in range(0, len(images), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            batch = np.zeros((self.batch_size, *shape), np.float32)
+            batch[: len(images[part])] = prepare(images[part])
+            inputs = self._to_model(jax.device_put(batch, self._sharding), fit)
+            ids = _class_ids(self._predict(*self._states, inputs), fit, shape)
             if pending:
                 self._collect(out, *pending)
-            pending = part, _class_ids(logits, fit, shape)
-        self._collect(out, *pending)
+            pending = part, ids
+        if pending:
+            self._collect(out, *pending)
         return out
 
     @staticmethod
     def _collect(out, part, ids) -> None:
-        out[part] = np.asarray(ids)[: part.stop - part.start]
+        out[part] = jax.device_get(ids)[: len(out[part])]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

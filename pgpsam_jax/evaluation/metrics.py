@@ -16,6 +16,9 @@ that hiding a slice never invents a surface. What is undefined is NaN: see `prot
 on empty masks.
 """
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
@@ -76,15 +79,36 @@ def share_within(forward, backward, tolerance: float) -> float:
     return within / (forward.size + backward.size)
 
 
-def surface(mask) -> np.ndarray:
-    """Voxels of a boolean (D, H, W) mask with a 6-neighbour outside it (or outside the volume)."""
-    interior = mask.copy()
-    for axis in range(mask.ndim):
-        inner, outer = np.moveaxis(interior, axis, 0), np.moveaxis(mask, axis, 0)
-        inner[1:] &= outer[:-1]
-        inner[:-1] &= outer[1:]
-        inner[0] = inner[-1] = False
-    return mask & ~interior
+def surface(labels) -> np.ndarray:
+    """Voxels (D, H, W) with a 6-neighbour of another class, or at the end of the volume.
+
+    labels: a boolean mask, or class ids with 0 for the background, which has no surface here: the
+    surfaces of all classes of a map in one pass.
+    """
+    edge = np.empty(labels.shape, bool)
+    last = len(labels) - 1
+    for z, part in enumerate(labels):  # a slice and its neighbours stay in the processor's cache
+        if not part.any():
+            edge[z] = False
+            continue
+        if z in (0, last):
+            edge[z] = True
+        else:
+            edge[z] = (part != labels[z - 1]) | (part != labels[z + 1])
+        for here, ids in ((edge[z], part), (edge[z].T, part.T)):
+            apart = ids[1:] != ids[:-1]
+            here[1:] |= apart
+            here[:-1] |= apart
+            here[:1] = here[-1:] = True
+        edge[z] &= part != 0
+    return edge
+
+
+def surface_points(labels) -> tuple[np.ndarray, np.ndarray]:
+    """Surface voxels (N, 3) of a mask or label map in the order of its voxels, and their ids."""
+    places = np.flatnonzero(surface(labels))
+    points = np.stack(np.unravel_index(places, labels.shape), axis=1)
+    return points, labels.ravel()[places]
 
 
 def surface_distances(prediction, truth, spacing, region=None) -> tuple[np.ndarray, np.ndarray]:
@@ -94,54 +118,75 @@ def surface_distances(prediction, truth, spacing, region=None) -> tuple[np.ndarr
     Returns two float64 vectors (prediction to truth, truth to prediction). A mask without a voxel
     in the scored slices has an empty vector; where the other mask is empty the distances are inf.
     """
-    box = bounding_box(prediction | truth)
-    if box is None:
-        return np.empty(0), np.empty(0)
-    if region is not None:
-        region = region[box[0]]
-    edges = surface(prediction[box]), surface(truth[box])
-    return (
-        _distances(edges[0], edges[1], spacing, region),
-        _distances(edges[1], edges[0], spacing, region),
-    )
+    points = surface_points(prediction)[0], surface_points(truth)[0]
+    return point_distances(*points, (spacing,), region)[0]
 
 
-def bounding_box(mask) -> tuple[slice, ...] | None:
-    """Smallest box of slices that holds every voxel of a mask, or None if it is empty."""
-    box = []
-    for axis in range(mask.ndim):
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        places = np.flatnonzero(mask.any(axis=others))
-        if not places.size:
-            return None
-        box.append(slice(int(places[0]), int(places[-1]) + 1))
-    return tuple(box)
+def point_distances(
+    prediction, truth, spacings: Sequence, region=None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`surface_distances` of two surfaces (N, 3), (M, 3) for each of several spacings."""
+    both = np.concatenate([prediction, truth])
+    if not len(both):
+        return [(np.empty(0), np.empty(0))] * len(spacings)
+    # From the corner of their box, so that moving a pair of masks cannot change a distance.
+    corner = both.min(axis=0)
+    box = tuple((both.max(axis=0) - corner + 1).tolist())
+    sides = [points - corner for points in (prediction, truth)]
+    places = [np.ravel_multi_index(tuple(side.T), box) for side in sides]
+    scored = [
+        np.ones(len(points), bool) if region is None else region[points[:, 0]]
+        for points in (prediction, truth)
+    ]
+    directions = []
+    for ours, theirs in ((0, 1), (1, 0)):
+        wanted, apart = scored[ours], ~_among(places[ours], places[theirs])
+        far = sides[ours][wanted & apart]
+        found = _distances(far, sides[theirs], spacings, box, np.count_nonzero(wanted))
+        directions.append([_spread(apart[wanted], values) for values in found])
+    return list(zip(*directions, strict=True))
 
 
-def _distances(source, target, spacing, region) -> np.ndarray:
-    """Distance of every scored voxel of the surface `source` to the surface `target`."""
-    points = np.argwhere(source)
-    if region is not None:
-        points = points[region[points[:, 0]]]
-    if not points.size:
-        return np.empty(0)
-    targets = np.argwhere(target)
-    if not targets.size:
-        return np.full(len(points), np.inf)
-    if (len(points) + len(targets)) * _VOXELS_PER_TREE_POINT > source.size:
-        return ndimage.distance_transform_edt(~target, sampling=spacing)[tuple(points.T)]
-    return _tree_distances(points, targets, ~target[tuple(points.T)], np.asarray(spacing))
+def _among(places, others) -> np.ndarray:
+    """Which of some rising numbers are among other rising numbers."""
+    if not others.size:
+        return np.zeros(len(places), bool)
+    nearest = np.searchsorted(others, places).clip(max=len(others) - 1)
+    return others[nearest] == places
 
 
-def _tree_distances(points, targets, apart, spacing) -> np.ndarray:
-    """Nearest-point distances through a k-d tree; voxels not `apart` are shared, hence at 0."""
-    distances = np.zeros(len(points))
-    far = points[apart]
-    if far.size:
-        # Unbalanced trees build faster and answer as fast on points this regular.
-        tree = cKDTree(targets * spacing, balanced_tree=False, compact_nodes=False)
-        _, nearest = tree.query(far * spacing)
-        # From whole voxel steps, so that moving a pair of masks cannot change a distance.
-        steps = (far - targets[nearest]) * spacing
-        distances[apart] = np.sqrt(np.square(steps).sum(axis=1))
+def _spread(apart, values) -> np.ndarray:
+    """Values where `apart`, 0 for the voxels that both surfaces share."""
+    distances = np.zeros(len(apart))
+    distances[apart] = values
     return distances
+
+
+def _distances(far, targets, spacings, box, count: int) -> list[np.ndarray]:
+    """Distances of the points `far` to the nearest of `targets` for each spacing.
+
+    box: shape that holds both. count: of the surface voxels of which `far` are not shared.
+    """
+    if not len(targets):
+        return [np.full(len(far), np.inf)] * len(spacings)
+    if not len(far):
+        return [np.empty(0)] * len(spacings)
+    by_transform = (count + len(targets)) * _VOXELS_PER_TREE_POINT > math.prod(box)
+    if by_transform:
+        free = np.ones(box, bool)
+        free[tuple(targets.T)] = False
+    found = []
+    for spacing in np.asarray(spacings, float):
+        if by_transform:
+            # Indices alone: the transform's own distances take a dozen bytes more per voxel.
+            field = ndimage.distance_transform_edt(
+                free, sampling=spacing, return_distances=False, return_indices=True
+            )
+            nearest = field[(slice(None), *far.T)].T
+        else:
+            # Unbalanced trees build faster and answer as fast on points this regular.
+            tree = cKDTree(targets * spacing, balanced_tree=False, compact_nodes=False)
+            nearest = targets[tree.query(far * spacing)[1]]
+        # From whole voxel steps, so that no rounding depends on where the masks lie.
+        found.append(np.sqrt(np.square((far - nearest) * spacing).sum(axis=1)))
+    return found

@@ -16,7 +16,6 @@ those tables; `strict` is the one to judge a model by. The third protocol that i
 """
 
 import numpy as np
-from scipy import ndimage
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import metrics
@@ -88,19 +87,32 @@ def score_case(
         region = np.asarray(region, bool)
         if region.shape != truth.shape[:1]:
             raise ValueError(f"region has shape {region.shape}, expected {truth.shape[:1]}")
-    boxes = [ndimage.find_objects(volume, len(names) - 1) for volume in (prediction, truth)]
+    counts = overlaps(prediction, truth, len(names))
+    counts = counts[:, slice(None) if region is None else region].sum(axis=1)
+    surfaces = [metrics.surface_points(volume) for volume in (prediction, truth)]
     rows = []
     for class_id in range(1, len(names)):
-        box = _union(boxes[0][class_id - 1], boxes[1][class_id - 1])
+        edges = [points[ids == class_id] for points, ids in surfaces]
         score = _score_organ(
-            prediction[box] == class_id,
-            truth[box] == class_id,
-            spacing,
-            nsd_tolerance_mm,
-            None if region is None else region[box[0]],
+            counts[:, class_id - 1].tolist(), edges, spacing, nsd_tolerance_mm, region
         )
         rows += _rows(case_id, class_id, names[class_id], *score)
     return rows
+
+
+def overlaps(prediction, truth, num_classes: int) -> np.ndarray:
+    """Pixels of each organ in both, in the prediction and in the truth, (3, N, K - 1).
+
+    prediction, truth: label maps (N, H, W).
+    """
+    counts = np.zeros((3, len(truth), num_classes - 1), np.int64)
+    for place, (ours, theirs) in enumerate(zip(prediction, truth, strict=True)):
+        organs = np.flatnonzero((ours != 0) | (theirs != 0))
+        pairs = ours.ravel()[organs].astype(np.int64) * num_classes + theirs.ravel()[organs]
+        table = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+        for kind, ids in enumerate((table.diagonal(), table.sum(axis=1), table.sum(axis=0))):
+            counts[kind, place] = ids[1:]
+    return counts
 
 
 def _check(prediction, truth, names, case_id) -> None:
@@ -118,27 +130,20 @@ def _check(prediction, truth, names, case_id) -> None:
             )
 
 
-def _union(first, second) -> tuple[slice, ...]:
-    """Box around two boxes (None = absent); an empty box where both are absent."""
-    boxes = [box for box in (first, second) if box is not None]
-    if not boxes:
-        return (slice(0, 0),) * 3
-    return tuple(
-        slice(min(part.start for part in axis), max(part.stop for part in axis))
-        for axis in zip(*boxes, strict=True)
-    )
+def _score_organ(counts, edges, spacing, tolerance_mm, region):
+    """Status, voxel counts (truth, predicted) and {protocol: {metric: value}} of one organ.
 
-
-def _score_organ(prediction, truth, spacing, tolerance_mm, region):
-    """Status, voxel counts (truth, predicted) and {protocol: {metric: value}} of one organ."""
-    scored = slice(None) if region is None else region
-    counts = [int(np.count_nonzero(mask[scored])) for mask in (truth, prediction)]
-    status = STATUSES[counts[0] > 0, counts[1] > 0]
+    counts: voxels in both, in the prediction and in the truth. edges: surface voxels of the
+    prediction and of the truth.
+    """
+    both, predicted, true = counts
+    status = STATUSES[true > 0, predicted > 0]
     if status != "ok":
-        return status, counts, {name: rule[status] for name, rule in _EMPTY_VALUES.items()}
-    overlap = metrics.dice(prediction, truth, region)
-    in_mm = metrics.surface_distances(prediction, truth, spacing, region)
-    in_voxels = metrics.surface_distances(prediction, truth, (1.0, 1.0, 1.0), region)
+        values = {name: rule[status] for name, rule in _EMPTY_VALUES.items()}
+        return status, (true, predicted), values
+    overlap = 2.0 * both / (predicted + true)
+    spacings = spacing, (1.0, 1.0, 1.0)
+    in_mm, in_voxels = metrics.point_distances(*edges, spacings, region)
     values = {
         "strict": {
             "dice": overlap,
@@ -147,7 +152,7 @@ def _score_organ(prediction, truth, spacing, tolerance_mm, region):
         },
         "transunet": {"dice": overlap, "hd95": metrics.pooled_percentile(*in_voxels)},
     }
-    return status, counts, values
+    return status, (true, predicted), values
 
 
 def _rows(case_id, class_id, name, status, counts, values) -> list[dict]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from pgpsam_jax.data.cache import slice_areas
 from pgpsam_jax.data.fewshot import in_pool
-from pgpsam_jax.evaluation.protocols import COLUMNS, STATUSES
+from pgpsam_jax.evaluation.protocols import COLUMNS, STATUSES, overlaps
 from pgpsam_jax.evaluation.scores import defined_mean
 
 NAME = "release"
@@ -25,19 +25,6 @@ SLICE_COLUMNS = ("case", "slice", "class", "dice")
 def valid_slices(truth, num_classes: int, min_pixels: int) -> np.ndarray:
     """Which slices of a label map (N, H, W) are scored, boolean (N,)."""
     return in_pool(slice_areas(truth, num_classes), "valid", min_pixels)
-
-
-def overlaps(prediction, truth, num_classes: int) -> np.ndarray:
-    """Pixels of each organ in both, in the prediction and in the truth, (3, N, K - 1).
-
-    prediction, truth: label maps (N, H, W).
-    """
-    counts = np.empty((3, len(truth), num_classes - 1), np.int64)
-    for place, (ours, theirs) in enumerate(zip(prediction, truth, strict=True)):
-        common = np.where(ours == theirs, theirs, 0)
-        for kind, ids in enumerate((common, ours, theirs)):
-            counts[kind, place] = np.bincount(ids.ravel(), minlength=num_classes)[1:]
-    return counts
 
 
 def dice(counts) -> np.ndarray:

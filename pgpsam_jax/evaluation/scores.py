@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.protocols import METRICS
@@ -38,7 +38,7 @@ def spread(values) -> tuple[float | None, list[float] | None]:
     if values.size < 2:
         return None, None
     sd = float(values.std(ddof=1))
-    half = float(stats.t.ppf(0.975, values.size - 1)) * sd / math.sqrt(values.size)
+    half = float(special.stdtrit(values.size - 1, 0.975)) * sd / math.sqrt(values.size)
     mean = float(values.mean())
     return sd, [mean - half, mean + half]
 

@@ -5,18 +5,32 @@ Source: Kirillov et al. 2023 (Segment Anything), Li et al. 2022 (ViTDet).
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import attention, initial, layers
 from pgpsam_jax.models.lora import LoraConfig, LoraQKV
+
+# What the backward pass recomputes instead of having kept it, from the fastest to the smallest.
+REMAT = {
+    "none": "nothing",
+    "attention": "scores and weights of the unfused attention",
+    "dots": "all but the outputs of the linear layers",
+    "blocks": "whole blocks: kept are their inputs",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes of the encoder. `grid` is the token grid, image size / patch size."""
+    """Sizes of the encoder, and how it is computed; `grid` is image size / patch size in tokens.
+
+    attention: a name of `attention.NAMES`; remat: one of `REMAT`. scan_blocks compiles the group
+    of blocks that repeats once instead of all blocks, for a copy of their weights.
+    """
 
     grid: tuple[int, int]
     patch_size: int
@@ -26,8 +40,30 @@ class EncoderConfig:
     global_blocks: tuple[int, ...]
     window_size: int = 14
     out_channels: int = 256
-    attention: str = "folded"
-    remat: bool = False
+    attention: str = "auto"
+    remat: str = "none"
+    scan_blocks: bool = False
+
+    def __post_init__(self):
+        if self.attention not in attention.NAMES:
+            raise UserError(
+                f"model.attention {self.attention!r} unknown; choose one of "
+                f"{', '.join(attention.NAMES)}"
+            )
+        if self.remat not in REMAT:
+            raise UserError(f"model.remat {self.remat!r} unknown; choose one of {', '.join(REMAT)}")
+        period = self.period
+        repeats = tuple(range(period - 1, self.depth, period)) == tuple(self.global_blocks)
+        if self.scan_blocks and (not repeats or self.depth % period):
+            raise UserError(
+                f"model.scan_blocks needs blocks that repeat, not {self.depth} with global ones at "
+                f"{self.global_blocks}; set it to False"
+            )
+
+    @property
+    def period(self) -> int:
+        """Blocks in the group that repeats: up to the first global one."""
+        return self.global_blocks[0] + 1 if self.global_blocks else 1
 
 
 class Attention(nnx.Module):
@@ -44,32 +80,50 @@ class Attention(nnx.Module):
             self.lora = LoraQKV(dim, lora, dtype=dtype, rngs=rngs)
         self.adapted = lora is not None
         self.heads, self.window, self.dtype = config.heads, window, dtype
-        self.backend = config.attention
+        self.backend, self.recompute = config.attention, config.remat == "attention"
 
     def project(self, x):
-        """qkv without its bias: padding tokens are zero here and become the bias afterwards."""
-        qkv = layers.matmul(x, self.qkv.kernel[...].astype(self.dtype))
+        """qkv of (B, H, W, D) with LoRA: (B, H, W, 3D)."""
+        qkv = self.qkv(x)
         return qkv + self.lora(x) if self.adapted else qkv
+
+    def attend(self, qkv):
+        """Attention within windows (B, rows, columns, 3D), which may overhang: (B, ..., D)."""
+        b, *grid, d = qkv.shape
+        qkv = qkv.reshape(b, -1, 3, self.heads, d // 3 // self.heads)
+        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # each (B, N, T, C)
+        tables = (p[...].astype(self.dtype) for p in (self.rel_pos_h, self.rel_pos_w))
+        # A token outside the image is zero: its projection is the bias, LoRA or not.
+        bias = self.qkv.bias[...].astype(self.dtype).reshape(3, self.heads, -1)
+        out = attention.attention(
+            self.backend, q, k, v, *tables, tuple(grid), bias[1:], recompute=self.recompute
+        )
+        return out.swapaxes(1, 2).reshape(b, *grid, d // 3)
 
     def __call__(self, x):
         x = x.astype(self.dtype)
-        _, h, w, d = x.shape
-        qkv = self.project(x)  # on the unpadded grid: a padded token's projection is known
-        size = self.window
-        padded = (-(-h // size) * size, -(-w // size) * size) if size else (h, w)
-        if size:
-            qkv = jnp.pad(qkv, ((0, 0), (0, padded[0] - h), (0, padded[1] - w), (0, 0)))
-            qkv = attention.split_windows(qkv, size)
-        qkv = qkv + self.qkv.bias[...].astype(self.dtype)
-        grid = qkv.shape[1:3]
-        qkv = qkv.reshape(qkv.shape[0], -1, 3, self.heads, d // self.heads)
-        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # each (B, N, T, C)
-        rel_h, rel_w = (p[...].astype(self.dtype) for p in (self.rel_pos_h, self.rel_pos_w))
-        out = attention.BACKENDS[self.backend](q, k, v, rel_h, rel_w, grid)
-        out = out.swapaxes(1, 2).reshape(-1, *grid, d)
-        if size:
-            out = attention.join_windows(out, padded)[:, :h, :w]
-        return self.proj(out)
+        qkv, grid = self.project(x), x.shape[1:3]
+        if not self.window:
+            return self.proj(self.attend(qkv))
+        # Whole windows, and those that overhang right, below and in the corner, by themselves.
+        parts = [
+            [
+                attention.join_windows(
+                    self.attend(attention.split_windows(qkv[:, rows, columns], (height, width))),
+                    (rows.stop - rows.start, columns.stop - columns.start),
+                )
+                for columns, width in strips(grid[1], self.window)
+            ]
+            for rows, height in strips(grid[0], self.window)
+        ]
+        return self.proj(jnp.concatenate([jnp.concatenate(row, 2) for row in parts], 1))
+
+
+def strips(length: int, window: int) -> list[tuple[slice, int]]:
+    """A side's whole windows, and the rest of it: (where, tokens of one window within)."""
+    whole = length - length % window
+    found = [(slice(0, whole), window), (slice(whole, length), length - whole)]
+    return [(place, size) for place, size in found if place.stop > place.start]
 
 
 class Block(nnx.Module):
@@ -133,9 +187,60 @@ class ImageEncoder(nnx.Module):
         """Return (embedding, [output of block i for i in taps])."""
         x = self.patch_embed(images)
         x = x + self.pos_embed[...].astype(x.dtype)
-        run = jax.checkpoint(Block.__call__) if self.config.remat else Block.__call__
+        run = recomputing(self.config.remat)
+        if self.config.scan_blocks:
+            x, outputs = self.scan(run, x, taps)
+            return self.neck(x), outputs
         outputs = []
         for block in self.blocks:
             x = run(block, x)
             outputs.append(x)
         return self.neck(x), [outputs[i] for i in taps]
+
+    def scan(self, run, x, taps: tuple[int, ...]):
+        """The blocks as a loop over the group that repeats: (last output, [outputs of taps])."""
+        period = self.config.period
+        graphs, states = zip(*map(nnx.split, self.blocks), strict=True)
+        stacked = [jax.tree.map(lambda *p: jnp.stack(p), *states[j::period]) for j in range(period)]
+        kept = {tap % period for tap in taps}
+
+        def group(x, states):
+            outputs = {}
+            for j, state in enumerate(states):
+                x = run(nnx.merge(graphs[j], state), x)
+                if j in kept:
+                    outputs[j] = x
+            return x, outputs
+
+        x, outputs = jax.lax.scan(group, x, stacked)
+        return x, [outputs[tap % period][tap // period] for tap in taps]
+
+
+def recomputing(remat: str):
+    """run(block, x) by the policy of that name; new at every call, so that no trace is reused."""
+
+    def run(block, x):
+        return block(x)
+
+    if remat == "blocks":
+        return jax.checkpoint(run)
+    if remat == "dots":
+        return jax.checkpoint(run, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    return run
+
+
+def attention_report(config: EncoderConfig, dtype) -> str:
+    """One line on what window and global blocks are computed with; a `UserError` if they cannot."""
+    channels, found = config.width // config.heads, {}
+    sides = [config.grid] if config.global_blocks else []
+    if len(config.global_blocks) < config.depth:
+        sides += itertools.product(
+            *([size for _, size in strips(length, config.window_size)] for length in config.grid)
+        )
+    for i, (h, w) in enumerate(sides):
+        window = i > 0 or not config.global_blocks
+        overhangs = window and min(h, w) < config.window_size
+        depth = channels + h + w + overhangs
+        name = attention.choose(config.attention, h * w, depth, dtype)
+        found.setdefault(name, []).append(f"{'windows' if window else 'global'} {h}x{w}")
+    return "; ".join(f"{name} for {', '.join(places)}" for name, places in found.items())

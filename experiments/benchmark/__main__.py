@@ -1,0 +1,107 @@
+"""Speed and memory of the model on this machine: steps, their parts, and PyTorch beside them.
+
+Every combination of the lists is a point. A point runs in a process of its own; what fails is a
+row with its reason. The folder holds `benchmark.json` and `benchmark.md`, written after every
+point: the same command again does what is missing.
+
+Examples:
+  python -m experiments.benchmark --tasks training,inference --batches 1,2
+  python -m experiments.benchmark --encoders vit_b,vit_l --sizes 512,1024 --dtypes bfloat16
+  python -m experiments.benchmark --tasks training --against torch
+  python -m experiments.benchmark --tasks scoring,startup
+  python -m experiments.benchmark --suite gpu --output runs/benchmark_gpu
+"""
+
+import argparse
+import sys
+
+from experiments.benchmark import table
+from experiments.benchmark.points import SUITES, Point, cross, with_ceilings
+from experiments.benchmark.runner import Effort, measure
+from pgpsam_jax.errors import UserError, exit_on_user_error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what the command line asks for; 1 if a point failed."""
+    with exit_on_user_error():
+        options = _parser().parse_args(arguments)
+        points = with_ceilings(points_of(options))
+        if options.steps < 1:
+            raise UserError("--steps is the number of timed steps; give 1 or more")
+        effort, rows = Effort(options.steps, options.budget), table.load(options.output)
+        table.store(options.output, rows)  # a folder that cannot be written shows now
+        for i, point in enumerate(points, start=1):
+            if table.finished(rows.get(point.key)):
+                continue
+            print(f"[{i}/{len(points)}] {point.key}", flush=True)
+            rows[point.key] = row = measure(point, effort)
+            table.store(options.output, rows)
+            if "error" in row:
+                print(f"  failed: {row['error']}", flush=True)
+        asked = {point.key: rows[point.key] for point in points}
+        print(table.markdown(list(asked.values())))
+    return int(any("error" in row for row in asked.values()))
+
+
+def points_of(options: argparse.Namespace) -> list[Point]:
+    """The points of a suite, or of the cross product of the lists."""
+    if options.suite:
+        return SUITES[options.suite]()
+    return cross(
+        task=_words(options.tasks),
+        model=_words(options.models or ("sam" if options.against else "pgpsam")),
+        encoder=_words(options.encoders),
+        image_size=_numbers("--sizes", options.sizes),
+        dtype=_words(options.dtypes),
+        attention=_words(options.attention),
+        remat=_words(options.remat),
+        batch_size=_numbers("--batches", options.batches),
+        against=[options.against],
+    )
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
+        raise UserError(f"{flag} {text!r} is no list of numbers; write for example 1,2,4") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--tasks",
+        default="encoder,inference,training",
+        help="encoder, inference, training; matmul, scoring, startup, loop, run",
+    )
+    add("--models", default="", help="pgpsam (default), sam (default with --against)")
+    add("--encoders", default="vit_b", help="vit_t, vit_b, vit_l, vit_h")
+    add("--sizes", default="512", help="image sizes in pixels")
+    add("--batches", default="1", help="batch sizes")
+    add("--dtypes", default="float32", help="float32, bfloat16")
+    add("--attention", default="", help="attention backends; empty: config.model's default")
+    add("--remat", default="", help="policies of recomputation; empty: config.model's default")
+    add("--against", default="", help="torch: the same step in PyTorch, in turns")
+    add("--suite", default="", choices=("", *SUITES), help="a list of points instead of the above")
+    add("--steps", type=int, default=50, help="timed steps of a point, at most")
+    add(
+        "--budget",
+        type=float,
+        default=30.0,
+        help="on a CPU: seconds of a point after which five steps are enough",
+    )
+    add("--output", default="runs/benchmark", help="folder of the results")
+    return parser  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

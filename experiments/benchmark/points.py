@@ -1,0 +1,126 @@
+"""What is measured: a point is one task at one size; lists of them are cross products or suites."""
+
+import dataclasses
+import itertools
+
+from pgpsam_jax.errors import UserError
+
+STEPS = ("encoder", "inference", "training")
+# Measured as wholes: the machine's own matmul rate, scoring, import time, the loop, a paper's run.
+WHOLE = ("matmul", "scoring", "startup", "loop", "run")
+MODELS = ("pgpsam", "sam")
+DTYPES = ("float32", "bfloat16")
+_KNOWN = {"task": STEPS + WHOLE, "model": MODELS, "dtype": DTYPES, "against": ("", "torch")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One task at one size.
+
+    model: `pgpsam` (preset paper, augmentation in the training step) or `sam` (encoder with LoRA
+    and SAM's decoder, without: what PyTorch has too). attention, remat: of `config.model`; empty
+    is its default. against: `torch`, or empty.
+    """
+
+    task: str
+    model: str = "pgpsam"
+    encoder: str = "vit_b"
+    image_size: int = 512
+    batch_size: int = 1
+    dtype: str = "float32"
+    attention: str = ""
+    remat: str = ""
+    against: str = ""
+
+    def __post_init__(self):
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"{name} {getattr(self, name)!r} unknown; choose from "
+                    f"{', '.join(filter(None, known))}"
+                )
+        if self.image_size < 1 or self.batch_size < 1:
+            raise UserError("--sizes and --batches are numbers from 1")
+        if self.against and (self.model != "sam" or self.task not in STEPS):
+            raise UserError(
+                f"--against torch has no counterpart of {self.model} {self.task}; use --models sam "
+                f"and tasks from {', '.join(STEPS)}"
+            )
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Fields of `config.model` that differ from their defaults."""
+        chosen = {"attention": self.attention, "remat": self.remat}
+        return {name: value for name, value in chosen.items() if value}
+
+    @property
+    def key(self) -> str:
+        """The row's name in `benchmark.json`."""
+        if self.task in ("scoring", "startup", "run"):
+            return self.task
+        if self.task == "matmul":
+            return f"matmul {self.dtype}"
+        words = [self.task, self.model, self.encoder, self.image_size, self.batch_size, self.dtype]
+        words += [f"{name}={value}" for name, value in self.settings.items()]
+        return " ".join(map(str, words + [f"against {self.against}"] * bool(self.against)))
+
+
+def cross(**lists) -> list[Point]:
+    """Every combination of the values of the fields of `Point`, the last field fastest."""
+    values = itertools.product(*lists.values())
+    return _once(Point(**dict(zip(lists, row, strict=True))) for row in values)
+
+
+def with_ceilings(points: list[Point]) -> list[Point]:
+    """`points` after the matmul rate of every type their steps compute in."""
+    dtypes = dict.fromkeys(p.dtype for p in points if p.task in STEPS)
+    return _once([*(Point("matmul", dtype=dtype) for dtype in dtypes), *points])
+
+
+def _once(points) -> list[Point]:
+    return list({point.key: point for point in points}.values())
+
+
+def cpu_suite() -> list[Point]:
+    """The bars of a CPU: ViT-b at 512 px against PyTorch; scoring, start-up, loop."""
+    steps = dict(model=["sam"], batch_size=[1, 2], against=["torch"])
+    return [
+        *cross(task=["training", "inference"], **steps),
+        Point("scoring"),
+        Point("startup"),
+        Point("loop", encoder="vit_t", image_size=128, batch_size=4),
+    ]
+
+
+def gpu_suite() -> list[Point]:
+    """Everything that is asked of one GPU, the most telling first."""
+    bf16 = {"dtype": ["bfloat16"]}
+    torch = dict(model=["sam"], against=["torch"], **bf16)
+    return _once(
+        [
+            *cross(task=["training"], batch_size=[8], **bf16),
+            *cross(task=["training"], batch_size=[8], **torch),
+            Point("run"),
+            Point("loop", batch_size=12, dtype="bfloat16"),
+            *cross(task=["training"], batch_size=[16, 32, 1, 2, 4], **bf16),
+            *cross(
+                task=["training"], batch_size=[8], attention=["cudnn", "folded", "naive"], **bf16
+            ),
+            *cross(task=["inference"], batch_size=[1, 8], **torch),
+            *cross(task=["inference"], batch_size=[8, 32, 1, 2, 4, 16], **bf16),
+            *cross(
+                task=["training"], batch_size=[8], remat=["blocks", "attention", "dots"], **bf16
+            ),
+            *cross(task=["training"], batch_size=[1, 32], **torch),
+            *cross(task=["encoder"], batch_size=[8, 32], **bf16),
+            *cross(task=["training"], image_size=[1024], batch_size=[2, 8], **bf16),
+            *cross(task=["training"], encoder=["vit_l", "vit_h"], batch_size=[8], **bf16),
+            *cross(task=["training", "inference"], image_size=[256], batch_size=[32], **bf16),
+            Point("training", batch_size=8),
+            Point("scoring"),
+            Point("startup"),
+        ]
+    )
+
+
+SUITES = {"cpu": cpu_suite, "gpu": gpu_suite}

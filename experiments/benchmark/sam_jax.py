@@ -1,0 +1,86 @@
+"""Encoder with LoRA and SAM's decoder without a prompt, in JAX: the side compared with PyTorch.
+
+LoRA and decoder train (the quality head has no part in the loss and does not); three masks are the
+logits of three classes. No augmentation.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments.benchmark import weights
+from pgpsam_jax.losses import segmentation_loss
+from pgpsam_jax.models.initial import NoDraws
+from pgpsam_jax.models.lora import LoraConfig
+from pgpsam_jax.models.mask_decoder import upsample_logits
+from pgpsam_jax.models.sam import Sam, SamConfig
+from pgpsam_jax.parameters import flat_paths
+from weights_conversion.sam import from_huggingface, to_huggingface
+
+CLASSES = 3
+LORA = LoraConfig(weights.RANK, weights.TARGETS)
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+
+TRAINED = nnx.Any(
+    nnx.LoRAParam,
+    nnx.All(
+        nnx.Param,
+        nnx.PathContains("mask_decoder"),
+        nnx.Not(nnx.PathContains("iou_head")),
+    ),
+)
+
+
+def build(config: SamConfig, dtype):
+    """(graphdef, params, frozen) with the tensors of `weights`."""
+    model = nnx.eval_shape(lambda: Sam(config, lora=LORA, dtype=dtype, rngs=NoDraws()))
+    graphdef, params, frozen = nnx.split(model, TRAINED, ...)
+    leaves = flat_paths(params) | flat_paths(frozen)
+    for path in [path for path, leaf in leaves.items() if isinstance(leaf, nnx.LoRAParam)]:
+        tensors = weights.lora_tensors(int(path.split("/")[2]), config.encoder.width)
+        leaves.pop(path).set_value(jnp.asarray(tensors["ab".index(path[-1])]))
+    # Half precision only to say the shapes with little memory.
+    empty = {path: np.broadcast_to(np.float16(0), leaf.shape) for path, leaf in leaves.items()}
+    shapes = {name: tensor.shape for name, tensor in to_huggingface(empty).items()}
+    for path, tensor in from_huggingface(weights.sam_tensors(shapes)).items():
+        leaves[path].set_value(jnp.asarray(tensor))
+    return graphdef, params, frozen
+
+
+def encode(graphdef, params, frozen, images):
+    """(B, S, S, 3) to the neck's (B, H, W, C)."""
+    return nnx.merge(graphdef, params, frozen).encode_image(images)
+
+
+def predict(graphdef, params, frozen, images):
+    """(B, S, S, 3) to the logits of three masks, (B, 4H, 4W, 3)."""
+    model = nnx.merge(graphdef, params, frozen)
+    embedding = model.encode_image(images)
+    prompts = model.prompt_encoder
+    grid, (b, *_, c) = prompts.pe_layer.grid(prompts.grid), embedding.shape
+    dense = jnp.broadcast_to(prompts.no_mask_embed[...], embedding.shape).astype(embedding.dtype)
+    sparse = jnp.zeros((b, 0, c), embedding.dtype)
+    positions = grid.astype(embedding.dtype)
+    return model.mask_decoder(embedding, positions, sparse, dense, multimask=True)[0]
+
+
+def loss(graphdef, params, frozen, images, labels):
+    """0.2 CE + 0.8 soft Dice at full size; labels (B, S, S)."""
+    logits = upsample_logits(predict(graphdef, params, frozen, images), labels.shape[1:])
+    return segmentation_loss(logits, labels)[0]
+
+
+def make_train_step(graphdef):
+    """(optimiser, pure function (params, opt_state, frozen, images, labels) -> the first two)."""
+    optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+    def train_step(params, opt_state, frozen, images, labels):
+        value, gradients = jax.value_and_grad(loss, argnums=1)(
+            graphdef, params, frozen, images, labels
+        )
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    return optimizer, train_step

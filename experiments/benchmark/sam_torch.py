@@ -1,0 +1,124 @@
+"""The same model in PyTorch: `transformers.SamModel` pieces, LoRA on q and v added here.
+
+Sizes come as the dictionary of a `SamConfig`, so that a process with PyTorch needs no JAX.
+"""
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from experiments.benchmark import weights
+
+CLASSES = 3
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+_DICE_EPS = 1e-5
+
+
+class LoraQkv(nn.Module):
+    """A frozen (D, 3D) projection with a low-rank update of its q and v."""
+
+    def __init__(self, projection: nn.Linear, block: int):
+        super().__init__()
+        a, b = (torch.from_numpy(x) for x in weights.lora_tensors(block, projection.in_features))
+        self.projection, self.a, self.b = projection, nn.Parameter(a), nn.Parameter(b)
+
+    def forward(self, x):
+        qkv = self.projection(x)
+        width = x.shape[-1]
+        qkv[..., :width] += x @ self.a[0] @ self.b[0]
+        qkv[..., 2 * width :] += x @ self.a[1] @ self.b[1]
+        return qkv
+
+
+def load_tensors(sizes: dict) -> dict[str, torch.Tensor]:
+    """The tensors of `weights`, by the names of `SamModel`."""
+    shapes = {name: tuple(t.shape) for name, t in _empty(sizes, "eager").state_dict().items()}
+    return {name: torch.from_numpy(t) for name, t in weights.sam_tensors(shapes).items()}
+
+
+def build(sizes: dict, tensors: dict[str, torch.Tensor], attention: str):
+    """`SamModel` with these tensors (not copied) and LoRA; `attention` is `sdpa` or `eager`."""
+    model = _empty(sizes, attention)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.requires_grad_(False)
+    for i, layer in enumerate(model.vision_encoder.layers):
+        layer.attn.qkv = LoraQkv(layer.attn.qkv, i)
+    model.mask_decoder.requires_grad_(True)
+    model.mask_decoder.iou_prediction_head.requires_grad_(False)
+    return model.eval()
+
+
+def _empty(sizes: dict, attention: str) -> transformers.SamModel:
+    encoder, decoder = sizes["encoder"], sizes["decoder"]
+    width, size = decoder["width"], sizes["image_size"][0]
+    place = dict(image_size=size, patch_size=encoder["patch_size"])
+    vision = dict(
+        place,
+        hidden_size=encoder["width"],
+        output_channels=width,
+        num_hidden_layers=encoder["depth"],
+        num_attention_heads=encoder["heads"],
+        window_size=encoder["window_size"],
+        global_attn_indexes=list(encoder["global_blocks"]),
+        num_pos_feats=width // 2,
+    )
+    mask = dict(
+        hidden_size=width,
+        mlp_dim=decoder["mlp_dim"],
+        num_hidden_layers=decoder["depth"],
+        num_attention_heads=decoder["heads"],
+        attention_downsample_rate=decoder["downsample"],
+        iou_head_hidden_dim=width,
+        layer_norm_eps=1e-5,  # of the token norms, as published; transformers' default is 1e-6
+    )
+    config = transformers.SamConfig(
+        vision_config=vision,
+        prompt_encoder_config=dict(place, hidden_size=width),
+        mask_decoder_config=mask,
+        attn_implementation=attention,
+    )
+    with torch.device("meta"):
+        return transformers.SamModel(config)
+
+
+def encode(model, images):
+    """(B, 3, S, S) to the neck's (B, C, H, W)."""
+    encoder = model.vision_encoder
+    x = encoder.patch_embed(images) + encoder.pos_embed
+    for layer in encoder.layers:
+        x = layer(x)
+    return encoder.neck(x)
+
+
+def predict(model, images):
+    """(B, 3, S, S) to the logits of three masks, (B, 3, 4H, 4W)."""
+    embedding = encode(model, images)
+    positions = model.get_image_wide_positional_embeddings()
+    dense = model.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+    masks, _ = model.mask_decoder(
+        image_embeddings=embedding,
+        image_positional_embeddings=positions.expand(len(embedding), -1, -1, -1),
+        sparse_prompt_embeddings=None,
+        dense_prompt_embeddings=dense.expand_as(embedding),
+        multimask_output=True,
+    )
+    return masks[:, 0]
+
+
+def loss(model, images, labels):
+    """0.2 CE + 0.8 soft Dice at full size; labels (B, S, S) int64."""
+    logits = F.interpolate(predict(model, images).float(), labels.shape[1:], mode="bilinear")
+    probability = logits.softmax(1)
+    truth = F.one_hot(labels, CLASSES).movedim(-1, 1).to(probability.dtype)
+    pixels = (0, 2, 3)
+    overlap = (probability * truth).sum(pixels)
+    mass = probability.square().sum(pixels) + truth.sum(pixels)
+    dice = (1 - 2 * overlap / (mass + _DICE_EPS)).mean()
+    return 0.2 * F.cross_entropy(logits, labels) + 0.8 * dice
+
+
+def optimizer_of(model) -> torch.optim.Optimizer:
+    """Fused AdamW on what trains."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)

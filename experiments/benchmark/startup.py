@@ -1,0 +1,38 @@
+"""How long a command takes to import what it needs, JAX apart; needs no JAX in this process."""
+
+import statistics
+import subprocess
+import sys
+
+_IMPORTS = {"jax": "", "pgpsam_jax.train": "import jax"}  # what is timed, and what comes before it
+_PROGRAM = """
+{before}
+import time
+start = time.perf_counter()
+import {module}
+print(time.perf_counter() - start)
+"""
+
+
+def startup_benchmark(repeats: int = 7) -> dict:
+    """Seconds (first quartile, median, third) to import `jax`, and `pgpsam_jax.train` beyond it.
+
+    Every import is in a fresh interpreter, the two alternately. A round that is not counted comes
+    first: it writes the byte code and fills the system's file cache.
+    """
+    seconds = {module: [] for module in _IMPORTS}
+    for _ in range(repeats + 1):
+        for module, before in _IMPORTS.items():
+            seconds[module].append(_import_seconds(module, before))
+    return {
+        "repeats": repeats,
+        "seconds": {
+            module: statistics.quantiles(values[1:], n=4, method="inclusive")
+            for module, values in seconds.items()
+        },
+    }
+
+
+def _import_seconds(module: str, before: str) -> float:
+    command = [sys.executable, "-c", _PROGRAM.format(module=module, before=before)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)

@@ -1,0 +1,140 @@
+"""A step of a point in JAX, compiled ahead of time, with what the compiler knows of it."""
+
+import platform
+import time
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments.benchmark import sam_jax, weights
+from pgpsam_jax import chips, flops
+from pgpsam_jax.models.sam import SamConfig
+
+CLASSES = 9  # eight organs and background, as Synapse
+SLICES = 221  # of the paper's few-shot list
+PATCH = 16
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class Step:
+    """`step()` runs once and waits for the end; `facts` is known before the first."""
+
+    def __init__(self, point: dict):
+        device = jax.devices()[0]
+        make = _sam if point["model"] == "sam" else _pgpsam
+        function, donated, self._arguments, self._feed_back, counted = make(point)
+        start = time.perf_counter()
+        lowered = jax.jit(function, donate_argnums=donated).lower(*self._arguments)
+        traced = time.perf_counter()
+        self._compiled = lowered.compile()
+        memory = self._compiled.memory_analysis()
+        self.facts = {
+            **where(device),
+            "trace_seconds": traced - start,
+            "compile_seconds": time.perf_counter() - traced,
+            "flops_per_image": _of_task(counted, point["task"]),
+            "temporary_bytes": memory.temp_size_in_bytes,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "aliased_bytes": memory.alias_size_in_bytes,
+        }
+        self._arguments = jax.device_put(self._arguments, device)
+
+    def __call__(self) -> None:
+        out = jax.block_until_ready(self._compiled(*self._arguments))
+        self._arguments = self._feed_back(out, self._arguments)
+
+    def peak_bytes(self) -> int | None:
+        """Most bytes in use on the device; None on a CPU, whose memory is the process's."""
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def where(device) -> dict:
+    """Device and versions of a row."""
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "known_chip": chips.find(device.device_kind) is not None,
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "optax": optax.__version__,
+            "backend": device.client.platform_version.splitlines()[0],
+        },
+    }
+
+
+def _of_task(counted, task: str) -> dict:
+    found = flops.total(counted)
+    if task == "training":
+        return {"needed": found.training, "padding": found.training_padding}
+    return {"needed": found.forward, "padding": found.forward_padding}
+
+
+def _keep(out, arguments):
+    return arguments
+
+
+def _sam(point: dict):
+    settings, size = point["settings"], point["image_size"]
+    config = SamConfig.preset(point["encoder"], size, PATCH, **settings)
+    graphdef, params, frozen = sam_jax.build(config, _DTYPES[point["dtype"]])
+    images, labels = weights.batch(point["batch_size"], size, sam_jax.CLASSES, channels=True)
+    if point["task"] == "encoder":
+        counted = flops.encoder(config.encoder, sam_jax.LORA, "lora")
+    else:
+        counted = flops.sam(config.encoder, config.decoder, sam_jax.LORA, "lora")
+    if point["task"] == "training":
+        optimizer, train_step = sam_jax.make_train_step(graphdef)
+        arguments = (params, optimizer.init(params), frozen, images, labels)
+        return train_step, (0, 1), arguments, lambda out, old: (*out[:2], *old[2:]), counted
+
+    run = sam_jax.encode if point["task"] == "encoder" else sam_jax.predict
+
+    def forward(params, frozen, images):
+        return run(graphdef, params, frozen, images)
+
+    return forward, (), (params, frozen, images), _keep, counted
+
+
+def _pgpsam(point: dict):
+    # Here and not above: the model `sam` does without what a configuration needs.
+    from pgpsam_jax import build
+    from pgpsam_jax.config import default_config
+    from pgpsam_jax.step import init_state, make_predict_step, make_train_step, to_input
+
+    config, task = default_config(), point["task"]
+    size, batch_size = point["image_size"], point["batch_size"]
+    config.model.update(
+        encoder=point["encoder"],
+        image_size=size,
+        patch_size=PATCH,
+        compute_dtype=point["dtype"],
+        **point["settings"],
+    )
+    config.train.batch_size = batch_size
+    model = build.make_model(config.model, CLASSES, nnx.Rngs(0))
+    sizes = model.config
+    images, labels = weights.batch(batch_size, size, CLASSES, channels=False)
+    if task == "encoder":
+        graphdef, state = nnx.split(model.image_encoder)
+        counted = flops.encoder(sizes.sam.encoder, sizes.lora, "lora")
+
+        def encode(state, images):
+            return nnx.merge(graphdef, state)(to_input(images))[0]
+
+        return encode, (), (state, images), _keep, counted
+
+    graphdef, params, frozen = build.split_model(model, "lora")
+    counted = flops.pgpsam(sizes, "lora", training=task == "training")
+    if task == "inference":
+        return make_predict_step(graphdef), (), (params, frozen, images), _keep, counted
+    optimizer = build.optimizer_of(config, SLICES)
+    state = init_state(params, optimizer, seed=0, epoch_size=SLICES)
+    batch = {"image": images, "label": labels.astype(np.uint8)}
+    train_step = make_train_step(graphdef, optimizer, build.step_config(config))
+    return train_step, (0,), (state, frozen, batch), lambda out, old: (out[0], *old[1:]), counted

@@ -1,0 +1,103 @@
+"""A step of a point in PyTorch: eager with the faster attention, or compiled with SDPA."""
+
+import contextlib
+import os
+import time
+
+import numpy as np
+import torch
+import transformers
+
+from experiments.benchmark import sam_torch, weights
+
+
+class Step:
+    """`step()` runs once and waits for the end; `facts` is known before the first.
+
+    In bfloat16, training is automatic mixed precision (float32 parameters) and inference has
+    bfloat16 weights. float32 products on a GPU may be TF32, as in JAX by default.
+    """
+
+    def __init__(self, point: dict, variant: str):
+        if hasattr(os, "sched_getaffinity"):
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_float32_matmul_precision("high")
+        self._cuda = torch.cuda.is_available()
+        self._device = torch.device("cuda" if self._cuda else "cpu")
+        self._point, self._variant = point, variant
+        size = point["image_size"]
+        images, labels = weights.batch(point["batch_size"], size, sam_torch.CLASSES, channels=True)
+        images = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
+        self._images = images.to(self._device)
+        self._labels = torch.from_numpy(labels).long().to(self._device)
+        tensors = {n: t.to(self._device) for n, t in sam_torch.load_tensors(point["sizes"]).items()}
+        self._half = point["dtype"] == "bfloat16"
+        if self._half and point["task"] != "training":
+            self._images = self._images.bfloat16()
+        attention = "sdpa" if variant == "compile" else self._faster(tensors)
+        self._step = self._make(tensors, attention)
+        start = time.perf_counter()
+        self()
+        self.facts = {
+            "attention": attention,
+            "first_seconds": time.perf_counter() - start,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+
+    def __call__(self) -> None:
+        self._step()
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    def peak_bytes(self) -> int | None:
+        """Most bytes allocated on the GPU; None on a CPU, whose memory is the process's."""
+        return torch.cuda.max_memory_allocated() if self._cuda else None
+
+    def _faster(self, tensors) -> str:
+        """`sdpa` or `eager`, whichever takes less for this point."""
+        seconds = {}
+        for attention in ("sdpa", "eager"):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self._step = self._make(dict(tensors), attention)
+                self()
+                start = time.perf_counter()
+                self()
+                self()
+                seconds[attention] = time.perf_counter() - start
+        self._step = None
+        if self._cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return min(seconds, key=seconds.get) if seconds else "sdpa"
+
+    def _make(self, tensors, attention: str):
+        # The decoder's parameters are trained, hence copied; the frozen ones are shared.
+        tensors = {n: t.clone() if n.startswith("mask_decoder") else t for n, t in tensors.items()}
+        model = sam_torch.build(self._point["sizes"], tensors, attention).to(self._device)
+        task = self._point["task"]
+        if task == "training":
+            return self._training(model)
+        if self._half:
+            model = model.bfloat16()
+        run = self._maybe_compiled(sam_torch.encode if task == "encoder" else sam_torch.predict)
+
+        def forward():
+            with torch.inference_mode():
+                run(model, self._images)
+
+        return forward
+
+    def _training(self, model):
+        optimizer, loss = sam_torch.optimizer_of(model), self._maybe_compiled(sam_torch.loss)
+
+        def train():
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+                value = loss(model, self._images, self._labels)
+            value.backward()
+            optimizer.step()
+
+        return train
+
+    def _maybe_compiled(self, function):
+        return torch.compile(function) if self._variant == "compile" else function

@@ -1,0 +1,49 @@
+"""The same random SAM on both sides: tensors in the names of `transformers.SamModel`, and LoRA.
+
+A tensor depends on its name, shape and nothing else, so two processes draw the same model.
+"""
+
+import zlib
+
+import numpy as np
+
+RANK = 4
+TARGETS = ("q", "v")
+
+
+def sam_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """float32 tensors of these names: activations keep their scale through them."""
+    return {name: _draw(name, shape) for name, shape in shapes.items()}
+
+
+def lora_tensors(block: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(A (targets, D, r), B (targets, r, D)) of a block; B is not zero: A has a gradient."""
+    count = len(TARGETS)
+    a = _normal(f"lora a {block}", (count, width, RANK)) / np.float32(width**0.5)
+    b = _normal(f"lora b {block}", (count, RANK, width)) / np.float32(RANK**0.5)
+    return a, np.float32(0.1) * b
+
+
+def _draw(name: str, shape) -> np.ndarray:
+    if name.endswith("shared_embedding.positional_embedding"):  # a second name of one tensor
+        name = "shared_image_embedding.positional_embedding"
+    values = _normal(name, shape)
+    if "norm" in name and name.endswith("weight"):
+        return 1 + np.float32(0.1) * values
+    if len(shape) == 1 or "rel_pos" in name or "pos_embed" in name:
+        return np.float32(0.1) * values
+    if name.startswith("vision_encoder.") or "upscale" in name or "proj" in name or "lin" in name:
+        return values / np.float32(np.sqrt(np.prod(shape[1:])))
+    return values
+
+
+def _normal(name: str, shape) -> np.ndarray:
+    return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
+
+
+def batch(batch_size: int, image_size: int, classes: int, *, channels: bool):
+    """Images (B, S, S) or (B, S, S, 3) float32 in [0, 1) and labels (B, S, S) int32."""
+    rng = np.random.default_rng(0)
+    shape = (batch_size, image_size, image_size)
+    images = rng.random(shape + (3,) * channels, np.float32)
+    return images, rng.integers(0, classes, shape, np.int32)

@@ -1,0 +1,100 @@
+"""Compiled programs on disk: a second start of the same configuration compiles nothing.
+
+JAX keeps them; here it is told where, for every command. Its key covers the program, the version,
+the compiler's flags and the device. For code that runs on the CPU it lacks the processor it was
+built for and the number of cores its loops were divided over, so that each kind of machine has a
+folder of its own.
+"""
+
+import hashlib
+import os
+import platform
+import warnings
+from pathlib import Path
+
+import filelock
+import jax
+
+MAX_BYTES = 5 * 10**9
+
+# Every program is kept, however small: a start has dozens, each far below JAX's own threshold.
+_KEEP_ALL = {
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+_CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "flags")  # of /proc/cpuinfo, x86
+_CPU_FIELDS += ("CPU implementer", "CPU variant", "CPU part", "Features")  # and ARM
+
+
+def keep_compiled() -> None:
+    """Have JAX keep what it compiles in the user's cache folder; call before anything is compiled.
+
+    A folder that was chosen already (`JAX_COMPILATION_CACHE_DIR`, empty for none) stays. Where the
+    default cannot be used, a warning says why and the run goes on without.
+    """
+    for name, value in _KEEP_ALL.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        folder = cache_folder()
+        _prepare(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
+        warnings.warn(
+            f"compiled programs are not kept ({error}); set JAX_COMPILATION_CACHE_DIR to a folder "
+            "of yours, or to nothing for none",
+            stacklevel=2,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+        jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+
+
+def cache_folder() -> Path:
+    """Where they are kept: `$XDG_CACHE_HOME/pgpsam_jax/compiled/<kind of machine>`.
+
+    Without that variable it is `~/.cache/pgpsam_jax/...`.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # unset; the XDG specification has a relative path ignored
+        base = Path.home() / ".cache"
+    return base / "pgpsam_jax" / "compiled" / machine_kind()
+
+
+def machine_kind() -> str:
+    """Architecture, cores that this process may use, hash of the processor and its instructions."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+        fields = [line for line in first.splitlines() if line.split("\t")[0] in _CPU_FIELDS]
+    except OSError:
+        fields = [platform.processor()]
+    digest = hashlib.sha256("\n".join(fields).encode()).hexdigest()
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    return f"{platform.machine()}-{cores}-{digest[:12]}"
+
+
+def _prepare(folder: Path) -> None:
+    """Make the folder, its owner's alone since it holds code, and tidy it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+        raise PermissionError(f"others can write to {folder}, and what it holds is run")
+    try:
+        with filelock.FileLock(folder / ".lockfile", timeout=0):  # the lock of JAX itself
+            _remove_torn(folder)
+    except filelock.Timeout:  # another process is at it
+        pass
+
+
+def _remove_torn(folder: Path) -> None:
+    """Remove programs whose writing was killed.
+
+    JAX writes a program, then its time of use. A program without one is incomplete, is never
+    replaced, and keeps JAX up to 0.11 from writing any other (JAX issue 39880).
+    """
+    for program in folder.glob("*-cache"):
+        if not program.with_name(program.name.removesuffix("-cache") + "-atime").is_file():
+            program.unlink()

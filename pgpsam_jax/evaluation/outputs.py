@@ -1,0 +1,62 @@
+"""What becomes of a predicted volume: scores, mask file, pictures. Without JAX, for `workers`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pgpsam_jax.data.geometry import rescale
+from pgpsam_jax.data.nifti import SourceGrid, write_label
+from pgpsam_jax.evaluation.protocols import score_case
+from pgpsam_jax.evaluation.release_protocol import score_release
+
+
+@dataclass(frozen=True, eq=False)
+class Predicted:
+    """A volume (D, H, W) in display orientation and the class ids found in it.
+
+    image: intensities, None where no picture is wanted. truth: class ids, if known. region:
+    boolean (D,), the slices to score, None for all.
+    """
+
+    name: str
+    prediction: np.ndarray
+    spacing: tuple[float, float, float]
+    source: SourceGrid
+    image: np.ndarray | None = None
+    truth: np.ndarray | None = None
+    region: np.ndarray | None = None
+
+
+def score_and_write(
+    case: Predicted, *, folder: Path, names, window, nsd_tolerance_mm: float, min_pixels: int
+) -> tuple[list[dict], list[dict]]:
+    """Rows of `cases.csv` and `slices.csv` of a case, after its mask and overlays are written."""
+    pair, options = (case.prediction, case.truth), {"case_id": case.name, "region": case.region}
+    rows = score_case(*pair, case.spacing, names, nsd_tolerance_mm=nsd_tolerance_mm, **options)
+    of_volume, slices = score_release(*pair, names, min_pixels=min_pixels, **options)
+    write_label(folder / "predictions" / f"{case.name}.nii.gz", case.prediction, case.source)
+    if case.image is not None:
+        from pgpsam_jax.visual import write_overlays
+
+        write_overlays(
+            rescale(case.image, window),
+            case.truth,
+            case.prediction,
+            case.spacing,
+            names,
+            case.name,
+            folder / "overlays",
+            region=case.region,
+        )
+    return rows + of_volume, slices
+
+
+def write_prediction(case: Predicted, *, folder: Path, names, window) -> None:
+    """`<folder>/<name>.nii.gz`, and a sheet of slices beside it where the image is given."""
+    write_label(folder / f"{case.name}.nii.gz", case.prediction, case.source)
+    if case.image is not None:
+        from pgpsam_jax.visual import write_preview
+
+        picture = folder / f"{case.name}.png"
+        write_preview(rescale(case.image, window), case.prediction, case.spacing, names, picture)

@@ -1,0 +1,56 @@
+"""What the step takes, batch after batch: rows of a set that lives on the device, or slices."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pgpsam_jax import sharding
+
+
+class Feed:
+    """Iterator of (batch, rows) over the few-shot set: see `step.make_train_step` for `batch`.
+
+    A set of up to `resident_bytes` is put on every device once, and a batch is no more than the
+    numbers of its rows; a larger one stays on the host, and its slices are sent batch by batch.
+    `images` (N, S, S) and `labels` (N, S, S); `loader` yields this process's rows (b,).
+    """
+
+    def __init__(
+        self, images, labels, loader: Iterator[np.ndarray], mesh: Mesh, resident_bytes: float
+    ):
+        self._set, self._loader, self._mesh = {"image": images, "label": labels}, loader, mesh
+        self.resident = sum(array.nbytes for array in self._set.values()) <= resident_bytes
+        if self.resident:
+            whole = sharding.replicated(mesh)
+            self._set = {
+                name: jax.make_array_from_process_local_data(whole, array, array.shape)
+                for name, array in self._set.items()
+            }
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        rows = next(self._loader)
+        if self.resident:
+            return self._set | sharding.put_batch({"rows": rows}, self._mesh), rows
+        slices = {name: array[rows] for name, array in self._set.items()}
+        return sharding.put_batch(slices, self._mesh), rows
+
+    def abstract(self, batch_size: int) -> dict:
+        """Shapes and shardings of a batch of `batch_size` over all processes, to compile for."""
+        lanes, shape = sharding.batch_sharding(self._mesh), (batch_size,)
+        if self.resident:
+            rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=lanes)
+            return {
+                name: _like(array, array.shape, array.sharding) for name, array in self._set.items()
+            } | {"rows": rows}
+        return {
+            name: _like(array, shape + array.shape[1:], lanes) for name, array in self._set.items()
+        }
+
+
+def _like(array, shape, placed):
+    return jax.ShapeDtypeStruct(shape, array.dtype, sharding=placed)

@@ -1,0 +1,100 @@
+"""Whole volumes through the network: resizing on the device, padding, programs compiled once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pgpsam_jax import sharding
+from pgpsam_jax.data.geometry import Fit, model_slices, to_model, to_model_on_device
+from pgpsam_jax.data.nifti import Volume
+from pgpsam_jax.evaluation.inference import Predictor
+
+WINDOW, SIZE = (-100.0, 300.0), 32
+LEVELS = (0.1, 0.4, 0.8)
+
+
+class Bands(nnx.Module):
+    """Stands for a network: a pixel's class is the level nearest to its intensity."""
+
+    def __init__(self):
+        self.levels = nnx.Param(jnp.array(LEVELS))
+
+    def __call__(self, images):
+        return {"final": -jnp.abs(images[..., :1] - self.levels[...])}
+
+
+def predictor_of(batch_size=3, devices=1, levels=0):
+    graphdef, params, frozen = nnx.split(Bands(), nnx.Param, ...)
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    options = dict(image_size=SIZE, window=WINDOW, levels=levels, batch_size=batch_size, mesh=mesh)
+    return Predictor(graphdef, params, frozen, **options)
+
+
+def volume_of(shape, seed=0):
+    array = np.random.default_rng(seed).uniform(-300, 500, shape).astype(np.float32)
+    return Volume(array, (3.0, 1.0, 1.0), None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((20, 31), 64), ((64, 64), 64), ((90, 40), 64), ((200, 130), 64), ((7, 300), 48)],
+)
+def test_the_device_resizes_as_the_host(shape, size):
+    images = np.random.default_rng(0).random((3, *shape), np.float32)
+    fit = Fit.of(shape, size)
+    ours = jax.jit(to_model_on_device, static_argnums=1)(images, fit)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, to_model(images, fit, order=1), atol=5e-7)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("depth", [1, 4, 8, 11])
+def test_every_slice_has_its_class_at_any_depth(depth, devices):
+    """At the network's own size nothing is interpolated: classes are those of the intensities."""
+    predictor = predictor_of(devices=devices)
+    assert predictor.batch_size == (4 if devices == 4 else 3)
+    volume = volume_of((depth, SIZE, SIZE))
+    seen = model_slices(volume.array, WINDOW, Fit.of((SIZE, SIZE), SIZE), 0)
+    wanted = np.abs(seen[..., None] - np.float32(LEVELS)).argmin(-1)
+    found = predictor(volume)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(predictor.slices(seen.astype(np.float16)).shape, wanted.shape)
+
+
+@pytest.mark.parametrize("levels", [0, 4])
+def test_a_volume_of_another_size_comes_back_on_its_grid(levels):
+    """Bands of 10 pixels, twice as fine as the network sees them: only their edges may differ."""
+    predictor = predictor_of(levels=levels)
+    volume = volume_of((5, 64, 48))
+    ids = np.broadcast_to(np.arange(64)[:, None] // 10 % 3, volume.array.shape)
+    volume.array[:] = np.float32(LEVELS)[ids] * 400 - 100
+    off = np.abs((np.arange(64) + 5) % 10 - 5) > 1
+    steps = np.floor(np.float32(LEVELS) * 3) / 3 if levels else np.float32(LEVELS)
+    wanted = np.abs(steps[:, None] - np.float32(LEVELS)).argmin(-1)[ids]
+    inside = off & (np.arange(64) > 1) & (np.arange(64) < 62)
+    np.testing.assert_array_equal(predictor(volume)[:, inside], wanted[:, inside])
+
+
+def test_the_last_batch_and_other_depths_compile_nothing():
+    predictor = predictor_of()
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    predictor(volume_of((3, 40, 20)))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with jax.transfer_guard("disallow"):
+            for depth in (1, 2, 3, 7):
+                predictor(volume_of((depth, 40, 20)))
+        assert not compiled
+        predictor(volume_of((3, 20, 50)))
+        assert compiled  # else the count above would mean nothing
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert predictor._predict._cache_size() == 1  # a new shape leaves the network's program alone

@@ -1,0 +1,80 @@
+"""Compiled for TPUs that are not there: the plugin libtpu is needed, hardware is not."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from pgpsam_jax import config, sharding, topology
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.models.image_encoder import Attention
+from pgpsam_jax.models.sam import SamConfig
+
+
+def chips(name="v5e:2x2"):
+    """The mesh of a topology, or skip."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed (pip install '.[tpu]')")
+    return sharding.make_mesh(devices=topology.devices(name))
+
+
+def test_without_libtpu_there_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"'v5e:2x2' needs libtpu's compiler; pip install"):
+        topology.devices("v5e:2x2")
+
+
+@pytest.mark.tpu_backend
+def test_unknown_topology():
+    chips()
+    with pytest.raises(UserError, match=r"no TPU topology 'v99:2x2' .* as in v5e:2x2"):
+        topology.devices("v99:2x2")
+
+
+def attention_temporaries(mesh, backend: str) -> int:
+    """Temporary bytes of a chip: gradients of a global attention at 1024 px, one image, 2 heads."""
+    sizes = SamConfig.preset("vit_b", 1024, width=128, heads=2, attention=backend).encoder
+    module = nnx.eval_shape(lambda: Attention(sizes, 0, None, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(module)
+
+    def gradients(state, x):
+        def loss(state, x):
+            return nnx.merge(graph, state)(x).astype(jnp.float32).sum()
+
+        return jax.grad(loss, (0, 1))(state, x)
+
+    lanes = sharding.batch_sharding(mesh)
+    step = jax.jit(
+        sharding.over_mesh(gradients, mesh), in_shardings=(sharding.replicated(mesh), lanes)
+    )
+    x = jax.ShapeDtypeStruct((mesh.size, *sizes.grid, sizes.width), jnp.bfloat16)
+    lowered = step.lower(state, x)
+    assert ("tpu_custom_call" in lowered.as_text()) == (backend == "auto")
+    return topology.figures(lowered.compile()).temporaries
+
+
+@pytest.mark.tpu_backend
+def test_splash_keeps_no_scores():
+    """Two heads of them are 64 MiB in bfloat16."""
+    mesh = chips()
+    fused, naive = (attention_temporaries(mesh, name) for name in ("auto", "naive"))
+    assert fused < 64 * 2**20 < naive, (fused, naive)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_backend
+def test_step_takes_less_memory_with_splash():
+    """The whole training step of vit_t at 512 px; two minutes of compiling each."""
+    mesh = chips()
+
+    def temporaries(backend):
+        settings = config.default_config()
+        settings.model.encoder = "vit_t"
+        settings.model.attention = backend
+        settings.model.compute_dtype = "bfloat16"
+        settings.train.batch_size = 4 * mesh.size
+        return topology.figures(topology.compile_step(settings, 9, mesh)).temporaries
+
+    assert temporaries("auto") < temporaries("naive")
