@@ -154,7 +154,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.attached:
         _end_with_parent()
-    keep_freed_memory()
     with exit_on_user_error():
         cells = {cell.name: cell for cell in read_grid(arguments.workdir).cells}
         if arguments.cell not in cells:
@@ -166,4 +165,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

@@ -183,12 +183,20 @@ def from_json(value: dict) -> ConfigDict:
     """A stored configuration on top of the defaults; unknown fields are an error."""
     config = default_config()
     try:
-        if isinstance(remat := value.get("model", {}).get("remat"), bool):  # before it had names
-            value = value | {"model": value["model"] | {"remat": "blocks" if remat else "none"}}
-        config.update(_tuples(value))
+        config.update(_tuples(_of_today(value)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"stored configuration does not fit this version: {error}") from None
     return config
+
+
+def _of_today(value: dict) -> dict:
+    """A configuration of an earlier version in the fields of this one, where nothing is lost."""
+    value = {part: dict(v) if isinstance(v, dict) else v for part, v in value.items()}
+    if isinstance(remat := value.get("model", {}).get("remat"), bool):  # before it had names
+        value["model"]["remat"] = "blocks" if remat else "none"
+    if value.get("optim", {}).get("accumulate_steps") == 1:  # now train.microbatches
+        del value["optim"]["accumulate_steps"]
+    return value
 
 
 def load_config(workdir) -> ConfigDict:

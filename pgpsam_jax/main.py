@@ -65,9 +65,9 @@ def main(_):
 
 def run():
     """Entry point."""
-    keep_freed_memory()
     app.run(main, flags_parser=parse)
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     run()

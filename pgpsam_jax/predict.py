@@ -96,7 +96,6 @@ def main() -> None:
     parser.add_argument("--overlay", action="store_true", help="a PNG of slices beside each mask")
     parser.add_argument("--skip-existing", action="store_true", help="keep masks already there")
     arguments = parser.parse_args()
-    keep_freed_memory()
     with exit_on_user_error():
         from pgpsam_jax.trained import load_run
 
@@ -120,4 +119,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

@@ -227,3 +227,20 @@ def test_second_start_compiles_nothing(model, tmp_path):
     assert again == [asked, asked]
     losses = [(tmp_path / w / "metrics.jsonl").read_text() for w in ("first", "second")]
     assert json.loads(losses[0])["loss"] == json.loads(losses[1])["loss"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
+def test_the_restart_for_large_pages_loses_nothing(tmp_path):
+    """Arguments, standard input, options of the interpreter and the process id stay."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\nfrom pgpsam_jax.hostmemory import keep_freed_memory\n"
+        "print('once', os.getpid(), flush=True)\nkeep_freed_memory()\n"
+        "print(os.getpid(), sys.argv[1:], sys.stdin.read(), sys.flags.optimize)\n"
+    )
+    command = [sys.executable, "-O", str(program), "a b", "--c=1"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "GLIBC_TUNABLES": ""}
+    run = dict(check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    first, again, last = subprocess.run(command, input="in", **run).stdout.splitlines()
+    assert first == again  # started twice, as the same process
+    assert last == f"{first.split()[1]} ['a b', '--c=1'] in 1"

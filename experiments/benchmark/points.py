@@ -100,11 +100,14 @@ def gpu_suite() -> list[Point]:
         [
             *cross(task=["training"], batch_size=[8], **bf16),
             *cross(task=["training"], batch_size=[8], **torch),
-            Point("run"),
+            Point("run", batch_size=12, dtype="bfloat16"),
             Point("loop", batch_size=12, dtype="bfloat16"),
             *cross(task=["training"], batch_size=[16, 32, 1, 2, 4], **bf16),
             *cross(
-                task=["training"], batch_size=[8], attention=["cudnn", "folded", "naive"], **bf16
+                task=["training"],
+                batch_size=[8],
+                attention=["cudnn", "lean", "folded", "naive"],
+                **bf16,
             ),
             *cross(task=["inference"], batch_size=[1, 8], **torch),
             *cross(task=["inference"], batch_size=[8, 32, 1, 2, 4, 16], **bf16),

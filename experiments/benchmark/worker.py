@@ -57,7 +57,6 @@ def serve(framework: str) -> None:
     """Answer requests until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
-    keep_freed_memory()  # on both sides, so that it is no difference between them
     worker = Worker()
     for line in sys.stdin:
         request = json.loads(line)
@@ -85,4 +84,5 @@ def reason(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # on both sides, so that it is no difference between them
     serve(sys.argv[1])
