@@ -172,17 +172,16 @@ def against(point: Point, ours: Process, row: dict, effort: Effort) -> dict:
 def take_turns(ours: Process, theirs: Process, platform: str, effort: Effort):
     """Seconds of our steps and of theirs, run alternately, and of each turn theirs over ours.
 
-    A turn is one step on a CPU. On an accelerator it is five, after one that is not timed: the
-    device was idle in between.
+    A turn is two steps on a CPU, five on an accelerator, after one that is not timed: the process
+    was idle in between, and the system may have taken its memory or the device its clock.
     """
-    own, other, ratios, turn = [], [], [], 1 if platform == "cpu" else 5
+    own, other, ratios, turn = [], [], [], 2 if platform == "cpu" else 5
     while len(own) < effort.steps and not _enough(
         len(ratios), sum(own) + sum(other), platform, effort
     ):
         pair = []
         for process, seconds in ((ours, own), (theirs, other)):
-            if turn > 1:
-                process.ask(steps=1)
+            process.ask(steps=1)
             latest = process.ask(steps=turn)["seconds"]
             pair.append(float(np.median(latest)))
             seconds += latest
