@@ -71,7 +71,7 @@ def default_config() -> ConfigDict:
     config.model.lora_rank = 4
     config.model.lora_targets = ("q", "v")
     config.model.compute_dtype = "float32"  # or bfloat16; parameters and softmaxes are float32
-    # The encoder's kernel: auto, or naive, folded, cudnn (GPU, bfloat16), splash (TPU).
+    # The encoder's kernel: auto, or naive, folded, lean, cudnn (GPU, bfloat16), splash (TPU).
     config.model.attention = "auto"
     # What its backward pass recomputes to save memory: none, attention, dots, blocks.
     config.model.remat = "none"

@@ -48,25 +48,25 @@ def points_of(options: argparse.Namespace) -> list[Point]:
     if options.suite:
         return SUITES[options.suite]()
     return cross(
-        task=_words(options.tasks),
-        model=_words(options.models or ("sam" if options.against else "pgpsam")),
-        encoder=_words(options.encoders),
-        image_size=_numbers("--sizes", options.sizes),
-        dtype=_words(options.dtypes),
-        attention=_words(options.attention),
-        remat=_words(options.remat),
-        batch_size=_numbers("--batches", options.batches),
+        task=words(options.tasks),
+        model=words(options.models or ("sam" if options.against else "pgpsam")),
+        encoder=words(options.encoders),
+        image_size=numbers("--sizes", options.sizes),
+        dtype=words(options.dtypes),
+        attention=words(options.attention),
+        remat=words(options.remat),
+        batch_size=numbers("--batches", options.batches),
         against=[options.against],
     )
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
 
-def _numbers(flag: str, text: str) -> list[int]:
+def numbers(flag: str, text: str) -> list[int]:
     try:
-        return [int(word) for word in _words(text)]
+        return [int(word) for word in words(text)]
     except ValueError:
         raise UserError(f"{flag} {text!r} is no list of numbers; write for example 1,2,4") from None
 

@@ -208,16 +208,12 @@ def _lean_forward(q, k, v, *positions):
 def _lean_backward(kept, slope):
     q, k, v, positions, out, log_total = kept
     weights = jnp.exp(_scores(q, k, *positions) - log_total)
-    mean = jnp.sum((slope * out).astype(weights.dtype), -1, keepdims=True)
+    mean = jnp.sum(slope.astype(weights.dtype) * out, -1, keepdims=True)
     scores = weights * (wide_einsum("bnqc,bnkc->bnqk", slope, v) - mean)
     h, w = (x.shape[-1] for x in positions[:2])
-    grid = scores[..., : h * w].reshape(*scores.shape[:-1], h, w)
-    by_position = [
-        grid.sum(-1),
-        grid.sum(-2),
-        *([scores[..., h * w :]] * (positions[2] is not None)),
-    ]
-    by_position = [x.astype(q.dtype) for x in by_position] + [None] * (3 - len(by_position))
+    cells = scores[..., : h * w].reshape(*scores.shape[:-1], h, w)
+    by_padding = None if positions[2] is None else scores[..., h * w :].astype(q.dtype)
+    by_position = cells.sum(-1).astype(q.dtype), cells.sum(-2).astype(q.dtype), by_padding
     by_v = _over_queries(slope, weights.astype(v.dtype))
     scores = scores.astype(q.dtype)
     by_q = jnp.einsum("bnqk,bnkc->bnqc", scores, k)
