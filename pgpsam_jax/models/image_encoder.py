@@ -84,8 +84,9 @@ class Attention(nnx.Module):
 
     def project(self, x):
         """qkv of (B, H, W, D) with LoRA: (B, H, W, 3D)."""
-        qkv = self.qkv(x)
-        return qkv + self.lora(x) if self.adapted else qkv
+        qkv = layers.matmul(x, self.qkv.kernel[...].astype(self.dtype))
+        qkv = qkv + self.lora(x) if self.adapted else qkv
+        return qkv + self.qkv.bias[...].astype(self.dtype)
 
     def attend(self, qkv):
         """Attention within windows (B, rows, columns, 3D), which may overhang: (B, ..., D)."""
