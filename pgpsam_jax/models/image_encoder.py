@@ -83,7 +83,10 @@ class Attention(nnx.Module):
         self.backend, self.recompute = config.attention, config.remat == "attention"
 
     def project(self, x):
-        """qkv of (B, H, W, D) with LoRA: (B, H, W, 3D)."""
+        """qkv of (B, H, W, D) with LoRA: (B, H, W, 3D).
+
+        The bias is added last: before LoRA, bfloat16 logits end up further from float32's.
+        """
         qkv = layers.matmul(x, self.qkv.kernel[...].astype(self.dtype))
         qkv = qkv + self.lora(x) if self.adapted else qkv
         return qkv + self.qkv.bias[...].astype(self.dtype)
