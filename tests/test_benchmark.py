@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from experiments import process
 from experiments.benchmark import __main__ as program
-from experiments.benchmark import runner, sam_jax, sam_torch, steps_jax, table, weights, worker
+from experiments.benchmark import runner, sam_jax, sam_torch, steps_jax, table, weights
 from experiments.benchmark.points import STEPS, SUITES, Point, cross, with_ceilings
 from pgpsam_jax import flops
 from pgpsam_jax.errors import UserError
@@ -146,20 +147,26 @@ class Scripted:
         self.seconds, self.asked = list(seconds), []
 
     def ask(self, steps):
+        assert len(self.seconds) >= steps, "asked for more steps than the list has"
         self.asked.append(steps)
         taken, self.seconds = self.seconds[:steps], self.seconds[steps:]
         return {"seconds": taken}
 
 
 def test_turns_on_a_cpu():
-    """One step each; the ratio is that of the pair, so that a slow moment hits both sides."""
-    ours, theirs = Scripted(1.0, 2.0, 4.0), Scripted(2.0, 4.0, 8.0)
+    """Two steps each, after one that is not timed; a slow moment hits both sides of a ratio."""
+    ours, theirs = Scripted(9.0, 1.0, 3.0, 9.0, 4.0, 4.0), Scripted(9.0, 4.0, 4.0, 9.0, 6.0, 10.0)
     own, other, ratios = runner.take_turns(ours, theirs, "cpu", runner.Effort(3, 1e9))
-    assert (own, other, ratios) == ([1.0, 2.0, 4.0], [2.0, 4.0, 8.0], [2.0, 2.0, 2.0])
-    ours, theirs = Scripted(*[1.0] * 50), Scripted(*[1.0] * 50)
-    assert len(runner.take_turns(ours, theirs, "cpu", runner.Effort(50, 0.0))[0]) == 5
-    ours, theirs = Scripted(*[1.0] * 50), Scripted(*[1.0] * 50)
-    assert len(runner.take_turns(ours, theirs, "cpu", runner.Effort(50, 16.0))[0]) == 9
+    assert (own, other, ratios) == ([1.0, 3.0, 4.0, 4.0], [4.0, 4.0, 6.0, 10.0], [2.0, 2.0])
+    assert ours.asked == theirs.asked == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize(("budget", "turns"), [(0.0, 5), (27.0, 7)])
+def test_turns_end_with_the_budget_of_a_cpu(budget, turns):
+    """Four timed seconds a turn; five turns in any case."""
+    ours, theirs = Scripted(*[1.0] * 99), Scripted(*[1.0] * 99)
+    effort = runner.Effort(50, budget)
+    assert len(runner.take_turns(ours, theirs, "cpu", effort)[2]) == turns
 
 
 def test_turns_on_an_accelerator():
@@ -266,7 +273,7 @@ def test_points():
 
 
 def test_a_process_that_dies_is_a_failed_point(monkeypatch):
-    monkeypatch.setattr(runner.sys, "executable", "/bin/false")
+    monkeypatch.setattr(process.sys, "executable", "/bin/false")
     row = runner.measure(Point("scoring"), runner.Effort())
     assert row["error"].startswith("the process ended with code 1")
 
@@ -278,5 +285,5 @@ def test_too_little_memory_is_told_alike():
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
         torch.OutOfMemoryError("CUDA out of memory"),
     ):
-        assert worker.reason(error).startswith("out of memory")
-    assert worker.reason(ValueError("a\nb")) == "ValueError: a b"
+        assert process.reason(error).startswith("out of memory")
+    assert process.reason(ValueError("a\nb")) == "ValueError: a b"
