@@ -39,8 +39,9 @@ def shard_step(
     """
     optimizer = build.optimizer_of(config, epoch_size)
     start = functools.partial(init_state, optimizer=optimizer, seed=seed, epoch_size=epoch_size)
-    state = _placed(jax.eval_shape(start, params), mesh)
-    frozen = _placed(frozen, mesh)
+    method = sharding.method_key(config.model)
+    state = _placed(jax.eval_shape(start, params), mesh, method)
+    frozen = _placed(frozen, mesh, method)
     step = make_train_step(graphdef, optimizer, build.step_config(config))
     shardings = [sharding_of(tree) for tree in (state, frozen, batch)]
     run = jax.jit(
@@ -58,9 +59,9 @@ def sharding_of(tree):
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def _placed(tree, mesh: Mesh):
+def _placed(tree, mesh: Mesh, method):
     return jax.tree.map(
         lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
         tree,
-        sharding.state_shardings(tree, mesh),
+        sharding.state_shardings(tree, mesh, method),
     )

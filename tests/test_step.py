@@ -1,8 +1,6 @@
 """The pure step: what it changes, what it leaves, and the same numbers on any mesh."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,6 @@ from flax import nnx
 from small_run import config_for, write_data
 
 from pgpsam_jax import build, parameters, sharding
-from pgpsam_jax.errors import UserError
 from pgpsam_jax.step import gradients_of, init_state, make_train_step
 
 CLASSES, SIZE, BATCH = 3, 32, 8
@@ -79,19 +76,6 @@ def test_only_the_filter_trains_and_the_loss_falls(lora_run):
     still = [k for k, v in before.items() if np.array_equal(v, np.asarray(after[k][...]))]
     assert still == []
     assert int(state.step) == 25
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [dict(data=8, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=2)],
-    ids=lambda sizes: "x".join(map(str, sizes.values())),
-)
-def test_meshes_agree_with_one_device(lora_run, sizes, one_device_steps):
-    step, state, frozen, batch = on_mesh(lora_run, **sizes)
-    for wanted in one_device_steps:
-        state, metrics = step(state, frozen, batch)
-        for name, value in wanted.items():
-            np.testing.assert_allclose(float(metrics[name]), value, rtol=2e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -169,40 +153,3 @@ def test_frozen_weights_have_no_gradient_products(lora_config):
     first = 2 * tokens * 3 * d * d  # nothing trains below the first block: no dX either
     adapters = 2 * tokens * 2 * 3 * 2 * 4 * d * sizes.depth  # q and v, rank 4, three products
     assert full - lora == pytest.approx(blocks + ends + first - adapters, rel=0.05)
-
-
-def specs(config, classes=9):
-    """Path -> PartitionSpec on a (2, 2, 2) mesh, for every leaf that is not replicated."""
-    _, params, frozen = build.abstract_model(config, classes)
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    leaves = parameters.flat_paths(params) | parameters.flat_paths(frozen)
-    found = {path: sharding.spec_of(path, leaf.shape, mesh) for path, leaf in leaves.items()}
-    return {path: list(spec) for path, spec in sorted(found.items()) if any(spec)}
-
-
-def test_shardings_are_pinned(tmp_path):
-    """`sharding_vit_b.json` changes only on purpose: rewrite it from `specs` when rules change."""
-    from pgpsam_jax.config import default_config
-
-    pinned = Path(__file__).with_name("sharding_vit_b.json")
-    assert specs(default_config()) == json.loads(pinned.read_text())
-
-
-def test_state_shardings_follow_the_parameter(lora_run):
-    _, state, _, _ = lora_run
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    placed = sharding.state_shardings(state, mesh)
-    path = "mask_decoder/transformer/layers/0/mlp/lin1/kernel"
-    for tree in (placed.params, placed.opt_state[0][0].mu, placed.opt_state[0][0].nu):
-        leaf = parameters.flat_paths(tree)[path]
-        assert leaf.get_value().spec == jax.P("fsdp", "tensor")
-
-
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (-1, 3, 1), (16, 1, 1), (0, 1, 1)])
-def test_meshes_that_do_not_fit(sizes):
-    with pytest.raises(UserError, match="does not fit 8 devices; the product must be 8"):
-        sharding.make_mesh(*sizes)
-
-
-def test_the_rest_of_the_devices():
-    assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}

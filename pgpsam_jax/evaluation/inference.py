@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pgpsam_jax import sharding
+from pgpsam_jax import distributed, sharding
 from pgpsam_jax.data.geometry import Fit, logits_to_native, to_model_on_device, windowed
 from pgpsam_jax.data.nifti import Volume
 from pgpsam_jax.step import make_predict_step
@@ -17,7 +17,8 @@ from pgpsam_jax.step import make_predict_step
 class Predictor:
     """A model ready to segment volumes: fixed-size batches, resize and argmax on the device.
 
-    The model is compiled once; a new in-plane shape compiles only the resizes from and to it.
+    The model is compiled once; a new in-plane shape compiles only the resizes from and to it. On a
+    mesh over several processes all of them ask for the same slices, and each gets all the answers.
     """
 
     def __init__(
@@ -31,11 +32,7 @@ class Predictor:
         self._to_model = jax.jit(to_model_on_device, static_argnums=1, out_shardings=self._sharding)
         self._predict = jax.jit(
             sharding.over_mesh(make_predict_step(graphdef), mesh),
-            in_shardings=(
-                sharding.state_shardings(params, mesh),
-                sharding.state_shardings(frozen, mesh),
-                self._sharding,
-            ),
+            in_shardings=(None, None, self._sharding),  # weights where they are
             out_shardings=self._sharding,
         )
 
@@ -73,7 +70,7 @@ class Predictor:
             part = slice(start, start + self.batch_size)
             batch = np.zeros((self.batch_size, *shape), np.float32)
             batch[: len(images[part])] = prepare(images[part])
-            inputs = self._to_model(jax.device_put(batch, self._sharding), fit)
+            inputs = self._to_model(distributed.place(batch, self._sharding), fit)
             ids = _class_ids(self._predict(*self._states, inputs), fit, shape)
             if pending:
                 self._collect(out, *pending)
@@ -84,7 +81,7 @@ class Predictor:
 
     @staticmethod
     def _collect(out, part, ids) -> None:
-        out[part] = jax.device_get(ids)[: len(out[part])]
+        out[part] = jax.device_get(distributed.whole(ids))[: len(out[part])]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

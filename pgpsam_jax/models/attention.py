@@ -92,12 +92,12 @@ def position_scores(q, rel_h, rel_w, grid: tuple[int, int]):
         relative_positions(table, whole)[:size].swapaxes(1, 2)
         for table, whole, size in zip((rel_h, rel_w), window_of(rel_h, rel_w), grid, strict=True)
     )
-    q = q.reshape(b * n, h, w, c)
-    # Batched matmuls over h and over w, spelled out: twice as fast on CPU as the einsum.
-    score_h = q.swapaxes(0, 1).reshape(h, -1, c) @ by_row
-    score_w = jnp.moveaxis(q, 2, 0).reshape(w, -1, c) @ by_column
-    score_h = score_h.reshape(h, b * n, w, -1).swapaxes(0, 1)
-    score_w = jnp.moveaxis(score_w.reshape(w, b * n, h, -1), 0, 2)
+    q = q.reshape(b, n, h, w, c)
+    # Batched over h and over w, spelled out: twice as fast on CPU as the einsum. B and N stay two
+    # axes: they may lie on different devices.
+    product = functools.partial(jax.lax.dot_general, dimension_numbers=(((4,), (1,)), ((0,), (0,))))
+    score_h = jnp.moveaxis(product(jnp.moveaxis(q, 2, 0), by_row), 0, 2)
+    score_w = jnp.moveaxis(product(jnp.moveaxis(q, 3, 0), by_column), 0, 3)
     return score_h.reshape(b, n, t, -1), score_w.reshape(b, n, t, -1)
 
 
@@ -308,10 +308,10 @@ _FOLDED = {"folded": attend, "cudnn": cudnn, "splash": splash}
 
 
 def split_windows(x, size: tuple[int, int]):
-    """(B, H, W, D), divisible by the window's `size`, to (B * windows, *size, D), B major."""
-    (b, h, w, d), (rows, columns) = x.shape, size
-    x = x.reshape(b, h // rows, rows, w // columns, columns, d).swapaxes(2, 3)
-    return x.reshape(-1, rows, columns, d)
+    """(B, H, W, ...), divisible by the window's `size`, to (B * windows, *size, ...), B major."""
+    (b, h, w, *rest), (rows, columns) = x.shape, size
+    x = x.reshape(b, h // rows, rows, w // columns, columns, *rest).swapaxes(2, 3)
+    return x.reshape(-1, rows, columns, *rest)
 
 
 def join_windows(x, grid: tuple[int, int]):

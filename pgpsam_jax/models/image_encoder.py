@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models import attention, initial, layers
+from pgpsam_jax.models import attention, initial, layers, placement
 from pgpsam_jax.models.lora import LoraConfig, LoraQKV
 
 # What the backward pass recomputes instead of having kept it, from the fastest to the smallest.
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
     def __init__(self, config: EncoderConfig, window: int, lora, *, dtype, rngs: nnx.Rngs):
         dim, head_dim = config.width, config.width // config.heads
         self.qkv = layers.Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
-        self.proj = layers.Linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.proj = layers.Linear(dim, dim, split=0, dtype=dtype, rngs=rngs)
         rows, columns = (window, window) if window else config.grid
         self.rel_pos_h = initial.zeros_param(2 * rows - 1, head_dim)
         self.rel_pos_w = initial.zeros_param(2 * columns - 1, head_dim)
@@ -83,18 +83,20 @@ class Attention(nnx.Module):
         self.backend, self.recompute = config.attention, config.remat == "attention"
 
     def project(self, x):
-        """qkv of (B, H, W, D) with LoRA: (B, H, W, 3D).
+        """qkv of (B, H, W, D) with LoRA: (B, H, W, 3, D), heads in parts where devices share them.
 
         The bias is added last: before LoRA, bfloat16 logits end up further from float32's.
         """
-        qkv = layers.matmul(x, self.qkv.kernel[...].astype(self.dtype))
+        kernel, bias = (p[...].astype(self.dtype) for p in (self.qkv.kernel, self.qkv.bias))
+        # q, k and v apart, so that a part of each is that of whole heads.
+        qkv = layers.split_matmul(x, kernel.reshape(len(kernel), 3, -1), 2, 0)
         qkv = qkv + self.lora(x) if self.adapted else qkv
-        return qkv + self.qkv.bias[...].astype(self.dtype)
+        return qkv + bias.reshape(3, -1)
 
     def attend(self, qkv):
-        """Attention within windows (B, rows, columns, 3D), which may overhang: (B, ..., D)."""
-        b, *grid, d = qkv.shape
-        qkv = qkv.reshape(b, -1, 3, self.heads, d // 3 // self.heads)
+        """Attention within windows (B, rows, columns, 3, D), which may overhang: (B, ..., D)."""
+        b, *grid, _, d = qkv.shape
+        qkv = qkv.reshape(b, -1, 3, self.heads, d // self.heads)
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # each (B, N, T, C)
         tables = (p[...].astype(self.dtype) for p in (self.rel_pos_h, self.rel_pos_w))
         # A token outside the image is zero: its projection is the bias, LoRA or not.
@@ -102,7 +104,7 @@ class Attention(nnx.Module):
         out = attention.attention(
             self.backend, q, k, v, *tables, tuple(grid), bias[1:], recompute=self.recompute
         )
-        return out.swapaxes(1, 2).reshape(b, *grid, d // 3)
+        return out.swapaxes(1, 2).reshape(b, *grid, d)
 
     def __call__(self, x):
         x = x.astype(self.dtype)
@@ -139,7 +141,12 @@ class Block(nnx.Module):
         self.attn = Attention(config, window, lora, dtype=dtype, rngs=rngs)
         self.norm2 = layers.layer_norm(config.width, **norm)
         self.mlp = layers.MlpBlock(
-            config.width, 4 * config.width, activation=layers.gelu, dtype=dtype, rngs=rngs
+            config.width,
+            4 * config.width,
+            activation=layers.gelu,
+            split=True,
+            dtype=dtype,
+            rngs=rngs,
         )
 
     def __call__(self, x):
@@ -152,6 +159,7 @@ class Neck(nnx.Module):
 
     def __init__(self, dim: int, out: int, *, dtype, rngs: nnx.Rngs):
         conv = dict(use_bias=False, kernel_init=initial.kernel_init, dtype=dtype, rngs=rngs)
+        conv["promote_dtype"] = layers.conv_arrays
         norm = dict(eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
         self.conv1 = nnx.Conv(dim, out, (1, 1), **conv)
         self.norm1 = layers.layer_norm(out, **norm)
@@ -190,7 +198,7 @@ class ImageEncoder(nnx.Module):
     def __call__(self, images, taps: tuple[int, ...] = ()):
         """Return (embedding, [output of block i for i in taps])."""
         x = self.patch_embed(images)
-        x = x + self.pos_embed[...].astype(x.dtype)
+        x = placement.split_batch(x + placement.gathered(self.pos_embed[...].astype(x.dtype)))
         run = recomputing(self.config.remat)
         if self.config.scan_blocks:
             x, outputs = self.scan(run, x, taps)

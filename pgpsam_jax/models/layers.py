@@ -4,6 +4,7 @@ Letters: B batch, H W grid, T tokens, D width, M parallel heads of an MLP. Chann
 Parameters are float32; `dtype` is the compute type, LayerNorm statistics stay float32.
 """
 
+import functools
 import itertools
 import math
 
@@ -11,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pgpsam_jax.models import placement
 from pgpsam_jax.models.initial import fan_in_normal, kernel_param, zeros_param
+from pgpsam_jax.models.placement import gathered
 
 ENCODER_EPS = 1e-6  # image encoder and every channel LayerNorm of SAM ("LayerNorm2d")
 DECODER_EPS = 1e-5  # token LayerNorms of the two-way transformer (PyTorch's default)
@@ -32,16 +35,66 @@ class Buffer(nnx.Variable):
 
 
 def matmul(x, kernel):
-    """(..., D) @ (D, E) as one 2-D product.
+    """(..., D) times (D, *E) as one product, (..., *E).
 
     XLA's CPU backend runs the weight gradient, a contraction over all leading axes, twice as fast
     when they are one axis.
     """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    product = jnp.tensordot(x.reshape(-1, x.shape[-1]), kernel, 1)
+    return product.reshape(*x.shape[:-1], *kernel.shape[1:])
+
+
+def split_matmul(x, kernel, split: int, stored: int | None = None):
+    """`matmul` of rows x (B, ...) with a stored kernel, of which every device takes its part.
+
+    split, stored: see `placement.gathering`. What is gathered is not kept for the backward pass:
+    that gathers once more.
+    """
+    steps = placement.gathering(kernel.shape, split, stored)
+    if not steps:
+        return matmul(x, kernel)
+    x = placement.split_batch(x) if split else x
+    out = _matmul_of_parts(x, kernel, steps)
+    return out if split else placement.split_batch(out)  # the sum over devices
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul_of_parts(x, kernel, steps):
+    return matmul(x, placement.in_steps(kernel, steps))
+
+
+def _matmul_forward(x, kernel, steps):
+    kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
+    # The compiler lets every later use of a value be one of its constrained copy. Behind a barrier
+    # it is another value, and the one that is kept stays in parts.
+    kernel = placement.in_steps(jax.lax.optimization_barrier(kernel.value), steps)
+    return matmul(x.value, kernel), kept
+
+
+def _matmul_backward(steps, kept, slope):
+    (x, kernel), outer = kept, len(steps[0].spec) - 1
+    rows = slope.shape[:-outer]
+    slope = slope.reshape(-1, *slope.shape[-outer:])
+    by_x = by_kernel = None
+    if kernel is not None:
+        kernel, slope = jax.lax.optimization_barrier((kernel, slope))
+        kernel = placement.in_steps(kernel, steps)
+        outputs = tuple(range(1, outer + 1))
+        by_x = jnp.tensordot(slope, kernel, (outputs, outputs)).reshape(*rows, -1)
+    if x is not None:
+        by_kernel = jnp.tensordot(x.reshape(-1, x.shape[-1]), slope, (0, 0))
+    return by_x, by_kernel
+
+
+_matmul_of_parts.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias on the last axis; kernel (in, out)."""
+    """x @ kernel + bias on the last axis; kernel (in, out).
+
+    split: the axis of the kernel that devices which share heads have in parts, for x (B, ...). 1
+    leaves the output so, 0 takes such an input.
+    """
 
     def __init__(
         self,
@@ -50,16 +103,27 @@ class Linear(nnx.Module):
         *,
         use_bias: bool = True,
         init=fan_in_normal,
+        split: int | None = None,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.kernel = nnx.Param(jnp.asarray(init(rngs, (dim, out))))
         self.bias = zeros_param(out) if use_bias else None
-        self.dtype = dtype
+        self.split, self.dtype = split, dtype
 
     def __call__(self, x):
-        x = matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        if self.split is None:
+            x = matmul(x, gathered(kernel))
+        else:
+            x = split_matmul(x, kernel, self.split)
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)
+
+
+def conv_arrays(arrays, *, dtype):
+    """`promote_dtype` of an `nnx.Conv`: input, kernel and bias cast, the kernel gathered."""
+    x, kernel, bias = (x if x is None else x.astype(dtype) for x in arrays)
+    return x, gathered(kernel), bias
 
 
 class DepthwiseConv(nnx.Module):
@@ -120,7 +184,7 @@ class PatchEmbed(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x):
-        kernel = self.kernel[...].astype(self.dtype)
+        kernel = gathered(self.kernel[...].astype(self.dtype))
         p, _, channels, _ = kernel.shape
         b, h, w, _ = x.shape
         x = x.astype(self.dtype).reshape(b, h // p, p, w // p, p, channels).swapaxes(2, 3)
@@ -129,13 +193,25 @@ class PatchEmbed(nnx.Module):
 
 
 class MlpBlock(nnx.Module):
-    """Two linear layers with an activation between, on the last axis."""
+    """Two linear layers with an activation between, on the last axis.
+
+    split: whether devices that share heads share the hidden channels, too.
+    """
 
     def __init__(
-        self, dim: int, hidden: int, *, activation, init=fan_in_normal, dtype, rngs: nnx.Rngs
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        activation,
+        init=fan_in_normal,
+        split: bool = False,
+        dtype,
+        rngs: nnx.Rngs,
     ):
-        self.lin1 = Linear(dim, hidden, init=init, dtype=dtype, rngs=rngs)
-        self.lin2 = Linear(hidden, dim, init=init, dtype=dtype, rngs=rngs)
+        first, second = (1, 0) if split else (None, None)
+        self.lin1 = Linear(dim, hidden, init=init, split=first, dtype=dtype, rngs=rngs)
+        self.lin2 = Linear(hidden, dim, init=init, split=second, dtype=dtype, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x):
@@ -165,8 +241,9 @@ class ParallelLinear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x):
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        return jnp.einsum("bmi,mio->bmo", x.astype(self.dtype), kernel) + bias
+        kernel = gathered(self.kernel[...].astype(self.dtype))
+        x = jnp.einsum("bmi,mio->bmo", x.astype(self.dtype), kernel)
+        return x + self.bias[...].astype(self.dtype)
 
 
 class ParallelMlp(nnx.Module):
@@ -197,7 +274,7 @@ class Upsample2x(nnx.Module):
 
     def __call__(self, x):
         b, h, w, _ = x.shape
-        kernel = self.kernel[...].astype(self.dtype)
+        kernel = gathered(self.kernel[...].astype(self.dtype))
         x = matmul(x.astype(self.dtype), kernel.reshape(kernel.shape[0], -1))
         x = x.reshape(b, h, w, 2, 2, -1).swapaxes(2, 3).reshape(b, 2 * h, 2 * w, -1)
         return x + self.bias[...].astype(self.dtype)

@@ -20,7 +20,7 @@ class LoraConfig:
 
 
 class LoraQKV(nnx.Module):
-    """Low-rank update of a (D, 3D) projection: concat over q, k, v of x A_t B_t (else zeros).
+    """Low-rank update of a projection to q, k, v, (..., D) to (..., 3, D): x A_t B_t (else zeros).
 
     A starts uniform in +-1/sqrt(D) (PyTorch's linear default), B at zero, no alpha/rank scaling.
     """
@@ -37,4 +37,4 @@ class LoraQKV(nnx.Module):
         a, b = self.a[...].astype(self.dtype), self.b[...].astype(self.dtype)
         update = {t: matmul(matmul(x, a[i]), b[i]) for i, t in enumerate(self.targets)}
         zero = jnp.zeros(x.shape, self.dtype)
-        return jnp.concatenate([update.get(t, zero) for t in TARGETS], axis=-1)
+        return jnp.stack([update.get(t, zero) for t in TARGETS], axis=-2)

@@ -82,6 +82,7 @@ class DeformableConv(nnx.Module):
                 (_SIDE, _SIDE),
                 kernel_dilation=dilation,
                 kernel_init=nnx.initializers.zeros,
+                promote_dtype=layers.conv_arrays,
                 dtype=dtype,
                 rngs=rngs,
             )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pgpsam_jax.models import initial, layers, ppg
+from pgpsam_jax.models.placement import gathered
 from pgpsam_jax.models.release.cfm import gain_param
 from pgpsam_jax.models.release.deform import DeformableConv
 
@@ -81,8 +82,8 @@ class Branches(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x):
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        out = jnp.einsum("bkc,mco->bkmo", x.astype(self.dtype), kernel) + bias
+        kernel, bias = (p[...].astype(self.dtype) for p in (self.kernel, self.bias))
+        out = jnp.einsum("bkc,mco->bkmo", x.astype(self.dtype), gathered(kernel)) + bias
         return out.reshape(*x.shape[:2], -1)
 
 
@@ -111,6 +112,7 @@ class SparsePath(nnx.Module):
             (3, 3),
             kernel_dilation=2,
             kernel_init=initial.kernel_init,
+            promote_dtype=layers.conv_arrays,
             **common,
         )
         self.adapter = PrototypeAdapter(channels, inter, **common)
