@@ -2,9 +2,10 @@
 
 Orbax writes each into a temporary folder and renames it, in the background. A checkpoint has
 three parts: `params`, `progress` (optimiser state, step, seed) and `data` (grain's position), so
-that prediction reads `params` alone. Parameters that validation chose have a folder of their own.
-Frozen weights live beside them once: by path and SHA-256 of the converted SAM, or, for a random
-backbone, as `frozen.safetensors` in the workdir.
+that prediction reads `params` alone. All processes of a run write it together; another number of
+them, or another mesh, can go on from it. Parameters that validation chose have a folder of their
+own. Frozen weights live beside them once: by path and SHA-256 of the converted SAM, or, for a
+random backbone, as `frozen.safetensors` in the workdir.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from pgpsam_jax import distributed
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import atomic_path, write_json
 from pgpsam_jax.parameters import flat_paths
@@ -82,7 +84,7 @@ class Checkpoints(_Folder):
         parts = {
             "params": state.params,
             "progress": _progress(state),
-            "data": iterator,
+            "data": _Position(iterator),
         }
         self._checkpointer.save_checkpointables_async(int(state.step), parts)
 
@@ -92,10 +94,37 @@ class Checkpoints(_Folder):
             {
                 "params": abstract.params,
                 "progress": _progress(abstract),
-                "data": iterator,
+                "data": _Position(iterator),
             }
         )
         return TrainState(params=parts["params"], **parts["progress"])
+
+
+class _Position:
+    """Orbax's way to a loader's position, which all processes share: the first one writes it."""
+
+    def __init__(self, iterator):
+        self._iterator = iterator
+
+    async def save(self, directory):
+        state = json.dumps(self._iterator.get_state())
+
+        async def write():
+            folder = await directory.await_creation()
+            if distributed.is_first():
+                (folder / "position.json").write_text(state)
+
+        return write()
+
+    async def load(self, directory):
+        async def read():
+            # Grain wrote a file for each process, all of them alike, before there was this class.
+            files = sorted(directory.glob("*.json"))
+            if not files:
+                raise FileNotFoundError(f"{directory} holds no position")
+            self._iterator.set_state(json.loads(files[0].read_text()))
+
+        return read()
 
 
 class Best(_Folder):
@@ -170,7 +199,11 @@ def settle_base(workdir, base: str, digest: str | None, frozen) -> None:
     A converted SAM (`digest` given) is pinned by path and SHA-256. A random backbone is written
     into the workdir once and read back afterwards, so that the run does not hang on a seed.
     """
-    record, file = Path(workdir) / "base.json", Path(workdir) / FROZEN
+    with distributed.first_before_others("base"):  # the others read what it wrote
+        _settle_base(Path(workdir) / "base.json", Path(workdir) / FROZEN, base, digest, frozen)
+
+
+def _settle_base(record: Path, file: Path, base: str, digest: str | None, frozen) -> None:
     if not record.is_file():
         if digest is None:
             arrays = {name: np.asarray(leaf[...]) for name, leaf in flat_paths(frozen).items()}
@@ -181,7 +214,7 @@ def settle_base(workdir, base: str, digest: str | None, frozen) -> None:
     pinned = json.loads(record.read_text(encoding="utf-8"))["sha256"]
     if pinned != digest:
         raise UserError(
-            f"{workdir} was trained on SAM weights with SHA-256 {pinned}, but model.base "
+            f"{record.parent} was trained on SAM weights with SHA-256 {pinned}, but model.base "
             f"({base or 'empty'}) has {digest}; give the weights of that run"
         )
     if digest is None:

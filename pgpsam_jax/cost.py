@@ -4,7 +4,7 @@ FLOPs are XLA's count of the program it is given, before it optimises it for a d
 device and mesh do not change them: a multiply-add is two, any elementwise operation one, the body
 of a loop is counted once however often it runs. (What XLA counts afterwards differs by 2 % on CPU
 and leaves out the products of cuBLAS on GPU, JAX issue 22249.) Bytes of a step are what the
-compiler plans for one device; peaks are measured, of this process.
+compiler plans for one device; peaks are measured, of this process (of several, the first).
 """
 
 import inspect
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from pgpsam_jax import distributed
 from pgpsam_jax.files import write_json
 from pgpsam_jax.models.placement import Placement, traced_for
 from pgpsam_jax.parameters import count
@@ -127,7 +128,7 @@ def read(workdir) -> dict:
 
 
 def _store(workdir, record: dict) -> None:
-    if jax.process_index() == 0:
+    if distributed.is_first():
         write_json(Path(workdir) / FILE, record)
 
 

@@ -6,15 +6,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pgpsam_jax import sharding
+from pgpsam_jax import distributed, sharding
 
 
 class Feed:
     """Iterator of (batch, rows) over the few-shot set: see `step.make_train_step` for `batch`.
 
     A set of up to `resident_bytes` is put on every device once, and a batch is no more than the
-    numbers of its rows; a larger one stays on the host, and its slices are sent batch by batch.
-    `images` (N, S, S) and `labels` (N, S, S); `loader` yields this process's rows (b,).
+    numbers of its rows; a larger one stays on the host, and its slices are sent batch by batch,
+    by each process those of its devices. `images` (N, S, S) and `labels` (N, S, S) are the same
+    on all processes; `loader` yields the rows (B,) of the global batch.
     """
 
     def __init__(
@@ -24,20 +25,16 @@ class Feed:
         self.resident = sum(array.nbytes for array in self._set.values()) <= resident_bytes
         if self.resident:
             whole = sharding.replicated(mesh)
-            self._set = {
-                name: jax.make_array_from_process_local_data(whole, array, array.shape)
-                for name, array in self._set.items()
-            }
+            self._set = distributed.place(self._set, whole)
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        rows = next(self._loader)
+        rows, lanes = next(self._loader), sharding.batch_sharding(self._mesh)
         if self.resident:
-            return self._set | sharding.put_batch({"rows": rows}, self._mesh), rows
-        slices = {name: array[rows] for name, array in self._set.items()}
-        return sharding.put_batch(slices, self._mesh), rows
+            return self._set | {"rows": distributed.place(rows, lanes)}, rows
+        return {name: _chosen(array, rows, lanes) for name, array in self._set.items()}, rows
 
     def abstract(self, batch_size: int) -> dict:
         """Shapes and shardings of a batch of `batch_size` over all processes, to compile for."""
@@ -50,6 +47,12 @@ class Feed:
         return {
             name: _like(array, shape + array.shape[1:], lanes) for name, array in self._set.items()
         }
+
+
+def _chosen(array, rows, lanes):
+    """The rows of an array of the host, one after the other over the lanes."""
+    shape = rows.shape + array.shape[1:]
+    return jax.make_array_from_callback(shape, lanes, lambda index: array[rows[index[0]]])
 
 
 def _like(array, shape, placed):

@@ -6,6 +6,7 @@ import warnings
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from pgpsam_jax import cluster
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.hostmemory import keep_freed_memory
 
@@ -16,6 +17,17 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate"], "Train and evaluate, or evaluate a trained workdir."
 )
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "off"],
+    "Several processes as SLURM, Open MPI, Cloud TPU or Kubernetes starts them, or this one alone.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where no scheduler names it."
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 
 
 def parse(argv):
@@ -53,14 +65,24 @@ def main(_):
             raise UserError("--mode evaluate needs --workdir, the folder of a trained run")
         if config is None and not evaluate:
             raise UserError("no configuration; give --config configs/phantom.py, for example")
-        from pgpsam_jax import train  # JAX: not before the mistakes that show without it
+        place = _place()
+        from pgpsam_jax import session, train  # JAX: not before the mistakes that show without it
         from pgpsam_jax.compilation import keep_compiled
 
         keep_compiled()
-        if evaluate:
-            train.evaluate_workdir(_WORKDIR.value, config)
-        else:
-            train.train(config, _WORKDIR.value or f"runs/{config.name}")
+        with session.joined(place):
+            if evaluate:
+                train.evaluate_workdir(_WORKDIR.value, config)
+            else:
+                train.train(config, _WORKDIR.value or f"runs/{config.name}")
+
+
+def _place() -> cluster.Place | None:
+    """Which of how many processes this is; None for one alone."""
+    place = cluster.from_flags(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if _COORDINATOR.value is not None or _DISTRIBUTED.value == "off":
+        return place
+    return cluster.from_scheduler()
 
 
 def run():

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from pgpsam_jax import distributed
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_text
 from pgpsam_jax.runs import read_metrics
@@ -24,7 +25,7 @@ class RunLog:
         total = len(rates)
         self.workdir, self.batch_size = Path(workdir), batch_size
         self._every, self._rates = config_log.every_steps, rates
-        self.writes = jax.process_index() == 0
+        self.writes = distributed.is_first()
         self.records = self._kept_records(start)
         self._bar = tqdm(
             total=total, initial=start, unit="step", desc="training", disable=not self.writes

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from pgpsam_jax import build, checkpoint, cost, sharding, validation
+from pgpsam_jax import announce, build, checkpoint, cost, distributed, sharding, validation
 from pgpsam_jax import config as configuration
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.augment import augmentation_seed
@@ -17,7 +17,6 @@ from pgpsam_jax.evaluation.inference import Predictor
 from pgpsam_jax.feed import Feed
 from pgpsam_jax.files import write_json
 from pgpsam_jax.loop import run_steps
-from pgpsam_jax.parameters import report
 from pgpsam_jax.provenance import provenance
 from pgpsam_jax.runlog import RunLog
 from pgpsam_jax.sharded import shard_step, sharding_of
@@ -27,8 +26,9 @@ from pgpsam_jax.stopwatch import Stopwatch
 def train(config: ConfigDict, workdir) -> dict:
     """Train to the last step (resuming where the workdir stands), evaluate, return the summary."""
     workdir, watch = Path(workdir), Stopwatch(workdir)
+    distributed.check_shared(workdir)
     mesh = make_run_mesh(config)
-    with watch("data"):
+    with watch("data"), distributed.first_before_others("split"):
         split = dataset.find_split(config)
     validation.check(config, split)
     workers.check(config.eval.workers)
@@ -41,23 +41,20 @@ def train(config: ConfigDict, workdir) -> dict:
     with watch("model"):
         graphdef, params, frozen, base_digest = build.init_model(config, split.table.num_classes)
     with watch("data"):
+        _read_in_shares(config, split, workdir)
         data = dataset.few_shot_data(config, split.train, split.table, workdir, resume=resume)
         held_out = dataset.validation_data(config, split, workdir)
-    loader = make_loader(
-        len(data.images),
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    if not resume:  # everything that can be wrong has been looked at: the workdir is claimed
-        data.list.write(workdir / "fewshot.txt")
-        write_json(workdir / "labels.json", split.table.to_json())
-        configuration.store(config, workdir)
-    if jax.process_index() == 0:
-        inputs = {"list": data.list.hash, "data": data.digest, "base": base_digest}
-        inputs |= {"validation": held_out.digest} if held_out else {}
-        write_json(workdir / "provenance.json", provenance(**inputs))
+    loader = make_loader(len(data.images), batch_size=config.train.batch_size, seed=config.seed)
+    inputs = {"list": data.list.hash, "data": data.digest, "base": base_digest}
+    inputs |= {"validation": held_out.digest} if held_out else {}
+    origin = provenance(**inputs)
+    _agree(config, resume, origin, params)
+    if distributed.is_first():
+        if not resume:  # everything that can be wrong has been looked at: the workdir is claimed
+            data.list.write(workdir / "fewshot.txt")
+            write_json(workdir / "labels.json", split.table.to_json())
+            configuration.store(config, workdir)
+        write_json(workdir / "provenance.json", origin)
     checkpoint.settle_base(workdir, config.model.base, base_digest, frozen)
 
     size, total = len(data.list), configuration.total_steps(config, len(data.list))
@@ -65,20 +62,19 @@ def train(config: ConfigDict, workdir) -> dict:
     feed = Feed(data.images, data.labels, loader, mesh, config.data.resident_gib * 2**30)
     batch = feed.abstract(config.train.batch_size)
     step_of = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=size, seed=seed)
-    frozen = jax.device_put(frozen, sharding_of(step_of.frozen))
+    frozen = distributed.place(frozen, sharding_of(step_of.frozen))
     kernels = sharding.over_mesh(build.attention_of, mesh)(config, graphdef, params, frozen)
-    print(
-        announcement(
+    distributed.say(
+        announce.run(
             config, workdir, mesh, kernels, data, held_out, split.table, params, frozen, total
-        ),
-        flush=True,
+        )
     )
     checkpoints = checkpoint.Checkpoints(workdir)
     if checkpoints.latest is not None:  # resume: the workdir's newest state
         state = checkpoints.restore(step_of.state, loader)
-        print(f"resumed from step {int(state.step)}", flush=True)
+        distributed.say(f"resumed from step {int(state.step)}")
     else:
-        state = step_of.start(params)
+        state = step_of.start(distributed.place(params, sharding_of(step_of.state.params)))
     del params
 
     step = int(state.step)
@@ -87,10 +83,11 @@ def train(config: ConfigDict, workdir) -> dict:
         with watch("compile"):
             lowered = step_of.lower()
             compiled = lowered.compile()
-        print(_compile_report(compiled, time.perf_counter() - before), flush=True)
+        distributed.say(announce.step(compiled, time.perf_counter() - before))
         shapes = step_of.state, step_of.frozen, step_of.batch
         spent = cost.of_step(config, mesh, graphdef, step_of.run, shapes, lowered, compiled)
         cost.begin(workdir, spent, step)
+    distributed.barrier("compiled")
     rates = build.learning_rates(config, size)
     predictor = make_predictor(config, graphdef, state.params, frozen, mesh)
     selection = held_out and validation.Selection(config, held_out, workdir, size, total)
@@ -115,7 +112,7 @@ def train(config: ConfigDict, workdir) -> dict:
             if saves(step):
                 with watch("checkpoint"), log.paused():
                     checkpoints.save(state, loader)
-                watch.store()
+                _store(watch)
                 cost.update(workdir, log.records)
     params = state.params
     with watch("checkpoint"):
@@ -124,16 +121,45 @@ def train(config: ConfigDict, workdir) -> dict:
             selection.close()
             params = checkpoint.restore_params(workdir, step_of.state.params, best=True)
     loader.close()
+    if distributed.several():  # each evaluates cases of its own
+        predictor = local_predictor(config, graphdef, params, frozen)
+    else:
+        predictor = predictor.with_params(params)
     watch.seconds.pop("evaluate", None)  # of an evaluation that this one takes the place of
     with watch("evaluate"):
-        summary = run_evaluation(config, workdir, predictor.with_params(params), split)
-    watch.store()
+        summary = run_evaluation(config, workdir, predictor, split)
+    _store(watch)
     return summary
+
+
+def _read_in_shares(config: ConfigDict, split: dataset.Split, workdir) -> None:
+    """Several processes make the files of the cache together, before each reads them all."""
+    if distributed.several():
+        cases = split.train + (split.validation if validation.is_on(config) else [])
+        dataset.read_cases(config, distributed.own(cases), split.table, workdir)
+        distributed.barrier("cache")
+
+
+def _agree(config: ConfigDict, resume: bool, origin: dict, params) -> None:
+    """Several processes make sure that they are about to do the same."""
+    if distributed.several():
+        values = {
+            "whether --workdir holds this run": resume,
+            "config": configuration.to_json(config),
+        }
+        values |= {k: v for k, v in origin.items() if k not in ("git", "devices")}
+        distributed.agree(values | {"initial parameters": distributed.checksum(params)})
+
+
+def _store(watch: Stopwatch) -> None:
+    if distributed.is_first():
+        watch.store()
 
 
 def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
     """Score a workdir's parameters, newest or best, again: `--mode evaluate`."""
     stored = configuration.load_config(workdir)
+    distributed.check_shared(workdir)
     if config is None:
         config = stored
     configuration.belongs_to(config, workdir)
@@ -144,17 +170,26 @@ def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
 
 def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
     """The trained parameters of a workdir, newest or best, ready for volumes."""
-    mesh = make_run_mesh(config)
     if (Path(workdir) / checkpoint.FROZEN).is_file():  # it needs no other backbone
         config = config.copy_and_resolve_references()
         config.model.base = ""
     graphdef, params, frozen, digest = build.init_model(config, num_classes)
     checkpoint.settle_base(workdir, config.model.base, digest, frozen)
-    abstract = checkpoint.abstract_like(params, sharding.state_shardings(params, mesh))
+    everywhere = sharding.replicated(sharding.make_mesh())
+    abstract = checkpoint.abstract_like(params, jax.tree.map(lambda _: everywhere, params))
     params = checkpoint.restore_params(workdir, abstract, best=validation.is_on(config))
     if notice := validation.notice(config, workdir):
-        print(notice, flush=True)
-    frozen = jax.device_put(frozen, sharding.state_shardings(frozen, mesh))
+        distributed.say(notice)
+    return local_predictor(config, graphdef, params, frozen)
+
+
+def local_predictor(config: ConfigDict, graphdef, params, frozen) -> Predictor:
+    """A predictor on all devices of this process, whatever mesh the run was trained on."""
+    mesh = sharding.make_mesh(devices=jax.local_devices())
+    params, frozen = (
+        distributed.place(distributed.whole(tree), sharding.replicated(mesh))
+        for tree in (params, frozen)
+    )
     return make_predictor(config, graphdef, params, frozen, mesh)
 
 
@@ -198,56 +233,12 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
         notices=[notice for notice in notices if notice],
         **options,
     )
-    print((folder / "summary.md").read_text(encoding="utf-8"), flush=True)
+    distributed.say((folder / "summary.md").read_text(encoding="utf-8"))
     return summary
 
 
 def make_run_mesh(config: ConfigDict):
-    """The mesh of `config.mesh`; the batch must split evenly over its data and fsdp axes."""
+    """The mesh of `config.mesh` over all devices; one that does not fit the run is refused."""
     mesh = sharding.make_mesh(**config.mesh)
-    lanes = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.train.batch_size % lanes:
-        raise UserError(
-            f"train.batch_size {config.train.batch_size} does not divide over the {lanes} devices "
-            f"of data x fsdp; choose a multiple of {lanes}, or config.mesh to use fewer"
-        )
+    sharding.check(mesh, config)
     return mesh
-
-
-def announcement(
-    config, workdir, mesh, kernels, data, held_out, table, params, frozen, total: int
-) -> str:
-    """What a run is, before it starts: devices, precision, batch, data, labels, parameters."""
-    devices = mesh.devices.ravel()
-    notice = build.base_notice(config.model, workdir)
-    lines = [
-        f"devices    {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
-        f"mesh {dict(mesh.shape)}, {jax.process_count()} process(es)",
-        f"precision  {config.model.compute_dtype} compute, float32 parameters and losses",
-        f"attention  {kernels}",
-        f"batch      {config.train.batch_size} slices of {config.model.image_size} px over all "
-        f"devices, {total} steps = {total * config.train.batch_size / len(data.list):.1f} epochs",
-        f"few-shot   {data.summary}",
-        f"           hash {data.list.hash[:16]}, rule {data.list.rule}",
-        f"labels     {', '.join(f'{i} {name}' for i, name in enumerate(table.names))}",
-        report(params, frozen),
-    ]
-    if held_out:
-        lines[-1:-1] = [
-            f"validation {len(held_out.images)} slices of {held_out.cases} case(s) every "
-            f"{config.validation.every_epochs} epoch(s); the best parameters are kept"
-        ]
-    if notice:
-        lines = [f"!!! {notice}", *lines]
-    return "\n".join(lines)
-
-
-def _compile_report(compiled, seconds: float) -> str:
-    memory = compiled.memory_analysis()
-    cost = compiled.cost_analysis() or {}
-    gib = 2**30
-    return (
-        f"step       {cost.get('flops', float('nan')) / 1e9:.1f} GFLOP per device, expected memory "
-        f"{(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / gib:.2f} GiB per device "
-        f"({memory.temp_size_in_bytes / gib:.2f} temporary), compiled in {seconds:.1f} s"
-    )

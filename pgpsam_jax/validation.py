@@ -8,7 +8,7 @@ Slices are scored at network size, where the release's argmax is taken too.
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pgpsam_jax import checkpoint
+from pgpsam_jax import checkpoint, distributed
 from pgpsam_jax.data.dataset import Split, ValidationData
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.inference import Predictor
@@ -55,7 +55,7 @@ class Selection:
         """The score of the predictor's parameters; they are kept if it is the highest so far."""
         from pgpsam_jax.evaluation.release_protocol import slice_dice
 
-        prediction = predictor.slices(self._data.images)
+        prediction = predictor.slices(self._data.images)  # by all devices, whole on all processes
         score = slice_dice(prediction, self._data.labels, self._data.num_classes)
         best = self._best.record
         if best is None or score > best["score"]:
@@ -63,7 +63,8 @@ class Selection:
             standing = "the best so far"
         else:
             standing = f"best {best['score']:.4f} at step {best['step']}"
-        tqdm.write(f"step {step}: validation Dice {score:.4f}, {standing}")
+        if distributed.is_first():
+            tqdm.write(f"step {step}: validation Dice {score:.4f}, {standing}")
         return score
 
     def close(self) -> None:

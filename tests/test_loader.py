@@ -1,4 +1,4 @@
-"""Batches: the same for any number of processes, every slice once an epoch, exact resume."""
+"""Batches: rows of the whole batch, every slice once an epoch, exact resume."""
 
 import json
 import time
@@ -16,25 +16,14 @@ def take(iterator, steps):
     return [next(iterator) for _ in range(steps)]
 
 
-def indices(count, batch, seed, steps, **process):
-    return np.stack(take(make_loader(count, batch_size=batch, seed=seed, **process), steps))
+def indices(count, batch, seed, steps):
+    return np.stack(take(make_loader(count, batch_size=batch, seed=seed), steps))
 
 
 def test_batches_are_rows():
     for rows in take(make_loader(11, batch_size=4, seed=0), 9):
         assert rows.shape == (4,) and rows.dtype == np.int32
         assert rows.min() >= 0 and rows.max() < 11
-
-
-@pytest.mark.parametrize("count", [3, 8, 37])
-def test_global_batch_does_not_depend_on_processes(count):
-    whole = indices(count, 8, 5, 20)
-    for processes in (2, 4):
-        parts = [
-            indices(count, 8, 5, 20, process_index=p, process_count=processes)
-            for p in range(processes)
-        ]
-        np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
 
 
 @given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 2**32 - 1))
@@ -82,11 +71,7 @@ def test_resume_from_state(position):
 
 
 def test_bad_sizes():
-    with pytest.raises(UserError, match="batch size 6 is not a multiple of 4 processes"):
-        make_loader(6, batch_size=6, seed=0, process_count=4)
-    with pytest.raises(UserError, match="batch size 0"):
+    with pytest.raises(UserError, match=r"train\.batch_size is 0; give 1 or more"):
         make_loader(6, batch_size=0, seed=0)
     with pytest.raises(ValueError, match="a set of 0 slices"):
         make_loader(0, batch_size=2, seed=0)
-    with pytest.raises(ValueError, match="process 2 of 2"):
-        make_loader(6, batch_size=2, seed=0, process_index=2, process_count=2)

@@ -2,8 +2,9 @@
 
 A few-shot set is a fraction of a gigabyte and stays in memory (see `feed`): only numbers of rows
 are drawn here, without worker processes or threads.
-The global batch of a step depends on (seed, step, N, batch size) alone: processes take their rows
-of it, so that the same run on another number of hosts sees the same data.
+The batch of a step depends on (seed, step, N, batch size) alone. Every process of a run draws all
+its rows, and `feed` has each send those of its devices: another number of processes, or another
+mesh, sees the same data.
 """
 
 from collections.abc import Iterator
@@ -13,29 +14,21 @@ import numpy as np
 from pgpsam_jax.errors import UserError
 
 
-def make_loader(
-    count: int, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[np.ndarray]:
-    """Endless iterator over shuffled batches: (b,) int32 rows from 0 to `count` - 1.
+def make_loader(count: int, *, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    """Endless iterator over shuffled batches: (batch_size,) int32 rows from 0 to `count` - 1.
 
-    `batch_size` is global, b = batch_size / process_count the share of this process. Every epoch
-    is a fresh permutation and batches run across epochs, so no row is dropped and `count` may be
-    below `batch_size`. `get_state` / `set_state` (or grain's orbax handler) carry the position.
-    Errors: sizes that do not fit.
+    Every epoch is a fresh permutation and batches run across epochs, so no row is dropped and
+    `count` may be below `batch_size`. `get_state` / `set_state` carry the position. Errors: sizes
+    below 1.
     """
     import grain
 
     if count < 1:
         raise ValueError(f"a set of {count} slices has no batches")
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch size {batch_size} is not a multiple of {process_count} processes")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count} does not exist")
-    per_process = batch_size // process_count
-    own = slice(process_index * per_process, (process_index + 1) * per_process)
-
+    if batch_size < 1:
+        raise UserError(f"train.batch_size is {batch_size}; give 1 or more")
     dataset = grain.MapDataset.source(_Order(count, seed)).batch(batch_size, drop_remainder=True)
-    dataset = dataset.map(lambda rows: np.asarray(rows)[own].astype(np.int32))
+    dataset = dataset.map(lambda rows: np.asarray(rows).astype(np.int32))
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return iter(dataset.to_iter_dataset(options))
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from pgpsam_jax import distributed
 from pgpsam_jax.data.cache import read_case
 from pgpsam_jax.data.labels import LabelTable
 from pgpsam_jax.data.layouts import Case
-from pgpsam_jax.data.nifti import read_grid
+from pgpsam_jax.data.volumes import read_grid
 from pgpsam_jax.evaluation.inference import Predictor
 from pgpsam_jax.evaluation.outputs import Predicted, score_and_write
 from pgpsam_jax.evaluation.report import write_evaluation
@@ -36,9 +37,12 @@ def evaluate(
     `min_pixels` is what some organ needs for its slice to be valid (protocol `release`).
     `region_of(case_id, truth)` may say which slices (D,) to score, where training and test share
     volumes. `notices` stand at the top of the report. `workers` (`eval.workers`, see
-    `worker_count`) processes score and draw meanwhile; they change no number.
+    `worker_count`) processes score and draw meanwhile; they change no number. In a run of several
+    processes each takes its share of the cases, with a predictor on its own devices; the first one
+    writes the tables.
     """
     folder, rows, slices = Path(folder), [], []
+    count, cases = len(cases), distributed.own(cases)
     voxels = sum(math.prod(read_grid(case.image).shape) for case in cases)
     settings = {"nsd_tolerance_mm": nsd_tolerance_mm, "min_pixels": min_pixels}
     finish = functools.partial(
@@ -47,7 +51,8 @@ def evaluate(
 
     def predicted():
         reading = ahead(lambda case: read_case(case, table), cases)
-        progress = tqdm(cases, desc="evaluating", unit="case")
+        silent = not distributed.is_first()
+        progress = tqdm(cases, desc="evaluating", unit="case", disable=silent)
         for case, (volume, truth) in zip(progress, reading, strict=True):
             yield Predicted(
                 case.case_id,
@@ -59,8 +64,10 @@ def evaluate(
                 region=region_of(case.case_id, truth),
             )
 
-    count = worker_count(workers, len(cases), voxels)
-    for of_case, of_slices in in_order(finish, predicted(), count):
+    scored = in_order(finish, predicted(), worker_count(workers, len(cases), voxels))
+    shares = distributed.gather(list(scored))
+    for index in range(count):
+        of_case, of_slices = shares[index % len(shares)][index // len(shares)]
         rows += of_case
         slices += of_slices
     meta = {
@@ -68,4 +75,7 @@ def evaluate(
         "valid_min_pixels": min_pixels,
         "notices": list(notices),
     }
-    return write_evaluation(rows, folder, table.names, meta, slices)
+    summary = None
+    if distributed.is_first():
+        summary = write_evaluation(rows, folder, table.names, meta, slices)
+    return distributed.gather(summary)[0]

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# One run over the GPUs of one machine, with a process for each.
+#
+#   experiments/launch/gpus.sh 4 --config configs/synapse.py --workdir runs/synapse
+#
+# A single process takes all GPUs of a machine by itself, and is all that is needed:
+#
+#   .venv/bin/python -m pgpsam_jax.main --config configs/synapse.py --workdir runs/synapse
+#
+# A process for each GPU can be faster where the host is the bottleneck, and shows on one machine
+# what a cluster would do. The first argument is the number of processes; the rest goes to
+# pgpsam_jax.main. CUDA_VISIBLE_DEVICES=2,3 chooses GPUs, PYTHON=/path/to/python another interpreter
+# than .venv/bin/python. If one process fails, the others end too, and so does the script, with a code
+# that is not 0; the same command goes on from the last checkpoint.
+set -uo pipefail
+
+count=${1:?"usage: gpus.sh PROCESSES --config FILE --workdir FOLDER"}
+shift
+python=${PYTHON:-.venv/bin/python}
+port=$("$python" -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')
+IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((count - 1)))}"
+if (( ${#gpus[@]} < count )); then
+    echo "error: $count processes but CUDA_VISIBLE_DEVICES names ${#gpus[@]} GPUs" >&2
+    exit 2
+fi
+
+processes=()
+trap 'kill "${processes[@]}" 2>/dev/null' INT TERM
+for (( i = 0; i < count; i++ )); do
+    CUDA_VISIBLE_DEVICES=${gpus[i]} "$python" -m pgpsam_jax.main "$@" \
+        --coordinator "localhost:$port" --processes "$count" --process "$i" &
+    processes+=($!)
+done
+code=0
+for process in "${processes[@]}"; do
+    wait "$process" || { ended=$?; (( code )) || code=$ended; }
+done
+exit "$code"

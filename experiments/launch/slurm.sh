@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# One run over the GPUs of a SLURM allocation.
+#
+#   sbatch --nodes=2 --gpus-per-node=4 --time=08:00:00 experiments/launch/slurm.sh \
+#       --config configs/synapse.py --workdir /shared/runs/synapse
+#
+# Submit from the checkout, which all nodes must see. What follows the script's name goes to
+# pgpsam_jax.main; --workdir lies on a file system that all nodes share. Partition, account and the
+# like are options of sbatch. One task a node takes all of its GPUs; with
+# --ntasks-per-node=4 --gpus-per-task=1 there is one task a GPU. PYTHON=/path/to/python names
+# another interpreter than .venv/bin/python.
+#
+# The job goes back to the queue when it is preempted, when a node fails and two minutes before its
+# time is over; it goes on from its last checkpoint (--config.log.checkpoint_steps=N: after so many
+# steps). A mistake (exit code 2) or a lack of memory ends it.
+#
+# Grids of many small runs: python -m experiments.run_grid --slurm.
+#SBATCH --job-name=pgpsam
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+set -uo pipefail
+
+lost=69      # exit code of a process that lost another one
+restarts=50  # after so many, something else is wrong
+
+again() {
+    if (( ${SLURM_RESTART_COUNT:-0} < restarts )); then
+        echo "slurm.sh: $1; back to the queue" >&2
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
+    fi
+    echo "slurm.sh: $1; not requeued after ${SLURM_RESTART_COUNT:-0} restarts" >&2
+}
+trap 'again "time is nearly over"' USR1
+
+srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m pgpsam_jax.main "$@" &
+step=$!
+while kill -0 "$step" 2>/dev/null; do  # a signal ends a wait, not the step
+    wait "$step"
+done
+wait "$step"
+code=$?
+if (( code == lost )); then
+    again "a process is gone"
+fi
+exit "$code"

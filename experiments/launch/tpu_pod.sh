@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# One run over all hosts of a Cloud TPU slice (TPU VMs), started from your own machine.
+#
+#   TPU=my-v5e-16 ZONE=us-west4-a experiments/launch/tpu_pod.sh \
+#       --config configs/synapse.py --workdir /shared/runs/synapse
+#
+# Before, once:
+#   gcloud compute tpus tpu-vm create my-v5e-16 --zone us-west4-a \
+#       --accelerator-type v5litepod-16 --version v2-alpha-tpuv5-lite
+#   gcloud compute tpus tpu-vm ssh my-v5e-16 --zone us-west4-a --worker=all --command \
+#       'git clone URL pgpsam_jax && cd pgpsam_jax && python3 -m venv .venv && .venv/bin/pip install -q -e .[tpu]'
+#   and a folder that all hosts share for --workdir (Filestore, or a bucket through gcsfuse).
+#
+# The same command runs on every host; they find each other by the metadata of the slice. What
+# follows the script's name goes to pgpsam_jax.main. FOLDER is the checkout on the hosts (default
+# pgpsam_jax, in the home folder). After a preemption, start the same command again: it goes on from
+# the last checkpoint. DRY_RUN=1 prints what would be called.
+set -euo pipefail
+
+: "${TPU:?"TPU=NAME of the slice"}" "${ZONE:?"ZONE=zone of the slice"}"
+printf -v arguments ' %q' "$@"
+printf -v folder '%q' "${FOLDER:-pgpsam_jax}"
+command="cd $folder && .venv/bin/python -m pgpsam_jax.main$arguments"
+${DRY_RUN:+echo} gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=all \
+    --command "$command"

@@ -1,0 +1,53 @@
+"""Processes for tests: started with simulated devices, awaited, and what they said."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+from conftest import REPOSITORY
+
+SCRIPT = REPOSITORY / "tests" / "processes.py"
+DEADLINE = 240  # seconds that anything here may take on a busy machine
+
+
+def environment(devices: int) -> dict:
+    """Variables of a process with so many simulated devices."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    paths = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": paths, "PYTHON": sys.executable}
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(*command, devices=2, program=sys.executable) -> subprocess.Popen:
+    """A Python script, or another program, started."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [program, *map(str, command)]
+    options = {"env": environment(devices), "cwd": REPOSITORY, "start_new_session": True}
+    return subprocess.Popen(command, **options, **pipes)
+
+
+def both(scenario, *folder, counts=(2, 2)):
+    """Two processes of a scenario of `processes.py`, started."""
+    address = f"localhost:{free_port()}"
+    return [start(SCRIPT, address, counts[i], i, scenario, *folder) for i in (0, 1)]
+
+
+def ends(*processes):
+    """(exit code, standard output, what was said of errors) of each."""
+    ended = []
+    for process in processes:
+        try:
+            out, err = process.communicate(timeout=DEADLINE)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+                os.killpg(process.pid, signal.SIGKILL)
+        said = [line for line in err.splitlines() if line.startswith("error: ")]
+        ended.append((process.returncode, out, " ".join(said) or err[-2000:]))
+    return ended

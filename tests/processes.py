@@ -1,0 +1,94 @@
+"""Processes of one run on this machine, without a model: what they do together, and how they end.
+
+python processes.py HOST:PORT COUNT PROCESS SCENARIO [FOLDER]: a function below, in a session.
+"""
+
+import json
+import sys
+import time
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pgpsam_jax import cluster, distributed, peers, session, sharding
+from pgpsam_jax.errors import UserError, exit_on_user_error
+
+# Short, so that nobody waits in a test.
+peers.BEAT_SECONDS, peers.SILENT_SECONDS, peers.SUSPECT_SECONDS = 0.3, 3, 2
+session.START_SECONDS = 8
+distributed.SHARED_SECONDS = 1
+
+
+def together(folder):
+    """All that processes do together; each prints what it got."""
+    mesh = sharding.make_mesh(data=2, tensor=jax.device_count() // 2)
+    numbers = {"a": np.arange(24.0).reshape(4, 6), "b": np.float32(7)}
+    spread = {"a": NamedSharding(mesh, PartitionSpec("data", "tensor"))}
+    spread["b"] = sharding.replicated(mesh)
+    tree = distributed.place(numbers, spread)
+    doubled = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree))(tree)
+    distributed.check_shared(folder)
+    with distributed.first_before_others("turn"):
+        turn = len(list(folder.iterdir()))
+        (folder / str(jax.process_index())).touch()
+    distributed.agree({"a number": 3, "some": {"numbers": [1, 2]}})
+    found = {
+        "whole": jax.tree.map(lambda x: np.asarray(x).tolist(), distributed.whole(doubled)),
+        "gathered": distributed.gather("x" * jax.process_index()),
+        "own": distributed.own(range(5)),
+        "turn": turn,
+        "spread": not tree["a"].is_fully_addressable,
+    }
+    print(json.dumps(found), flush=True)
+
+
+def mistake(folder):
+    """Process 0 finds one; the other waits for it."""
+    if jax.process_index() == 0:
+        raise UserError("there is no such volume")
+    distributed.barrier("never")
+
+
+def fault(folder):
+    """An error nobody foresaw, in process 1."""
+    if jax.process_index() == 1:
+        raise ZeroDivisionError("a fault")
+    distributed.barrier("never")
+
+
+def differ(folder):
+    distributed.agree({"config": {"train": {"batch_size": 8 * (1 + jax.process_index())}}})
+    distributed.barrier("never")
+
+
+def apart(folder):
+    """Each has a folder of its own."""
+    distributed.check_shared(folder / str(jax.process_index()))
+
+
+def work(folder):
+    """For ever, without anything that all do together."""
+    jax.devices()
+    print("working", flush=True)
+    while True:
+        time.sleep(0.1)
+
+
+def collect(folder):
+    """For ever, sums over all devices."""
+    total = jax.jit(lambda x: x.sum(), out_shardings=sharding.replicated(sharding.make_mesh()))
+    lanes = sharding.batch_sharding(sharding.make_mesh())
+    while True:
+        jax.block_until_ready(total(distributed.place(np.ones(jax.device_count()), lanes)))
+        print("working", flush=True)
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    coordinator, count, process, scenario, *folder = sys.argv[1:]
+    with exit_on_user_error():
+        place = cluster.from_flags(coordinator, int(count), int(process))
+        with session.joined(place):
+            globals()[scenario](Path(*folder))

@@ -1,0 +1,81 @@
+"""What processes of one run do together, and how they end when one of them does. No model."""
+
+import json
+import re
+import socket
+
+import pytest
+from launcher import SCRIPT, both, ends, free_port, start
+
+from pgpsam_jax.peers import LOST
+
+
+def test_what_processes_do_together(tmp_path):
+    ended = ends(*both("together", tmp_path))
+    assert [code for code, *_ in ended] == [0, 0], ended
+    first, second = (json.loads(out.splitlines()[-1]) for _, out, _ in ended)  # after Gloo's
+    assert first["spread"] and second["spread"]
+    assert first["whole"] == second["whole"]
+    assert first["whole"]["a"][3] == [36.0, 38.0, 40.0, 42.0, 44.0, 46.0]
+    assert first["whole"]["b"] == 14
+    assert first["gathered"] == second["gathered"] == ["", "x"]
+    assert (first["own"], second["own"]) == ([0, 2, 4], [1, 3])
+    assert (first["turn"], second["turn"]) == (0, 1)
+
+
+SAID = {
+    "mistake": (2, "there is no such volume", 2, r"process 0 of 2 on .* has ended: there is no"),
+    "fault": (1, "process 1 of 2 on .* has ended: ZeroDivisionError: a fault", 1, "a fault"),
+    "differ": (
+        2,
+        "process 1 of 2 on .* has ended: process 1 on",
+        2,
+        r"differ in config\.train\.batch_size: 16 here, 8 there; all need the same",
+    ),
+    "apart": (
+        2,
+        r"of process 1 on .* is not that of process 0 on .*; give a --workdir that all",
+        2,
+        r"of process 1 on .* is not that of process 0 on .*; give a --workdir that all",
+    ),
+}
+
+
+@pytest.mark.parametrize("scenario", SAID)
+def test_an_error_of_one_process_ends_both_with_its_sentence(scenario, tmp_path):
+    (code, _, said), (other_code, _, other_said) = ends(*both(scenario, tmp_path))
+    expected, sentence, other_expected, other_sentence = SAID[scenario]
+    assert (code, other_code) == (expected, other_expected), (said, other_said)
+    assert re.search(sentence, said), said
+    assert re.search(other_sentence, other_said), other_said
+
+
+@pytest.mark.parametrize("scenario", ["work", "collect"])
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_other(scenario, killed):
+    processes = both(scenario)
+    for process in processes:
+        assert any(line == "working\n" for line in process.stdout)  # Gloo says something before
+    processes[killed].kill()
+    [(code, _, said)] = ends(processes[1 - killed])
+    processes[killed].communicate()
+    assert code == LOST, said
+    assert f"process {killed} of 2 on " in said and "has ended without a word" in said
+    assert "start all of them again with the same command" in said
+
+
+def test_processes_that_do_not_meet():
+    nobody = f"localhost:{free_port()}"
+    alone, unequal = start(SCRIPT, nobody, 2, 1, "work"), both("work", counts=(2, 3))
+    too_few = start(SCRIPT, f"localhost:{free_port()}", 2, 0, "work")
+    with socket.create_server(("", 0)) as other:
+        taken = start(SCRIPT, f"localhost:{other.getsockname()[1]}", 2, 0, "work")
+        [(code, _, said)] = ends(taken)
+    assert code == 2 and "process 0 cannot listen on port" in said
+    [(code, _, said)] = ends(too_few)
+    assert code == 2 and "did not meet the others at localhost" in said
+    [(code, _, said)] = ends(alone)
+    assert code == 2 and f"process 1 cannot reach process 0 at {nobody}" in said
+    (code, _, said), (other_code, _, other_said) = ends(*unequal)
+    assert code == other_code == 2
+    assert "differ in number of processes: 3 here, 2 there" in other_said
