@@ -4,35 +4,22 @@ Every point has a fresh process, so that the peak of memory is its own and one t
 with its reason. Against PyTorch there are two, which take turns.
 """
 
-import contextlib
 import dataclasses
-import json
-import os
-import select
-import signal
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
 from experiments.benchmark.points import STEPS, Point
+from experiments.process import Failed, Process
 from pgpsam_jax import chips
 
-_REPOSITORY = Path(__file__).parents[2]
-_PATIENCE = 1800  # seconds for one answer
+_WORKER = "experiments.benchmark.worker"
 _FEWEST = 5  # timed steps of a point, or turns of a comparison
 WARM_UP = {"cpu": 3}  # steps, by platform; 10 elsewhere
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # else the peak is what was set aside
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # else the seconds of compiling are those of reading
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-
-
-class Failed(Exception):
-    """A point's reason for having no figures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,60 +30,11 @@ class Effort:
     budget: float = 30.0
 
 
-class Process:
-    """A worker: `ask` sends it a request and returns its answer."""
-
-    def __init__(self, framework: str):
-        self._errors = tempfile.TemporaryFile("w+")
-        paths = [str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.benchmark.worker", framework],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        )
-
-    def ask(self, **request) -> dict:
-        line = ""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            if not select.select([self._process.stdout], [], [], _PATIENCE)[0]:
-                raise Failed(f"no answer in {_PATIENCE} s")
-            line = self._process.stdout.readline()
-        if not line:
-            raise Failed(self._death())
-        answer = json.loads(line)
-        if "error" in answer:
-            raise Failed(answer["error"])
-        return answer
-
-    def _death(self) -> str:
-        code = self._process.wait()
-        if code == -signal.SIGKILL:
-            return "out of memory: the system killed the process"
-        self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines()
-        return f"the process ended with code {code}: {lines[-1][:200] if lines else 'no message'}"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._process.kill()
-        self._process.wait()
-        for file in (self._process.stdin, self._process.stdout, self._errors):
-            with contextlib.suppress(BrokenPipeError):
-                file.close()
-
-
 def measure(point: Point, effort: Effort) -> dict:
     """The row of a point, with `error` where it failed."""
     row = {"key": point.key, "point": dataclasses.asdict(point)}
     try:
-        with Process("jax") as process:
+        with Process(_WORKER, "jax", environment=ENVIRONMENT) as process:
             if point.task not in STEPS:
                 return row | {"record": process.ask(whole=describe(point))}
             row |= process.ask(prepare=describe(point), variant="")
@@ -153,7 +91,7 @@ def against(point: Point, ours: Process, row: dict, effort: Effort) -> dict:
     rows = {}
     for variant in ("eager",) if row["platform"] == "cpu" else ("compile", "eager"):
         try:
-            with Process("torch") as theirs:
+            with Process(_WORKER, "torch", environment=ENVIRONMENT) as theirs:
                 found = theirs.ask(prepare=describe(point), variant=variant)
                 warm(theirs, found, row["platform"])
                 own, other, ratios = take_turns(ours, theirs, row["platform"], effort)

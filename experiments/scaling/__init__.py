@@ -1,0 +1,1 @@
+"""Scaling studies of the training step: measured on devices at hand, compiled for TPUs without."""

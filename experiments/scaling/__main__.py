@@ -1,0 +1,130 @@
+"""How the training step scales: measured on the devices at hand, compiled for TPUs without.
+
+`measured` times the real step on growing numbers of devices, weakly (the batch of a device stays)
+and strongly (the global batch stays). `compiled` compiles it for TPU topologies, no TPU needed
+(pip install '.[tpu]'), and gives memory, FLOPs and collectives of a chip and a roofline estimate.
+`render` makes tables and charts again from a folder's CSV files.
+
+Every combination of the lists is a point and runs in a process of its own; one that fails is a row
+with its reason. The same command again does what is missing.
+
+Examples:
+  python -m experiments.scaling measured --encoders vit_b --batches 8
+  python -m experiments.scaling measured --simulate 4 --encoders vit_t --sizes 128 --batches 2
+  python -m experiments.scaling compiled --topologies v5e:2x2,v5p:8x8x8 --encoders vit_b,vit_h
+  python -m experiments.scaling compiled --topologies v5e:2x2 --fit --remat none,blocks
+  python -m experiments.scaling render runs/scaling
+"""
+
+import argparse
+import sys
+
+from experiments.benchmark.__main__ import numbers, words
+from experiments.benchmark.runner import Effort
+from experiments.scaling import points
+from experiments.scaling.render import render, render_all
+from experiments.scaling.rows import COMPILED, FAILED, MEASURED
+from experiments.scaling.study import Study, compile_with, devices_at_hand, measure_with
+from pgpsam_jax.errors import UserError, exit_on_user_error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a study or render one; 1 if a point failed."""
+    with exit_on_user_error():
+        options = _parser().parse_args(arguments)
+        if options.command == "render":
+            for text in render_all(options.folder):
+                print(text)
+            return 0
+        if options.limit <= 0 or getattr(options, "workers", 1) < 1:
+            raise UserError("--limit and --workers are seconds and points; give 1 or more")
+        asked = (_measured if options.command == "measured" else _compiled)(options)
+        kind = MEASURED if options.command == "measured" else COMPILED
+        render(options.output, kind)
+        print(f"{options.output}/{kind.name}.csv, .md and charts: {len(asked)} points")
+    return int(any(row["status"] == FAILED for row in asked))
+
+
+def _measured(options) -> list[dict]:
+    if options.steps < 1 or options.simulate < 0:
+        raise UserError(
+            "--steps is the number of timed steps, --simulate of devices; give 1 or more"
+        )
+    there = devices_at_hand(options.simulate, options.limit)
+    dtype = options.dtype or ("float32" if there["platform"] == "cpu" else "bfloat16")
+    chosen = points.measured_points(
+        there["count"],
+        numbers("--devices", options.devices) if options.devices else [],
+        words(options.scaling),
+        bool(options.simulate),
+        **_lists(options, dtype),
+    )
+    measure = measure_with(options.limit, Effort(options.steps, options.budget))
+    study = Study(options.output, MEASURED, measure, options.retry)
+    return study.each(study.row, chosen)
+
+
+def _compiled(options) -> list[dict]:
+    lists = _lists(options, options.dtype or "bfloat16") | {"topology": words(options.topologies)}
+    chosen = points.cross(points.Compiled, **lists | ({"batch": [1]} if options.fit else {}))
+    study = Study(options.output, COMPILED, compile_with(options.limit), options.retry)
+    return study.each(study.fit if options.fit else study.row, chosen, options.workers)
+
+
+def _lists(options, dtype: str) -> dict:
+    """The fields of a step that both kinds of points have, and their values."""
+    return dict(
+        encoder=words(options.encoders),
+        image_size=numbers("--sizes", options.sizes),
+        batch=numbers("--batches", options.batches),
+        mesh=words(options.meshes),
+        remat=words(options.remat),
+        attention=words(options.attention),
+        scan=[int(options.scan)],
+        dtype=[dtype],
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    measured = commands.add_parser("measured", help="time the step on the devices at hand")
+    compiled = commands.add_parser("compiled", help="compile the step for TPU topologies")
+    again = commands.add_parser("render", help="make tables and charts again from the CSV files")
+    again.add_argument("folder")
+    for command in (measured, compiled):
+        add = command.add_argument
+        add("--encoders", default="vit_b", help="vit_t, vit_b, vit_l, vit_h")
+        add("--sizes", default="512", help="image sizes in pixels")
+        add("--batches", default="1", help="images of one chip's shard")
+        add(
+            "--meshes",
+            default="data",
+            help="axes joined by +, with a size or for the rest: data,fsdp,tensor4,fsdp+tensor2",
+        )
+        add("--remat", default="none", help="of config.model")
+        add("--attention", default="auto", help="of config.model")
+        add("--scan", action="store_true", help="model.scan_blocks")
+        add("--dtype", default="", help="bfloat16; float32 is the default on CPUs")
+        add("--limit", type=float, default=900.0, help="seconds of a point, at most")
+        add("--retry", action="store_true", help="try points that failed again")
+        add("--output", default="runs/scaling", help="folder of the results")
+    add = measured.add_argument
+    add("--devices", default="", help="numbers of devices; empty: powers of two and all")
+    add("--scaling", default="weak,strong", help="weak, strong")
+    add("--simulate", type=int, default=0, metavar="N", help="N devices on this CPU")
+    add("--steps", type=int, default=50, help="timed steps of a point")
+    add("--budget", type=float, default=30.0, help="on a CPU: seconds after which five do")
+    add = compiled.add_argument
+    add("--topologies", default=",".join(points.TOPOLOGIES), help="chip and shape, v5e:4x4")
+    add("--workers", type=int, default=1, help="points at a time")
+    add("--fit", action="store_true", help="search the largest --batches that fits")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

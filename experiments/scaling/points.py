@@ -1,0 +1,144 @@
+"""What is studied: a point is one training step on one mesh; a study is a list of them."""
+
+import dataclasses
+import itertools
+import re
+
+from pgpsam_jax import topology
+from pgpsam_jax.config import default_config
+from pgpsam_jax.errors import UserError
+
+CLASSES = 9  # eight organs and background, as Synapse
+SLICES = 221  # of the paper's few-shot list
+# From one host to the largest slice of v5e and v6e and to 512 chips of v4 and v5p.
+TOPOLOGIES = (
+    *("v4:2x2x1", "v4:4x4x4", "v4:8x8x8"),
+    *("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"),
+    *("v5p:2x2x1", "v5p:4x4x4", "v5p:8x8x8"),
+    *("v6e:2x4", "v6e:8x8", "v6e:16x16"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What both kinds of points say of the step.
+
+    batch: images of the shard that a chip holds, so that a global batch is `batch` times data
+    times fsdp; chips of a tensor group share theirs. mesh: in the words of `mesh_sizes`.
+    attention, remat: of `config.model`; dtype: what it computes in.
+    """
+
+    encoder: str = "vit_b"
+    image_size: int = 512
+    batch: int = 1
+    mesh: str = "data"
+    remat: str = "none"
+    attention: str = "auto"
+    scan: int = 0
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        mesh_sizes(self.mesh)
+        if self.image_size < 1 or self.batch < 1:
+            raise UserError("--sizes and --batches are numbers from 1")
+
+    @property
+    def key(self) -> str:
+        """The row's name: every field."""
+        return " ".join(str(value) for value in dataclasses.astuple(self))
+
+    def config(self, devices: int):
+        """The configuration of a run with this step on so many devices."""
+        config = default_config()
+        config.model.update(
+            encoder=self.encoder,
+            image_size=self.image_size,
+            compute_dtype=self.dtype,
+            attention=self.attention,
+            remat=self.remat,
+            scan_blocks=bool(self.scan),
+        )
+        config.mesh.update(mesh_sizes(self.mesh))
+        config.train.batch_size = self.batch * self.lanes(devices)
+        return config
+
+    def lanes(self, devices: int) -> int:
+        """Shards of the batch: data times fsdp."""
+        tensor = mesh_sizes(self.mesh)["tensor"]
+        lanes = 1 if tensor == -1 else devices // tensor
+        if lanes < 1:
+            raise UserError(f"mesh {self.mesh!r} has more chips in a tensor group than {devices}")
+        return lanes
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled(Step):
+    """A step to be compiled for a topology, `v5e:2x2`."""
+
+    topology: str = "v5e:2x2"
+
+    def __post_init__(self):
+        super().__post_init__()
+        topology.shape_of(self.topology)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured(Step):
+    """A step to be run on the first of the devices at hand.
+
+    scaling: `weak` (`batch` is the same at every number of devices) or `strong` (the global batch
+    is). simulated: on devices that are threads of one CPU.
+    """
+
+    scaling: str = "weak"
+    devices: int = 1
+    simulated: int = 0
+
+
+def mesh_sizes(words: str) -> dict[str, int]:
+    """`config.mesh` in words: `data`, `fsdp`, `tensor4`, `fsdp8`, `fsdp+tensor4`.
+
+    An axis with a number has that size; one without takes the rest, data where none does.
+    """
+    sizes = {"data": 0, "fsdp": 0, "tensor": 0}
+    for word in words.split("+"):
+        match = re.fullmatch(r"(data|fsdp|tensor)([1-9]\d*)?", word)
+        if not match or sizes[match[1]]:
+            raise UserError(
+                f"mesh {words!r} unknown; write axes joined by +, with a size or for the rest "
+                "without, such as data, fsdp, tensor4, fsdp8+tensor2"
+            )
+        sizes[match[1]] = int(match[2] or -1)
+    if -1 not in sizes.values() and not sizes["data"]:
+        sizes["data"] = -1
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError(f"mesh {words!r} gives the rest to several axes; give all but one a size")
+    return {name: size or 1 for name, size in sizes.items()}
+
+
+def cross(kind, **lists) -> list:
+    """Every combination of the values of a point's fields, the last field fastest."""
+    rows = itertools.product(*lists.values())
+    points = (kind(**dict(zip(lists, row, strict=True))) for row in rows)
+    return list({point.key: point for point in points}.values())
+
+
+def measured_points(devices: int, counts, scalings, simulated: bool, **lists) -> list[Measured]:
+    """Weak and strong scaling over numbers of devices; both have the same step on the most.
+
+    counts: numbers of devices; empty: powers of two, and all of them.
+    """
+    counts = counts or [n for n in (2**i for i in range(32)) if n < devices] + [devices]
+    if max(counts) > devices or min(counts) < 1:
+        raise UserError(f"--devices are numbers from 1 to the {devices} at hand")
+    points = []
+    for step in cross(Measured, **lists):
+        most = step.lanes(max(counts))
+        for scaling, count in itertools.product(scalings, sorted(counts)):
+            if scaling not in ("weak", "strong"):
+                raise UserError(f"--scaling {scaling!r} unknown; choose from weak, strong")
+            lanes = step.lanes(count)
+            batch = step.batch if scaling == "weak" else step.batch * most // lanes
+            changes = dict(scaling=scaling, devices=count, batch=batch, simulated=int(simulated))
+            points.append(dataclasses.replace(step, **changes))
+    return points
