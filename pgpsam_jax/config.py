@@ -24,6 +24,7 @@ FREE_ON_RESUME = (
     "data.root",
     "data.cache_dir",
     "data.resident_gib",
+    "data.verify",
     "model.base",
     "model.attention",
     "model.remat",
@@ -37,6 +38,7 @@ _PLACES = (
     "data.root",
     "data.cache_dir",
     "data.resident_gib",
+    "data.verify",
     "eval.overlays",
     "eval.workers",
     "model.attention",
@@ -78,14 +80,14 @@ def default_config() -> ConfigDict:
     config.model.scan_blocks = False  # compile blocks that repeat once; memory for their weights
 
     config.data = ConfigDict()
-    config.data.layout = "btcv"  # btcv, pairs, phantom
+    config.data.layout = "btcv"  # btcv, nnunet, transunet, pairs, phantom
     config.data.root = ""
     config.data.image_glob = ""  # layout pairs: the part that * matches is the case id
     config.data.label_glob = ""
-    config.data.label_table = ""  # JSON file; empty = the Synapse eight (btcv, phantom)
+    config.data.label_table = ""  # JSON file; empty = the layout's own (btcv, phantom, nnunet)
     config.data.window = (-125.0, 275.0)  # intensities mapped to [0, 1]
     config.data.levels = 0  # grey levels they are rounded down to; 0 = continuous, 256 = 8 bits
-    config.data.split = "btcv_18_12"  # or btcv_18_6_6, file, fraction, within_volume
+    config.data.split = "btcv_18_12"  # or btcv_18_6_6, given, file, fraction, within_volume
     config.data.split_file = ""  # JSON lists of case ids: train, test, perhaps validation
     config.data.test_fraction = 0.4  # of the patients, split fraction
     config.data.validation_fraction = 0.0  # of the patients, split fraction
@@ -93,6 +95,7 @@ def default_config() -> ConfigDict:
     config.data.cache_dir = ""  # empty = <workdir>/cache
     config.data.resident_gib = 2.0  # a few-shot set up to this size stays on every device
     config.data.phantom_seed = 0
+    config.data.verify = True  # every file is checked before its first use (pgpsam_jax.verify)
 
     config.fewshot = ConfigDict()
     config.fewshot.file = ""  # an existing list; the rule below is then not used

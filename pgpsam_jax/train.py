@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from pgpsam_jax import announce, build, checkpoint, cost, distributed, sharding, validation
 from pgpsam_jax import config as configuration
-from pgpsam_jax.data import dataset
+from pgpsam_jax.data import arrays, dataset, verification
 from pgpsam_jax.data.augment import augmentation_seed
 from pgpsam_jax.data.loader import make_loader
 from pgpsam_jax.errors import UserError
@@ -41,6 +41,8 @@ def train(config: ConfigDict, workdir) -> dict:
     with watch("model"):
         graphdef, params, frozen, base_digest = build.init_model(config, split.table.num_classes)
     with watch("data"):
+        with distributed.first_before_others("verify"):
+            verification.ensure(config, split, workdir, say=distributed.say)
         _read_in_shares(config, split, workdir)
         data = dataset.few_shot_data(config, split.train, split.table, workdir, resume=resume)
         held_out = dataset.validation_data(config, split, workdir)
@@ -212,6 +214,8 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
 
     notices = [build.base_notice(config.model, workdir), validation.notice(config, workdir)]
     options = {}
+    if config.data.layout == "transunet":
+        notices.append(arrays.NO_GRID)
     if config.data.split == "within_volume":
         notices.append(
             "Training and scored slices come from the same volumes: no claim of generalisation. "

@@ -6,7 +6,6 @@ never read. Files are verified (zip checksums) before use and rebuilt where dama
 """
 
 import hashlib
-import itertools
 import json
 import warnings
 import zipfile
@@ -17,15 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.data.geometry import Fit, model_slices, to_model
+from pgpsam_jax.data.grid import TOLERANCE_MM, to_display, to_source
 from pgpsam_jax.data.labels import LabelTable
 from pgpsam_jax.data.layouts import Case
-from pgpsam_jax.data.nifti import SourceGrid, Volume, read_image, read_label, to_display, to_source
+from pgpsam_jax.data.nifti import Volume
+from pgpsam_jax.data.volumes import digest, read_image, read_label
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import atomic_path, file_digest
+from pgpsam_jax.files import atomic_path
 
 FORMAT = 1  # raise it whenever the content of a cache file would change
 _BLOCK = 16  # slices resized at a time
-_TOLERANCE_MM = 0.1  # of image and label corners; below it affines differ by rounding only
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +110,8 @@ def read_case(case: Case, table: LabelTable) -> tuple[Volume, np.ndarray]:
         raise UserError(f"case {case.case_id} ({case.image}) has no label file")
     image, label = read_image(case.image), read_label(case.label)
     ids = label.array
-    distance = _corner_distance(image.source, label.source)
-    if distance > _TOLERANCE_MM:
+    distance = image.source.distance(label.source)
+    if distance > TOLERANCE_MM:
         warnings.warn(
             f"{case.label} lies up to {distance:.2f} mm off {case.image} by its affine; "
             "look at an overlay before trusting the pair",
@@ -160,7 +160,7 @@ def _cached(case: Case, table: LabelTable, recipe: dict, folder: Path) -> Cached
     for path in (case.image, case.label):
         if path is None or not path.is_file():
             raise UserError(f"case {case.case_id}: file {path} not found; check the data folder")
-    sources = {"image": file_digest(case.image), "label": file_digest(case.label)}
+    sources = {"image": digest(case.image), "label": digest(case.label)}
     text = json.dumps(recipe | {"sources": sources}, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()
     file = folder / f"{case.case_id}-{key[:16]}.npz"
@@ -216,11 +216,3 @@ def _build(file: Path, case: Case, table: LabelTable, recipe: dict, meta: dict) 
 def slice_areas(ids: np.ndarray, num_classes: int) -> np.ndarray:
     """Pixels per slice and class, (D, H, W) -> (D, K)."""
     return np.stack([np.bincount(part.ravel(), minlength=num_classes) for part in ids])
-
-
-def _corner_distance(first: SourceGrid, second: SourceGrid) -> float:
-    """Largest distance in mm between the corner voxels of two grids in display orientation."""
-    ends = [(0, n - 1) for n in first.display_shape]
-    corners = np.array([(*corner, 1) for corner in itertools.product(*ends)], float)
-    moved = corners @ (first.display_affine - second.display_affine).T
-    return float(np.linalg.norm(moved[:, :3], axis=1).max())

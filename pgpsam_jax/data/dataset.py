@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from pgpsam_jax.data import cache, fewshot, layouts
-from pgpsam_jax.data.labels import SYNAPSE8, LabelTable, load_label_table
+from pgpsam_jax.data.labels import LabelTable, load_label_table
 from pgpsam_jax.errors import UserError
 
 
@@ -55,8 +55,9 @@ def label_table(config: ConfigDict) -> LabelTable:
     """The label table of `config.data`; layouts without a built-in one need a file."""
     if config.data.label_table:
         return load_label_table(config.data.label_table)
-    if config.data.layout in ("btcv", "phantom"):
-        return SYNAPSE8
+    table = layouts.label_table(config.data.layout, config.data.root)
+    if table is not None:
+        return table
     raise UserError(
         f"data.layout {config.data.layout!r} needs data.label_table, a JSON file that names the "
         'classes: {"classes": [{"name": "spleen", "source": [1]}, ...]}'
@@ -90,7 +91,7 @@ def few_shot_data(
     config: ConfigDict, cases, table: LabelTable, workdir, *, resume: bool
 ) -> FewShotData:
     """Slices of the few-shot list, by way of the cache; on resume, of the workdir's own list."""
-    cached = _cached(config, cases, table, workdir)
+    cached = read_cases(config, cases, table, workdir)
     areas = {case.case_id: case.areas for case in cached}
     settings = dict(config.fewshot)
     file, rule = settings.pop("file"), settings.pop("rule")
@@ -108,7 +109,7 @@ def validation_data(config: ConfigDict, split: Split, workdir) -> ValidationData
     """All valid slices of the validation cases, by way of the cache; None if there is no use."""
     if not config.validation.every_epochs:
         return None
-    cached = _cached(config, split.validation, split.table, workdir)
+    cached = read_cases(config, split.validation, split.table, workdir)
     min_pixels = config.fewshot.min_pixels
     entries = [
         (case.case_id, int(index))
@@ -124,7 +125,8 @@ def validation_data(config: ConfigDict, split: Split, workdir) -> ValidationData
     return ValidationData(*found, split.table.num_classes, len(cached), _digest(cached))
 
 
-def _cached(config: ConfigDict, cases, table: LabelTable, workdir) -> list[cache.CachedCase]:
+def read_cases(config: ConfigDict, cases, table: LabelTable, workdir) -> list[cache.CachedCase]:
+    """The cache files of some cases, made where they lack."""
     bar = tqdm(total=len(cases), desc="reading volumes", unit="case", leave=False)
     with bar:
         return cache.build_cache(

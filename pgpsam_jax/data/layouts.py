@@ -3,11 +3,17 @@
 import json
 import random
 import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from pgpsam_jax.data import nnunet, transunet
+from pgpsam_jax.data.arrays import NO_GRID
+from pgpsam_jax.data.cases import Case, Listing, check_root, pair, safe_case_id
+from pgpsam_jax.data.labels import SYNAPSE8, LabelTable
 from pgpsam_jax.errors import UserError
+
+LAYOUTS = ("btcv", "nnunet", "transunet", "pairs")
 
 # The split every paper of this family uses on BTCV/Synapse.
 BTCV_TRAIN = (5, 6, 7, 9, 10, 21, 23, 24, 26, 27, 28, 30, 31, 33, 34, 37, 39, 40)
@@ -23,34 +29,61 @@ _BTCV_HELP = (
 )
 
 
-@dataclass(frozen=True)
-class Case:
-    """One patient's volume; `case_id` is safe in a file name."""
-
-    case_id: str
-    image: Path
-    label: Path | None = None
-
-
 def find_cases(layout: str, root, image_glob=None, label_glob=None) -> list[Case]:
-    """Cases sorted by id.
+    """Cases sorted by id; a data set with any error in its files' names is refused.
 
-    `btcv`: `root` holds, or is inside, `RawData/Training/{img,label}`. `pairs`: globs relative to
-    `root`, one `*` each, standing for the case id; no `*` in either means one case, named after
-    the image's folder; no `label_glob` means images without labels.
+    `btcv`: `root` holds, or is inside, `RawData/Training/{img,label}`. `nnunet` and `transunet`:
+    see those modules. `pairs`: globs relative to `root`, one `*` each, standing for the case id;
+    no `*` in either means one case, named after the image's folder; no `label_glob` means images
+    without labels.
     """
+    listing = scan(layout, root, image_glob, label_glob)
+    if errors := listing.errors:
+        more = f" and {len(errors) - 5} more" if len(errors) > 5 else ""
+        raise UserError(f"in {root} {', '.join(errors[:5])}{more}; {listing.expected}")
+    if layout == "transunet":
+        warnings.warn(NO_GRID, stacklevel=2)
+    cases = [case for case in listing.cases if case.label is not None] or listing.cases
+    return sorted(cases, key=lambda case: case.case_id)
+
+
+def scan(layout: str, root, image_glob=None, label_glob=None) -> Listing:
+    """All cases, with what is wrong with the names of their files (see `find_cases`)."""
     root = Path(root)
     if layout == "btcv":
-        cases = _btcv(root)
-    elif layout == "pairs":
-        cases = _pairs(root, image_glob, label_glob)
-    else:
-        raise UserError(f"unknown data layout {layout!r}; known are btcv and pairs")
-    ids = [case.case_id for case in cases]
-    double = sorted({case_id for case_id in ids if ids.count(case_id) > 1})
-    if double:
-        raise UserError(f"{root} holds several files for case {', '.join(double)}; keep one each")
-    return sorted(cases, key=lambda case: case.case_id)
+        return _btcv(root)
+    if layout == "nnunet":
+        return nnunet.scan(root)
+    if layout == "transunet":
+        return transunet.scan(root)
+    if layout == "pairs":
+        return _pairs(root, image_glob, label_glob)
+    raise UserError(f"unknown data layout {layout!r}; known are {', '.join(LAYOUTS)}")
+
+
+def detect(root, image_glob=None) -> str:
+    """The layout of a folder, by what lies in it; with an `image_glob` it is `pairs`."""
+    root = Path(root)
+    check_root(root, "give the folder of a data set")
+    if image_glob:
+        return "pairs"
+    if (root / "dataset.json").is_file():
+        return "nnunet"
+    if (root / transunet.TRAIN).is_dir() or (root / transunet.TEST).is_dir():
+        return "transunet"
+    if _btcv_base(root) is not None:
+        return "btcv"
+    raise UserError(
+        f"{root} is of no known layout: {_BTCV_HELP}; or {nnunet.EXPECTED}; or "
+        f"{transunet.EXPECTED}; or give layout pairs with image_glob and label_glob"
+    )
+
+
+def label_table(layout: str, root) -> LabelTable | None:
+    """The label table that a layout brings, else None: there has to be a file."""
+    if layout == "nnunet":
+        return nnunet.label_table(root)
+    return SYNAPSE8 if layout in ("btcv", "phantom") else None
 
 
 def split_cases(
@@ -65,9 +98,11 @@ def split_cases(
     """Train, validation (may be empty) and test cases; no patient is in two of them.
 
     `btcv_18_12` is the published split, `btcv_18_6_6` the release's, `file` a JSON object with
-    id lists "train", "test" and perhaps "validation", `fraction` a seeded draw of whole patients,
-    whose test cases do not depend on `validation_fraction`. `within_volume` returns all cases as
-    train and as test: scoring has to leave out the training slices.
+    id lists "train", "test" and perhaps "validation", `given` what the layout itself says (the
+    lists of TransUNet, imagesTr and imagesTs of nnU-Net), `fraction` a seeded draw of whole
+    patients, whose test cases do not depend on `validation_fraction`. `within_volume` returns all
+    cases as train and as test: scoring has to leave out the training slices. The last two leave
+    the layout's own test cases out.
     """
     cases = list(cases)
     if validation_fraction and kind != "fraction":
@@ -75,8 +110,11 @@ def split_cases(
             f"data.validation_fraction is {validation_fraction}, which split {kind!r} does not "
             "use; set it to 0, or data.split to fraction"
         )
+    own = [case for case in cases if case.part != "test"] or cases
     if kind == "within_volume":
-        return cases, [], cases
+        return own, [], own
+    if kind == "given":
+        return _given(cases)
     if kind == "btcv_18_12":
         parts = BTCV_TRAIN, (), BTCV_TEST
     elif kind == "btcv_18_6_6":
@@ -84,31 +122,27 @@ def split_cases(
     elif kind == "file":
         parts = _split_file(file)
     elif kind == "fraction":
-        parts = _split_fraction(cases, validation_fraction, test_fraction, seed)
+        parts = _split_fraction(own, validation_fraction, test_fraction, seed)
     else:
         raise UserError(
-            f"unknown split {kind!r}; known are btcv_18_12, btcv_18_6_6, file, fraction and "
+            f"unknown split {kind!r}; known are btcv_18_12, btcv_18_6_6, file, given, fraction and "
             "within_volume"
         )
     return _select(cases, parts, f"split {file or kind}")
 
 
-def safe_case_id(text: str) -> str:
-    """A case id of [A-Za-z0-9_.-] that cannot leave its folder; other characters become `_`."""
-    result = re.sub(r"[^A-Za-z0-9_.-]", "_", text).lstrip(".")
-    if not result:
-        raise UserError(f"cannot make a case id of {text!r}; rename the file")
-    return result
+def _btcv_base(root: Path) -> Path | None:
+    return next((root / f for f in _BTCV_FOLDERS if (root / f / "img").is_dir()), None)
 
 
-def _btcv(root: Path) -> list[Case]:
-    _check_root(root, _BTCV_HELP)
-    base = next((root / f for f in _BTCV_FOLDERS if (root / f / "img").is_dir()), None)
+def _btcv(root: Path) -> Listing:
+    check_root(root, _BTCV_HELP)
+    base = _btcv_base(root)
     if base is None:
         raise UserError(f"no img folder of the BTCV layout under {root}: {_BTCV_HELP}")
     images = _numbered(base / "img", "img")
     labels = _numbered(base / "label", "label")
-    return _match(images, labels, base, _BTCV_HELP)
+    return pair(images, labels, base, _BTCV_HELP)
 
 
 def _numbered(folder: Path, prefix: str) -> list[tuple[str, Path]]:
@@ -117,19 +151,19 @@ def _numbered(folder: Path, prefix: str) -> list[tuple[str, Path]]:
     return [(match[1], path) for match, path in found if match]
 
 
-def _pairs(root: Path, image_glob, label_glob) -> list[Case]:
+def _pairs(root: Path, image_glob, label_glob) -> Listing:
     if not image_glob:
         raise UserError("layout pairs needs an image_glob such as images/*.nii.gz")
-    _check_root(root, f"expected a folder that holds {image_glob}")
+    check_root(root, f"expected a folder that holds {image_glob}")
     images = _glob(root, image_glob)
     if label_glob is None:
-        return _match(images, None, root, f"expected {image_glob}")
+        return pair(images, None, root, f"expected {image_glob}")
     if ("*" in image_glob) != ("*" in label_glob):
         raise UserError(f"{image_glob!r} and {label_glob!r} must both hold one * or both none")
     labels = _glob(root, label_glob)
     if "*" not in image_glob and images and labels:
         labels = [(images[0][0], labels[0][1])]
-    return _match(images, labels, root, f"expected {image_glob} and {label_glob}")
+    return pair(images, labels, root, f"expected {image_glob} and {label_glob}")
 
 
 def _glob(root: Path, pattern: str) -> list[tuple[str, Path]]:
@@ -150,25 +184,14 @@ def _glob(root: Path, pattern: str) -> list[tuple[str, Path]]:
     return [(safe_case_id(match[1]), path) for match, path in found if match]
 
 
-def _match(images, labels, root: Path, expected: str) -> list[Case]:
-    """Pair by case id, never by position; all missing partners in one message."""
-    if not images:
-        raise UserError(f"no images found in {root}: {expected}")
-    if labels is None:
-        return [Case(case_id, path) for case_id, path in images]
-    ids, partners = {case_id for case_id, _ in images}, dict(labels)
-    lone = [f"label of {i}" for i in sorted(ids - set(partners))]
-    lone += [f"image of {i}" for i in sorted(set(partners) - ids)]
-    if lone:
-        raise UserError(f"missing in {root}: {', '.join(lone)}; {expected}")
-    if len(partners) < len(labels):
-        raise UserError(f"{root} holds several label files for one case; keep one each")
-    return [Case(case_id, path, partners[case_id]) for case_id, path in images]
-
-
-def _check_root(root: Path, expected: str) -> None:
-    if not root.is_dir():
-        raise UserError(f"data folder {root} does not exist: {expected}")
+def _given(cases: list[Case]) -> tuple[list[Case], list[Case], list[Case]]:
+    parts = [[case for case in cases if case.part == part] for part in ("train", "test")]
+    if not all(parts):
+        raise UserError(
+            f"split given needs a layout with training and test cases of its own, here are "
+            f"{len(parts[0])} and {len(parts[1])}; choose another data.split"
+        )
+    return parts[0], [], parts[1]
 
 
 def _split_file(file) -> tuple[list, list, list]:

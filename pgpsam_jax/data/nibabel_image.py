@@ -6,7 +6,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from pgpsam_jax.data.nifti import Volume, decode, parse_header, to_display, told
+from pgpsam_jax.data.grid import to_display
+from pgpsam_jax.data.nifti import Volume, decode, parse_header, told
 
 
 def from_nibabel(image: nib.Nifti1Image) -> Volume:

@@ -1,0 +1,44 @@
+"""The volumes of a case, whatever a layout keeps them in: NIfTI files or plain arrays."""
+
+import numpy as np
+
+from pgpsam_jax.data import arrays, nifti
+from pgpsam_jax.data.arrays import ArrayFiles
+from pgpsam_jax.data.cases import Source
+from pgpsam_jax.data.grid import SourceGrid
+from pgpsam_jax.data.nifti import Volume
+from pgpsam_jax.files import file_digest
+
+
+def read_image(source: Source) -> Volume:
+    """Intensities as float32; a `UserError` for anything but one intact, finite 3-D volume."""
+    raw, grid, _ = read_raw(source)
+    return nifti.to_volume(raw, grid, np.float32)
+
+
+def read_label(source: Source) -> Volume:
+    """Source label ids as int32; floats count as ids when within 1e-3 of an integer."""
+    raw, grid, _ = read_raw(source)
+    return nifti.to_volume(raw, grid, np.int32)
+
+
+def read_raw(source: Source) -> tuple[np.ndarray, SourceGrid, int]:
+    """As `nifti.read_raw`: stored voxels (X, Y, Z), grid, bytes left over."""
+    if isinstance(source, ArrayFiles):
+        return *arrays.read_raw(source), 0
+    return nifti.read_raw(source)
+
+
+def read_grid(source: Source) -> SourceGrid:
+    """The grid that a prediction has to be written on, from the header alone."""
+    return arrays.read_grid(source) if isinstance(source, ArrayFiles) else nifti.read_grid(source)
+
+
+def digest(source: Source) -> str:
+    """SHA-256 of the files' bytes."""
+    return source.digest() if isinstance(source, ArrayFiles) else file_digest(source)
+
+
+def files_of(source: Source) -> list:
+    """The files a volume is read from."""
+    return list(source.files) if isinstance(source, ArrayFiles) else [source]

@@ -1,0 +1,163 @@
+"""Check a data set before training: every file, one line each, and what is wrong with it.
+
+python -m pgpsam_jax.verify --data ROOT [--layout btcv|nnunet|transunet|pairs]
+
+Ends with 0 if there are no errors (warnings there may be), 1 if there are, 2 if nothing could be
+checked. `--report FILE` writes what was found as JSON (`data/verification.py` says in which form).
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+
+from pgpsam_jax.data import layouts
+from pgpsam_jax.data.arrays import NO_GRID
+from pgpsam_jax.data.cases import Listing
+from pgpsam_jax.data.findings import ERROR, WARNING
+from pgpsam_jax.data.labels import LabelTable, load_label_table
+from pgpsam_jax.data.verification import check_cases, findings_of, spoken, summarise
+from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.files import write_json
+
+
+def verify(
+    root,
+    layout: str = "auto",
+    *,
+    image_glob: str | None = None,
+    label_glob: str | None = None,
+    table: LabelTable | None = None,
+    split: str | None = None,
+    split_file=None,
+    workers: int = 0,
+    say=print,
+) -> dict:
+    """Check all files of a data set, saying a line for each; returns the report.
+
+    `split` and `split_file` as in `data`: where given, no patient may be in two of its parts.
+    """
+    started, base = time.perf_counter(), Path(root)
+    if layout == "auto":
+        layout = layouts.detect(root, image_glob)
+    listing = layouts.scan(layout, root, image_glob, label_glob)
+    table = table or layouts.label_table(layout, root)
+    if split:
+        _split(listing, split, split_file)
+    of_file = {}
+    for finding in listing.findings:
+        of_file.setdefault(finding.file, []).append(finding)
+    records, said = [], set()
+    for record in check_cases(listing.cases, table, workers=workers):
+        records.append(record)
+        for file in record["files"]:
+            file["findings"] += [f.to_json() for f in of_file.pop(file["file"], ())]
+            said |= {id(finding) for finding in file["findings"]}
+            say(_line(file, base))
+    rest = [finding for findings in of_file.values() for finding in findings]
+    if layout == "transunet":
+        say(f"note     {NO_GRID}")
+    report = summarise(
+        records,
+        table,
+        findings=rest,
+        has_grid=layout != "transunet",
+        root=str(root),
+        layout=layout,
+    )
+    for finding in findings_of(report):
+        if id(finding) not in said:
+            say(f"{finding['level']:8} {_short(spoken(finding), base)}")
+    say(_order_line(report["order"]))
+    counts, seconds = report["counts"], time.perf_counter() - started
+    say(
+        f"{counts['files']} files of {counts['cases']} cases in {seconds:.1f} s: "
+        f"{counts['errors']} errors, {counts['warnings']} warnings"
+    )
+    return report | {"seconds": round(seconds, 2)}
+
+
+def _split(listing: Listing, kind: str, file) -> None:
+    """Write the parts of a split into the cases; one that does not fit is a finding."""
+    cases = [case for case in listing.cases if case.label is not None]
+    try:
+        parts = layouts.split_cases(cases, kind, file=file)
+    except UserError as error:
+        listing.add("split", "", str(error))
+        return
+    part_of = {
+        case.case_id: name
+        for name, part in zip(("train", "validation", "test"), parts, strict=True)
+        for case in part
+    }
+    listing.cases = [
+        dataclasses.replace(case, part=part_of.get(case.case_id, "")) for case in listing.cases
+    ]
+
+
+def _line(file: dict, base: Path) -> str:
+    """The line of a file: how it is, its name, its shape or what is wrong with it."""
+    levels = {finding["level"] for finding in file["findings"]}
+    level = ERROR if ERROR in levels else WARNING if levels else "ok"
+    text = "; ".join(finding["message"] for finding in file["findings"])
+    if not text:
+        text = " x ".join(map(str, file["shape"]))
+        text += f" voxels of {' x '.join(f'{s:.4g}' for s in file['spacing'])} mm"
+    return f"{level:8} {_short(file['file'], base)}: {_short(text, base)}"
+
+
+def _short(text: str, base: Path) -> str:
+    """Paths as seen from the data folder."""
+    return text.replace(f"{base}{os.sep}", "") if str(base) != "." else text
+
+
+def _order_line(order: dict) -> str:
+    looks = f" The ids look like {order['order']}." if order["order"] else ""
+    return {
+        "consistent": "label order: the organs lie as the label table says.",
+        "mixed_up": f"label order: NOT as the label table says.{looks}",
+        "guess": f"label order: no label table.{looks}",
+        "unclear": "label order: cannot be told (it takes three organs of the abdomen that lie as "
+        "in a CT of an adult).",
+    }[order["verdict"]]
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pgpsam_jax.verify", description=__doc__)
+    parser.add_argument("--data", required=True, help="folder of the data set")
+    parser.add_argument("--layout", default="auto", choices=["auto", *layouts.LAYOUTS])
+    parser.add_argument("--image-glob", help="layout pairs: such as images/*.nii.gz")
+    parser.add_argument("--label-glob", help="layout pairs: such as labels/*.nii.gz")
+    parser.add_argument("--label-table", help="JSON file that names the classes")
+    parser.add_argument("--split", help="as data.split: btcv_18_12, btcv_18_6_6, given, file")
+    parser.add_argument("--split-file", help="JSON lists of case ids, for --split file")
+    parser.add_argument("--report", help="write what was found as JSON")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes; 0 = this one, -1 = one per core"
+    )
+    given = parser.parse_args(arguments)
+    with exit_on_user_error():
+        report = verify(
+            given.data,
+            given.layout,
+            image_glob=given.image_glob,
+            label_glob=given.label_glob,
+            table=load_label_table(given.label_table) if given.label_table else None,
+            split="file" if given.split_file else given.split,
+            split_file=given.split_file,
+            workers=given.workers,
+        )
+        if given.report:
+            try:
+                write_json(given.report, report)
+            except OSError as error:
+                raise UserError(
+                    f"report {given.report} cannot be written: {error.strerror or error}"
+                ) from error
+        return 1 if report["counts"]["errors"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

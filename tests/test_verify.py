@@ -1,0 +1,396 @@
+"""`python -m pgpsam_jax.verify`: every fault of a data set is found and named; none stops it."""
+
+import gzip
+import json
+import re
+import shutil
+import sys
+import zlib
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import REPOSITORY, shared
+from small_run import config_for, write_data
+
+from pgpsam_jax import verify as program
+from pgpsam_jax.data import dataset, verification
+from pgpsam_jax.data.labels import SYNAPSE8, load_label_table
+from pgpsam_jax.data.verification import ensure, findings_of
+from pgpsam_jax.errors import UserError
+
+PAIRS = {"image_glob": "images/*.nii.gz", "label_glob": "labels/*.nii.gz"}
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_data(tmp_path)
+
+
+def check(root, **options):
+    """The report of a folder of pairs and the lines said."""
+    lines = []
+    options = PAIRS | {"table": load_label_table(root / "table.json")} | options
+    return program.verify(root, say=lines.append, **options), lines
+
+
+def codes(report):
+    """{(level, code, file name)} of all findings."""
+    found = findings_of(report)
+    return {(f["level"], f["code"], f["file"].rsplit("/", 1)[-1]) for f in found}
+
+
+def change(path, array=None, affine=None, **header):
+    """Save a file again with other voxels, affine or header fields."""
+    image = nib.load(path)
+    array = np.asarray(image.dataobj) if array is None else array
+    fresh = nib.Nifti1Image(array, image.affine if affine is None else affine)
+    for field, value in header.items():
+        fresh.header[field] = value
+    path.write_bytes(gzip.compress(fresh.to_bytes(), mtime=0))
+
+
+def voxels(path, dtype=np.float32):
+    return np.asarray(nib.load(path).dataobj).astype(dtype)
+
+
+def test_a_sound_data_set(root, capsys):
+    report, lines = check(root)
+    assert report["counts"] == {"files": 6, "cases": 3, "errors": 0, "warnings": 0}
+    assert [line[:9] for line in lines[:6]] == ["ok       "] * 6
+    assert "images/a.nii.gz: 10 x 20 x 24 voxels of 4 x 2 x 1.5 mm" in lines[0]
+    assert lines[-1].startswith("6 files of 3 cases") and str(root) not in "".join(lines)
+    assert report["order"]["verdict"] == "unclear"  # two organs are too few
+    file = report["files"][1]
+    assert (file["kind"], file["shape"], file["orientation"]) == ("label", [10, 20, 24], "LPS")
+    assert set(file["voxels"]) == {"0", "1", "6"}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def flip_checksum(path):
+    data = bytearray(path.read_bytes())
+    data[-6] ^= 1
+    path.write_bytes(data)
+
+
+def grow(path, extra):
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + extra))
+
+
+def claim(path):
+    """A header of 4 GiB before a kilobyte of voxels."""
+    header = nib.load(path).header
+    header.set_data_shape((2048, 1024, 1024))
+    header["vox_offset"] = 352
+    path.write_bytes(gzip.compress(header.binaryblock + bytes(4 + 1024)))
+
+
+def bomb(path):
+    """A small volume with 64 MiB of zeros behind it, in 64 KiB."""
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, 31)
+    parts = [squeeze.compress(gzip.decompress(path.read_bytes()))]
+    parts += [squeeze.compress(bytes(1 << 20)) for _ in range(64)]
+    path.write_bytes(b"".join(parts) + squeeze.flush())
+
+
+def spoiled(value):
+    def spoil(path):
+        array = voxels(path)
+        array[3, 4, 5] = value
+        change(path, array)
+
+    return spoil
+
+
+def moved(path, millimetres=5.0):
+    affine = nib.load(path).affine.copy()
+    affine[0, 3] += millimetres
+    change(path, affine=affine)
+
+
+def two_affines(path):
+    image = nib.load(path)
+    other = image.affine.copy()
+    other[2, 3] += 3
+    fresh = nib.Nifti1Image(np.asarray(image.dataobj), image.affine)
+    fresh.set_sform(image.affine, 1)
+    fresh.set_qform(other, 1)
+    path.write_bytes(gzip.compress(fresh.to_bytes()))
+
+
+def sheared(path):
+    affine = nib.load(path).affine.copy()
+    affine[0, 1] = 0.4
+    change(path, affine=affine)
+
+
+FAULTS = {  # (file, what is done to it, level, code, what the sentence says)
+    "cut off": ("images", cut, "error", "damaged", "get a new copy"),
+    "checksum": ("labels", flip_checksum, "error", "damaged", "CRC"),
+    "garbage": ("images", lambda p: p.write_bytes(p.read_bytes() + b"xy"), "error", "damaged", ""),
+    "not gzip": ("images", lambda p: p.write_bytes(b"x" * 400), "error", "name", "not gzip"),
+    "claim": ("images", claim, "error", "size", "8.0 GiB"),
+    "bomb": ("labels", bomb, "error", "trailing", "past the size"),
+    "padding": ("images", lambda p: grow(p, bytes(300)), "warning", "trailing", "300 bytes"),
+    "4-D": (
+        "images",
+        lambda p: change(p, np.stack([voxels(p)] * 2, -1)),
+        *("error", "shape", "3-D"),
+    ),
+    "NaN": ("images", spoiled(np.nan), "error", "not_finite", "NaN"),
+    "Inf": ("labels", spoiled(np.inf), "error", "not_finite", "infinite"),
+    "soft": ("labels", spoiled(0.5), "error", "not_integer", "holds 0.5"),
+    "shape": (
+        "labels",
+        lambda p: change(p, voxels(p)[:, :, :-1]),
+        *("error", "shape_mismatch", "(9, 20, 24)"),
+    ),
+    "moved": ("labels", moved, "warning", "affine_mismatch", "up to 5.00 mm"),
+    "spacing": (
+        "labels",
+        lambda p: change(p, affine=nib.load(p).affine @ np.diag([1, 1, 1.01, 1])),
+        *("warning", "affine_mismatch", "4.04 x 2 x 1.5 mm"),
+    ),
+    "two affines": ("images", two_affines, "warning", "two_affines", "3.00 mm"),
+    "shear": ("labels", sheared, "warning", "shear", "degrees"),
+    "metal": ("images", spoiled(9000), "warning", "intensity", "9000"),
+    "constant": (
+        "images",
+        lambda p: change(p, np.full((24, 20, 10), 7, np.int16)),
+        *("warning", "constant", "value 7"),
+    ),
+    "empty": ("labels", lambda p: change(p, 0 * voxels(p)), "warning", "empty", "background"),
+    "absent": (
+        "labels",
+        lambda p: change(p, np.where(voxels(p) == 6, 6, 0).astype(np.int16)),
+        *("warning", "absent", "has no spleen"),
+    ),
+    "singular": (
+        "images",
+        lambda p: p.write_bytes(gzip.compress(_singular(p))),
+        *("error", "affine", "singular"),
+    ),
+    "no file": ("labels", lambda p: p.unlink(), "error", "missing_pair", "label of b is missing"),
+}
+
+
+def _singular(path):
+    image = nib.Nifti1Image(np.asarray(nib.load(path).dataobj), nib.load(path).affine)
+    image.set_sform(image.affine, 1)
+    data = bytearray(image.to_bytes())
+    data[280:296] = data[296:312]  # srow_x becomes srow_y
+    return bytes(data)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_named_and_the_rest_is_still_checked(root, fault):
+    folder, spoil, level, code, text = FAULTS[fault]
+    path = root / folder / "b.nii.gz"
+    spoil(path)
+    report, lines = check(root)
+    found = [f for f in findings_of(report) if f["code"] == code]
+    assert found and found[0]["level"] == level and text in found[0]["message"], report
+    name = path if fault != "no file" else root / "images" / "b.nii.gz"
+    assert found[0]["file"] == str(name) and str(path) not in found[0]["message"]
+    assert len(lines) >= report["counts"]["files"] + 2  # a line each, nothing stopped
+    of_others = [f for file in report["files"] if file["case"] != "b" for f in file["findings"]]
+    assert of_others == []
+    lines = [line for line in lines if line.startswith(level) and name.name in line]
+    assert len([line for line in lines if text in line]) >= 1
+    assert not any("\n" in line for line in lines)
+
+
+def test_several_faults_in_one_line(root):
+    spoiled(np.nan)(root / "images" / "a.nii.gz")
+    two_affines(root / "labels" / "a.nii.gz")
+    change(root / "labels" / "a.nii.gz", voxels(root / "labels" / "a.nii.gz") + 0.3)
+    cut(root / "labels" / "c.nii.gz")
+    report, lines = check(root)
+    assert codes(report) >= {
+        ("error", "not_finite", "a.nii.gz"),
+        ("error", "not_integer", "a.nii.gz"),
+        ("error", "damaged", "c.nii.gz"),
+    }
+    assert sum(line.startswith("error") for line in lines[:6]) == 3
+
+
+def test_unknown_label_values(root):
+    (root / "table.json").write_text(
+        json.dumps({"classes": [{"name": "liver", "source": [6]}, {"name": "x", "source": [1]}]})
+    )
+    for value in (3, -2, 70000):
+        array = voxels(root / "labels" / "b.nii.gz", np.int32)
+        array[0, 0, :2] = value
+        change(root / "labels" / "b.nii.gz", array)
+        report, _ = check(root)
+        (finding,) = findings_of(report)
+        assert finding["code"] == "unknown_label"
+        assert f"{value} (2 voxels)" in finding["message"]
+
+
+def test_the_same_voxels_twice(root):
+    """Packed anew, and stored in another type and along other axes: still the same image."""
+    image = nib.load(root / "images" / "a.nii.gz")
+    turned = nib.as_closest_canonical(image)
+    turned = nib.Nifti1Image(np.asarray(turned.dataobj, np.float32), turned.affine)
+    (root / "images" / "d.nii.gz").write_bytes(gzip.compress(turned.to_bytes(), 1))
+    shutil.copy(root / "labels" / "a.nii.gz", root / "labels" / "d.nii.gz")
+    report, lines = check(root)
+    assert codes(report) == {
+        ("error", "duplicate", "d.nii.gz"),
+        ("warning", "duplicate", "d.nii.gz"),
+    }
+    assert any("holds the same voxels as images/a.nii.gz; keep one" in line for line in lines)
+    split = root / "split.json"
+    split.write_text(json.dumps({"train": ["a", "b"], "test": ["c", "d"]}))
+    report, _ = check(root, split="file", split_file=split)
+    assert codes(report) == {("error", "duplicate", "d.nii.gz")}
+    assert all("one in train and one in test" in f["message"] for f in findings_of(report))
+
+
+def test_a_patient_in_both_splits(root):
+    split = root / "split.json"
+    split.write_text(json.dumps({"train": ["a", "b"], "test": ["b", "c"]}))
+    report, _ = check(root, split="file", split_file=split)
+    (finding,) = report["data_set"]
+    assert finding["level"] == "error" and "twice, which would leak: b" in finding["message"]
+
+
+def test_without_a_table_the_ids_are_guessed(root):
+    report, lines = check(root, table=None, layout="pairs")
+    assert codes(report) == {("error", "no_table", "")}
+    assert any(line.startswith("error") and '"classes"' in line for line in lines)
+
+
+def test_workers_change_nothing(root):
+    cut(root / "images" / "b.nii.gz")
+    assert check(root)[0] | {"seconds": 0} == check(root, workers=2)[0] | {"seconds": 0}
+
+
+def test_the_program(root, capsys):
+    arguments = ["--data", str(root), "--label-table", str(root / "table.json")]
+    arguments += ["--image-glob", PAIRS["image_glob"], "--label-glob", PAIRS["label_glob"]]
+    report = root / "out" / "verify.json"
+    assert program.main([*arguments, "--report", str(report)]) == 0
+    moved(root / "labels" / "b.nii.gz")
+    assert program.main(arguments) == 0  # a warning
+    cut(root / "images" / "b.nii.gz")
+    assert program.main([*arguments, "--report", str(report)]) == 1
+    stored = json.loads(report.read_text())
+    assert stored["schema"] == 1 and stored["layout"] == "pairs" and stored["root"] == str(root)
+    assert stored["counts"]["errors"] == 1 and len(stored["files"]) == 6
+    assert "error    images/b.nii.gz: is damaged" in capsys.readouterr().out
+    for wrong in (
+        ["--data", str(root / "none")],
+        ["--data", str(root)],
+        ["--data", str(root), "--layout", "pairs"],
+        ["--data", str(root), "--layout", "dicom"],
+        [*arguments, "--label-table", str(root / "none.json")],
+        [*arguments, "--report", str(root / "table.json" / "x.json")],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            program.main(wrong)
+        assert ended.value.code == 2
+        assert "error: " in (said := capsys.readouterr().err) and "Traceback" not in said
+
+
+def split_of(root):
+    return dataset.find_split(config_for(root))
+
+
+def test_a_run_checks_its_data_once(root, tmp_path, monkeypatch):
+    workdir, config, said = tmp_path / "run", config_for(root), []
+    report = ensure(config, split_of(root), workdir, say=said.append)
+    assert report["counts"]["cases"] == 3 and said == ["checked 3 of 3 cases: 0 errors, 0 warnings"]
+    assert json.loads((workdir / "verify.json").read_text()) == json.loads(json.dumps(report))
+    assert {file["part"] for file in report["files"]} == {"train", "test"}
+
+    seen, original = [], verification.check_case
+    monkeypatch.setattr(
+        verification, "check_case", lambda case, *a: seen.append(case.case_id) or original(case, *a)
+    )
+    again = ensure(config, split_of(root), workdir, say=said.append)
+    assert seen == [] and len(said) == 1 and again["counts"] == report["counts"]
+    moved(root / "labels" / "b.nii.gz")
+    ensure(config, split_of(root), workdir, say=said.append)
+    assert seen == ["b"] and said[1] == "checked 1 of 3 cases: 0 errors, 1 warnings"
+    assert re.match(r"warning: .*/labels/b\.nii\.gz lies up to 5\.00 mm off", said[2])
+
+    (workdir / "cache" / "verified.json").write_text("{")
+    with pytest.warns(UserWarning, match="damaged"):
+        ensure(config, split_of(root), workdir, say=said.append)
+    assert seen == ["b", "a", "b", "c"]
+
+
+def test_a_run_on_bad_data_is_refused(root, tmp_path):
+    config = config_for(root)
+    spoiled(np.nan)(root / "images" / "c.nii.gz")
+    for _ in range(2):  # and remembered
+        with pytest.raises(UserError, match=r"cannot be trusted: .*c\.nii\.gz holds NaN.*verify"):
+            ensure(config, split_of(root), tmp_path / "run", say=lambda line: None)
+    stored = json.loads((tmp_path / "run" / "verify.json").read_text())
+    assert stored["counts"]["errors"] == 1
+
+
+def test_a_window_that_shows_nothing_is_refused(root, tmp_path):
+    config = config_for(root, data__window=(5000.0, 9000.0))
+    with pytest.raises(UserError, match=r"shows next to nothing; set data\.window"):
+        ensure(config, split_of(root), tmp_path, say=lambda line: None)
+
+
+def test_a_mixed_up_order_is_an_error_with_its_name(tmp_path):
+    """Two phantoms whose labels follow CASCADE's order, read as TransUNet's."""
+    from golden.make_phantom_anatomy import FILE
+    from test_label_order import CASCADE, SAMED, TABLES, renumbered
+
+    stored = json.loads(FILE.read_text())
+    records = [
+        {
+            "case": case,
+            "part": "",
+            "files": [],
+            "features": renumbered(
+                {int(i): f for i, f in stored[case]["eight"].items()}, TABLES[CASCADE]
+            ),
+        }
+        for case in ("1", "2")
+    ]
+    names = TABLES[SAMED]
+    table = SimpleNamespace(
+        names=("background", *names.values()),
+        source_to_class={0: 0} | {i: i for i in names},
+        to_json=dict,
+    )
+    report = verification.summarise(records, table)
+    (finding,) = report["data_set"]
+    assert (finding["level"], finding["code"]) == ("error", "order")
+    assert CASCADE in finding["message"]
+    assert "5 looks like pancreas, not liver, 6 looks like liver, not stomach" in finding["message"]
+    assert verification.summarise(records, SYNAPSE8)["order"]["order"] == CASCADE
+
+
+@pytest.mark.parametrize(
+    "table, verdict", [("abdomen_ct", "consistent"), ("four_organs", "mixed_up")]
+)
+def test_a_real_ct_with_other_structures(table, verdict):
+    """59 structures, of which a table lists eight; another takes the stomach for the liver."""
+    report = program.verify(
+        shared("data/abdomen_ct"),
+        image_glob="ct.nii.gz",
+        label_glob="seg104.nii.gz",
+        table=load_label_table(REPOSITORY / "configs" / "labels" / f"{table}.json"),
+        say=lambda line: None,
+    )
+    assert report["order"]["verdict"] == verdict and report["counts"]["warnings"] == 0
+    assert (report["counts"]["errors"] > 0) == (verdict == "mixed_up")
+
+
+def test_it_needs_no_jax():
+    code = "import sys, pgpsam_jax.verify; sys.exit('jax' in sys.modules)"
+    import subprocess
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
