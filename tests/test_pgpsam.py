@@ -24,7 +24,7 @@ from pgpsam_jax.parameters import count, flat_paths, trainable
 
 # Relative L2 errors, about three times what was measured on CPU.
 FORWARD_TOLERANCE = 1e-5  # of logits
-BFLOAT16_TOLERANCE = 0.03
+BFLOAT16_TOLERANCE = 0.05  # 0.01 with AVX2; 0.035 where the processor multiplies bfloat16 itself
 GRADIENT_TOLERANCE = 5e-4  # per tensor: saturated softmaxes leave differences of large numbers
 ENCODER = dict(width=32, depth=2, heads=2, global_blocks=(0, 1), out_channels=32, window_size=4)
 TABLE_3 = {

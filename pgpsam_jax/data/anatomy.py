@@ -19,7 +19,6 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
-from scipy import ndimage
 
 # organ: (ml, log spread), then (mean, spread) of side (left is positive) and depth (back is) in
 # half body widths from the centre of the body, height above the mean organ in extents of the
@@ -76,6 +75,8 @@ def describe(
     `image` and `ids` are (D, H, W) in display orientation, `spacing` in mm; without a grid the
     volumes are taken relative to all organs together.
     """
+    from scipy import ndimage  # slow to import, and most starts of a run know their data
+
     boxes = ndimage.find_objects(ids)
     found = {i: box for i, box in enumerate(boxes, 1) if box is not None}
     if not found:

@@ -7,7 +7,6 @@ the wrong one trains without complaint. The misfits of `anatomy` tell them apart
 from collections.abc import Mapping
 
 import numpy as np
-from scipy import optimize
 
 from pgpsam_jax.data.anatomy import CERTAIN, NAMES, ORIENTATIONS, PRIOR, misfits, organ_of
 
@@ -68,6 +67,8 @@ def _distance(cases: list[dict], order: Mapping[int, str], *, free: bool) -> flo
 
 def _best_assignment(cases: list[dict], order: Mapping[int, str], *, free: bool) -> dict[int, str]:
     """The organs of the order, dealt to its ids so that they fit best."""
+    from scipy.optimize import linear_sum_assignment
+
     ids = [i for i in order if any(i in case for case in cases)]
     columns = [NAMES.index(order[i]) for i in ids]
     total = np.zeros((len(ids), len(ids)))
@@ -75,8 +76,8 @@ def _best_assignment(cases: list[dict], order: Mapping[int, str], *, free: bool)
         cost = np.stack([case[i][:, columns] if i in case else _NOTHING[:, columns] for i in ids])
         turns = range(cost.shape[1]) if free else (0,)
         by_turn = [cost[:, turn] for turn in turns]
-        total += min(by_turn, key=lambda c: c[optimize.linear_sum_assignment(c)].sum())
-    _, chosen = optimize.linear_sum_assignment(total)
+        total += min(by_turn, key=lambda c: c[linear_sum_assignment(c)].sum())
+    _, chosen = linear_sum_assignment(total)
     return {i: order[ids[column]] for i, column in zip(ids, chosen, strict=True)}
 
 
