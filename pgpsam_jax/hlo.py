@@ -1,8 +1,8 @@
 """What the devices of a compiled program exchange, read from its HLO text.
 
-Counted is what is in the program: an asynchronous collective once, at its start, and what a loop's
-body holds as often as the loop runs, where the compiler knows that. Both branches of a condition
-count.
+Counted is what is in the program: an asynchronous collective once, at its start, one that the TPU's
+compiler has spread over several fusions (all with its channel) once, and what a loop's body holds
+as often as the loop runs, where the compiler knows that. Both branches of a condition count.
 """
 
 import math
@@ -40,7 +40,7 @@ def collectives(text: str) -> list[Collective]:
     ValueError for text of another form.
     """
     entry, computations, devices = _read(text)
-    holding = {}
+    holding, channels = {}, set()
 
     def holds(name: str) -> bool:
         """Whether a collective is somewhere inside: most computations have none."""
@@ -51,7 +51,7 @@ def collectives(text: str) -> list[Collective]:
 
     def walk(name: str, times: int, bounded: bool) -> Iterator[Collective]:
         for line in computations[name]:
-            if line.kind:
+            if line.kind and _is_new(line, channels):
                 yield _collective(line, devices, times, bounded)
             for called, trips in line.calls:
                 if holds(called):
@@ -133,6 +133,16 @@ def closing(text: str) -> int:
     raise ValueError(f"no HLO: a bracket stays open in {text[:80]!r}")
 
 
+def _is_new(line: _Line, channels: set[str]) -> bool:
+    """Whether no line of the same channel was seen before; those without one are all new."""
+    channel = re.search(r"channel_id=(\d+)", line.rest)
+    if channel is None:
+        return True
+    new = channel[1] not in channels
+    channels.add(channel[1])
+    return new
+
+
 def _collective(line: _Line, devices: int, times: int, bounded: bool) -> Collective:
     result = _result(line)
     if line.kind == "collective-permute":
@@ -195,17 +205,30 @@ def _group(text: str, devices: int) -> tuple[int, ...]:
         return tuple(places.ravel()[: int(iota[2])].tolist())
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return tuple(map(int, listed[1].split(",")))
-    if meshed := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", text):
+    if meshed := _MESH.search(text):
         return _along(*meshed.groups())
-    if re.search(r"replica_groups=(?!\{\})", text):
-        raise ValueError(f"replica groups in an unknown form: {text[:200]!r}")
+    if unknown := re.search(r"replica_groups=(?!\{\}).{0,200}", text):
+        raise ValueError(f"replica groups in an unknown form: {unknown[0]!r}")
     return tuple(range(devices))
 
 
-def _along(mesh: str, axes: str) -> tuple[int, ...]:
-    """The first group of `mesh['a'=2,'b'=8] {'b'}`; a part of an axis is `'b':(outer)part`."""
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    r" \{([^}]*)\}"
+)
+
+
+def _along(mesh: str, counted: str | None, order: str | None, axes: str) -> tuple[int, ...]:
+    """The first group of `mesh['a'=2,'b'=8] {'b'}`; a part of an axis is `'b':(outer)part`.
+
+    counted, order: how the mesh's devices are numbered where not in a row, as in `[4,4]T(1,0)`.
+    """
     sides = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    places = np.arange(math.prod(sides.values())).reshape(tuple(sides.values()))
+    places = np.arange(math.prod(sides.values()))
+    if counted:
+        places = places.reshape(tuple(map(int, counted.split(","))))
+        places = places.transpose(tuple(map(int, order.split(",")))) if order else places
+    places = places.reshape(tuple(sides.values()))
     chosen = [0] * len(sides)
     for name, outer, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
         step = sides[name] // (int(outer) * int(part)) if part else 1

@@ -158,6 +158,21 @@ def test_groups(groups, expected):
     assert one.size == 2048 * (len(expected) - 1) / len(expected)
 
 
+def test_groups_of_a_mesh_whose_devices_are_numbered_otherwise():
+    groups = "replica_groups=mesh['a'=8,'b'=2], device_ids=([4,4]T(1,0)) {'b'}"
+    [one] = collectives(program(f"%r = f32[256]{{0}} all-reduce(%p), {groups}, to_apply=%add"))
+    assert one.group == (0, 4)
+
+
+def test_one_that_is_spread_over_fusions_counts_once():
+    """All its parts have its channel; two channels are two."""
+    lines = [
+        f"%g{i} = f32[256]{{0}} all-gather(%p), channel_id={channel}, replica_groups=[1,4]<=[4]"
+        for i, channel in enumerate((7, 7, 8, 7))
+    ]
+    assert len(collectives(program(*lines))) == 2
+
+
 def test_groups_of_another_form_are_an_error():
     with pytest.raises(ValueError, match="unknown form"):
         collectives(program("%r = f32[256]{0} all-reduce(%p), replica_groups=@mesh, to_apply=%add"))
