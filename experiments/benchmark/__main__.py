@@ -55,6 +55,7 @@ def points_of(options: argparse.Namespace) -> list[Point]:
         dtype=words(options.dtypes),
         attention=words(options.attention),
         remat=words(options.remat),
+        scan=[options.scan],
         batch_size=numbers("--batches", options.batches),
         against=[options.against],
     )
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtypes", default="float32", help="float32, bfloat16")
     add("--attention", default="", help="attention backends; empty: config.model's default")
     add("--remat", default="", help="policies of recomputation; empty: config.model's default")
+    add("--scan", action="store_true", help="model.scan_blocks")
     add("--against", default="", help="torch: the same step in PyTorch, in turns")
     add("--suite", default="", choices=("", *SUITES), help="a list of points instead of the above")
     add("--steps", type=int, default=50, help="timed steps of a point, at most")

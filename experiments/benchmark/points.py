@@ -19,7 +19,7 @@ class Point:
 
     model: `pgpsam` (preset paper, augmentation in the training step) or `sam` (encoder with LoRA
     and SAM's decoder, without: what PyTorch has too). attention, remat: of `config.model`; empty
-    is its default. against: `torch`, or empty.
+    is its default. scan: `model.scan_blocks`. against: `torch`, or empty.
     """
 
     task: str
@@ -30,6 +30,7 @@ class Point:
     dtype: str = "float32"
     attention: str = ""
     remat: str = ""
+    scan: bool = False
     against: str = ""
 
     def __post_init__(self):
@@ -48,9 +49,9 @@ class Point:
             )
 
     @property
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, str | bool]:
         """Fields of `config.model` that differ from their defaults."""
-        chosen = {"attention": self.attention, "remat": self.remat}
+        chosen = {"attention": self.attention, "remat": self.remat, "scan_blocks": self.scan}
         return {name: value for name, value in chosen.items() if value}
 
     @property

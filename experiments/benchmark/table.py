@@ -72,6 +72,7 @@ def _cells(row: dict, rows: list[dict]) -> list[list[str]]:
     place = [point["task"], model, *(str(point[n]) for n in ("image_size", "batch_size"))]
     place.append({"float32": "fp32", "bfloat16": "bf16"}[dtype])
     settings = [f"{n} {point[n]}" for n in ("attention", "remat") if point[n]]
+    settings += ["scan"] * point.get("scan", False)  # rows of before have none
     flops = row["flops_per_image"]
     ceiling = _ceiling(rows, row["device"], dtype)
     ours = [
