@@ -62,13 +62,20 @@ def tap_rows(taps) -> tuple[Row, ...]:
 
 
 def method_rows(only: str = "") -> tuple[Row, ...]:
-    """One row per registered method (or preset of the method `only`), the paper's preset first."""
-    from pgpsam_jax.build import METHODS
+    """One row per registered method (or preset of the method `only`), the paper's preset first.
 
-    keys = [key for key in METHODS if not only or key[0] == only]
+    Each is trained by its own recipe.
+    """
+    from pgpsam_jax import methods, recipes
+
+    keys = [key for key in methods.METHODS if not only or key[0] == only]
     return tuple(
-        Row(f"{name}_{preset}", f"{name}, {preset}", {"model.name": name, "model.preset": preset})
-        for name, preset in keys
+        Row(
+            "_".join(filter(None, key)),
+            methods.METHODS[key].label,
+            {"model.name": key[0], "model.preset": key[1] or "paper"} | recipes.of(key[0]),
+        )
+        for key in keys
     )
 
 

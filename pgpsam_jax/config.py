@@ -119,6 +119,9 @@ def default_config() -> ConfigDict:
     config.train.steps = 0  # > 0 overrides epochs
     config.train.ce_weight = 0.2
     config.train.dice_weight = 0.8
+    # Frozen encoders: every slice is encoded once, in so many augmented copies that epochs take in
+    # turn; 0 = in every step.
+    config.train.encoded_copies = 0
 
     config.validation = ConfigDict()
     # Score the validation cases after so many epochs and keep the best parameters; 0 = the last.

@@ -1,4 +1,7 @@
-"""Segmentation losses: cross-entropy and soft Dice, and their mix over two outputs.
+"""Segmentation losses: cross-entropy and soft Dice, their mixes, and the losses of the methods.
+
+The loss of a method takes (outputs of its model, labels (B, H, W), epoch, `step.StepConfig`) and
+returns the scalar and a flat dictionary of float32 scalars to log.
 
 Letters: `B` batch, `H W` pixels, `K` classes with background. Everything is computed in float32
 (float64 for float64 logits).
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgpsam_jax.models.layers import wide
+from pgpsam_jax.models.mask_decoder import upsample_logits
 
 _DICE_EPS = 1e-5
 
@@ -99,3 +103,17 @@ def deep_supervision_loss(outputs, labels, epoch, ce_weight: float = 0.2, dice_w
         loss += share * value
         metrics |= {f"{name}_{part}": part_value for part, part_value in parts.items()}
     return loss, {"loss": loss} | metrics
+
+
+def deep_supervision(outputs, labels, epoch, config):
+    """`deep_supervision_loss` with the final output at the labels' size: PGP-SAM and H-SAM."""
+    outputs = outputs | {"final": upsample_logits(outputs["final"], labels.shape[1:])}
+    return deep_supervision_loss(outputs, labels, epoch, config.ce_weight, config.dice_weight)
+
+
+def final_only(outputs, labels, epoch, config):
+    """`segmentation_loss` of the final output at its own size: SAMed and SAM-LST."""
+    logits = outputs["final"]
+    target = resize_labels_nearest(labels, logits.shape[1:3])
+    loss, parts = segmentation_loss(logits, target, config.ce_weight, config.dice_weight)
+    return loss, {"loss": loss} | parts

@@ -21,17 +21,29 @@ ENCODER_MODES = {
 }
 
 
-def trainable(encoder_mode: str) -> nnx.filterlib.Filter:
-    """NNX filter of the trained leaves for `encoder_mode` `lora`, `full` or `frozen`."""
+def trainable(encoder_mode: str, frozen: tuple[str, ...] = ()) -> nnx.filterlib.Filter:
+    """NNX filter of the trained leaves for `encoder_mode` `lora`, `full` or `frozen`.
+
+    frozen: path prefixes outside the encoder that a method keeps as they are.
+    """
     if encoder_mode not in ENCODER_MODES:
         raise UserError(
             f"model.train_encoder is {encoder_mode!r}; choose one of {', '.join(ENCODER_MODES)}"
         )
     in_encoder = nnx.PathContains(ENCODER)
+
+    def kept(path, value):
+        return under("/".join(map(str, path)), frozen)
+
     return nnx.Any(
-        nnx.All(nnx.Param, nnx.Not(in_encoder)),
+        nnx.All(nnx.Param, nnx.Not(in_encoder), nnx.Not(kept)),
         nnx.All(ENCODER_MODES[encoder_mode], in_encoder),
     )
+
+
+def under(path: str, prefixes) -> bool:
+    """Whether a path is one of `prefixes` or below it."""
+    return any(path == prefix or path.startswith(prefix + "/") for prefix in prefixes)
 
 
 def flat_paths(state) -> dict:

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pgpsam_jax import build, sharding
+from pgpsam_jax import build, methods, sharding
 from pgpsam_jax.step import init_state, make_train_step
 
 
@@ -39,7 +39,7 @@ def shard_step(
     """
     optimizer = build.optimizer_of(config, epoch_size)
     start = functools.partial(init_state, optimizer=optimizer, seed=seed, epoch_size=epoch_size)
-    method = sharding.method_key(config.model)
+    method = methods.key_of(config.model)
     state = _placed(jax.eval_shape(start, params), mesh, method)
     frozen = _placed(frozen, mesh, method)
     step = make_train_step(graphdef, optimizer, build.step_config(config))

@@ -62,7 +62,7 @@ _RELEASE = (
     (r"deform/(project_in|gate|expand|project_out)/kernel$", INPUTS),
     (r"(join|project|intra_mix)/kernel$", OUTPUTS),
 )
-# (config.model.name, config.model.preset) -> the rows that a method has besides SAM's.
+# Key of `methods.METHODS` -> the rows that a method has besides SAM's.
 OWN = {("pgpsam", "paper"): _PAPER, ("pgpsam", "release"): _RELEASE}
 
 
@@ -136,11 +136,6 @@ def _fitting(axes, size: int, mesh):
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):
         axes = axes[:-1]
     return axes if len(axes) > 1 else axes[0] if axes else None
-
-
-def method_key(settings: ConfigDict) -> tuple[str, str]:
-    """Which method `config.model` names: how tables are found."""
-    return settings.name, settings.preset
 
 
 def state_shardings(tree, mesh: Mesh, method=None):

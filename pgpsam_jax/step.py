@@ -5,6 +5,7 @@ step. Gradients are taken with respect to `params` only, so no dW of a frozen we
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,10 +14,12 @@ import optax
 from flax import nnx
 
 from pgpsam_jax.data.augment import AugmentConfig, augment, sample_keys
-from pgpsam_jax.losses import deep_supervision_loss
+from pgpsam_jax.losses import deep_supervision
 from pgpsam_jax.models.layers import wide
-from pgpsam_jax.models.mask_decoder import upsample_logits
 from pgpsam_jax.parameters import trainable
+
+
+_MODEL = 1 << 20  # what a sample's key is folded with for the model's own draws
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +42,8 @@ class TrainState:
 class StepConfig:
     """Static settings of the training step.
 
-    microbatches: the batch goes through the model in so many parts, one after the other, and
+    loss: the method's, (outputs, labels (B, S, S), epoch, this) -> (scalar, metrics). encoded: 0,
+    or how many augmented copies of every slice were encoded beforehand. microbatches: the batch goes through the model in so many parts, one after the other, and
     their gradients are averaged: less memory for the same batch. Soft Dice then sums over each
     part, so that this is close to, not the same as, the whole batch at once.
     """
@@ -48,11 +52,13 @@ class StepConfig:
     ce_weight: float = 0.2
     dice_weight: float = 0.8
     microbatches: int = 1
+    loss: Callable = deep_supervision
+    encoded: int = 0
 
 
-def split_model(model: nnx.Module, encoder_mode: str):
+def split_model(model: nnx.Module, encoder_mode: str, frozen: tuple[str, ...] = ()):
     """(graphdef, params, frozen): the model apart, by the one filter of what trains."""
-    return nnx.split(model, trainable(encoder_mode), ...)
+    return nnx.split(model, trainable(encoder_mode, frozen), ...)
 
 
 def init_state(
@@ -68,23 +74,28 @@ def to_input(images):
     return jnp.repeat(images.astype(wide(images.dtype))[..., None], 3, axis=-1)
 
 
-def loss_of(graphdef, params, frozen, images, labels, epoch, config: StepConfig):
-    """(loss, metrics) of a batch: images (B, S, S) in [0, 1], labels (B, S, S) class ids."""
-    outputs = nnx.merge(graphdef, params, frozen)(to_input(images))
-    outputs["final"] = upsample_logits(outputs["final"], labels.shape[1:])
-    return deep_supervision_loss(outputs, labels, epoch, config.ce_weight, config.dice_weight)
+def loss_of(graphdef, params, frozen, inputs, labels, epoch, config: StepConfig, keys=None):
+    """(loss, metrics) of a batch: labels (B, S, S) class ids, inputs images (B, S, S) in [0, 1].
+
+    With `config.encoded`, inputs are what the model's `encode` made of images. keys (B,): for what
+    the model draws in training.
+    """
+    model = nnx.merge(graphdef, params, frozen)
+    outputs = model.segment(inputs, keys) if config.encoded else model(to_input(inputs), keys)
+    return config.loss(outputs, labels, epoch, config)
 
 
-def gradients_of(graphdef, params, frozen, images, labels, epoch, config: StepConfig):
+def gradients_of(graphdef, params, frozen, inputs, labels, epoch, config: StepConfig, keys=None):
     """(gradients of `loss_of` to `params`, metrics), over the microbatches of the batch."""
     parts = config.microbatches
     differentiate = jax.grad(loss_of, argnums=1, has_aux=True)
 
-    def of_part(images, labels):
-        return differentiate(graphdef, params, frozen, images, labels, epoch, config)
+    def of_part(inputs, labels, keys):
+        return differentiate(graphdef, params, frozen, inputs, labels, epoch, config, keys)
 
+    batch = inputs, labels, keys
     if parts == 1:
-        return of_part(images, labels)
+        return of_part(*batch)
 
     def deal(x):  # every device keeps its own rows
         return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
@@ -92,8 +103,8 @@ def gradients_of(graphdef, params, frozen, images, labels, epoch, config: StepCo
     def add(total, part):
         return jax.tree.map(jnp.add, total, of_part(*part)), None
 
-    dealt = deal(images), deal(labels)
-    shapes = jax.eval_shape(of_part, *(x[0] for x in dealt))
+    dealt = jax.tree.map(deal, batch)
+    shapes = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], dealt))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, dealt)
     return jax.tree.map(lambda leaf: leaf / parts, total)
@@ -103,22 +114,32 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: S
     """Pure function (state, frozen, batch) -> (state, metrics), to be jitted by the caller.
 
     batch: `image` (B, S, S) in [0, 1] and `label` (B, S, S), the global batch; or a whole data set
-    of N slices that stays on the device, with `rows` (B,), those the batch consists of.
-    Augmentation keys depend on (seed, step, row of the global batch) only.
+    of N slices that stays on the device, with `rows` (B,), those the batch consists of. With
+    `config.encoded` copies, `encoded` is in place of `image`, the set holds all copies, one after
+    the other, and epochs take them in turn. Keys depend on (seed, step, row of the global batch)
+    only.
     """
 
     def train_step(state: TrainState, frozen, batch):
-        images, labels = batch["image"], batch["label"]
-        if "rows" in batch:
-            images, labels = (x.at[batch["rows"]].get(mode="clip") for x in (images, labels))
-        images, labels = images.astype(wide(images.dtype)), labels.astype(jnp.int32)
-        size = images.shape[0]
-        keys = sample_keys(jax.random.key(state.seed), state.step, jnp.arange(size))
-        images, labels = augment(keys, images, labels, config.augment)
+        labels = batch["label"]
+        inputs = batch["encoded" if config.encoded else "image"]
+        size = len(batch.get("rows", labels))
         epoch = (state.step * size) // state.epoch_size
-
+        if "rows" in batch:
+            rows = batch["rows"]
+            if config.encoded:
+                rows += epoch % config.encoded * (len(labels) // config.encoded)
+            inputs, labels = jax.tree.map(
+                lambda x: x.at[rows].get(mode="clip"), (inputs, labels)
+            )
+        labels = labels.astype(jnp.int32)
+        keys = sample_keys(jax.random.key(state.seed), state.step, jnp.arange(size))
+        if not config.encoded:
+            inputs = inputs.astype(wide(inputs.dtype))
+            inputs, labels = augment(keys, inputs, labels, config.augment)
+        drawing = jax.vmap(lambda key: jax.random.fold_in(key, _MODEL))(keys)
         gradients, metrics = gradients_of(
-            graphdef, state.params, frozen, images, labels, epoch, config
+            graphdef, state.params, frozen, inputs, labels, epoch, config, drawing
         )
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -130,9 +151,9 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: S
 
 
 def make_predict_step(graphdef):
-    """Pure function (params, frozen, images (B, S, S)) -> final logits (B, S / 4 ..., K)."""
+    """Pure function (params, frozen, images (B, S, S)) -> logits (B, h, w, K)."""
 
     def predict_step(params, frozen, images):
-        return nnx.merge(graphdef, params, frozen)(to_input(images))["final"]
+        return nnx.merge(graphdef, params, frozen).predict(to_input(images))
 
     return predict_step

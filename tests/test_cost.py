@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from pgpsam_jax import build, cost, sharding
+from pgpsam_jax import build, cost, methods, sharding
 from pgpsam_jax.config import default_config, use_small_encoder
 from pgpsam_jax.step import init_state, make_predict_step
 
@@ -145,7 +145,7 @@ def looped_products(jaxpr) -> float:
     return inside
 
 
-@pytest.mark.parametrize(("name", "preset"), sorted(build.METHODS))
+@pytest.mark.parametrize(("name", "preset"), sorted(methods.METHODS))
 def test_forward_passes_are_their_products_and_little_else(name, preset):
     """Against an own count; next to nothing is in loops, whose bodies XLA counts once."""
     config = default_config()

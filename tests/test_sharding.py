@@ -14,7 +14,7 @@ from flax import nnx
 from golden import make_sharding
 from golden.make_sharding import abstract_leaves, configuration, golden_file, mesh_of
 
-from pgpsam_jax import build, parameters, sharding
+from pgpsam_jax import build, methods, parameters, sharding
 from pgpsam_jax.config import default_config
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.image_encoder import ImageEncoder
@@ -26,7 +26,7 @@ from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.sharded import shard_step
 from pgpsam_jax.step import split_model
 
-METHODS = sorted(build.METHODS)
+METHODS = sorted(methods.METHODS)
 # A step takes 20 (paper) to 40 s (release) to compile; the last mesh has all three axes.
 MESHES = [
     pytest.param((8, 1, 1), marks=pytest.mark.slow),

@@ -21,6 +21,7 @@ from pgpsam_jax.models.ppg import PromptGenerator
 from pgpsam_jax.models.ppr import PrototypeRefinement, Refined
 from pgpsam_jax.models.prompt_encoder import FourierPositions
 from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.models.segmenter import Segmenter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Pass(NamedTuple):
     class_feature: jax.Array
 
 
-class PgpSam(nnx.Module):
+class PgpSam(Segmenter):
     """Images (B, rows, columns, 3) in [0, 1] to `bootstrap` and `final` logits (B, 4H, 4W, K)."""
 
     def __init__(self, config: PgpSamConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -173,7 +174,7 @@ class PgpSam(nnx.Module):
         sparse, dense = self.prompts(i, feature, refined.intra, refined.inter)
         return Pass(feature, *refined, sparse, dense, *self.decode(feature, sparse, dense))
 
-    def __call__(self, images):
+    def __call__(self, images, keys=None):
         passes = self.passes(images)
         return {"bootstrap": passes[0].logits, "final": passes[-1].logits}
 

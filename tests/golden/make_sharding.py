@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from jax.sharding import AbstractMesh
 
-from pgpsam_jax import build, parameters, sharding
+from pgpsam_jax import build, methods, parameters, sharding
 from pgpsam_jax.config import default_config
 from pgpsam_jax.files import write_json
 
@@ -50,10 +50,10 @@ def table(method, encoder: str) -> dict:
 
 
 def golden_file(method) -> Path:
-    return FOLDER / f"sharding_{'_'.join(method)}.json"
+    return FOLDER / f"sharding_{'_'.join(filter(None, method))}.json"
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    for method in build.METHODS:
+    for method in methods.METHODS:
         write_json(golden_file(method), table(method, "vit_b"))

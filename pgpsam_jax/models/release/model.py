@@ -18,6 +18,7 @@ from pgpsam_jax.models.release.cfm import ChannelSemantics, ContextualFeatureMod
 from pgpsam_jax.models.release.decoder import MaskDecoder
 from pgpsam_jax.models.release.ppg import PromptGenerator
 from pgpsam_jax.models.release.ppr import PrototypeRefinement
+from pgpsam_jax.models.segmenter import Segmenter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class PrePrompt(nnx.Module):
         self.ppg = PromptGenerator(channels, classes, inter, dcn=dcn, **common)
 
 
-class ReleasePgpSam(nnx.Module):
+class ReleasePgpSam(Segmenter):
     """Images (B, rows, columns, 3) in [0, 1] to `bootstrap` and `final` logits (B, 4H, 4W, K)."""
 
     def __init__(self, config: ReleaseConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -97,7 +98,7 @@ class ReleasePgpSam(nnx.Module):
             )
         return passes
 
-    def __call__(self, images):
+    def __call__(self, images, keys=None):
         passes = self.passes(images)
         return {"bootstrap": passes[0].logits, "final": passes[-1].logits}
 
