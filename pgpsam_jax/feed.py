@@ -14,15 +14,13 @@ class Feed:
 
     A set of up to `resident_bytes` is put on every device once, and a batch is no more than the
     numbers of its rows; a larger one stays on the host, and its slices are sent batch by batch,
-    by each process those of its devices. `images` (N, S, S) and `labels` (N, S, S) are the same
-    on all processes; `loader` yields the rows (B,) of the global batch.
+    by each process those of its devices. `data` (a tree of arrays, slices first) is the same on
+    all processes; `loader` yields the rows (B,) of the global batch.
     """
 
-    def __init__(
-        self, images, labels, loader: Iterator[np.ndarray], mesh: Mesh, resident_bytes: float
-    ):
-        self._set, self._loader, self._mesh = {"image": images, "label": labels}, loader, mesh
-        self.resident = sum(array.nbytes for array in self._set.values()) <= resident_bytes
+    def __init__(self, data: dict, loader: Iterator[np.ndarray], mesh: Mesh, resident_bytes: float):
+        self._set, self._loader, self._mesh = data, loader, mesh
+        self.resident = sum(array.nbytes for array in jax.tree.leaves(data)) <= resident_bytes
         if self.resident:
             whole = sharding.replicated(mesh)
             self._set = distributed.place(self._set, whole)
@@ -34,19 +32,16 @@ class Feed:
         rows, lanes = next(self._loader), sharding.batch_sharding(self._mesh)
         if self.resident:
             return self._set | {"rows": distributed.place(rows, lanes)}, rows
-        return {name: _chosen(array, rows, lanes) for name, array in self._set.items()}, rows
+        return jax.tree.map(lambda array: _chosen(array, rows, lanes), self._set), rows
 
     def abstract(self, batch_size: int) -> dict:
         """Shapes and shardings of a batch of `batch_size` over all processes, to compile for."""
         lanes, shape = sharding.batch_sharding(self._mesh), (batch_size,)
         if self.resident:
             rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=lanes)
-            return {
-                name: _like(array, array.shape, array.sharding) for name, array in self._set.items()
-            } | {"rows": rows}
-        return {
-            name: _like(array, shape + array.shape[1:], lanes) for name, array in self._set.items()
-        }
+            whole = jax.tree.map(lambda array: _like(array, array.shape, array.sharding), self._set)
+            return whole | {"rows": rows}
+        return jax.tree.map(lambda array: _like(array, shape + array.shape[1:], lanes), self._set)
 
 
 def _chosen(array, rows, lanes):

@@ -49,6 +49,7 @@ def _lora(settings: ConfigDict) -> LoraConfig:
     adapted = settings.train_encoder == "lora"
     return LoraConfig(settings.lora_rank if adapted else 0, tuple(settings.lora_targets))
 
+
 def _prototype_settings(settings: ConfigDict, num_classes: int) -> dict:
     """The arguments of `PrototypeConfig`: what both presets of PGP-SAM are told."""
     return dict(
@@ -87,9 +88,7 @@ def _make_release(settings, num_classes: int, dtype, rngs: nnx.Rngs):
 
 
 def _make_samed(settings, num_classes: int, dtype, rngs: nnx.Rngs):
-    return samed.Samed(
-        _sam(settings), num_classes, lora=_lora(settings), dtype=dtype, rngs=rngs
-    )
+    return samed.Samed(_sam(settings), num_classes, lora=_lora(settings), dtype=dtype, rngs=rngs)
 
 
 # (config.model.name, config.model.preset) -> method; a method with one preset has "" there.

@@ -129,9 +129,7 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: S
             rows = batch["rows"]
             if config.encoded:
                 rows += epoch % config.encoded * (len(labels) // config.encoded)
-            inputs, labels = jax.tree.map(
-                lambda x: x.at[rows].get(mode="clip"), (inputs, labels)
-            )
+            inputs, labels = jax.tree.map(lambda x: x.at[rows].get(mode="clip"), (inputs, labels))
         labels = labels.astype(jnp.int32)
         keys = sample_keys(jax.random.key(state.seed), state.step, jnp.arange(size))
         if not config.encoded:

@@ -6,7 +6,16 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from pgpsam_jax import announce, build, checkpoint, cost, distributed, sharding, validation
+from pgpsam_jax import (
+    announce,
+    build,
+    checkpoint,
+    cost,
+    distributed,
+    encodings,
+    sharding,
+    validation,
+)
 from pgpsam_jax import config as configuration
 from pgpsam_jax.data import arrays, dataset, verification
 from pgpsam_jax.data.augment import augmentation_seed
@@ -61,7 +70,12 @@ def train(config: ConfigDict, workdir) -> dict:
 
     size, total = len(data.list), configuration.total_steps(config, len(data.list))
     seed = augmentation_seed(config.seed, build.step_config(config).augment)
-    feed = Feed(data.images, data.labels, loader, mesh, config.data.resident_gib * 2**30)
+    slices = {"image": data.images, "label": data.labels}
+    if config.train.encoded_copies:
+        with watch("data"):
+            model = graphdef, params, frozen
+            slices = encodings.encoded_set(config, mesh, model, *slices.values(), seed=seed)
+    feed = Feed(slices, loader, mesh, config.data.resident_gib * 2**30)
     batch = feed.abstract(config.train.batch_size)
     step_of = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=size, seed=seed)
     frozen = distributed.place(frozen, sharding_of(step_of.frozen))

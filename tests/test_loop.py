@@ -23,7 +23,7 @@ def mesh():
 
 def feed_of(mesh, resident_bytes):
     loader = make_loader(COUNT, batch_size=BATCH, seed=3)
-    return Feed(IMAGES, LABELS, loader, mesh, resident_bytes)
+    return Feed({"image": IMAGES, "label": LABELS}, loader, mesh, resident_bytes)
 
 
 @pytest.mark.parametrize("resident", [False, True])

@@ -41,7 +41,7 @@ def loop_benchmark(point: dict, turn: int = 40) -> dict:
     images = rng.random((SLICES, size, size), np.float32).astype(np.float16)
     labels = rng.integers(0, CLASSES, images.shape, np.uint8)
     loader = make_loader(SLICES, batch_size=batch_size, seed=0)
-    feed = Feed(images, labels, loader, mesh, config.data.resident_gib * 2**30)
+    feed = Feed({"image": images, "label": labels}, loader, mesh, config.data.resident_gib * 2**30)
     batch = feed.abstract(batch_size)
     step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=SLICES, seed=0)
     frozen, state = jax.device_put(frozen, sharding_of(step.frozen)), step.start(params)
