@@ -10,9 +10,9 @@ from pgpsam_jax import checkpoint, weights
 from pgpsam_jax.config import total_steps
 from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.methods import method_of
 from pgpsam_jax.models.image_encoder import EncoderConfig, attention_report
 from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.methods import method_of
 from pgpsam_jax.optim import OptimConfig, learning_rate_schedule, make_optimizer
 from pgpsam_jax.parameters import flat_paths, under
 from pgpsam_jax.step import StepConfig, split_model
@@ -66,8 +66,7 @@ def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> 
     shapes = {
         path: leaf.shape
         for path, leaf in leaves.items()
-        if not isinstance(leaf, nnx.LoRAParam)
-        and under(path, method.base_tensors)
+        if not isinstance(leaf, nnx.LoRAParam) and under(path, method.base_tensors)
     }
     chosen = weights.select_base(tensors, shapes, method.base_tensors, method.base_unused)
     for path, value in chosen.items():

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from pgpsam_jax import losses
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models import pgpsam, samed, segmenter
+from pgpsam_jax.models import hsam, pgpsam, samed, segmenter
 from pgpsam_jax.models.lora import TARGETS, LoraConfig
 from pgpsam_jax.models.release import model as release
 from pgpsam_jax.models.sam import SamConfig
@@ -18,9 +18,9 @@ from pgpsam_jax.models.sam import SamConfig
 class Method:
     """A segmentation method: its module, what it takes from a converted SAM, how it trains.
 
-    label: in tables. make: (settings, num_classes, dtype, rngs) -> `Segmenter`. base_tensors: path prefix here ->
-    prefix in the converted SAM; base_unused: tensors of SAM that have no place here. loss: see
-    `losses`. frozen: path prefixes outside the encoder that never train.
+    label: in tables. make: (settings, num_classes, dtype, rngs) -> `Segmenter`. base_tensors: path
+    prefix here -> prefix in the converted SAM; base_unused: tensors of SAM that have no place here.
+    loss: see `losses`. frozen: path prefixes outside the encoder that never train.
     """
 
     label: str
@@ -91,6 +91,17 @@ def _make_samed(settings, num_classes: int, dtype, rngs: nnx.Rngs):
     return samed.Samed(_sam(settings), num_classes, lora=_lora(settings), dtype=dtype, rngs=rngs)
 
 
+def _make_hsam(settings, num_classes: int, dtype, rngs: nnx.Rngs):
+    return hsam.Hsam(
+        _sam(settings),
+        num_classes,
+        mask_gate=settings.mask_gate,
+        lora=_lora(settings),
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
 # (config.model.name, config.model.preset) -> method; a method with one preset has "" there.
 METHODS = {
     ("pgpsam", "paper"): Method(
@@ -102,6 +113,7 @@ METHODS = {
     ("samed", ""): Method(
         "SAMed", _make_samed, segmenter.BASE_TENSORS, segmenter.BASE_UNUSED, losses.final_only
     ),
+    ("hsam", ""): Method("H-SAM", _make_hsam, segmenter.BASE_TENSORS, segmenter.BASE_UNUSED),
 }
 
 

@@ -8,7 +8,6 @@ import optax
 
 from pgpsam_jax.errors import UserError
 
-
 OPTIMIZERS = ("adamw", "adam")
 # Name -> share of the way from peak to final that is left, by progress (0 to 1) and exponent.
 DECAYS = {

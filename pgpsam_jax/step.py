@@ -18,7 +18,6 @@ from pgpsam_jax.losses import deep_supervision
 from pgpsam_jax.models.layers import wide
 from pgpsam_jax.parameters import trainable
 
-
 _MODEL = 1 << 20  # what a sample's key is folded with for the model's own draws
 
 
@@ -42,10 +41,11 @@ class TrainState:
 class StepConfig:
     """Static settings of the training step.
 
-    loss: the method's, (outputs, labels (B, S, S), epoch, this) -> (scalar, metrics). encoded: 0,
-    or how many augmented copies of every slice were encoded beforehand. microbatches: the batch goes through the model in so many parts, one after the other, and
+    loss: the method's, (outputs, labels (B, S, S), epoch, this) -> (scalar, metrics).
+    microbatches: the batch goes through the model in so many parts, one after the other, and
     their gradients are averaged: less memory for the same batch. Soft Dice then sums over each
     part, so that this is close to, not the same as, the whole batch at once.
+    encoded: 0, or how many augmented copies of every slice were encoded beforehand.
     """
 
     augment: AugmentConfig
