@@ -2,14 +2,14 @@
 
 import jax
 
-from pgpsam_jax import build
+from pgpsam_jax import build, methods
 from pgpsam_jax.parameters import report
 
 
 def run(config, workdir, mesh, kernels, data, held_out, table, params, frozen, total: int) -> str:
     """What a run is, before it starts: devices, precision, batch, data, labels, parameters."""
     devices = mesh.devices.ravel()
-    notice = build.base_notice(config.model, workdir)
+    notices = build.base_notice(config.model, workdir), methods.notice(config.model)
     lines = [
         f"devices    {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
         f"mesh {dict(mesh.shape)}, {jax.process_count()} process(es)",
@@ -27,9 +27,7 @@ def run(config, workdir, mesh, kernels, data, held_out, table, params, frozen, t
             f"validation {len(held_out.images)} slices of {held_out.cases} case(s) every "
             f"{config.validation.every_epochs} epoch(s); the best parameters are kept"
         ]
-    if notice:
-        lines = [f"!!! {notice}", *lines]
-    return "\n".join(lines)
+    return "\n".join([*(f"!!! {notice}" for notice in notices if notice), *lines])
 
 
 def step(compiled, seconds: float) -> str:

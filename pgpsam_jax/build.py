@@ -6,11 +6,11 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from pgpsam_jax import checkpoint, weights
+from pgpsam_jax import checkpoint, cnn_base, weights
 from pgpsam_jax.config import total_steps
 from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.methods import method_of
+from pgpsam_jax.methods import key_of, method_of, name_of
 from pgpsam_jax.models.image_encoder import EncoderConfig, attention_report
 from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.optim import OptimConfig, learning_rate_schedule, make_optimizer
@@ -45,6 +45,8 @@ def init_model(config: ConfigDict, num_classes: int):
     digest = None
     if config.model.base:
         digest = apply_base(config.model, model.image_encoder.config, params, frozen)
+    if config.model.cnn_base:
+        apply_cnn(config.model, params, frozen)
     return graphdef, params, frozen, digest
 
 
@@ -62,6 +64,12 @@ def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> 
     """Overwrite leaves of the states by the converted SAM of `settings.base`; its SHA-256."""
     method, base = method_of(settings), weights.load_base(settings.base)
     tensors = weights.fit_base(base.tensors, encoder.grid, global_blocks=encoder.global_blocks)
+    tensors |= {
+        name: tensor[:rows]
+        for prefix, rows in method.base_rows.items()
+        for name, tensor in tensors.items()
+        if under(name, (prefix,))
+    }
     leaves = flat_paths(params) | flat_paths(frozen)
     shapes = {
         path: leaf.shape
@@ -74,8 +82,43 @@ def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> 
     return base.digest
 
 
+def drawn(settings: ConfigDict, frozen) -> dict:
+    """The frozen leaves, by path, that no converted SAM gives: random numbers of this run."""
+    given = method_of(settings).base_tensors
+    return {path: leaf for path, leaf in flat_paths(frozen).items() if not under(path, given)}
+
+
+def apply_cnn(settings: ConfigDict, params, frozen) -> None:
+    """Overwrite the leaves of the CNN beside the encoder by the file `settings.cnn_base`."""
+    cnn = method_of(settings).cnn
+    if not cnn:
+        raise UserError(
+            f"model.cnn_base is for a method with a CNN, which {name_of(key_of(settings))} lacks; "
+            "leave it empty"
+        )
+    leaves = flat_paths(params) | flat_paths(frozen)
+    ours = {
+        path.removeprefix(f"{cnn}/"): leaf for path, leaf in leaves.items() if under(path, (cnn,))
+    }
+    tensors = cnn_base.load_cnn(
+        settings.cnn_base, {path: leaf.shape for path, leaf in ours.items()}
+    )
+    for path, leaf in ours.items():
+        leaf.set_value(jnp.asarray(tensors[path]))
+
+
 def base_notice(settings: ConfigDict, workdir) -> str | None:
-    """The warning that every print and report of a run with a random backbone carries."""
+    """The warning that every print and report of a run with a random backbone, or CNN, carries."""
+    notices = [_backbone_notice(settings, workdir)]
+    if method_of(settings).cnn and not settings.cnn_base:
+        notices.append(
+            "THE CNN BESIDE THE ENCODER STARTED AT RANDOM (model.cnn_base is empty), not from "
+            f"ImageNet as the method's authors have it; {cnn_base.HOW_TO_GET}"
+        )
+    return " ".join(filter(None, notices)) or None
+
+
+def _backbone_notice(settings: ConfigDict, workdir) -> str | None:
     if settings.base or checkpoint.frozen_origin(workdir):
         return None
     if settings.train_encoder == "full":

@@ -163,8 +163,10 @@ def best_record(workdir) -> dict | None:
 def restore_params(workdir, abstract_params, *, best: bool):
     """The trained parameters of a workdir: the newest, or with `best` those validation chose.
 
-    Where it has chosen none yet, they are the newest too.
+    Where it has chosen none yet, they are the newest too. Of a model that does not train, none.
     """
+    if not jax.tree.leaves(abstract_params):
+        return abstract_params
     folder = (Best if best and best_record(workdir) else Checkpoints)(workdir)
     params = folder.restore_params(abstract_params)
     folder.close()
@@ -193,20 +195,28 @@ def frozen_origin(workdir) -> str | None:
     return json.loads(record.read_text(encoding="utf-8"))["base"] if record.is_file() else None
 
 
-def settle_base(workdir, base: str, digest: str | None, frozen) -> None:
+def holds_backbone(workdir) -> bool:
+    """Whether all frozen weights of a workdir are in it, so that it needs no converted SAM."""
+    record = Path(workdir) / "base.json"
+    return record.is_file() and json.loads(record.read_text(encoding="utf-8"))["sha256"] is None
+
+
+def settle_base(workdir, base: str, digest: str | None, frozen, drawn=None) -> None:
     """Pin the frozen weights of a workdir at its first use, and hold later uses to them.
 
     A converted SAM (`digest` given) is pinned by path and SHA-256. A random backbone is written
-    into the workdir once and read back afterwards, so that the run does not hang on a seed.
+    into the workdir once and read back afterwards, so that the run does not hang on a seed. So are,
+    with a converted SAM, the frozen leaves that it does not give: `drawn`, by path.
     """
     with distributed.first_before_others("base"):  # the others read what it wrote
-        _settle_base(Path(workdir) / "base.json", Path(workdir) / FROZEN, base, digest, frozen)
+        kept = flat_paths(frozen) if digest is None else drawn or {}
+        _settle_base(Path(workdir) / "base.json", Path(workdir) / FROZEN, base, digest, kept)
 
 
-def _settle_base(record: Path, file: Path, base: str, digest: str | None, frozen) -> None:
+def _settle_base(record: Path, file: Path, base: str, digest: str | None, kept: dict) -> None:
     if not record.is_file():
-        if digest is None:
-            arrays = {name: np.asarray(leaf[...]) for name, leaf in flat_paths(frozen).items()}
+        if kept:
+            arrays = {name: np.asarray(leaf[...]) for name, leaf in kept.items()}
             with atomic_path(file) as temporary:
                 save_file(arrays, temporary)
         write_json(record, {"base": base, "sha256": digest})
@@ -217,14 +227,14 @@ def _settle_base(record: Path, file: Path, base: str, digest: str | None, frozen
             f"{record.parent} was trained on SAM weights with SHA-256 {pinned}, but model.base "
             f"({base or 'empty'}) has {digest}; give the weights of that run"
         )
-    if digest is None:
-        _load_frozen(file, frozen)
+    if kept:
+        _load_frozen(file, kept)
 
 
-def _load_frozen(path: Path, frozen) -> None:
+def _load_frozen(path: Path, leaves: dict) -> None:
     if not path.is_file():
         raise UserError(f"{path} is missing; restore it from a copy or train again")
-    arrays, leaves = read_safetensors(path), flat_paths(frozen)
+    arrays = read_safetensors(path)
     if {k: v.shape for k, v in arrays.items()} != {k: v.shape for k, v in leaves.items()}:
         raise UserError(f"{path} does not fit this workdir's model; restore it or train again")
     for name, leaf in leaves.items():

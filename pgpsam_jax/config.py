@@ -70,6 +70,11 @@ def default_config() -> ConfigDict:
     config.model.ppg = True
     config.model.dcn = "deformable"  # preset release; or plain: dilated convolutions, no gathers
     config.model.token_order = "released"  # preset release; or transposed: docs/release.md
+    # Method hsam; or intended: its second decoder's mask attention takes part (docs/methods.md).
+    config.model.mask_gate = "released"
+    config.model.prompt_tokens = 4  # method surgicalsam: sparse prompts of a class
+    config.model.prompt = "both"  # methods fssp and sam ask with a point, a box, or both
+    config.model.cnn_base = ""  # method samlst: converted ResNet-18; empty = a random start
     config.model.lora_rank = 4
     config.model.lora_targets = ("q", "v")
     config.model.compute_dtype = "float32"  # or bfloat16; parameters and softmaxes are float32

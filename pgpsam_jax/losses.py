@@ -39,12 +39,28 @@ def soft_dice_loss(logits, labels):
     Returns:
       float32 scalar.
     """
+    overlap, sizes = _overlap_and_sizes(logits, labels)
+    return jnp.mean(1 - 2 * overlap / (sizes + _DICE_EPS))
+
+
+def foreground_dice_loss(logits, labels):
+    """1 - soft Dice, averaged over the classes but the background: AutoSAM's.
+
+    Dice_k = (2 sum(p y) + 1) / (sum p^2 + sum y^2 + 1), sums over batch and pixels together. A
+    class that the batch lacks has Dice 1 as soon as nothing is taken for it.
+    """
+    overlap, sizes = _overlap_and_sizes(logits, labels)
+    return jnp.mean(1 - (2 * overlap + 1) / (sizes + 1), where=jnp.arange(len(sizes)) > 0)
+
+
+def _overlap_and_sizes(logits, labels):
+    """(K,) sum(p y) and sum(p^2) + sum(y^2) over batch and pixels, p the softmax."""
     probability = jax.nn.softmax(logits.astype(wide(logits.dtype)))
     pixels = (0, 1, 2)
     overlap = jnp.sum(_where_class(labels, probability), axis=pixels)
     predicted = jnp.sum(jnp.square(probability), axis=pixels)
     actual = jnp.sum(_where_class(labels, jnp.ones_like(probability)), axis=pixels)
-    return jnp.mean(1 - 2 * overlap / (predicted + actual + _DICE_EPS))
+    return overlap, predicted + actual
 
 
 def _where_class(labels, values):
@@ -117,3 +133,78 @@ def final_only(outputs, labels, epoch, config):
     target = resize_labels_nearest(labels, logits.shape[1:3])
     loss, parts = segmentation_loss(logits, target, config.ce_weight, config.dice_weight)
     return loss, {"loss": loss} | parts
+
+
+def entropy_and_foreground_dice(outputs, labels, epoch, config):
+    """Weighted cross-entropy + `foreground_dice_loss` at the labels' own size: AutoSAM."""
+    logits = upsample_logits(outputs["final"], labels.shape[1:])
+    parts = {"ce": cross_entropy(logits, labels), "dice": foreground_dice_loss(logits, labels)}
+    loss = config.ce_weight * parts["ce"] + config.dice_weight * parts["dice"]
+    return loss, {"loss": loss} | parts
+
+
+def prototype_prompts(outputs, labels, epoch, config):
+    """Soft Dice of every class against all else + `prototype_contrast`, 1:1: SurgicalSAM.
+
+    Dice_k = 2 sum(p y) / (sum p^2 + sum y^2 + 2e-3) with p = sigmoid, at the labels' size, sums
+    over batch and pixels together: an image without the class counts as long as another has it.
+    """
+    logits = upsample_logits(outputs["final"], labels.shape[1:])[..., 1:]
+    probability, pixels = jax.nn.sigmoid(logits), (0, 1, 2)
+    there = labels[..., None] == jnp.arange(1, logits.shape[-1] + 1)
+    overlap = jnp.sum(jnp.where(there, probability, 0), axis=pixels)
+    sizes = jnp.sum(jnp.square(probability), axis=pixels) + jnp.sum(there, axis=pixels)
+    dice = jnp.mean(1 - 2 * overlap / (sizes + 2e-3))
+    contrast = prototype_contrast(outputs["prototypes"], outputs["features"], labels)
+    loss = dice + contrast
+    return loss, {"loss": loss, "dice": dice, "contrast": contrast}
+
+
+def prototype_contrast(prototypes, features, labels, temperature: float = 0.07):
+    """NT-Xent that draws each prototype to the mean features of its class in the images.
+
+    Args:
+      prototypes: (M, C), of classes 1 to M.
+      features: (B, h, w, C).
+      labels: (B, H, W) class ids; a class counts in an image where a cell of h x w has it.
+
+    Returns:
+      float32 scalar, the mean over (image, class) of -log of the pair's share, exp(cosine / t),
+      among itself and those of this prototype with other classes; 0 without any.
+    """
+    target = resize_labels_nearest(labels, features.shape[1:3])
+    features = features.astype(wide(features.dtype))
+    members = (target[..., None] == jnp.arange(1, len(prototypes) + 1)).astype(features.dtype)
+    areas = jnp.sum(members, axis=(1, 2))
+    means = jnp.einsum("bhwk,bhwc->bkc", members, features, precision="highest")
+    means = _unit(means / jnp.maximum(areas, 1)[..., None])
+    there = areas > 0
+    similar = jnp.einsum("mc,bkc->mbk", _unit(prototypes), means, precision="highest")
+    similar /= temperature
+    same = jnp.eye(len(prototypes), dtype=bool)[:, None]  # prototype, image, class
+    others = jnp.where(there & ~same, similar, -1e30)
+    others = jax.nn.logsumexp(others, axis=(1, 2), keepdims=True)
+    losses = jnp.where(there & same, jax.nn.softplus(others - similar), 0)
+    return jnp.sum(losses) / jnp.maximum(jnp.sum(there), 1)
+
+
+def _unit(x):
+    """Vectors on the last axis at length 1; zeros stay, with a slope."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-12))
+
+
+def one_against_rest(outputs, labels, epoch, config):
+    """Logistic regression of every class against all else, as scikit-learn's: FSSP-SAM.
+
+    `coarse` logits (B, h, w, M) of classes 1 to M and the `kernel` they came from; labels below 0
+    do not count. Each class has the mean loss of its pixels and |w|^2 / 2 over their number (C 1).
+    """
+    logits = outputs["coarse"].astype(wide(outputs["coarse"].dtype))
+    target = resize_labels_nearest(labels, logits.shape[1:3])[..., None]
+    there = target == jnp.arange(1, logits.shape[-1] + 1)
+    entropy = jax.nn.softplus(logits) - jnp.where(there, logits, 0)
+    known = target >= 0
+    count = jnp.maximum(jnp.sum(known), 1)
+    entropy = jnp.sum(jnp.where(known, entropy, 0)) / count
+    loss = entropy + 0.5 * jnp.sum(jnp.square(outputs["kernel"])) / count
+    return loss, {"loss": loss, "ce": entropy}

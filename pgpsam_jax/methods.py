@@ -8,10 +8,23 @@ from ml_collections import ConfigDict
 
 from pgpsam_jax import losses
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models import hsam, pgpsam, samed, segmenter
+from pgpsam_jax.fit import make_fit_step
+from pgpsam_jax.models import (
+    autosam,
+    fssp,
+    hsam,
+    oracle,
+    pgpsam,
+    prompted,
+    sam_lst,
+    samed,
+    segmenter,
+    surgicalsam,
+)
 from pgpsam_jax.models.lora import TARGETS, LoraConfig
 from pgpsam_jax.models.release import model as release
 from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +34,10 @@ class Method:
     label: in tables. make: (settings, num_classes, dtype, rngs) -> `Segmenter`. base_tensors: path
     prefix here -> prefix in the converted SAM; base_unused: tensors of SAM that have no place here.
     loss: see `losses`. frozen: path prefixes outside the encoder that never train.
+    base_rows: prefix in the converted SAM -> so many rows of its first axis are taken. cnn: prefix
+    of a ResNet-18 that `config.model.cnn_base` may give its start. make_step: what a step of the
+    run is, see `step.make_train_step`. oracle: it is given the labels of the volumes that it is
+    scored on; its label and `notice` say so.
     """
 
     label: str
@@ -29,6 +46,10 @@ class Method:
     base_unused: tuple[str, ...]
     loss: Callable = losses.deep_supervision
     frozen: tuple[str, ...] = ()
+    base_rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    cnn: str = ""
+    make_step: Callable = make_train_step
+    oracle: bool = False
 
 
 def _sam(settings: ConfigDict) -> SamConfig:
@@ -102,6 +123,43 @@ def _make_hsam(settings, num_classes: int, dtype, rngs: nnx.Rngs):
     )
 
 
+def _make_autosam(settings, num_classes: int, dtype, rngs: nnx.Rngs):
+    return autosam.AutoSam(
+        _sam(settings), num_classes, lora=_lora(settings), dtype=dtype, rngs=rngs
+    )
+
+
+def _make_samlst(settings, num_classes: int, dtype, rngs: nnx.Rngs):
+    return sam_lst.SamLst(_sam(settings), num_classes, lora=_lora(settings), dtype=dtype, rngs=rngs)
+
+
+def _make_surgicalsam(settings, num_classes: int, dtype, rngs: nnx.Rngs):
+    if settings.prompt_tokens < 1:
+        raise UserError(f"model.prompt_tokens is {settings.prompt_tokens}; give 1 or more")
+    return surgicalsam.SurgicalSam(
+        _sam(settings),
+        num_classes,
+        prompt_tokens=settings.prompt_tokens,
+        lora=_lora(settings),
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def _by_masks(model: Callable):
+    """Maker of a method that prompts SAM as it is."""
+
+    def make(settings, num_classes: int, dtype, rngs: nnx.Rngs):
+        if settings.train_encoder == "full":
+            raise UserError(
+                f"method {settings.name} takes SAM's encoder as it is; set "
+                "model.train_encoder=frozen"
+            )
+        return model(_sam(settings), num_classes, prompt=settings.prompt, dtype=dtype, rngs=rngs)
+
+    return make
+
+
 # (config.model.name, config.model.preset) -> method; a method with one preset has "" there.
 METHODS = {
     ("pgpsam", "paper"): Method(
@@ -114,6 +172,49 @@ METHODS = {
         "SAMed", _make_samed, segmenter.BASE_TENSORS, segmenter.BASE_UNUSED, losses.final_only
     ),
     ("hsam", ""): Method("H-SAM", _make_hsam, segmenter.BASE_TENSORS, segmenter.BASE_UNUSED),
+    ("autosam", ""): Method(
+        "AutoSAM",
+        _make_autosam,
+        autosam.BASE_TENSORS,
+        autosam.BASE_UNUSED,
+        losses.entropy_and_foreground_dice,
+        autosam.FROZEN,
+        autosam.BASE_ROWS,
+    ),
+    ("samlst", ""): Method(
+        "SAM-LST",
+        _make_samlst,
+        segmenter.BASE_TENSORS,
+        segmenter.BASE_UNUSED,
+        losses.final_only,
+        sam_lst.FROZEN,
+        cnn=sam_lst.CNN,
+    ),
+    ("surgicalsam", ""): Method(
+        "SurgicalSAM",
+        _make_surgicalsam,
+        prompted.BASE_TENSORS,
+        (),
+        losses.prototype_prompts,
+        frozen=("prompt_encoder",),
+    ),
+    ("fssp", ""): Method(
+        "FSSP-SAM",
+        _by_masks(fssp.Fssp),
+        prompted.BASE_TENSORS,
+        (),
+        losses.one_against_rest,
+        frozen=("prompt_encoder", "mask_decoder"),
+        make_step=make_fit_step,
+    ),
+    ("sam", ""): Method(
+        "SAM, true boxes (ORACLE)",
+        _by_masks(oracle.OracleSam),
+        prompted.BASE_TENSORS,
+        (),
+        frozen=("prompt_encoder", "mask_decoder"),
+        oracle=True,
+    ),
 }
 
 
@@ -137,3 +238,26 @@ def name_of(key: tuple[str, str]) -> str:
 def method_of(settings: ConfigDict) -> Method:
     """The method that `config.model` names."""
     return METHODS[key_of(settings)]
+
+
+_TRUE = {"point": "points", "box": "boxes", "both": "points and boxes"}
+
+
+def notice(settings: ConfigDict) -> str | None:
+    """What every print and report of a run of `config.model` must say of its method."""
+    if not method_of(settings).oracle:
+        return None
+    return (
+        f"ORACLE: SAM is prompted with the true {_TRUE[settings.prompt]}, made of the labels of "
+        "the volumes that are scored: no prediction, but a bound for methods that find their "
+        "prompts."
+    )
+
+
+def refuse_without_labels(settings: ConfigDict) -> None:
+    """A `UserError` for a method that cannot segment what has no labels yet."""
+    if method_of(settings).oracle:
+        raise UserError(
+            f"method {settings.name} takes its prompts from the labels of a volume, so that it "
+            "segments none without (model.name); use a run of another method"
+        )

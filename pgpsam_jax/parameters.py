@@ -24,7 +24,8 @@ ENCODER_MODES = {
 def trainable(encoder_mode: str, frozen: tuple[str, ...] = ()) -> nnx.filterlib.Filter:
     """NNX filter of the trained leaves for `encoder_mode` `lora`, `full` or `frozen`.
 
-    frozen: path prefixes outside the encoder that a method keeps as they are.
+    frozen: path prefixes outside the encoder that a method keeps as they are. Running averages of
+    batch statistics have no gradient, but change and are saved with what trains.
     """
     if encoder_mode not in ENCODER_MODES:
         raise UserError(
@@ -38,6 +39,7 @@ def trainable(encoder_mode: str, frozen: tuple[str, ...] = ()) -> nnx.filterlib.
     return nnx.Any(
         nnx.All(nnx.Param, nnx.Not(in_encoder), nnx.Not(kept)),
         nnx.All(ENCODER_MODES[encoder_mode], in_encoder),
+        nnx.BatchStat,
     )
 
 
@@ -51,9 +53,14 @@ def flat_paths(state) -> dict:
     return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
 
+def is_average(leaf) -> bool:
+    """Whether a leaf is a running average, which no gradient moves."""
+    return isinstance(leaf, nnx.BatchStat)
+
+
 def count(state) -> int:
-    """Number of scalars in a state."""
-    return sum(math.prod(leaf.shape) for leaf in flat_paths(state).values())
+    """Number of scalars in a state, running averages left out."""
+    return sum(math.prod(leaf.shape) for leaf in flat_paths(state).values() if not is_average(leaf))
 
 
 def report(params, frozen) -> str:
@@ -61,7 +68,7 @@ def report(params, frozen) -> str:
     rows = defaultdict(lambda: [0, 0])
     for column, state in enumerate((params, frozen)):
         for path, leaf in flat_paths(state).items():
-            rows[path.split("/")[0]][column] += math.prod(leaf.shape)
+            rows[path.split("/")[0]][column or is_average(leaf)] += math.prod(leaf.shape)
     rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     width = max(map(len, rows))
     lines = [f"{'parameters':<{width}} {'trained':>13} {'frozen':>13}"]

@@ -97,9 +97,12 @@ def main() -> None:
     parser.add_argument("--skip-existing", action="store_true", help="keep masks already there")
     arguments = parser.parse_args()
     with exit_on_user_error():
+        from pgpsam_jax.methods import refuse_without_labels
         from pgpsam_jax.trained import load_run
 
-        check(load_config(arguments.workdir).eval.workers)  # what takes no time to refuse first
+        config = load_config(arguments.workdir)  # what takes no time to refuse first
+        check(config.eval.workers)
+        refuse_without_labels(config.model)
         inputs = find_inputs(arguments.input)
         run = load_run(arguments.workdir)
         failed = predict(

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from pgpsam_jax import build, methods, sharding
-from pgpsam_jax.step import init_state, make_train_step
+from pgpsam_jax.step import init_state
 
 
 class ShardedStep(NamedTuple):
@@ -42,7 +42,8 @@ def shard_step(
     method = methods.key_of(config.model)
     state = _placed(jax.eval_shape(start, params), mesh, method)
     frozen = _placed(frozen, mesh, method)
-    step = make_train_step(graphdef, optimizer, build.step_config(config))
+    make_step = methods.METHODS[method].make_step
+    step = make_step(graphdef, optimizer, build.step_config(config))
     shardings = [sharding_of(tree) for tree in (state, frozen, batch)]
     run = jax.jit(
         sharding.over_mesh(step, mesh),

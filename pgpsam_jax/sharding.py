@@ -62,8 +62,20 @@ _RELEASE = (
     (r"deform/(project_in|gate|expand|project_out)/kernel$", INPUTS),
     (r"(join|project|intra_mix)/kernel$", OUTPUTS),
 )
+_HSAM = ((r"mask_attention/(attention[12]/([qkv]|out)_proj|mlp/lin[12])/kernel$", INPUTS),)
+_SAMLST = ((r"cnn/groups/\d+/\d+/conv[12]/kernel$", P(None, None, PARTS, None)),)
+_SURGICALSAM = (
+    (r"prompter/(sparse1|dense[12])/kernel$", INPUTS),
+    (r"iou_head/layers/\d+/kernel$", INPUTS),
+)
 # Key of `methods.METHODS` -> the rows that a method has besides SAM's.
-OWN = {("pgpsam", "paper"): _PAPER, ("pgpsam", "release"): _RELEASE}
+OWN = {
+    ("pgpsam", "paper"): _PAPER,
+    ("pgpsam", "release"): _RELEASE,
+    ("hsam", ""): _HSAM,
+    ("samlst", ""): _SAMLST,
+    ("surgicalsam", ""): _SURGICALSAM,
+}
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:

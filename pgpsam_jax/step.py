@@ -75,18 +75,19 @@ def to_input(images):
 
 
 def loss_of(graphdef, params, frozen, inputs, labels, epoch, config: StepConfig, keys=None):
-    """(loss, metrics) of a batch: labels (B, S, S) class ids, inputs images (B, S, S) in [0, 1].
+    """(loss, (metrics, running averages of batch statistics)) of a batch.
 
-    With `config.encoded`, inputs are what the model's `encode` made of images. keys (B,): for what
-    the model draws in training.
+    labels (B, S, S) are class ids, inputs images (B, S, S) in [0, 1]; with `config.encoded`, what
+    the model's `encode` made of images. keys (B,): for what the model draws in training.
     """
     model = nnx.merge(graphdef, params, frozen)
     outputs = model.segment(inputs, keys) if config.encoded else model(to_input(inputs), keys)
-    return config.loss(outputs, labels, epoch, config)
+    loss, metrics = config.loss(outputs, labels, epoch, config)
+    return loss, (metrics, nnx.state(model, nnx.BatchStat))
 
 
 def gradients_of(graphdef, params, frozen, inputs, labels, epoch, config: StepConfig, keys=None):
-    """(gradients of `loss_of` to `params`, metrics), over the microbatches of the batch."""
+    """(gradients of `loss_of` to `params`, what else it returns), over a batch's microbatches."""
     parts = config.microbatches
     differentiate = jax.grad(loss_of, argnums=1, has_aux=True)
 
@@ -136,12 +137,12 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: S
             inputs = inputs.astype(wide(inputs.dtype))
             inputs, labels = augment(keys, inputs, labels, config.augment)
         drawing = jax.vmap(lambda key: jax.random.fold_in(key, _MODEL))(keys)
-        gradients, metrics = gradients_of(
+        gradients, (metrics, averages) = gradients_of(
             graphdef, state.params, frozen, inputs, labels, epoch, config, drawing
         )
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = nnx.merge_state(optax.apply_updates(state.params, updates), averages)
         state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
         return state, metrics
 
@@ -149,9 +150,12 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: S
 
 
 def make_predict_step(graphdef):
-    """Pure function (params, frozen, images (B, S, S)) -> logits (B, h, w, K)."""
+    """Pure function (params, frozen, images (B, S, S)) -> logits (B, h, w, K).
 
-    def predict_step(params, frozen, images):
-        return nnx.merge(graphdef, params, frozen).predict(to_input(images))
+    Of an oracle it takes the true class ids (B, S, S), too.
+    """
+
+    def predict_step(params, frozen, images, *labels):
+        return nnx.merge(graphdef, params, frozen).predict(to_input(images), *labels)
 
     return predict_step

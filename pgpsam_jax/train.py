@@ -13,6 +13,7 @@ from pgpsam_jax import (
     cost,
     distributed,
     encodings,
+    methods,
     sharding,
     validation,
 )
@@ -66,7 +67,8 @@ def train(config: ConfigDict, workdir) -> dict:
             write_json(workdir / "labels.json", split.table.to_json())
             configuration.store(config, workdir)
         write_json(workdir / "provenance.json", origin)
-    checkpoint.settle_base(workdir, config.model.base, base_digest, frozen)
+    drawn = build.drawn(config.model, frozen)
+    checkpoint.settle_base(workdir, config.model.base, base_digest, frozen, drawn)
 
     size, total = len(data.list), configuration.total_steps(config, len(data.list))
     seed = augmentation_seed(config.seed, build.step_config(config).augment)
@@ -85,6 +87,13 @@ def train(config: ConfigDict, workdir) -> dict:
             config, workdir, mesh, kernels, data, held_out, split.table, params, frozen, total
         )
     )
+    if not jax.tree.leaves(params):  # nothing trains: what was loaded is what is evaluated
+        loader.close()
+        with watch("evaluate"):
+            predictor = local_predictor(config, graphdef, params, frozen)
+            summary = run_evaluation(config, workdir, predictor, split)
+        _store(watch)
+        return summary
     checkpoints = checkpoint.Checkpoints(workdir)
     if checkpoints.latest is not None:  # resume: the workdir's newest state
         state = checkpoints.restore(step_of.state, loader)
@@ -186,11 +195,13 @@ def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
 
 def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
     """The trained parameters of a workdir, newest or best, ready for volumes."""
-    if (Path(workdir) / checkpoint.FROZEN).is_file():  # it needs no other backbone
-        config = config.copy_and_resolve_references()
+    config = config.copy_and_resolve_references()
+    config.model.cnn_base = ""  # where training started; what trained comes from the workdir
+    if checkpoint.holds_backbone(workdir):
         config.model.base = ""
     graphdef, params, frozen, digest = build.init_model(config, num_classes)
-    checkpoint.settle_base(workdir, config.model.base, digest, frozen)
+    drawn = build.drawn(config.model, frozen)
+    checkpoint.settle_base(workdir, config.model.base, digest, frozen, drawn)
     everywhere = sharding.replicated(sharding.make_mesh())
     abstract = checkpoint.abstract_like(params, jax.tree.map(lambda _: everywhere, params))
     params = checkpoint.restore_params(workdir, abstract, best=validation.is_on(config))
@@ -219,6 +230,7 @@ def make_predictor(config: ConfigDict, graphdef, params, frozen, mesh) -> Predic
         levels=config.data.levels,
         batch_size=config.eval.batch_size,
         mesh=mesh,
+        oracle=methods.method_of(config.model).oracle,
     )
 
 
@@ -226,7 +238,8 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
     """Write `<workdir>/evaluation` and print its table."""
     from pgpsam_jax.evaluation.evaluate import evaluate  # brings what draws and scores
 
-    notices = [build.base_notice(config.model, workdir), validation.notice(config, workdir)]
+    notices = [build.base_notice(config.model, workdir), methods.notice(config.model)]
+    notices.append(validation.notice(config, workdir))
     options = {}
     if config.data.layout == "transunet":
         notices.append(arrays.NO_GRID)
@@ -248,6 +261,7 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
         min_pixels=config.fewshot.min_pixels,
         overlays=config.eval.overlays,
         workers=config.eval.workers,
+        oracle=predictor.oracle,
         notices=[notice for notice in notices if notice],
         **options,
     )

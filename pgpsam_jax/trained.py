@@ -10,7 +10,7 @@ import nibabel as nib
 from flax import nnx
 from ml_collections import ConfigDict
 
-from pgpsam_jax import runs
+from pgpsam_jax import methods, runs
 from pgpsam_jax.compilation import keep_compiled
 from pgpsam_jax.config import load_config
 from pgpsam_jax.data.geometry import Fit, model_slices
@@ -50,6 +50,7 @@ class TrainedRun:
 
         volume: path of a NIfTI file, nibabel NIfTI image, or `pgpsam_jax.data.nifti.Volume`.
         """
+        methods.refuse_without_labels(self.config.model)
         volume = as_volume(volume)
         return label_image(self.predictor(volume), volume.source)
 

@@ -12,6 +12,11 @@ from any workdir of preset `release`:
     python -m weights_conversion.convert --kind pgpsam_release --reverse \\
         --source runs/release --output best_ckpt.pth
 
+Or torchvision's ResNet-18 to the CNN that method `samlst` starts from:
+
+    python -m weights_conversion.convert --kind resnet18 \\
+        --source resnet18-f37072fd.pth --output weights/resnet18
+
 Reads `.pth` (without torch, without running code) and `.safetensors` files. SAM is written as
 `<output>.safetensors` and `<output>.json`. Conversion only renames, transposes and stacks tensors:
 it is checked for names, shapes and exact round trips on both layouts, the published files
@@ -27,7 +32,7 @@ import numpy as np
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.files import atomic_path, file_digest, write_json
 from pgpsam_jax.weights import FORMAT, FORMAT_VERSION, OFFICIAL, base_files, how_to_get, load_base
-from weights_conversion import sam
+from weights_conversion import resnet, sam
 from weights_conversion.checkpoint_files import (
     check_suffix,
     read_checkpoint,
@@ -131,7 +136,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--kind", choices=("sam", "pgpsam_release"), default="sam", help="of the checkpoint"
+        "--kind",
+        choices=("sam", "pgpsam_release", "resnet18"),
+        default="sam",
+        help="of the checkpoint",
     )
     parser.add_argument(
         "--source", required=True, help="checkpoint file, or folder holding model.safetensors"
@@ -163,6 +171,9 @@ def main(argv=None) -> None:
             parser.error("--layout and --allow-unknown-md5 go with --kind sam")
         if arguments.reverse and settings:
             parser.error("--reverse takes no --config: the workdir has its own")
+    elif arguments.kind == "resnet18":
+        if arguments.layout or arguments.allow_unknown_md5 or arguments.reverse or settings:
+            parser.error("--kind resnet18 takes --source and --output only")
     else:
         if arguments.reverse != (arguments.layout is not None):
             parser.error("--reverse and --layout go together")
@@ -176,6 +187,8 @@ def main(argv=None) -> None:
                 release.reverse(arguments.source, arguments.output)
             else:
                 release.convert(arguments.source, arguments.output, settings)
+        elif arguments.kind == "resnet18":
+            resnet.convert(arguments.source, arguments.output)
         elif arguments.reverse:
             reverse(arguments.source, arguments.output, arguments.layout)
         else:

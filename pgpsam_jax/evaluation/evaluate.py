@@ -31,6 +31,7 @@ def evaluate(
     region_of: Callable[[str, np.ndarray], np.ndarray | None] = lambda case_id, truth: None,
     notices: Sequence[str] = (),
     workers: int = 0,
+    oracle: bool = False,
 ) -> dict:
     """Predict, score and write `folder`; returns the summary that `summary.json` holds.
 
@@ -39,7 +40,7 @@ def evaluate(
     volumes. `notices` stand at the top of the report. `workers` (`eval.workers`, see
     `worker_count`) processes score and draw meanwhile; they change no number. In a run of several
     processes each takes its share of the cases, with a predictor on its own devices; the first one
-    writes the tables.
+    writes the tables. Only with `oracle` does the predictor see the labels.
     """
     folder, rows, slices = Path(folder), [], []
     count, cases = len(cases), distributed.own(cases)
@@ -56,7 +57,7 @@ def evaluate(
         for case, (volume, truth) in zip(progress, reading, strict=True):
             yield Predicted(
                 case.case_id,
-                predictor(volume),
+                predictor(volume, truth) if oracle else predictor(volume),
                 volume.spacing,
                 volume.source,
                 image=volume.array if overlays else None,

@@ -9,8 +9,15 @@ import numpy as np
 from flax import nnx
 
 from pgpsam_jax import distributed, sharding
-from pgpsam_jax.data.geometry import Fit, logits_to_native, to_model_on_device, windowed
+from pgpsam_jax.data.geometry import (
+    Fit,
+    logits_to_native,
+    to_model,
+    to_model_on_device,
+    windowed,
+)
 from pgpsam_jax.data.nifti import Volume
+from pgpsam_jax.errors import UserError
 from pgpsam_jax.step import make_predict_step
 
 
@@ -19,20 +26,33 @@ class Predictor:
 
     The model is compiled once; a new in-plane shape compiles only the resizes from and to it. On a
     mesh over several processes all of them ask for the same slices, and each gets all the answers.
+    An `oracle` (see `methods.Method`) is given the truth with every volume, any other never.
     """
 
     def __init__(
-        self, graphdef, params, frozen, *, image_size, window, levels: int, batch_size: int, mesh
+        self,
+        graphdef,
+        params,
+        frozen,
+        *,
+        image_size,
+        window,
+        levels: int,
+        batch_size: int,
+        mesh,
+        oracle: bool = False,
     ):
         lanes = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // lanes) * lanes
         self.image_size, self.window, self.levels = image_size, tuple(window), levels
+        self.oracle = oracle
         self._sharding = sharding.batch_sharding(mesh)
         self._graphdef, self._states = graphdef, (params, frozen)
         self._to_model = jax.jit(to_model_on_device, static_argnums=1, out_shardings=self._sharding)
         self._predict = jax.jit(
             sharding.over_mesh(make_predict_step(graphdef), mesh),
-            in_shardings=(None, None, self._sharding),  # weights where they are
+            # Weights where they are.
+            in_shardings=(None, None, self._sharding, *[self._sharding] * oracle),
             out_shardings=self._sharding,
         )
 
@@ -52,16 +72,27 @@ class Predictor:
         other._states = params, self._states[1]
         return other
 
-    def __call__(self, volume: Volume) -> np.ndarray:
-        """Class ids (D, H, W) uint8 in the volume's display orientation."""
-        return self._segment(volume.array, lambda part: windowed(part, self.window, self.levels))
+    def __call__(self, volume: Volume, truth=None) -> np.ndarray:
+        """Class ids (D, H, W) uint8 in the volume's display orientation.
+
+        truth: its true class ids (D, H, W), for an oracle only.
+        """
+
+        def prepare(part):
+            return windowed(part, self.window, self.levels)
+
+        return self._segment(volume.array, prepare, truth)
 
     def slices(self, images) -> np.ndarray:
         """Class ids (N, S, S) uint8 of slices (N, S, S) that are as the network sees them."""
         return self._segment(images, lambda part: part)
 
-    def _segment(self, images, prepare) -> np.ndarray:
+    def _segment(self, images, prepare, truth=None) -> np.ndarray:
         """Class ids of `images` (N, H, W); `prepare` gives a batch its intensities in [0, 1]."""
+        if self.oracle and truth is None:
+            raise UserError("an oracle takes its prompts from labels, and there are none")
+        if truth is not None and not self.oracle:
+            raise ValueError("labels are for an oracle only")
         out = np.empty(images.shape, np.uint8)
         shape = images.shape[1:]
         fit = Fit.of(shape, self.image_size)
@@ -71,13 +102,20 @@ class Predictor:
             batch = np.zeros((self.batch_size, *shape), np.float32)
             batch[: len(images[part])] = prepare(images[part])
             inputs = self._to_model(distributed.place(batch, self._sharding), fit)
-            ids = _class_ids(self._predict(*self._states, inputs), fit, shape)
+            labels = () if truth is None else (self._labels(truth[part], fit),)
+            ids = _class_ids(self._predict(*self._states, inputs, *labels), fit, shape)
             if pending:
                 self._collect(out, *pending)
             pending = part, ids
         if pending:
             self._collect(out, *pending)
         return out
+
+    def _labels(self, ids, fit: Fit):
+        """A batch of class ids at the network's size, on the device."""
+        batch = np.zeros((self.batch_size, fit.size, fit.size), np.uint8)
+        batch[: len(ids)] = to_model(ids, fit, order=0)
+        return distributed.place(batch, self._sharding)
 
     @staticmethod
     def _collect(out, part, ids) -> None:

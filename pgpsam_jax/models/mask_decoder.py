@@ -39,9 +39,11 @@ class Upscaling(nnx.Module):
 class MaskDecoder(nnx.Module):
     """One mask per mask token; with `iou_head` also SAM's quality token and head."""
 
+    two_way = TwoWayTransformer
+
     def __init__(self, config: DecoderConfig, masks: int, *, iou_head: bool, dtype, rngs: nnx.Rngs):
         d = config.width
-        self.transformer = TwoWayTransformer(
+        self.transformer = self.two_way(
             d, config.depth, config.heads, config.mlp_dim, config.downsample, dtype=dtype, rngs=rngs
         )
         self.mask_tokens = initial.normal_param(rngs, masks, d)

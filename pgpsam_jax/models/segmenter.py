@@ -42,6 +42,8 @@ class SamSegmenter(Segmenter):
     Holds all of SAM's prompt encoder, as SAMed does: the rest of it has no gradient.
     """
 
+    decoder = MaskDecoder
+
     def __init__(
         self,
         sam: SamConfig,
@@ -57,7 +59,7 @@ class SamSegmenter(Segmenter):
         self.prompt_encoder = PromptEncoder(
             sam.decoder.width, sam.encoder.grid, sam.image_size, **common
         )
-        self.mask_decoder = MaskDecoder(sam.decoder, masks, iou_head=iou_head, **common)
+        self.mask_decoder = self.decoder(sam.decoder, masks, iou_head=iou_head, **common)
 
     def encode(self, images):
         return self.image_encoder(images)[0]

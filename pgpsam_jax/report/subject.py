@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from pgpsam_jax import methods
 from pgpsam_jax.build import base_notice
 from pgpsam_jax.config import from_json, to_json
 from pgpsam_jax.report.series import Group, groups_of
@@ -52,6 +53,6 @@ class Subject:
         found = [text for run in self.runs for text in (run.summary or {}).get("notices", ())]
         for workdir, stored in self.configs.items():
             config = from_json(stored)
-            found.append(base_notice(config.model, workdir))
+            found += [base_notice(config.model, workdir), methods.notice(config.model)]
             found.append(_PHANTOM if config.data.layout == "phantom" else None)
         return [text for text in dict.fromkeys(found) if text]

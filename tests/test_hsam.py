@@ -1,0 +1,238 @@
+"""H-SAM: sizes, the forward pass against numpy, what trains, what is drawn, settings."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+
+import decoder_numpy
+import equations_numpy as eq
+import hsam_numpy
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from method_runs import loss_falls
+from release_numpy import resize
+
+from pgpsam_jax import build, losses, recipes
+from pgpsam_jax.config import default_config
+from pgpsam_jax.data.augment import AugmentConfig
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.models import hsam
+from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.parameters import count, flat_paths
+from pgpsam_jax.step import StepConfig
+
+CLASSES, BATCH, SIZE = 3, 2, (32, 64)  # a grid of 4 x 8
+ENCODER = dict(width=32, depth=1, heads=2, global_blocks=(0,), out_channels=64, window_size=4)
+# Registered, and read by nothing, here as in the original.
+IDLE = r"(mask_decoder|second)/iou_head/|/idle/|prompt_encoder/(point|not_a_point|mask_down)"
+GATE = "second/mask_attention/"  # and this only by the intended gate
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+class Given(nnx.Module):
+    """In the place of the image encoder: the images are its output already."""
+
+    def __call__(self, images):
+        return (images,)
+
+
+def create(mask_gate, dtype=jnp.float32, depth=2):
+    """A model at its own initialisation, the blocks of its transformers being `depth`."""
+    sam = SamConfig.preset("vit_t", SIZE, 8, **ENCODER)
+    sam = dataclasses.replace(sam, decoder=dataclasses.replace(sam.decoder, depth=depth))
+    model = hsam.Hsam(sam, CLASSES, mask_gate=mask_gate, dtype=dtype, rngs=nnx.Rngs(3))
+    model.image_encoder = Given()
+    return model
+
+
+@functools.cache
+def random_model(mask_gate, dtype=jnp.float32):
+    """A model with every parameter random, and its arrays in float64."""
+    return eq.random_module(lambda: create(mask_gate, dtype), 1)
+
+
+@functools.cache
+def features():
+    return np.random.default_rng(5).normal(size=(BATCH, 4, 8, 64)).astype(np.float32)
+
+
+@functools.cache
+def run(mask_gate, dtype=jnp.float32):
+    """Both outputs of the random model, and what it predicts."""
+    graphdef, state = nnx.split(random_model(mask_gate, dtype)[0])
+
+    @quick_jit
+    def outputs(state, features):
+        model = nnx.merge(graphdef, state)
+        return model(features) | {"predict": model.predict(features)}
+
+    return {name: np.asarray(x) for name, x in outputs(state, features()).items()}
+
+
+def relative(got, expected) -> float:
+    """Relative L2 error in float64."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def test_parameters_are_those_of_the_original():
+    """ViT-b, 512 px, 9 classes: 19,051,259 of decoder 2, of them 12,742,011 idle as released.
+
+    C = 256, L = 32 x 32 = 1024; an attention with inner width I has 3 (C I + I) + I C + C numbers.
+    """
+    config = default_config()
+    recipes.use(config, "hsam")
+    _, params, _ = build.abstract_model(config, 9)
+    sizes = {path: math.prod(leaf.shape) for path, leaf in flat_paths(params).items()}
+
+    def part(pattern):
+        return sum(size for path, size in sizes.items() if re.search(pattern, path))
+
+    def dense(*widths):
+        return sum(a * b + b for a, b in itertools.pairwise(widths))
+
+    def attention(width, inner):
+        return 3 * dense(width, inner) + dense(inner, width)
+
+    block = 3 * attention(256, 256) + dense(256, 2048, 256) + 4 * 2 * 256
+    upscaling = 4 * 256 * 64 + 64 + 2 * 64 + 4 * 64 * 32 + 32
+    expected = {
+        "second/transformer/layers/./(?!idle)": 2 * block,
+        "second/transformer/(final|norm)": attention(256, 128) + 2 * 256,
+        "second/mask_tokens": 9 * 256,
+        "second/upscaling": upscaling,
+        "second/skip": 4 * 64 * 32 + 32 + 2 * 32 + 4 * 32 * 16 + 16 + 2 * 16,
+        "second/hyper_mlps": 9 * dense(256, 256, 256, 256, 256, 16),
+    }
+    idle = {
+        "second/mask_attention/attention": 2 * attention(1024, 1024),
+        "second/mask_attention/norm": 2 * 2 * 1024,
+        "second/mask_attention/mlp": dense(1024, 2048, 1024),
+        "second/mask_attention/merge": dense(9, 1),
+        "second/transformer/layers/./idle": 2 * 2 * 2 * (196 + 9 + 1024),
+        "second/iou_head": dense(256, 256, 256, 9),
+    }
+    assert {name: part(name) for name in expected | idle} == expected | idle
+    assert sum(idle.values()) == part(f"^second/.*/idle/|second/iou_head/|{GATE}") == 12_742_011
+    assert part("^second/") == sum((expected | idle).values()) == 19_051_259
+    # SAMed's trunk with rank 5, and all.
+    assert part("lora") == 12 * 2 * 5 * (768 + 768)
+    assert count(params) == 184_320 + 4_759_945 + 6_220 + 19_051_259
+
+
+@pytest.mark.parametrize(("mask_gate", "over"), [("released", "channel"), ("intended", "space")])
+def test_outputs_are_those_of_the_transcription(mask_gate, over):
+    """On a grid that is not square; the released softmax over one channel is written out there."""
+    found, p = run(mask_gate), random_model(mask_gate)[1]
+    assert found["bootstrap"].shape == (BATCH, 16, 32, CLASSES)
+    assert found["final"].shape == (BATCH, 64, 128, CLASSES)
+    pe = decoder_numpy.fourier_positions(p["prompt_encoder.pe_layer.gaussian_matrix"], (4, 8))
+    for b, feature in enumerate(features().astype(np.float64)):
+        wanted = hsam_numpy.forward(
+            feature, p["prompt_encoder.no_mask_embed"], pe, p, depth=2, heads=8, over=over
+        )
+        for name, value in zip(("bootstrap", "final"), wanted, strict=True):
+            assert relative(found[name][b], value) < 2e-6, name  # measured 3.3e-7
+        resized = [resize(np.moveaxis(value, -1, 0), *SIZE) for value in wanted]
+        mean = np.moveaxis(sum(resized) / 2, 0, -1)
+        assert relative(found["predict"][b], mean) < 2e-6
+
+
+def test_the_gates_differ_in_the_second_decoder_only():
+    released, intended = run("released"), run("intended")
+    np.testing.assert_array_equal(released["bootstrap"], intended["bootstrap"])
+    assert relative(intended["final"], released["final"]) > 0.01
+
+
+def test_bfloat16_computes_close_to_float32_and_returns_float32():
+    exact, half = run("intended"), run("intended", jnp.bfloat16)
+    for name in ("bootstrap", "final"):
+        assert half[name].dtype == np.float32
+        assert relative(half[name], exact[name]) < 0.05, name  # measured 0.011
+
+
+# Training.
+
+
+@functools.cache
+def keys():
+    return jax.random.split(jax.random.key(7), BATCH)
+
+
+@pytest.mark.parametrize("mask_gate", hsam.MASK_GATES)
+def test_which_parameters_receive_a_gradient(mask_gate):
+    """All but the idle ones, and the mask attention of the released form: those get exactly none.
+
+    Biases of keys add one number to all scores of a softmax: zero, up to rounding.
+    """
+    graphdef, params, rest = nnx.split(create(mask_gate, depth=1), nnx.Param, ...)
+    labels = np.random.default_rng(6).integers(0, CLASSES, (BATCH, *SIZE))
+
+    @quick_jit
+    def differentiate(params, features, keys):
+        def objective(params):
+            outputs = nnx.merge(graphdef, params, rest)(features, keys)
+            return losses.deep_supervision(outputs, labels, 0, StepConfig(AugmentConfig()))[0]
+
+        return jax.grad(objective)(params)
+
+    found = flat_paths(differentiate(params, features(), keys()))
+    sizes = {path: float(jnp.linalg.norm(leaf[...])) for path, leaf in found.items()}
+    idle = f"{IDLE}|{GATE}" if mask_gate == "released" else IDLE
+    keys_only = {n for n in sizes if n.endswith("k_proj/bias") and not re.search(idle, n)}
+    none = {n for n, size in sizes.items() if size == 0}
+    assert none - keys_only == {n for n in sizes if re.search(idle, n)}
+    for name in keys_only:  # measured up to 1e-6 of the kernel's, or 2e-11
+        assert sizes[name] < 1e-4 * sizes[name.replace("bias", "kernel")] + 1e-9, name
+
+
+def test_draws_are_of_the_second_decoder_and_of_each_sample():
+    """The first output is the one without draws; a sample's draws move with its key."""
+    graphdef, state = nnx.split(random_model("released")[0])
+
+    @quick_jit
+    def outputs(state, features, keys):
+        return nnx.merge(graphdef, state)(features, keys)
+
+    drawn = outputs(state, features(), keys())
+    swapped = outputs(state, features()[::-1], keys()[::-1])
+    assert relative(drawn["bootstrap"], run("released")["bootstrap"]) < 1e-6
+    assert relative(drawn["final"], run("released")["final"]) > 0.05
+    np.testing.assert_allclose(swapped["final"][::-1], drawn["final"], rtol=1e-4, atol=1e-4)
+
+
+def test_noise_has_a_fifth_of_the_range_and_dropout_keeps_the_mean():
+    many = jax.random.split(jax.random.key(1), 4)
+    feature = jnp.asarray(np.random.default_rng(2).uniform(-1, 3, (4, 32, 32, 64)), jnp.float32)
+    noise = np.asarray(hsam.add_noise(feature, many) - feature)
+    assert noise.std() == pytest.approx(0.2 * 4, rel=0.01)
+    assert (
+        abs(noise.mean()) < 0.01
+        and abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.02
+    )
+    dropped = np.asarray(hsam.drop_out(jnp.ones((4, 256, 256)), many, 1))
+    assert set(np.unique(dropped)) == {0.0, 1.25}
+    assert (dropped == 0).mean() == pytest.approx(0.2, abs=0.005)
+    assert (dropped != hsam.drop_out(jnp.ones((4, 256, 256)), many, 2)).any()
+
+
+def test_the_loss_falls():
+    values = loss_falls("hsam")
+    assert values[-1] < 0.9 * values[0], values  # measured 0.84, down to background everywhere
+
+
+def test_settings_that_make_no_hsam():
+    config = default_config()
+    recipes.use(config, "hsam")
+    config.model.mask_gate = "none"
+    with pytest.raises(UserError, match=r"model\.mask_gate is 'none'; choose released or intended"):
+        build.abstract_model(config, 9)
+    config.model.mask_gate, config.model.image_size = "intended", 80
+    with pytest.raises(UserError, match="maps of 5 x 5 tokens in 8 heads"):
+        build.abstract_model(config, 9)

@@ -1,0 +1,138 @@
+"""SAM with the true prompts: what it is told, who else is not, and that all it writes says so."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from method_runs import CLASSES, small_config, squares
+from safetensors.numpy import save_file
+from small_run import config_for, write_data
+
+from pgpsam_jax import build, methods, predict, recipes, sharding, train, weights
+from pgpsam_jax.data.nifti import Volume
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation.inference import Predictor
+from pgpsam_jax.files import file_digest, write_json
+from pgpsam_jax.models.sam import Sam, SamConfig
+from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.report.subject import Subject
+from pgpsam_jax.trained import load_run
+
+
+class Told(nnx.Module):
+    """Stands for an oracle: its classes are the labels it is given."""
+
+    def predict(self, images, labels):
+        return jax.nn.one_hot(labels, 4)
+
+
+class Blind(nnx.Module):
+    def predict(self, images):
+        return jax.nn.one_hot((images[..., 0] > 0.5).astype(jnp.int32), 4)
+
+
+def predictor_of(model, **options):
+    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    sizes = dict(image_size=16, window=(0.0, 1.0), levels=0, batch_size=3)
+    return Predictor(graphdef, params, frozen, mesh=mesh, **sizes, **options)
+
+
+def test_labels_reach_an_oracle_and_nobody_else():
+    """Seven slices in batches of three; an edge is off by the resizing of logits at most."""
+    volume = Volume(np.random.default_rng(0).random((7, 16, 16), np.float32), (3.0, 1.0, 1.0), None)
+    truth = np.random.default_rng(1).integers(0, 4, (7, 16, 16)).astype(np.uint8)
+    np.testing.assert_array_equal(predictor_of(Told(), oracle=True)(volume, truth), truth)
+    with pytest.raises(UserError, match="there are none"):
+        predictor_of(Told(), oracle=True)(volume)
+    with pytest.raises(ValueError, match="for an oracle only"):
+        predictor_of(Blind())(volume, truth)
+    np.testing.assert_array_equal(predictor_of(Blind())(volume), volume.array > 0.5)
+
+
+def test_one_method_is_an_oracle_and_is_called_so():
+    for (name, _), method in methods.METHODS.items():
+        assert method.oracle == ("ORACLE" in method.label) == (name == "sam")
+
+
+def test_prompts_are_those_of_the_true_masks():
+    config, batch = small_config("sam"), squares(2)
+    graphdef, params, frozen, _ = build.init_model(config, CLASSES)
+    assert not jax.tree.leaves(params)
+    images = jnp.repeat(jnp.float32(batch["image"])[..., None], 3, -1)
+    labels = jnp.asarray(batch["label"], jnp.int32)
+    found = jax.jit(lambda f: nnx.merge(graphdef, params, f).predict(images, labels))(frozen)
+    assert found.shape == (2, 16, 16, CLASSES)
+
+    @jax.jit
+    def ask(frozen, boxes):
+        model = nnx.merge(graphdef, params, frozen)
+        sparse, dense = model.prompt_encoder(boxes=boxes)
+        positions = model.prompt_encoder.pe_layer.grid((4, 4))
+        return model.mask_decoder(model.encode(images), positions, sparse, dense, multimask=False)
+
+    boxes = []
+    for i, label in enumerate(batch["label"]):
+        rows, columns = (np.flatnonzero((label == i + 1).any(axis)) for axis in (1, 0))
+        boxes.append([columns[0], rows[0], columns[-1], rows[-1]])
+    wanted, _ = ask(frozen, jnp.array(boxes, jnp.float32))
+    for i in range(2):
+        there, absent = i + 1, 2 - i
+        np.testing.assert_allclose(found[i, ..., there], wanted[i, ..., 0], atol=1e-5)
+        assert (found[i, ..., absent] < -1e3).all() and not found[i, ..., 0].any()
+
+
+@pytest.mark.parametrize("name", ["surgicalsam", "fssp", "sam"])
+def test_all_of_a_converted_sam_is_loaded(name, tmp_path):
+    sam = nnx.state(Sam(SamConfig.preset("vit_t", 64, 8), rngs=nnx.Rngs(7)))
+    tensors = {path: np.asarray(leaf[...]) for path, leaf in flat_paths(sam).items()}
+    stem = tmp_path / "sam"
+    save_file(tensors, f"{stem}.safetensors")
+    sidecar = {"format": weights.FORMAT, "format_version": weights.FORMAT_VERSION}
+    write_json(f"{stem}.json", sidecar | {"sha256": file_digest(f"{stem}.safetensors")})
+    config = small_config(name, model__base=str(stem))
+    _, params, frozen, _ = build.init_model(config, CLASSES)
+    leaves = flat_paths(params) | flat_paths(frozen)
+    for path, wanted in weights.fit_base(tensors, (4, 4), global_blocks=(1, 3)).items():
+        np.testing.assert_array_equal(leaves[path][...], wanted, err_msg=path)
+    own = {path.split("/")[0] for path in leaves.keys() - tensors.keys()}
+    assert own == {"surgicalsam": {"prompter", "prototypes"}, "fssp": {"classifier"}}.get(
+        name, set()
+    )
+
+
+def test_a_run_says_what_it_is_and_predicts_nothing(tmp_path, capsys, monkeypatch):
+    config = config_for(write_data(tmp_path / "data"), eval__overlays=False)
+    recipes.use(config, "sam")
+    run = tmp_path / "run"
+    summary = train.train(config, run)
+    said = "ORACLE: SAM is prompted with the true boxes"
+    printed = capsys.readouterr().out
+    assert printed.count(said) == 2 and printed.index(said) < printed.index("devices ")
+    assert any(said in notice for notice in summary["notices"])
+    assert said in (run / "evaluation/summary.md").read_text()
+    assert any(said in notice for notice in Subject.read(run).notices)
+    assert not (run / "checkpoints").exists()
+    stored = json.loads((run / "evaluation/summary.json").read_text())
+    assert train.evaluate_workdir(run)["strict"] == summary["strict"] == stored["strict"]
+    image = str(tmp_path / "data/images/c.nii.gz")
+    with pytest.raises(UserError, match="takes its prompts from the labels"):
+        load_run(run).segment(image)
+    arguments = [
+        "predict",
+        "--workdir",
+        str(run),
+        "--input",
+        image,
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        predict.main()
+    assert "takes its prompts from the labels" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
