@@ -15,14 +15,13 @@ from pgpsam_jax.models.image_encoder import REMAT, EncoderConfig, ImageEncoder, 
 from pgpsam_jax.models.lora import LoraConfig
 from pgpsam_jax.models.sam import SamConfig
 
-TAPS = (5, 0, 1)
+TAPS = (3, 0, 1)
 # Folded is the backend whose scores wait for the backward pass, unless remat says otherwise.
 SIZES = dict(width=24, heads=3, window_size=4, out_channels=8, attention="folded")
-SIZES |= dict(depth=6, global_blocks=(2, 5))  # ViT-b's groups of three, twice
 
 
 def encoder(image_size=128, **options):
-    """(graphdef, LoRA parameters, the rest) of two groups of blocks, every parameter random."""
+    """(graphdef, LoRA parameters, the rest) of vit_t's pattern, small, every parameter random."""
     sizes = SamConfig.preset("vit_t", image_size, **(SIZES | options)).encoder
     model = nnx.eval_shape(lambda: ImageEncoder(sizes, LoraConfig(2), rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
@@ -33,12 +32,12 @@ def encoder(image_size=128, **options):
     return graph, *nnx.split_state(state, nnx.LoRAParam, ...)
 
 
-def loss_of(graph, taps=TAPS):
+def loss_of(graph):
     """f(lora, rest, images) -> (loss, (embedding, taps)), every output in the loss."""
 
     def loss(lora, rest, images):
-        embedding, outputs = nnx.merge(graph, lora, rest)(images, taps)
-        return sum(jnp.sin(x).mean() for x in (embedding, *outputs)), (embedding, outputs)
+        embedding, taps = nnx.merge(graph, lora, rest)(images, TAPS)
+        return sum(jnp.sin(x).mean() for x in (embedding, *taps)), (embedding, taps)
 
     return loss
 
@@ -93,14 +92,15 @@ def test_policies_keep_less_and_less():
     assert kept == sorted(kept, reverse=True) and len(set(kept)) == len(kept), kept
 
 
-def test_scan_compiles_one_windowed_and_one_global_block():
-    def products(taps=TAPS, **options):
+def test_scan_compiles_one_group_of_blocks():
+    def products(**options):
         graph, *states = encoder(**options)
         images = jnp.zeros((1, 128, 128, 3))
-        return jax.jit(loss_of(graph, taps)).lower(*states, images).as_text().count("dot_general")
+        return jax.jit(loss_of(graph)).lower(*states, images).as_text().count("dot_general")
 
-    two_blocks = products(taps=(0, 1), depth=2, global_blocks=(1,))
-    assert products(scan_blocks=True) == two_blocks < products()
+    loop, written_out = products(scan_blocks=True), products()
+    blocks = written_out - 2 * loop  # patch embedding, neck and the like twice, blocks not at all
+    assert -6 <= blocks <= 0, (loop, written_out)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ REMAT = {
 class EncoderConfig:
     """Sizes of the encoder, and how it is computed; `grid` is image size / patch size in tokens.
 
-    attention: a name of `attention.NAMES`; remat: one of `REMAT`. scan_blocks compiles one
-    windowed and one global block instead of all blocks, for a copy of their weights.
+    attention: a name of `attention.NAMES`; remat: one of `REMAT`. scan_blocks compiles the group
+    of blocks that repeats once instead of all blocks, for a copy of their weights.
     """
 
     grid: tuple[int, int]
@@ -210,40 +210,22 @@ class ImageEncoder(nnx.Module):
         return self.neck(x), [outputs[i] for i in taps]
 
     def scan(self, run, x, taps: tuple[int, ...]):
-        """The blocks as loops: (last output, [outputs of taps]).
-
-        An outer loop over the group that repeats, in it one over the group's windowed blocks: one
-        windowed and one global block are compiled, however many there are.
-        """
-        period, depth = self.config.period, self.config.depth
-        spans = [range(period - 1), range(period - 1, period)] if period > 1 else [range(1)]
+        """The blocks as a loop over the group that repeats: (last output, [outputs of taps])."""
+        period = self.config.period
         graphs, states = zip(*map(nnx.split, self.blocks), strict=True)
-
-        def stacked(span):  # leaves (groups, blocks of the span, ...)
-            chosen = [states[i] for i in range(depth) if i % period in span]
-            shape = depth // period, len(span)
-            return jax.tree.map(lambda *p: jnp.stack(p).reshape(*shape, *p[0].shape), *chosen)
-
-        def blocks(span):
-            tapped = any(tap % period in span for tap in taps)
-
-            def block(x, state):
-                x = run(nnx.merge(graphs[span[0]], state), x)
-                return x, x if tapped else None
-
-            return block
+        stacked = [jax.tree.map(lambda *p: jnp.stack(p), *states[j::period]) for j in range(period)]
+        kept = {tap % period for tap in taps}
 
         def group(x, states):
-            outputs = []
-            for span, state in zip(spans, states, strict=True):
-                x, found = jax.lax.scan(blocks(span), x, state)
-                outputs.append(found)
+            outputs = {}
+            for j, state in enumerate(states):
+                x = run(nnx.merge(graphs[j], state), x)
+                if j in kept:
+                    outputs[j] = x
             return x, outputs
 
-        x, outputs = jax.lax.scan(group, x, [stacked(span) for span in spans])
-        place = {j: (i, j - span[0]) for i, span in enumerate(spans) for j in span}
-        found = ((tap // period, *place[tap % period]) for tap in taps)
-        return x, [outputs[i][g, j] for g, i, j in found]
+        x, outputs = jax.lax.scan(group, x, stacked)
+        return x, [outputs[tap % period][tap // period] for tap in taps]
 
 
 def recomputing(remat: str):
