@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from pgpsam_jax import checkpoint, weights
+from pgpsam_jax import backbone, weights
 from pgpsam_jax.config import total_steps
 from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
@@ -150,7 +150,7 @@ def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> 
 
 def base_notice(settings: ConfigDict, workdir) -> str | None:
     """The warning that every print and report of a run with a random backbone carries."""
-    if settings.base or checkpoint.frozen_origin(workdir):
+    if settings.base or backbone.frozen_origin(workdir):
         return None
     if settings.train_encoder == "full":
         return "The backbone was initialised at random and trained from scratch: no SAM weights."
