@@ -12,11 +12,12 @@ from tqdm import tqdm
 from experiments.placement import places
 from experiments.run_cell import BUSY, DIED, standing, write_state
 from pgpsam_jax import config as configuration
+from pgpsam_jax.errors import AGAIN
 from pgpsam_jax.provenance import code_version
 from pgpsam_jax.runs import DONE, FAILED, PENDING, RUNNING, Cell, Grid, read_metrics
 
 _POLL_SECONDS = 1.0
-_GRACE_SECONDS = 10.0
+_GRACE_SECONDS = 30.0  # for the step under way and its checkpoint
 
 
 class Driver:
@@ -96,6 +97,8 @@ class Driver:
             state = cell.state
             if code == BUSY:
                 self._bar.write(f"{cell.name} is run by another process: left to it")
+            elif code == AGAIN:
+                self._bar.write(f"{cell.name} was stopped by a signal: left to the next start")
             elif state["state"] == DONE:
                 self._bar.write(f"{cell.name} done in {state['seconds']:.0f} s")
             else:

@@ -3,8 +3,9 @@
 The grid driver starts it; in a SLURM array it is started directly:
   python -m experiments.run_cell --workdir runs/table3 --cell ppr-seed0
 
-`state.json` says running (pid, host, heartbeat), done or failed (reason). The claim is a lock on
-the cell's `lock` file, which the system releases when the process dies, however it dies.
+`state.json` says running (pid, host, heartbeat), done, failed (reason) or pending again, where a
+signal has stopped it (exit code `errors.AGAIN`). The claim is a lock on the cell's `lock` file,
+which the system releases when the process dies, however it dies.
 """
 
 import argparse
@@ -18,11 +19,12 @@ import traceback
 from pathlib import Path
 
 from pgpsam_jax import config as configuration
-from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax import interruption
+from pgpsam_jax.errors import AGAIN, Interrupted, UserError, exit_on_user_error
 from pgpsam_jax.files import write_json
 from pgpsam_jax.hostmemory import keep_freed_memory
 from pgpsam_jax.provenance import code_version
-from pgpsam_jax.runs import DONE, FAILED, RUNNING, STATE, Cell, read_grid
+from pgpsam_jax.runs import DONE, FAILED, PENDING, RUNNING, STATE, Cell, read_grid
 
 try:
     import fcntl
@@ -31,7 +33,7 @@ except ImportError:  # no such locks on this system: the heartbeat alone tells
 
 HEARTBEAT_SECONDS = 10
 STALE_SECONDS = 120  # without a heartbeat, a cell of another host counts as dead
-BUSY = 75  # exit code: another process runs this cell
+BUSY = 73  # exit code: another process runs this cell
 DIED = "died"
 
 
@@ -65,7 +67,8 @@ def _locked(folder: Path):
 
 
 def run(cell: Cell) -> int:
-    """Run the cell to its end; the exit code: 0 done, 1 or 2 failed, BUSY if it is running."""
+    """Run the cell to its end; the exit code: 0 done, 1 or 2 failed, BUSY if it is running,
+    AGAIN if a signal has stopped it."""
     with _locked(cell.folder) as free:
         if not free or standing_elsewhere(cell):
             print(f"{cell.name} is being run by another process", file=sys.stderr)
@@ -76,7 +79,9 @@ def run(cell: Cell) -> int:
         with _heartbeat(cell.folder, started):
             reason, code = _train(cell)
         seconds = round(time.time() - started, 1)
-        if reason is None:
+        if code == AGAIN:
+            write_state(cell.folder, PENDING, note="stopped")
+        elif reason is None:
             write_state(cell.folder, DONE, seconds=seconds, **code_version())
         else:
             write_state(cell.folder, FAILED, reason=reason, seconds=seconds)
@@ -101,6 +106,9 @@ def _train(cell: Cell) -> tuple[str | None, int]:
     keep_compiled()
     try:
         train.train(configuration.from_json(cell.config), cell.folder)
+    except Interrupted as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return str(error), AGAIN
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return str(error), 2
@@ -154,7 +162,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.attached:
         _end_with_parent()
-    with exit_on_user_error():
+    with exit_on_user_error(), interruption.listening():
         cells = {cell.name: cell for cell in read_grid(arguments.workdir).cells}
         if arguments.cell not in cells:
             raise UserError(

@@ -11,7 +11,8 @@ _SCRIPT = """#!/bin/bash
 # {title}
 # Submit from anywhere:  sbatch {path}
 # Partition, account, time and GPU type are your cluster's: sbatch --partition=... {path}
-# A preempted or requeued task goes on from its cell's last checkpoint. Cells that fail are named in
+# A preempted or requeued task goes on from its cell's last checkpoint, and a task whose time is
+# nearly over saves and goes back to the queue. Cells that fail are named in
 #   python -m experiments.run_grid --grid ... --workdir {folder} --dry-run
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}%{workers}
@@ -22,12 +23,26 @@ _SCRIPT = """#!/bin/bash
 #SBATCH --cpus-per-task=8
 #SBATCH --gpus-per-task=1
 #SBATCH --time=08:00:00
+#SBATCH --signal=B:USR1@120
 set -euo pipefail
 cells=(
 {cells}
 )
 cd {here}
-exec {python} -m experiments.run_cell --workdir {folder} --cell "${{cells[$SLURM_ARRAY_TASK_ID]}}"
+{python} -m experiments.run_cell --workdir {folder} --cell "${{cells[$SLURM_ARRAY_TASK_ID]}}" &
+cell=$!
+ending=
+trap 'ending=1; kill -USR1 "$cell"' USR1
+trap 'kill -TERM "$cell"' TERM
+code=0
+while kill -0 "$cell" 2>/dev/null; do  # a signal ends a wait, not the cell
+    wait "$cell" || true
+done
+wait "$cell" || code=$?
+if [[ $ending ]] && (( code )); then
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+fi
+exit "$code"
 """
 
 

@@ -13,7 +13,8 @@ def run(config, workdir, mesh, kernels, data, held_out, table, params, frozen, t
     lines = [
         f"devices    {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
         f"mesh {dict(mesh.shape)}, {jax.process_count()} process(es)",
-        f"precision  {config.model.compute_dtype} compute, float32 parameters and losses",
+        f"precision  {config.model.compute_dtype} compute, float32 parameters and losses"
+        + (", deterministic" if config.deterministic else ""),
         f"attention  {kernels}",
         f"batch      {config.train.batch_size} slices of {config.model.image_size} px over all "
         f"devices, {total} steps = {total * config.train.batch_size / len(data.list):.1f} epochs",

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from pgpsam_jax import checkpoint, cnn_base, weights
+from pgpsam_jax import backbone, cnn_base, weights
 from pgpsam_jax.config import total_steps
 from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
@@ -119,7 +119,7 @@ def base_notice(settings: ConfigDict, workdir) -> str | None:
 
 
 def _backbone_notice(settings: ConfigDict, workdir) -> str | None:
-    if settings.base or checkpoint.frozen_origin(workdir):
+    if settings.base or backbone.frozen_origin(workdir):
         return None
     if settings.train_encoder == "full":
         return "The backbone was initialised at random and trained from scratch: no SAM weights."

@@ -1,83 +1,168 @@
 """Checkpoints of a run: what trains, its optimiser state and the data order; never the base.
 
-Orbax writes each into a temporary folder and renames it, in the background. A checkpoint has
-three parts: `params`, `progress` (optimiser state, step, seed) and `data` (grain's position), so
-that prediction reads `params` alone. All processes of a run write it together; another number of
-them, or another mesh, can go on from it. Parameters that validation chose have a folder of their
-own. Frozen weights live beside them once: by path and SHA-256 of the converted SAM, or, for a
-random backbone, as `frozen.safetensors` in the workdir.
+Orbax writes each into a temporary folder and renames it, in the background; then the SHA-256 of
+every file is put beside them, and compared when it is read. A checkpoint has three parts: `params`,
+`progress` (optimiser state, step, seed) and `data` (grain's position), so that prediction reads
+`params` alone. All processes of a run write it together; another number of them, or another mesh,
+can go on from it. Parameters that validation chose have a folder of their own. Frozen weights live
+beside them once: see `backbone`.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from logging import ERROR
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from safetensors.numpy import save_file
+from absl import logging
 
-from pgpsam_jax import distributed
-from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import atomic_path, write_json
-from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax import distributed, seal
+from pgpsam_jax.errors import Interrupted, UserError, explained
 from pgpsam_jax.step import TrainState
-from pgpsam_jax.weights import read_safetensors
 
 KEEP = 2
-FROZEN = "frozen.safetensors"
+CHECKPOINTS = "checkpoints"
 BEST = "best"
+
+# Orbax logs, with pages of traceback, the errors that it raises as well.
+logging.get_absl_logger().addFilter(
+    lambda record: record.levelno < ERROR or "orbax" not in record.pathname
+)
 
 
 class _Folder:
-    """Numbered checkpoints in a folder, of which the newest `keep` stay."""
+    """Numbered checkpoints in a folder, of which the newest `keep` stay.
 
-    def __init__(self, folder, keep: int):
+    reading: nothing is written, removed or made, as another process may be training there.
+    """
+
+    def __init__(self, folder, keep: int, *, reading: bool = False):
         from orbax.checkpoint import v1 as ocp
 
-        self.folder = Path(folder).absolute()
-        self._checkpointer = ocp.training.Checkpointer(
-            self.folder,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        self.folder, self._reading = Path(folder).absolute(), reading
+        self._sealing, self._thread = None, ThreadPoolExecutor(1)
+        self._checkpointer = None
+        if reading and not self.folder.is_dir():
+            return
+        policies = ocp.training.save_decision_policies, ocp.training.preservation_policies
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                self.folder,
+                save_decision_policy=policies[0].FixedIntervalPolicy(1),
+                preservation_policy=policies[1].LatestN(keep),
+                cleanup_tmp_directories=not reading,
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if (told := self._told(error)) is not error:
+                raise told from error
+            raise UserError(
+                f"a checkpoint in {self.folder} is damaged ({_reason(error)}); delete its folder "
+                "to go on without it"
+            ) from None
 
     @property
     def latest(self) -> int | None:
         """Number of the newest complete checkpoint."""
-        newest = self._checkpointer.latest
+        newest = self._newest
         return None if newest is None else newest.step
+
+    @property
+    def _newest(self):
+        return None if self._checkpointer is None else self._checkpointer.latest
 
     def restore_params(self, abstract_params):
         """Only the trained parameters of the newest checkpoint."""
         return self._load({"params": abstract_params})["params"]
 
     def _load(self, abstract: dict) -> dict:
-        if self.latest is None:
+        number = self.latest
+        if number is None:
             raise UserError(
                 f"{self.folder} holds no complete checkpoint; train first with "
                 "python -m pgpsam_jax.main --config CONFIG --workdir WORKDIR"
             )
+        folder = self.folder / str(number)
         try:
-            return self._checkpointer.load_checkpointables(self.latest, abstract)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+            seal.check(folder, abstract)
+            return self._checkpointer.load_checkpointables(number, abstract)
+        except jax.errors.JaxRuntimeError:  # of the devices
+            raise
+        except Exception as error:  # damage shows in a dozen types
+            if self._reading and (max(_numbers(self.folder), default=number) > number):
+                raise UserError(f"{folder} has given way to a newer one; start again") from None
+            before = [c.step for c in self._checkpointer.checkpoints if c.step != number]
+            without = f"go on from {before[-1]}" if before else "go on without it"
             raise UserError(
-                f"checkpoint {self.folder / str(self.latest)} cannot be read ({reason}); "
-                "delete that folder to go on without it"
+                f"checkpoint {folder} cannot be read ({_reason(error)}); delete that folder to "
+                f"{without}"
             ) from None
+
+    def _save(self, number: int, parts: dict, **options) -> None:
+        """Begin to save; what is saved may be changed right after the call."""
+        self._settle()
+        try:
+            response = self._checkpointer.save_checkpointables_async(number, parts, **options)
+        except Exception as error:
+            raise self._told(error) from error
+        self._sealing = self._thread.submit(_seal, response, self.folder / str(number))
+
+    def _settle(self) -> None:
+        """Wait for a save under way."""
+        sealing, self._sealing = self._sealing, None
+        try:
+            if sealing is not None:
+                sealing.result()
+        except Exception as error:
+            raise self._told(error) from error
+
+    def _told(self, error: Exception) -> Exception:
+        """The sentence for a disk that is full, or cannot be written, in place of Orbax's error."""
+        told = explained(error)
+        if told is error:
+            return error
+        return UserError(f"no checkpoint can be written to {self.folder}: {told}")
 
     def close(self) -> None:
         """Wait for a save under way, and release the folder."""
-        self._checkpointer.close()
+        self._thread.shutdown()
+        try:
+            self._settle()
+        finally:
+            if self._checkpointer is not None:
+                with contextlib.suppress(OSError, ValueError, RuntimeError):  # said already
+                    self._checkpointer.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        # Where processes are gone, a save under way would wait for them.
+        if error is None or not distributed.several() or isinstance(error, UserError | Interrupted):
+            self.close()
+
+
+def _seal(response, folder: Path) -> None:
+    """Wait until a checkpoint is complete, and write the hashes of its files into it."""
+    response.result()
+    if distributed.is_first():
+        seal.write(folder)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error came from; Orbax's own say little, at length."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 class Checkpoints(_Folder):
     """The `checkpoints` folder of a workdir, numbered by step."""
 
-    def __init__(self, workdir):
-        super().__init__(Path(workdir) / "checkpoints", KEEP)
+    def __init__(self, workdir, *, reading: bool = False):
+        super().__init__(Path(workdir) / CHECKPOINTS, KEEP, reading=reading)
 
     def save(self, state: TrainState, iterator) -> None:
         """Save in the background; the state may be donated right after the call."""
@@ -86,7 +171,7 @@ class Checkpoints(_Folder):
             "progress": _progress(state),
             "data": _Position(iterator),
         }
-        self._checkpointer.save_checkpointables_async(int(state.step), parts)
+        self._save(int(state.step), parts)
 
     def restore(self, abstract: TrainState, iterator) -> TrainState:
         """The newest state, placed as `abstract` (with shardings) says; moves the iterator."""
@@ -134,27 +219,43 @@ class Best(_Folder):
     better state at an earlier step than that of the last one kept.
     """
 
-    def __init__(self, workdir):
-        super().__init__(Path(workdir) / BEST, 1)
+    def __init__(self, workdir, *, reading: bool = False):
+        super().__init__(Path(workdir) / BEST, 1, reading=reading)
 
     @property
     def record(self) -> dict | None:
         """What was saved with them: their `step` and `score`."""
-        newest = self._checkpointer.latest
-        return None if newest is None else newest.metrics
+        if self._newest is None:
+            return None
+        record = self._newest.metrics
+        if not (isinstance(record, dict) and record.keys() >= {"step", "score"}):
+            raise UserError(
+                f"checkpoint {self.folder / str(self.latest)} is damaged (it has no record of its "
+                "step and score); delete that folder to go on without it"
+            )
+        return record
 
     def save(self, params, step: int, score: float) -> None:
         """Replace the parameters; they and the record appear together or not at all."""
         number = 0 if self.latest is None else self.latest + 1
         record = {"step": step, "score": score}
-        self._checkpointer.save_checkpointables(number, {"params": params}, metrics=record)
+        self._save(number, {"params": params}, metrics=record)
+        self._settle()
+
+
+def numbers(workdir) -> list[int]:
+    """Of the checkpoints that a workdir holds, damaged ones too, from the oldest on."""
+    return _numbers(Path(workdir) / CHECKPOINTS)
+
+
+def _numbers(folder: Path) -> list[int]:
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def best_record(workdir) -> dict | None:
     """The record of the `best` folder; None where validation has chosen nothing."""
-    if not (Path(workdir) / BEST).is_dir():
-        return None
-    best = Best(workdir)
+    best = Best(workdir, reading=True)
     record = best.record
     best.close()
     return record
@@ -167,7 +268,7 @@ def restore_params(workdir, abstract_params, *, best: bool):
     """
     if not jax.tree.leaves(abstract_params):
         return abstract_params
-    folder = (Best if best and best_record(workdir) else Checkpoints)(workdir)
+    folder = (Best if best and best_record(workdir) else Checkpoints)(workdir, reading=True)
     params = folder.restore_params(abstract_params)
     folder.close()
     return params
@@ -186,56 +287,3 @@ def abstract_like(tree, shardings):
         tree,
         shardings,
     )
-
-
-def frozen_origin(workdir) -> str | None:
-    """Where a workdir's frozen weights come from: the path of a converted SAM, the name of a
-    converted checkpoint, "" for a random backbone; None where nothing is settled yet."""
-    record = Path(workdir) / "base.json"
-    return json.loads(record.read_text(encoding="utf-8"))["base"] if record.is_file() else None
-
-
-def holds_backbone(workdir) -> bool:
-    """Whether all frozen weights of a workdir are in it, so that it needs no converted SAM."""
-    record = Path(workdir) / "base.json"
-    return record.is_file() and json.loads(record.read_text(encoding="utf-8"))["sha256"] is None
-
-
-def settle_base(workdir, base: str, digest: str | None, frozen, drawn=None) -> None:
-    """Pin the frozen weights of a workdir at its first use, and hold later uses to them.
-
-    A converted SAM (`digest` given) is pinned by path and SHA-256. A random backbone is written
-    into the workdir once and read back afterwards, so that the run does not hang on a seed. So are,
-    with a converted SAM, the frozen leaves that it does not give: `drawn`, by path.
-    """
-    with distributed.first_before_others("base"):  # the others read what it wrote
-        kept = flat_paths(frozen) if digest is None else drawn or {}
-        _settle_base(Path(workdir) / "base.json", Path(workdir) / FROZEN, base, digest, kept)
-
-
-def _settle_base(record: Path, file: Path, base: str, digest: str | None, kept: dict) -> None:
-    if not record.is_file():
-        if kept:
-            arrays = {name: np.asarray(leaf[...]) for name, leaf in kept.items()}
-            with atomic_path(file) as temporary:
-                save_file(arrays, temporary)
-        write_json(record, {"base": base, "sha256": digest})
-        return
-    pinned = json.loads(record.read_text(encoding="utf-8"))["sha256"]
-    if pinned != digest:
-        raise UserError(
-            f"{record.parent} was trained on SAM weights with SHA-256 {pinned}, but model.base "
-            f"({base or 'empty'}) has {digest}; give the weights of that run"
-        )
-    if kept:
-        _load_frozen(file, kept)
-
-
-def _load_frozen(path: Path, leaves: dict) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} is missing; restore it from a copy or train again")
-    arrays = read_safetensors(path)
-    if {k: v.shape for k, v in arrays.items()} != {k: v.shape for k, v in leaves.items()}:
-        raise UserError(f"{path} does not fit this workdir's model; restore it or train again")
-    for name, leaf in leaves.items():
-        leaf.set_value(jnp.asarray(arrays[name]))

@@ -15,9 +15,11 @@ from pgpsam_jax.data.augment_config import RELEASE, AugmentConfig
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_json
 from pgpsam_jax.optim import OptimConfig
+from pgpsam_jax.text_files import read_json, shown
 
 # May differ between a run and its resumption: they change where or how often, not what.
 FREE_ON_RESUME = (
+    "deterministic",
     "mesh.",
     "eval.",
     "log.",
@@ -25,6 +27,7 @@ FREE_ON_RESUME = (
     "data.cache_dir",
     "data.resident_gib",
     "data.verify",
+    "validation.dead_epochs",
     "model.base",
     "model.attention",
     "model.remat",
@@ -33,12 +36,14 @@ FREE_ON_RESUME = (
 # Say where things are or how often to write, not what is computed: no part of a run's identity.
 _PLACES = (
     "name",
+    "deterministic",
     "mesh.",
     "log.",
     "data.root",
     "data.cache_dir",
     "data.resident_gib",
     "data.verify",
+    "validation.dead_epochs",
     "eval.overlays",
     "eval.workers",
     "model.attention",
@@ -52,6 +57,8 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "run"  # default workdir: runs/<name>
     config.seed = 0
+    # The same bits again on a GPU as well, at some speed; CPU and TPU need no switch for that.
+    config.deterministic = False
 
     config.model = ConfigDict()
     config.model.name = "pgpsam"
@@ -131,6 +138,8 @@ def default_config() -> ConfigDict:
     config.validation = ConfigDict()
     # Score the validation cases after so many epochs and keep the best parameters; 0 = the last.
     config.validation.every_epochs = 0
+    # Warn of a class of the validation cases that no pixel got for so many epochs; 0 = never.
+    config.validation.dead_epochs = 30
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 = the rest
 
@@ -190,14 +199,36 @@ def to_json(config: ConfigDict) -> dict:
     return json.loads(config.to_json(sort_keys=True))
 
 
-def from_json(value: dict) -> ConfigDict:
-    """A stored configuration on top of the defaults; unknown fields are an error."""
+def from_json(value: dict, where: str = "stored configuration") -> ConfigDict:
+    """A stored configuration on top of the defaults; unknown fields are an error.
+
+    `where` starts the error message.
+    """
     config = default_config()
     try:
-        config.update(_tuples(_of_today(value)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"stored configuration does not fit this version: {error}") from None
+        value = _tuples(_of_today(value))
+        _check_kinds(_flat(value), _flat(config.to_dict()))
+        config.update(value)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = shown(str(error), 200)
+        raise UserError(f"{where} does not fit this version: {reason}") from None
     return config
+
+
+def _check_kinds(stored: dict, defaults: dict) -> None:
+    """Refuse what `ConfigDict.update` lets through: no value, True for a number, odd lists."""
+    for key, default in defaults.items():
+        value = stored.get(key, default)
+        if default is None:  # a placeholder, which knows its own type
+            wrong = isinstance(value, bool)
+        elif isinstance(default, tuple):
+            kinds = {type(item) for item in default} or {int}
+            kinds |= {int} if float in kinds else set()
+            wrong = not isinstance(value, tuple) or not {*map(type, value)} <= kinds
+        else:
+            wrong = value is None or isinstance(value, bool) != isinstance(default, bool)
+        if wrong:
+            raise ValueError(f"{key} is {value!r:.60}, but by default {default!r:.60}")
 
 
 def _of_today(value: dict) -> dict:
@@ -218,10 +249,7 @@ def load_config(workdir) -> ConfigDict:
             f"{path} not found, so {workdir} is no training workdir; train one with "
             "python -m pgpsam_jax.main --config CONFIG --workdir WORKDIR"
         )
-    try:
-        return from_json(json.loads(path.read_text()))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it from a copy") from None
+    return from_json(read_json(path, "configuration"), f"configuration {path}")
 
 
 def store(config: ConfigDict, workdir) -> None:

@@ -122,9 +122,10 @@ def update(workdir, records: list[dict]) -> None:
 def read(workdir) -> dict:
     """The record of a workdir; {} where there is none or it cannot be read."""
     try:
-        return json.loads((Path(workdir) / FILE).read_text(encoding="utf-8"))
+        record = json.loads((Path(workdir) / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _store(workdir, record: dict) -> None:

@@ -9,21 +9,57 @@ import os
 import tempfile
 from pathlib import Path
 
+_PREFIX = ".tmp-"
+
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary path beside `path` (same suffixes); renamed onto it only on success."""
+    """Yield a temporary path beside `path` (same suffixes); renamed onto it only on success.
+
+    An `OSError` names `path`.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix="-" + path.name, dir=path.parent)
-    os.close(handle)
-    os.chmod(name, 0o644)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=_PREFIX, suffix="-" + path.name, dir=path.parent)
+        try:
+            os.close(handle)
+            os.chmod(name, 0o644)
+            yield Path(name)
+            _to_disk(name)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Have an `OSError` of the block name this file: one of a write to an open file names none."""
     try:
-        yield Path(name)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.filename is None or _PREFIX in str(error.filename):
+            error.filename = str(path)
         raise
+
+
+def _to_disk(name: str) -> None:
+    """Else a machine that loses power may be left with the new name and no content."""
+    handle = os.open(name, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_temporaries(folder) -> None:
+    """Remove what writers that were killed left in a folder and below, its caches left out."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "cache"]  # other runs may write there
+        for name in names:
+            if name.startswith(_PREFIX):
+                Path(place, name).unlink(missing_ok=True)
 
 
 def write_text(path, text: str) -> None:

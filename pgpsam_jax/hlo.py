@@ -2,7 +2,7 @@
 
 Counted is what is in the program: an asynchronous collective once, at its start, one that the TPU's
 compiler has spread over several fusions (all with its channel) once, and what a loop's body holds
-as often as the loop runs, where the compiler knows that. Both branches of a condition count.
+as often as the loop runs, where the text tells that. Both branches of a condition count.
 """
 
 import math
@@ -39,7 +39,7 @@ def collectives(text: str) -> list[Collective]:
 
     ValueError for text of another form.
     """
-    entry, computations, devices = _read(text)
+    entry, computations, devices = _read(text, loop_lengths(text))
     holding, channels = {}, set()
 
     def holds(name: str) -> bool:
@@ -80,11 +80,35 @@ CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|called_computations|true_computation"
     r"|false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"\s+%?([\w.\-]+) = \w+\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"\s+ROOT .* compare\(\S+, %?([\w.\-]+)\), direction=LT")
 _COUNTS = re.compile(r"\b(?:num_partitions|replica_count)=(\d+)")
 
 
-def _read(text: str):
+def loop_lengths(text: str) -> dict[str, int]:
+    """How often a loop with this condition runs: JAX's count from zero by one, below a constant."""
+    lengths, name, constants = {}, "", {}
+    for line in text.splitlines():
+        if line and not line[0].isspace() and (head := HEAD.match(line)):
+            name, constants = head[2], {}
+        elif constant := _CONSTANT.match(line):
+            constants[constant[1]] = int(constant[2])
+        elif (below := _BELOW.match(line)) and below[1] in constants:
+            lengths[name] = constants[below[1]]
+    return lengths
+
+
+def trips_of(rest: str, lengths: dict[str, int]) -> int | None:
+    """How often the `while` with these attributes runs; None where that is unknown."""
+    if told := _TRIPS.search(rest):
+        return int(told[1])
+    condition = _CONDITION.search(rest)
+    return lengths.get(condition[1]) if condition else None
+
+
+def _read(text: str, lengths: dict[str, int]):
     """(entry, {computation: its lines that matter}, number of devices)."""
     entry, computations, lines, devices = None, {}, None, 1
     for line in text.splitlines():
@@ -94,14 +118,14 @@ def _read(text: str):
             lines = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
         elif lines is not None and (start := _INSTRUCTION.match(line)):
-            if found := _instruction(line[start.end() :]):
+            if found := _instruction(line[start.end() :], lengths):
                 lines.append(found)
     if entry is None:
         raise ValueError("no HLO program: it has no ENTRY computation")
     return entry, computations, devices
 
 
-def _instruction(text: str) -> _Line | None:
+def _instruction(text: str, lengths: dict[str, int]) -> _Line | None:
     """`type opcode(operands), attributes`, or None where nothing can be exchanged."""
     end = closing(text) if text.startswith("(") else text.find(" ")
     opcode = OPCODE.match(text, end)
@@ -113,8 +137,7 @@ def _instruction(text: str) -> _Line | None:
         return _Line(kind, match[2] is not None, text[:end], rest, [])
     if name.endswith(("-done", "-update")):  # of what its start called already
         return None
-    trips = TRIPS.search(rest)
-    loop = (int(trips[1]) if trips else None) if name == "while" else 1
+    loop = trips_of(rest, lengths) if name == "while" else 1
     calls = [
         (called.strip().lstrip("%"), loop)
         for _, several, one in CALLED.findall(rest)

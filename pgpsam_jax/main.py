@@ -1,4 +1,9 @@
-"""Command line: python -m pgpsam_jax.main --config configs/synapse.py --workdir runs/synapse."""
+"""Command line: python -m pgpsam_jax.main --config configs/synapse.py --workdir runs/synapse.
+
+The same command goes on with a run that was stopped. Exit codes: 0 done; 2 a mistake, said in a
+sentence; 69 another process of the run is gone; 75 stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1,
+after the step under way and its checkpoint; 130 by a second Ctrl-C, at once; 1 anything else.
+"""
 
 import re
 import warnings
@@ -6,7 +11,7 @@ import warnings
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pgpsam_jax import cluster
+from pgpsam_jax import cluster, interruption
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.hostmemory import keep_freed_memory
 
@@ -57,7 +62,7 @@ def _essence(error: Exception) -> str:
 
 
 def main(_):
-    with exit_on_user_error():
+    with exit_on_user_error(), interruption.listening():
         logging.set_verbosity(logging.WARNING)  # orbax tells every file it writes
         warnings.filterwarnings("default", module="pgpsam_jax")
         config, evaluate = _CONFIG.value, _MODE.value == "evaluate"
@@ -66,15 +71,17 @@ def main(_):
         if config is None and not evaluate:
             raise UserError("no configuration; give --config configs/phantom.py, for example")
         place = _place()
-        from pgpsam_jax import session, train  # JAX: not before the mistakes that show without it
+        # JAX: not before the mistakes that show without it
+        from pgpsam_jax import memory_advice, session, train
         from pgpsam_jax.compilation import keep_compiled
 
         keep_compiled()
-        with session.joined(place):
+        workdir = _WORKDIR.value or f"runs/{config.name}"
+        with session.joined(place), memory_advice.explained(config, workdir):
             if evaluate:
-                train.evaluate_workdir(_WORKDIR.value, config)
+                train.evaluate_workdir(workdir, config)
             else:
-                train.train(config, _WORKDIR.value or f"runs/{config.name}")
+                train.train(config, workdir)
 
 
 def _place() -> cluster.Place | None:

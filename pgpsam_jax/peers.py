@@ -14,14 +14,17 @@ import threading
 import time
 import traceback
 
-from pgpsam_jax.errors import UserError
+from pgpsam_jax import interruption
+from pgpsam_jax.errors import AGAIN, Interrupted, UserError, explained
 
 LOST = 69  # exit code: another process has ended without a word (EX_UNAVAILABLE)
 BEAT_SECONDS = 3
+HURRY_SECONDS = 0.05  # between two looks while all wait for an agreement
 SILENT_SECONDS = 60  # without a beat, a process counts as ended; JAX itself waits 100
 SUSPECT_SECONDS = 12  # the same, once work that all share has failed here
 ADVICE = "start all of them again with the same command to go on from the last checkpoint"
 _ALIVE, _ENDED, _SEEN = "pgpsam/alive", "pgpsam/ended", "pgpsam/seen"
+_STOP = "pgpsam/stop"
 
 _last_words = threading.Lock()  # of this process: never released
 
@@ -30,7 +33,8 @@ def leave(code: int, message: str) -> None:
     """End this process at once with a sentence on stderr: no exit hook may wait for the others."""
     if _last_words.acquire(blocking=False):
         sys.stdout.flush()
-        print(f"\nerror: {message}", file=sys.stderr, flush=True)
+        word = "stopped" if code == AGAIN else "error"
+        print(f"\n{word}: {message}", file=sys.stderr, flush=True)
         os._exit(code)
     time.sleep(60)  # another thread is ending the process
 
@@ -44,7 +48,8 @@ class Peers:
     def __init__(self, client, process: int, count: int, address: str):
         self._client, self.process, self.count, self.address = client, process, count, address
         self._host, self._closing = socket.gethostname(), threading.Event()
-        self._patience = SILENT_SECONDS
+        self._patience, self._stop, self._settled = SILENT_SECONDS, interruption.current(), False
+        self._stop.several = True
         self._beats = {i: (None, time.monotonic()) for i in range(count)}
         self._hosts: dict[int, str] = {}
         threading.Thread(target=self._watch, daemon=True, name="peers").start()
@@ -58,8 +63,10 @@ class Peers:
         if _of_the_runtime(error):
             self._suspect()
         code, message = 1, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:500]
-        if isinstance(error, UserError):
-            code, message = 2, str(error)
+        if isinstance(told := explained(error), UserError):
+            code, message = 2, str(told)
+        elif isinstance(error, Interrupted):
+            code, message = AGAIN, str(error)
         elif isinstance(error, KeyboardInterrupt):
             code, message = 130, "interrupted"
         elif isinstance(error, SystemExit):
@@ -101,11 +108,15 @@ class Peers:
             try:
                 self._say(_ALIVE, f"{beat} {self._host}")
                 self._look()
+                self._agree_to_stop()
                 beat, heard = beat + 1, time.monotonic()
             except RuntimeError:  # process 0 does not answer
                 if time.monotonic() - heard > self._patience:
                     self.lost(0)
-            self._closing.wait(BEAT_SECONDS)
+            if not self._stop.asked.is_set():
+                self._stop.asked.wait(BEAT_SECONDS)
+            else:
+                self._closing.wait(BEAT_SECONDS if self._settled else HURRY_SECONDS)
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -121,6 +132,20 @@ class Peers:
         for process, (_, since) in self._beats.items():
             if process != self.process and now - since > self._patience:
                 self.lost(process)
+
+    def _agree_to_stop(self) -> None:
+        """Find the last step, once a signal has reached one of us: see `interruption`."""
+        said = {process: json.loads(text) for process, text in self._hear(_STOP).items()}
+        if self._settled or not (said or self._stop.reason):
+            return
+        for word in said.values():
+            self._stop.ask(word["reason"])
+        step = self._stop.hold()
+        if step is not None and self.process not in said:
+            self._say(_STOP, json.dumps({"reason": self._stop.reason, "step": step}))
+        if len(said) == self.count:
+            self._stop.settle(max(word["step"] for word in said.values()))
+            self._settled = True
 
     def _suspect(self) -> None:
         """Ends this process if another is gone; returns if all live, so that the fault is ours."""

@@ -4,14 +4,16 @@ import contextlib
 import json
 import math
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from pgpsam_jax import distributed
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import write_text
+from pgpsam_jax.files import naming, write_text
 from pgpsam_jax.runs import read_metrics
 
 _CURVE_SECONDS = 30
@@ -20,9 +22,12 @@ _CURVE_SECONDS = 30
 class RunLog:
     """Writer of one run, a context manager. Only the first process writes files."""
 
-    def __init__(self, workdir, config_log, start: int, rates, batch_size: int):
-        """`rates`: the learning rate of every step of the run; `start`: steps done before."""
-        total = len(rates)
+    def __init__(self, workdir, config_log, start: int, rates, batch_size: int, slices=()):
+        """`rates`: the learning rate of every step of the run; `start`: steps done before.
+
+        slices: (case id, slice) of every row of the few-shot list.
+        """
+        total, self._slices = len(rates), slices
         self.workdir, self.batch_size = Path(workdir), batch_size
         self._every, self._rates = config_log.every_steps, rates
         self.writes = distributed.is_first()
@@ -39,6 +44,9 @@ class RunLog:
         """Records up to the restored step; later ones are dropped from the file as well."""
         path = self.workdir / "metrics.jsonl"
         records = [r for r in read_metrics(path) if r["step"] <= start]
+        steps = [0, *(r["step"] for r in records)]
+        if start - steps[-1] >= max([self._every, *np.diff(steps)]):
+            distributed.say(f"warning: {path} is damaged: it holds no step after {steps[-1]}")
         if self.writes and path.is_file():
             write_text(path, "".join(json.dumps(r) + "\n" for r in records))
         return records
@@ -54,25 +62,36 @@ class RunLog:
         return SummaryWriter(str(self.workdir / "tensorboard"))
 
     def record(self, step: int, metrics: dict, rows, **extra) -> None:
-        """One step done, with its metrics on the device; they are fetched only to be written.
+        """One step done, with its metrics on the device; all are fetched only to be written.
 
         Written is every `log.every_steps`-th step, the last, and one with `extra` host scalars.
-        Raises a `UserError` that names the step and its `rows` where the loss is not finite.
         """
         self._bar.update()
+        self.check_finite(step, metrics, rows)
         if step % self._every and step < len(self._rates) and not extra:
             return
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.check_finite(step, values["loss"], rows)
         self.write(step, values | extra | {"learning_rate": float(self._rates[step - 1])})
 
-    def check_finite(self, step: int, loss: float, rows) -> None:
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {step} (few-shot slices {rows.tolist()} of "
-                f"{self.workdir}/fewshot.txt, counted from 0); start again in a new --workdir with "
-                "a lower optim.learning_rate or with optim.clip_norm=1"
-            )
+    def check_finite(self, step: int, metrics: dict, rows) -> None:
+        """Raise a `UserError` with the slices of the batch where a step has gone wrong."""
+        for name in ("loss", "gradient_norm"):
+            value = float(jax.device_get(metrics[name]))
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the {name.replace('_', ' ')} is {value} at step {step}, whose batch is "
+                    f"{self._named(rows)}; what was saved before stays as it is; start again in a "
+                    "new --workdir with a lower optim.learning_rate or with optim.clip_norm=1"
+                )
+
+    def _named(self, rows) -> str:
+        """The slices of a batch by case."""
+        if not self._slices:
+            return f"rows {rows.tolist()}"
+        found = defaultdict(list)
+        for case, index in (self._slices[row] for row in rows):
+            found[case].append(str(index))
+        return ", ".join(f"{case} slice {' '.join(found[case])}" for case in sorted(found))
 
     def write(self, step: int, metrics: dict) -> None:
         """Append one record of host scalars; refreshes the curve every half minute."""
@@ -84,8 +103,9 @@ class RunLog:
         self.records.append(record)
         if not self.writes:
             return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(self.workdir / "metrics.jsonl"):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         if self._board:
             for name, value in record.items():
                 self._board.add_scalar(name, value, step)
@@ -109,11 +129,11 @@ class RunLog:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error, trace) -> None:
         self._bar.close()
         if self.writes:
             self._file.close()
-            if self.records:
+            if self.records and not isinstance(error, UserError | OSError):
                 self._draw()
         if self._board:
             self._board.close()

@@ -4,6 +4,7 @@ A *run* is a workdir of `pgpsam_jax.main`. A *grid* is a folder with `grid.json`
 a table, seeds, one cell per run) and one run folder per cell; `experiments/run_grid.py` fills it.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -128,12 +129,12 @@ def read_run(workdir) -> Run:
         workdir,
         config,
         tuple(load_label_table(workdir / "labels.json").names),
-        _json(workdir / "provenance.json") or {},
-        _json(workdir / "timing.json") or {},
-        _json(workdir / "cost.json") or {},
+        read_json(workdir / "provenance.json") or {},
+        read_json(workdir / "timing.json") or {},
+        read_json(workdir / "cost.json") or {},
         _records(workdir / "metrics.jsonl"),
         read_cases(cases) if cases.is_file() else [],
-        _json(evaluation / "summary.json"),
+        read_json(evaluation / "summary.json"),
         _list_hash(workdir / "fewshot.txt"),
     )
 
@@ -141,7 +142,7 @@ def read_run(workdir) -> Run:
 def read_grid(path) -> Grid:
     """The plan of a grid folder; `UserError` if it has none or it is damaged."""
     path = Path(path)
-    plan = _json(path / PLAN)
+    plan = read_json(path / PLAN)
     if plan is None:
         raise UserError(
             f"{path / PLAN} not found, so {path} is no grid; fill one with "
@@ -154,28 +155,32 @@ def read_grid(path) -> Grid:
 
 
 def read_metrics(path) -> list[dict]:
-    """Records of a `metrics.jsonl`; the half line that a killed run leaves ends them."""
+    """Records of a `metrics.jsonl`, but for lines that are none, such as a killed run's last."""
     return _records(Path(path))
 
 
 def _records(path: Path) -> list[dict]:
     records = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    records.append(record)
     return records
 
 
-def _json(path: Path):
+def read_json(path: Path) -> dict | None:
+    """The object in a JSON file that a run wrote; None where there is no file."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); restore it from a copy") from None
+    return value
 
 
 def _list_hash(path: Path) -> str | None:

@@ -10,7 +10,7 @@ import jax
 
 from pgpsam_jax import distributed
 from pgpsam_jax.cluster import START_SECONDS, Place
-from pgpsam_jax.errors import UserError
+from pgpsam_jax.errors import Interrupted, UserError
 from pgpsam_jax.peers import Peers, Relay, leave
 
 
@@ -23,23 +23,27 @@ def joined(place: Place | None):
     if place is None:
         yield
         return
-    peers = _join(place)
+    peers, stopped = _join(place), None
     try:
         distributed.agree({"number of processes": place.processes})
         yield
         distributed.barrier("end")
     except BaseException as error:
-        peers.fail(error)
+        if not (isinstance(error, Interrupted) and error.agreed):
+            peers.fail(error)
+        stopped = error
     peers.close()
     with contextlib.suppress(RuntimeError):  # all is done, whoever is killed now
         jax.distributed.shutdown()
+    if stopped is not None:
+        raise stopped
 
 
 def _join(place: Place) -> Peers:
     """Connect to the others; a mistake ends the process, for JAX's own exit would wait for them."""
     count, process, address = place.processes, place.process, place.coordinator
     host, port = address.rpartition(":")[0].strip("[]"), int(address.rpartition(":")[2])
-    jax.config.update("jax_enable_preemption_service", False)  # it keeps SIGTERM from ending us
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM from us
     if any(name in os.environ for name in ("grpc_proxy", "https_proxy", "http_proxy")):
         os.environ.setdefault("no_grpc_proxy", f"127.0.0.1,{host}")
 

@@ -19,8 +19,9 @@ class Stopwatch:
     def __init__(self, workdir):
         self._path, self._running = Path(workdir) / FILE, []
         try:
-            self.seconds = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+            self.seconds = {str(name): float(value) for name, value in found.items()}
+        except (OSError, ValueError, AttributeError, TypeError):  # none, or damaged
             self.seconds = {}
 
     @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Training, top to bottom: data, mesh, model, step, restore, loop with validation, evaluation."""
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -8,12 +9,17 @@ from ml_collections import ConfigDict
 
 from pgpsam_jax import (
     announce,
+    backbone,
     build,
     checkpoint,
     cost,
+    deterministic,
     distributed,
     encodings,
+    interruption,
+    lock,
     methods,
+    resumption,
     sharding,
     validation,
 )
@@ -21,11 +27,9 @@ from pgpsam_jax import config as configuration
 from pgpsam_jax.data import arrays, dataset, verification
 from pgpsam_jax.data.augment import augmentation_seed
 from pgpsam_jax.data.loader import make_loader
-from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import workers
 from pgpsam_jax.evaluation.inference import Predictor
 from pgpsam_jax.feed import Feed
-from pgpsam_jax.files import write_json
 from pgpsam_jax.loop import run_steps
 from pgpsam_jax.provenance import provenance
 from pgpsam_jax.runlog import RunLog
@@ -34,20 +38,29 @@ from pgpsam_jax.stopwatch import Stopwatch
 
 
 def train(config: ConfigDict, workdir) -> dict:
-    """Train to the last step (resuming where the workdir stands), evaluate, return the summary."""
-    workdir, watch = Path(workdir), Stopwatch(workdir)
+    """Train to the last step (resuming where the workdir stands), evaluate, return the summary.
+
+    Raises `errors.Interrupted` where a signal asks for an end (see `interruption`), having saved.
+    """
+    deterministic.demand(config)
     distributed.check_shared(workdir)
+    with _locked(workdir, "training"):
+        return _train(config, Path(workdir))
+
+
+def _locked(workdir, doing: str):
+    """The workdir's lock, which the first of several processes holds for all."""
+    return lock.held(workdir, doing) if distributed.is_first() else contextlib.nullcontext()
+
+
+def _train(config: ConfigDict, workdir: Path) -> dict:
+    watch = Stopwatch(workdir)
     mesh = make_run_mesh(config)
     with watch("data"), distributed.first_before_others("split"):
         split = dataset.find_split(config)
     validation.check(config, split)
     workers.check(config.eval.workers)
-    resume = configuration.belongs_to(config, workdir)
-    if resume and not (workdir / "fewshot.txt").is_file():
-        raise UserError(
-            f"{workdir} was converted from a checkpoint and has neither a few-shot list nor an "
-            "optimiser state to go on from; use --mode evaluate, or train in another --workdir"
-        )
+    resume = resumption.goes_on(config, workdir, split.table)
     with watch("model"):
         graphdef, params, frozen, base_digest = build.init_model(config, split.table.num_classes)
     with watch("data"):
@@ -61,14 +74,10 @@ def train(config: ConfigDict, workdir) -> dict:
     inputs |= {"validation": held_out.digest} if held_out else {}
     origin = provenance(**inputs)
     _agree(config, resume, origin, params)
-    if distributed.is_first():
-        if not resume:  # everything that can be wrong has been looked at: the workdir is claimed
-            data.list.write(workdir / "fewshot.txt")
-            write_json(workdir / "labels.json", split.table.to_json())
-            configuration.store(config, workdir)
-        write_json(workdir / "provenance.json", origin)
+    # Everything that can be wrong has been looked at: the workdir is claimed.
+    resumption.claim(config, workdir, split.table, data.list, origin, resume=resume)
     drawn = build.drawn(config.model, frozen)
-    checkpoint.settle_base(workdir, config.model.base, base_digest, frozen, drawn)
+    backbone.settle_base(workdir, config.model.base, base_digest, frozen, drawn)
 
     size, total = len(data.list), configuration.total_steps(config, len(data.list))
     seed = augmentation_seed(config.seed, build.step_config(config).augment)
@@ -100,6 +109,8 @@ def train(config: ConfigDict, workdir) -> dict:
         distributed.say(f"resumed from step {int(state.step)}")
     else:
         state = step_of.start(distributed.place(params, sharding_of(step_of.state.params)))
+        if resume:
+            distributed.say(f"{workdir} holds no checkpoint yet: training starts anew")
     del params
 
     step = int(state.step)
@@ -113,10 +124,17 @@ def train(config: ConfigDict, workdir) -> dict:
         spent = cost.of_step(config, mesh, graphdef, step_of.run, shapes, lowered, compiled)
         cost.begin(workdir, spent, step)
     distributed.barrier("compiled")
-    rates = build.learning_rates(config, size)
+    rates, batch_size = build.learning_rates(config, size), config.train.batch_size
     predictor = make_predictor(config, graphdef, state.params, frozen, mesh)
-    selection = held_out and validation.Selection(config, held_out, workdir, size, total)
-    with watch("train"), RunLog(workdir, config.log, step, rates, config.train.batch_size) as log:
+    selection = held_out and validation.Selection(
+        config, held_out, workdir, size, total, split.table.names
+    )
+    with (
+        interruption.deferred() as stop,
+        watch("train"),
+        checkpoints,
+        RunLog(workdir, config.log, step, rates, batch_size, data.list.entries) as log,
+    ):
 
         def saves(step) -> bool:
             return step % config.log.checkpoint_steps == 0 or step == total
@@ -124,26 +142,36 @@ def train(config: ConfigDict, workdir) -> dict:
         def judges(step) -> bool:
             return bool(selection) and selection.due(step)
 
-        while step < total:
+        stop.begin(step)
+        stopping = False
+        while step < total and not stopping:
             until = next(n for n in range(step + 1, total + 1) if saves(n) or judges(n))
-            state, metrics, rows = run_steps(compiled, state, frozen, feed, step, until, log.record)
-            step, extra = until, {}
-            log.check_finite(step, float(jax.device_get(metrics["loss"])), rows)
+            state, step, metrics, rows = run_steps(
+                compiled, state, frozen, feed, step, until, log.record, stop.due
+            )
+            extra = {}
+            log.check_finite(step, metrics, rows)
             if judges(step):
                 with watch("validate"), log.paused():
                     score = selection.judge(predictor.with_params(state.params), step)
-                extra["validation_score"] = score
+                extra |= {"validation_score": score} | selection.silent
             log.record(step, metrics, rows, **extra)
-            if saves(step):
+            stopping = stop.due(step)
+            if saves(step) or stopping:
                 with watch("checkpoint"), log.paused():
                     checkpoints.save(state, loader)
                 _store(watch)
                 cost.update(workdir, log.records)
-    params = state.params
-    with watch("checkpoint"):
-        checkpoints.close()
-        if selection:
-            selection.close()
+        params = state.params
+        with watch("checkpoint"):
+            checkpoints.close()
+            if selection:
+                selection.close()
+        if step < total:
+            distributed.barrier("stopped")
+            stop.end(step, agreed=True)
+    if selection:
+        with watch("checkpoint"):
             params = checkpoint.restore_params(workdir, step_of.state.params, best=True)
     loader.close()
     if distributed.several():  # each evaluates cases of its own
@@ -184,7 +212,13 @@ def _store(watch: Stopwatch) -> None:
 def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
     """Score a workdir's parameters, newest or best, again: `--mode evaluate`."""
     stored = configuration.load_config(workdir)
+    deterministic.demand(config or stored)
     distributed.check_shared(workdir)
+    with _locked(workdir, "evaluating"):
+        return _evaluate(config, stored, workdir)
+
+
+def _evaluate(config: ConfigDict | None, stored: ConfigDict, workdir) -> dict:
     if config is None:
         config = stored
     configuration.belongs_to(config, workdir)
@@ -197,11 +231,11 @@ def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
     """The trained parameters of a workdir, newest or best, ready for volumes."""
     config = config.copy_and_resolve_references()
     config.model.cnn_base = ""  # where training started; what trained comes from the workdir
-    if checkpoint.holds_backbone(workdir):
+    if backbone.holds_all(workdir):
         config.model.base = ""
     graphdef, params, frozen, digest = build.init_model(config, num_classes)
     drawn = build.drawn(config.model, frozen)
-    checkpoint.settle_base(workdir, config.model.base, digest, frozen, drawn)
+    backbone.settle_base(workdir, config.model.base, digest, frozen, drawn)
     everywhere = sharding.replicated(sharding.make_mesh())
     abstract = checkpoint.abstract_like(params, jax.tree.map(lambda _: everywhere, params))
     params = checkpoint.restore_params(workdir, abstract, best=validation.is_on(config))

@@ -5,13 +5,18 @@ segmented, and the parameters with the highest slice-level Dice of protocol `rel
 Slices are scored at network size, where the release's argmax is taken too.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from pgpsam_jax import checkpoint, distributed
+from pgpsam_jax.alarms import SilentClasses
 from pgpsam_jax.data.dataset import Split, ValidationData
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.inference import Predictor
+from pgpsam_jax.runs import read_metrics
 
 
 def is_on(config: ConfigDict) -> bool:
@@ -24,6 +29,8 @@ def check(config: ConfigDict, split: Split) -> None:
     every = config.validation.every_epochs
     if every < 0:
         raise UserError(f"validation.every_epochs is {every}; give a number of epochs, or 0 (off)")
+    if (dead := config.validation.dead_epochs) < 0:
+        raise UserError(f"validation.dead_epochs is {dead}; give a number of epochs, or 0 (never)")
     if every and not split.validation:
         raise UserError(
             f"validation.every_epochs is {every} but data.split {config.data.split!r} holds no "
@@ -33,18 +40,27 @@ def check(config: ConfigDict, split: Split) -> None:
 
 
 class Selection:
-    """When to validate, and the best parameters so far, in `<workdir>/best`.
+    """When to validate, the best parameters so far, in `<workdir>/best`, and who is silent.
 
-    epoch_size: few-shot slices. total: steps of the run.
+    epoch_size: few-shot slices. total: steps of the run. names: of the K classes, for alarms.
     """
 
     def __init__(
-        self, config: ConfigDict, data: ValidationData, workdir, epoch_size: int, total: int
+        self,
+        config: ConfigDict,
+        data: ValidationData,
+        workdir,
+        epoch_size: int,
+        total: int,
+        names: Sequence[str] = (),
     ):
-        self._data, self._total = data, total
-        self._batch_size = config.train.batch_size
+        self._data, self._total, self._workdir = data, total, Path(workdir)
+        self._batch_size, self._epoch_size = config.train.batch_size, epoch_size
         self._slices = config.validation.every_epochs * epoch_size  # seen between two validations
         self._best = checkpoint.Best(workdir)
+        names = names or [f"class_{i}" for i in range(data.num_classes)]
+        self._silent = SilentClasses(names, data.labels, config.validation.dead_epochs)
+        self._fresh = True
 
     def due(self, step: int) -> bool:
         """Whether a validation's worth of epochs is complete with this step, or the run is."""
@@ -56,6 +72,9 @@ class Selection:
         from pgpsam_jax.evaluation.release_protocol import slice_dice
 
         prediction = predictor.slices(self._data.images)  # by all devices, whole on all processes
+        if self._fresh:
+            self._go_on(step)
+        alarms = self._silent.see(prediction, self._epoch(step))
         score = slice_dice(prediction, self._data.labels, self._data.num_classes)
         best = self._best.record
         if best is None or score > best["score"]:
@@ -64,8 +83,26 @@ class Selection:
         else:
             standing = f"best {best['score']:.4f} at step {best['step']}"
         if distributed.is_first():
-            tqdm.write(f"step {step}: validation Dice {score:.4f}, {standing}")
+            for line in (f"step {step}: validation Dice {score:.4f}, {standing}", *alarms):
+                tqdm.write(line)
         return score
+
+    @property
+    def silent(self) -> dict[str, float]:
+        """After `judge`: for how many epochs which classes were not predicted, to be recorded."""
+        return self._silent.record
+
+    def _epoch(self, step: int) -> float:
+        return step * self._batch_size / self._epoch_size
+
+    def _go_on(self, step: int) -> None:
+        """Take up the alarms where the run that goes on before `step` had them."""
+        self._fresh = False
+        validated = [r for r in read_metrics(self._workdir / "metrics.jsonl") if r["step"] < step]
+        for record in reversed(validated):
+            if "validation_score" in record:
+                self._silent.go_on(record, self._epoch(record["step"]))
+                return
 
     def close(self) -> None:
         """Release the folder."""

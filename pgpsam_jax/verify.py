@@ -21,6 +21,9 @@ from pgpsam_jax.data.labels import LabelTable, load_label_table
 from pgpsam_jax.data.verification import check_cases, findings_of, spoken, summarise
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.files import write_json
+from pgpsam_jax.text_files import shown
+
+_LONGEST = 4000  # characters of a line
 
 
 def verify(
@@ -40,6 +43,10 @@ def verify(
     `split` and `split_file` as in `data`: where given, no patient may be in two of its parts.
     """
     started, base = time.perf_counter(), Path(root)
+
+    def tell(line: str) -> None:  # names of files are untrusted too
+        say(shown(line, _LONGEST))
+
     if layout == "auto":
         layout = layouts.detect(root, image_glob)
     listing = layouts.scan(layout, root, image_glob, label_glob)
@@ -55,7 +62,7 @@ def verify(
         for file in record["files"]:
             file["findings"] += [f.to_json() for f in of_file.pop(file["file"], ())]
             said |= {id(finding) for finding in file["findings"]}
-            say(_line(file, base))
+            tell(_line(file, base))
     rest = [finding for findings in of_file.values() for finding in findings]
     if layout == "transunet":
         say(f"note     {NO_GRID}")
@@ -69,7 +76,7 @@ def verify(
     )
     for finding in findings_of(report):
         if id(finding) not in said:
-            say(f"{finding['level']:8} {_short(spoken(finding), base)}")
+            tell(f"{finding['level']:8} {_short(spoken(finding), base)}")
     say(_order_line(report["order"]))
     counts, seconds = report["counts"], time.perf_counter() - started
     say(

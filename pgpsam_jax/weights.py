@@ -3,7 +3,6 @@
 `weights_conversion.convert` writes `<stem>.safetensors` (flat paths, float32) and `<stem>.json`.
 """
 
-import json
 import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from safetensors.numpy import load_file
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import file_digest
+from pgpsam_jax.text_files import read_json, shown
 
 FORMAT = "pgpsam_jax SAM weights"
 FORMAT_VERSION = 1
@@ -76,13 +76,19 @@ def how_to_get(path, source=None) -> str:
 def read_safetensors(path) -> dict[str, np.ndarray]:
     """All tensors of a safetensors file; `UserError` if it is damaged or of an unusual type."""
     try:
-        return load_file(path)
+        tensors = load_file(path)
+        if strange := [name for name, array in tensors.items() if array.dtype.kind == "c"]:
+            raise TypeError(f"{strange[0]} is complex")
+        return tensors
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}); check the path") from None
-    except (SafetensorError, AttributeError, TypeError) as error:  # the last two: fp8 and fp4
+    except MemoryError:
+        raise UserError(f"{path} does not fit into memory; use a larger machine") from None
+    # AttributeError, TypeError: fp8 and fp4; ValueError: shapes that numpy does not have.
+    except (SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is not a complete safetensors file of ordinary numbers ({error}); "
-            "download or convert it again"
+            f"{path} is not a complete safetensors file of ordinary numbers "
+            f"({shown(str(error), 200)}); download or convert it again"
         ) from None
 
 
@@ -96,10 +102,7 @@ def load_base(path) -> Base:
     for file in (weights, sidecar):
         if not file.is_file():
             raise UserError(f"{file} does not exist; {how_to_get(weights)}")
-    try:
-        meta = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{sidecar} cannot be read ({error}); convert the weights again") from None
+    meta = read_json(sidecar, "description of weights")
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise UserError(f"{sidecar} does not describe SAM weights; convert the weights again")
     if meta.get("format_version") != FORMAT_VERSION:

@@ -2,7 +2,7 @@
 
 from small_run import config_for
 
-from pgpsam_jax import build, checkpoint, train
+from pgpsam_jax import backbone, build, checkpoint, train
 from pgpsam_jax.data import dataset, fewshot
 from pgpsam_jax.data.loader import make_loader
 from pgpsam_jax.files import write_json
@@ -18,7 +18,7 @@ def ready_run(root, workdir, **settings):
     fewshot.FewShotList([("a", 4), ("b", 5)], {"rule": "by hand"}).write(workdir / "fewshot.txt")
     write_json(workdir / "labels.json", table.to_json())
     train.configuration.store(config, workdir)
-    checkpoint.settle_base(workdir, config.model.base, digest, frozen)
+    backbone.settle_base(workdir, config.model.base, digest, frozen)
     state = init_state(params, build.optimizer_of(config, 2), seed=0, epoch_size=2)
     loader = make_loader(8, batch_size=8, seed=0)
     state.step += config.train.steps

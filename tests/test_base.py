@@ -7,7 +7,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 from small_run import config_for, write_data
 
-from pgpsam_jax import build, checkpoint, weights
+from pgpsam_jax import backbone, build, weights
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import file_digest, write_json
 from pgpsam_jax.models.sam import Sam, SamConfig
@@ -79,10 +79,10 @@ def test_another_variant_is_refused(config):
 
 def test_a_workdir_keeps_its_base(config, sam, tmp_path):
     _, _, frozen, digest = build.init_model(config, 3)
-    checkpoint.settle_base(tmp_path, sam[0], digest, frozen)
-    checkpoint.settle_base(tmp_path, sam[0], digest, frozen)
+    backbone.settle_base(tmp_path, sam[0], digest, frozen)
+    backbone.settle_base(tmp_path, sam[0], digest, frozen)
     with pytest.raises(UserError, match="give the weights of that run"):
-        checkpoint.settle_base(tmp_path, "other", "0" * 64, frozen)
+        backbone.settle_base(tmp_path, "other", "0" * 64, frozen)
     assert not (tmp_path / "frozen.safetensors").exists()
 
 
@@ -90,9 +90,9 @@ def test_a_random_backbone_is_kept_as_a_file_and_announced(config, tmp_path):
     config.model.base = ""
     assert "RANDOM AND FROZEN" in build.base_notice(config.model, tmp_path)
     _, _, frozen, _ = build.init_model(config, 3)
-    checkpoint.settle_base(tmp_path, "", None, frozen)
+    backbone.settle_base(tmp_path, "", None, frozen)
     config.seed = 99
     _, _, other, _ = build.init_model(config, 3)
-    checkpoint.settle_base(tmp_path, "", None, other)
+    backbone.settle_base(tmp_path, "", None, other)
     for path, leaf in flat_paths(frozen).items():
         np.testing.assert_array_equal(leaf[...], flat_paths(other)[path][...], err_msg=path)

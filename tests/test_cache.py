@@ -93,8 +93,33 @@ def test_cache_is_reused_and_keyed_by_content(tmp_path):
     make_case(tmp_path, "p1", affine=np.diag([-1.4, -1.4, 4, 1.0]))
     changed = files()
     assert changed[0] != first[0] and changed[1] == first[1]
-    assert len({*first, *changed, *itertools.chain(*others)}) == 11
-    assert sorted(folder.iterdir()) == sorted({*first, *changed, *itertools.chain(*others)})
+    made = {*first, *changed, *itertools.chain(*others)}
+    outdated = {first[0], *(pair[0] for pair in others)}  # of p1 as it was
+    assert len(made) == 11 and sorted(folder.iterdir()) == sorted(made - outdated)
+
+
+def test_cleaning_spares_what_may_be_used_again(tmp_path):
+    """Other data sets with a case of that name, other names, old and foreign files."""
+    folder = tmp_path / "cache"
+
+    def build(*cases, size=32):
+        return [c.file for c in build_cache(cases, PAIR, WINDOW, size, folder)]
+
+    case = make_case(tmp_path / "a")
+    kept = build(make_case(tmp_path / "b", affine=np.diag([-1, -1, 4, 1.0])), size=32)
+    kept += build(make_case(tmp_path / "a", "p1-2", (8, 9, 4)))
+    (old,) = build(case)
+    with np.load(old) as arrays:  # as a version made them that did not say where from
+        meta = json.loads(str(arrays["meta"]))
+        del meta["places"]
+        np.savez(folder / f"p1-{'0' * 16}.npz", **{**arrays, "meta": np.array(json.dumps(meta))})
+    (folder / "p1-notes.npz").write_bytes(b"no archive")
+    kept += [folder / f"p1-{'0' * 16}.npz", folder / "p1-notes.npz"]
+    (other,) = build(case, size=48)
+    make_case(tmp_path / "a", affine=np.diag([-1.4, -1.4, 4, 1.0]))
+    (new,) = build(case)
+    assert sorted(folder.iterdir()) == sorted([*kept, new]) and not old.exists()
+    assert not other.exists() and build(case) == [new]
 
 
 def test_grey_levels_are_stored_and_part_of_the_key(tmp_path):

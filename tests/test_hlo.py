@@ -230,3 +230,61 @@ def test_traffic_of_a_loop():
     call = "%k = f32[256]{0} call(%p), to_apply=%outer"
     body = 1024 + 1028  # the fusion's result, and the loop's state that it takes
     assert memory_traffic(program(call, before=loop(trips))) == 3 * body
+
+
+@pytest.mark.parametrize("constant", ["s32[] constant(3)", "s32[]{:T(128)} constant(3)"])
+def test_a_loop_that_counts_below_a_constant(constant):
+    """As JAX's loops do; the TPU's compiler writes no count beside them."""
+    text = program(
+        "%w = f32[256]{0} while(%p), condition=%test, body=%body",
+        before=(
+            "%test (s: f32[256]) -> pred[] {\n"
+            f"  %n = {constant}\n"
+            "  %i = s32[] get-tuple-element(%s), index=0\n"
+            "  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT, metadata={}\n"
+            "}\n\n"
+            "%body (s: f32[256]) -> f32[256] {\n"
+            "  %s = f32[256]{0} parameter(0)\n"
+            "  ROOT %r = f32[256]{0} all-reduce(%s), replica_groups={{0,1}}, to_apply=%add\n"
+            "}\n"
+        ),
+    )
+    [found] = collectives(text)
+    assert (found.times, found.bounded) == (3, True)
+    assert memory_traffic(text) == 3 * 2048
+
+
+SLICED = """%taking (a: f32[256], i: s32[]) -> f32[64] {
+  %a = f32[256]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %v = f32[256]{0} bitcast(%a)
+  ROOT %t = f32[64]{0} dynamic-slice(%v, %i), dynamic_slice_sizes={64}
+}
+
+%putting (a: f32[256], u: f32[64], i: s32[]) -> f32[256] {
+  %b = f32[256]{0} parameter(0)
+  %u = f32[64]{0} parameter(1)
+  %j = s32[] parameter(2)
+  %x = f32[64]{0} negate(%u)
+  ROOT %d = f32[256]{0} dynamic-update-slice(%b, %x, %j)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (("%f = f32[64]{0} fusion(%p, %k), kind=kLoop, calls=%taking",), 512),
+        (
+            (
+                "%s = f32[64]{0:S(1)} slice(%p), slice={[0:64]}",
+                "%f = f32[256]{0} fusion(%p, %s, %k), kind=kLoop, calls=%putting",
+            ),
+            256 + 256,
+        ),
+        (("%f = f32[256]{0:S(1)} fusion(%p, %k), kind=kLoop, calls=%add",), 1024),
+    ],
+    ids=["taken", "put", "whole"],
+)
+def test_traffic_of_parts_within_fusions(lines, expected):
+    assert memory_traffic(program(*lines, before=SLICED)) == expected

@@ -1,10 +1,11 @@
 """Label tables: the published remap, files, and what is refused."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from label_tables import PAIR, TOTAL_TABLE
 
@@ -31,6 +32,29 @@ def test_remap_is_not_in_place_chaining(order, other):
     result = table.remap(ids, "x")
     assert result.dtype == np.uint8 and result.tolist() == [[0, *range(1, 9), *range(8, 0, -1)]]
     np.testing.assert_array_equal(ids, before)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_remap_is_the_table_voxel_by_voxel(data):
+    classes = data.draw(st.integers(1, 6))
+    ids = st.integers(1, 40) | st.integers(1, 65535)
+    sources = data.draw(st.dictionaries(ids, st.integers(0, classes), max_size=12))
+    free = (i for i in itertools.count(100) if i not in sources)
+    sources |= {next(free): k for k in range(1, classes + 1)}
+    other = data.draw(st.sampled_from(["error", "background"]))
+    names = ("background", *(f"c{k}" for k in range(1, classes + 1)))
+    table = LabelTable(names, sources, other)
+    inside = st.sampled_from([0, *sources])
+    voxels = data.draw(st.lists(inside | st.integers(-(2**31), 2**31 - 1), max_size=20))
+    array = np.array(voxels, np.int32).reshape(-1, 1)
+    unknown = {v for v in voxels if v not in sources and v != 0}
+    if unknown and other == "error":
+        with pytest.raises(UserError, match="outside the label table"):
+            table.remap(array, "x")
+    else:
+        wanted = [[sources.get(v, 0)] for v in voxels]
+        assert table.remap(array, "x").tolist() == wanted
 
 
 def test_unknown_values():
@@ -90,5 +114,5 @@ def test_table_file_problems(tmp_path):
     with pytest.raises(UserError, match="not found"):
         load_label_table(tmp_path / "none.json")
     (tmp_path / "t.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="cannot be read as JSON"):
         load_label_table(tmp_path / "t.json")

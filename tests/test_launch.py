@@ -152,7 +152,9 @@ def slurm(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (69, True), (137, False)])
+@pytest.mark.parametrize(
+    ("code", "requeued"), [(0, False), (2, False), (69, True), (75, False), (137, False)]
+)
 def test_slurm_script_passes_its_arguments_and_requeues(slurm, code, requeued):
     folder, variables = slurm
     stand_in(folder, "srun", f'printf "%s|" "$@" > {folder}/called; exit {code}')

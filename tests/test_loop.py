@@ -65,7 +65,7 @@ def test_every_step_is_reported_in_order_but_the_last_is_returned(mesh, steps, r
     whole = sharding.replicated(mesh)
     state, frozen = (jax.device_put(jnp.float32(value), whole) for value in (0, 2))
     step = jax.jit(total_step, out_shardings=whole, donate_argnums=0)
-    state, metrics, rows = run_steps(
+    state, last, metrics, rows = run_steps(
         step,
         state,
         frozen,
@@ -74,12 +74,31 @@ def test_every_step_is_reported_in_order_but_the_last_is_returned(mesh, steps, r
         40 + steps,
         lambda *x: seen.append(x),
     )
-    seen.append((40 + steps, metrics, rows))
+    assert last == 40 + steps
+    seen.append((last, metrics, rows))
     assert [step for step, *_ in seen] == list(range(41, 41 + steps))
     for (_, metrics, rows), wanted, total in zip(seen, order, sums, strict=True):
         np.testing.assert_array_equal(rows, wanted)
         np.testing.assert_allclose(metrics["sum"], total, rtol=1e-5)
     np.testing.assert_allclose(state, sums[-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("stop", [41, 43, 45])
+def test_a_stop_comes_after_the_step_that_is_asked_about(mesh, stop):
+    """Every step is asked about, once, in order; those before the last are reported."""
+    whole = sharding.replicated(mesh)
+    state, frozen = (jax.device_put(jnp.float32(value), whole) for value in (0, 2))
+    step = jax.jit(total_step, out_shardings=whole, donate_argnums=0)
+    seen, asked = [], []
+
+    def stop_after(number):
+        asked.append(number)
+        return number == stop
+
+    _, last, *_ = run_steps(
+        step, state, frozen, feed_of(mesh, 0), 40, 45, lambda n, *_: seen.append(n), stop_after
+    )
+    assert last == stop and asked == [*range(41, stop + 1)] and seen == asked[:-1]
 
 
 def test_a_transfer_that_nobody_asked_for_is_refused(mesh):

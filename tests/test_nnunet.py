@@ -59,7 +59,7 @@ def test_paths_in_the_description(tmp_path):
     for path in ("../a.nii", "/etc/passwd", "x/../../y", "C:\\a", "..\\a", "", None, 3, "a\0b"):
         for bad in (entry | {"images": [path]}, entry | {"label": path}):
             describe(tmp_path, dataset={"one": bad})
-            with pytest.raises(UserError, match="which is not a path inside the data set"):
+            with pytest.raises(UserError, match="which is no path inside the data set"):
                 find_cases("nnunet", tmp_path)
     for bad in ({"one": []}, {"one": {}}, {"one": entry | {"images": ["a", "b"]}}, 7):
         describe(tmp_path, dataset=bad)

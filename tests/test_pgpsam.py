@@ -192,6 +192,8 @@ def test_stage_taps_default_to_the_last_and_first_global_block(name, taps):
         (dict(stage_taps=(-1,)), "stage_taps"),
         (dict(k=0), "k=0"),
         (dict(k=7, alpha=2), "k=7"),
+        (dict(strip_kernel=4), "strip_kernel is 4; it must be odd"),
+        (dict(classes=1), "num_classes is 1"),
     ],
 )
 def test_wrong_settings_are_refused(wrong, words):

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from sam_official import assert_equal, save_pth
 from small_run import config_for, write_data
 
-from pgpsam_jax import build, checkpoint, train
+from pgpsam_jax import backbone, build, train
 from pgpsam_jax import config as configuration
 from pgpsam_jax.data.dataset import label_table
 from pgpsam_jax.data.labels import load_label_table
@@ -211,7 +211,7 @@ def test_a_run_of_ours_goes_out(root, tmp_path, capsys):
     _, params, frozen, _ = build.init_model(settings, table.num_classes)
     write_json(workdir / "labels.json", table.to_json())
     configuration.store(settings, workdir)
-    checkpoint.settle_base(workdir, "", None, frozen)
+    backbone.settle_base(workdir, "", None, frozen)
     with ocp.training.Checkpointer(workdir / "checkpoints") as checkpoints:
         checkpoints.save_checkpointables(6, {"params": params})
     program.main(arguments(workdir, tmp_path / "a.safetensors", "--reverse"))
@@ -233,7 +233,7 @@ def test_a_failed_conversion_leaves_nothing(source, config, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(release, "_states", lambda *_: ({}, {}))
-    monkeypatch.setattr(release.checkpoint, "settle_base", full_disk)
+    monkeypatch.setattr(release.backbone, "settle_base", full_disk)
     message = fail(capsys, source, tmp_path / "w", f"--config={config}")
     assert "cannot be written" in message and "No space left" in message
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from method_runs import CLASSES, loss_falls, small_config, squares
 
-from pgpsam_jax import build, checkpoint, recipes
+from pgpsam_jax import backbone, build, recipes
 from pgpsam_jax.config import default_config
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.initial import NoDraws
@@ -298,12 +298,12 @@ def test_drawn_weights_that_never_train_are_kept_with_a_given_sam(tmp_path):
     drawn = build.drawn(config.model, frozen)
     roots = {path.rsplit("/layers")[0] for path in drawn}
     assert roots == {f"mask_decoder/{n}" for n in ("mask_tokens", "hyper_mlps", "iou_head")}
-    checkpoint.settle_base(tmp_path, "sam", "0" * 64, frozen, drawn)
-    assert not checkpoint.holds_backbone(tmp_path)
+    backbone.settle_base(tmp_path, "sam", "0" * 64, frozen, drawn)
+    assert not backbone.holds_all(tmp_path)
     config.seed = 5
     _, _, other, _ = build.init_model(config, CLASSES)
     own = flat_paths(other)["image_encoder/pos_embed"][...]
-    checkpoint.settle_base(tmp_path, "sam", "0" * 64, other, build.drawn(config.model, other))
+    backbone.settle_base(tmp_path, "sam", "0" * 64, other, build.drawn(config.model, other))
     for path, leaf in drawn.items():
         np.testing.assert_array_equal(leaf[...], flat_paths(other)[path][...], err_msg=path)
     np.testing.assert_array_equal(flat_paths(other)["image_encoder/pos_embed"][...], own)

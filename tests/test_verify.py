@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shutil
+import signal
 import sys
 import zlib
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from pgpsam_jax.data import dataset, verification
 from pgpsam_jax.data.labels import SYNAPSE8, load_label_table
 from pgpsam_jax.data.verification import ensure, findings_of
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation import workers
 
 PAIRS = {"image_glob": "images/*.nii.gz", "label_glob": "labels/*.nii.gz"}
 
@@ -291,11 +293,18 @@ def test_the_program(root, capsys):
         ["--data", str(root), "--layout", "dicom"],
         [*arguments, "--label-table", str(root / "none.json")],
         [*arguments, "--report", str(root / "table.json" / "x.json")],
+        [*arguments, "--workers", "-3"],
     ):
         with pytest.raises(SystemExit) as ended:
             program.main(wrong)
         assert ended.value.code == 2
         assert "error: " in (said := capsys.readouterr().err) and "Traceback" not in said
+
+
+def test_a_killed_process_speaks_of_the_program_s_own_setting():
+    kill = workers.in_order(signal.raise_signal, [signal.SIGKILL], 1, verification._CHECKING)
+    with pytest.raises(UserError, match=r"checks cases was killed \(signal 9\).* set --workers to"):
+        list(kill)
 
 
 def split_of(root):

@@ -8,12 +8,15 @@ import pytest
 from augment_samples import NOTHING, SIZE, coordinates, only, pixel_grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from scipy import ndimage, stats
 from scipy.interpolate import BSpline
 
 from pgpsam_jax.data import warp as module
 from pgpsam_jax.data.augment_config import RELEASE, AugmentConfig
 from pgpsam_jax.data.warp import resample
+
+quick_resample = jax.jit(resample)
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (31, 52)])
@@ -29,6 +32,30 @@ def test_resample_equals_scipy(shape):
     np.testing.assert_allclose(warped, read(image, order=1), atol=1e-5)
     np.testing.assert_array_equal(warped_label, read(label, order=0))
     assert 0.1 < np.mean(warped_label > 0) < 0.9
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(np.float32, (2, 6, 7), elements=st.floats(-1e9, 1e9, width=32)),
+    st.integers(0, 2**31 - 1),
+    st.integers(-3, 3),
+)
+def test_resample_reads_only_the_picture(where, seed, shift):
+    """Anywhere, however far: a label of the picture or 0, an intensity between its own and 0."""
+    rng = np.random.default_rng(seed)
+    image = rng.normal(0, 100, (6, 7)).astype(np.float32)
+    label = rng.integers(1, 9, (6, 7)).astype(np.int32)
+    warped, ids = map(np.asarray, quick_resample(image, label, where))
+    assert set(np.unique(ids)) <= {0, *np.unique(label)}
+    low, high = min(image.min(), 0), max(image.max(), 0)
+    assert low - 1e-3 <= warped.min() and warped.max() <= high + 1e-3
+    grid = pixel_grid((6, 7)).astype(np.float32)
+    warped, ids = map(np.asarray, quick_resample(image, label, grid + shift))
+    inside = np.pad(image, 3)[3 + shift : 9 + shift, 3 + shift : 10 + shift]
+    np.testing.assert_array_equal(warped, inside)
+    np.testing.assert_array_equal(
+        ids, np.pad(label, 3)[3 + shift : 9 + shift, 3 + shift : 10 + shift]
+    )
 
 
 def test_rotation_turns_rigidly_about_the_centre_both_ways():

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from orbax.checkpoint import v1 as ocp
 from safetensors import safe_open
 
-from pgpsam_jax import build, checkpoint
+from pgpsam_jax import backbone, build
 from pgpsam_jax import config as configuration
 from pgpsam_jax.data.dataset import label_table
 from pgpsam_jax.data.labels import LabelTable
@@ -82,7 +82,7 @@ def convert(source, output, settings=(), *, log=print) -> None:
         write_json(folder / "labels.json", table.to_json())
         inputs = {"source": source.name, "source_sha256": digest, "source_epoch": epoch}
         write_json(folder / "provenance.json", provenance(**inputs))
-        checkpoint.settle_base(folder, source.name, None, frozen)
+        backbone.settle_base(folder, source.name, None, frozen)
         save_safetensors(folder / KEPT, unused, {"names": json.dumps(list(tensors))})
         with ocp.training.Checkpointer(folder.absolute() / "checkpoints") as checkpoints:
             checkpoints.save_checkpointables(epoch or 0, {"params": params})
@@ -227,8 +227,14 @@ def _check_exportable(settings: ConfigDict, workdir: Path) -> None:
 def _kept(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """The weights without a place in the model, and the names of the whole checkpoint in order."""
     unused = read_safetensors(path)
-    with safe_open(path, "numpy") as file:
-        return unused, json.loads(file.metadata()["names"])
+    try:
+        with safe_open(path, "numpy") as file:
+            names = json.loads(file.metadata()["names"])
+    except (KeyError, TypeError, ValueError, RecursionError):  # what others have written there
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} does not name the weights of a checkpoint; convert it again")
+    return unused, names
 
 
 def _idle(ours: Tensors) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.text_files import shown
 
 _DTYPES = {
     "torch.DoubleStorage": np.dtype("<f8"),
@@ -69,7 +70,8 @@ def interpret(path, data: bytes):
         return _run(path, data)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} holds no well-formed state dict ({error}); save it again with torch.save"
+            f"{path} holds no well-formed state dict ({shown(str(error))}); save it again with "
+            "torch.save"
         ) from None
 
 
@@ -148,8 +150,8 @@ def _global(path, module, name) -> _Global:
     full = f"{module}.{name}"
     if full not in _CALLS and full not in _DTYPES:
         raise UserError(
-            f"{path} asks for {full}, which plain tensors do not need and which could run code, so "
-            "nothing was read; use another source, or save only the model's state dict"
+            f"{path} asks for {shown(full)}, which plain tensors do not need and which could run "
+            "code, so nothing was read; use another source, or save only the model's state dict"
         )
     return _Global(full)
 

@@ -62,7 +62,7 @@ def loop_benchmark(point: dict, turn: int = 40) -> dict:
                 state, metrics = compiled(state, frozen, fixed)
             jax.block_until_ready(metrics)
             middle = time.perf_counter()
-            state, metrics, rows = run_steps(
+            state, _, metrics, rows = run_steps(
                 compiled, state, frozen, feed, done, done + turn, log.record
             )
             log.record(done + turn, metrics, rows)

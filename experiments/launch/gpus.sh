@@ -11,7 +11,8 @@
 # what a cluster would do. The first argument is the number of processes; the rest goes to
 # pgpsam_jax.main. CUDA_VISIBLE_DEVICES=2,3 chooses GPUs, PYTHON=/path/to/python another interpreter
 # than .venv/bin/python. If one process fails, the others end too, and so does the script, with a code
-# that is not 0; the same command goes on from the last checkpoint.
+# that is not 0. A signal to the script reaches all: they save, and end with code 75. The same command
+# goes on from the last checkpoint.
 set -uo pipefail
 
 count=${1:?"usage: gpus.sh PROCESSES --config FILE --workdir FOLDER"}
@@ -25,7 +26,7 @@ if (( ${#gpus[@]} < count )); then
 fi
 
 processes=()
-trap 'kill "${processes[@]}" 2>/dev/null' INT TERM
+trap 'kill "${processes[@]}" 2>/dev/null' INT TERM USR1
 for (( i = 0; i < count; i++ )); do
     CUDA_VISIBLE_DEVICES=${gpus[i]} "$python" -m pgpsam_jax.main "$@" \
         --coordinator "localhost:$port" --processes "$count" --process "$i" &
@@ -33,6 +34,9 @@ for (( i = 0; i < count; i++ )); do
 done
 code=0
 for process in "${processes[@]}"; do
+    while kill -0 "$process" 2>/dev/null; do  # a signal ends a wait, not the process
+        wait "$process"
+    done
     wait "$process" || { ended=$?; (( code )) || code=$ended; }
 done
 exit "$code"

@@ -12,7 +12,8 @@
 #
 # The job goes back to the queue when it is preempted, when a node fails and two minutes before its
 # time is over; it goes on from its last checkpoint (--config.log.checkpoint_steps=N: after so many
-# steps). A mistake (exit code 2) or a lack of memory ends it.
+# steps), which it writes when it is told to end. A mistake (exit code 2), a lack of memory or
+# scancel ends it.
 #
 # Grids of many small runs: python -m experiments.run_grid --slurm.
 #SBATCH --job-name=pgpsam
@@ -33,7 +34,9 @@ again() {
     fi
     echo "slurm.sh: $1; not requeued after ${SLURM_RESTART_COUNT:-0} restarts" >&2
 }
-trap 'again "time is nearly over"' USR1
+over="time is nearly over"
+ending=
+trap 'ending=1; kill -USR1 "$step"; (sleep 90; again "$over") & watchdog=$!' USR1
 
 srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m pgpsam_jax.main "$@" &
 step=$!
@@ -42,7 +45,10 @@ while kill -0 "$step" 2>/dev/null; do  # a signal ends a wait, not the step
 done
 wait "$step"
 code=$?
-if (( code == lost )); then
+if [[ $ending ]]; then
+    kill "$watchdog"
+    again "$over"
+elif (( code == lost )); then
     again "a process is gone"
 fi
 exit "$code"

@@ -1,8 +1,8 @@
 """Volumes kept as plain arrays: `.npz` slices and HDF5 volumes, which carry no voxel grid.
 
 Array axes are taken for display orientation (slices, rows, columns) with voxels of 1 mm: nothing
-in such a file says otherwise. Files are untrusted: no pickle, no HDF5 plugin or link to another
-file, types and sizes checked before memory is taken.
+in such a file says otherwise. Files are untrusted: no pickle, types and sizes checked before memory
+is taken; for HDF5 see that module.
 """
 
 import contextlib
@@ -16,9 +16,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from pgpsam_jax.data import hdf5
+from pgpsam_jax.data.array_checks import check_size, check_type
 from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.data.grid import SourceGrid
-from pgpsam_jax.data.nifti import MAX_BYTES, told
+from pgpsam_jax.data.nifti import told
 from pgpsam_jax.files import file_digest
 
 NO_GRID = (
@@ -27,7 +29,6 @@ NO_GRID = (
 )
 _UNIT_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _MAX_SIDE = 32767  # what a NIfTI header can say of a prediction
-_FILTERS = {1, 2, 3, 32000}  # deflate, shuffle, checksum, lzf: all built in
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _grid(source: ArrayFiles, shape) -> SourceGrid:
         raise BadFile(f"{path} has shape {shape}; expected one slice or one volume", "shape")
     if len(shape) == 3 and len(source.files) > 1:
         raise BadFile(f"{path} has shape {shape}; expected one slice per file", "shape")
-    _check_size(path, volume)
+    check_size(path, volume)
     header = nib.Nifti1Header()
     header.set_data_shape(volume[::-1])
     header.set_data_dtype(np.float32)
@@ -97,30 +98,12 @@ def _grid(source: ArrayFiles, shape) -> SourceGrid:
     return SourceGrid(path, header, _UNIT_LPS.copy(), (2, 1, 0), (False, False, False))
 
 
-def _check_size(path, shape, itemsize: int = 4) -> None:
-    need = math.prod(shape) * max(itemsize, 4)
-    if need > MAX_BYTES:
-        raise BadFile(
-            f"{path} declares an array of {need / 2**30:.1f} GiB in memory, over the limit of "
-            f"{MAX_BYTES / 2**30:.0f} GiB; check the file or crop it",
-            "size",
-        )
-
-
-def _check_type(path, key: str, shape, dtype: np.dtype) -> None:
-    if dtype.kind not in "iufb" or dtype.itemsize > 8 or dtype.subdtype or dtype.names:
-        raise BadFile(
-            f"{path} holds {key} of type {dtype}; store plain integers or floats", "dtype"
-        )
-    _check_size(path, shape, dtype.itemsize)
-
-
 @contextlib.contextmanager
 def _array(path: Path, key: str):
     """An open array with `shape`, `dtype` and `read()`, all checked but not read yet."""
     if not path.is_file():
         raise BadFile(f"{path} is not a file; check the path", "missing")
-    opened = _npz if path.suffix == ".npz" else _h5
+    opened = _npz if path.suffix == ".npz" else hdf5.opened
     with told(path), opened(path, key) as array:
         yield array
 
@@ -158,7 +141,7 @@ def _npz(path: Path, key: str):
                 raise BadFile(f"{path} is compressed in an unusual way; save it anew", "header")
             with archive.open(entry) as stream:
                 array = _Npy(path, stream, *_npy_header(path, stream))
-                _check_type(path, key, array.shape, array.dtype)
+                check_type(path, key, array.shape, array.dtype)
                 yield array
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise BadFile(
@@ -179,63 +162,3 @@ def _npy_header(path: Path, stream):
     if any(n < 0 for n in shape):
         raise BadFile(f"{path} declares the shape {shape}; save it anew", "shape")
     return shape, dtype, "F" if fortran else "C"
-
-
-@dataclass(frozen=True)
-class _Dataset:
-    """An HDF5 dataset."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    dataset: object
-
-    def read(self) -> np.ndarray:
-        return self.dataset[()]
-
-
-@contextlib.contextmanager
-def _h5(path: Path, key: str):
-    import h5py
-
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            link = file.get(key, getlink=True)
-            if link is None:
-                held = ", ".join(sorted(file)[:5]) or "nothing"
-                raise BadFile(f"{path} has no array {key!r} (it holds {held})", "key")
-            dataset = file[key] if isinstance(link, h5py.HardLink) else None
-            if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
-                raise BadFile(f"{path} holds no plain array as {key!r}; save it anew", "key")
-            _check_type(path, key, dataset.shape, dataset.dtype)
-            _check_storage(path, dataset)
-            yield _Dataset(dataset.shape, dataset.dtype, dataset)
-    except BadFile:
-        raise
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadFile(
-            f"{path} is damaged or no HDF5 ({reason}); get a new copy", "damaged"
-        ) from None
-
-
-def _check_storage(path: Path, dataset) -> None:
-    """All voxels lie in this file, packed by what the library itself unpacks."""
-    plan = dataset.id.get_create_plist()
-    filters = {plan.get_filter(index)[0] for index in range(plan.get_nfilters())}
-    if dataset.is_virtual or dataset.external or filters - _FILTERS:
-        raise BadFile(
-            f"{path} keeps its voxels in other files or packed by a plugin; save it anew with "
-            "gzip or without compression",
-            "storage",
-        )
-    if dataset.chunks:
-        _check_size(path, dataset.chunks, dataset.dtype.itemsize)
-        wanted = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
-        complete = dataset.id.get_num_chunks() == wanted
-    else:
-        complete = dataset.id.get_storage_size() >= dataset.size * dataset.dtype.itemsize
-    if not complete:
-        raise BadFile(
-            f"{path} declares {dataset.shape} voxels but does not hold them all; get a new copy",
-            "damaged",
-        )

@@ -2,9 +2,11 @@
 
 One uncompressed `.npz` per case, named after the case and a hash of everything that went into
 it, so a changed file, window, size or label table makes a new cache file and a stale one is
-never read. Files are verified (zip checksums) before use and rebuilt where damaged.
+never read. Files are verified (zip checksums) before use and rebuilt where damaged. When a new one
+is made, those of the same source files with another content are removed: none could be used again.
 """
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -20,7 +22,7 @@ from pgpsam_jax.data.grid import TOLERANCE_MM, to_display, to_source
 from pgpsam_jax.data.labels import LabelTable
 from pgpsam_jax.data.layouts import Case
 from pgpsam_jax.data.nifti import Volume
-from pgpsam_jax.data.volumes import digest, read_image, read_label
+from pgpsam_jax.data.volumes import digest, files_of, read_image, read_label
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import atomic_path
 
@@ -166,11 +168,38 @@ def _cached(case: Case, table: LabelTable, recipe: dict, folder: Path) -> Cached
     file = folder / f"{case.case_id}-{key[:16]}.npz"
     found = _verify(file, key)
     if found is None:
-        _build(file, case, table, recipe, {"key": key, "sources": sources})
+        about = {"key": key, "sources": sources, "places": _places(case)}
+        _build(file, case, table, recipe, about)
         found = _verify(file, key)
         if found is None:
             raise UserError(f"cache file {file} is damaged right after writing; check the disk")
+        _remove_outdated(folder, about | {"case_id": case.case_id})
     return CachedCase(case, file, *found)
+
+
+def _places(case: Case) -> str:
+    """A hash of where the files of a case lie."""
+    files = [str(file.absolute()) for s in (case.image, case.label) for file in files_of(s)]
+    return hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()
+
+
+def _remove_outdated(folder: Path, about: dict) -> None:
+    """Remove cache files of the same case and source files that have another content today.
+
+    Those of other window, size or table stay, and so do those of another data set's case of that
+    name: several runs may share the folder.
+    """
+    for file in folder.glob(f"{about['case_id']}-*.npz"):
+        with contextlib.suppress(Exception):  # what cannot be read, or removed, stays
+            meta = _meta(file)
+            same = all(meta[name] == about[name] for name in ("case_id", "places"))
+            if same and meta["sources"] != about["sources"]:
+                file.unlink()
+
+
+def _meta(file: Path) -> dict:
+    with np.load(file, allow_pickle=False) as arrays:
+        return json.loads(str(arrays["meta"]))
 
 
 def _verify(file: Path, key: str) -> tuple[np.ndarray, dict] | None:

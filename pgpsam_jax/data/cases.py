@@ -8,6 +8,9 @@ from pathlib import Path
 from pgpsam_jax.data.arrays import ArrayFiles
 from pgpsam_jax.data.findings import ERROR, Finding
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.text_files import shown
+
+_LONGEST = 150  # characters of a case id: names of files are made of it
 
 Source = Path | ArrayFiles  # what `volumes` reads
 
@@ -48,18 +51,22 @@ class Listing:
 def safe_case_id(text: str) -> str:
     """A case id of [A-Za-z0-9_.-] that cannot leave its folder; other characters become `_`."""
     result = re.sub(r"[^A-Za-z0-9_.-]", "_", text).lstrip(".")
-    if not result:
-        raise UserError(f"cannot make a case id of {text!r}; rename the file")
+    if not result or len(result) > _LONGEST:
+        raise UserError(
+            f"cannot make a case id of {text[:80]!r} (a name of 1 to {_LONGEST} characters); "
+            "rename the file"
+        )
     return result
 
 
 def inside(root: Path, text, where: str) -> Path:
     """`root / text` for a relative path without `..`; what a list names must not lead elsewhere."""
     parts = re.split(r"[/\\]", text) if isinstance(text, str) else [".."]
-    if not text or ".." in parts or parts[0] == "" or re.search(r"[:\x00-\x1f]", text):
+    long = isinstance(text, str) and (len(text) > 1000 or max(map(len, parts)) > 200)
+    if long or not text or ".." in parts or not parts[0] or re.search(r"[:\x00-\x1f]", text):
         raise UserError(
-            f"{where} names {text!r:.80}, which is not a path inside the data set; give relative "
-            "names without .."
+            f"{where} names {shown(repr(text)[:200], 80)}, which is no path inside the data set; "
+            "give relative names without .."
         )
     return root.joinpath(*parts)
 

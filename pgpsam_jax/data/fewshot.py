@@ -6,12 +6,12 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_text
+from pgpsam_jax.text_files import read_text, shown
 
 Areas = Mapping[str, np.ndarray]  # case id -> (D, K) native pixels per slice and class
 
@@ -109,11 +109,7 @@ def read_list(path, areas: Areas | None = None) -> FewShotList:
 
     The hash is verified where the file carries one; a list written by hand may have no header.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"few-shot list {path} cannot be read: {error}") from error
+    lines = read_text(path, "few-shot list").splitlines()
     head = dict(line[1:].strip().partition(": ")[::2] for line in lines if line.startswith("#"))
     entries = [
         _entry(line, f"{path} line {number}", areas)
@@ -124,7 +120,7 @@ def read_list(path, areas: Areas | None = None) -> FewShotList:
         raise UserError(f"few-shot list {path} {'has duplicate' if entries else 'holds no'} slices")
     try:
         rule = json.loads(head.get("rule", '{"rule": "file"}'))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"few-shot list {path} has a broken rule line: {error}") from error
     if not isinstance(rule, dict):
         raise UserError(f"few-shot list {path} has a broken rule line: {head['rule']!r:.60}")
@@ -132,7 +128,7 @@ def read_list(path, areas: Areas | None = None) -> FewShotList:
     if head.get("hash", result.hash) != result.hash:
         raise UserError(
             f"few-shot list {path} was changed after it was written (hash {result.hash[:12]}, "
-            f"recorded {head['hash'][:12]}); restore it, or remove the hash line to accept it"
+            f"recorded {shown(head['hash'], 12)}); restore it, or remove the hash line to accept it"
         )
     return result
 
@@ -140,7 +136,9 @@ def read_list(path, areas: Areas | None = None) -> FewShotList:
 def _entry(line: str, where: str, areas: Areas | None) -> tuple[str, int]:
     match = re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9_.-]*)\t([0-9]{1,6})", line)
     if match is None:
-        raise UserError(f"{where} is not `case_id<TAB>slice` with a plain case id: {line!r:.60}")
+        raise UserError(
+            f"{where} is not `case_id<TAB>slice` with a plain case id: {line[:80]!r:.60}"
+        )
     case_id, index = match[1], int(match[2])
     if areas is not None and case_id not in areas:
         raise UserError(f"{where} names case {case_id}, which is not among the training cases")

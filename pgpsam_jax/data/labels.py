@@ -1,6 +1,5 @@
 """Label tables: which number in a file is which organ, by name, and the remap to class ids."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.text_files import read_json
 
+_LONGEST = 80  # characters of a name; it stands in tables and figures
 _UNKNOWN = 255  # marks ids outside the table during a remap, hence at most 255 classes
 
 
@@ -82,8 +83,8 @@ class LabelTable:
             for source in group.get("source", []):
                 if type(source) is not int or source in table:
                     raise UserError(
-                        f"{where}: source id {source!r} of class {names[class_id]!r} must be an "
-                        "integer above 0 that no other class lists"
+                        f"{where}: source id {source!r:.60} of class {names[class_id]!r:.60} must "
+                        "be an integer above 0 that no other class lists"
                     )
                 table[source] = class_id
         try:
@@ -97,11 +98,7 @@ def load_label_table(path) -> LabelTable:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"label table {path} not found; write one that names every class")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"label table {path} is not valid JSON: {error}") from error
-    return LabelTable.from_json(value, str(path))
+    return LabelTable.from_json(read_json(path, "label table"), str(path))
 
 
 def _fields(value, types: dict, where: str) -> dict:
@@ -110,7 +107,7 @@ def _fields(value, types: dict, where: str) -> dict:
         raise UserError(f"{where}: expected an object with {', '.join(types)}, got {value!r:.60}")
     for key, item in value.items():
         if key not in types:
-            raise UserError(f"{where}: unknown key {key!r}; known are {', '.join(types)}")
+            raise UserError(f"{where}: unknown key {key!r:.60}; known are {', '.join(types)}")
         if not isinstance(item, types[key]):
             raise UserError(f"{where}: {key!r} must be a {types[key].__name__}, got {item!r:.60}")
     return value
@@ -119,14 +116,21 @@ def _fields(value, types: dict, where: str) -> dict:
 def _check(table: LabelTable) -> None:
     names, mapping = table.names, table.source_to_class
     if not 2 <= len(names) <= _UNKNOWN or names[0] != "background":
-        raise UserError(f'needs "background" and 1 to {_UNKNOWN - 1} named classes, got {names}')
-    if not all(isinstance(name, str) and name.strip() for name in names):
-        raise UserError(f"every class needs a name, got {names}")
+        raise UserError(
+            f'needs "background" and 1 to {_UNKNOWN - 1} named classes, got {len(names)}'
+        )
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"every class needs a name, got {name!r:.60}")
+        if not name.isprintable() or len(name) > _LONGEST:
+            raise UserError(
+                f"the name {name!r:.60} has control characters or over {_LONGEST} characters"
+            )
     if len(set(names)) < len(names):
-        raise UserError(f"class names must differ, got {names}")
+        raise UserError(f"class names must differ, got {sorted(names)!r:.400}")
     for source, target in mapping.items():
         if type(source) is not int or not 0 <= source < 1 << 16:
-            raise UserError(f"source ids must be integers in 0..65535, got {source!r}")
+            raise UserError(f"source ids must be integers in 0..65535, got {source!r:.60}")
         if type(target) is not int or not 0 <= target < len(names):
             raise UserError(f"source id {source} points to class {target!r}, which has no name")
     if mapping[0] != 0:

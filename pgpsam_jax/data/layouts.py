@@ -1,6 +1,5 @@
 """Find the cases of a data set on disk and split them by patient."""
 
-import json
 import random
 import re
 import warnings
@@ -12,6 +11,7 @@ from pgpsam_jax.data.arrays import NO_GRID
 from pgpsam_jax.data.cases import Case, Listing, check_root, pair, safe_case_id
 from pgpsam_jax.data.labels import SYNAPSE8, LabelTable
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.text_files import read_json, shown
 
 LAYOUTS = ("btcv", "nnunet", "transunet", "pairs")
 
@@ -195,10 +195,7 @@ def _given(cases: list[Case]) -> tuple[list[Case], list[Case], list[Case]]:
 
 
 def _split_file(file) -> tuple[list, list, list]:
-    try:
-        value = json.loads(Path(file or "").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"split file {file} cannot be read as JSON: {error}") from error
+    value = read_json(file or "", "split file")
     keys = set(value) if isinstance(value, dict) else set()
     if (
         keys - {"validation"} != {"train", "test"}
@@ -240,14 +237,19 @@ def _select(cases: list[Case], parts, what: str) -> tuple[list[Case], ...]:
     named = [i for part in parts for i in part]
     missing = sorted({i for i in named if i not in known})
     if missing:
-        raise UserError(f"{what} names cases that are not in the data: {', '.join(missing)}")
+        raise UserError(f"{what} names cases that are not in the data: {_listed(missing)}")
     double = sorted({i for i in named if named.count(i) > 1})
     if double:
-        raise UserError(f"{what} names cases twice, which would leak: {', '.join(double)}")
+        raise UserError(f"{what} names cases twice, which would leak: {_listed(double)}")
     return tuple([known[i] for i in part] for part in parts)
+
+
+def _listed(ids: list[str]) -> str:
+    more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
+    return ", ".join(shown(i) for i in ids[:20]) + more
 
 
 def _key(case_id) -> str:
     """`5`, `05` and `0005` are the same patient."""
     text = str(case_id)
-    return str(int(text)) if text.isascii() and text.isdigit() else text
+    return (text.lstrip("0") or "0") if text.isascii() and text.isdigit() else text

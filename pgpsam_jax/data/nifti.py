@@ -29,6 +29,9 @@ MAX_BYTES = 2 << 30  # a 512 x 512 x 2048 volume in float32; more is taken for a
 _CHUNK = 16 << 20
 _MAX_TRAILING = 1 << 20  # padding tolerated after the voxels before a gzip counts as a bomb
 _MAX_OFFSET = 64 << 20  # room for header extensions
+_MAX_PACKING = 1032  # bytes that one byte of a deflate stream can stand for: 258 in two bits
+_VOXEL_SIZES = (1e-6, 1e6)  # in the file's unit; what is beyond is a broken header
+_MAX_POSITION = 1e9
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _QUIET = logging.Logger("nifti header", logging.CRITICAL + 1)  # nibabel reports every small repair
 
@@ -76,7 +79,7 @@ def label_image(array: np.ndarray, source: SourceGrid) -> nib.Nifti1Image:
         )
     header = source.header.copy()
     header.set_data_dtype(np.uint8)
-    for field in ("scl_slope", "scl_inter", "cal_min", "cal_max"):
+    for field in ("scl_slope", "scl_inter", "cal_min", "cal_max", "vox_offset"):
         header[field] = 0
     header["descrip"] = b""
     header.set_intent("none")
@@ -103,7 +106,8 @@ def read_raw(path) -> tuple[np.ndarray, SourceGrid, int]:
     path = Path(path)
     with _open(path) as (stream, zipped):
         grid = parse_header(stream, path)
-        raw = _voxels(stream, grid)
+        size = path.stat().st_size
+        raw = _voxels(stream, grid, size * _MAX_PACKING if zipped else size)
         trailing = len(stream.read(_MAX_TRAILING + 1))
         if zipped and trailing > _MAX_TRAILING:
             raise BadFile(
@@ -115,10 +119,11 @@ def read_raw(path) -> tuple[np.ndarray, SourceGrid, int]:
 @contextlib.contextmanager
 def _open(path: Path):
     """Yield (byte stream, whether it is gzip) of a file whose name says which of both it is."""
-    if not path.is_file():
-        raise BadFile(f"{path} is not a file; check the path", "missing")
     named = path.name.lower().endswith(".gz")
-    with told(path), open(path, "rb") as file:
+    with told(path), contextlib.ExitStack() as stack:
+        if not path.is_file():
+            raise BadFile(f"{path} is not a file; check the path", "missing")
+        file = stack.enter_context(open(path, "rb"))
         zipped = file.peek(2)[:2] == b"\x1f\x8b"
         if named and not zipped:
             raise BadFile(f"{path} is named .gz but is not gzip; rename it or compress it", "name")
@@ -140,6 +145,10 @@ def told(path: Path):
         ) from error
     except OSError as error:
         raise BadFile(f"{path} cannot be read: {error.strerror or error}", "unreadable") from error
+    except MemoryError as error:
+        raise BadFile(
+            f"{path} does not fit into memory; crop it, or use a larger machine", "size"
+        ) from error
 
 
 def parse_header(stream, path: Path) -> SourceGrid:
@@ -193,21 +202,39 @@ def _orientation(affine: np.ndarray, path: Path):
     """Axis order and flips to display orientation; refuses an affine that has lost an axis."""
     columns = affine[:3, :3]
     with np.errstate(all="ignore"):
-        volume = abs(np.linalg.det(columns / np.linalg.norm(columns, axis=0)))
+        sizes = np.linalg.norm(columns, axis=0)
+        volume = abs(np.linalg.det(columns / sizes))
     if not np.isfinite(affine).all() or not volume > 1e-4:
         raise BadFile(f"{path} has a singular affine; repair its sform or qform", "affine")
+    low, high = _VOXEL_SIZES
+    if sizes.min() < low or sizes.max() > high or np.abs(affine[:3, 3]).max() > _MAX_POSITION:
+        raise BadFile(
+            f"{path} has voxels of {' x '.join(f'{s:.3g}' for s in sizes)} at a distance of "
+            f"{np.abs(affine[:3, 3]).max():.3g}, which cannot be; repair its sform or qform",
+            "affine",
+        )
     target = nib.orientations.axcodes2ornt(("S", "P", "L"))
     moves = nib.orientations.ornt_transform(nib.io_orientation(affine), target)
     axes = tuple(int(axis) for axis in np.argsort(moves[:, 0]))
     return axes, tuple(bool(moves[axis, 1] < 0) for axis in axes)
 
 
-def _voxels(stream, grid: SourceGrid) -> np.ndarray:
-    """Exactly the declared voxels, (X, Y, Z) in the file's own type."""
-    skip = int(grid.header["vox_offset"]) - grid.header.sizeof_hdr
-    raw = np.empty(math.prod(grid.shape), grid.header.get_data_dtype())
+def _voxels(stream, grid: SourceGrid, room: int) -> np.ndarray:
+    """Exactly the declared voxels, (X, Y, Z) in the file's own type.
+
+    room: bytes that the file can hold at most, unpacked; a claim of more takes no memory.
+    """
+    start, dtype = int(grid.header["vox_offset"]), grid.header.get_data_dtype()
+    need = math.prod(grid.shape) * dtype.itemsize
+    if start + need > room:
+        raise BadFile(
+            f"{grid.path} is cut off after at most {max(room - start, 0)} of {need} bytes of "
+            "voxels; get a new copy",
+            "damaged",
+        )
+    raw = np.empty(math.prod(grid.shape), dtype)
     view, done = memoryview(raw.view(np.uint8)), 0
-    complete = len(stream.read(skip)) == skip
+    complete = stream.seek(start) == start
     while complete and done < raw.nbytes:
         count = stream.readinto(view[done : done + _CHUNK])
         done, complete = done + count, count > 0

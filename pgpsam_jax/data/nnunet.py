@@ -4,19 +4,19 @@ One channel. The class names come from dataset.json. Cases of imagesTs with a la
 are the part "test"; without one they only count when files are checked.
 """
 
-import json
+import re
 from pathlib import Path
 
 from pgpsam_jax.data.cases import Listing, check_root, inside, pair, safe_case_id
 from pgpsam_jax.data.findings import WARNING
 from pgpsam_jax.data.labels import LabelTable
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.text_files import read_json
 
 EXPECTED = (
     "expected the raw layout of nnU-Net: dataset.json, imagesTr/CASE_0000.nii.gz and "
     "labelsTr/CASE.nii.gz"
 )
-_MAX_JSON = 64 << 20
 
 
 def label_table(root) -> LabelTable:
@@ -24,17 +24,19 @@ def label_table(root) -> LabelTable:
     file, labels = Path(root) / "dataset.json", _description(Path(root))["labels"]
     ids = {}
     for name, value in labels.items():
-        if isinstance(value, str) and name.isascii() and name.isdigit():  # as version 1 wrote it
+        if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", name):  # version 1
             name, value = value, int(name)
         if type(value) is not int:
             raise UserError(
-                f"{file}: label {name!r} is {value!r:.60}, not one id; regions are not supported, "
-                "give every class an id of its own"
+                f"{file}: label {name!r:.60} is {value!r:.60}, not one id; regions are not "
+                "supported, give every class an id of its own"
             )
         if name == "ignore":
             raise UserError(f"{file}: an ignore label is not supported; label those voxels")
         if name in ids or value in ids.values():
-            raise UserError(f"{file}: label {name!r} or its id {value} is there twice; keep one")
+            raise UserError(
+                f"{file}: label {name!r:.60} or its id {value!r:.60} is there twice; keep one"
+            )
         ids[name] = value
     if ids.pop("background", None) != 0:
         raise UserError(f'{file}: labels must hold "background": 0')
@@ -92,12 +94,7 @@ def _description(root: Path) -> dict:
     file = root / "dataset.json"
     if not file.is_file():
         raise UserError(f"{file} not found: {EXPECTED}")
-    if file.stat().st_size > _MAX_JSON:
-        raise UserError(f"{file} is over {_MAX_JSON >> 20} MiB; it should be a short description")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}") from error
+    value = read_json(file, "description")
     if not isinstance(value, dict) or not isinstance(value.get("labels"), dict):
         raise UserError(f'{file} must be an object with "labels": {{"background": 0, ...}}')
     return value

@@ -126,7 +126,7 @@ def _inspect(root: Path, seed, cases):
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
         listed = {int(case): list(digests) for case, digests in manifest["sha256"].items()}
         same = (manifest["version"], manifest["seed"]) == (VERSION, seed)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}, sorted(cases), []  # none, or not readable: all is made anew
     if not same:
         return {}, sorted(cases), sorted(listed)

@@ -13,13 +13,14 @@ from pgpsam_jax.data.arrays import ArrayFiles
 from pgpsam_jax.data.cases import Case, Listing, check_root
 from pgpsam_jax.data.findings import WARNING
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.text_files import read_text
 
 EXPECTED = (
     "expected the layout of TransUNet: train_npz/case0005_slice000.npz, "
     "test_vol_h5/case0008.npy.h5 and lists/lists_Synapse/{train,test_vol}.txt"
 )
 TRAIN, TEST = "train_npz", "test_vol_h5"
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,149}")
 _SLICE = re.compile(r"(.+)_slice(\d{1,6})")
 _SUFFIXES = (".npy.h5", ".h5")
 
@@ -69,18 +70,14 @@ def _names(lists: Path | None, file: str, folder: Path, suffixes, listing: Listi
         named = [_stem(name, suffixes) for name in found if name.endswith(suffixes)]
         return [name for name in named if _NAME.fullmatch(name)]
     path, names = lists / file, {}  # a dictionary for its quick look-up
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"list {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, "list").splitlines(), 1):
         name = _stem(line.strip(), suffixes)
         if not name:
             continue
         if not _NAME.fullmatch(name):
             raise UserError(
-                f"{path} line {number} is {line!r:.80}, no plain file name; lists must not lead "
-                "out of the data folder"
+                f"{path} line {number} is {line[:100]!r:.80}, no plain file name; lists must not "
+                "lead out of the data folder"
             )
         if name in names:
             listing.add("duplicate_id", path, f"{path} names {name} twice; keep one line")

@@ -28,12 +28,13 @@ from pgpsam_jax.data.findings import ERROR, WARNING, Finding
 from pgpsam_jax.data.label_order import judge
 from pgpsam_jax.data.labels import LabelTable
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation.workers import in_order, worker_count
+from pgpsam_jax.evaluation.workers import Work, in_order, worker_count
 from pgpsam_jax.files import write_json
 
 SCHEMA = 1
 REPORT = "verify.json"
 _MANY = 1 << 40  # voxels: always worth the processes, where they are asked for
+_CHECKING = Work("checks cases", "--workers")
 _MEMORY = "verified.json"  # in the cache folder: records of cases that were checked before
 
 
@@ -41,8 +42,8 @@ def check_cases(
     cases: Sequence[Case], table: LabelTable | None, *, workers: int = 0
 ) -> Iterable[dict]:
     """The record of each case, in order; one case in memory per process, -1: one per core."""
-    count = worker_count(workers, len(cases), _MANY)
-    return in_order(functools.partial(check_case, table=table), iter(cases), count)
+    count = worker_count(workers, len(cases), _MANY, _CHECKING)
+    return in_order(functools.partial(check_case, table=table), iter(cases), count, _CHECKING)
 
 
 def summarise(
@@ -232,7 +233,7 @@ def _recall(path: Path) -> dict:
         return cases if whole else {}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(f"{path} is damaged ({error}); checking the data anew", stacklevel=2)
         return {}
 

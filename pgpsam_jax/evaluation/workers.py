@@ -15,29 +15,41 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.interruption import SIGNALS
 
 # Starting two processes (1.1 s of a core each) takes as long as scoring and drawing so many voxels.
 _WORTHWHILE = 20_000_000
 
 
-def check(setting: int) -> None:
-    """Refuse an `eval.workers` that means nothing."""
+class Work(NamedTuple):
+    """What the processes do, and the setting that says how many, for messages."""
+
+    does: str
+    setting: str
+
+
+SCORING = Work("scores or writes predictions", "eval.workers")
+
+
+def check(setting: int, work: Work = SCORING) -> None:
+    """Refuse a number of processes that means nothing."""
     if setting < -1:
         raise UserError(
-            f"eval.workers is {setting}; give a number of processes, 0 to work in this one, or -1 "
-            "for one per core"
+            f"{work.setting} is {setting}; give a number of processes, 0 to work in this one, or "
+            "-1 for one per core"
         )
 
 
-def worker_count(setting: int, jobs: int, voxels: int) -> int:
+def worker_count(setting: int, jobs: int, voxels: int, work: Work = SCORING) -> int:
     """Processes for so many volumes of so many voxels in all; 0 where they would not pay.
 
-    setting: `eval.workers`. -1 is one per core that this process may use, a number is taken as it
-    is; there are never more than jobs.
+    setting: -1 is one per core that this process may use, a number is taken as it is; there are
+    never more than jobs.
     """
-    check(setting)
+    check(setting, work)
     if setting != -1:
         return min(setting, jobs)
     if jobs < 2 or voxels < _WORTHWHILE:
@@ -46,7 +58,7 @@ def worker_count(setting: int, jobs: int, voxels: int) -> int:
     return min(len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1, jobs)
 
 
-def in_order(function: Callable, jobs: Iterable, workers: int) -> Iterator:
+def in_order(function: Callable, jobs: Iterable, workers: int, work: Work = SCORING) -> Iterator:
     """`function(job)` of every job in the order of the jobs, worked off by processes.
 
     jobs: a generator that makes a job while earlier ones are worked on; at most `workers` + 1
@@ -56,7 +68,7 @@ def in_order(function: Callable, jobs: Iterable, workers: int) -> Iterator:
     if not workers:
         yield from map(function, jobs)
         return
-    pool = _Pool(workers)
+    pool = _Pool(workers, work)
     try:
         pending = collections.deque()
         for job in jobs:
@@ -85,8 +97,8 @@ def ahead(function: Callable, items: Iterable) -> Iterator:
 class _Pool:
     """Threads that each hold one process, started when there is more work than idle threads."""
 
-    def __init__(self, workers: int):
-        self._threads = ThreadPoolExecutor(workers)
+    def __init__(self, workers: int, work: Work):
+        self._threads, self._work = ThreadPoolExecutor(workers), work
         self._local, self._processes = threading.local(), []
 
     def submit(self, function, job):
@@ -102,7 +114,7 @@ class _Pool:
             process.stdin.flush()
             done, answer = pickle.load(process.stdout)
         except (EOFError, BrokenPipeError) as error:
-            raise UserError(_obituary(process.wait())) from error
+            raise UserError(_obituary(process.wait(), self._work)) from error
         if not done:
             raise answer
         return answer
@@ -128,17 +140,18 @@ def _start() -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], **pipes)
 
 
-def _obituary(code: int) -> str:
+def _obituary(code: int, work: Work) -> str:
     how = f"was killed (signal {-code})" if code < 0 else f"ended with code {code} (see above)"
     return (
-        f"a process that scores or writes predictions {how}; if memory is short, set eval.workers "
-        "to fewer, or to 0 for none"
+        f"a process that {work.does} {how}; if memory is short, set {work.setting} to fewer, or to "
+        "0 for none"
     )
 
 
 def _serve() -> None:
     """A worker's life: a job in, an answer out, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent acts
+    for number in SIGNALS:  # they reach the whole group; the parent acts
+        signal.signal(number, signal.SIG_IGN)
     jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed must not get among the answers
     while True:

@@ -49,6 +49,12 @@ class PrototypeConfig:
             raise UserError(
                 f"stage_taps {self.stage_taps} must be block indices from 0 to {encoder.depth - 1}"
             )
+        if self.num_classes < 2:
+            raise UserError(f"num_classes is {self.num_classes}; the background and one more")
+        if self.strip_kernel < 1 or self.strip_kernel % 2 == 0:
+            raise UserError(
+                f"strip_kernel is {self.strip_kernel}; it must be odd, to have a middle"
+            )
         if not 1 <= self.k <= self.inter:
             raise UserError(
                 f"k={self.k} inter prototypes per class must lie between 1 and alpha * classes "

@@ -32,7 +32,11 @@ class Refined(NamedTuple):
 
 
 def select_inter(intra, inter, k: int):
-    """Indices (B, K, k) of the k inter prototypes most similar (cosine) to each class prototype."""
+    """Indices (B, K, k) of the k inter prototypes most similar (cosine) to each class prototype.
+
+    Of 16-bit prototypes, too, in float32: rounded cosines would be equal and picked by their order.
+    """
+    intra, inter = (x.astype(layers.wide(x.dtype)) for x in (intra, inter))
     unit_intra, unit_inter = (
         x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + COSINE_EPS) for x in (intra, inter)
     )

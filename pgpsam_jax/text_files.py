@@ -1,0 +1,55 @@
+"""Small text files that users and data sets bring, lists and JSON. They are untrusted."""
+
+import json
+from pathlib import Path
+
+from pgpsam_jax.errors import UserError
+
+MAX_BYTES = 64 << 20  # a list of a million slices has a third of it
+
+
+def read_text(path, what: str) -> str:
+    """The UTF-8 text of a regular file, without a byte order mark.
+
+    `what` starts the error message: `UserError` if the file is missing, too large or no text.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise UserError(f"{what} {path} cannot be read: there is no such file; check the path")
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(
+                f"{what} {path} is over {MAX_BYTES >> 20} MiB; it should be a short text"
+            )
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} cannot be read: {error}; save it as UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{what} {path} cannot be read: {reason}; check the path") from None
+
+
+def read_json(path, what: str):
+    """The value in a JSON file; one that names a key twice is refused: which one counts?"""
+    try:
+        return json.loads(read_text(path, what), object_pairs_hook=_object)
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:
+        reason = error
+    raise UserError(f"{what} {path} cannot be read as JSON: {reason}; correct it")
+
+
+def shown(text: str, most: int = 100) -> str:
+    """What a message may repeat of a text from a file: one line, no control characters, short."""
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
+    return plain if len(text) <= most else f"{plain[:most]}..."
+
+
+def _object(pairs: list) -> dict:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in value if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r:.60} is there twice")
+    return value

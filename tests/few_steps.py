@@ -1,0 +1,57 @@
+"""A few training steps in a process of their own, and a hash of all that came out of them.
+
+python few_steps.py [FIELD=VALUE ...]: settings of the model as `remat='blocks'`.
+"""
+
+import ast
+import hashlib
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import tiny_method
+from small_run import config_for
+
+from pgpsam_jax import build, sharding
+from pgpsam_jax.data.loader import make_loader
+from pgpsam_jax.distributed import place
+from pgpsam_jax.feed import Feed
+from pgpsam_jax.loop import run_steps
+from pgpsam_jax.sharded import shard_step, sharding_of
+
+SLICES, CLASSES, STEPS = 9, 3, 3
+
+
+def main(settings: dict) -> list[str]:
+    """SHA-256 of the state after the last step, and the metrics of every step, bit for bit."""
+    config = config_for(Path(), **{f"model__{k}": v for k, v in settings.items()})
+    rng, size = np.random.default_rng(0), config.model.image_size
+    labels = rng.integers(0, CLASSES, (SLICES, 4, 4)).repeat(size // 4, 1).repeat(size // 4, 2)
+    images = (labels / CLASSES + 0.1 * rng.random(labels.shape)).astype(np.float16)
+    mesh = sharding.make_mesh()
+    loader = make_loader(SLICES, batch_size=config.train.batch_size, seed=0)
+    feed = Feed(images, labels.astype(np.uint8), loader, mesh, np.inf)
+    graphdef, params, frozen, _ = build.init_model(config, CLASSES)
+    batch = feed.abstract(config.train.batch_size)
+    step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=SLICES, seed=0)
+    state = step.start(place(params, sharding_of(step.state.params)))
+    said = []
+
+    def note(number, metrics, *_):
+        values = {name: float(value).hex() for name, value in jax.device_get(metrics).items()}
+        said.append(f"{number} {sorted(values.items())}")
+
+    frozen = place(frozen, sharding_of(step.frozen))
+    state, *last = run_steps(step.lower().compile(), state, frozen, feed, 0, STEPS, note)
+    note(STEPS, *last[-2:])
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(state):
+        digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    return [digest.hexdigest(), *said]
+
+
+if __name__ == "__main__":
+    pairs = (argument.split("=") for argument in sys.argv[1:])
+    with tiny_method.known():
+        print("\n".join(main({name: ast.literal_eval(value) for name, value in pairs})))

@@ -1,0 +1,62 @@
+"""Programs that signals reach, without JAX: python heed.py SCENARIO [FOLDER], a function below."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+from pgpsam_jax import interruption, lock
+from pgpsam_jax.errors import exit_on_user_error
+
+interruption.GRACE_SECONDS = 0.2
+
+
+def ready():
+    print("ready", flush=True)
+
+
+def read(folder):
+    """Work of which nothing would be lost."""
+    with interruption.listening():
+        ready()
+        time.sleep(60)
+
+
+def compile_(folder):
+    """The same, where no Python code runs that could heed a signal."""
+    with interruption.listening():
+        signal.pthread_sigmask(signal.SIG_BLOCK, interruption.SIGNALS)
+        ready()
+        time.sleep(60)
+
+
+def train(folder):
+    """Steps, of which the last is written down."""
+    with interruption.listening(), interruption.deferred() as stop:
+        stop.begin(0)
+        for step in range(1, 10**9):
+            time.sleep(0.01)
+            if step == 3:
+                ready()
+            if stop.due(step):
+                (folder / "saved").write_text(str(step))
+                stop.end(step)
+
+
+def hang(folder):
+    """A step that does not end."""
+    with interruption.listening(), interruption.deferred():
+        ready()
+        time.sleep(60)
+
+
+def hold(folder):
+    """A workdir's lock."""
+    with lock.held(folder, "training"):
+        ready()
+        time.sleep(60)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        globals()[sys.argv[1]](Path(sys.argv[2]))

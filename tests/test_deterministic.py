@@ -1,0 +1,169 @@
+"""The same run twice: bits of fresh processes, batches on any number of devices, and the switch."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from pgpsam_jax import deterministic, sharding, step
+from pgpsam_jax.config import default_config
+from pgpsam_jax.data.augment_config import RELEASE
+from pgpsam_jax.data.loader import make_loader
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.feed import Feed
+from pgpsam_jax.optim import OptimConfig, make_optimizer
+
+FLAG = "--xla_gpu_deterministic_ops"
+DEADLINE = 500  # seconds for a process on a busy machine
+WHOLE = pytest.mark.slow  # compiled twice, without a cache
+
+
+def started(script, *arguments, **environment):
+    """A process of a script with variables of its own; nothing compiled before serves it."""
+    command = [sys.executable, *script, *arguments]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": ""} | environment
+    environment["PYTHONPATH"] = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def output_of(process):
+    """What a process has printed when it ends, which it does within the test."""
+    try:
+        return process.communicate(timeout=DEADLINE)[0]
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["name='tiny'"],
+        pytest.param([], marks=WHOLE),
+        pytest.param(["preset='release'"], marks=WHOLE),
+        pytest.param(["compute_dtype='bfloat16'"], marks=WHOLE),
+    ],
+    ids=" ".join,
+)
+def test_fresh_processes_compute_the_same_bits(settings):
+    """Compiled anew each time; sets and dictionaries of strings in another order."""
+    script = [str(REPOSITORY / "tests" / "few_steps.py")]
+    both = [started(script, *settings, PYTHONHASHSEED=str(seed)) for seed in (1, 2)]
+    said = [output_of(process).splitlines() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert said[0] == said[1] and len(said[0]) == 4
+    assert len({line.split("'loss'")[-1] for line in said[0][1:]}) == 3  # it has trained
+
+
+SLICES, SIZE, BATCH = 11, 32, 8
+RNG = np.random.default_rng(0)
+IMAGES = RNG.random((SLICES, SIZE, SIZE)).astype(np.float16)
+LABELS = RNG.integers(0, 9, (SLICES, SIZE, SIZE)).astype(np.uint8)
+ALL = dataclasses.replace(
+    RELEASE, elastic="spline", label_warp="nearest", noise_probability=0.5, seeded=True
+)
+
+
+def seen_on(devices, resident, monkeypatch):
+    """What three real steps give the model on a mesh: images and labels, augmented."""
+
+    def show(graphdef, params, frozen, images, labels, epoch, config):
+        return params, {"images": images, "labels": labels}
+
+    monkeypatch.setattr(step, "gradients_of", show)
+    mesh = sharding.make_mesh(data=devices, devices=jax.devices()[:devices])
+    optimizer = make_optimizer(OptimConfig(), 10)
+    state = step.init_state({"w": jnp.ones(2)}, optimizer, seed=5, epoch_size=SLICES)
+    run = jax.jit(step.make_train_step(None, optimizer, step.StepConfig(ALL)))
+    loader = make_loader(SLICES, batch_size=BATCH, seed=3)
+    feed, found = Feed(IMAGES, LABELS, loader, mesh, np.inf if resident else 0), []
+    state = jax.device_put(state, sharding.replicated(mesh))
+    for _ in range(3):
+        state, metrics = run(state, None, next(feed)[0])
+        found.append((np.asarray(metrics["images"]), np.asarray(metrics["labels"])))
+    return found
+
+
+def test_batches_and_their_augmentation_do_not_depend_on_the_devices(monkeypatch):
+    expected = seen_on(1, True, monkeypatch)
+    for devices, resident in ((2, False), (8, True)):
+        for ours, theirs in zip(seen_on(devices, resident, monkeypatch), expected, strict=True):
+            np.testing.assert_array_equal(ours[1], theirs[1])
+            # Equal bits with AVX2; with AVX-512 a batch of one is rounded otherwise, to 3.2e-6.
+            np.testing.assert_allclose(ours[0], theirs[0], rtol=0, atol=1e-5)
+    labels = [labels for _, labels in expected]
+    assert not np.array_equal(labels[0], labels[1])  # each step has a batch of its own
+
+
+def wanted(**augment):
+    config = default_config()
+    config.deterministic = True
+    config.augment.update(augment)
+    return config
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """A process that has computed nothing and may have a GPU."""
+    monkeypatch.setattr(deterministic, "_started", lambda: False)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    monkeypatch.setattr(deterministic, "_cpu_alone", lambda: False)
+    return monkeypatch
+
+
+def flags():
+    return os.environ["XLA_FLAGS"].split()
+
+
+def test_the_switch_adds_the_flag_once_and_only_where_it_is_on(fresh):
+    deterministic.demand(default_config())
+    assert flags() == ["--xla_cpu_enable_fast_math=false"]
+    for _ in range(2):
+        deterministic.demand(wanted())
+        assert flags() == ["--xla_cpu_enable_fast_math=false", f"{FLAG}=true"]
+
+
+def test_a_run_on_cpu_alone_keeps_its_flags(fresh):
+    """They are part of the key of what is compiled: all of it would be compiled again."""
+    fresh.setattr(deterministic, "_cpu_alone", lambda: True)
+    deterministic.demand(wanted())
+    assert flags() == ["--xla_cpu_enable_fast_math=false"]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
+def test_too_late_is_an_error_where_it_matters(fresh, platform):
+    fresh.setattr(deterministic, "_started", lambda: True)
+    fresh.setattr(jax, "default_backend", lambda: platform)
+    if platform == "gpu":
+        with pytest.raises(UserError, match=rf"used the GPU already.* XLA_FLAGS={FLAG}=true"):
+            deterministic.demand(wanted())
+        fresh.setenv("XLA_FLAGS", FLAG)
+    deterministic.demand(wanted())
+
+
+def test_settings_that_contradict_the_switch_are_refused(fresh):
+    with pytest.raises(UserError, match=r"augment\.seeded=False draws"):
+        deterministic.demand(wanted(seeded=False))
+    fresh.setenv("XLA_FLAGS", f"{FLAG}=false")
+    with pytest.raises(UserError, match=f"XLA_FLAGS has {FLAG}=false; switch one of them off"):
+        deterministic.demand(wanted())
+
+
+def test_xla_heeds_the_flag_that_the_switch_sets(tmp_path):
+    """Set when JAX is imported but has not computed, in the options XLA says it compiles with."""
+    code = (
+        "import jax; from pgpsam_jax import config, deterministic; c = config.default_config(); "
+        "c.deterministic = True; deterministic.demand(c); jax.config.update('jax_platforms', 'cpu')"
+        "; jax.jit(lambda x: x + 1)(1.0)"
+    )
+    dump = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"
+    process = started(["-c", code], XLA_FLAGS=dump, JAX_PLATFORMS="")
+    output_of(process)
+    assert process.returncode == 0
+    options = [path.read_text() for path in tmp_path.glob("*debug_options*")]
+    assert options and all("xla_gpu_deterministic_ops: true" in text for text in options)

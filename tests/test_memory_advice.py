@@ -1,0 +1,247 @@
+"""Out of memory: a sentence, numbers of the compiler, and settings that need less."""
+
+import math
+import re
+import types
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_method
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_run import config_for, write_data
+
+from pgpsam_jax import build, distributed, memory_advice, sharding, topology
+from pgpsam_jax.config import default_config
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation.inference import Predictor
+from pgpsam_jax.step import split_model
+
+MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9876543210 bytes.\n(a dump)"
+GIB = 2**30
+
+
+def fail(*_):
+    raise jax.errors.JaxRuntimeError(MESSAGE)
+
+
+def message_of(config, workdir, act=fail):
+    with pytest.raises(UserError) as caught, memory_advice.explained(config, workdir):
+        act()
+    return str(caught.value)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(1, 4),
+    parts=st.sampled_from([1, 2, 4]),
+    sizes=st.sampled_from([(1, 1), (8, 1), (2, 4), (1, 8), (4, 1)]),
+    remat=st.sampled_from(["none", "dots", "blocks"]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_every_candidate_is_a_run_that_could_be_started(count, parts, sizes, remat, dtype):
+    config, batch = default_config(), 8 * count * parts
+    config.train.batch_size, config.train.microbatches = batch, parts
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = *sizes, 8 // math.prod(sizes)
+    config.model.remat, config.model.compute_dtype = remat, dtype
+    config.model.encoder = "vit_h"  # 16 heads
+    lanes, changed = math.prod(sizes), []
+    for remedy in memory_advice.candidates(config):
+        other = remedy.applied(config)
+        sharding.check(sharding.make_mesh(**other.mesh), other)
+        assert other.train.batch_size % (other.train.microbatches * lanes) == 0
+        assert other.train.microbatches >= parts and other.train.batch_size <= batch
+        assert all(config[a][b] != v for (a, b), v in pairs(remedy)) or "mesh.data" in remedy[0]
+        changed.append(remedy.settings)
+    assert len(changed) == len({str(change) for change in changed})
+    assert ({"model.remat": "blocks"} in changed) == (remat != "blocks")
+    assert ({"model.compute_dtype": "bfloat16"} in changed) == (dtype == "float32")
+    assert any("mesh.fsdp" in change for change in changed) == (sizes[0] > 1)
+
+
+def pairs(remedy):
+    return [(field.split("."), value) for field, value in remedy.settings.items()]
+
+
+def sizes_by_flag(**sizes):
+    """A measure that knows the bytes of a configuration by what differs in it."""
+
+    def measure(config):
+        key = "remat" if config.model.remat == "blocks" else ""
+        key += "half" if config.model.compute_dtype == "bfloat16" else ""
+        key += "parts" if config.train.microbatches > 1 else ""
+        key += "batch" if config.train.batch_size < 12 else ""
+        return int(sizes[key] * GIB)
+
+    return measure
+
+
+def one_device_config():
+    config = default_config()
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 8, 1
+    config.train.batch_size = 8 * 12
+    return config
+
+
+def told(needs, limit, measure, config=None):
+    config = config or default_config()
+    return memory_advice._told("no memory", needs, limit, "Chip X", measure, config)
+
+
+@pytest.fixture
+def single(monkeypatch):
+    """One device, so that the paper's batch of 12 divides."""
+    [device, *_] = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+
+
+def test_what_needs_less_is_told_with_its_numbers(single):
+    measure = sizes_by_flag(remat=4.2, half=5.5, parts=9.5, rematparts=3, remathalfparts=2, batch=8)
+    text = told(9 * GIB, 7 * GIB, measure).splitlines()
+    assert text[0] == (
+        "no memory: a training step needs 9.00 GiB on each device, and Chip X offers 7.00 GiB; "
+        "what would help:"
+    )
+    assert [re.sub(r" \(.*", "", line.strip()) for line in text[1:]] == [
+        "--config.model.remat=blocks  ->  4.20 GiB, fits",
+        "--config.model.compute_dtype=bfloat16  ->  5.50 GiB, fits",
+        # parts of the batch need more here, and are left out; three fit, and the search ends
+        "--config.model.remat=blocks --config.model.compute_dtype=bfloat16 "
+        "--config.train.microbatches=12  ->  2.00 GiB, fits",
+    ]
+
+
+def test_the_search_ends_when_its_time_is_up(single, monkeypatch):
+    now = types.SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(memory_advice.time, "monotonic", lambda: now.seconds)
+
+    def measure(config):
+        now.seconds += 100  # of 240: two are compiled, a third would not end in time
+        return 5 * GIB
+
+    text = told(9 * GIB, None, measure)
+    assert text.count("5.00 GiB") == 2 and text.count("not compiled for want of time") == 3
+    assert "offers" not in text and "fits" not in text  # no limit is known
+    assert now.seconds == 200
+
+
+def test_a_step_that_should_fit_and_one_that_nothing_helps(single):
+    text = told(5 * GIB, 7 * GIB, lambda config: 5 * GIB)
+    assert "which should fit" in text and "XLA_CLIENT_MEM_FRACTION=0.95" in text
+    assert text.endswith("no setting that needs less was found: use a device with more memory")
+
+
+def test_numbers_are_those_of_the_compiler(tmp_path, single, capsys, monkeypatch):
+    """A fake step runs out of memory; the CPU has no limit to tell of."""
+    config = config_for(write_data(tmp_path / "data"), model__name="tiny", train__batch_size=32)
+    for name in ("rotate", "scale", "elastic"):  # they compile for long
+        config.augment[f"{name}_probability"] = 0.0
+    sizes, compile_step = [], topology.compile_step
+
+    def abstract_model(config, classes):  # Flax's layers want random keys
+        model = nnx.eval_shape(lambda: build.make_model(config.model, classes, nnx.Rngs(0)))
+        return split_model(model, config.model.train_encoder)
+
+    def compiled(*arguments):
+        step = compile_step(*arguments)
+        plan = step.memory_analysis()
+        needed = plan.argument_size_in_bytes + plan.temp_size_in_bytes
+        needed += plan.output_size_in_bytes - plan.alias_size_in_bytes
+        sizes.append(memory_advice.gib(needed))
+        return step
+
+    monkeypatch.setattr(build, "abstract_model", abstract_model)
+    monkeypatch.setattr(topology, "compile_step", compiled)
+    monkeypatch.setattr(memory_advice, "candidates", lambda config: [HALF])
+    with tiny_method.known():
+        text = message_of(config, tmp_path / "run")
+    assert len(set(sizes)) == 2
+    assert text.splitlines() == [
+        "a device ran out of memory (Out of memory while trying to allocate 9876543210 bytes): a "
+        f"training step needs {sizes[0]} on each device; what would help:",
+        f"  --config.train.batch_size=16  ->  {sizes[1]} (another recipe)",
+    ]
+    assert "looking for settings that fit, for 4 minutes at most" in capsys.readouterr().out
+
+
+HALF = memory_advice.Remedy({"train.batch_size": 16}, "another recipe")
+
+
+def test_the_few_shot_set_on_the_device_counts(tmp_path):
+    config = default_config()
+    assert memory_advice._resident_bytes(config, tmp_path) == 0
+    (tmp_path / "fewshot.txt").write_text(LIST)
+    assert memory_advice._resident_bytes(config, tmp_path) == 2 * 512 * 512 * 3
+    config.data.resident_gib = 0.0
+    assert memory_advice._resident_bytes(config, tmp_path) == 0
+
+
+LIST = "case0001\t10\ncase0001\t11\n"
+
+
+def test_arrays_of_the_run_are_gone_before_anything_is_compiled(tmp_path, monkeypatch):
+    """Compiling for a GPU tries kernels out on it, and needs room for that."""
+    alive = []
+
+    def act():
+        array = jnp.ones(1000)
+        alive.append(weakref.ref(array))
+        fail()
+
+    def advice(*_):
+        assert alive[0]() is None
+        return "advice"
+
+    monkeypatch.setattr(memory_advice, "advice", advice)
+    assert message_of(default_config(), tmp_path, act) == "advice"
+
+
+def test_volumes_that_are_segmented_want_a_smaller_batch_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "whole", fail)
+    text = message_of(
+        default_config(), tmp_path, lambda: Predictor._collect(np.zeros(1), slice(0, 1), None)
+    )
+    assert text.endswith("; choose --config.eval.batch_size=4 or less, it is 8")
+
+
+def test_other_errors_pass(tmp_path):
+    for error in (jax.errors.JaxRuntimeError("INTERNAL: something"), ValueError("RESOURCE_")):
+        with pytest.raises(type(error)) as caught:
+            with memory_advice.explained(default_config(), tmp_path):
+                raise error
+        assert caught.value is error
+
+
+def test_what_the_compiler_of_a_tpu_says_is_read(monkeypatch):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+            "space hbm. Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G."
+        )
+
+    monkeypatch.setattr(topology, "compile_step", refuse)
+    config = default_config()
+    assert memory_advice.needed(config, 9) == pytest.approx(21.95 * GIB)
+    monkeypatch.setattr(topology, "compile_step", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        memory_advice.needed(config, 9)
+
+
+def test_several_processes_compile_nothing(tmp_path, monkeypatch):
+    """They would have to do it together, and the others wait for a step that never comes."""
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    monkeypatch.setattr(topology, "compile_step", None)
+    text = message_of(one_device_config(), tmp_path)
+    assert "settings that need less, cheapest first:\n  --config.model.remat=blocks" in text
+
+
+def test_limits():
+    chip = types.SimpleNamespace(device_kind="TPU v5e", memory_stats=lambda: None)
+    assert memory_advice.limit_of(chip) == 16e9
+    chip.memory_stats = lambda: {"bytes_limit": 12345}
+    assert memory_advice.limit_of(chip) == 12345
+    assert memory_advice.limit_of(jax.devices("cpu")[0]) is None
