@@ -141,7 +141,7 @@ def test_outputs_are_those_of_the_transcription(mask_gate, over):
             assert relative(found[name][b], value) < 2e-6, name  # measured 3.3e-7
         resized = [resize(np.moveaxis(value, -1, 0), *SIZE) for value in wanted]
         mean = np.moveaxis(sum(resized) / 2, 0, -1)
-        assert relative(found["predict"][b], mean) < 2e-6
+        assert relative(found["predict"][b], mean) < 1e-5
 
 
 def test_the_gates_differ_in_the_second_decoder_only():
@@ -188,7 +188,7 @@ def test_which_parameters_receive_a_gradient(mask_gate):
     keys_only = {n for n in sizes if n.endswith("k_proj/bias") and not re.search(idle, n)}
     none = {n for n, size in sizes.items() if size == 0}
     assert none - keys_only == {n for n in sizes if re.search(idle, n)}
-    for name in keys_only:  # measured up to 1e-6 of the kernel's, or 2e-11
+    for name in keys_only:  # measured for one: 2e-11, where the kernel has 1.4e-9
         assert sizes[name] < 1e-4 * sizes[name.replace("bias", "kernel")] + 1e-9, name
 
 
@@ -205,6 +205,14 @@ def test_draws_are_of_the_second_decoder_and_of_each_sample():
     assert relative(drawn["bootstrap"], run("released")["bootstrap"]) < 1e-6
     assert relative(drawn["final"], run("released")["final"]) > 0.05
     np.testing.assert_allclose(swapped["final"][::-1], drawn["final"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_derivative_of_the_noise_is_that_of_its_feature():
+    """Its range counts as a number: the derivative of a maximum was 0 / 0 where it was recomputed."""
+    feature = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    weights, keys = jnp.cos(feature), jax.random.split(jax.random.key(1), 2)
+    slope = jax.grad(lambda x: jnp.sum(weights * hsam.add_noise(x, keys)))(feature)
+    np.testing.assert_array_equal(slope, weights)
 
 
 def test_noise_has_a_fifth_of_the_range_and_dropout_keeps_the_mean():
@@ -224,7 +232,7 @@ def test_noise_has_a_fifth_of_the_range_and_dropout_keeps_the_mean():
 
 def test_the_loss_falls():
     values = loss_falls("hsam")
-    assert values[-1] < 0.9 * values[0], values  # measured 0.84, down to background everywhere
+    assert values[-1] < 0.9 * values[0], values  # measured 0.84
 
 
 def test_settings_that_make_no_hsam():

@@ -14,7 +14,7 @@ from flax import nnx
 from golden import make_sharding
 from golden.make_sharding import abstract_leaves, configuration, golden_file, mesh_of
 
-from pgpsam_jax import build, methods, parameters, sharding
+from pgpsam_jax import build, methods, parameters, recipes, sharding
 from pgpsam_jax.config import default_config
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.image_encoder import ImageEncoder
@@ -27,17 +27,23 @@ from pgpsam_jax.sharded import shard_step
 from pgpsam_jax.step import split_model
 
 METHODS = sorted(methods.METHODS)
-# A step takes 20 (paper) to 40 s (release) to compile; the last mesh has all three axes.
-MESHES = [
-    pytest.param((8, 1, 1), marks=pytest.mark.slow),
-    pytest.param((2, 4, 1), marks=pytest.mark.slow),
-    (2, 2, 2),
+PGPSAM = [method for method in METHODS if method[0] == "pgpsam"]
+# (method, mesh); a step of PGP-SAM takes 20 (paper) to 40 s (release) to compile, the others less.
+# The mesh (2, 2, 2) has all three axes. The fit of fssp has a test of its own, sam trains nothing.
+CASES = [
+    *((method, (2, 2, 2)) for method in PGPSAM),
+    *((method, (2, 4, 1)) for method in METHODS if method[0] not in ("pgpsam", "fssp", "sam")),
+    *(
+        pytest.param(method, mesh, marks=pytest.mark.slow)
+        for method in PGPSAM
+        for mesh in ((8, 1, 1), (2, 4, 1))
+    ),
 ]
 BATCH, SIZE, CLASSES = 8, (32, 64), 3
 
 
 def name_of(value):
-    return "x".join(map(str, value)) if isinstance(value[0], int) else "-".join(value)
+    return "x".join(map(str, value)) if isinstance(value[0], int) else methods.name_of(value)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +97,8 @@ def test_nothing_large_is_replicated(method, encoder):
     """A device holds its share of params and frozen base; what lies whole is small, and is little.
 
     The 2 per mille are arrays of which an axis does not divide; measured 0.8 at most. Whole are
-    biases, norms, tables of relative positions and LoRA's A: measured 0.45 % of the model.
+    biases, norms, tables of relative positions and LoRA's A: measured 0.60 % of the model (ViT-b
+    with the small decoder of samed and samlst), 0.45 % of PGP-SAM.
     """
     config = configuration(method, encoder)
     config.model.image_size = 1024  # where position tables and class maps are largest
@@ -107,19 +114,22 @@ def test_nothing_large_is_replicated(method, encoder):
             held, total = held + size / shares, total + size
             whole += size if shares == 1 else 0
         assert held - whole <= 1.002 * (total - whole) / ways
-        assert whole <= 0.005 * total
+        assert whole <= 0.0065 * total
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
 def test_no_row_of_a_table_is_idle(method):
     leaves = abstract_leaves(configuration(method, "vit_b"))
+    adapted = any(path.endswith("lora/b") for path in leaves)
     for pattern, spec in (*sharding.OWN.get(method, ()), *sharding.SAM):
+        if "lora" in pattern and not adapted:
+            continue
         hits = [path for path, shape in leaves.items() if re.search(pattern, path)]
         assert hits and all(len(leaves[path]) == len(spec) for path in hits), pattern
 
 
 def test_moments_lie_where_their_parameter_does():
-    config = configuration(METHODS[0], "vit_b")
+    config = configuration(("pgpsam", "paper"), "vit_b")
     graphdef, params, frozen = build.abstract_model(config, CLASSES)
     step = shard_step(
         config, sharding.make_mesh(2, 2, 2), graphdef, params, frozen, {}, epoch_size=8, seed=0
@@ -142,26 +152,36 @@ SMALL_ENCODER = dict(width=32, depth=2, heads=4, global_blocks=(1,), window_size
 def small_model(method):
     """(configuration, graphdef, params, frozen), LoRA with an effect."""
     config = configuration(method, "vit_t")
+    if method not in PGPSAM:
+        recipes.use(config, method[0])
+        config.model.encoder, config.model.patch_size, config.model.image_size = "vit_t", 8, 64
+        config.optim.name = "adamw"  # whose first moment is looked at
     config.train.steps = 40
     for kind in ("rotate", "scale", "elastic"):
         config.augment[f"{kind}_probability"] = 0.0
-    module, sizes = {"paper": (PgpSam, PgpSamConfig), "release": (ReleasePgpSam, ReleaseConfig)}[
-        method[1]
-    ]
-    sam = SamConfig.preset("vit_t", SIZE, 8, **SMALL_ENCODER)
-    model = module(sizes(sam, CLASSES, stage_taps=(1,)), rngs=nnx.Rngs(0))
+    if method in PGPSAM:
+        module, sizes = {
+            "paper": (PgpSam, PgpSamConfig),
+            "release": (ReleasePgpSam, ReleaseConfig),
+        }[method[1]]
+        sam = SamConfig.preset("vit_t", SIZE, 8, **SMALL_ENCODER)
+        model = module(sizes(sam, CLASSES, stage_taps=(1,)), rngs=nnx.Rngs(0))
+    else:
+        model = build.make_model(config.model, CLASSES, nnx.Rngs(0))
     rng = np.random.default_rng(1)
     for block in model.image_encoder.blocks:
-        b = block.attn.lora.b
-        b.set_value(jnp.asarray(0.3 * rng.standard_normal(b.shape), jnp.float32))
-    return config, *split_model(model, "lora")
+        if block.attn.adapted:
+            b = block.attn.lora.b
+            b.set_value(jnp.asarray(0.3 * rng.standard_normal(b.shape), jnp.float32))
+    trains = config.model.train_encoder, methods.METHODS[method].frozen
+    return config, *split_model(model, *trains)
 
 
 @functools.cache
-def batch_of_squares():
+def batch_of_squares(size=SIZE):
     """Classes are spread unevenly over the rows."""
     rng = np.random.default_rng(0)
-    label = np.zeros((BATCH, *SIZE), np.uint8)
+    label = np.zeros((BATCH, *size), np.uint8)
     for i in range(BATCH):
         y, x = rng.integers(2, 10, 2)
         label[i, y : y + 4 + 2 * i, x : x + 20] = 1 + i % 2
@@ -169,12 +189,17 @@ def batch_of_squares():
     return {"image": image.astype(np.float16), "label": label}
 
 
+def batch_for(method):
+    """Squares as wide as the method's small model takes."""
+    return batch_of_squares(SIZE if method in PGPSAM else (64, 64))
+
+
 @functools.cache
 def real_step(method, sizes):
     """f(batch) -> (metrics, gradients by path) of the first step of a run on a mesh."""
     config, graphdef, params, frozen = small_model(method)
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-    placed = sharding.put_batch(batch_of_squares(), mesh)
+    placed = sharding.put_batch(batch_for(method), mesh)
     step = shard_step(config, mesh, graphdef, params, frozen, placed, epoch_size=BATCH, seed=0)
     compiled = step.lower().compile()
     frozen = jax.device_put(frozen, jax.tree.map(lambda leaf: leaf.sharding, step.frozen))
@@ -190,28 +215,28 @@ def real_step(method, sizes):
     return run
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=name_of)
-@pytest.mark.parametrize("method", METHODS, ids=name_of)
+@pytest.mark.parametrize(("method", "sizes"), CASES, ids=name_of)
 def test_meshes_agree_with_one_device(method, sizes):
     """Loss, its parts and every gradient, to float32 rounding.
 
-    Relative to the largest of an array: measured 7.5e-5 for the biases of keys, whose gradients
-    cancel, 2e-5 for the others, 4e-6 for the norm of all, 5e-7 for the losses.
+    Relative to the largest of an array: measured 3e-5 for the biases of keys, whose gradients
+    cancel and are held against larger ones, 2e-5 for the others, 4e-6 for the norm of all, 5e-7 for the losses.
     """
-    metrics, gradients = real_step(method, sizes)(batch_of_squares())
-    wanted_metrics, wanted = real_step(method, (1, 1, 1))(batch_of_squares())
+    metrics, gradients = real_step(method, sizes)(batch_for(method))
+    wanted_metrics, wanted = real_step(method, (1, 1, 1))(batch_for(method))
     for name, value in wanted_metrics.items():
         tolerance = 2e-5 if name == "gradient_norm" else 1e-6
         assert metrics[name] == pytest.approx(value, rel=tolerance), name
     floor = 1e-4 * max(np.abs(value).max() for value in wanted.values())
     errors = {
-        path: np.abs(gradients[path] - value).max() / max(np.abs(value).max(), floor)
+        path: np.abs(gradients[path] - value).max()
+        / max(np.abs(value).max(), 10 * floor if path.endswith("k_proj/bias") else floor)
         for path, value in wanted.items()
     }
     assert max(errors.values()) <= 2e-4, max(errors, key=errors.get)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=name_of)
+@pytest.mark.parametrize("method", PGPSAM, ids=name_of)
 def test_dice_is_that_of_the_whole_batch(method):
     """A mean of the Dice of every device's rows would be another number; of cross-entropy, not."""
     batch, row = batch_of_squares(), real_step(method, (1, 1, 1))

@@ -243,11 +243,13 @@ class Hsam(SamSegmenter):
 def add_noise(feature, keys):
     """An embedding (B, H, W, C) with normal noise, of a fifth of the batch's range, by keys (B,).
 
-    The range is differentiated, as in the original.
+    The range is taken as a number, where the original differentiates it: the derivative of a
+    maximum compares it with what it was taken of, and a compiler that computes that anew may find
+    no equal, which made it 0 / 0.
     """
     kind = layers.wide(feature.dtype)
     noise = _draw(jax.random.normal, keys, 0, feature.shape[1:], kind)
-    spread = NOISE * (feature.max() - feature.min()).astype(kind)
+    spread = NOISE * jax.lax.stop_gradient(feature.max() - feature.min()).astype(kind)
     return feature + (spread * noise).astype(feature.dtype)
 
 
