@@ -208,7 +208,7 @@ def test_draws_are_of_the_second_decoder_and_of_each_sample():
 
 
 def test_the_derivative_of_the_noise_is_that_of_its_feature():
-    """Its range counts as a number: the derivative of a maximum was 0 / 0 where it was recomputed."""
+    """Its range counts as a number: the derivative of a maximum was 0 / 0 if recomputed."""
     feature = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
     weights, keys = jnp.cos(feature), jax.random.split(jax.random.key(1), 2)
     slope = jax.grad(lambda x: jnp.sum(weights * hsam.add_noise(x, keys)))(feature)

@@ -220,7 +220,8 @@ def test_meshes_agree_with_one_device(method, sizes):
     """Loss, its parts and every gradient, to float32 rounding.
 
     Relative to the largest of an array: measured 3e-5 for the biases of keys, whose gradients
-    cancel and are held against larger ones, 2e-5 for the others, 4e-6 for the norm of all, 5e-7 for the losses.
+    cancel and are held against larger ones, 2e-5 for the others, 4e-6 for the norm of all, 5e-7
+    for the losses.
     """
     metrics, gradients = real_step(method, sizes)(batch_for(method))
     wanted_metrics, wanted = real_step(method, (1, 1, 1))(batch_for(method))
