@@ -13,9 +13,11 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 ).strip()
 
+import gc
 from pathlib import Path
 
 import jax
+import psutil
 import pytest
 from absl import flags
 
@@ -33,6 +35,15 @@ def shared(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"reference material not found: {path}")
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """A worker that has grown large drops its compiled programs between files; else it takes 9 GB."""
+    yield
+    if psutil.Process().memory_info().rss > 4 * 2**30:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)
