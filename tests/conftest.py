@@ -39,7 +39,7 @@ def shared(relative: str) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def forgotten_programs():
-    """A worker that has grown large drops its compiled programs between files; else it takes 9 GB."""
+    """A worker that has grown large drops its compiled programs between files: it took 9 GB."""
     yield
     if psutil.Process().memory_info().rss > 4 * 2**30:
         jax.clear_caches()
