@@ -155,7 +155,9 @@ def test_what_a_converted_workdir_holds(workdir, source, state):
     names += ("provenance.json", "unused.safetensors")
     assert tuple(sorted(path.name for path in workdir.iterdir())) == names
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["7"]
-    assert json.loads((workdir / "base.json").read_text()) == {"base": source.name, "sha256": None}
+    digest = file_digest(workdir / "frozen.safetensors")
+    settled = {"base": source.name, "sha256": None, "frozen": digest}
+    assert json.loads((workdir / "base.json").read_text()) == settled
     record = json.loads((workdir / "provenance.json").read_text())
     assert record["source"] == source.name and record["source_sha256"] == file_digest(source)
     assert record["source_epoch"] == 7
