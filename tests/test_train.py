@@ -167,7 +167,8 @@ def test_selection_is_part_of_a_run(finished, root):
 
 def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
     config = config_for(root, optim__learning_rate=1e38, optim__final_learning_rate=0.0)
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d, whose batch is .* slice .*optim.clip_norm"):
+    said = r"the loss is (nan|inf) at step \d, whose batch is .* slice .*optim.clip_norm"
+    with pytest.raises(UserError, match=said):
         train.train(config, tmp_path / "run")
 
 
