@@ -9,6 +9,7 @@ from pgpsam_jax.report.style import Theme, new_figure
 
 _CHIPS = ("v4", "v5e", "v5p", "v6e")  # in order of the theme's colours
 _DASHES = ("-", (0, (5, 1.5)), (0, (2, 1)), (0, (4, 1, 1, 1)))
+_FILLS = ("full", "none", "left", "top")  # of markers, by mesh like the dashes: a point has no line
 _TERMS = {"compute": "compute", "hbm": "memory (HBM)", "ici": "network (ICI)"}
 _MARKERS = "osD"
 
@@ -227,7 +228,7 @@ def _chip(row) -> str:
 
 
 def _style(chip: str, mesh: int, theme: Theme) -> dict:
-    """Colour and marker by chip, dashes by mesh."""
+    """Colour and marker by chip, dashes and filling by mesh."""
     place = _CHIPS.index(chip) if chip in _CHIPS else len(_CHIPS)
     return {
         "color": theme.series[place],
@@ -235,6 +236,7 @@ def _style(chip: str, mesh: int, theme: Theme) -> dict:
         "markersize": 4.5,
         "linewidth": 1.6,
         "linestyle": _DASHES[mesh % len(_DASHES)],
+        "fillstyle": _FILLS[mesh % len(_FILLS)],
     }
 
 
@@ -254,7 +256,9 @@ def _legend(figure, rows, meshes, theme, extra) -> None:
     handles = [Line2D([], [], label=chip, **_style(chip, 0, theme)) for chip in sorted(chips)]
     if len(meshes) > 1:
         handles += [
-            Line2D([], [], color=theme.text, linestyle=_DASHES[i % len(_DASHES)], label=mesh)
+            Line2D(
+                [], [], label=mesh, **_style("", i, theme) | {"color": theme.text, "marker": "o"}
+            )
             for i, mesh in enumerate(meshes)
         ]
     figure.legend(

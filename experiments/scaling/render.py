@@ -129,7 +129,8 @@ def _place(row: dict) -> list[str]:
 
 def _estimates(rows: list[dict]) -> Table:
     head = ["slice", "model, px", "images", "mesh", "TFLOP, XLA / formula", "collectives",
-            "compute ms", "HBM ms", "ICI ms", "binds", "images/s", "efficiency", "MFU"]  # fmt: skip
+            "compute ms", "HBM ms", "ICI ms", "binds", "images/s", "efficiency %",
+            "MFU %"]  # fmt: skip
     cells = []
     for row in rows:
         if row["status"] != OK or row["estimate_seconds"] is None:
@@ -178,7 +179,7 @@ def _memory(rows: list[dict]) -> Table:
 
 def _measured(rows: list[dict]) -> Table:
     head = ["scaling", "devices", "model, px", "images", "mesh", "type", "steps", "ms (quartiles)",
-            "images/s", "efficiency", "MFU", "peak GiB", "plan GiB", "compile s"]  # fmt: skip
+            "images/s", "efficiency %", "MFU %", "peak GiB", "plan GiB", "compile s"]  # fmt: skip
     cells = []
     for row in rows:
         if row["status"] == FAILED:
