@@ -89,7 +89,7 @@ def make_fit_step(graphdef, optimizer: optax.GradientTransformation, config: Ste
             return loss_of(graphdef, params, frozen, features, labels, 0, settings)
 
         found = minimise(lambda params: judged(params)[0], state.params)
-        _, metrics = judged(found.params)
+        _, (metrics, _) = judged(found.params)
         metrics |= {"iterations": found.iterations, "gradient_norm": found.slope}
         state = dataclasses.replace(state, params=found.params, step=state.step + 1)
         return state, metrics
