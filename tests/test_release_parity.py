@@ -21,6 +21,7 @@ import pytest
 import release_golden
 from flax import nnx
 
+from pgpsam_jax import losses
 from pgpsam_jax import step as steps
 from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.models import layers
@@ -145,7 +146,7 @@ def test_logits_and_loss_end_to_end(name):
     got = {"bootstrap": found["bootstrap"], "final": found["final"][:, ::4, ::4]}
     for key, prefix in (("bootstrap", "logits_pre"), ("final", "logits_final")):
         assert relative(got[key], golden.first(prefix)) <= LOGITS_TOLERANCE[key]
-    loss, metrics = steps.deep_supervision_loss(found, golden.labels, EPOCH)
+    loss, metrics = losses.deep_supervision_loss(found, golden.labels, EPOCH)
     record = golden.meta["loss"]
     expected = {"loss": record["total"], "final_weight": record["w"]}
     for ours, theirs in (("bootstrap", "pre"), ("final", "final")):

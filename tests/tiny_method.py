@@ -8,8 +8,9 @@ import contextlib
 import jax
 from flax import nnx
 
-from pgpsam_jax import build
+from pgpsam_jax import methods
 from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.models.segmenter import Segmenter
 
 NAME = "tiny"
 
@@ -22,7 +23,7 @@ class _Encoder(nnx.Module):
         self.patches = nnx.Conv(3, 16, (4, 4), strides=4, rngs=rngs)
 
 
-class Tiny(nnx.Module):
+class Tiny(Segmenter):
     """Images (B, S, S, 3) to logits (B, S / 4, S / 4, K), twice."""
 
     def __init__(self, config, num_classes, rngs):
@@ -30,8 +31,10 @@ class Tiny(nnx.Module):
         self.first = nnx.Linear(16, num_classes, rngs=rngs)
         self.second = nnx.Linear(16, num_classes, rngs=rngs)
 
-    def __call__(self, images):
-        features = jax.nn.relu(self.image_encoder.patches(images))
+    def encode(self, images):
+        return jax.nn.relu(self.image_encoder.patches(images))
+
+    def segment(self, features, keys=None):
         return {"bootstrap": self.first(features), "final": self.second(features)}
 
 
@@ -43,11 +46,11 @@ def _make(settings, num_classes, dtype, rngs):
 @contextlib.contextmanager
 def known():
     """Have the method, as `config.model.name` "tiny", inside the block."""
-    build.METHODS[NAME, "paper"] = build.Method(_make, {}, ())
+    methods.METHODS[NAME, ""] = methods.Method("tiny", _make, {}, ())
     try:
         yield
     finally:
-        del build.METHODS[NAME, "paper"]
+        del methods.METHODS[NAME, ""]
 
 
 if __name__ == "__main__":
