@@ -31,7 +31,7 @@ def main(settings: dict) -> list[str]:
     images = (labels / CLASSES + 0.1 * rng.random(labels.shape)).astype(np.float16)
     mesh = sharding.make_mesh()
     loader = make_loader(SLICES, batch_size=config.train.batch_size, seed=0)
-    feed = Feed(images, labels.astype(np.uint8), loader, mesh, np.inf)
+    feed = Feed({"image": images, "label": labels.astype(np.uint8)}, loader, mesh, np.inf)
     graphdef, params, frozen, _ = build.init_model(config, CLASSES)
     batch = feed.abstract(config.train.batch_size)
     step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=SLICES, seed=0)

@@ -81,7 +81,8 @@ def seen_on(devices, resident, monkeypatch):
     state = step.init_state({"w": jnp.ones(2)}, optimizer, seed=5, epoch_size=SLICES)
     run = jax.jit(step.make_train_step(None, optimizer, step.StepConfig(ALL)))
     loader = make_loader(SLICES, batch_size=BATCH, seed=3)
-    feed, found = Feed(IMAGES, LABELS, loader, mesh, np.inf if resident else 0), []
+    data = {"image": IMAGES, "label": LABELS}
+    feed, found = Feed(data, loader, mesh, np.inf if resident else 0), []
     state = jax.device_put(state, sharding.replicated(mesh))
     for _ in range(3):
         state, metrics = run(state, None, next(feed)[0])
