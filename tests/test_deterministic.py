@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from flax import nnx
 
 from pgpsam_jax import deterministic, sharding, step
 from pgpsam_jax.config import default_config
@@ -72,13 +73,15 @@ ALL = dataclasses.replace(
 def seen_on(devices, resident, monkeypatch):
     """What three real steps give the model on a mesh: images and labels, augmented."""
 
-    def show(graphdef, params, frozen, images, labels, epoch, config):
-        return params, {"images": images, "labels": labels}
+    def show(graphdef, params, frozen, images, labels, epoch, config, keys):
+        return params, ({"images": images, "labels": labels}, nnx.State({}))
 
     monkeypatch.setattr(step, "gradients_of", show)
     mesh = sharding.make_mesh(data=devices, devices=jax.devices()[:devices])
     optimizer = make_optimizer(OptimConfig(), 10)
-    state = step.init_state({"w": jnp.ones(2)}, optimizer, seed=5, epoch_size=SLICES)
+    state = step.init_state(
+        nnx.State({"w": nnx.Param(jnp.ones(2))}), optimizer, seed=5, epoch_size=SLICES
+    )
     run = jax.jit(step.make_train_step(None, optimizer, step.StepConfig(ALL)))
     loader = make_loader(SLICES, batch_size=BATCH, seed=3)
     data = {"image": IMAGES, "label": LABELS}
