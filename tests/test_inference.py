@@ -10,18 +10,19 @@ from pgpsam_jax import sharding
 from pgpsam_jax.data.geometry import Fit, model_slices, to_model, to_model_on_device
 from pgpsam_jax.data.nifti import Volume
 from pgpsam_jax.evaluation.inference import Predictor
+from pgpsam_jax.models.segmenter import Segmenter
 
 WINDOW, SIZE = (-100.0, 300.0), 32
 LEVELS = (0.1, 0.4, 0.8)
 
 
-class Bands(nnx.Module):
+class Bands(Segmenter):
     """Stands for a network: a pixel's class is the level nearest to its intensity."""
 
     def __init__(self):
         self.levels = nnx.Param(jnp.array(LEVELS))
 
-    def __call__(self, images):
+    def __call__(self, images, keys=None):
         return {"final": -jnp.abs(images[..., :1] - self.levels[...])}
 
 
