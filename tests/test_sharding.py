@@ -114,7 +114,7 @@ def test_nothing_large_is_replicated(method, encoder):
             held, total = held + size / shares, total + size
             whole += size if shares == 1 else 0
         assert held - whole <= 1.002 * (total - whole) / ways
-        assert whole <= 0.0065 * total
+        assert whole <= (0.005 if method in PGPSAM else 0.0065) * total
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
@@ -229,9 +229,13 @@ def test_meshes_agree_with_one_device(method, sizes):
         tolerance = 2e-5 if name == "gradient_norm" else 1e-6
         assert metrics[name] == pytest.approx(value, rel=tolerance), name
     floor = 1e-4 * max(np.abs(value).max() for value in wanted.values())
+
+    def cancelling(path):  # PGP-SAM keeps the bound that it had alone
+        return method not in PGPSAM and path.endswith("k_proj/bias")
+
     errors = {
         path: np.abs(gradients[path] - value).max()
-        / max(np.abs(value).max(), 10 * floor if path.endswith("k_proj/bias") else floor)
+        / max(np.abs(value).max(), 10 * floor if cancelling(path) else floor)
         for path, value in wanted.items()
     }
     assert max(errors.values()) <= 2e-4, max(errors, key=errors.get)
