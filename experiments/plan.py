@@ -98,6 +98,7 @@ def resolve(plan: Plan, row: Row, seed: int, settings: dict) -> ConfigDict:
     seeds = {field: seed for field in plan.seed_fields}
     for field, value in (plan.overrides | row.overrides | seeds | settings).items():
         _set(config, field, value)
+    configuration.check(config)
     config.name = f"{row.name}-seed{seed}"
     return config
 

@@ -7,6 +7,7 @@ locked: a field that does not exist is an error, in a file and on the command li
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
@@ -50,6 +51,17 @@ _PLACES = (
     "model.remat",
     "model.scan_blocks",
 )
+
+# Numbers are 0 or more, but for these: 1 or more, -1 or more, any. Optimiser and augmentation look
+# after their own (`OptimConfig`, `AugmentConfig`).
+_COUNTS = """
+    model.image_size model.patch_size model.alpha model.k model.prompt_tokens train.batch_size
+    train.microbatches train.epochs fewshot.count fewshot.volumes fewshot.every log.every_steps
+    log.checkpoint_steps eval.batch_size
+""".split()
+_LEAST = dict.fromkeys(_COUNTS, 1)
+_LEAST |= dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor", "eval.workers"), -1)
+_LEAST |= dict.fromkeys(("model.mix_start", "data.window"), -math.inf)
 
 
 def default_config() -> ConfigDict:
@@ -209,10 +221,23 @@ def from_json(value: dict, where: str = "stored configuration") -> ConfigDict:
         value = _tuples(_of_today(value))
         _check_kinds(_flat(value), _flat(config.to_dict()))
         config.update(value)
+        check(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = shown(str(error), 200)
         raise UserError(f"{where} does not fit this version: {reason}") from None
     return config
+
+
+def check(config: ConfigDict) -> None:
+    """Refuse numbers that are none (NaN, infinite) or less than their field can be."""
+    for key, value in _flat(config.to_dict()).items():
+        least = -math.inf if key.startswith(("optim.", "augment.")) else _LEAST.get(key, 0)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, int | float) and not (math.isfinite(item) and item >= least):
+                wanted = "a finite number" + f", {least} or more" * (least > -math.inf)
+                raise UserError(f"{key} is {shown(str(value), 60)}; give {wanted}")
 
 
 def _check_kinds(stored: dict, defaults: dict) -> None:

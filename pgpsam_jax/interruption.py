@@ -31,7 +31,7 @@ class Stop:
     def __init__(self):
         self.reason: str | None = None  # the signal, and the process that it reached
         self.asked = threading.Event()
-        self.deferred = self.raised = self.several = False
+        self.deferred = self.raised = self.several = self._announced = False
         self._change = threading.Condition()
         self._next: int | None = None  # the step that `due` will be asked about next
         self._held, self._last = False, None
@@ -42,12 +42,25 @@ class Stop:
             self.reason = reason
             self.asked.set()
 
+    def announce(self) -> None:
+        """Say, once, what happens now; the step may end before the thread that watches wakes."""
+        with self._change:
+            if not self._announced:
+                self._announced = True
+                print(f"\n{self.reason}: {_EXPLAINED}", file=sys.stderr, flush=True)
+
     def begin(self, step: int) -> None:
         """Steps up to `step` are done; `due` will be asked about each of those that follow."""
         self._next = step + 1
 
     def due(self, step: int) -> bool:
         """Whether `step` is the last one; asked once it is on its way, in order."""
+        if self._is_last(step):
+            self.announce()
+            return True
+        return False
+
+    def _is_last(self, step: int) -> bool:
         if not self.several:
             return self.reason is not None
         with self._change:
@@ -152,7 +165,7 @@ def _watch(stop: Stop, reader: socket.socket) -> None:
                 came = True
                 stop.ask(signal.Signals(number).name)
                 if stop.deferred:
-                    print(f"\n{stop.reason}: {_EXPLAINED}", file=sys.stderr, flush=True)
+                    stop.announce()
                 else:
                     deadline = time.monotonic() + GRACE_SECONDS
 

@@ -35,6 +35,12 @@ def test_value_of_the_wrong_type():
     refuses("seed", "pgpsam_jax.main", "--config", SMALL, "--config.seed=many")
 
 
+@pytest.mark.parametrize("value", ["train.batch_size=-4", "train.dice_weight=nan"])
+def test_number_out_of_range(value):
+    field = value.split("=")[0]
+    refuses(f"{field} is", "pgpsam_jax.main", "--config", SMALL, f"--config.{value}")
+
+
 def test_missing_config_file():
     refuses("nowhere.py", "pgpsam_jax.main", "--config", "configs/nowhere.py")
 

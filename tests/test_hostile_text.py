@@ -289,6 +289,11 @@ def test_long_names_in_lists_are_refused(tmp_path):
         ("data", 5),
         ("data", {"unknown": 1}),
         ("fewshot.count", True),
+        ("train.ce_weight", float("nan")),
+        ("optim.learning_rate", float("inf")),
+        ("data.window", [float("-inf"), 1.0]),
+        ("train.batch_size", 0),
+        ("mesh.data", -2),
     ],
     ids=str,
 )

@@ -32,7 +32,7 @@ def test_a_step_is_finished_and_saved(number, tmp_path):
     step = (tmp_path / "saved").read_text()
     assert code == AGAIN and int(step) >= 3
     name = signal.Signals(number).name
-    # Before it "finishing the step and saving", unless the step ends sooner than a thread wakes.
+    assert said.count(f"{name}: finishing the step and saving") == 1
     assert said.endswith(
         f"stopped: {name} came, step {step} is saved; the same command goes on from there\n"
     )

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_method
+from faults import TINY, newest, prepare, run
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_run import config_for, write_data
 
-from pgpsam_jax import build, distributed, memory_advice, sharding, topology
+from pgpsam_jax import build, distributed, memory_advice, sharding, topology, train
 from pgpsam_jax.config import default_config
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.inference import Predictor
@@ -169,6 +170,28 @@ def test_numbers_are_those_of_the_compiler(tmp_path, single, capsys, monkeypatch
 
 
 HALF = memory_advice.Remedy({"train.batch_size": 16}, "another recipe")
+
+
+def test_a_run_that_is_out_of_memory_can_be_started_again(tmp_path, single, monkeypatch):
+    """The device truly refuses, in a step of the loop; what was saved is gone on from."""
+    root, workdir, steps = prepare(tmp_path / "data"), tmp_path / "run", train.run_steps
+    whole = run(root, tmp_path / "whole")
+    petabyte = jax.jit(lambda: jnp.zeros((2**48,))).lower().compile()
+
+    def greedy(step, state, frozen, feed, done, *rest):
+        def run_out(*arguments):
+            return petabyte() if done == 4 else step(*arguments)
+
+        return steps(run_out, state, frozen, feed, done, *rest)
+
+    monkeypatch.setattr(train, "run_steps", greedy)
+    monkeypatch.setattr(memory_advice, "candidates", lambda config: [HALF])
+    monkeypatch.setattr(memory_advice, "needed", lambda config, classes: GIB)
+    text = message_of(config_for(root, **TINY), workdir, lambda: run(root, workdir))
+    assert re.match(r"a device ran out of memory \(.*1125899906842624 bytes.*\): a training", text)
+    assert newest(workdir) == 4
+    monkeypatch.setattr(train, "run_steps", steps)
+    assert run(root, workdir) == whole
 
 
 def test_the_few_shot_set_on_the_device_counts(tmp_path):
