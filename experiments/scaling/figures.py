@@ -69,8 +69,8 @@ def memory(rows, theme: Theme) -> Figure:
     figure, panels = _panels(rows, theme)
     for axes, chosen in panels:
         known = [row for row in chosen if row["total_bytes"] is not None]
-        for key in _unique((_chip(row), row["mesh"], row["remat"]) for row in known):
-            alike = [row for row in known if (_chip(row), row["mesh"], row["remat"]) == key]
+        for key in _unique(map(_setting, known)):
+            alike = [row for row in known if _setting(row) == key]
             smallest = min(row["chips"] for row in alike)
             alike = sorted(
                 (row for row in alike if row["chips"] == smallest), key=lambda row: row["batch"]
@@ -91,6 +91,10 @@ def memory(rows, theme: Theme) -> Figure:
     limit = Line2D([], [], color=theme.muted, linestyle=":", label="limit of the chip")
     _legend(figure, rows, meshes, theme, [limit])
     return figure
+
+
+def _setting(row) -> tuple:
+    return _chip(row), *(row[name] for name in ("mesh", "remat", "attention", "scan", "dtype"))
 
 
 def split(rows, theme: Theme) -> Figure:
