@@ -16,14 +16,13 @@ def run(config, workdir, mesh, kernels, data, held_out, table, params, frozen, t
         f"precision  {config.model.compute_dtype} compute, float32 parameters and losses"
         + (", deterministic" if config.deterministic else ""),
         f"attention  {kernels}",
-        f"batch      {config.train.batch_size} slices of {config.model.image_size} px over all "
-        f"devices, {total} steps = {total * config.train.batch_size / len(data.list):.1f} epochs",
-        f"few-shot   {data.summary}",
+        _steps(config, len(data.list), total),
+        f"few-shot   {data.summary}" + ("" if total else " (not used)"),
         f"           hash {data.list.hash[:16]}, rule {data.list.rule}",
         f"labels     {', '.join(f'{i} {name}' for i, name in enumerate(table.names))}",
         report(params, frozen),
     ]
-    if held_out:
+    if held_out and total:
         lines[-1:-1] = [
             f"validation {len(held_out.images)} slices of {held_out.cases} case(s) every "
             f"{config.validation.every_epochs} epoch(s); the best parameters are kept"
@@ -31,13 +30,35 @@ def run(config, workdir, mesh, kernels, data, held_out, table, params, frozen, t
     return "\n".join([*(f"!!! {notice}" for notice in notices if notice), *lines])
 
 
-def step(compiled, seconds: float) -> str:
-    """What a step costs by the compiler's count, once it is compiled."""
+def _steps(config, slices: int, total: int) -> str:
+    """How what trains is trained, on so many slices."""
+    size, batch = config.model.image_size, config.train.batch_size
+    match methods.method_of(config.model).steps:
+        case 0:
+            return f"training   none: nothing of this method trains; slices have {size} px"
+        case 1:
+            return (
+                f"fit        once, to all {slices} slices of {size} px; the encoder takes {batch} "
+                "at a time over all devices"
+            )
+    epochs = total * batch / slices
+    return (
+        f"batch      {batch} slices of {size} px over all devices, {total} steps = "
+        f"{epochs:.1f} epochs"
+    )
+
+
+def step(compiled, seconds: float, *, fit: bool = False) -> str:
+    """What a step costs by the compiler's count, once it is compiled.
+
+    It counts the loops of a fit as if they ran once, so that of that no operations are told.
+    """
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
     gib = 2**30
+    flops = f"{cost.get('flops', float('nan')) / 1e9:.1f} GFLOP per device, "
     return (
-        f"step       {cost.get('flops', float('nan')) / 1e9:.1f} GFLOP per device, expected memory "
+        f"{'fit        ' if fit else 'step       ' + flops}expected memory "
         f"{(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / gib:.2f} GiB per device "
         f"({memory.temp_size_in_bytes / gib:.2f} temporary), compiled in {seconds:.1f} s"
     )

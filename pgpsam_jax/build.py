@@ -7,7 +7,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from pgpsam_jax import backbone, cnn_base, weights
-from pgpsam_jax.config import total_steps
+from pgpsam_jax import config as configuration
 from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import key_of, method_of, name_of
@@ -127,7 +127,7 @@ def _backbone_notice(settings: ConfigDict, workdir) -> str | None:
     where = f" Official weights: {official.url}" if official else ""
     return (
         "THE BACKBONE IS RANDOM AND FROZEN (model.base is empty): scores say nothing about "
-        f"PGP-SAM on SAM weights.{where}"
+        f"{method_of(settings).label.partition(',')[0]} on SAM weights.{where}"
     )
 
 
@@ -142,13 +142,27 @@ def step_config(config: ConfigDict) -> StepConfig:
     )
 
 
+def total_steps(config: ConfigDict, epoch_size: int) -> int:
+    """Steps of the whole run: 1 of a method that is fitted, 0 of one of which nothing trains."""
+    fixed = method_of(config.model).steps
+    return configuration.total_steps(config, epoch_size) if fixed is None else fixed
+
+
+def slices_of_step(config: ConfigDict, epoch_size: int) -> int:
+    """How many slices a step of the run takes: a batch, or the whole list to be fitted to."""
+    return config.train.batch_size if method_of(config.model).steps is None else epoch_size
+
+
 def optimizer_of(config: ConfigDict, epoch_size: int):
     """The optimiser with the schedule of the whole run."""
-    return make_optimizer(OptimConfig(**config.optim), total_steps(config, epoch_size))
+    steps = max(1, total_steps(config, epoch_size))  # where nothing trains, it has no parameters
+    return make_optimizer(OptimConfig(**config.optim), steps)
 
 
 def learning_rates(config: ConfigDict, epoch_size: int) -> np.ndarray:
-    """(steps,) float32: the learning rate of every step of the run, for the log."""
+    """(steps,) float32: the learning rate of every step of the run, for the log; NaN of a fit."""
     total = total_steps(config, epoch_size)
+    if method_of(config.model).steps is not None:
+        return np.full(total, np.nan, np.float32)
     schedule = learning_rate_schedule(OptimConfig(**config.optim), total)
     return np.asarray(jax.jit(schedule)(jnp.arange(total)))

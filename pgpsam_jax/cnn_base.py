@@ -7,6 +7,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.files import file_digest
 from pgpsam_jax.weights import read_safetensors
 
 FORMAT = "pgpsam_jax ResNet-18 weights"
@@ -40,6 +41,11 @@ def load_cnn(path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarra
             "SAM encoder with a decoder of width 256, or leave model.cnn_base empty"
         )
     return tensors
+
+
+def digests(path) -> dict[str, str]:
+    """The SHA-256 of the file of `config.model.cnn_base` for provenance; {} where none is given."""
+    return {"cnn_base": file_digest(cnn_file(path))} if path else {}
 
 
 def _metadata(file: Path) -> dict:

@@ -5,6 +5,9 @@ device and mesh do not change them: a multiply-add is two, any elementwise opera
 of a loop is counted once however often it runs. (What XLA counts afterwards differs by 2 % on CPU
 and leaves out the products of cuBLAS on GPU, JAX issue 22249.) Bytes of a step are what the
 compiler plans for one device; peaks are measured, of this process (of several, the first).
+
+`kind` says what a step is: of "training"; a "fit", all of it at once, whose FLOPs depend on how
+often its loops run and are not told; or "none" where nothing trains, and only inference costs.
 """
 
 import inspect
@@ -17,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from pgpsam_jax import distributed
+from pgpsam_jax import distributed, methods
 from pgpsam_jax.files import write_json
 from pgpsam_jax.models.placement import Placement, traced_for
 from pgpsam_jax.parameters import count
@@ -32,21 +35,48 @@ FILE = "cost.json"
 _SETTING = ("devices", "compute_dtype", "image_size", "batch_size", "flops_per_image")
 
 
-def of_step(config: ConfigDict, mesh, graphdef, train_step, arguments, lowered, compiled) -> dict:
+def of_step(
+    config: ConfigDict, mesh, graphdef, train_step, arguments, lowered, compiled, slices: int
+) -> dict:
     """What is known before the first step.
 
     `train_step` is the jitted step, `arguments` the shapes of its (state, frozen, batch), `lowered`
     and `compiled` its stages for them. A step augments, runs forward and back and updates; its
-    FLOPs are divided by the images of the global batch. The forward pass ends with the logits.
+    FLOPs are divided by the images of a step, `slices`. The forward pass ends with the logits.
     """
     state, frozen, _ = arguments
-    batch, size = config.train.batch_size, config.model.image_size
-    device, memory = mesh.devices.flat[0], compiled.memory_analysis()
-    counted = (lowered.cost_analysis() or {}).get("flops")  # devices behind a plugin have none
-    if counted is None:
-        counted = host_flops(inspect.unwrap(train_step), *arguments)
+    record = _of_model(config, mesh, graphdef, state.params, frozen)
+    memory = compiled.memory_analysis()
+    if record["kind"] == "training":
+        counted = (lowered.cost_analysis() or {}).get("flops")  # devices behind a plugin have none
+        if counted is None:
+            counted = host_flops(inspect.unwrap(train_step), *arguments)
+        record["flops_per_image"]["training"] = None if counted is None else counted / slices
+    return record | {
+        "batch_size": slices,
+        "step_bytes": {
+            "arguments": memory.argument_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "aliased": memory.alias_size_in_bytes,  # outputs that take the place of arguments
+        },
+    }
+
+
+def of_inference(config: ConfigDict, mesh, graphdef, params, frozen) -> dict:
+    """The same of a method of which nothing trains: there is no step."""
+    return _of_model(config, mesh, graphdef, params, frozen)
+
+
+def _of_model(config: ConfigDict, mesh, graphdef, params, frozen) -> dict:
+    """What does not depend on the step."""
+    size, device = config.model.image_size, mesh.devices.flat[0]
+    method = methods.method_of(config.model)
     image = jax.ShapeDtypeStruct((1, size, size), jnp.float32)
+    given = [jax.ShapeDtypeStruct((1, size, size), jnp.uint8)] if method.oracle else []
+    forward = host_flops(make_predict_step(graphdef), params, frozen, image, *given)
     return {
+        "kind": {None: "training", 1: "fit", 0: "none"}[method.steps],
         "devices": {
             "count": mesh.devices.size,
             "kind": device.device_kind,
@@ -54,18 +84,10 @@ def of_step(config: ConfigDict, mesh, graphdef, train_step, arguments, lowered, 
         },
         "compute_dtype": config.model.compute_dtype,
         "image_size": size,
-        "batch_size": batch,
-        "parameters": {"trained": count(state.params), "frozen": count(frozen)},
-        "flops_per_image": {
-            "forward": host_flops(make_predict_step(graphdef), state.params, frozen, image),
-            "training": None if counted is None else counted / batch,
-        },
-        "step_bytes": {
-            "arguments": memory.argument_size_in_bytes,
-            "outputs": memory.output_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-            "aliased": memory.alias_size_in_bytes,  # outputs that take the place of arguments
-        },
+        "batch_size": None,
+        "parameters": {"trained": count(params), "frozen": count(frozen)},
+        "flops_per_image": {"forward": forward, "training": None},
+        "step_bytes": None,
     }
 
 

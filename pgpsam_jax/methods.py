@@ -36,8 +36,9 @@ class Method:
     loss: see `losses`. frozen: path prefixes outside the encoder that never train.
     base_rows: prefix in the converted SAM -> so many rows of its first axis are taken. cnn: prefix
     of a ResNet-18 that `config.model.cnn_base` may give its start. make_step: what a step of the
-    run is, see `step.make_train_step`. oracle: it is given the labels of the volumes that it is
-    scored on; its label and `notice` say so.
+    run is, see `step.make_train_step`. steps: of a run, whatever `config.train` says: 1 of a fit to
+    the whole few-shot list, 0 where nothing trains. oracle: it is given the labels of the volumes
+    that it is scored on; its label and `notice` say so.
     """
 
     label: str
@@ -49,6 +50,7 @@ class Method:
     base_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     cnn: str = ""
     make_step: Callable = make_train_step
+    steps: int | None = None
     oracle: bool = False
 
 
@@ -206,6 +208,7 @@ METHODS = {
         losses.one_against_rest,
         frozen=("prompt_encoder", "mask_decoder"),
         make_step=make_fit_step,
+        steps=1,
     ),
     ("sam", ""): Method(
         "SAM, true boxes (ORACLE)",
@@ -213,6 +216,7 @@ METHODS = {
         prompted.BASE_TENSORS,
         (),
         frozen=("prompt_encoder", "mask_decoder"),
+        steps=0,
         oracle=True,
     ),
 }

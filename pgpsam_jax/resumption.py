@@ -17,6 +17,7 @@ _INPUTS = {
     "list": "few-shot list",
     "data": "training data",
     "validation": "validation data",
+    "cnn_base": "file of model.cnn_base",
 }
 
 

@@ -23,7 +23,8 @@ class RunLog:
     """Writer of one run, a context manager. Only the first process writes files."""
 
     def __init__(self, workdir, config_log, start: int, rates, batch_size: int, slices=()):
-        """`rates`: the learning rate of every step of the run; `start`: steps done before.
+        """`rates`: the learning rate of every step of the run, NaN where there is none; `start`:
+        steps done before; batch_size: slices of a step.
 
         slices: (case id, slice) of every row of the few-shot list.
         """
@@ -71,7 +72,9 @@ class RunLog:
         if step % self._every and step < len(self._rates) and not extra:
             return
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.write(step, values | extra | {"learning_rate": float(self._rates[step - 1])})
+        rate = float(self._rates[step - 1])
+        rates = {"learning_rate": rate} if math.isfinite(rate) else {}
+        self.write(step, values | extra | rates)
 
     def check_finite(self, step: int, metrics: dict, rows) -> None:
         """Raise a `UserError` with the slices of the batch where a step has gone wrong."""
@@ -117,6 +120,8 @@ class RunLog:
     def _draw(self) -> None:
         from pgpsam_jax.visual import training_curve
 
+        if len(self._rates) < 2:  # a fit has no curve
+            return
         training_curve(self.records, self.workdir / "training.png")
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pgpsam_jax import (
     backbone,
     build,
     checkpoint,
+    cnn_base,
     cost,
     deterministic,
     distributed,
@@ -72,6 +73,7 @@ def _train(config: ConfigDict, workdir: Path) -> dict:
     loader = make_loader(len(data.images), batch_size=config.train.batch_size, seed=config.seed)
     inputs = {"list": data.list.hash, "data": data.digest, "base": base_digest}
     inputs |= {"validation": held_out.digest} if held_out else {}
+    inputs |= cnn_base.digests(config.model.cnn_base)
     origin = provenance(**inputs)
     _agree(config, resume, origin, params)
     # Everything that can be wrong has been looked at: the workdir is claimed.
@@ -79,7 +81,22 @@ def _train(config: ConfigDict, workdir: Path) -> dict:
     drawn = build.drawn(config.model, frozen)
     backbone.settle_base(workdir, config.model.base, base_digest, frozen, drawn)
 
-    size, total = len(data.list), configuration.total_steps(config, len(data.list))
+    size, total = len(data.list), build.total_steps(config, len(data.list))
+    kernels = sharding.over_mesh(build.attention_of, mesh)(config, graphdef, params, frozen)
+    distributed.say(
+        announce.run(
+            config, workdir, mesh, kernels, data, held_out, split.table, params, frozen, total
+        )
+    )
+    if not total:  # nothing trains: what was loaded is what is evaluated
+        loader.close()
+        cost.begin(workdir, cost.of_inference(config, mesh, graphdef, params, frozen), 0)
+        with watch("evaluate"):
+            predictor = local_predictor(config, graphdef, params, frozen)
+            summary = run_evaluation(config, workdir, predictor, split)
+        cost.update(workdir, [])
+        _store(watch)
+        return summary
     seed = augmentation_seed(config.seed, build.step_config(config).augment)
     slices = {"image": data.images, "label": data.labels}
     if config.train.encoded_copies:
@@ -90,19 +107,6 @@ def _train(config: ConfigDict, workdir: Path) -> dict:
     batch = feed.abstract(config.train.batch_size)
     step_of = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=size, seed=seed)
     frozen = distributed.place(frozen, sharding_of(step_of.frozen))
-    kernels = sharding.over_mesh(build.attention_of, mesh)(config, graphdef, params, frozen)
-    distributed.say(
-        announce.run(
-            config, workdir, mesh, kernels, data, held_out, split.table, params, frozen, total
-        )
-    )
-    if not jax.tree.leaves(params):  # nothing trains: what was loaded is what is evaluated
-        loader.close()
-        with watch("evaluate"):
-            predictor = local_predictor(config, graphdef, params, frozen)
-            summary = run_evaluation(config, workdir, predictor, split)
-        _store(watch)
-        return summary
     checkpoints = checkpoint.Checkpoints(workdir)
     if checkpoints.latest is not None:  # resume: the workdir's newest state
         state = checkpoints.restore(step_of.state, loader)
@@ -119,12 +123,14 @@ def _train(config: ConfigDict, workdir: Path) -> dict:
         with watch("compile"):
             lowered = step_of.lower()
             compiled = lowered.compile()
-        distributed.say(announce.step(compiled, time.perf_counter() - before))
+        seconds, fits = time.perf_counter() - before, methods.method_of(config.model).steps == 1
+        distributed.say(announce.step(compiled, seconds, fit=fits))
         shapes = step_of.state, step_of.frozen, step_of.batch
-        spent = cost.of_step(config, mesh, graphdef, step_of.run, shapes, lowered, compiled)
+        stages, seen = (lowered, compiled), build.slices_of_step(config, size)
+        spent = cost.of_step(config, mesh, graphdef, step_of.run, shapes, *stages, seen)
         cost.begin(workdir, spent, step)
     distributed.barrier("compiled")
-    rates, batch_size = build.learning_rates(config, size), config.train.batch_size
+    rates, seen = build.learning_rates(config, size), build.slices_of_step(config, size)
     predictor = make_predictor(config, graphdef, state.params, frozen, mesh)
     selection = held_out and validation.Selection(
         config, held_out, workdir, size, total, split.table.names
@@ -133,7 +139,7 @@ def _train(config: ConfigDict, workdir: Path) -> dict:
         interruption.deferred() as stop,
         watch("train"),
         checkpoints,
-        RunLog(workdir, config.log, step, rates, batch_size, data.list.entries) as log,
+        RunLog(workdir, config.log, step, rates, seen, data.list.entries) as log,
     ):
 
         def saves(step) -> bool:

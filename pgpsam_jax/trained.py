@@ -60,8 +60,10 @@ class TrainedRun:
         volume: as in `segment`; slices: N indices from inferior to superior, one batch.
         """
         if not hasattr(self.model, "passes"):
-            name = f"{self.config.model.name}/{self.config.model.preset}"
-            raise UserError(f"{self.workdir} holds a {name}, which has no decoder passes to show")
+            name = methods.name_of(methods.key_of(self.config.model))
+            raise UserError(
+                f"{self.workdir} holds a run of {name}, which has no decoder passes to show"
+            )
         images = self.inputs(volume, slices)
         return jax.device_get(self._passes(images))
 

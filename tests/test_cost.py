@@ -44,7 +44,8 @@ class Stages:
 
     def record(self, config, lowered=None):
         stages = lowered or self.lowered, self.compiled
-        return cost.of_step(config, self.mesh, self.graphdef, self.step, self.shapes, *stages)
+        known = self.mesh, self.graphdef, self.step, self.shapes, *stages
+        return cost.of_step(config, *known, slices=BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,23 @@ def test_devices_that_count_nothing(stages, config, monkeypatch):
     assert found["step_bytes"] == known["step_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fssp", "fit"), ("sam", "none"), ("samed", "training")]
+)
+def test_what_a_step_is_of_a_method(name, kind):
+    """What is known without a step: parameters and the forward pass, an oracle's too."""
+    config = default_config()
+    use_small_encoder(config)
+    recipes.use(config, name)
+    graphdef, *states = build.abstract_model(config, CLASSES + 1)
+    found = cost.of_inference(config, sharding.make_mesh(data=8), graphdef, *states)
+    assert found["kind"] == kind
+    assert (found["parameters"]["trained"] == 0) == (kind == "none")
+    assert found["flops_per_image"]["forward"] > 1e8
+    assert (found["batch_size"], found["step_bytes"]) == (None, None)
+    assert json.loads(json.dumps(found)) == found
+
+
 def products(jaxpr) -> float:
     """FLOPs of the matrix products and convolutions of a jaxpr, two for a multiply-add."""
     total = 0.0
@@ -146,12 +164,7 @@ def looped_products(jaxpr) -> float:
     return inside
 
 
-# Those that prompt SAM by masks search them for points and boxes, which is no product, or are told
-# the labels; H-SAM predicts at the size of the image, where most is elementwise.
-COUNTED = sorted(key for key in methods.METHODS if key[0] not in ("fssp", "sam", "hsam"))
-
-
-@pytest.mark.parametrize(("name", "preset"), COUNTED)
+@pytest.mark.parametrize(("name", "preset"), sorted(methods.METHODS))
 def test_forward_passes_are_their_products_and_little_else(name, preset):
     """Against an own count; next to nothing is in loops, whose bodies XLA counts once."""
     config = default_config()
@@ -160,12 +173,16 @@ def test_forward_passes_are_their_products_and_little_else(name, preset):
         recipes.use(config, name)
     config.model.name, config.model.preset, config.model.image_size = name, preset, 64
     graphdef, *states = build.abstract_model(config, CLASSES + 1)
-    image = jax.ShapeDtypeStruct((1, 64, 64), jnp.float32)
-    traced = jax.jit(make_predict_step(graphdef)).trace(*states, image)
+    given = [jax.ShapeDtypeStruct((1, 64, 64), jnp.float32)]
+    if methods.METHODS[name, preset].oracle:
+        given.append(jax.ShapeDtypeStruct((1, 64, 64), jnp.uint8))
+    traced = jax.jit(make_predict_step(graphdef)).trace(*states, *given)
     lowered, own = traced.lower(), products(traced.jaxpr.jaxpr)
     looped = looped_products(traced.jaxpr.jaxpr)  # release at 64 px 1.5 %, ViT-b at 512 px 0.05 %
     assert looped < 0.02 * own
-    assert own - looped < lowered.cost_analysis()["flops"] < 1.15 * own
+    # The most: 1.17 of H-SAM, which predicts at the size of the image; 1.02 to 1.04 with ViT-b at
+    # 512 px, of FSSP-SAM and the oracle too, which search masks for points and boxes.
+    assert own - looped < lowered.cost_analysis()["flops"] < 1.2 * own
 
 
 def records(seconds, batch=BATCH):

@@ -69,6 +69,42 @@ def test_runs_from_before_there_were_records(tmp_path):
     none = cells(table, "none")
     assert none.pop("row") == "none" and none.pop("seeds") == "0/2"
     assert none.pop("Dice (%)") == "70.00 ± 7.07" and set(none.values()) == {"-"}
+    assert "No record of cost yet: none." in table.notes
+
+
+def test_methods_without_a_training_step(tmp_path):
+    """A fit has time and memory, what does not train neither; both say so, and warn of nothing."""
+    rows = {"full": {}, "fit": {"model.cfm": False}, "oracle": {"model.ppr": False}}
+    nothing = {"training": None, "forward": 0.5e9}
+
+    def costs(row, seed):
+        if row == "full":
+            return cost_record()
+        if row == "fit":
+            return cost_record(kind="fit", flops_per_image=nothing, batch_size=155)
+        record = cost_record(kind="none", flops_per_image=nothing, batch_size=None, step_bytes=None)
+        del record["step_seconds"]
+        return record
+
+    table = cost_table(grid_tables(grid_of(tmp_path / "g", costs, rows)))
+    found = {row: cells(table, row) for row in rows}
+    columns = ("training step (GFLOP)", "s per step", "step memory (MiB)")
+    assert [found["full"][key] for key in columns] == ["1.500", "0.200", "250"]
+    assert [found["fit"][key] for key in columns] == ["-", "0.200", "250"]
+    assert [found["oracle"][key] for key in columns] == ["-"] * 3
+    assert all(one["forward pass (GFLOP)"] == "0.5000" for one in found.values())
+    assert [note for note in table.notes if note.startswith(("fit:", "oracle:"))] == [
+        "fit: fitted in one step, to all slices of the few-shot list at once; its operations "
+        "depend on how many iterations it takes and are not counted.",
+        "oracle: nothing trains, so that there is no training step.",
+    ]
+    assert table.notes[-1] == "Measured with 1 x cpu, float32, 128 px, batch 4."
+    runs = {row: write_run(tmp_path / row, level(0.8), cost=costs(row, 0)) for row in rows}
+    single = {row: cost_table(run_tables(read_run(folder))) for row, folder in runs.items()}
+    names = {row: {line[0] for line in table.rows} for row, table in single.items()}
+    assert "time of the fit" in names["fit"] and "memory of the fit, per device" in names["fit"]
+    assert not [name for name in names["oracle"] if "step" in name or "of it" in name]
+    assert "peak memory of the process" in names["oracle"]
 
 
 def test_a_run_stopped_before_its_first_save(tmp_path):

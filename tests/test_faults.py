@@ -17,13 +17,14 @@ import tiny_method
 from conftest import REPOSITORY
 from faults import TINY, newest, prepare, records, rubbish, run, saving
 from launcher import start
+from safetensors.numpy import save_file
 from small_run import config_for
 
-from pgpsam_jax import checkpoint, errors, interruption, lock, resumption, runlog, train
+from pgpsam_jax import checkpoint, cnn_base, errors, interruption, lock, resumption, runlog, train
 from pgpsam_jax.data.labels import load_label_table
 from pgpsam_jax.data.loader import make_loader
 from pgpsam_jax.errors import Interrupted, UserError
-from pgpsam_jax.files import atomic_path, write_text
+from pgpsam_jax.files import atomic_path, file_digest, write_text
 
 pytestmark = pytest.mark.faults
 KINDS = ("missing", "empty", "half", "garbage", "flipped")
@@ -198,6 +199,26 @@ def test_other_data_is_another_run(root, finished, tmp_path):
     config, names = config_for(root, **TINY), load_label_table(other / "table.json")
     with pytest.raises(UserError, match=r"labels.json has other classes"):
         resumption.goes_on(config, workdir, names)
+
+
+def test_another_file_of_the_cnn_is_another_run(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "run_evaluation", lambda *_: "evaluated")
+    config = config_for(root, **TINY, model__cnn_base=str(tmp_path / "cnn"), train__steps=2)
+
+    def begin(value):
+        tensors = {"kernel": np.full((16, 3), value), "bias": np.zeros(3)}
+        tensors = {name: np.float32(array) for name, array in tensors.items()}
+        save_file(tensors, tmp_path / "cnn.safetensors", {"format": cnn_base.FORMAT})
+        with tiny_method.known(cnn="first"):
+            return train.train(config, tmp_path / "run")
+
+    assert begin(0.1) == "evaluated"
+    origin = tmp_path / "run" / "provenance.json"
+    assert json.loads(origin.read_text())["cnn_base"] == file_digest(tmp_path / "cnn.safetensors")
+    said = r"the file of model\.cnn_base has changed since the run in .* began"
+    with pytest.raises(UserError, match=said):
+        begin(0.2)
+    assert begin(0.1) == "evaluated"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from method_runs import CLASSES, small_config, squares
 from scipy import optimize
 from small_run import config_for, write_data
 
-from pgpsam_jax import build, losses, recipes, sharding, train
+from pgpsam_jax import build, cost, losses, recipes, sharding, train
 from pgpsam_jax.checkpoint import Checkpoints
 from pgpsam_jax.config import default_config
 from pgpsam_jax.errors import UserError
@@ -19,6 +19,8 @@ from pgpsam_jax.fit import minimise
 from pgpsam_jax.models.fssp import Fssp
 from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.parameters import count, flat_paths
+from pgpsam_jax.report.page import no_curve
+from pgpsam_jax.runs import read_run
 from pgpsam_jax.sharded import shard_step
 
 SAM = SamConfig.preset("vit_t", (32, 64), 8, depth=1, global_blocks=(0,))
@@ -172,16 +174,29 @@ def test_prompts_of_a_rough_mask_are_sams_own(model, prompt):
     assert not found[..., 0].any() and (found[..., 2] < -1e3).all()
 
 
-def test_a_run_fits_once_and_goes_on_like_any(tmp_path):
-    """Checkpoint 1 is the last; resuming and evaluating again change no score."""
+def test_a_run_fits_once_and_goes_on_like_any(tmp_path, capsys):
+    """Checkpoint 1 is the last, whatever `train.steps`; a further start changes no score."""
     config = config_for(write_data(tmp_path / "data"), eval__overlays=False)
     recipes.use(config, "fssp")
+    config.train.steps = 3
     summary = train.train(config, tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "fit        once, to all 7 slices of 32 px; the encoder takes 8 at a time" in printed
+    assert "GFLOP" not in printed and "epochs" not in printed
+    spent = cost.read(tmp_path / "run")
+    assert spent["kind"] == "fit" and spent["batch_size"] == 7
+    assert spent["flops_per_image"]["forward"] > 0 and spent["step_bytes"]["temporaries"] > 0
     checkpoints = Checkpoints(tmp_path / "run")
     assert checkpoints.latest == 1
     checkpoints.close()
     (record,) = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert record["loss"] > 0 and 1 < record["iterations"] <= 1000
+    assert "learning_rate" not in record
+    assert not (tmp_path / "run/training.png").exists()
+    said = f"Fitted once, to all slices of the few-shot list: loss {record['loss']:.4g} after"
+    assert no_curve(read_run(tmp_path / "run")).startswith(said)
+    seconds = 7 / record["images_per_second"]
+    assert spent["step_seconds"]["median"] == pytest.approx(seconds, rel=1e-3)
     for again in (train.train(config, tmp_path / "run"), train.evaluate_workdir(tmp_path / "run")):
         assert again["strict"] == summary["strict"]
 

@@ -12,14 +12,18 @@ from method_runs import CLASSES, small_config, squares
 from safetensors.numpy import save_file
 from small_run import config_for, write_data
 
-from pgpsam_jax import build, methods, predict, recipes, sharding, train, weights
+from pgpsam_jax import build, cost, methods, predict, recipes, sharding, train, weights
 from pgpsam_jax.data.nifti import Volume
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.inference import Predictor
 from pgpsam_jax.files import file_digest, write_json
 from pgpsam_jax.models.sam import Sam, SamConfig
 from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.report.headline import header
+from pgpsam_jax.report.page import no_curve
 from pgpsam_jax.report.subject import Subject
+from pgpsam_jax.runs import read_run
+from pgpsam_jax.tables.cost_table import run_cost
 from pgpsam_jax.trained import load_run
 
 
@@ -117,6 +121,15 @@ def test_a_run_says_what_it_is_and_predicts_nothing(tmp_path, capsys, monkeypatc
     assert said in (run / "evaluation/summary.md").read_text()
     assert any(said in notice for notice in Subject.read(run).notices)
     assert not (run / "checkpoints").exists()
+    assert "training   none: nothing of this method trains" in printed
+    assert "epochs" not in printed and "few-shot   7 slices" in printed and "(not used)" in printed
+    spent = cost.read(run)
+    assert spent["kind"] == "none" and spent["parameters"]["trained"] == 0
+    assert spent["flops_per_image"]["forward"] > 0 and spent["peak_bytes"]["process"] > 0
+    assert no_curve(read_run(run)) == "Nothing of this method trains."
+    assert "seed 0, nothing trains" in header(Subject.read(run))
+    (table,) = run_cost(read_run(run))
+    assert "Nothing trains, so that there is no training step." in table.notes
     stored = json.loads((run / "evaluation/summary.json").read_text())
     assert train.evaluate_workdir(run)["strict"] == summary["strict"] == stored["strict"]
     image = str(tmp_path / "data/images/c.nii.gz")

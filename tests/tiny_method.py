@@ -44,9 +44,9 @@ def _make(settings, num_classes, dtype, rngs):
 
 
 @contextlib.contextmanager
-def known():
-    """Have the method, as `config.model.name` "tiny", inside the block."""
-    methods.METHODS[NAME, ""] = methods.Method("tiny", _make, {}, ())
+def known(**options):
+    """Have the method, as `config.model.name` "tiny", inside the block; options of `Method`."""
+    methods.METHODS[NAME, ""] = methods.Method("tiny", _make, {}, (), **options)
     try:
         yield
     finally:

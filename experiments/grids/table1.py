@@ -6,17 +6,14 @@ Each by its authors' recipe. `phantom` starts all of them from a small SAM that 
 phantoms, weights/sam_vit_t: python -m experiments.pretrain
 """
 
-from experiments.grids.targets import PHANTOM, SYNAPSE, target
+from experiments.grids.targets import SYNAPSE, methods_target
 from experiments.plan import Plan, method_rows
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:
-    setting = target(variant)
-    if variant == PHANTOM:
-        setting["overrides"] |= {"model.base": "weights/sam_vit_t", "model.train_encoder": "lora"}
     return Plan(
         title="Table 1: methods on Synapse, eight organs",
         rows=method_rows(),
         published="table1" if variant == SYNAPSE else None,
-        **setting,
+        **methods_target(variant),
     )

@@ -3,15 +3,16 @@
 python -m experiments.run_grid --grid experiments/grids/table2.py --workdir runs/table2
 
 The paper's data are private; the default takes your own, as configs/ventricle.py says. There is
-no head phantom: `phantom` rehearses five classes and a split by fraction on four phantom organs.
+no head phantom: `phantom` rehearses five classes and a split by fraction on four phantom organs,
+from the small SAM of table1.
 """
 
-from experiments.grids.targets import PHANTOM, SYNAPSE, target
+from experiments.grids.targets import PHANTOM, SYNAPSE, methods_target
 from experiments.plan import Plan, method_rows
 
 
 def get_grid(variant: str = "ventricle") -> Plan:
-    setting = target(PHANTOM if variant == PHANTOM else SYNAPSE)
+    setting = methods_target(PHANTOM if variant == PHANTOM else SYNAPSE)
     if variant == PHANTOM:
         setting["overrides"] |= {
             "data.label_table": "configs/labels/four_organs.json",

@@ -11,6 +11,12 @@ PHANTOM_NOTE = (
     "Generated phantoms, a small encoder trained from scratch for 400 steps, no SAM weights: shows "
     "what changes in this setting only."
 )
+_SMALL_SAM = "weights/sam_vit_t"
+_SMALL_SAM_NOTE = (
+    "Generated phantoms, 400 steps; every row starts from the same small SAM, trained on other "
+    "phantoms with organs of the same kinds (experiments.pretrain), not Meta's: shows what differs "
+    "in this setting only."
+)
 _PHANTOM = {
     "fewshot.fraction": 0.10,
     "train.steps": 400,
@@ -32,3 +38,12 @@ def target(variant: str) -> dict:
             "notes": (PHANTOM_NOTE,),
         }
     raise ValueError(f"unknown variant {variant!r}; there are {SYNAPSE} and {PHANTOM}")
+
+
+def methods_target(variant: str) -> dict:
+    """The same for a table of methods, some of which freeze the encoder: a small SAM for all."""
+    setting = target(variant)
+    if variant == PHANTOM:
+        setting["overrides"] |= {"model.base": _SMALL_SAM, "model.train_encoder": "lora"}
+        setting["notes"] = (_SMALL_SAM_NOTE,)
+    return setting

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pgpsam_jax import methods
 from pgpsam_jax.evaluation.report import summarise
 from pgpsam_jax.evaluation.scores import spread
 from pgpsam_jax.report.markup import escape, paragraph
@@ -34,10 +35,15 @@ def header(subject: Subject) -> str:
 
 def _run_line(run: Run) -> str:
     model, data = run.config.model, run.config.data
-    step = f", step {run.records[-1]['step']}" if run.records else ", no step recorded yet"
+    if methods.method_of(model).steps == 0:
+        step = "nothing trains"
+    elif run.records:
+        step = f"step {run.records[-1]['step']}"
+    else:
+        step = "no step recorded yet"
     return (
-        f"{model.name} ({model.preset}), {model.encoder} at {model.image_size} px, data "
-        f"{data.layout}, seed {run.config.seed}{step}"
+        f"{methods.name_of(methods.key_of(model))}, {model.encoder} at {model.image_size} px, data "
+        f"{data.layout}, seed {run.config.seed}, {step}"
     )
 
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pgpsam_jax import methods
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_text
 from pgpsam_jax.report import charts, facts, pictures
@@ -12,6 +13,7 @@ from pgpsam_jax.report.headline import header
 from pgpsam_jax.report.markup import escape, figure, paragraph, section, tables
 from pgpsam_jax.report.style import Picture
 from pgpsam_jax.report.subject import Subject
+from pgpsam_jax.runs import Run
 from pgpsam_jax.tables.assemble import run_tables, study_tables
 from pgpsam_jax.tables.cost_table import run_cost, study_cost
 from pgpsam_jax.tables.study import from_grid
@@ -80,8 +82,11 @@ def _parts(subject: Subject, figures: Path) -> dict[str, list[str]]:
         parts["Results"] += drawn(charts.comparison_charts(groups, grid.axis, figures))
     if scored:
         parts["Distributions"] = drawn(charts.distribution_charts(scored, figures))
-    curves = charts.training_charts(groups, figures)
-    parts["Training"] = drawn(curves, "No step has been recorded yet.")
+    if said := no_curve(subject.run):
+        parts["Training"] = [_missing(said)]
+    else:
+        curves = charts.training_charts(groups, figures)
+        parts["Training"] = drawn(curves, "No step has been recorded yet.")
     if scored:
         parts["Qualitative results"] = _tried(
             lambda: drawn([pictures.qualitative(scored, figures)])
@@ -101,6 +106,20 @@ _NO_PROTOTYPES = (
     "No pictures: there is no finished run, its method has no prototypes, or its checkpoint or "
     "data set cannot be read."
 )
+
+
+def no_curve(run: Run | None) -> str:
+    """What to say where a run has no training to show: nothing trains, or it is fitted at once."""
+    steps = run and methods.method_of(run.config.model).steps
+    if steps == 0:
+        return "Nothing of this method trains."
+    if steps == 1 and run.records:
+        last = run.records[-1]
+        return (
+            f"Fitted once, to all slices of the few-shot list: loss {last['loss']:.4g} after "
+            f"{last['iterations']:.0f} iterations, largest slope {last['gradient_norm']:.2g}."
+        )
+    return ""
 
 
 def _tables(subject: Subject) -> tuple[str, str]:

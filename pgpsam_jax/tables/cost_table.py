@@ -31,6 +31,15 @@ _EVALUATION = (
 )
 
 
+TRAINING, FIT, NO_STEP = "training", "fit", "none"  # what a step is, of `cost.json`
+# Why numbers of a training step are missing.
+_WHY = {
+    FIT: "Fitted in one step, to all slices of the few-shot list at once; its operations depend "
+    "on how many iterations it takes and are not counted",
+    NO_STEP: "Nothing trains, so that there is no training step",
+}
+
+
 def quantities(run: Run) -> dict[str, float | None]:
     """What `COLUMNS` show of a run with a record of cost; None where that is not known."""
     counts, flops = run.cost["parameters"], run.cost["flops_per_image"]
@@ -42,7 +51,7 @@ def quantities(run: Run) -> dict[str, float | None]:
         "forward_gflop": _giga(flops["forward"]),
         "training_gflop": _giga(flops["training"]),
         "step_seconds": run.cost.get("step_seconds", {}).get("median"),
-        "step_mib": _step_bytes(run) / 2**20,
+        "step_mib": _step_mib(run),
         "evaluation_seconds": evaluating / volumes if evaluating and volumes else None,
     }
 
@@ -64,6 +73,7 @@ def study_cost(study: Study) -> list[Table]:
         f"on each device, as the compiler plans them. {_EVALUATION}.",
         "Of several seeds the median stands, with (smallest to largest) where they differ; seeds: "
         "with a record of cost/planned.",
+        *_dash_notes([line.label for line in study.lines], recorded),
         *_setting_notes([line.label for line in study.lines], recorded),
     ]
     head = ["row", "seeds", "Dice (%)", *(head for head, _ in COLUMNS.values())]
@@ -76,7 +86,8 @@ def run_cost(run: Run) -> list[Table]:
         return []
     known = quantities(run)
     each = {key: significant(known[key], digits) for key, (_, digits) in COLUMNS.items()}
-    counts, parts = run.cost["parameters"], run.cost["step_bytes"]
+    counts, parts, kind = run.cost["parameters"], run.cost["step_bytes"], _kind(run)
+    step = "the fit" if kind == FIT else "a step"
     rows = [
         ["parameters that train", f"{counts['trained']:,}"],
         ["parameters of the model", f"{counts['trained'] + counts['frozen']:,}"],
@@ -86,29 +97,32 @@ def run_cost(run: Run) -> list[Table]:
             rows.append([f"{what}, per image", f"{each[key]} GFLOP"])
     if time := run.cost.get("step_seconds"):
         low, high = map(significant, time["quartiles"])
+        rows.append([f"time of {step}", f"{each['step_seconds']} s"])
+        if kind != FIT:  # of which there is one
+            rows.append([f"its quartiles, {time['intervals']} intervals", f"{low} to {high} s"])
+        rows.append(["images per s", significant(run.cost["batch_size"] / time["median"])])
+    if parts:
         rows += [
-            ["time of a step", f"{each['step_seconds']} s"],
-            [f"its quartiles, {time['intervals']} intervals", f"{low} to {high} s"],
-            ["images per s", significant(run.cost["batch_size"] / time["median"])],
+            [f"memory of {step}, per device", f"{each['step_mib']} MiB"],
+            ["of it arguments", _mib(parts["arguments"])],
+            ["of it temporaries", _mib(parts["temporaries"])],
         ]
-    rows += [
-        ["memory of a step, per device", f"{each['step_mib']} MiB"],
-        ["of it arguments", _mib(parts["arguments"])],
-        ["of it temporaries", _mib(parts["temporaries"])],
-    ]
     peaks = run.cost.get("peak_bytes", {})
     for key, what in (("process", "the process"), ("device", "a device")):
         if peaks.get(key):
             rows.append([f"peak memory of {what}", _mib(peaks[key])])
     if known["evaluation_seconds"]:
         rows.append(["evaluation, per volume", f"{each['evaluation_seconds']} s"])
-    notes = [
-        f"Measured with {_setting(run)}.",
-        f"{_FLOPS}, divided by the batch.",
-        f"Time of a step: {_TIME}. {_EVALUATION}.",
-        "Memory of a step: as the compiler plans it, outputs that take the place of arguments "
-        "counted once; peaks: measured during training, compiling included.",
-    ]
+    notes = [f"Measured with {_setting(run)}.", f"{_FLOPS}, divided by the batch."]
+    notes += [f"{_WHY[kind]}."] if kind in _WHY else []
+    if kind == NO_STEP:
+        notes += [f"{_EVALUATION}; peaks: measured from the start to the end of it."]
+    else:
+        notes += [
+            f"Time of {step}: {_TIME}. {_EVALUATION}.",
+            f"Memory of {step}: as the compiler plans it, outputs that take the place of arguments "
+            "counted once; peaks: measured during training, compiling included.",
+        ]
     return [Table(f"{run.config.name}: {_TITLE}", ["quantity", "value"], rows, notes)]
 
 
@@ -136,10 +150,28 @@ def _over_seeds(values, digits: int) -> str:
 
 def _setting(run: Run) -> str:
     cost, devices = run.cost, run.cost["devices"]
-    return (
-        f"{devices['count']} x {devices['kind']}, {cost['compute_dtype']}, "
-        f"{cost['image_size']} px, batch {cost['batch_size']}"
+    setting = (
+        f"{devices['count']} x {devices['kind']}, {cost['compute_dtype']}, {cost['image_size']} px"
     )
+    return setting + (f", batch {cost['batch_size']}" if _kind(run) == TRAINING else "")
+
+
+def _kind(run: Run) -> str:
+    return run.cost.get("kind", TRAINING)  # as all were before there was another
+
+
+def _dash_notes(labels, recorded) -> list[str]:
+    """Which rows have no numbers for a training step, and why."""
+    notes = []
+    for kind, why in _WHY.items():
+        names = [
+            label
+            for label, runs in zip(labels, recorded, strict=True)
+            if any(_kind(run) == kind for run in runs)
+        ]
+        notes += [f"{', '.join(names)}: {why[0].lower()}{why[1:]}."] if names else []
+    absent = [label for label, runs in zip(labels, recorded, strict=True) if not runs]
+    return notes + ([f"No record of cost yet: {', '.join(absent)}."] if absent else [])
 
 
 def _setting_notes(labels, recorded) -> list[str]:
@@ -148,15 +180,19 @@ def _setting_notes(labels, recorded) -> list[str]:
     for label, runs in zip(labels, recorded, strict=True):
         for run in runs:
             settings.setdefault(_setting(run), {})[label] = None
+    for setting in [one for one in settings if any(o.startswith(f"{one}, ") for o in settings)]:
+        del settings[setting]  # without a training step, and otherwise as another
     if len(settings) == 1:
         return [f"Measured with {next(iter(settings))}."]
     listed = "; ".join(f"{setting}: {', '.join(names)}" for setting, names in settings.items())
     return [f"Warning: times and memory were measured in different settings ({listed})."]
 
 
-def _step_bytes(run: Run) -> int:
-    parts = run.cost["step_bytes"]
-    return parts["arguments"] + parts["outputs"] + parts["temporaries"] - parts["aliased"]
+def _step_mib(run: Run) -> float | None:
+    if not (parts := run.cost["step_bytes"]):
+        return None
+    held = parts["arguments"] + parts["outputs"] + parts["temporaries"] - parts["aliased"]
+    return held / 2**20
 
 
 def _giga(flops: float | None) -> float | None:
