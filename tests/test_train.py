@@ -6,6 +6,7 @@ import jax
 import nibabel as nib
 import numpy as np
 import pytest
+from faults import run
 from small_run import config_for, hold_out, write_data
 
 from pgpsam_jax import checkpoint, predict, runlog, train
@@ -166,10 +167,10 @@ def test_selection_is_part_of_a_run(finished, root):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
-    config = config_for(root, optim__learning_rate=1e38, optim__final_learning_rate=0.0)
+    settings = {"optim__learning_rate": 1e38, "optim__final_learning_rate": 0.0}
     said = r"the loss is (nan|inf) at step \d, whose batch is .* slice .*optim.clip_norm"
     with pytest.raises(UserError, match=said):
-        train.train(config, tmp_path / "run")
+        run(root, tmp_path / "run", **settings)
 
 
 def test_predict_equals_evaluation(finished, root, tmp_path):
