@@ -131,6 +131,19 @@ def _backbone_notice(settings: ConfigDict, workdir) -> str | None:
     )
 
 
+def check(config: ConfigDict) -> None:
+    """Refuse settings with which no step can be made, before anything is read or claimed."""
+    step_config(config)
+    OptimConfig(**config.optim)
+    copies, trains = config.train.encoded_copies, config.model.train_encoder
+    if copies and trains != "frozen":
+        raise UserError(
+            f"train.encoded_copies is {copies}, but model.train_encoder is {trains!r}: what trains "
+            "cannot be encoded beforehand; set train.encoded_copies=0, or "
+            "model.train_encoder=frozen"
+        )
+
+
 def step_config(config: ConfigDict) -> StepConfig:
     return StepConfig(
         augment=AugmentConfig(**config.augment),

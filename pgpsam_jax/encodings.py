@@ -29,12 +29,6 @@ def encoded_set(
     of augmentation.
     """
     copies, count = config.train.encoded_copies, len(images)
-    if config.model.train_encoder != "frozen":
-        raise UserError(
-            f"train.encoded_copies is {copies}, but model.train_encoder is "
-            f"{config.model.train_encoder!r}: what trains cannot be encoded beforehand; set "
-            "train.encoded_copies=0, or model.train_encoder=frozen"
-        )
     lanes = mesh.shape["data"] * mesh.shape["fsdp"]
     size = math.ceil(config.eval.batch_size / lanes) * lanes
     settings, rows = build.step_config(config).augment, sharding.batch_sharding(mesh)

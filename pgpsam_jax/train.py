@@ -1,10 +1,12 @@
 """Training, top to bottom: data, mesh, model, step, restore, loop with validation, evaluation."""
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from pgpsam_jax import (
@@ -54,9 +56,51 @@ def _locked(workdir, doing: str):
     return lock.held(workdir, doing) if distributed.is_first() else contextlib.nullcontext()
 
 
+@dataclasses.dataclass
+class _Run:
+    """What a run has before its first step.
+
+    data: few-shot slices; held_out: those of validation, or None; total: steps of the whole run;
+    model: (graphdef, params, frozen) at the start, until training takes it over.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    watch: Stopwatch
+    mesh: Mesh
+    split: dataset.Split
+    data: dataset.FewShotData
+    held_out: dataset.ValidationData | None
+    resume: bool
+    total: int
+    model: tuple | None
+
+    def take_model(self) -> tuple:
+        """The model, which is not kept here: its first values end with those who took it."""
+        model, self.model = self.model, None
+        return model
+
+
 def _train(config: ConfigDict, workdir: Path) -> dict:
-    watch = Stopwatch(workdir)
-    mesh = make_run_mesh(config)
+    run = _begin(config, workdir)
+    if run.total:
+        predictor = _optimize(run)
+    else:  # nothing trains: what was loaded is what is evaluated
+        cost.begin(workdir, cost.of_inference(config, run.mesh, *run.model), 0)
+        predictor = local_predictor(config, *run.take_model())
+    run.watch.seconds.pop("evaluate", None)  # of an evaluation that this one takes the place of
+    with run.watch("evaluate"):
+        summary = run_evaluation(config, workdir, predictor, run.split)
+    if not run.total:
+        cost.update(workdir, [])
+    _store(run.watch)
+    return summary
+
+
+def _begin(config: ConfigDict, workdir: Path) -> _Run:
+    """Read data and model, look at everything that can be wrong, and claim the workdir."""
+    watch, mesh = Stopwatch(workdir), make_run_mesh(config)
+    build.check(config)
     with watch("data"), distributed.first_before_others("split"):
         split = dataset.find_split(config)
     validation.check(config, split)
@@ -70,42 +114,43 @@ def _train(config: ConfigDict, workdir: Path) -> dict:
         _read_in_shares(config, split, workdir)
         data = dataset.few_shot_data(config, split.train, split.table, workdir, resume=resume)
         held_out = dataset.validation_data(config, split, workdir)
-    loader = make_loader(len(data.images), batch_size=config.train.batch_size, seed=config.seed)
     inputs = {"list": data.list.hash, "data": data.digest, "base": base_digest}
     inputs |= {"validation": held_out.digest} if held_out else {}
     inputs |= cnn_base.digests(config.model.cnn_base)
     origin = provenance(**inputs)
     _agree(config, resume, origin, params)
-    # Everything that can be wrong has been looked at: the workdir is claimed.
     resumption.claim(config, workdir, split.table, data.list, origin, resume=resume)
     drawn = build.drawn(config.model, frozen)
     backbone.settle_base(workdir, config.model.base, base_digest, frozen, drawn)
-
-    size, total = len(data.list), build.total_steps(config, len(data.list))
+    total = build.total_steps(config, len(data.list))
     kernels = sharding.over_mesh(build.attention_of, mesh)(config, graphdef, params, frozen)
     distributed.say(
         announce.run(
             config, workdir, mesh, kernels, data, held_out, split.table, params, frozen, total
         )
     )
-    if not total:  # nothing trains: what was loaded is what is evaluated
-        loader.close()
-        cost.begin(workdir, cost.of_inference(config, mesh, graphdef, params, frozen), 0)
-        with watch("evaluate"):
-            predictor = local_predictor(config, graphdef, params, frozen)
-            summary = run_evaluation(config, workdir, predictor, split)
-        cost.update(workdir, [])
-        _store(watch)
-        return summary
+    model = graphdef, params, frozen
+    return _Run(config, workdir, watch, mesh, split, data, held_out, resume, total, model)
+
+
+def _optimize(run: _Run) -> Predictor:
+    """Train from where the workdir stands to the last step; a predictor with what was learnt."""
+    config, workdir, watch, data = run.config, run.workdir, run.watch, run.data
+    graphdef, params, frozen = run.take_model()
+    size, total = len(data.list), run.total
     seed = augmentation_seed(config.seed, build.step_config(config).augment)
     slices = {"image": data.images, "label": data.labels}
     if config.train.encoded_copies:
         with watch("data"):
             model = graphdef, params, frozen
-            slices = encodings.encoded_set(config, mesh, model, *slices.values(), seed=seed)
-    feed = Feed(slices, loader, mesh, config.data.resident_gib * 2**30)
+            slices = encodings.encoded_set(config, run.mesh, model, *slices.values(), seed=seed)
+            del model
+    loader = make_loader(size, batch_size=config.train.batch_size, seed=config.seed)
+    feed = Feed(slices, loader, run.mesh, config.data.resident_gib * 2**30)
     batch = feed.abstract(config.train.batch_size)
-    step_of = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=size, seed=seed)
+    step_of = shard_step(
+        config, run.mesh, graphdef, params, frozen, batch, epoch_size=size, seed=seed
+    )
     frozen = distributed.place(frozen, sharding_of(step_of.frozen))
     checkpoints = checkpoint.Checkpoints(workdir)
     if checkpoints.latest is not None:  # resume: the workdir's newest state
@@ -113,27 +158,18 @@ def _train(config: ConfigDict, workdir: Path) -> dict:
         distributed.say(f"resumed from step {int(state.step)}")
     else:
         state = step_of.start(distributed.place(params, sharding_of(step_of.state.params)))
-        if resume:
+        if run.resume:
             distributed.say(f"{workdir} holds no checkpoint yet: training starts anew")
     del params
 
-    step = int(state.step)
+    step, compiled = int(state.step), None
     if step < total:
-        before = time.perf_counter()
-        with watch("compile"):
-            lowered = step_of.lower()
-            compiled = lowered.compile()
-        seconds, fits = time.perf_counter() - before, methods.method_of(config.model).steps == 1
-        distributed.say(announce.step(compiled, seconds, fit=fits))
-        shapes = step_of.state, step_of.frozen, step_of.batch
-        stages, seen = (lowered, compiled), build.slices_of_step(config, size)
-        spent = cost.of_step(config, mesh, graphdef, step_of.run, shapes, *stages, seen)
-        cost.begin(workdir, spent, step)
+        compiled = _compile(run, graphdef, step_of, step)
     distributed.barrier("compiled")
     rates, seen = build.learning_rates(config, size), build.slices_of_step(config, size)
-    predictor = make_predictor(config, graphdef, state.params, frozen, mesh)
-    selection = held_out and validation.Selection(
-        config, held_out, workdir, size, total, split.table.names
+    predictor = make_predictor(config, graphdef, state.params, frozen, run.mesh)
+    selection = run.held_out and validation.Selection(
+        config, run.held_out, workdir, size, total, run.split.table.names
     )
     with (
         interruption.deferred() as stop,
@@ -176,19 +212,28 @@ def _train(config: ConfigDict, workdir: Path) -> dict:
         if step < total:
             distributed.barrier("stopped")
             stop.end(step, agreed=True)
+    loader.close()
     if selection:
         with watch("checkpoint"):
             params = checkpoint.restore_params(workdir, step_of.state.params, best=True)
-    loader.close()
     if distributed.several():  # each evaluates cases of its own
-        predictor = local_predictor(config, graphdef, params, frozen)
-    else:
-        predictor = predictor.with_params(params)
-    watch.seconds.pop("evaluate", None)  # of an evaluation that this one takes the place of
-    with watch("evaluate"):
-        summary = run_evaluation(config, workdir, predictor, split)
-    _store(watch)
-    return summary
+        return local_predictor(config, graphdef, params, frozen)
+    return predictor.with_params(params)
+
+
+def _compile(run: _Run, graphdef, step_of, step: int):
+    """The compiled training step; what it costs is told and kept."""
+    before = time.perf_counter()
+    with run.watch("compile"):
+        lowered = step_of.lower()
+        compiled = lowered.compile()
+    seconds, fits = time.perf_counter() - before, methods.method_of(run.config.model).steps == 1
+    distributed.say(announce.step(compiled, seconds, fit=fits))
+    shapes = step_of.state, step_of.frozen, step_of.batch
+    stages, seen = (lowered, compiled), build.slices_of_step(run.config, len(run.data.list))
+    spent = cost.of_step(run.config, run.mesh, graphdef, step_of.run, shapes, *stages, seen)
+    cost.begin(run.workdir, spent, step)
+    return compiled
 
 
 def _read_in_shares(config: ConfigDict, split: dataset.Split, workdir) -> None:

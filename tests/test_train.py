@@ -173,6 +173,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
         run(root, tmp_path / "run", **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train__encoded_copies": 2, "model__train_encoder": "full"}, "cannot be encoded"),
+        ({"optim__final_learning_rate": 1.0}, "keep it from 0 to learning_rate"),
+        ({"augment__elastic_grid": 2}, "a cubic spline needs at least 4"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_run_claim_no_folder(root, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        run(root, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
 def test_predict_equals_evaluation(finished, root, tmp_path):
     workdir, _ = finished
     config = train.configuration.load_config(workdir)
