@@ -1,5 +1,7 @@
 """The charts of a study: each draws the rows of one CSV file in the colours of a theme."""
 
+import math
+
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
@@ -33,8 +35,8 @@ def _against_chips(rows, theme, column, label, ideal=False) -> Figure:
         for line in _longest(chosen):
             first = line[0]
             x, y = [row["chips"] for row in line], [row[column] for row in line]
-            style = _style(_chip(first), meshes.index(first["mesh"]), theme)
-            axes.plot(x, y, **style)
+            mesh = meshes.index(first["mesh"])
+            axes.plot(_beside(x, mesh), y, **_style(_chip(first), mesh, theme))
             if ideal and len(line) > 1:
                 ends = [y[0], y[0] * x[-1] / x[0]]
                 axes.plot([x[0], x[-1]], ends, color=theme.muted, linewidth=0.9, linestyle=":")
@@ -43,7 +45,7 @@ def _against_chips(rows, theme, column, label, ideal=False) -> Figure:
         axes.grid(True)
         if ideal:
             axes.set_yscale("log")
-            _plain(axes.yaxis)
+            _plain(axes.yaxis, decades=True)
         else:
             axes.set_ylim(0, 1.08 * max([1.0, *(line.get_ydata().max() for line in axes.lines)]))
     _outer(figure, "chips", label)
@@ -75,15 +77,16 @@ def memory(rows, theme: Theme) -> Figure:
             alike = sorted(
                 (row for row in alike if row["chips"] == smallest), key=lambda row: row["batch"]
             )
-            style = _style(key[0], meshes.index(key[1]), theme)
+            mesh = meshes.index(key[1])
             x, y = [row["batch"] for row in alike], [row["total_bytes"] / 2**30 for row in alike]
-            axes.plot(x, y, **style)
+            axes.plot(_beside(x, mesh), y, **_style(key[0], mesh, theme))
         for chip in _unique(map(_chip, known)):
             limit = next(row["limit_bytes"] for row in known if _chip(row) == chip)
             colour = _style(chip, 0, theme)["color"]
             axes.axhline(limit / 2**30, color=colour, linewidth=1, linestyle=":")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
+        axes.set_ylim(bottom=2 ** math.floor(math.log2(0.9 * axes.dataLim.y0)))  # a labelled line
         _plain(axes.xaxis)
         _plain(axes.yaxis)
         axes.grid(True)
@@ -91,6 +94,11 @@ def memory(rows, theme: Theme) -> Figure:
     limit = Line2D([], [], color=theme.muted, linestyle=":", label="limit of the chip")
     _legend(figure, rows, meshes, theme, [limit])
     return figure
+
+
+def _beside(x, mesh: int) -> list[float]:
+    """Places of a mesh's points, so that those of another with the same value can be seen."""
+    return [value * 1.06**mesh for value in x]
 
 
 def _setting(row) -> tuple:
