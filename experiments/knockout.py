@@ -1,4 +1,4 @@
-"""What a trained PGP-SAM loses when one of its parts is switched off at test time.
+"""What a trained model loses when one of its parts is switched off at test time.
 
 python -m experiments.knockout RUN_OR_GRID [--output FILE.csv]
 
@@ -15,20 +15,25 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from pgpsam_jax.config import load_config
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.cache import read_case
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.evaluation import metrics
 from pgpsam_jax.evaluation.scores import defined_mean
 from pgpsam_jax.files import csv_text, write_text
+from pgpsam_jax.methods import method_of
 from pgpsam_jax.parameters import flat_paths
 from pgpsam_jax.runs import is_grid, read_grid
 from pgpsam_jax.trained import load_run
 
+_LORA = {"LoRA of the encoder": {r"image_encoder/blocks/\d+/attn/lora/b": 0.0}}
+
 # Part -> {pattern of parameter paths: value}. A gate is a sigmoid: a large negative bias shuts it.
-PARTS = {
+_PGPSAM = {
     "CFM gates (Eq 1-2)": {
         r"cfm/\d+/(spatial/column|channel/expand)/kernel": 0.0,
         r"cfm/\d+/(spatial/column|channel/expand)/bias": -1e4,
@@ -43,8 +48,29 @@ PARTS = {
     "skip connection (release)": {r"mask_decoder/skip/norm2/(scale|bias)": 0.0},
     "class maps (release)": {r"mask_decoder/class_maps/attention/out_proj/(kernel|bias)": 0.0},
 }
+# By `config.model.name`. The other methods have no part that is added to SAM and can be missed.
+PARTS = {
+    "pgpsam": _PGPSAM | _LORA,
+    "samed": _LORA,
+    "hsam": _LORA | {"second decoder": {r"second/hyper_mlps/layers/4/(kernel|bias)": 0.0}},
+    "samlst": {"CNN": {"gate": 1e4}, "features of SAM": {"gate": -1e4}},
+    "surgicalsam": {
+        "dense prompts": {r"prompter/dense2/(kernel|bias)": 0.0},
+        "sparse prompts": {r"prompter/sparse2/(kernel|bias)": 0.0},
+    },
+}
 COLUMNS = ("run", "part", "case", "class", "dice")
 WHOLE = "nothing"
+
+
+def parts_of(config: ConfigDict, workdir) -> dict:
+    """The parts of a run's method; a `UserError` that names the workdir where there is none."""
+    if config.model.name not in PARTS:
+        raise UserError(
+            f"{workdir} is a run of {method_of(config.model).label}, of which no part can be "
+            f"silenced; give one of {', '.join(PARTS)} (of a grid by --only ROW)"
+        )
+    return PARTS[config.model.name]
 
 
 def silenced(params, edits: dict):
@@ -64,7 +90,7 @@ def knock_out(workdir) -> list[dict]:
     run = load_run(workdir)
     split = dataset.find_split(run.config)
     predictors = {WHOLE: run.predictor}
-    for part, edits in PARTS.items():
+    for part, edits in parts_of(run.config, workdir).items():
         params = silenced(run.predictor.params, edits)
         if params is not None:
             predictors[part] = run.predictor.with_params(params)
@@ -123,6 +149,8 @@ def main(arguments=None) -> None:
             folders = [run.workdir for row in chosen for run in runs[row]]
         if not folders:
             raise UserError(f"{options.folder} has no finished run yet")
+        for folder in folders:  # all of them, before hours are spent on the first
+            parts_of(load_config(folder), folder)
         rows = [row for folder in folders for row in knock_out(folder)]
         if options.output:
             write_text(options.output, csv_text(COLUMNS, rows))

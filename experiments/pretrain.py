@@ -1,6 +1,6 @@
 """A small SAM, trained to segment whatever a point or a box asks for, on phantoms of its own.
 
-    python -m experiments.pretrain --output weights/sam_vit_t --steps 3000
+    python -m experiments.pretrain --output weights/sam_vit_t
 
 There are no published SAM weights of a size that two CPU cores can train with, yet half of the
 compared methods do not train the encoder. This makes a backbone for rehearsals of them: all of SAM
@@ -25,16 +25,14 @@ from pgpsam_jax.data.augment import augment, sample_keys
 from pgpsam_jax.data.augment_config import AugmentConfig
 from pgpsam_jax.data.loader import make_loader
 from pgpsam_jax.errors import UserError, exit_on_user_error
-from pgpsam_jax.files import atomic_path, file_digest, write_json
 from pgpsam_jax.hostmemory import keep_freed_memory
 from pgpsam_jax.losses import resize_labels_nearest
 from pgpsam_jax.models.sam import Sam, SamConfig
 from pgpsam_jax.optim import OptimConfig, make_optimizer
 from pgpsam_jax.parameters import flat_paths
 from pgpsam_jax.step import to_input
-from pgpsam_jax.weights import FORMAT, FORMAT_VERSION, base_files
+from pgpsam_jax.weights import base_files
 from weights_conversion import sam
-from weights_conversion.checkpoint_files import save_safetensors, writing
 
 SEED = 1000  # of the phantoms; those of configs/phantom.py have 0
 SMALLEST = 20  # pixels of a mask that may be asked for
@@ -50,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", default="weights/sam_vit_t", help="stem of the two files")
-    parser.add_argument("--steps", type=int, default=3000, help="of 8 slices each")
+    parser.add_argument("--steps", type=int, default=2500, help="of 8 slices each")
     parser.add_argument("--root", default="datasets/phantom_pretrain", help="its phantoms")
     options = parser.parse_args(arguments)
     with exit_on_user_error():
@@ -163,23 +161,9 @@ def _loss(logits, quality, target):
 
 def store(model: Sam, output) -> None:
     """Write a SAM as the weights that `model.base` takes."""
-    weights, sidecar = base_files(output)
     tensors = {path: np.asarray(leaf[...]) for path, leaf in flat_paths(nnx.state(model)).items()}
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    with writing(weights), atomic_path(weights) as temporary:
-        save_safetensors(temporary, tensors)
-        digest = file_digest(temporary)
-    meta = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        **sam.describe(tensors),
-        "source": "experiments.pretrain: phantoms, no published SAM",
-        "sha256": digest,
-        "tensor_count": len(tensors),
-        "parameter_count": sum(array.size for array in tensors.values()),
-    }
-    with writing(sidecar):
-        write_json(sidecar, meta)
+    sam.store(output, tensors, {"source": "experiments.pretrain: phantoms, no published SAM"})
+    weights, sidecar = base_files(output)
     print(f"wrote {weights} and {sidecar.name}")
 
 

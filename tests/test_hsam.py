@@ -231,8 +231,13 @@ def test_noise_has_a_fifth_of_the_range_and_dropout_keeps_the_mean():
 
 
 def test_the_loss_falls():
-    values = loss_falls("hsam")
-    assert values[-1] < 0.9 * values[0], values  # measured 0.84
+    """Far below the best answer that does not look at the image: Dice loss 0.53, loss 0.55.
+
+    After 20 steps it still stands there, with less noise, a lower rate or the encoder trained, too;
+    between 20 and 40 the first decoder leaves, then the second.
+    """
+    values = loss_falls("hsam", steps=60)
+    assert values[-1] < 0.4 * values[0], values  # measured 0.24
 
 
 def test_settings_that_make_no_hsam():

@@ -1,16 +1,23 @@
 """Knock-outs: what each edit silences, that only it is edited, and the table of a run."""
 
 import csv
+import re
 
 import numpy as np
 import pytest
+from method_runs import CLASSES, small_config
 from ready_run import ready_run
 from small_run import write_data
 
 import pgpsam_jax
 from experiments import knockout
+from pgpsam_jax import build, recipes
+from pgpsam_jax import config as configuration
 from pgpsam_jax.evaluation.report import read_cases
 from pgpsam_jax.parameters import flat_paths
+
+PARTS = knockout.PARTS["pgpsam"]
+ENCODER = "model.train_encoder"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +35,7 @@ def passes(run, part):
     """The decoder passes of one image with a part off."""
     params = run.predictor.params
     if part is not None:
-        params = knockout.silenced(params, knockout.PARTS[part])
+        params = knockout.silenced(params, PARTS[part])
     model = run.predictor.with_params(params).model
     images = np.random.default_rng(0).uniform(size=(1, 32, 32, 3)).astype(np.float32)
     return model, model.passes(images)
@@ -65,7 +72,7 @@ def test_half_of_eq_5_is_the_other_half(run):
 
 def test_the_original_weights_are_not_touched(run):
     before = {k: np.asarray(v[...]) for k, v in flat_paths(run.predictor.params).items()}
-    for edits in knockout.PARTS.values():
+    for edits in PARTS.values():
         knockout.silenced(run.predictor.params, edits)
     after = flat_paths(run.predictor.params)
     assert all(np.array_equal(value, after[key][...]) for key, value in before.items())
@@ -75,7 +82,7 @@ def test_the_original_weights_are_not_touched(run):
 def test_table_of_a_run(workdir, tmp_path, capsys):
     knockout.main([str(workdir), "--output", str(tmp_path / "out.csv")])
     lines = capsys.readouterr().out.strip().splitlines()
-    parts = [part for part in knockout.PARTS if "(release)" not in part]
+    parts = [part for part in PARTS if "(release)" not in part and "LoRA" not in part]
     assert len(lines) == 2 + 1 + len(parts)
     assert lines[2].startswith("| nothing | 1 |") and "+0.00" in lines[2]
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
@@ -90,3 +97,23 @@ def test_wrong_folders(tmp_path, capsys):
     with pytest.raises(SystemExit):
         knockout.main([str(tmp_path / "nothing")])
     assert "no training workdir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(knockout.PARTS))
+def test_the_parts_of_a_method_are_all_there(name):
+    """Every pattern is one of its parameters'; PGP-SAM's are those of one preset or the other."""
+    paths = []
+    for preset in ("paper", "release"):
+        config = small_config(name, model__train_encoder=recipes.of(name).get(ENCODER, "lora"))
+        config.model.preset = preset
+        paths += flat_paths(build.abstract_model(config, CLASSES)[1])
+    for part, edits in knockout.PARTS[name].items():
+        for pattern in edits:
+            assert any(re.fullmatch(pattern, path) for path in paths), part
+
+
+def test_methods_without_such_parts_are_refused(tmp_path, capsys):
+    configuration.store(small_config("autosam"), tmp_path)
+    with pytest.raises(SystemExit):
+        knockout.main([str(tmp_path)])
+    assert "is a run of AutoSAM, of which no part can be silenced" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import atomic_path
+from pgpsam_jax.files import atomic_path, file_digest
 from pgpsam_jax.weights import read_safetensors
 from weights_conversion.torch_file import ZIP_MAGIC, TorchFile, read_torch_file
 
@@ -51,6 +51,13 @@ def writing(path: Path):
         raise UserError(
             f"{path} cannot be written ({error}); choose another --output or make room"
         ) from None
+
+
+def write_weights(file: Path, tensors: dict[str, np.ndarray], metadata=None) -> str:
+    """Write converted weights to a safetensors file, and its folder; the SHA-256 of the file."""
+    with writing(file), atomic_path(file) as temporary:
+        save_safetensors(temporary, tensors, metadata)
+        return file_digest(temporary)
 
 
 def save_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata=None) -> None:

@@ -30,16 +30,10 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.errors import UserError, exit_on_user_error
-from pgpsam_jax.files import atomic_path, file_digest, write_json
-from pgpsam_jax.weights import FORMAT, FORMAT_VERSION, OFFICIAL, base_files, how_to_get, load_base
+from pgpsam_jax.files import file_digest
+from pgpsam_jax.weights import OFFICIAL, base_files, how_to_get, load_base
 from weights_conversion import resnet, sam
-from weights_conversion.checkpoint_files import (
-    check_suffix,
-    read_checkpoint,
-    save_safetensors,
-    write_checkpoint,
-    writing,
-)
+from weights_conversion.checkpoint_files import check_suffix, read_checkpoint, write_checkpoint
 
 FROM = {"official": sam.from_official, "huggingface": sam.from_huggingface}
 TO = {"official": sam.to_official, "huggingface": sam.to_huggingface}
@@ -61,25 +55,15 @@ def convert(source, output, *, allow_unknown_md5: bool = False, log=print) -> di
     casts = {n: t.dtype.name for n, t in tensors.items() if t.dtype != np.float32}
     if casts:
         log(f"cast     {len(casts)} tensors to float32 (listed in {sidecar.name})")
-    with writing(weights), atomic_path(weights) as temporary:
-        save_safetensors(temporary, ours)
-        digest = file_digest(temporary)
-    meta = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        **sam.describe(ours),
+    origin = {
         "layout": layout,
         "source": file.name,
         "source_sha256": digests["sha256"],
         "source_md5": digests["md5"],
         "official_file": official,
-        "sha256": digest,
-        "tensor_count": len(ours),
-        "parameter_count": sum(array.size for array in ours.values()),
         "casts": [{"tensor": name, "from": dtype} for name, dtype in sorted(casts.items())],
     }
-    with writing(sidecar):
-        write_json(sidecar, meta)
+    meta = sam.store(output, ours, origin)
     log(f"wrote    {weights} and {sidecar.name}")
     if meta["variant"] == "custom":
         log("note     width and depth are not those of vit_b, vit_l or vit_h")

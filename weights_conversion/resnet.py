@@ -11,8 +11,8 @@ import numpy as np
 
 from pgpsam_jax.cnn_base import FORMAT, HOW_TO_GET, cnn_file
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import atomic_path, file_digest
-from weights_conversion.checkpoint_files import read_checkpoint, save_safetensors, writing
+from pgpsam_jax.files import file_digest
+from weights_conversion.checkpoint_files import read_checkpoint, write_weights
 from weights_conversion.mapping import Tensors, read
 from weights_conversion.rows import CONV, SAME, Layout, Row
 
@@ -79,6 +79,5 @@ def convert(source, output, *, log=print) -> None:
         )
     tensors = read_checkpoint(source).tensors
     ours = from_torchvision(tensors, str(source))
-    with writing(output), atomic_path(output) as temporary:
-        save_safetensors(temporary, ours, {"format": FORMAT, "source_sha256": digest})
+    write_weights(output, ours, {"format": FORMAT, "source_sha256": digest})
     log(f"wrote    {output}, {len(ours)} of {len(tensors)} tensors")

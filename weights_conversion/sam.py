@@ -1,4 +1,4 @@
-"""SAM tensors from the official or the Hugging Face layout to ours and back."""
+"""SAM tensors from the official or the Hugging Face layout to ours and back, and to files."""
 
 import re
 from collections.abc import Iterable
@@ -6,7 +6,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.files import write_json
+from pgpsam_jax.weights import FORMAT, FORMAT_VERSION, base_files
 from weights_conversion import sam_table
+from weights_conversion.checkpoint_files import write_weights, writing
 from weights_conversion.mapping import Tensors, read, write
 from weights_conversion.rows import Layout
 
@@ -65,3 +68,23 @@ def describe(tensors: Tensors) -> dict:
     depth = sum(name.endswith("/attn/qkv/kernel") for name in tensors)
     variant = VARIANTS.get((width, depth), "custom")
     return {"variant": variant, "image_size": grid * patch, "patch_size": patch}
+
+
+def store(output, tensors: Tensors, origin: dict) -> dict:
+    """Write our tensors as `config.model.base` takes them; return the sidecar.
+
+    `<output>.safetensors` and `<output>.json`, which says `origin` of where they come from.
+    """
+    weights, sidecar = base_files(output)
+    meta = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        **describe(tensors),
+        **origin,
+        "sha256": write_weights(weights, tensors),
+        "tensor_count": len(tensors),
+        "parameter_count": sum(array.size for array in tensors.values()),
+    }
+    with writing(sidecar):
+        write_json(sidecar, meta)
+    return meta

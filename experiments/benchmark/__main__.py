@@ -9,6 +9,7 @@ Examples:
   python -m experiments.benchmark --encoders vit_b,vit_l --sizes 512,1024 --dtypes bfloat16
   python -m experiments.benchmark --tasks training --against torch
   python -m experiments.benchmark --tasks scoring,startup
+  python -m experiments.benchmark --tasks encoded_flops --models autosam,samlst,surgicalsam
   python -m experiments.benchmark --suite gpu --output runs/benchmark_gpu
 """
 
@@ -82,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--tasks",
         default="encoder,inference,training",
-        help="encoder, inference, training; matmul, scoring, startup, loop, run",
+        help="encoder, inference, training; matmul, scoring, startup, loop, run; encoded and "
+        "encoded_flops, which take --models autosam,samlst,surgicalsam",
     )
     add("--models", default="", help="pgpsam (default), sam (default with --against)")
     add("--encoders", default="vit_b", help="vit_t, vit_b, vit_l, vit_h")

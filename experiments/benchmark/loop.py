@@ -32,7 +32,7 @@ def loop_benchmark(point: dict, turn: int = 40) -> dict:
     The two take turns of `turn` steps each with the same compiled step; `ratio` is the median over
     the turns, with its quartiles, of the loop's rate over the bare step's. Slices are random.
     """
-    config = _config(point)
+    config = config_of(point)
     size, batch_size = config.model.image_size, config.train.batch_size
     config.train.steps = (2 * TURNS + 1) * turn
     mesh = sharding.make_mesh(**config.mesh)
@@ -82,7 +82,8 @@ def loop_benchmark(point: dict, turn: int = 40) -> dict:
     }
 
 
-def _config(point: dict):
+def config_of(point: dict):
+    """The configuration of a point: the small one's sizes for vit_t, else its own."""
     config = default_config()
     if point["encoder"] == "vit_t":
         use_small_encoder(config)
@@ -102,7 +103,7 @@ def run_benchmark(point: dict, depth: int = 120, side: int = 512, epochs: int = 
     """
     from pgpsam_jax.train import train
 
-    config = _config(point)
+    config = config_of(point)
     config.data.layout, config.fewshot.pool = "btcv", "all"
     config.fewshot.count, config.train.epochs = SLICES, epochs
     with tempfile.TemporaryDirectory() as folder:

@@ -6,9 +6,12 @@ import itertools
 from pgpsam_jax.errors import UserError
 
 STEPS = ("encoder", "inference", "training")
-# Measured as wholes: the machine's own matmul rate, scoring, import time, the loop, a paper's run.
-WHOLE = ("matmul", "scoring", "startup", "loop", "run")
-MODELS = ("pgpsam", "sam")
+# Measured as wholes: the machine's own matmul rate, scoring, import time, the loop, a paper's run,
+# and what encoding beforehand saves, in seconds and FLOPs or in FLOPs alone.
+ENCODED = ("encoded", "encoded_flops")
+WHOLE = ("matmul", "scoring", "startup", "loop", "run", *ENCODED)
+FROZEN = ("autosam", "samlst", "surgicalsam")  # methods whose encoder is
+MODELS = ("pgpsam", "sam", *FROZEN)
 DTYPES = ("float32", "bfloat16")
 _KNOWN = {"task": STEPS + WHOLE, "model": MODELS, "dtype": DTYPES, "against": ("", "torch")}
 
@@ -19,7 +22,8 @@ class Point:
 
     model: `pgpsam` (preset paper, augmentation in the training step) or `sam` (encoder with LoRA
     and SAM's decoder, without: what PyTorch has too). attention, remat: of `config.model`; empty
-    is its default. scan: `model.scan_blocks`. against: `torch`, or empty.
+    is its default. scan: `model.scan_blocks`. against: `torch`, or empty. The methods with a
+    frozen encoder are for the tasks `encoded` and `encoded_flops`.
     """
 
     task: str
@@ -42,6 +46,11 @@ class Point:
                 )
         if self.image_size < 1 or self.batch_size < 1:
             raise UserError("--sizes and --batches are numbers from 1")
+        if (self.task in ENCODED) != (self.model in FROZEN):
+            raise UserError(
+                f"task {self.task} is not for --models {self.model}: {' and '.join(ENCODED)} take "
+                f"the methods with a frozen encoder, {', '.join(FROZEN)}, the other tasks do not"
+            )
         if self.against and (self.model != "sam" or self.task not in STEPS):
             raise UserError(
                 f"--against torch has no counterpart of {self.model} {self.task}; use --models sam "

@@ -9,6 +9,8 @@ _TASKS = {  # module, function, whether it takes the point
     "startup": ("startup", "startup_benchmark", False),
     "loop": ("loop", "loop_benchmark", True),
     "run": ("loop", "run_benchmark", True),
+    "encoded": ("encoded", "encoded_benchmark", True),
+    "encoded_flops": ("encoded", "encoded_flops", True),
 }
 
 

@@ -1,0 +1,63 @@
+"""The small SAM of the phantom's tables: what is asked of it in training, and its files."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import pretrain
+from pgpsam_jax.models.sam import Sam, SamConfig
+from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.weights import load_base
+
+SIZE, DRAWS = 32, 64
+
+
+def asked(labels):
+    """Masks, points and boxes of many draws for one slice, on the host."""
+    keys = jax.random.split(jax.random.key(0), DRAWS)
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(pretrain.ask, (0, None)))(keys, labels))
+
+
+def test_a_class_of_the_slice_is_asked_for_by_a_point_within_and_a_box_about_it():
+    labels = np.zeros((SIZE, SIZE), np.int32)
+    labels[3:12, 5:25] = 4
+    labels[20:30, 8:18] = 7
+    labels[15:17, 2:4] = 9  # too small
+    masks, points, boxes = asked(jnp.asarray(labels))
+    seen = set()
+    for mask, (x, y), box in zip(masks, points.astype(int), boxes, strict=True):
+        (chosen,) = np.unique(labels[mask == 1])
+        seen.add(int(chosen))
+        np.testing.assert_array_equal(mask, labels == chosen)
+        assert mask[y, x] == 1
+        rows, columns = np.nonzero(mask)
+        tight = np.array([columns.min(), rows.min(), columns.max(), rows.max()])
+        sides = np.tile(tight[2:] - tight[:2], 2)
+        assert (np.abs(box - tight) <= 0.1 * sides + 1e-5).all()
+    assert seen == {4, 7}
+    assert len(np.unique(boxes, axis=0)) == DRAWS
+
+
+def test_of_a_slice_without_organs_all_is_asked_for():
+    masks, _, _ = asked(jnp.zeros((SIZE, SIZE), jnp.int32))
+    assert masks.all()
+
+
+def test_its_files_are_a_base(tmp_path, capsys):
+    model = Sam(SamConfig.preset("vit_t", SIZE, 8), rngs=nnx.Rngs(0))
+    pretrain.store(model, tmp_path / "new" / "small")
+    base = load_base(tmp_path / "new" / "small")
+    leaves = flat_paths(nnx.state(model))
+    assert base.tensors.keys() == leaves.keys()
+    assert all(np.array_equal(base.tensors[path], leaf[...]) for path, leaf in leaves.items())
+    assert (base.meta["variant"], base.meta["image_size"]) == ("custom", SIZE)
+    assert "no published SAM" in base.meta["source"]
+    assert "small.safetensors" in capsys.readouterr().out
+
+
+def test_no_steps_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main(["--steps", "0"])
+    assert stop.value.code == 2 and "--steps" in capsys.readouterr().err
