@@ -27,7 +27,7 @@ from pgpsam_jax.data.loader import make_loader
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.hostmemory import keep_freed_memory
 from pgpsam_jax.losses import resize_labels_nearest
-from pgpsam_jax.models.sam import Sam, SamConfig
+from pgpsam_jax.models.sam import Sam, SamConfig, normalise
 from pgpsam_jax.optim import OptimConfig, make_optimizer
 from pgpsam_jax.parameters import flat_paths
 from pgpsam_jax.step import to_input
@@ -95,7 +95,7 @@ def make_step(graphdef, optimizer, seed: int):
 
     def of(params, rest, images, masks, points, boxes):
         model = nnx.merge(graphdef, params, rest)
-        embedding = model.encode_image(to_input(images))
+        embedding = embed(model, images)
         asked = jnp.ones((len(points), 1), jnp.int32)
         by_point = model.predict(embedding, points=points[:, None], labels=asked)
         by_box = model.predict(embedding, boxes=boxes, multimask=False)
@@ -122,6 +122,11 @@ def make_step(graphdef, optimizer, seed: int):
         return optax.apply_updates(params, updates), state, loss, overlap
 
     return step
+
+
+def embed(model: Sam, images):
+    """Embeddings of slices (B, S, S) in [0, 1], shown in the colours that SAM is trained on."""
+    return model.encode_image(normalise(255 * to_input(images)))
 
 
 def ask(key, labels):

@@ -7,8 +7,10 @@ import pytest
 from flax import nnx
 
 from experiments import pretrain
+from pgpsam_jax.models.oracle import OracleSam
 from pgpsam_jax.models.sam import Sam, SamConfig
 from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.step import to_input
 from pgpsam_jax.weights import load_base
 
 SIZE, DRAWS = 32, 64
@@ -43,6 +45,21 @@ def test_a_class_of_the_slice_is_asked_for_by_a_point_within_and_a_box_about_it(
 def test_of_a_slice_without_organs_all_is_asked_for():
     masks, _, _ = asked(jnp.zeros((SIZE, SIZE), jnp.int32))
     assert masks.all()
+
+
+def test_it_is_trained_on_the_colours_that_sam_takes():
+    """As the methods that prompt it show it a slice: the same masks for the same boxes."""
+    config = SamConfig.preset("vit_t", SIZE, 8)
+    model = Sam(config, rngs=nnx.Rngs(0))
+    labels = np.zeros((1, SIZE, SIZE), np.int32)
+    labels[0, 4:20, 6:25] = 1
+    image = jnp.asarray(np.random.default_rng(0).random((1, SIZE, SIZE), np.float32))
+    prompted = OracleSam(config, 2, prompt="box", rngs=nnx.Rngs(0))
+    nnx.update(prompted, nnx.state(model))
+    wanted = prompted.predict(to_input(image), jnp.asarray(labels))[..., 1:]
+    box = jnp.array([[6.0, 4.0, 24.0, 19.0]])
+    got, _ = model.predict(pretrain.embed(model, image), boxes=box, multimask=False)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_its_files_are_a_base(tmp_path, capsys):

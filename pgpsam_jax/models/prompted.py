@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.prompts import bounding_boxes, inner_points
-from pgpsam_jax.models.sam import PIXEL_MEAN, PIXEL_STD, SamConfig
+from pgpsam_jax.models.sam import SamConfig, normalise
 from pgpsam_jax.models.segmenter import SamSegmenter
 
 PROMPTS = ("point", "box", "both")
@@ -28,8 +28,7 @@ class PromptedSam(SamSegmenter):
         super().__init__(sam, 4, **options)
 
     def encode(self, images):
-        colours = 255 * images - jnp.array(PIXEL_MEAN, images.dtype)
-        return super().encode(colours / jnp.array(PIXEL_STD, images.dtype))
+        return super().encode(normalise(255 * images))
 
     def ask(self, feature, sparse, dense):
         """Logits (B, 4H, 4W, M): features (B, H, W, C), prompts (B, M, T, C), (B, M, H, W, C)."""

@@ -84,6 +84,11 @@ class Sam(nnx.Module):
         return self.mask_decoder(embedding, grid, sparse, dense, multimask=multimask)
 
 
+def normalise(images):
+    """Colours from 0 to 255, (..., 3), as SAM's encoder was trained on them."""
+    return (images - jnp.array(PIXEL_MEAN, images.dtype)) / jnp.array(PIXEL_STD, images.dtype)
+
+
 def preprocess(image: np.ndarray, size: tuple[int, int]):
     """uint8 RGB (h, w, 3) to SAM's input (1, *size, 3) and the resized shape before padding.
 
@@ -92,7 +97,7 @@ def preprocess(image: np.ndarray, size: tuple[int, int]):
     scale = min(size[0] / image.shape[0], size[1] / image.shape[1])
     shape = tuple(int(n * scale + 0.5) for n in image.shape[:2])
     x = jax.image.resize(jnp.asarray(image, jnp.float32), (*shape, 3), "bilinear")
-    x = (x - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
+    x = normalise(x)
     return jnp.pad(x, ((0, size[0] - shape[0]), (0, size[1] - shape[1]), (0, 0)))[None], shape
 
 
