@@ -83,8 +83,10 @@ def devices(name: str) -> list:
     # No chip is held, so processes need not wait for one another, nor ask a cloud who they are.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Both cores of a v4 chip as one device, as JAX runs there; by default it would be two.
+    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
-        return list(topologies.get_topology_desc(name, "tpu").devices)
+        return list(topologies.get_topology_desc(name, "tpu", **options).devices)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"no TPU topology {name!r} ({str(error).splitlines()[0]}); name chip and shape as in "

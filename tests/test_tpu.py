@@ -36,6 +36,13 @@ def test_unknown_topology():
         topology.devices("v99:2x2")
 
 
+@pytest.mark.tpu_backend
+@pytest.mark.parametrize("name", ["v4:2x2x2", "v5p:2x2x2", "v5e:2x4", "v6e:2x4"])
+def test_a_device_is_a_chip(name):
+    mesh = chips(name)
+    assert mesh.size == 8 and not any(device.core_on_chip for device in mesh.devices.flat)
+
+
 def attention_temporaries(mesh, backend: str) -> int:
     """Temporary bytes of a chip: gradients of a global attention at 1024 px, one image, 2 heads."""
     sizes = SamConfig.preset("vit_b", 1024, width=128, heads=2, attention=backend).encoder
