@@ -12,7 +12,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from pgpsam_jax import cluster, interruption
-from pgpsam_jax import config as configuration
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.hostmemory import keep_freed_memory
 
@@ -71,13 +70,14 @@ def main(_):
             raise UserError("--mode evaluate needs --workdir, the folder of a trained run")
         if config is None and not evaluate:
             raise UserError("no configuration; give --config configs/phantom.py, for example")
-        if config is not None:
-            configuration.check(config)
         place = _place()
         # JAX: not before the mistakes that show without it
         from pgpsam_jax import memory_advice, session, train
         from pgpsam_jax.compilation import keep_compiled
+        from pgpsam_jax.config import check
 
+        if config is not None:
+            check(config)
         keep_compiled()
         workdir = _WORKDIR.value or f"runs/{config.name}"
         with session.joined(place), memory_advice.explained(config, workdir):
