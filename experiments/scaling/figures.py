@@ -123,9 +123,7 @@ def split(rows, theme: Theme) -> Figure:
             for value, mark, colour in zip(values, _MARKERS, theme.series, strict=False):
                 if value > 0:
                     axes.plot(value, place, **_mark(mark, colour, theme))
-        several = len(_unique(row["mesh"] for row in found)) > 1
-        names = [f"{row['slice']}, {row['mesh']}" if several else row["slice"] for row in found]
-        axes.set_yticks(range(len(found)), names)
+        axes.set_yticks(range(len(found)), _split_names(found))
         axes.tick_params(axis="y", length=0, labelsize=8)
         axes.set_ylim(len(found) - 0.4, -0.6)
         axes.set_xscale("log")
@@ -142,6 +140,16 @@ def split(rows, theme: Theme) -> Figure:
 
 def _split_lanes(rows) -> list[dict]:
     return [row for line in _longest(rows) for row in line]
+
+
+def _split_names(rows) -> list[str]:
+    """The slice of each row, with mesh and the batch of a chip where they differ."""
+    names = [row["slice"] for row in rows]
+    for field, text in (("mesh", "{}"), ("batch", "batch {}")):
+        if len(_unique(row[field] for row in rows)) > 1:
+            told = (text.format(row[field]) for row in rows)
+            names = [f"{name}, {more}" for name, more in zip(names, told, strict=True)]
+    return names
 
 
 def measured(rows, theme: Theme) -> Figure:
