@@ -61,19 +61,21 @@ def tap_rows(taps) -> tuple[Row, ...]:
     )
 
 
-def method_rows(only: str = "") -> tuple[Row, ...]:
+def method_rows(only: str = "", equal: bool = False) -> tuple[Row, ...]:
     """One row per registered method (or preset of the method `only`), the paper's preset first.
 
-    Each is trained by its own recipe.
+    Each is trained by its own recipe; with `equal`, all that are trained step by step by one.
     """
     from pgpsam_jax import methods, recipes
 
     keys = [key for key in methods.METHODS if not only or key[0] == only]
+    keys = [key for key in keys if not equal or methods.METHODS[key].steps is None]
+    recipe = recipes.equal if equal else recipes.of
     return tuple(
         Row(
             "_".join(filter(None, key)),
             methods.METHODS[key].label,
-            {"model.name": key[0], "model.preset": key[1] or "paper"} | recipes.of(key[0]),
+            {"model.name": key[0], "model.preset": key[1] or "paper"} | recipe(key[0]),
         )
         for key in keys
     )

@@ -26,8 +26,8 @@ from pgpsam_jax.data.augment_config import AugmentConfig
 from pgpsam_jax.data.loader import make_loader
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.hostmemory import keep_freed_memory
-from pgpsam_jax.losses import resize_labels_nearest
-from pgpsam_jax.models.sam import Sam, SamConfig, normalise
+from pgpsam_jax.models.mask_decoder import upsample_logits
+from pgpsam_jax.models.sam import Sam, SamConfig
 from pgpsam_jax.optim import OptimConfig, make_optimizer
 from pgpsam_jax.parameters import flat_paths
 from pgpsam_jax.step import to_input
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.steps < 1:
             raise UserError("--steps is the number of training steps; give 1 or more")
         images, labels = slices(options.root)
-        config = SamConfig.preset("vit_t", images.shape[1], 8)
+        config = SamConfig.preset("vit_t", images.shape[1], 8, colors="normalized")
         model = pretrain(config, images, labels, options.steps)
         store(model, options.output)
     return 0
@@ -95,14 +95,13 @@ def make_step(graphdef, optimizer, seed: int):
 
     def of(params, rest, images, masks, points, boxes):
         model = nnx.merge(graphdef, params, rest)
-        embedding = embed(model, images)
+        embedding = model.encode_image(to_input(images))
         asked = jnp.ones((len(points), 1), jnp.int32)
         by_point = model.predict(embedding, points=points[:, None], labels=asked)
         by_box = model.predict(embedding, boxes=boxes, multimask=False)
-        target = resize_labels_nearest(masks, by_point[0].shape[1:3])[..., None]
         losses, overlaps = [], []
         for logits, quality in (by_point, by_box):
-            value, overlap = _loss(logits, quality, target)
+            value, overlap = mask_loss(logits, masks)
             best = jnp.argmin(value, axis=-1, keepdims=True)  # a point is ambiguous: one of three
             losses.append(jnp.take_along_axis(value, best, -1).mean())
             losses.append(jnp.square(quality - jax.lax.stop_gradient(overlap)).mean())
@@ -122,11 +121,6 @@ def make_step(graphdef, optimizer, seed: int):
         return optax.apply_updates(params, updates), state, loss, overlap
 
     return step
-
-
-def embed(model: Sam, images):
-    """Embeddings of slices (B, S, S) in [0, 1], shown in the colours that SAM is trained on."""
-    return model.encode_image(normalise(255 * to_input(images)))
 
 
 def ask(key, labels):
@@ -153,9 +147,9 @@ def ask(key, labels):
     return mask.astype(jnp.int32), point, box
 
 
-def _loss(logits, quality, target):
-    """(cross-entropy + soft Dice, IoU), each (B, M): logits (B, h, w, M), target (B, h, w, 1)."""
-    pixels = (1, 2)
+def mask_loss(logits, masks):
+    """(cross-entropy + soft Dice, IoU), each (B, M): logits (B, h, w, M), masks (B, S, S)."""
+    logits, target, pixels = upsample_logits(logits, masks.shape[1:]), masks[..., None], (1, 2)
     entropy = optax.sigmoid_binary_cross_entropy(logits, target).mean(pixels)
     found = jax.nn.sigmoid(logits)
     dice = (2 * (found * target).sum(pixels) + 1) / (found.sum(pixels) + target.sum(pixels) + 1)

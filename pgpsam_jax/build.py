@@ -1,5 +1,7 @@
 """From a configuration to objects: model, optimiser, step; and the backbone it starts from."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from pgpsam_jax import backbone, cnn_base, weights
 from pgpsam_jax import config as configuration
 from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.methods import key_of, method_of, name_of
+from pgpsam_jax.methods import colors_of, key_of, method_of, name_of, start_of
 from pgpsam_jax.models.image_encoder import EncoderConfig, attention_report
 from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.optim import OptimConfig, learning_rate_schedule, make_optimizer
@@ -30,6 +32,13 @@ def make_model(settings: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> nnx.Mo
     model = method_of(settings).make(settings, num_classes, dtype, rngs)
     attention_report(model.image_encoder.config, dtype)  # refuses what cannot run here
     return model
+
+
+def settled(config: ConfigDict) -> ConfigDict:
+    """A copy in which what the base or the method decides is written out, as runs keep it."""
+    config = config.copy_and_resolve_references()
+    config.model.colors, config.model.start = colors_of(config.model), start_of(config.model)
+    return config
 
 
 def abstract_model(config: ConfigDict, num_classes: int):
@@ -71,12 +80,20 @@ def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> 
         if under(name, (prefix,))
     }
     leaves = flat_paths(params) | flat_paths(frozen)
+    taken = dict(method.base_tensors)
+    if start_of(settings) == "sam":
+        taken |= {
+            path: match.expand(source)
+            for path in leaves
+            for pattern, source in method.sam_start.items()
+            if (match := re.fullmatch(pattern, path))
+        }
     shapes = {
         path: leaf.shape
         for path, leaf in leaves.items()
-        if not isinstance(leaf, nnx.LoRAParam) and under(path, method.base_tensors)
+        if not isinstance(leaf, nnx.LoRAParam) and under(path, taken)
     }
-    chosen = weights.select_base(tensors, shapes, method.base_tensors, method.base_unused)
+    chosen = weights.select_base(tensors, shapes, taken, method.base_unused)
     for path, value in chosen.items():
         leaves[path].set_value(jnp.asarray(value))
     return base.digest

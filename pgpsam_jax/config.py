@@ -77,12 +77,19 @@ def default_config() -> ConfigDict:
     config.model.preset = "paper"  # its equations; release: what the authors' code computes
     config.model.encoder = "vit_b"  # vit_t, vit_b, vit_l, vit_h
     config.model.base = ""  # converted SAM weights; empty = random backbone
+    # What the encoder sees of a slice: auto (what the base was trained on), unit (0 to 1, as the
+    # authors' code), normalized (by SAM's mean and SD).
+    config.model.colors = "auto"
+    # What a method adds to SAM starts: auto (docs/paper.md), sam (small), drawn (as any layer).
+    config.model.start = "auto"
+    config.model.start_scale = 0.1  # of the small additions
     config.model.train_encoder = "lora"  # lora, full, frozen
     config.model.image_size = 512
     config.model.patch_size = 16
     config.model.alpha = 8  # inter-class prototypes per class
     config.model.k = 4  # of them matched to each class
     config.model.mix_start = 0.5  # alpha and beta of Eq 5 at the start, how strongly PPR refines
+    config.model.ppr_norm = True  # LayerNorm on P^ and F^ of Eq 5, as the release has it
     config.model.stage_taps = ()  # encoder blocks, one per stage; empty = last, first global
     config.model.cfm = True  # the three switches of Table 3
     config.model.ppr = True
@@ -261,6 +268,10 @@ def _of_today(value: dict) -> dict:
     value = {part: dict(v) if isinstance(v, dict) else v for part, v in value.items()}
     if isinstance(remat := value.get("model", {}).get("remat"), bool):  # before it had names
         value["model"]["remat"] = "blocks" if remat else "none"
+    if isinstance(model := value.get("model"), dict) and "colors" not in model:
+        asks_sam = model.get("name") in ("surgicalsam", "fssp", "sam")
+        colors = "normalized" if asks_sam else "unit"
+        value["model"] = model | {"colors": colors, "start": "drawn", "ppr_norm": False}
     if value.get("optim", {}).get("accumulate_steps") == 1:  # now train.microbatches
         del value["optim"]["accumulate_steps"]
     return value

@@ -14,13 +14,13 @@ import optax
 from flax import nnx
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.losses import resize_labels_nearest
+from pgpsam_jax.losses import class_shares
 from pgpsam_jax.models.layers import wide
 from pgpsam_jax.models.placement import split_batch
 from pgpsam_jax.step import StepConfig, TrainState, loss_of, to_input
 
 ITERATIONS, TOLERANCE = 1000, 1e-4  # scikit-learn's for FSSP: the largest slope of the mean loss
-UNKNOWN = -1  # label of what fills up the last part of the list
+UNKNOWN = -1  # share of a class in what fills up the last part of the list
 
 
 class Minimum(NamedTuple):
@@ -72,21 +72,22 @@ def make_fit_step(graphdef, optimizer: optax.GradientTransformation, config: Ste
         count = len(labels) // max(config.encoded, 1)  # of copies, the first
         labels = labels[:count].astype(jnp.int32)
         filled = -count % size
+        model = nnx.merge(graphdef, state.params, frozen)
         if config.encoded:
             features = _filled(batch["encoded"][:count], filled)
         else:
-            model = nnx.merge(graphdef, state.params, frozen)
             parts = _filled(batch["image"][:count], filled)
             parts = parts.reshape(-1, size, *parts.shape[1:])
             features = jax.lax.map(lambda part: model.encode(to_input(split_batch(part))), parts)
             features = features.reshape(-1, *features.shape[2:])
         features = split_batch(features.astype(wide(features.dtype)))
-        labels = resize_labels_nearest(labels, features.shape[1:3])
-        labels = split_batch(_filled(labels, filled, UNKNOWN))
+        coarse = jax.eval_shape(model.segment, features)["coarse"]
+        shares = class_shares(labels, coarse.shape[1:3], coarse.shape[-1])
+        shares = split_batch(_filled(shares, filled, UNKNOWN))
         settings = dataclasses.replace(config, encoded=1)
 
         def judged(params):
-            return loss_of(graphdef, params, frozen, features, labels, 0, settings)
+            return loss_of(graphdef, params, frozen, features, shares, 0, settings)
 
         found = minimise(lambda params: judged(params)[0], state.params)
         _, (metrics, _) = judged(found.params)

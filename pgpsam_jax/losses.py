@@ -74,10 +74,28 @@ def segmentation_loss(logits, labels, ce_weight: float = 0.2, dice_weight: float
     return ce_weight * parts["ce"] + dice_weight * parts["dice"], parts
 
 
+def class_shares(labels, shape: tuple[int, int], classes: int):
+    """Share of every cell's pixels that a foreground class has, (B, H, W) -> (B, *shape, M).
+
+    The target of outputs that are too small for labels, and too costly to upsample: centered on
+    the cell as bilinear upsampling takes it to be, which no single pixel of an even number is.
+
+    Args:
+      labels: (B, H, W) class ids.
+      shape: (h, w), which divide H and W.
+      classes: M, the number of foreground classes, 1 to M.
+    """
+    b, (h, w) = len(labels), shape
+    cells = labels.reshape(b, h, labels.shape[1] // h, w, labels.shape[2] // w, 1)
+    return jnp.mean(cells == jnp.arange(1, classes + 1), axis=(2, 4), dtype=jnp.float32)
+
+
 def resize_labels_nearest(labels, shape: tuple[int, int]):
     """(B, H, W) -> (B, *shape) by PyTorch's nearest rule: row i comes from floor(i * (H / h)).
 
-    `jax.image.resize` samples at pixel centres instead, half a cell further on.
+    That is the first pixel of a cell, while bilinear upsampling puts a logit at its center: masks
+    learned from such labels lie half a cell off, less half a pixel. Only the authors' code, which
+    preset `release` reproduces, has them so.
     """
     if labels.shape[1:] == tuple(shape):
         return labels
@@ -102,7 +120,7 @@ def deep_supervision_loss(outputs, labels, epoch, ce_weight: float = 0.2, dice_w
 
     Args:
       outputs: {"bootstrap": (B, h, w, K), "final": (B, H, W, K)} logits; each is compared with
-        the labels at its own resolution.
+        the labels at its own resolution (`resize_labels_nearest`).
       labels: (B, H, W) integer class ids.
       epoch: scalar, may be traced.
 
@@ -122,16 +140,21 @@ def deep_supervision_loss(outputs, labels, epoch, ce_weight: float = 0.2, dice_w
 
 
 def deep_supervision(outputs, labels, epoch, config):
-    """`deep_supervision_loss` with the final output at the labels' size: PGP-SAM and H-SAM."""
+    """`deep_supervision_loss` with both outputs at the labels' size: PGP-SAM and H-SAM."""
+    outputs = {name: upsample_logits(logits, labels.shape[1:]) for name, logits in outputs.items()}
+    return deep_supervision_loss(outputs, labels, epoch, config.ce_weight, config.dice_weight)
+
+
+def released_deep_supervision(outputs, labels, epoch, config):
+    """The same with the bootstrap at its own size, labels read as the authors' code reads them."""
     outputs = outputs | {"final": upsample_logits(outputs["final"], labels.shape[1:])}
     return deep_supervision_loss(outputs, labels, epoch, config.ce_weight, config.dice_weight)
 
 
 def final_only(outputs, labels, epoch, config):
-    """`segmentation_loss` of the final output at its own size: SAMed and SAM-LST."""
-    logits = outputs["final"]
-    target = resize_labels_nearest(labels, logits.shape[1:3])
-    loss, parts = segmentation_loss(logits, target, config.ce_weight, config.dice_weight)
+    """`segmentation_loss` of the final output at the labels' size: SAMed and SAM-LST."""
+    logits = upsample_logits(outputs["final"], labels.shape[1:])
+    loss, parts = segmentation_loss(logits, labels, config.ce_weight, config.dice_weight)
     return loss, {"loss": loss} | parts
 
 
@@ -166,19 +189,18 @@ def prototype_contrast(prototypes, features, labels, temperature: float = 0.07):
     Args:
       prototypes: (M, C), of classes 1 to M.
       features: (B, h, w, C).
-      labels: (B, H, W) class ids; a class counts in an image where a cell of h x w has it.
+      labels: (B, H, W) class ids; a class counts in an image that has a pixel of it.
 
     Returns:
       float32 scalar, the mean over (image, class) of -log of the pair's share, exp(cosine / t),
       among itself and those of this prototype with other classes; 0 without any.
     """
-    target = resize_labels_nearest(labels, features.shape[1:3])
     features = features.astype(wide(features.dtype))
-    members = (target[..., None] == jnp.arange(1, len(prototypes) + 1)).astype(features.dtype)
-    areas = jnp.sum(members, axis=(1, 2))
-    means = jnp.einsum("bhwk,bhwc->bkc", members, features, precision="highest")
-    means = _unit(means / jnp.maximum(areas, 1)[..., None])
+    shares = class_shares(labels, features.shape[1:3], len(prototypes))
+    areas = jnp.sum(shares, axis=(1, 2))
     there = areas > 0
+    means = jnp.einsum("bhwk,bhwc->bkc", shares, features, precision="highest")
+    means = _unit(means / jnp.where(there, areas, 1)[..., None])
     similar = jnp.einsum("mc,bkc->mbk", _unit(prototypes), means, precision="highest")
     similar /= temperature
     same = jnp.eye(len(prototypes), dtype=bool)[:, None]  # prototype, image, class
@@ -193,18 +215,17 @@ def _unit(x):
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-12))
 
 
-def one_against_rest(outputs, labels, epoch, config):
+def one_against_rest(outputs, shares, epoch, config):
     """Logistic regression of every class against all else, as scikit-learn's: FSSP-SAM.
 
-    `coarse` logits (B, h, w, M) of classes 1 to M and the `kernel` they came from; labels below 0
-    do not count. Each class has the mean loss of its pixels and |w|^2 / 2 over their number (C 1).
+    `coarse` logits (B, h, w, M) of classes 1 to M, the `kernel` they came from, and what of each
+    cell is of the class, `class_shares` (B, h, w, M); cells below 0 do not count. Each class has
+    the mean loss of its cells and |w|^2 / 2 over their number (C 1).
     """
     logits = outputs["coarse"].astype(wide(outputs["coarse"].dtype))
-    target = resize_labels_nearest(labels, logits.shape[1:3])[..., None]
-    there = target == jnp.arange(1, logits.shape[-1] + 1)
-    entropy = jax.nn.softplus(logits) - jnp.where(there, logits, 0)
-    known = target >= 0
-    count = jnp.maximum(jnp.sum(known), 1)
+    entropy = jax.nn.softplus(logits) - shares * logits
+    known = shares >= 0
+    count = jnp.maximum(jnp.sum(known[..., 0]), 1)
     entropy = jnp.sum(jnp.where(known, entropy, 0)) / count
     loss = entropy + 0.5 * jnp.sum(jnp.square(outputs["kernel"])) / count
     return loss, {"loss": loss, "ce": entropy}

@@ -25,6 +25,10 @@ from pgpsam_jax.models.lora import TARGETS, LoraConfig
 from pgpsam_jax.models.release import model as release
 from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.step import make_train_step
+from pgpsam_jax.weights import colors_of_base
+
+STARTS = ("auto", "sam", "drawn")  # what a method's additions to SAM start as
+RELEASE = ("pgpsam", "release")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +40,11 @@ class Method:
     loss: see `losses`. frozen: path prefixes outside the encoder that never train.
     base_rows: prefix in the converted SAM -> so many rows of its first axis are taken. cnn: prefix
     of a ResNet-18 that `config.model.cnn_base` may give its start. make_step: what a step of the
-    run is, see `step.make_train_step`. steps: of a run, whatever `config.train` says: 1 of a fit to
-    the whole few-shot list, 0 where nothing trains. oracle: it is given the labels of the volumes
-    that it is scored on; its label and `notice` say so.
+    run is, see `step.make_train_step`. start: "sam" or "drawn", what `model.start=auto` is.
+    sam_start: what "sam" takes from SAM besides, pattern of paths here -> path there. steps: of a
+    run, whatever `config.train` says: 1 of a fit to the whole few-shot list, 0 where nothing
+    trains. oracle: it is given the labels of the volumes that it is scored on; its label and
+    `notice` say so.
     """
 
     label: str
@@ -50,6 +56,8 @@ class Method:
     base_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     cnn: str = ""
     make_step: Callable = make_train_step
+    start: str = "drawn"
+    sam_start: dict[str, str] = dataclasses.field(default_factory=dict)
     steps: int | None = None
     oracle: bool = False
 
@@ -62,7 +70,31 @@ def _sam(settings: ConfigDict) -> SamConfig:
         attention=settings.attention,
         remat=settings.remat,
         scan_blocks=settings.scan_blocks,
+        colors=colors_of(settings),
     )
+
+
+def colors_of(settings: ConfigDict) -> str:
+    """What `model.colors` says; `auto`: what the base was trained on, or the released code does.
+
+    Without a base the encoder is trained from scratch, on images as they are.
+    """
+    if settings.colors != "auto":
+        return settings.colors
+    if key_of(settings) == RELEASE or not settings.base:
+        return "unit"
+    return colors_of_base(settings.base)
+
+
+def start_of(settings: ConfigDict) -> str:
+    """What `model.start` says, `sam` or `drawn`; `auto`: the method's."""
+    if settings.start not in STARTS:
+        raise UserError(f"model.start is {settings.start!r}; choose from {', '.join(STARTS)}")
+    return method_of(settings).start if settings.start == "auto" else settings.start
+
+
+def _start_small(settings: ConfigDict) -> float | None:
+    return settings.start_scale if start_of(settings) == "sam" else None
 
 
 def _lora(settings: ConfigDict) -> LoraConfig:
@@ -82,6 +114,7 @@ def _prototype_settings(settings: ConfigDict, num_classes: int) -> dict:
         alpha=settings.alpha,
         k=settings.k,
         lora=_lora(settings),
+        start_small=_start_small(settings),
     )
 
 
@@ -89,6 +122,7 @@ def _make_paper(settings, num_classes: int, dtype, rngs: nnx.Rngs):
     config = pgpsam.PgpSamConfig(
         **_prototype_settings(settings, num_classes),
         mix_start=settings.mix_start,
+        ppr_norm=settings.ppr_norm,
         cfm=settings.cfm,
         ppr=settings.ppr,
         ppg=settings.ppg,
@@ -142,6 +176,7 @@ def _make_surgicalsam(settings, num_classes: int, dtype, rngs: nnx.Rngs):
         _sam(settings),
         num_classes,
         prompt_tokens=settings.prompt_tokens,
+        start_small=_start_small(settings),
         lora=_lora(settings),
         dtype=dtype,
         rngs=rngs,
@@ -165,15 +200,31 @@ def _by_masks(model: Callable):
 # (config.model.name, config.model.preset) -> method; a method with one preset has "" there.
 METHODS = {
     ("pgpsam", "paper"): Method(
-        "PGP-SAM, paper", _make_paper, pgpsam.BASE_TENSORS, pgpsam.BASE_UNUSED
+        "PGP-SAM, paper",
+        _make_paper,
+        pgpsam.BASE_TENSORS,
+        pgpsam.BASE_UNUSED,
+        start="sam",
+        sam_start=pgpsam.SAM_START,
     ),
-    ("pgpsam", "release"): Method(
-        "PGP-SAM, release", _make_release, release.BASE_TENSORS, release.BASE_UNUSED
+    RELEASE: Method(
+        "PGP-SAM, release",
+        _make_release,
+        release.BASE_TENSORS,
+        release.BASE_UNUSED,
+        losses.released_deep_supervision,
+        sam_start=release.SAM_START,
     ),
     ("samed", ""): Method(
         "SAMed", _make_samed, segmenter.BASE_TENSORS, segmenter.BASE_UNUSED, losses.final_only
     ),
-    ("hsam", ""): Method("H-SAM", _make_hsam, segmenter.BASE_TENSORS, segmenter.BASE_UNUSED),
+    ("hsam", ""): Method(
+        "H-SAM",
+        _make_hsam,
+        segmenter.BASE_TENSORS,
+        segmenter.BASE_UNUSED,
+        sam_start=hsam.SAM_START,
+    ),
     ("autosam", ""): Method(
         "AutoSAM",
         _make_autosam,
@@ -199,6 +250,7 @@ METHODS = {
         (),
         losses.prototype_prompts,
         frozen=("prompt_encoder",),
+        sam_start=surgicalsam.SAM_START,
     ),
     ("fssp", ""): Method(
         "FSSP-SAM",

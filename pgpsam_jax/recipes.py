@@ -90,6 +90,15 @@ def of(name: str) -> dict:
     return RECIPES.get(name, {})
 
 
+def equal(name: str) -> dict:
+    """What of a recipe is the method itself; all else is left to the configuration.
+
+    So every method has the same optimizer, schedule, loss weights, batch and LoRA rank.
+    """
+    own = of(name).items()
+    return {k: v for k, v in own if k.startswith("model.") and k != "model.lora_rank"}
+
+
 def use(config: ConfigDict, name: str) -> None:
     """Make a configuration that of a method, trained by its recipe."""
     config.model.name = name

@@ -48,7 +48,7 @@ def train(config: ConfigDict, workdir) -> dict:
     deterministic.demand(config)
     distributed.check_shared(workdir)
     with _locked(workdir, "training"):
-        return _train(config, Path(workdir))
+        return _train(build.settled(config), Path(workdir))
 
 
 def _locked(workdir, doing: str):
@@ -270,8 +270,7 @@ def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
 
 
 def _evaluate(config: ConfigDict | None, stored: ConfigDict, workdir) -> dict:
-    if config is None:
-        config = stored
+    config = stored if config is None else build.settled(config)
     configuration.belongs_to(config, workdir)
     split = dataset.find_split(config)
     predictor = load_predictor(config, workdir, split.table.num_classes)

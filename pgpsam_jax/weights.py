@@ -119,6 +119,16 @@ def load_base(path) -> Base:
     return Base(read_safetensors(weights), meta, digest)
 
 
+def colors_of_base(path) -> str:
+    """What the encoder of converted weights was trained on, one of `image_encoder.COLORS`.
+
+    Sidecars of before this was written, and weights that are not there, are of SAM.
+    """
+    sidecar = base_files(path)[1]
+    meta = read_json(sidecar, "description of weights") if sidecar.is_file() else {}
+    return meta.get("colors", "normalized") if isinstance(meta, dict) else "normalized"
+
+
 def fit_base(
     tensors: Mapping[str, np.ndarray],
     grid: tuple[int, int],

@@ -80,6 +80,7 @@ def store(output, tensors: Tensors, origin: dict) -> dict:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         **describe(tensors),
+        "colors": "normalized",  # every SAM here; see `models.sam.COLORS`
         **origin,
         "sha256": write_weights(weights, tensors),
         "tensor_count": len(tensors),

@@ -6,7 +6,7 @@ Each by its authors' recipe. `phantom` starts all of them from a small SAM that 
 phantoms, weights/sam_vit_t: python -m experiments.pretrain
 """
 
-from experiments.grids.targets import SYNAPSE, methods_target
+from experiments.grids.targets import SYNAPSE, target
 from experiments.plan import Plan, method_rows
 
 
@@ -15,5 +15,5 @@ def get_grid(variant: str = SYNAPSE) -> Plan:
         title="Table 1: methods on Synapse, eight organs",
         rows=method_rows(),
         published="table1" if variant == SYNAPSE else None,
-        **methods_target(variant),
+        **target(variant),
     )

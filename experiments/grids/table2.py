@@ -7,12 +7,12 @@ no head phantom: `phantom` rehearses five classes and a split by fraction on fou
 from the small SAM of table1.
 """
 
-from experiments.grids.targets import PHANTOM, SYNAPSE, methods_target
+from experiments.grids.targets import PHANTOM, SYNAPSE, target
 from experiments.plan import Plan, method_rows
 
 
 def get_grid(variant: str = "ventricle") -> Plan:
-    setting = methods_target(PHANTOM if variant == PHANTOM else SYNAPSE)
+    setting = target(PHANTOM if variant == PHANTOM else SYNAPSE)
     if variant == PHANTOM:
         setting["overrides"] |= {
             "data.label_table": "configs/labels/four_organs.json",

@@ -74,6 +74,10 @@ class ContextualFeatureModulation(nnx.Module):
             self.channel = ChannelGate(channels, dtype=dtype, rngs=rngs)
         self.enabled = enabled
 
+    def start_small(self, factor: float) -> None:
+        """Scale what is added to the previous feature by the learned scale of its LayerNorm."""
+        initial.scale(self.norm.scale, factor)
+
     def __call__(self, tap, previous):
         """tap (B, H, W, D) and previous (B, H, W, C) to X_i (B, H, W, C)."""
         feature = self.norm(self.projection(tap))

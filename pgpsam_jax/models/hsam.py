@@ -264,3 +264,14 @@ def drop_out(x, keys, stream: int):
 def _draw(distribution, keys, stream: int, *arguments):
     """Draws (B, ...), every sample's by its own key alone: the same on any number of devices."""
     return jax.vmap(lambda key: distribution(jax.random.fold_in(key, stream), *arguments))(keys)
+
+
+# Tensors of the second decoder that SAM's has in the same shape, for a start from SAM (`pgpsam`).
+SAM_START = {
+    rf"second/({part}/.*)": r"mask_decoder/\1"
+    for part in (
+        "upscaling",
+        r"transformer/layers/\d+/(?:self_attn|mlp|norm\d)",
+        "transformer/(?:final_attn_token_to_image|norm_final_attn)",
+    )
+}

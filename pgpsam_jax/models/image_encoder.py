@@ -23,13 +23,20 @@ REMAT = {
     "blocks": "whole blocks: kept are their inputs",
 }
 
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+# What an encoder makes of images in [0, 1] before it looks at them: what its weights were trained
+# on. Unit: nothing. Normalized: mean 0 and SD 1 over the pictures SAM was trained on.
+COLORS = ("unit", "normalized")
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """Sizes of the encoder, and how it is computed; `grid` is image size / patch size in tokens.
 
-    attention: a name of `attention.NAMES`; remat: one of `REMAT`. scan_blocks compiles the group
-    of blocks that repeats once instead of all blocks, for a copy of their weights.
+    colors: one of `COLORS`. attention: a name of `attention.NAMES`; remat: one of `REMAT`.
+    scan_blocks compiles the group of blocks that repeats once instead of all blocks, for a copy of
+    their weights.
     """
 
     grid: tuple[int, int]
@@ -40,6 +47,7 @@ class EncoderConfig:
     global_blocks: tuple[int, ...]
     window_size: int = 14
     out_channels: int = 256
+    colors: str = "unit"
     attention: str = "auto"
     remat: str = "none"
     scan_blocks: bool = False
@@ -49,6 +57,10 @@ class EncoderConfig:
             raise UserError(
                 f"model.attention {self.attention!r} unknown; choose one of "
                 f"{', '.join(attention.NAMES)}"
+            )
+        if self.colors not in COLORS:
+            raise UserError(
+                f"model.colors {self.colors!r} unknown; choose auto or {' or '.join(COLORS)}"
             )
         if self.remat not in REMAT:
             raise UserError(f"model.remat {self.remat!r} unknown; choose one of {', '.join(REMAT)}")
@@ -197,6 +209,8 @@ class ImageEncoder(nnx.Module):
 
     def __call__(self, images, taps: tuple[int, ...] = ()):
         """Return (embedding, [output of block i for i in taps])."""
+        if self.config.colors == "normalized":
+            images = normalize(255 * images)
         x = self.patch_embed(images)
         x = placement.split_batch(x + placement.gathered(self.pos_embed[...].astype(x.dtype)))
         run = recomputing(self.config.remat)
@@ -226,6 +240,11 @@ class ImageEncoder(nnx.Module):
 
         x, outputs = jax.lax.scan(group, x, stacked)
         return x, [outputs[tap % period][tap // period] for tap in taps]
+
+
+def normalize(images):
+    """Colors from 0 to 255, (..., 3), as SAM's encoder was trained on them."""
+    return (images - jnp.array(PIXEL_MEAN, images.dtype)) / jnp.array(PIXEL_STD, images.dtype)
 
 
 def recomputing(remat: str):

@@ -77,5 +77,10 @@ def kernel_param(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Par
     return nnx.Param(jnp.asarray(_kernel(rngs, shape, fan_in)))
 
 
+def scale(param: nnx.Param, factor: float) -> None:
+    """Multiplies what a parameter starts at; by 0 for a layer that is to say nothing at first."""
+    param.set_value(param[...] * np.float32(factor))
+
+
 def zeros_param(*shape: int) -> nnx.Param:
     return nnx.Param(jnp.asarray(np.zeros(shape, np.float32)))

@@ -71,10 +71,13 @@ class PrototypeConfig:
 class PgpSamConfig(PrototypeConfig):
     """Preset `paper`: with the switches of Table 3.
 
-    mix_start: value of the learned alpha and beta of Eq 5 at the start.
+    mix_start: value of the learned alpha and beta of Eq 5 at the start; ppr_norm: LayerNorm on P^
+    and F^ there. start_small: None, or what the first additions to SAM's features are scaled by.
     """
 
     mix_start: float = 0.5
+    ppr_norm: bool = True
+    start_small: float | None = None
     cfm: bool = True
     ppr: bool = True
     ppg: bool = True
@@ -138,10 +141,19 @@ class PgpSam(Segmenter):
         if config.ppr:
             self.ppr = nnx.List(
                 PrototypeRefinement(
-                    c, classes, config.k, encoder.grid, mix_start=config.mix_start, **common
+                    c,
+                    classes,
+                    config.k,
+                    encoder.grid,
+                    mix_start=config.mix_start,
+                    norm=config.ppr_norm,
+                    **common,
                 )
                 for _ in config.stage_taps
             )
+        if config.start_small is not None:
+            for module in (*self.cfm, *(self.ppg if config.ppg else ())):
+                module.start_small(config.start_small)
         self.config = config
 
     def prompts(self, i: int, feature, intra, inter):
@@ -193,6 +205,8 @@ BASE_TENSORS = {
     "mask_decoder/upscaling": "mask_decoder/upscaling",
     "default_dense": "prompt_encoder/no_mask_embed",
 }
+# What is SAM's only where the model starts from SAM: pattern of paths here -> path there.
+SAM_START = {r"ppg/\d+/dense/mlp/lin2/bias": "prompt_encoder/no_mask_embed"}
 # SAM's own prompts, mask tokens, hypernetworks and quality head have no place here: prompts come
 # from prototypes, and there is one mask token and one hypernetwork per class.
 BASE_UNUSED = (

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models import layers
+from pgpsam_jax.models import initial, layers
 
 
 def affinity(prototypes, others):
@@ -57,6 +57,11 @@ class PromptGenerator(nnx.Module):
     def __init__(self, channels: int, classes: int, inter: int, *, dtype, rngs: nnx.Rngs):
         self.dense = PromptPath(channels, classes, dtype=dtype, rngs=rngs)
         self.sparse = PromptPath(channels, inter, dtype=dtype, rngs=rngs)
+
+    def start_small(self, factor: float) -> None:
+        """Make the dense prompt its last bias, and sparse prompts so much smaller, at the start."""
+        initial.scale(self.dense.mlp.lin2.kernel, 0)
+        initial.scale(self.sparse.mlp.lin2.kernel, factor)
 
     def __call__(self, feature, intra, inter):
         """feature F_I (B, H, W, C), intra (B, K, C), inter (B, Q, C); returns (sparse, dense)."""

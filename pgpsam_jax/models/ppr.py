@@ -124,19 +124,38 @@ class ClassAttention(nnx.Module):
 
 
 class PrototypeRefinement(nnx.Module):
-    """One stage of PPR: intra (B, K, C) and inter (B, Q, C) prototypes to refined ones."""
+    """One stage of PPR: intra (B, K, C) and inter (B, Q, C) prototypes to refined ones.
+
+    mix_start: alpha and beta of Eq 5 at the start. norm: LayerNorm on P^ and F^ of Eq 5, which the
+    paper does not print and its release has: without, W_q becomes one-hot and the classes' refined
+    prototypes come out alike.
+    """
 
     def __init__(
-        self, channels: int, classes: int, k: int, grid, *, mix_start=0.5, dtype, rngs: nnx.Rngs
+        self,
+        channels: int,
+        classes: int,
+        k: int,
+        grid,
+        *,
+        mix_start: float = 0.5,
+        norm: bool = True,
+        dtype,
+        rngs: nnx.Rngs,
     ):
         tokens = classes * (k + 1)
         self.class_attention = ClassAttention(
             channels, classes, tokens, grid, dtype=dtype, rngs=rngs
         )
         self.fuse = layers.Linear(channels + classes, channels, dtype=dtype, rngs=rngs)
+        if norm:
+            self.token_norm, self.fused_norm = (
+                layers.layer_norm(channels, eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs)
+                for _ in range(2)
+            )
         self.alpha = nnx.Param(jnp.array(mix_start, jnp.float32))
         self.beta = nnx.Param(jnp.array(mix_start, jnp.float32))
-        self.k, self.mix_start = k, mix_start
+        self.k, self.mix_start, self.norm = k, mix_start, norm
 
     @property
     def mixing(self):
@@ -151,6 +170,8 @@ class PrototypeRefinement(nnx.Module):
         fused = fused.reshape(b, h * w, c)
         picks = select_inter(intra, inter, self.k)
         tokens = gather_tokens(intra, inter, picks)
+        if self.norm:
+            tokens, fused = self.token_norm(tokens), self.fused_norm(fused)
         class_weights = self.class_attention(feature, class_feature)
         query_weights = query_attention(tokens, fused)
         tokens = attend_tokens(self.alpha[...], self.beta[...], class_weights, query_weights, fused)

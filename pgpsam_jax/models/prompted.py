@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.prompts import bounding_boxes, inner_points
-from pgpsam_jax.models.sam import SamConfig, normalise
+from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.models.segmenter import SamSegmenter
 
 PROMPTS = ("point", "box", "both")
@@ -19,16 +19,10 @@ BASE_TENSORS = {name: name for name in ("image_encoder", "prompt_encoder", "mask
 
 
 class PromptedSam(SamSegmenter):
-    """SAM with its own four mask tokens, of which the first is the mask of a clear prompt.
-
-    Its encoder was trained on normalised colours, and here it is to work as it is.
-    """
+    """SAM with its own four mask tokens, of which the first is the mask of a clear prompt."""
 
     def __init__(self, sam: SamConfig, **options):
         super().__init__(sam, 4, **options)
-
-    def encode(self, images):
-        return super().encode(normalise(255 * images))
 
     def ask(self, feature, sparse, dense):
         """Logits (B, 4H, 4W, M): features (B, H, W, C), prompts (B, M, T, C), (B, M, H, W, C)."""

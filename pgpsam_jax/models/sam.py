@@ -11,13 +11,10 @@ import numpy as np
 from flax import nnx
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.image_encoder import EncoderConfig, ImageEncoder
+from pgpsam_jax.models.image_encoder import EncoderConfig, ImageEncoder, normalize
 from pgpsam_jax.models.lora import LoraConfig
 from pgpsam_jax.models.mask_decoder import DecoderConfig, MaskDecoder
 from pgpsam_jax.models.prompt_encoder import PromptEncoder
-
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
 
 _VIT = {
     "vit_b": dict(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11)),
@@ -71,7 +68,8 @@ class Sam(nnx.Module):
         self.mask_decoder = MaskDecoder(config.decoder, 4, iou_head=True, dtype=dtype, rngs=rngs)
 
     def encode_image(self, images):
-        """Normalised images (B, rows, columns, 3) to embeddings (B, H, W, C)."""
+        """Images (B, rows, columns, 3) to embeddings (B, H, W, C): normalized by `preprocess`, or
+        in [0, 1] for an encoder that normalizes them itself (`EncoderConfig.colors`)."""
         return self.image_encoder(images)[0]
 
     def predict(self, embedding, *, multimask: bool = True, **prompts):
@@ -84,11 +82,6 @@ class Sam(nnx.Module):
         return self.mask_decoder(embedding, grid, sparse, dense, multimask=multimask)
 
 
-def normalise(images):
-    """Colours from 0 to 255, (..., 3), as SAM's encoder was trained on them."""
-    return (images - jnp.array(PIXEL_MEAN, images.dtype)) / jnp.array(PIXEL_STD, images.dtype)
-
-
 def preprocess(image: np.ndarray, size: tuple[int, int]):
     """uint8 RGB (h, w, 3) to SAM's input (1, *size, 3) and the resized shape before padding.
 
@@ -97,7 +90,7 @@ def preprocess(image: np.ndarray, size: tuple[int, int]):
     scale = min(size[0] / image.shape[0], size[1] / image.shape[1])
     shape = tuple(int(n * scale + 0.5) for n in image.shape[:2])
     x = jax.image.resize(jnp.asarray(image, jnp.float32), (*shape, 3), "bilinear")
-    x = normalise(x)
+    x = normalize(x)
     return jnp.pad(x, ((0, size[0] - shape[0]), (0, size[1] - shape[1]), (0, 0)))[None], shape
 
 

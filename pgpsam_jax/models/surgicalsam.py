@@ -42,6 +42,7 @@ class SurgicalSam(PromptedSam):
     Trains prototypes, prompter and decoder. A class is asked for by its own dense prompt and the
     sparse ones of all classes, its own marked as points inside, the others' as outside. Which
     classes an image shows is never given. The loss also takes `features` and `prototypes`.
+    start_small: as of `pgpsam.PgpSamConfig`.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class SurgicalSam(PromptedSam):
         num_classes: int,
         *,
         prompt_tokens: int = 4,
+        start_small: float | None = None,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
         **options,
@@ -58,6 +60,9 @@ class SurgicalSam(PromptedSam):
         width = sam.decoder.width
         self.prototypes = initial.normal_param(rngs, num_classes - 1, width)
         self.prompter = Prompter(width, sam.encoder.grid, prompt_tokens, dtype=dtype, rngs=rngs)
+        if start_small is not None:
+            initial.scale(self.prompter.dense2.kernel, 0)
+            initial.scale(self.prompter.sparse2.kernel, start_small)
 
     def segment(self, feature, keys=None):
         prototypes = self.prototypes[...]
@@ -72,3 +77,6 @@ class SurgicalSam(PromptedSam):
         marks = jnp.where(jnp.eye(m, dtype=bool)[..., None], inside, outside)  # asked, of, C
         tokens = sparse[:, None] + marks[:, :, None].astype(sparse.dtype)
         return tokens.reshape(b, m, m * t, c)
+
+
+SAM_START = {"prompter/dense2/bias": "prompt_encoder/no_mask_embed"}  # as in `pgpsam`

@@ -26,10 +26,12 @@ class ReleaseConfig(PrototypeConfig):
     """dcn: `deformable`, the release's, or `plain`, dilated convolutions without gathers.
 
     token_order: how the decoder reads its image tokens before upscaling, see `TOKEN_ORDERS`.
+    start_small: None, the release's own start, or what additions to SAM's features are scaled by.
     """
 
     dcn: str = "deformable"
     token_order: str = "released"
+    start_small: float | None = None
 
 
 class PrePrompt(nnx.Module):
@@ -69,7 +71,20 @@ class ReleasePgpSam(Segmenter):
         )
         self.image_level = initial.normal_param(rngs, stages, c)
         self.class_level = initial.normal_param(rngs, stages, classes)
+        if config.start_small is not None:
+            self._start_small(config.start_small)
         self.config = config
+
+    def _start_small(self, factor: float) -> None:
+        """Make X_s nearly the neck, dense prompts nearly their last bias, sparse ones small."""
+        for added in (self.pre_prompt.mask_embed, self.image_level):
+            initial.scale(added, factor)
+        for cfm in self.cfm:
+            for added in (cfm.norm.scale, cfm.merge.kernel, cfm.ffn.project_out.kernel):
+                initial.scale(added, factor)
+        for generator in (self.pre_prompt.ppg, *self.ppg):
+            initial.scale(generator.dense.mlp.lin2.kernel, 0)
+            initial.scale(generator.sparse.mlp.lin2.kernel, factor)
 
     def embedded(self, refined: Refined):
         """(intra, inter) with the additive tables, as every refinement and generator sees them."""
@@ -109,6 +124,9 @@ BASE_TENSORS = {
     "image_encoder": "image_encoder",
     "mask_decoder/transformer": "mask_decoder/transformer",
 }
+SAM_START = {
+    r"(ppg/\d+|pre_prompt/ppg)/dense/mlp/lin2/bias": "prompt_encoder/no_mask_embed"
+}  # as in `pgpsam`
 BASE_UNUSED = (
     "prompt_encoder",
     "mask_decoder/iou_token",

@@ -1,0 +1,31 @@
+"""What the encoder sees of a slice, and what release, H-SAM and SurgicalSAM add at the start.
+
+python -m experiments.run_grid --grid experiments/grids/conventions.py --workdir runs/conventions
+
+Rows beside `table1`, each with one change: colors from 0 to 1, as the authors of PGP-SAM,
+SAMed and H-SAM pass them, whatever SAM was trained on; and the other start of the methods that keep
+their authors' (`model.start`).
+"""
+
+from experiments.grids.targets import SYNAPSE, target
+from experiments.plan import Plan, Row, method_rows
+
+_UNIT, _NORMALIZED = {"model.colors": "unit"}, {"model.colors": "normalized"}
+_CHANGES = {
+    "pgpsam_paper": (("unit", "colors from 0 to 1", _UNIT),),
+    "samed": (("unit", "colors from 0 to 1", _UNIT),),
+    "pgpsam_release": (
+        ("normalized", "normalized colors", _NORMALIZED),
+        ("sam", "normalized colors, start from SAM", _NORMALIZED | {"model.start": "sam"}),
+    ),
+    "hsam": (("sam", "start from SAM", {"model.start": "sam"}),),
+    "surgicalsam": (("sam", "start from SAM", {"model.start": "sam"}),),
+}
+
+
+def get_grid(variant: str = SYNAPSE) -> Plan:
+    rows = []
+    for row in method_rows():
+        for name, label, change in _CHANGES.get(row.name, ()):
+            rows.append(Row(f"{row.name}_{name}", f"{row.label}: {label}", row.overrides | change))
+    return Plan(title="Colors and starts, one change a row", rows=tuple(rows), **target(variant))
