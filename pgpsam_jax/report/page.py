@@ -93,7 +93,7 @@ def _parts(subject: Subject, figures: Path) -> dict[str, list[str]]:
         )
         parts["Failures"] = _tried(lambda: drawn([pictures.failures(scored[-1], figures)]))
     parts["Prompts and prototypes"] = _tried(
-        lambda: drawn(_prototypes(groups, figures), _NO_PROTOTYPES)
+        lambda: _with_alarm(drawn(_prototypes(groups, figures), _NO_PROTOTYPES), figures)
     )
     if cost:
         parts["Cost"] = [cost, *drawn(charts.cost_charts(groups, figures))]
@@ -142,6 +142,14 @@ def _tried(make: Callable[[], list[str]]) -> list[str]:
     except (UserError, OSError) as error:
         print(f"left out: {error}", file=sys.stderr, flush=True)
         return [_missing(f"The pictures cannot be drawn: {error}.")]
+
+
+def _with_alarm(shown: list[str], figures: Path) -> list[str]:
+    """The section on prompts and prototypes, a warning first where there is something to see."""
+    from pgpsam_jax.report.prototypes import alarm
+
+    found = alarm(figures)
+    return ([paragraph(found, "notice")] if found else []) + shown
 
 
 def _prototypes(groups, figures: Path) -> list[Picture]:

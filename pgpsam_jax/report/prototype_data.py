@@ -101,8 +101,9 @@ def _fullest(truth) -> int:
 
 
 def write_tables(look: Look, folder) -> None:
-    """`prototype_{dense,attention,shares,similarity,picks,mixing}.csv`; the last only with PPR."""
-    tables = {"dense": dense_rows, "similarity": similarity_rows}
+    """`prototype_{dense,attention,shares,similarity,prompts,picks,mixing}.csv`; the last two only
+    with PPR."""
+    tables = {"dense": dense_rows, "similarity": similarity_rows, "prompts": prompt_rows}
     if look.stages:
         tables |= {"attention": attention_rows, "shares": share_rows}
         tables |= {"picks": pick_rows, "mixing": mixing_rows}
@@ -199,6 +200,19 @@ def similarity_rows(look: Look) -> list[dict]:
             for k, q in np.ndindex(cosine.shape):
                 key = {"prototypes": moment, "class": look.names[k], "with": kind, "index": q}
                 rows.append(key | _short({"cosine": cosine[k, q], "length": length[k]}))
+    return rows
+
+
+def prompt_rows(look: Look) -> list[dict]:
+    """Cosines of the sparse prompts of every two classes in every pass, mean over the slices."""
+    rows = []
+    for number, one in enumerate(look.passes):
+        length = np.linalg.norm(one.sparse, axis=-1, keepdims=True)
+        unit = one.sparse / np.maximum(length, 1e-12)
+        cosine = np.einsum("nkc,nqc->kq", unit, unit) / len(unit)
+        for k, q in zip(*np.triu_indices(len(cosine), 1), strict=True):
+            key = {"pass": number, "class": look.names[k], "other": look.names[q]}
+            rows.append(key | _short({"cosine": cosine[k, q]}))
     return rows
 
 

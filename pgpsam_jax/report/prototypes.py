@@ -17,7 +17,8 @@ from pgpsam_jax.report.prototype_data import Look, look_into, own_weights, write
 from pgpsam_jax.report.style import Picture, draw
 from pgpsam_jax.runs import Run
 
-_TEXT = ("case", "map", "class", "prototypes", "with")  # columns that are no numbers
+_TEXT = ("case", "map", "class", "other", "prototypes", "with")  # columns that are no numbers
+_ALIKE = 0.99  # cosine of the sparse prompts of two classes that are as good as one
 
 
 def prototype_pictures(run: Run, folder) -> list[Picture]:
@@ -41,6 +42,24 @@ def prototype_pictures(run: Run, folder) -> list[Picture]:
     if look.stages:
         pictures += [_picks(look, folder), _mixing(look, folder)]
     return pictures
+
+
+def alarm(folder) -> str | None:
+    """What to warn of in the tables that `prototype_pictures` wrote: prompts that are all one."""
+    if not (Path(folder) / "prototype_prompts.csv").is_file():
+        return None
+    table = _table(Path(folder), "prompts")
+    last = table["pass"] == table["pass"].max()
+    alike = last & (table["cosine"] > _ALIKE)
+    if not alike.any():
+        return None
+    first = int(np.flatnonzero(alike)[0])
+    return (
+        f"The sparse prompts of {alike.sum()} of {last.sum()} pairs of classes are as good as one "
+        f"(cosine above {_ALIKE}, as of {table['class'][first]} and {table['other'][first]}, in "
+        "the last pass): they tell the decoder nothing about the class. Look at model.ppr_norm "
+        "and model.mix_start."
+    )
 
 
 def read_table(path) -> dict[str, np.ndarray]:

@@ -1,0 +1,191 @@
+"""Where training starts: additions to SAM that say next to nothing at first, or as they were drawn.
+
+Tolerances are relative L2 distances of logits, recorded with a SAM of random weights, whose neck
+has rms 1 as that of a trained one. SAMed's decoder has SAM's quality token among its tokens and
+PGP-SAM's has not, which alone is 0.17; so the quality token is taken out where that is not meant.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pgpsam_jax import build, config, recipes
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.methods import METHODS, colors_of, start_of
+from pgpsam_jax.models.sam import Sam, SamConfig
+from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.step import to_input
+from weights_conversion import sam as conversion
+
+CLASSES, SIZE = 9, 64
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Stem of a converted SAM with random weights."""
+    model = Sam(SamConfig.preset("vit_t", SIZE, 8), rngs=nnx.Rngs(7))
+    tensors = {path: np.asarray(x[...]) for path, x in flat_paths(nnx.state(model)).items()}
+    stem = tmp_path_factory.mktemp("base") / "sam"
+    conversion.store(stem, tensors, {"source": "random"})
+    return str(stem)
+
+
+def configuration(base, name, preset="paper", **settings):
+    made = config.default_config()
+    config.use_small_encoder(made)
+    recipes.use(made, name)
+    made.model.update(base=base, preset=preset, image_size=SIZE, train_encoder="lora", **settings)
+    return made
+
+
+def model_of(base, name, preset="paper", **settings):
+    made = configuration(base, name, preset, **settings)
+    return nnx.merge(*build.init_model(made, CLASSES)[:3])
+
+
+@pytest.fixture(scope="module")
+def images():
+    return to_input(jnp.asarray(np.random.default_rng(0).random((2, SIZE, SIZE), np.float32)))
+
+
+@pytest.fixture(scope="module")
+def samed(base):
+    return model_of(base, "samed")
+
+
+def answers(model, images):
+    return jax.jit(lambda model, images: model(images))(model, images)
+
+
+def like(model, samed):
+    """The model with SAMed's class tokens and hypernetworks, which SAM does not give."""
+    ours, theirs = model.mask_decoder, samed.mask_decoder
+    ours.mask_tokens.set_value(theirs.mask_tokens[...])
+    nnx.update(ours.hyper_mlps, nnx.state(theirs.hyper_mlps))
+    return model
+
+
+def distance(found, wanted):
+    return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
+
+
+@pytest.fixture(scope="module")
+def plain(samed, images):
+    """SAMed's logits at its start: with SAM's quality token, and without."""
+    graphdef, state = nnx.split(samed)
+    without = nnx.merge(graphdef, state)
+    without.mask_decoder.quality = False
+    return answers(samed, images)["final"], answers(without, images)["final"]
+
+
+def test_pgp_sam_starts_where_samed_does(base, samed, images, plain):
+    found = answers(like(model_of(base, "pgpsam"), samed), images)
+    assert distance(found["final"], plain[1]) <= 0.25
+    assert distance(found["bootstrap"], plain[1]) <= 0.1
+    assert distance(found["final"], plain[0]) <= 0.3
+
+
+def test_with_nothing_added_it_is_samed(base, samed, images, plain):
+    """To rounding: what remains is SAM's decoder on SAM's neck, with SAM's no-mask embedding."""
+    bare = model_of(base, "pgpsam", start_scale=0.0, ppg=False, ppr=False)
+    found = answers(like(bare, samed), images)
+    for logits in found.values():
+        assert distance(logits, plain[1]) <= 1e-5
+
+
+def test_the_old_start_is_far_away_and_can_be_had(base, samed, images, plain):
+    found = answers(like(model_of(base, "pgpsam", start="drawn"), samed), images)
+    assert distance(found["final"], plain[1]) >= 0.8
+
+
+def test_dense_prompts_start_as_the_no_mask_embedding(base, images):
+    embed = conversion_tensor(base, "prompt_encoder/no_mask_embed")
+    for part in model_of(base, "pgpsam").passes(images):
+        np.testing.assert_array_equal(part.dense, np.broadcast_to(embed, part.dense.shape))
+        assert 0 < float(jnp.abs(part.sparse).max()) < 0.3
+    surgical = model_of(base, "surgicalsam", start="sam")
+    feature = surgical.encode(images)
+    dense, sparse = surgical.prompter(feature, surgical.prototypes[...])
+    np.testing.assert_array_equal(dense, np.broadcast_to(embed, dense.shape))
+    release = model_of(base, "pgpsam", "release", start="sam")
+    for part in release.passes(images):
+        np.testing.assert_array_equal(part.dense, np.broadcast_to(embed, part.dense.shape))
+
+
+def conversion_tensor(base, name):
+    from pgpsam_jax.weights import load_base
+
+    return load_base(base).tensors[name]
+
+
+def test_the_release_s_features_start_as_the_neck(base, images):
+    def growth(start):
+        passes = model_of(base, "pgpsam", "release", start=start).passes(images)
+        neck, last = passes[0].feature, passes[-1].feature
+        # Its channel gate scales the neck by about 1.5 whatever the start.
+        return distance(last, 1.5 * neck)
+
+    assert growth("sam") <= 0.35 and growth("drawn") >= 0.8
+
+
+def test_every_pattern_of_a_start_from_sam_finds_its_tensors(base):
+    tensors = build.weights.load_base(base).tensors
+    for (name, preset), method in METHODS.items():
+        if not method.sam_start:
+            continue
+        made = configuration(base, name, preset or "paper", start="sam")
+        _, params, frozen, _ = build.init_model(made, CLASSES)
+        leaves = flat_paths(params) | flat_paths(frozen)
+        for pattern, source in method.sam_start.items():
+            found = {p: m for p in leaves if (m := re.fullmatch(pattern, p))}
+            assert found, pattern
+            for path, match in found.items():
+                np.testing.assert_array_equal(leaves[path][...], tensors[match.expand(source)])
+
+
+def test_which_start_and_which_colors(base):
+    def chosen(name, preset="paper", **settings):
+        settings = configuration(base, name, preset, **settings).model
+        return start_of(settings), colors_of(settings)
+
+    assert chosen("pgpsam") == ("sam", "normalized")
+    assert chosen("pgpsam", "release") == ("drawn", "unit")
+    assert chosen("samed") == ("drawn", "normalized")
+    assert chosen("pgpsam", start="drawn", colors="unit") == ("drawn", "unit")
+    assert colors_of(configuration("", "pgpsam").model) == "unit"  # trained from scratch
+    with pytest.raises(UserError, match="model.start is 'none'; choose from auto, sam, drawn"):
+        chosen("pgpsam", start="none")
+    with pytest.raises(UserError, match="model.colors 'grey' unknown; choose auto or unit or"):
+        model_of(base, "samed", colors="grey")
+
+
+def test_a_run_keeps_what_was_decided(base):
+    made = configuration(base, "pgpsam")
+    settled = build.settled(made)
+    assert (settled.model.colors, settled.model.start) == ("normalized", "sam")
+    assert made.model.colors == "auto"
+    assert build.settled(settled) == settled
+
+
+def test_runs_of_before_are_what_they_were():
+    """Without these fields a stored configuration means colors, start and Eq 5 as they were."""
+    for name, colors in (("pgpsam", "unit"), ("samed", "unit"), ("surgicalsam", "normalized")):
+        stored = config.to_json(config.default_config())
+        stored["model"]["name"] = name
+        for field in ("colors", "start", "start_scale", "ppr_norm"):
+            del stored["model"][field]
+        model = config.from_json(stored).model
+        assert (model.colors, model.start, model.ppr_norm) == (colors, "drawn", False)
+
+
+def test_normalized_colors_are_those_of_sam_s_own_preprocessing(base, images):
+    grey = np.round(255 * np.asarray(images)).astype(np.uint8)
+    from pgpsam_jax.models.sam import preprocess
+
+    wanted = model_of(base, "samed", colors="unit").encode(preprocess(grey[0], (SIZE, SIZE))[0])
+    found = model_of(base, "samed", colors="normalized").encode(jnp.asarray(grey[:1]) / 255)
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
