@@ -109,7 +109,7 @@ def test_dense_prompts_start_as_the_no_mask_embedding(base, images):
         assert 0 < float(jnp.abs(part.sparse).max()) < 0.3
     surgical = model_of(base, "surgicalsam", start="sam")
     feature = surgical.encode(images)
-    dense, sparse = surgical.prompter(feature, surgical.prototypes[...])
+    dense, _ = surgical.prompter(feature, surgical.prototypes[...])
     np.testing.assert_array_equal(dense, np.broadcast_to(embed, dense.shape))
     release = model_of(base, "pgpsam", "release", start="sam")
     for part in release.passes(images):
@@ -157,9 +157,9 @@ def test_which_start_and_which_colors(base):
     assert chosen("samed") == ("drawn", "normalized")
     assert chosen("pgpsam", start="drawn", colors="unit") == ("drawn", "unit")
     assert colors_of(configuration("", "pgpsam").model) == "unit"  # trained from scratch
-    with pytest.raises(UserError, match="model.start is 'none'; choose from auto, sam, drawn"):
+    with pytest.raises(UserError, match=r"model\.start is 'none'; choose from auto, sam, drawn"):
         chosen("pgpsam", start="none")
-    with pytest.raises(UserError, match="model.colors 'grey' unknown; choose auto or unit or"):
+    with pytest.raises(UserError, match=r"model\.colors 'grey' unknown; choose auto or unit or"):
         model_of(base, "samed", colors="grey")
 
 
