@@ -124,6 +124,31 @@ def test_backends_equal_naive(case):
         assert gradient <= (PADDING_TOLERANCE if window else GRADIENT_TOLERANCE)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_chunks_of_queries_change_nothing(case, monkeypatch):
+    """Where all scores would be more than a bound, on the share of a device."""
+    args, _ = operands(case)
+    assert attention._chunks(*args[:2]) == 1
+    batch, heads, tokens, _ = args[0].shape
+    monkeypatch.setattr(attention, "CHUNK", 2 * batch * heads * tokens**2)  # half of all scores
+    assert attention._chunks(*args[:2]) > 1
+    ((value, gradient),) = errors_of(case, ["lean"])
+    assert value <= VALUE_TOLERANCE
+    assert gradient <= (PADDING_TOLERANCE if CASES[case][4] else GRADIENT_TOLERANCE)
+
+
+def test_how_many_chunks():
+    def chunks(b, n, t, dtype="float32"):
+        return attention._chunks(*[jax.ShapeDtypeStruct((b, n, t, 64), dtype)] * 2)
+
+    assert [chunks(1, 12, 1024), chunks(12, 12, 1024), chunks(1, 12, 4096)] == [1, 4, 4]
+    assert chunks(1, 16, 4096, "bfloat16") == 4  # scores are float32 there, too
+    mesh = jax.make_mesh((8,), ("data",))
+    with placement.traced_for(Placement("cpu", mesh=mesh, batch_axes=("data",))):
+        # Twelve rows do not divide over eight devices: each has all of them.
+        assert [chunks(8, 12, 4096), chunks(12, 12, 4096)] == [4, 64]
+
+
 def gpu():
     """An NVIDIA GPU, or skip."""
     try:

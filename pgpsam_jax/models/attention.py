@@ -19,6 +19,9 @@ from pgpsam_jax.models.layers import wide, wide_einsum
 
 NAMES = ("auto", "naive", "folded", "lean", "cudnn", "splash")
 LANES = 128  # of a TPU: its kernel takes keys in blocks of a multiple of it
+# Bytes of scores that `lean` computes at a time on a device: those of one image of ViT-b are 48 MiB
+# at 512 px and 768 MiB at 1024 px, and a backward pass holds three such arrays.
+CHUNK = 2**28
 
 
 def attention(
@@ -172,7 +175,7 @@ def naive(q, k, v, rel_h, rel_w, padding=None, *, grid):
 def lean(q, k, v, rel_h, rel_w, padding=None, *, grid):
     """No T x T array is kept for the backward pass, which computes the scores once more.
 
-    The bias is added, not folded: fewer products, and adding is cheap where scores are in cache.
+    Queries are taken in chunks where all their scores would be more than `CHUNK`. The bias is added, not folded: fewer products, and adding is cheap where scores are in cache.
     """
     (h, w), score_padding = grid, None
     score_h, score_w = position_scores(q, rel_h, rel_w, grid)
@@ -196,28 +199,69 @@ def _lean(q, k, v, score_h, score_w, score_padding):
 
 
 def _lean_forward(q, k, v, *positions):
-    scores = _scores(q, k, *positions)
-    highest = scores.max(-1, keepdims=True)
-    weights = jnp.exp(scores - highest)
-    total = weights.sum(-1, keepdims=True)
-    out = jnp.einsum("bnqk,bnkc->bnqc", weights.astype(v.dtype), v)
-    out = (out / total).astype(v.dtype)
-    return out, (q, k, v, positions, out, highest + jnp.log(total))
+    def run(_, part):
+        q, positions = part
+        scores = _scores(q, k, *positions)
+        highest = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(-1, keepdims=True)
+        out = jnp.einsum("bnqk,bnkc->bnqc", weights.astype(v.dtype), v)
+        return None, ((out / total).astype(v.dtype), highest + jnp.log(total))
+
+    _, (out, log_total) = _in_chunks(run, None, (q, positions), _chunks(q, k))
+    return out, (q, k, v, positions, out, log_total)
 
 
 def _lean_backward(kept, slope):
     q, k, v, positions, out, log_total = kept
-    weights = jnp.exp(_scores(q, k, *positions) - log_total)
-    mean = jnp.sum(slope.astype(weights.dtype) * out, -1, keepdims=True)
-    scores = weights * (wide_einsum("bnqc,bnkc->bnqk", slope, v) - mean)
-    h, w = (x.shape[-1] for x in positions[:2])
-    cells = scores[..., : h * w].reshape(*scores.shape[:-1], h, w)
-    by_padding = None if positions[2] is None else scores[..., h * w :].astype(q.dtype)
-    by_position = cells.sum(-1).astype(q.dtype), cells.sum(-2).astype(q.dtype), by_padding
-    by_v = _over_queries(slope, weights.astype(v.dtype))
-    scores = scores.astype(q.dtype)
-    by_q = jnp.einsum("bnqk,bnkc->bnqc", scores, k)
-    return by_q, _over_queries(q, scores), by_v, *by_position
+
+    def run(sums, part):
+        q, positions, out, log_total, slope = part
+        weights = jnp.exp(_scores(q, k, *positions) - log_total)
+        mean = jnp.sum(slope.astype(weights.dtype) * out, -1, keepdims=True)
+        scores = weights * (wide_einsum("bnqc,bnkc->bnqk", slope, v) - mean)
+        h, w = (x.shape[-1] for x in positions[:2])
+        cells = scores[..., : h * w].reshape(*scores.shape[:-1], h, w)
+        by_padding = None if positions[2] is None else scores[..., h * w :].astype(q.dtype)
+        by_position = cells.sum(-1).astype(q.dtype), cells.sum(-2).astype(q.dtype), by_padding
+        by_v = _over_queries(slope, weights.astype(v.dtype))
+        scores = scores.astype(q.dtype)
+        by_q = jnp.einsum("bnqk,bnkc->bnqc", scores, k)
+        found = _over_queries(q, scores), by_v
+        found = found if sums is None else jax.tree.map(jnp.add, sums, found)
+        return found, (by_q, by_position)
+
+    count = _chunks(q, k)
+    sums = None if count == 1 else tuple(jnp.zeros(x.shape, wide(x.dtype)) for x in (k, v))
+    parts = q, positions, out, log_total, slope
+    (by_k, by_v), (by_q, by_position) = _in_chunks(run, sums, parts, count)
+    return by_q, by_k.astype(k.dtype), by_v.astype(v.dtype), *by_position
+
+
+def _chunks(q, k) -> int:
+    """Into how many equal parts `lean` takes the queries: their scores stay within `CHUNK`."""
+    here, (b, n, t, _) = placement.current(), q.shape
+    size = b * n * t * k.shape[2] * wide(q.dtype).itemsize
+    for axes, length in ((here.batch_axes, b), (here.head_axes, n)):
+        shares = here.shares(axes)
+        size //= shares if length % shares == 0 else 1
+    return next(i for i in range(1, t + 1) if t % i == 0 and (size <= i * CHUNK or i == t))
+
+
+def _in_chunks(run, carry, parts, count: int):
+    """`jax.lax.scan` of run over leaves (B, N, T, ...) of `parts`, so many equal parts of T."""
+    if count == 1:
+        return run(carry, parts)
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(*x.shape[:2], count, -1, *x.shape[3:]), 2, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+    carry, found = jax.lax.scan(run, carry, jax.tree.map(split, parts))
+    return carry, jax.tree.map(join, found)
 
 
 _lean.defvjp(_lean_forward, _lean_backward)
