@@ -33,12 +33,13 @@ from pgpsam_jax.trained import load_run
 _LORA = {"LoRA of the encoder": {r"image_encoder/blocks/\d+/attn/lora/b": 0.0}}
 
 # Part -> {pattern of parameter paths: value}. A gate is a sigmoid: a large negative bias shuts it.
+# A dense prompt is silent as its last bias, which starts as SAM's embedding of no mask.
 _PGPSAM = {
     "CFM gates (Eq 1-2)": {
         r"cfm/\d+/(spatial/column|channel/expand)/kernel": 0.0,
         r"cfm/\d+/(spatial/column|channel/expand)/bias": -1e4,
     },
-    "dense prompts (Eq 6)": {r"(ppg/\d+|pre_prompt/ppg)/dense/mlp/lin2/(kernel|bias)": 0.0},
+    "dense prompts (Eq 6)": {r"(ppg/\d+|pre_prompt/ppg)/dense/mlp/lin2/kernel": 0.0},
     "sparse prompts (Eq 7)": {r"(ppg/\d+|pre_prompt/ppg)/sparse/mlp/lin2/(kernel|bias)": 0.0},
     "PPR (Eq 5)": {r"ppr/\d+/(alpha|beta)": 0.0},
     "class attention W_c (Eq 4)": {r"ppr/\d+/alpha": 0.0},
@@ -55,7 +56,7 @@ PARTS = {
     "hsam": _LORA | {"second decoder": {r"second/hyper_mlps/layers/4/(kernel|bias)": 0.0}},
     "samlst": {"CNN": {"gate": 1e4}, "features of SAM": {"gate": -1e4}},
     "surgicalsam": {
-        "dense prompts": {r"prompter/dense2/(kernel|bias)": 0.0},
+        "dense prompts": {r"prompter/dense2/kernel": 0.0},
         "sparse prompts": {r"prompter/sparse2/(kernel|bias)": 0.0},
     },
 }

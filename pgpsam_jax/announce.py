@@ -16,6 +16,7 @@ def run(config, workdir, mesh, kernels, data, held_out, table, params, frozen, t
         f"precision  {config.model.compute_dtype} compute, float32 parameters and losses"
         + (", deterministic" if config.deterministic else ""),
         f"attention  {kernels}",
+        _conventions(config.model),
         _steps(config, len(data.list), total),
         f"few-shot   {data.summary}" + ("" if total else " (not used)"),
         f"           hash {data.list.hash[:16]}, rule {data.list.rule}",
@@ -28,6 +29,16 @@ def run(config, workdir, mesh, kernels, data, held_out, table, params, frozen, t
             f"{config.validation.every_epochs} epoch(s); the best parameters are kept"
         ]
     return "\n".join([*(f"!!! {notice}" for notice in notices if notice), *lines])
+
+
+def _conventions(settings) -> str:
+    """What the encoder sees, and where the method starts."""
+    colors, start = methods.colors_of(settings), methods.start_of(settings)
+    line = f"colors     {colors}; the method's additions to SAM start: {start}"
+    own = settings.base and methods.colors_of_base(settings.base)
+    if own and own != colors:
+        line += f" (the base was trained on {own} colors)"
+    return line
 
 
 def _steps(config, slices: int, total: int) -> str:

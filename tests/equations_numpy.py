@@ -180,6 +180,9 @@ def ppr(f_i, f_m, intra, inter, k, p):
     tokens = gather(intra, inter, chosen)
     w_c = eq4_class_weights(f_i, f_m, sub(p, "class_attention"))
     fused = linear(np.concatenate([f_i, f_m], -1), sub(p, "fuse")).reshape(-1, f_i.shape[-1])
+    if "token_norm.scale" in p:  # not printed, but in the authors' release
+        tokens = layer_norm(tokens, sub(p, "token_norm"), eps=1e-5)
+        fused = layer_norm(fused, sub(p, "fused_norm"), eps=1e-5)
     w_q = eq5_query_weights(tokens, fused)
     return scatter(intra, inter, chosen, eq5_tokens(p["alpha"], p["beta"], w_c, w_q, fused))
 

@@ -51,11 +51,12 @@ def test_the_fit_is_that_of_one_regression_per_class():
         options = dict(ftol=1e-15, gtol=1e-9, maxiter=5000)
         found = optimize.minimize(objective, np.zeros(13), jac=True, options=options)
         wanted.append(found.x)
-    features, labels = jnp.float32(x)[None, None], jnp.asarray(ids)[None, None]
+    features, ids = jnp.float32(x)[None, None], jnp.asarray(ids)[None, None, :, None]
+    shares = jnp.where(ids < 0, -1, ids == jnp.array([1, 2]))
 
     def loss(params):
         outputs = {"coarse": features @ params["w"] + params["b"], "kernel": params["w"]}
-        return losses.one_against_rest(outputs, labels, 0, None)[0]
+        return losses.one_against_rest(outputs, shares, 0, None)[0]
 
     start = {"w": jnp.zeros((12, 2)), "b": jnp.zeros(2)}
     found = jax.jit(lambda p: minimise(loss, p, tolerance=1e-6))(start)

@@ -1,5 +1,6 @@
 """The intermediates of PGP-SAM, what is computed from them, and their pictures."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -143,6 +144,27 @@ def test_cosines_against_numpy():
         assert row["length"] == pytest.approx(lengths.mean(), rel=1e-3)
 
 
+def test_an_alarm_where_sparse_prompts_are_all_one(tmp_path):
+    one = one_hot_look()
+    assert prototypes.alarm(tmp_path) is None  # nothing was looked at
+    same = np.ones((2, 2, 5)) * [[[1.0], [3.0]]]  # of other lengths, which do not matter
+    for sparse, alike in ((same, True), (np.random.default_rng(1).normal(size=(2, 2, 5)), False)):
+        passes = [look._replace(sparse=sparse) for look in one.passes]
+        rows = prototype_data.prompt_rows(dataclasses.replace(one, passes=passes))
+        assert [(row["pass"], row["class"], row["other"]) for row in rows] == [
+            (0, "background", "x"),
+            (1, "background", "x"),
+        ]
+        assert (rows[-1]["cosine"] == 1) == alike
+        write_rows(tmp_path / "prototype_prompts.csv", rows)
+        said = prototypes.alarm(tmp_path)
+        if alike:
+            assert said.startswith("The sparse prompts of 1 of 1 pairs of classes are as good as")
+            assert "of background and x" in said and "model.ppr_norm" in said
+        else:
+            assert said is None
+
+
 def test_tables_come_back_as_they_were_written(tmp_path):
     rows = prototype_data.attention_rows(one_hot_look())
     write_rows(tmp_path / "t.csv", rows)
@@ -185,7 +207,7 @@ def test_pictures_of_a_run(workdir, tmp_path):
         assert picture.title and picture.caption.endswith(".")
         assert (picture.dark is None) == (name in RASTER)
     tables = {path.stem for path in tmp_path.glob("*.csv")}
-    assert tables == {f"prototype_{name}" for name in ("dense", "attention", *CHARTS)}
+    assert tables == {f"prototype_{name}" for name in ("dense", "attention", "prompts", *CHARTS)}
     mixing = prototypes.read_table(tmp_path / "prototype_mixing.csv")
     assert mixing["alpha"].tolist() == mixing["beta"].tolist() == [0.5, 0.5]  # never trained
     attention = prototypes.read_table(tmp_path / "prototype_attention.csv")

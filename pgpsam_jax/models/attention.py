@@ -175,7 +175,8 @@ def naive(q, k, v, rel_h, rel_w, padding=None, *, grid):
 def lean(q, k, v, rel_h, rel_w, padding=None, *, grid):
     """No T x T array is kept for the backward pass, which computes the scores once more.
 
-    Queries are taken in chunks where all their scores would be more than `CHUNK`. The bias is added, not folded: fewer products, and adding is cheap where scores are in cache.
+    Queries are taken in chunks where all their scores would be more than `CHUNK`. The bias is
+    added, not folded: fewer products, and adding is cheap where scores are in cache.
     """
     (h, w), score_padding = grid, None
     score_h, score_w = position_scores(q, rel_h, rel_w, grid)
