@@ -55,10 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
         if options.steps < 1:
             raise UserError("--steps is the number of training steps; give 1 or more")
         images, labels = slices(options.root)
-        config = SamConfig.preset("vit_t", images.shape[1], 8, colors="normalized")
-        model = pretrain(config, images, labels, options.steps)
+        model = pretrain(sam_config(images.shape[1]), images, labels, options.steps)
         store(model, options.output)
     return 0
+
+
+def sam_config(size: int) -> SamConfig:
+    """The small SAM at a square size (pixels), shown the colors that `store` says it was."""
+    return SamConfig.preset("vit_t", size, 8, colors="normalized")
 
 
 def slices(root) -> tuple[np.ndarray, np.ndarray]:

@@ -87,10 +87,12 @@ def colors_of(settings: ConfigDict) -> str:
 
 
 def start_of(settings: ConfigDict) -> str:
-    """What `model.start` says, `sam` or `drawn`; `auto`: the method's."""
+    """What `model.start` says, `sam` or `drawn`; `auto`: the method's, where there is a SAM."""
     if settings.start not in STARTS:
         raise UserError(f"model.start is {settings.start!r}; choose from {', '.join(STARTS)}")
-    return method_of(settings).start if settings.start == "auto" else settings.start
+    if settings.start != "auto":
+        return settings.start
+    return method_of(settings).start if settings.base else "drawn"
 
 
 def _start_small(settings: ConfigDict) -> float | None:

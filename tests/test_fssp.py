@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 from method_runs import CLASSES, small_config, squares
 from scipy import optimize
@@ -101,9 +102,11 @@ def alone():
 
 
 def test_the_fit_separates_what_it_was_given(alone):
-    """From log 2 for each of two classes to, measured, 0.049 in 36 iterations."""
+    """From log 2 for each of two classes down to, measured, 0.13 above what shares leave."""
     metrics, _ = alone
-    assert metrics["ce"] < 0.1 * 2 * np.log(2)
+    shares = np.float64(losses.class_shares(squares(10)["label"], (4, 4), CLASSES - 1))
+    least = np.mean(scipy.special.entr(shares) + scipy.special.entr(1 - shares), axis=(0, 1, 2))
+    assert 0 < metrics["ce"] - least.sum() < 0.1 * 2 * np.log(2)
     assert metrics["gradient_norm"] <= 1e-4 and metrics["iterations"] < 1000
 
 

@@ -11,7 +11,7 @@ from pgpsam_jax.models.oracle import OracleSam
 from pgpsam_jax.models.sam import Sam, SamConfig
 from pgpsam_jax.parameters import flat_paths
 from pgpsam_jax.step import to_input
-from pgpsam_jax.weights import load_base
+from pgpsam_jax.weights import colors_of_base, load_base
 
 SIZE, DRAWS = 32, 64
 
@@ -47,9 +47,9 @@ def test_of_a_slice_without_organs_all_is_asked_for():
     assert masks.all()
 
 
-def test_it_is_trained_on_the_colours_that_sam_takes():
+def test_it_is_trained_on_the_colors_that_its_files_name(tmp_path):
     """As the methods that prompt it show it a slice: the same masks for the same boxes."""
-    config = SamConfig.preset("vit_t", SIZE, 8)
+    config = pretrain.sam_config(SIZE)
     model = Sam(config, rngs=nnx.Rngs(0))
     labels = np.zeros((1, SIZE, SIZE), np.int32)
     labels[0, 4:20, 6:25] = 1
@@ -58,8 +58,10 @@ def test_it_is_trained_on_the_colours_that_sam_takes():
     nnx.update(prompted, nnx.state(model))
     wanted = prompted.predict(to_input(image), jnp.asarray(labels))[..., 1:]
     box = jnp.array([[6.0, 4.0, 24.0, 19.0]])
-    got, _ = model.predict(pretrain.embed(model, image), boxes=box, multimask=False)
+    got, _ = model.predict(model.encode_image(to_input(image)), boxes=box, multimask=False)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    pretrain.store(model, tmp_path / "small")
+    assert config.encoder.colors == colors_of_base(tmp_path / "small") == "normalized"
 
 
 def test_its_files_are_a_base(tmp_path, capsys):

@@ -156,7 +156,8 @@ def test_which_start_and_which_colors(base):
     assert chosen("pgpsam", "release") == ("drawn", "unit")
     assert chosen("samed") == ("drawn", "normalized")
     assert chosen("pgpsam", start="drawn", colors="unit") == ("drawn", "unit")
-    assert colors_of(configuration("", "pgpsam").model) == "unit"  # trained from scratch
+    scratch = configuration("", "pgpsam").model  # there is no SAM to start from
+    assert (start_of(scratch), colors_of(scratch)) == ("drawn", "unit")
     with pytest.raises(UserError, match=r"model\.start is 'none'; choose from auto, sam, drawn"):
         chosen("pgpsam", start="none")
     with pytest.raises(UserError, match=r"model\.colors 'grey' unknown; choose auto or unit or"):
