@@ -11,7 +11,7 @@ from pgpsam_jax.step import init_state
 
 def ready_run(root, workdir, **settings):
     """Random weights as checkpoint 6, its label table, few-shot list and evaluation; `workdir`."""
-    config = config_for(root, eval__overlays=False, **settings)
+    config = build.settled(config_for(root, eval__overlays=False, **settings))
     split = dataset.find_split(config)
     table = split.table
     _, params, frozen, digest = build.init_model(config, table.num_classes)

@@ -86,7 +86,7 @@ def convert(source, output, settings=(), *, log=print) -> None:
         save_safetensors(folder / KEPT, unused, {"names": json.dumps(list(tensors))})
         with ocp.training.Checkpointer(folder.absolute() / "checkpoints") as checkpoints:
             checkpoints.save_checkpointables(epoch or 0, {"params": params})
-        configuration.store(config, folder)
+        configuration.store(build.settled(config), folder)
     log(f"kept     {len(unused)} tensors that compute nothing, in {KEPT}")
     log(f"wrote    {output}: {table.num_classes} classes, checkpoint {epoch or 0}")
 
