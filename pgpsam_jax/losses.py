@@ -215,14 +215,15 @@ def _unit(x):
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-12))
 
 
-def one_against_rest(outputs, shares, epoch, config):
+def one_against_rest(outputs, labels, epoch, config):
     """Logistic regression of every class against all else, as scikit-learn's: FSSP-SAM.
 
-    `coarse` logits (B, h, w, M) of classes 1 to M, the `kernel` they came from, and what of each
-    cell is of the class, `class_shares` (B, h, w, M); cells below 0 do not count. Each class has
-    the mean loss of its cells and |w|^2 / 2 over their number (C 1).
+    `coarse` logits (B, h, w, M) of classes 1 to M and the `kernel` they came from. labels: class
+    ids, or once and for all their `class_shares` (B, h, w, M), of which cells below 0 do not
+    count. Each class has the mean loss of its cells and |w|^2 / 2 over their number (C 1).
     """
     logits = outputs["coarse"].astype(wide(outputs["coarse"].dtype))
+    shares = labels if labels.ndim == 4 else class_shares(labels, logits.shape[1:3], logits.shape[3])
     entropy = jax.nn.softplus(logits) - shares * logits
     known = shares >= 0
     count = jnp.maximum(jnp.sum(known[..., 0]), 1)
