@@ -223,7 +223,9 @@ def one_against_rest(outputs, labels, epoch, config):
     count. Each class has the mean loss of its cells and |w|^2 / 2 over their number (C 1).
     """
     logits = outputs["coarse"].astype(wide(outputs["coarse"].dtype))
-    shares = labels if labels.ndim == 4 else class_shares(labels, logits.shape[1:3], logits.shape[3])
+    shares = (
+        labels if labels.ndim == 4 else class_shares(labels, logits.shape[1:3], logits.shape[3])
+    )
     entropy = jax.nn.softplus(logits) - shares * logits
     known = shares >= 0
     count = jnp.maximum(jnp.sum(known[..., 0]), 1)
