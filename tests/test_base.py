@@ -40,7 +40,7 @@ def test_loads_what_it_should_and_nothing_else(config, sam):
     _, tensors = sam
     graphdef, params, frozen, digest = build.init_model(config, 3)
     assert digest == file_digest(sam[0] + ".safetensors")
-    config.model.base = ""
+    config.model.base, config.model.start = "", "sam"  # which a base makes the default
     _, fresh_params, fresh_frozen, _ = build.init_model(config, 3)
     ours = flat_paths(params) | flat_paths(frozen)
     fresh = flat_paths(fresh_params) | flat_paths(fresh_frozen)
@@ -49,6 +49,8 @@ def test_loads_what_it_should_and_nothing_else(config, sam):
         value = np.asarray(leaf[...])
         if path == "pe_layer/gaussian_matrix":
             wanted = tensors["prompt_encoder/pe_layer/gaussian_matrix"]
+        elif path.endswith("dense/mlp/lin2/bias"):
+            wanted = tensors["prompt_encoder/no_mask_embed"]
         elif "/lora/" in path:
             wanted = np.asarray(fresh[path][...])
         elif path.startswith(
