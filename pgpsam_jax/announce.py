@@ -59,17 +59,12 @@ def _steps(config, slices: int, total: int) -> str:
     )
 
 
-def step(compiled, seconds: float, *, fit: bool = False) -> str:
-    """What a step costs by the compiler's count, once it is compiled.
-
-    It counts the loops of a fit as if they ran once, so that of that no operations are told.
-    """
-    memory = compiled.memory_analysis()
-    cost = compiled.cost_analysis() or {}
-    gib = 2**30
-    flops = f"{cost.get('flops', float('nan')) / 1e9:.1f} GFLOP per device, "
+def step(compiled, seconds: float, flops: float | None, *, fit: bool = False) -> str:
+    """What a step costs, once it is compiled; flops: of a device, None where they are not known."""
+    memory, gib = compiled.memory_analysis(), 2**30
+    told = "" if flops is None else f"{flops / 1e9:.1f} GFLOP per device, "
     return (
-        f"{'fit        ' if fit else 'step       ' + flops}expected memory "
+        f"{'fit        ' if fit else 'step       '}{told}expected memory "
         f"{(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / gib:.2f} GiB per device "
         f"({memory.temp_size_in_bytes / gib:.2f} temporary), compiled in {seconds:.1f} s"
     )

@@ -1,10 +1,10 @@
 """What a run costs: parameters, FLOPs, memory and time, kept in `<workdir>/cost.json`.
 
-FLOPs are XLA's count of the program it is given, before it optimises it for a device, so that
-device and mesh do not change them: a multiply-add is two, any elementwise operation one, the body
-of a loop is counted once however often it runs. (What XLA counts afterwards differs by 2 % on CPU
-and leaves out the products of cuBLAS on GPU, JAX issue 22249.) Bytes of a step are what the
-compiler plans for one device; peaks are measured, of this process (of several, the first).
+FLOPs are XLA's count of the program it is given, before it optimizes it for a device, so that
+device and mesh do not change them: a multiply-add is two, any elementwise operation one. Of a loop
+XLA counts one round; the products of the others are added. (What XLA counts afterwards differs by
+2 % on CPU and leaves out the products of cuBLAS on GPU, JAX issue 22249.) Bytes of a step are what
+the compiler plans for one device; peaks are measured, of this process (of several, the first).
 
 `kind` says what a step is: of "training"; a "fit", all of it at once, whose FLOPs depend on how
 often its loops run and are not told; or "none" where nothing trains, and only inference costs.
@@ -12,12 +12,14 @@ often its loops run and are not told; or "none" where nothing trains, and only i
 
 import inspect
 import json
+import math
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 from ml_collections import ConfigDict
 
 from pgpsam_jax import distributed, methods
@@ -36,20 +38,29 @@ _SETTING = ("devices", "compute_dtype", "image_size", "batch_size", "flops_per_i
 
 
 def of_step(
-    config: ConfigDict, mesh, graphdef, train_step, arguments, lowered, compiled, slices: int
+    config: ConfigDict,
+    mesh,
+    graphdef,
+    train_step,
+    arguments,
+    traced,
+    lowered,
+    compiled,
+    slices: int,
 ) -> dict:
     """What is known before the first step.
 
-    `train_step` is the jitted step, `arguments` the shapes of its (state, frozen, batch), `lowered`
-    and `compiled` its stages for them. A step augments, runs forward and back and updates; its
-    FLOPs are divided by the images of a step, `slices`. The forward pass ends with the logits.
+    `train_step` is the jitted step, `arguments` the shapes of its (state, frozen, batch), `traced`,
+    `lowered` and `compiled` its stages for them. A step augments, runs forward and back and
+    updates; its FLOPs are divided by the images of a step, `slices`. The forward pass ends with
+    the logits.
     """
     state, frozen, _ = arguments
     record = _of_model(config, mesh, graphdef, state.params, frozen)
     memory = compiled.memory_analysis()
     if record["kind"] == "training":
-        counted = (lowered.cost_analysis() or {}).get("flops")  # devices behind a plugin have none
-        if counted is None:
+        counted = flops_of(traced, lowered)
+        if counted is None:  # devices behind a plugin have none
             counted = host_flops(inspect.unwrap(train_step), *arguments)
         record["flops_per_image"]["training"] = None if counted is None else counted / slices
     return record | {
@@ -102,7 +113,31 @@ def host_flops(function, *arguments) -> float | None:
         return None
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
     with jax.default_device(host), traced_for(Placement("cpu")):
-        return jax.jit(function).lower(*shapes).cost_analysis()["flops"]
+        traced = jax.jit(function).trace(*shapes)
+        return flops_of(traced, traced.lower())
+
+
+def flops_of(traced, lowered) -> float | None:
+    """XLA's count of a program, which has one round of a loop, and the products of the others.
+
+    Loops are microbatches, `model.scan_blocks`, and attention in chunks.
+    """
+    counted = (lowered.cost_analysis() or {}).get("flops")
+    return None if counted is None else counted + _further_rounds(traced.jaxpr.jaxpr)
+
+
+def _further_rounds(jaxpr, rounds: int = 1) -> float:
+    """FLOPs of the matrix products in loops of known length, without each loop's first round."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general" and rounds > 1:
+            contracted = equation.params["dimension_numbers"][0][0]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * (rounds - 1) * math.prod(equation.outvars[0].aval.shape) * depth
+        length = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for inner in jaxprs_in_params(equation.params):
+            total += _further_rounds(inner, rounds * length)
+    return total
 
 
 def of_loop(records: list[dict], batch_size: int, first: int = 0) -> dict:

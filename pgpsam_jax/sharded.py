@@ -25,9 +25,12 @@ class ShardedStep(NamedTuple):
     frozen: object
     batch: dict
 
-    def lower(self) -> jax.stages.Lowered:
+    def trace(self) -> jax.stages.Traced:
         """`run`, traced for its shapes."""
-        return self.run.lower(self.state, self.frozen, self.batch)
+        return self.run.trace(self.state, self.frozen, self.batch)
+
+    def lower(self) -> jax.stages.Lowered:
+        return self.trace().lower()
 
 
 def shard_step(

@@ -225,13 +225,16 @@ def _compile(run: _Run, graphdef, step_of, step: int):
     """The compiled training step; what it costs is told and kept."""
     before = time.perf_counter()
     with run.watch("compile"):
-        lowered = step_of.lower()
+        traced = step_of.trace()
+        lowered = traced.lower()
         compiled = lowered.compile()
     seconds, fits = time.perf_counter() - before, methods.method_of(run.config.model).steps == 1
-    distributed.say(announce.step(compiled, seconds, fit=fits))
     shapes = step_of.state, step_of.frozen, step_of.batch
-    stages, seen = (lowered, compiled), build.slices_of_step(run.config, len(run.data.list))
+    stages, seen = (traced, lowered, compiled), build.slices_of_step(run.config, len(run.data.list))
     spent = cost.of_step(run.config, run.mesh, graphdef, step_of.run, shapes, *stages, seen)
+    flops = spent["flops_per_image"]["training"]
+    flops = None if flops is None else flops * seen / run.mesh.size
+    distributed.say(announce.step(compiled, seconds, flops, fit=fits))
     cost.begin(run.workdir, spent, step)
     return compiled
 

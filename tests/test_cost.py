@@ -14,6 +14,7 @@ from jax.extend.core import jaxprs_in_params
 
 from pgpsam_jax import build, cost, methods, recipes, sharding
 from pgpsam_jax.config import default_config, use_small_encoder
+from pgpsam_jax.models import attention
 from pgpsam_jax.models.segmenter import Segmenter
 from pgpsam_jax.step import init_state, make_predict_step
 
@@ -39,11 +40,12 @@ class Stages:
     mesh: object
     step: object
     shapes: tuple
+    traced: object
     lowered: object
     compiled: object
 
     def record(self, config, lowered=None):
-        stages = lowered or self.lowered, self.compiled
+        stages = self.traced, lowered or self.lowered, self.compiled
         known = self.mesh, self.graphdef, self.step, self.shapes, *stages
         return cost.of_step(config, *known, slices=BATCH)
 
@@ -74,8 +76,9 @@ def stages():
     placed = {"in_shardings": (whole, whole, sharding.batch_sharding(mesh))}
     step = jax.jit(train_step, **placed, out_shardings=whole, donate_argnums=0)
     shapes = jax.eval_shape(lambda *arguments: arguments, state, frozen, batch)
-    lowered = step.lower(*shapes)
-    return Stages(graphdef, mesh, step, shapes, lowered, lowered.compile())
+    traced = step.trace(*shapes)
+    lowered = traced.lower()
+    return Stages(graphdef, mesh, step, shapes, traced, lowered, lowered.compile())
 
 
 def test_a_step_by_hand(stages, config):
@@ -97,6 +100,37 @@ def test_a_step_by_hand(stages, config):
     assert parts["aliased"] == state
     assert parts["outputs"] >= state and parts["temporaries"] >= 0
     assert json.loads(json.dumps(found)) == found
+
+
+def counted(function, *arguments):
+    traced = jax.jit(function).trace(*arguments)
+    return cost.flops_of(traced, traced.lower())
+
+
+def test_every_round_of_a_loop_counts():
+    def rounds(x, inner, outer):
+        def once(x, _):
+            return jax.lax.scan(lambda x, _: (x @ weights, None), x, length=inner)[0], None
+
+        return jax.lax.scan(once, x, length=outer)[0]
+
+    x, weights = jnp.ones((8, 16)), jnp.ones((16, 16))
+    for inner, outer in ((1, 1), (1, 5), (3, 1), (3, 5)):
+        found = counted(lambda x, i=inner, o=outer: rounds(x, i, o), x)
+        assert found == pytest.approx(inner * outer * 2 * 8 * 16 * 16, rel=0.01)
+
+
+def test_attention_in_chunks_costs_what_it_costs_whole(monkeypatch):
+    q, tables = jnp.ones((2, 3, 64, 16)), [jnp.ones((15, 16))] * 2
+
+    def slopes(q):
+        return jax.grad(lambda q: attention.lean(q, q, q, *tables, grid=(8, 8)).sum())(q)
+
+    whole = counted(slopes, q)
+    monkeypatch.setattr(attention, "CHUNK", 2 * 3 * 64 * 64)
+    assert attention._chunks(q, q) == 4
+    # Elementwise operations, a third of so small an example, count in one round only.
+    assert 0.6 * whole < counted(lambda q: slopes(q), q) < 1.05 * whole
 
 
 def test_devices_that_count_nothing(stages, config, monkeypatch):
