@@ -222,7 +222,7 @@ def test_switches_add_and_remove_exactly_their_own_parameters():
     assert rows["cfm+ppg"] - rows["cfm"] == ppg and len(ppg) == 2 + 2 * 16
     assert rows["cfm"] - rows["cfm+ppg"] == {"default_dense"}
     ppr = {n for n in rows["cfm+ppg+ppr"] if n.startswith(("ppr/", "ppg/2/"))}
-    assert rows["cfm+ppg+ppr"] - rows["cfm+ppg"] == ppr and len(ppr) == 2 * 13 + 16
+    assert rows["cfm+ppg+ppr"] - rows["cfm+ppg"] == ppr and len(ppr) == 2 * 17 + 16
     assert not rows["cfm+ppg"] - rows["cfm+ppg+ppr"]
     projections = {f"cfm/{s}/{n}" for s in (0, 1) for n in ("projection/kernel", "norm/scale")}
     assert all(projections <= row for row in rows.values())
@@ -260,7 +260,7 @@ def test_parameter_counts_at_the_paper_size():
     cfm = d * c + 2 * c + 2 * (5 * c + c) + 2 * c  # projection, strips, norms
     cfm += linear(c, c // 2) + 2 * (c // 2) + linear(c // 2, c)
     ppr = linear(c, 1) + linear(n, 1) + 2 * linear(side * side, side) + n * (k + 1)
-    ppr += linear(c + n, c) + 2
+    ppr += linear(c + n, c) + 2 + 2 * 2 * c  # F^, alpha and beta, two LayerNorms
     mlp = linear(c, c // 2) + linear(c // 2, c)
     ppg = linear(c + n, c) + linear(c + q, c) + 2 * 2 * c + 2 * mlp  # with a LayerNorm each
     upscaling = (c * 64 * 4 + 64) + 2 * 64 + (64 * 32 * 4 + 32)
@@ -277,9 +277,9 @@ def test_parameter_counts_at_the_paper_size():
         "mask_decoder/hyper_mlps/": hyper,
         "mask_decoder/mask_tokens": n * c,
     }
-    assert (cfm, ppr, ppg, hyper) == (266_880, 134_010, 285_184, 1_258_272)
+    assert (cfm, ppr, ppg, hyper) == (266_880, 135_034, 285_184, 1_258_272)
     assert {name: part(trained, name) for name in expected} == expected
-    assert count(trained) == sum(expected.values()) == 6_451_316
+    assert count(trained) == sum(expected.values()) == 6_453_364
     assert part(rest, "image_encoder/") == 87_278_848  # SAM's encoder at 512 px
     assert part(rest, "pe_layer/") == count(rest) - 87_278_848 == 2 * 128
     assert all("lora" in name for name in flat_paths(trained) if name.startswith("image_encoder/"))
