@@ -127,8 +127,7 @@ class PrototypeRefinement(nnx.Module):
     """One stage of PPR: intra (B, K, C) and inter (B, Q, C) prototypes to refined ones.
 
     mix_start: alpha and beta of Eq 5 at the start. norm: LayerNorm on P^ and F^ of Eq 5, which the
-    paper does not print and its release has: without, W_q becomes one-hot and the classes' refined
-    prototypes come out alike.
+    paper does not print and its release has: without, the products of Eq 5 make W_q one-hot.
     """
 
     def __init__(

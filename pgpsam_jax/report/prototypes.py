@@ -57,8 +57,8 @@ def alarm(folder) -> str | None:
     return (
         f"The sparse prompts of {alike.sum()} of {last.sum()} pairs of classes are as good as one "
         f"(cosine above {_ALIKE}, as of {table['class'][first]} and {table['other'][first]}, in "
-        "the last pass): they tell the decoder nothing about the class. Look at model.ppr_norm "
-        "and model.mix_start."
+        "the last pass): what they tell the decoder about the image they tell it for every class "
+        "alike."
     )
 
 
