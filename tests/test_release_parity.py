@@ -51,7 +51,7 @@ SLOW_RECORD = pytest.mark.parametrize(
     "name", ["small", pytest.param("recorded", marks=pytest.mark.slow)]
 )
 NO_AUGMENTATION = AugmentConfig(rotate_probability=0, elastic_probability=0, scale_probability=0)
-CONFIG = steps.StepConfig(augment=NO_AUGMENTATION)
+CONFIG = steps.StepConfig(augment=NO_AUGMENTATION, loss=losses.released_deep_supervision)
 ENCODER = "prototype_prompt_encoder"
 
 
