@@ -55,6 +55,7 @@ def test_pth_round_trip_and_sidecar(capsys, state, ours, tmp_path):
         "variant": "custom",
         "image_size": 16,
         "patch_size": 4,
+        "colors": "normalized",
         "layout": "official",
         "source": "small.v2.pth",
         "source_sha256": file_digest(source),
