@@ -6,8 +6,8 @@ import threading
 import time
 
 import tiny_method
-from conftest import REPOSITORY
 from launcher import DEADLINE, start
+from places import REPOSITORY
 from small_run import config_for, write_data
 
 from pgpsam_jax import checkpoint, train

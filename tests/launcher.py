@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 
-from conftest import REPOSITORY
+from places import QUICK_FLAGS, REPOSITORY
 
 SCRIPT = REPOSITORY / "tests" / "processes.py"
 DEADLINE = 240  # seconds that anything here may take on a busy machine
@@ -15,7 +15,7 @@ DEADLINE = 240  # seconds that anything here may take on a busy machine
 
 def environment(devices: int) -> dict:
     """Variables of a process with so many simulated devices."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_FLAGS}"
     paths = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
     return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": paths, "PYTHON": sys.executable}
 

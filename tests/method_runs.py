@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import micro
 import numpy as np
 
 from pgpsam_jax import build, recipes
@@ -13,13 +14,13 @@ SIZE, CLASSES = 32, 3
 
 
 def small_config(name: str, **settings):
-    """A method's recipe on `vit_t` at 32 px, nothing augmented; settings as `model__prompt="box"`.
+    """A method's recipe at 32 px, nothing augmented; settings as `model__prompt="box"`.
 
-    The encoder is random, and frozen where the recipe says so.
+    The encoder is the smallest, random, and frozen where the recipe says so.
     """
     config = default_config()
     recipes.use(config, name)
-    config.model.encoder = "vit_t"
+    config.model.encoder = micro.NAME
     config.model.image_size, config.model.patch_size = SIZE, 8
     for kind in ("rotate", "scale", "elastic"):
         config.augment[f"{kind}_probability"] = 0.0

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from conftest import shared
 from flax import nnx
+from places import shared
 
 from pgpsam_jax.models.lora import LoraConfig
 from pgpsam_jax.models.release.model import ReleaseConfig, ReleasePgpSam

@@ -2,6 +2,7 @@
 
 import json
 
+import micro
 import nibabel as nib
 import numpy as np
 
@@ -46,7 +47,7 @@ def config_for(root, **settings):
     """Configuration of a few steps on `write_data`'s folder; settings as `model__k=2`."""
     config = default_config()
     config.name = "small"
-    config.model.encoder = "vit_t"
+    config.model.encoder = micro.NAME
     config.model.train_encoder = "full"
     config.model.image_size = 32
     config.model.patch_size = 8

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import gpu
 
 from pgpsam_jax import sharding
 from pgpsam_jax.errors import UserError
@@ -149,14 +150,7 @@ def test_how_many_chunks():
         assert [chunks(8, 12, 4096), chunks(12, 12, 4096)] == [4, 64]
 
 
-def gpu():
-    """An NVIDIA GPU, or skip."""
-    try:
-        return jax.devices("cuda")[0]
-    except RuntimeError:
-        pytest.skip("no NVIDIA GPU that JAX may use (JAX_PLATFORMS)")
-
-
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 def test_cudnn_equals_naive_on_a_gpu(case):
     device = gpu()

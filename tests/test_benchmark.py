@@ -92,6 +92,23 @@ def run(folder, *arguments) -> tuple[int, dict[str, dict], str]:
 SMALL = ("--encoders", "vit_t", "--sizes", "64", "--steps", "2")
 
 
+def test_a_command_line(tmp_path, capsys):
+    """A point that is measured, one that fails, and what bounds both."""
+    arguments = ("--tasks", "training", "--models", "sam", *SMALL, "--attention", ",nonsense")
+    code, rows, text = run(tmp_path, *arguments)
+    assert code == 1 and len(rows) == 3
+    row = rows["training sam vit_t 64 1 float32"]
+    assert row["device"] == "cpu" and row["mfu"] is None and not row["known_chip"]
+    low, high = row["seconds"]["quartiles"]
+    assert 0 < low <= row["seconds"]["median"] <= high
+    assert row["seconds"]["count"] == 2 and row["aliased_bytes"] > 0
+    failed = rows["training sam vit_t 64 1 float32 attention=nonsense"]
+    assert "nonsense" in failed["error"] and "seconds" not in failed
+    assert "matmul float32: size 1024" in text and "**failed**" in text
+    assert "failed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_command_line_end_to_end(tmp_path, capsys):
     """Training in turns with PyTorch, a point that fails; the paper's model in another start."""
     arguments = ("--tasks", "training", *SMALL, "--against", "torch", "--attention", ",nonsense")
@@ -120,7 +137,7 @@ def test_command_line_end_to_end(tmp_path, capsys):
     assert text.count("| training |") == 2 and text.count("| inference |") == 1
 
 
-@pytest.mark.parametrize("model", ["pgpsam", "sam"])
+@pytest.mark.parametrize("model", [pytest.param("pgpsam", marks=pytest.mark.slow), "sam"])
 @pytest.mark.parametrize("task", STEPS)
 def test_a_step_takes_what_it_gives(model, task):
     """Its outputs go back where they came from, in both types, with nothing computed."""
@@ -274,6 +291,7 @@ def test_points():
         assert len({point.key for point in points}) == len(points)
 
 
+@pytest.mark.slow
 def test_encoding_beforehand_saves_the_encoder():
     """Its products, and what is counted of it and of augmenting besides: measured 9.8 % more."""
     point = runner.describe(Point("encoded_flops", "samlst", "vit_t", batch_size=2))

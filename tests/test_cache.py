@@ -10,10 +10,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import scipy.ndimage
-from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from label_tables import PAIR, TOTAL, TOTAL_TABLE
+from places import shared
 
 from pgpsam_jax.data.cache import build_cache, gather_slices, read_case
 from pgpsam_jax.data.geometry import Fit, model_slices, to_model
@@ -254,6 +254,7 @@ def test_gather_slices(tmp_path):
         gather_slices(cached, [])
 
 
+@pytest.mark.golden
 def test_real_ct(tmp_path):
     """Voxel counts of shared/data/README.md, at native size and within a few % at 256 px."""
     root = shared("data/abdomen_ct")

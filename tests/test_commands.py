@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from places import REPOSITORY
 from small_run import config_for, write_data
 
 SMALL = "configs/phantom.py"

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import REPOSITORY
+from places import REPOSITORY
 
 from pgpsam_jax import build, config, methods, parameters
 from pgpsam_jax.data.dataset import label_table
@@ -45,11 +45,27 @@ def test_all_config_files_are_listed():
 
 
 @pytest.mark.parametrize(("name", "arguments"), CONFIGS)
-def test_init_and_one_step_by_shapes(name, arguments, monkeypatch):
+def test_a_config_makes_model_optimizer_and_settings_of_a_step(name, arguments, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     settings, record = load(name, arguments)
     for word in ("Command:", "Data:"):
         assert word in record
+    graphdef, params, _ = build.abstract_model(settings, label_table(settings).num_classes)
+    optimizer = build.optimizer_of(settings, 126)
+    jax.eval_shape(lambda p: init_state(p, optimizer, seed=0, epoch_size=126), params)
+    make_train_step(graphdef, optimizer, build.step_config(settings))
+
+
+# Tracing a step of ViT-b takes ten seconds.
+STEPS = [
+    pytest.param(*config, marks=[pytest.mark.slow] * (config[0] != "phantom")) for config in CONFIGS
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), STEPS)
+def test_one_step_by_shapes(name, arguments, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    settings, _ = load(name, arguments)
     classes = label_table(settings).num_classes
     graphdef, params, frozen = build.abstract_model(settings, classes)
     optimizer = build.optimizer_of(settings, 126)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from places import shared
 from safetensors.numpy import load_file
 from sam_official import SMALL, VIT_B, assert_equal, official_shapes, random_state
 
@@ -38,6 +38,7 @@ def ours(state):
     return from_official(state)
 
 
+@pytest.mark.golden
 def test_names_and_shapes_are_those_of_the_official_checkpoint():
     recorded = json.loads(shared("golden/sam_vit_b_1024.json").read_text())["state_dict"]
     assert official_shapes(VIT_B) == {name: tuple(shape) for name, shape in recorded.items()}

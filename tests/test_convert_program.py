@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from places import REPOSITORY
 from safetensors.numpy import load_file, save_file
 from sam_official import SMALL, VIT_B, assert_equal, random_state, save_pth
 

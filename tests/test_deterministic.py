@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY
 from flax import nnx
+from places import REPOSITORY
 
 from pgpsam_jax import deterministic, sharding, step
 from pgpsam_jax.config import default_config

@@ -5,8 +5,8 @@ import shutil
 import time
 
 import pytest
-from conftest import REPOSITORY
 from launcher import DEADLINE, ends, free_port, start
+from places import REPOSITORY
 from small_run import config_for, write_data
 
 from pgpsam_jax import seal, train

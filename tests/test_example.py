@@ -2,8 +2,8 @@
 
 import nbformat
 import pytest
-from conftest import REPOSITORY
 from nbclient import NotebookClient
+from places import REPOSITORY
 from ready_run import ready_run
 from small_run import write_data
 

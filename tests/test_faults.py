@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 import tiny_method
-from conftest import REPOSITORY
 from faults import TINY, newest, prepare, records, rubbish, run, saving
 from launcher import start
+from places import REPOSITORY
 from safetensors.numpy import save_file
 from small_run import config_for
 

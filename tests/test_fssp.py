@@ -77,7 +77,9 @@ def test_what_trains():
 
 def fitted(sizes, encoded=0):
     """(metrics, parameters) of the fit of the ten squares, four at a time, on a mesh."""
-    config = small_config("fssp", train__batch_size=4, train__encoded_copies=encoded)
+    config = small_config(
+        "fssp", model__encoder="vit_t", train__batch_size=4, train__encoded_copies=encoded
+    )
     graphdef, params, frozen, _ = build.init_model(config, CLASSES)
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     batch = dict(squares(10))

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from places import QUICK_FLAGS, REPOSITORY
 from small_run import write_data
 
 from experiments import driver, placement, run_grid
@@ -20,7 +21,6 @@ from pgpsam_jax import config as configuration
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runs import DONE, FAILED, PENDING, RUNNING, read_grid, read_metrics
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 GRIDS = sorted(
     path.stem
     for path in (REPOSITORY / "experiments" / "grids").glob("*.py")
@@ -33,7 +33,8 @@ from pathlib import Path
 from small_run import config_for
 
 def get_config():
-    return config_for(Path({root!r}), eval__overlays=False)
+    # Cells are programs of their own, which know no encoder of the tests.
+    return config_for(Path({root!r}), model__encoder="vit_t", eval__overlays=False)
 """
 GRID = """
 from experiments.plan import Plan, Row
@@ -172,7 +173,7 @@ def drive(grid_file: str, folder, *flags) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiments.run_grid", *arguments]
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     # One device and no optimisation: a cell here is mostly compilation.
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    flags = {"XLA_FLAGS": QUICK_FLAGS}
     environment = os.environ | flags | {"PYTHONPATH": path}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

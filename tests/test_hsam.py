@@ -31,7 +31,6 @@ ENCODER = dict(width=32, depth=1, heads=2, global_blocks=(0,), out_channels=64, 
 # Registered, and read by nothing, here as in the original.
 IDLE = r"(mask_decoder|second)/iou_head/|/idle/|prompt_encoder/(point|not_a_point|mask_down)"
 GATE = "second/mask_attention/"  # and this only by the intended gate
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Given(nnx.Module):
@@ -66,7 +65,7 @@ def run(mask_gate, dtype=jnp.float32):
     """Both outputs of the random model, and what it predicts."""
     graphdef, state = nnx.split(random_model(mask_gate, dtype)[0])
 
-    @quick_jit
+    @jax.jit
     def outputs(state, features):
         model = nnx.merge(graphdef, state)
         return model(features) | {"predict": model.predict(features)}
@@ -146,7 +145,7 @@ def test_outputs_are_those_of_the_transcription(mask_gate, over):
 
 def test_the_gates_differ_in_the_second_decoder_only():
     released, intended = run("released"), run("intended")
-    np.testing.assert_array_equal(released["bootstrap"], intended["bootstrap"])
+    assert relative(intended["bootstrap"], released["bootstrap"]) < 1e-6  # two programs
     assert relative(intended["final"], released["final"]) > 0.01
 
 
@@ -174,7 +173,7 @@ def test_which_parameters_receive_a_gradient(mask_gate):
     graphdef, params, rest = nnx.split(create(mask_gate, depth=1), nnx.Param, ...)
     labels = np.random.default_rng(6).integers(0, CLASSES, (BATCH, *SIZE))
 
-    @quick_jit
+    @jax.jit
     def differentiate(params, features, keys):
         def objective(params):
             outputs = nnx.merge(graphdef, params, rest)(features, keys)
@@ -196,7 +195,7 @@ def test_draws_are_of_the_second_decoder_and_of_each_sample():
     """The first output is the one without draws; a sample's draws move with its key."""
     graphdef, state = nnx.split(random_model("released")[0])
 
-    @quick_jit
+    @jax.jit
     def outputs(state, features, keys):
         return nnx.merge(graphdef, state)(features, keys)
 
@@ -230,13 +229,14 @@ def test_noise_has_a_fifth_of_the_range_and_dropout_keeps_the_mean():
     assert (dropped != hsam.drop_out(jnp.ones((4, 256, 256)), many, 2)).any()
 
 
+@pytest.mark.slow
 def test_the_loss_falls():
     """Far below the best answer that does not look at the image: Dice loss 0.53, loss 0.55.
 
     After 20 steps it still stands there, with less noise, a lower rate or the encoder trained, too;
     between 20 and 40 the first decoder leaves, then the second.
     """
-    values = loss_falls("hsam", steps=60)
+    values = loss_falls("hsam", steps=60, model__encoder="vit_t")
     assert values[-1] < 0.4 * values[0], values  # measured 0.24
 
 

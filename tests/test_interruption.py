@@ -6,9 +6,9 @@ import signal
 import threading
 
 import pytest
-from conftest import REPOSITORY
 from faults import TINY, await_that, logged, newest, prepare, rubbish
 from launcher import ends, free_port, start
+from places import REPOSITORY
 
 from pgpsam_jax import interruption, peers
 from pgpsam_jax.errors import AGAIN, Interrupted

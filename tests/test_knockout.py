@@ -44,7 +44,7 @@ def passes(run, part):
 def test_each_edit_silences_its_part(run):
     _, whole = passes(run, None)
     model, _ = passes(run, "CFM gates (Eq 1-2)")
-    feature = np.random.default_rng(1).normal(size=(1, 4, 4, 64)).astype(np.float32)
+    feature = np.random.default_rng(1).normal(size=(1, 4, 4, 32)).astype(np.float32)
     assert not model.cfm[0].spatial(feature).any() and not model.cfm[1].channel(feature).any()
     _, off = passes(run, "dense prompts (Eq 6)")
     assert whole[1].dense.any() and not any(one.dense.any() for one in off)

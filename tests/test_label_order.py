@@ -4,32 +4,19 @@ import json
 
 import numpy as np
 import pytest
-from conftest import shared
 from golden.make_phantom_anatomy import FILE, features_of, of_phantom
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from label_orders import ALPHABETICAL, BTCV, CASCADE, EIGHT, SAMED, TABLES, renumbered
+from places import shared
 
 from pgpsam_jax.data.anatomy import NAMES, ORIENTATIONS, PRIOR, misfits, organ_of, turned
-from pgpsam_jax.data.label_order import ORDERS, judge, known_orders
-from pgpsam_jax.data.labels import SYNAPSE8
+from pgpsam_jax.data.label_order import judge, known_orders
 from pgpsam_jax.data.nifti import read_image, read_label
 
 PHANTOMS = {
     case: {kind: {int(i): f for i, f in ids.items()} for kind, ids in kinds.items()}
     for case, kinds in json.loads(FILE.read_text()).items()
-}
-SAMED, ALPHABETICAL, CASCADE, BTCV, AMOS, FLARE = ORDERS
-EIGHT = known_orders()[SAMED]
-
-
-def renumbered(features, order):
-    """The features as if the file had been written with another order's ids."""
-    ids = {organ: i for i, organ in order.items()}
-    return {ids[EIGHT[i]]: values for i, values in features.items() if EIGHT[i] in ids}
-
-
-TABLES = known_orders() | {
-    "SYNAPSE8": {i: SYNAPSE8.names[k] for i, k in SYNAPSE8.source_to_class.items() if k}
 }
 
 
@@ -123,6 +110,7 @@ def test_a_volume_that_lies_otherwise_than_its_affine_says():
             assert turned(flipped, names) == expected
 
 
+@pytest.mark.golden
 def test_a_real_ct():
     ids = read_label(shared("data/abdomen_ct/seg104.nii.gz")).array
     image = read_image(shared("data/abdomen_ct/ct.nii.gz"))

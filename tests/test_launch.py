@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import REPOSITORY
+from places import REPOSITORY
 
 from pgpsam_jax.cluster import Place, from_flags, from_scheduler
 from pgpsam_jax.errors import UserError

@@ -6,8 +6,8 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import REPOSITORY
 from flax import nnx
+from places import REPOSITORY
 from ready_run import ready_run
 from small_run import write_data
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
+from surface_oracle import oracle_surface
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import metrics
@@ -26,19 +27,6 @@ def blobs(seed, shape=(14, 24, 20), cut=0.1):
     base, change = (ndimage.gaussian_filter(rng.normal(size=shape), 2.0) for _ in range(2))
     scale = base.std()
     return base + 0.4 * change > cut * scale, base > cut * scale
-
-
-def oracle_surface(mask):
-    """By the definition: a voxel with one of its six neighbours outside the mask or volume."""
-    points = []
-    for voxel in np.ndindex(mask.shape):
-        steps = [np.add(voxel, s * np.eye(3, dtype=int)[a]) for a in range(3) for s in (-1, 1)]
-        inside = [
-            np.all(step >= 0) and np.all(step < mask.shape) and mask[tuple(step)] for step in steps
-        ]
-        if mask[voxel] and not all(inside):
-            points.append(voxel)
-    return points
 
 
 def oracle_distances(source, target, spacing, region):

@@ -8,9 +8,9 @@ import zlib
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import shared
 
 from pgpsam_jax.data import nifti
 from pgpsam_jax.data.nifti import (
@@ -328,6 +328,7 @@ def test_write_refuses_other_grids_and_names(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.nii"]
 
 
+@pytest.mark.golden
 def test_real_mr_in_another_orientation():
     volume = read_image(shared("data/head_mr/t1.nii.gz"))
     assert volume.source.orientation == "LIA" and volume.array.shape == (256, 256, 256)

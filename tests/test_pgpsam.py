@@ -4,7 +4,6 @@ The expected logits are composed in float64 from `equations_numpy` and `decoder_
 image encoder gives is taken as it is, and in most tests drawn at random, to compile less.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -15,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_pgpsam import ENCODER, build, create, inputs_for, small
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.models.lora import LoraConfig
 from pgpsam_jax.models.pgpsam import PgpSam, PgpSamConfig
 from pgpsam_jax.models.sam import SamConfig
@@ -26,54 +27,12 @@ from pgpsam_jax.parameters import count, flat_paths, trainable
 FORWARD_TOLERANCE = 1e-5  # of logits
 BFLOAT16_TOLERANCE = 0.05  # 0.01 with AVX2; 0.035 where the processor multiplies bfloat16 itself
 GRADIENT_TOLERANCE = 5e-4  # per tensor: saturated softmaxes leave differences of large numbers
-ENCODER = dict(width=32, depth=2, heads=2, global_blocks=(0, 1), out_channels=32, window_size=4)
 TABLE_3 = {
     "baseline": dict(cfm=False, ppg=False, ppr=False),
     "cfm": dict(cfm=True, ppg=False, ppr=False),
     "cfm+ppg": dict(cfm=True, ppg=True, ppr=False),
     "cfm+ppg+ppr": dict(cfm=True, ppg=True, ppr=True),
 }
-# Unoptimised machine code: half the time of a compilation, which is nearly all the time here.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def small(size=32, classes=3, **kwargs):
-    """A model of a few thousand parameters: what a test of behaviour, not of size, needs."""
-    sam = SamConfig.preset("vit_t", size, 8, **ENCODER)
-    decoder = dataclasses.replace(sam.decoder, depth=1, heads=2, mlp_dim=64)
-    return PgpSamConfig(dataclasses.replace(sam, decoder=decoder), classes, **kwargs)
-
-
-class Given(nnx.Module):
-    """In the place of the image encoder: the `images` are its outputs already."""
-
-    def __call__(self, images, taps):
-        return images
-
-
-def create(config, encoder=False, dtype=jnp.float32):
-    """A model at its own initialisation, with its image encoder or `Given`."""
-    model = PgpSam(config, dtype=dtype, rngs=nnx.Rngs(3))
-    if not encoder:
-        model.image_encoder = Given()
-    return model
-
-
-@functools.cache
-def build(config, encoder=False, dtype=jnp.float32):
-    """A model with every parameter random, and its arrays in float64."""
-    return eq.random_module(lambda: create(config, encoder, dtype), 1)
-
-
-def inputs_for(config, encoder=False, batch=2):
-    """Images, or the neck's output and the taps."""
-    rng, sam = np.random.default_rng(5), config.sam
-    if encoder:
-        return rng.random((batch, *sam.image_size, 3), np.float32)
-    shape = (batch, *sam.encoder.grid)
-    taps = [rng.normal(size=(*shape, sam.encoder.width)) for _ in config.stage_taps]
-    neck = rng.normal(size=(*shape, sam.encoder.out_channels))
-    return np.float32(neck), [np.float32(tap) for tap in taps]
 
 
 def relative(got, expected) -> float:
@@ -108,12 +67,12 @@ def check_outputs(config, p, features, outputs):
 
 
 @functools.cache
-def run_vit_t(dtype):
-    """Outputs and (neck, taps) of the small preset, encoder and all, with random parameters."""
-    config = PgpSamConfig(SamConfig.preset("vit_t", 64, 8), 9)
+def run_whole(dtype):
+    """Outputs and (neck, taps) of a model, encoder and all, with random parameters."""
+    config = PgpSamConfig(SamConfig.preset("vit_t", 64, 8, **ENCODER), 9)
     graphdef, state = nnx.split(build(config, True, dtype)[0])
 
-    @quick_jit
+    @jax.jit
     def run(state, images):
         model = nnx.merge(graphdef, state)
         return model(images), model.image_encoder(images, config.stage_taps)
@@ -122,11 +81,12 @@ def run_vit_t(dtype):
 
 
 def test_forward_pass_with_its_encoder_is_the_composition_of_the_equations():
-    config, outputs, features = run_vit_t(jnp.float32)
-    assert config.stage_taps == (3, 1) and outputs["final"].shape == (2, 32, 32, 9)
+    config, outputs, features = run_whole(jnp.float32)
+    assert config.stage_taps == (1, 0) and outputs["final"].shape == (2, 32, 32, 9)
     check_outputs(config, build(config, True)[1], features, outputs)
 
 
+WITH_GRADIENTS = ("baseline", "cfm+ppg+ppr")  # which have all parameters between them
 OTHER_SIZES = {
     "wide, one stage": small((32, 56), 2, stage_taps=(1,), alpha=2, k=1),
     "tall, three stages": small((40, 24), 5, stage_taps=(1, 0, 1), alpha=3, k=6, strip_kernel=3),
@@ -137,7 +97,7 @@ OTHER_SIZES = {
 def compiled(config):
     """Compiled (state, features) -> outputs."""
     graphdef = nnx.graphdef(build(config)[0])
-    return quick_jit(lambda state, features: nnx.merge(graphdef, state)(features))
+    return jax.jit(lambda state, features: nnx.merge(graphdef, state)(features))
 
 
 @pytest.mark.parametrize("name", OTHER_SIZES)
@@ -151,8 +111,12 @@ def test_forward_pass_at_other_sizes(name):
 @pytest.mark.parametrize("row", TABLE_3)
 def test_forward_pass_of_each_row_of_table_3(row):
     config = small(**TABLE_3[row])
-    model, p = build(config)
-    check_outputs(config, p, inputs_for(config), gradients(config, model)[1])
+    (model, p), features = build(config), inputs_for(config)
+    if row in WITH_GRADIENTS:
+        outputs = gradients(config, model)[1]
+    else:
+        outputs = compiled(config)(nnx.state(model), features)
+    check_outputs(config, p, features, outputs)
 
 
 def test_model_has_no_favourite_class():
@@ -209,7 +173,7 @@ def test_parameters_start_as_plain_float32():
 
 def names(**switches):
     """Dotted parameter names of a small model, without compiling anything."""
-    shapes = nnx.eval_shape(lambda: PgpSam(small(**switches), rngs=nnx.Rngs(0)))
+    shapes = nnx.eval_shape(lambda: PgpSam(small(**switches), rngs=NoDraws()))
     return set(flat_paths(nnx.state(shapes, nnx.Param)))
 
 
@@ -250,7 +214,7 @@ def part(state, prefix):
 def test_parameter_counts_at_the_paper_size():
     """ViT-b, 512 px, 9 classes, against counts worked out by hand from the layer sizes."""
     config = PgpSamConfig(SamConfig.preset("vit_b", 512), 9)
-    model = nnx.eval_shape(lambda: PgpSam(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: PgpSam(config, rngs=NoDraws()))
     trained, rest = nnx.state(model, trainable("lora"), ...)
     c, d, n, k, q, side = 256, 768, 9, 4, 72, 32
 
@@ -304,7 +268,7 @@ def differentiate(config, encoder):
     """Compiled (trained, rest, inputs, labels) -> (gradients, outputs)."""
     graphdef = nnx.graphdef(build(config, encoder)[0])
 
-    @quick_jit
+    @jax.jit
     def run(trained, rest, inputs, labels):
         def objective(trained):
             outputs = nnx.merge(graphdef, trained, rest)(inputs)
@@ -323,7 +287,10 @@ def gradients(config, model, encoder=False):
     return {n: np.asarray(g[...]) for n, g in flat_paths(found).items()}, outputs
 
 
-@pytest.mark.parametrize("row", TABLE_3)
+@pytest.mark.parametrize(
+    "row",
+    [r if r in WITH_GRADIENTS else pytest.param(r, marks=pytest.mark.slow) for r in TABLE_3],
+)
 def test_every_trained_parameter_receives_a_gradient(row):
     """At the real initialisation, all but the decoder's key biases.
 
@@ -354,6 +321,7 @@ def test_lora_gradients_start_with_b_and_then_reach_both_factors():
     assert all(np.linalg.norm(found[n]) > 1e-6 for n in names)
 
 
+@pytest.mark.slow
 def test_one_decoder_serves_all_passes_and_sums_their_gradients():
     config = small()
     model, _ = build(config)
@@ -375,7 +343,7 @@ def test_one_decoder_serves_all_passes_and_sums_their_gradients():
         assert next(copies, None) is None  # the bootstrap and two stages: three passes
         return value
 
-    apart = quick_jit(jax.grad(objective))([decoder] * 3)
+    apart = jax.jit(jax.grad(objective))([decoder] * 3)
     for own in apart:
         assert sum(float(jnp.linalg.norm(x)) for x in jax.tree.leaves(own)) > 1e-3
     total = flat_paths(jax.tree.map(lambda *x: sum(x), *apart))
@@ -389,8 +357,8 @@ def test_one_decoder_serves_all_passes_and_sums_their_gradients():
 
 
 def test_bfloat16_computes_close_to_float32_and_returns_float32():
-    exact = run_vit_t(jnp.float32)[1]
-    config, half, _ = run_vit_t(jnp.bfloat16)
+    exact = run_whole(jnp.float32)[1]
+    config, half, _ = run_whole(jnp.bfloat16)
     model, _ = build(config, True, jnp.bfloat16)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(model)))
     for key in ("bootstrap", "final"):

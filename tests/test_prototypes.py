@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from ready_run import ready_run
+from small_pgpsam import build, inputs_for, small
 from small_run import write_data
-from test_pgpsam import build, inputs_for, quick_jit, small
 
 from pgpsam_jax import runs
 from pgpsam_jax.data.geometry import Fit
@@ -32,7 +33,7 @@ def look(name):
     config = small((32, 48), 3, **SWITCHES[name])
     graphdef, state = nnx.split(build(config)[0])
 
-    @quick_jit
+    @jax.jit
     def run(state, images):
         model = nnx.merge(graphdef, state)
         return model.passes(images), model(images)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY, shared
 from jax import lax
 from orbax.checkpoint import v1 as ocp
+from places import REPOSITORY, shared
 from release_state import RANK, SMALL, VIT_B, release_shapes, release_state
 from safetensors.numpy import load_file, save_file
 from sam_official import assert_equal, save_pth
@@ -34,6 +34,7 @@ from weights_conversion.mapping import read, write
 DEAD = ("cross_attn_token_to_image.alpha", "cross_attn_token_to_image.beta", "mask_norm")
 DEAD += ("cross_attn_token_to_image.linear", "mask_proj1", "mask_proj2")
 SETTINGS = dict(
+    model__encoder="vit_t",  # commands know no encoder of the tests
     model__preset="release",
     model__train_encoder="lora",
     model__lora_rank=RANK,
@@ -94,6 +95,7 @@ def tensors_of(path) -> dict[str, np.ndarray]:
     return {name: t.numpy() for name, t in torch.load(path, weights_only=True).items()}
 
 
+@pytest.mark.golden
 def test_names_and_shapes_are_those_of_the_release():
     recorded = json.loads(shared("golden/release_synapse.json").read_text())["state_dict"]
     expected = {name: tuple(shape) for name, shape in recorded.items()}

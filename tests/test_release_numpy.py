@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import release_numpy
-from conftest import shared
 from golden import golden_rule
+from places import shared
 from release_state import VIT_B, release_shapes
 
 STEM = Path(__file__).parent / "golden" / "release_small"
@@ -101,6 +101,7 @@ def test_all_but_the_frozen_encoder_trains(small):
     assert meta["trainable"] == trainable == list(meta["gradients"])
 
 
+@pytest.mark.golden
 def test_recorded_set_has_the_same_null_gradients_and_trainable_names(small):
     """Of the names that both sizes have; the larger one has more blocks and classes."""
     record = json.loads(shared("golden/release_synapse.json").read_text())
@@ -109,6 +110,7 @@ def test_recorded_set_has_the_same_null_gradients_and_trainable_names(small):
         assert both & set(part(record)) == both & set(part(small[0]))
 
 
+@pytest.mark.golden
 def test_transcription_gives_what_the_authors_code_gave():
     """From the recorded outputs of the encoder to the final logits, at the published size."""
     recorded = np.load(shared("golden/release_synapse.npz"))

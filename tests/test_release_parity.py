@@ -46,10 +46,8 @@ ZERO, ZERO_FLOOR = 1e-7, 2e-6
 RECORDED_SHARE, RECORDED_TOLERANCE = 0.7, 6e-3
 EPOCH = 10
 
-BOTH = pytest.mark.parametrize("name", ["small", "recorded"])
-SLOW_RECORD = pytest.mark.parametrize(
-    "name", ["small", pytest.param("recorded", marks=pytest.mark.slow)]
-)
+RECORDED = pytest.param("recorded", marks=pytest.mark.golden)
+BOTH = pytest.mark.parametrize("name", ["small", RECORDED])
 NO_AUGMENTATION = AugmentConfig(rotate_probability=0, elastic_probability=0, scale_probability=0)
 CONFIG = steps.StepConfig(augment=NO_AUGMENTATION, loss=losses.released_deep_supervision)
 ENCODER = "prototype_prompt_encoder"
@@ -248,7 +246,7 @@ def gradient_errors(name):
     return norms, products
 
 
-@SLOW_RECORD
+@BOTH
 def test_gradient_of_every_trainable_tensor(name):
     for errors in gradient_errors(name):
         values = np.array(list(errors.values()))
@@ -285,7 +283,7 @@ def test_the_same_tensors_train(name):
         assert (count(params), unused, count(frozen)) == (17_087_408, 35_596, 87_278_848)
 
 
-@SLOW_RECORD
+@BOTH
 def test_three_updates(name):
     losses = np.array(release_golden.load(name).meta["adamw"]["losses"])
     assert (abs(np.array(updates(name)[0]) / losses - 1) <= UPDATE_TOLERANCE[name]).all()

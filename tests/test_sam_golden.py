@@ -6,11 +6,12 @@ import runpy
 import numpy as np
 import pytest
 import sam_torch
-from conftest import shared
+from places import shared
 from sam_torch import encode, predict, relative
 
 from pgpsam_jax.models.sam import SamConfig
 
+pytestmark = pytest.mark.golden
 WHOLE = 1e-5
 KINDS = {
     "points": ("points", "labels"),

@@ -93,7 +93,7 @@ def vit_b_official() -> dict:
     return sam_torch.random_official(SamConfig.preset("vit_b"))
 
 
-SIZES = ("small", "vit_b_512", pytest.param("vit_b_1024", marks=pytest.mark.slow))
+SIZES = ("small", *(pytest.param(f"vit_b_{n}", marks=pytest.mark.slow) for n in (512, 1024)))
 
 
 @pytest.fixture(scope="module", params=SIZES)

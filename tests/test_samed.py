@@ -1,6 +1,5 @@
 """SAMed: sizes, outputs, what trains, the loss on squares. Its parts are tested where they are."""
 
-import functools
 import math
 import re
 
@@ -17,7 +16,6 @@ from pgpsam_jax.step import gradients_of, to_input
 
 # Registered, and read by nothing, here as in the original.
 IDLE = r"mask_decoder/iou_head/|prompt_encoder/(point|not_a_point|mask_down)"
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def test_parameters_are_those_of_the_original():
@@ -40,7 +38,7 @@ def test_which_parameters_receive_a_gradient():
         if path.endswith("/lora/b"):  # 0 at the start, when `a` has no gradient yet
             leaf.set_value(0.1 * jax.random.normal(jax.random.key(i), leaf.shape))
 
-    @quick_jit
+    @jax.jit
     def differentiate(params, frozen, image, label):
         settings, model = build.step_config(config), (graphdef, params, frozen)
         gradients, _ = gradients_of(*model, image.astype(jnp.float32), label, 0, settings)

@@ -209,6 +209,7 @@ def test_everything_is_made_again_from_the_csv(tmp_path, monkeypatch):
     assert row["estimate_efficiency"] == pytest.approx(512**0.9 / 512 / (4**0.9 / 4))
 
 
+@pytest.mark.slow
 def test_measured_on_two_simulated_devices(tmp_path, capsys):
     """The real step in a process with two devices; the words of a simulation."""
     arguments = ("measured", "--simulate", "2", "--devices", "2", *SMALL, "--steps", "3")

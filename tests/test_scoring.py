@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from small_run import write_data
-from test_metrics import oracle_surface
+from surface_oracle import oracle_surface
 from worker_jobs import echo
 
 from experiments.benchmark import scoring

@@ -57,8 +57,9 @@ def samed(base):
     return model_of(base, "samed")
 
 
-def answers(model, images):
-    return jax.jit(lambda model, images: model(images))(model, images)
+answers = jax.jit(lambda model, images: model(images))
+passes_of = jax.jit(lambda model, images: model.passes(images))
+encoded = jax.jit(lambda model, images: model.encode(images))
 
 
 def like(model, samed):
@@ -106,15 +107,15 @@ def test_the_old_start_is_far_away_and_can_be_had(base, samed, images, plain):
 
 def test_dense_prompts_start_as_the_no_mask_embedding(base, images):
     embed = conversion_tensor(base, "prompt_encoder/no_mask_embed")
-    for part in model_of(base, "pgpsam").passes(images):
+    for part in passes_of(model_of(base, "pgpsam"), images):
         np.testing.assert_array_equal(part.dense, np.broadcast_to(embed, part.dense.shape))
         assert 0 < float(jnp.abs(part.sparse).max()) < 0.3
     surgical = model_of(base, "surgicalsam", start="sam")
-    feature = surgical.encode(images)
+    feature = encoded(surgical, images)
     dense, _ = surgical.prompter(feature, surgical.prototypes[...])
     np.testing.assert_array_equal(dense, np.broadcast_to(embed, dense.shape))
     release = model_of(base, "pgpsam", "release", start="sam")
-    for part in release.passes(images):
+    for part in passes_of(release, images):
         np.testing.assert_array_equal(part.dense, np.broadcast_to(embed, part.dense.shape))
 
 
@@ -126,7 +127,7 @@ def conversion_tensor(base, name):
 
 def test_the_release_s_features_start_as_the_neck(base, images):
     def growth(start):
-        passes = model_of(base, "pgpsam", "release", start=start).passes(images)
+        passes = passes_of(model_of(base, "pgpsam", "release", start=start), images)
         neck, last = passes[0].feature, passes[-1].feature
         # Its channel gate scales the neck by about 1.5 whatever the start.
         return distance(last, 1.5 * neck)
@@ -189,6 +190,11 @@ def test_normalized_colors_are_those_of_sam_s_own_preprocessing(base, images):
     grey = np.round(255 * np.asarray(images)).astype(np.uint8)
     from pgpsam_jax.models.sam import preprocess
 
-    wanted = model_of(base, "samed", colors="unit").encode(preprocess(grey[0], (SIZE, SIZE))[0])
-    found = model_of(base, "samed", colors="normalized").encode(jnp.asarray(grey[:1]) / 255)
+    wanted, found = (
+        encoded(model_of(base, "samed", colors=colors), given)
+        for colors, given in (
+            ("unit", preprocess(grey[0], (SIZE, SIZE))[0]),
+            ("normalized", jnp.asarray(grey[:1]) / 255),
+        )
+    )
     np.testing.assert_allclose(found, wanted, atol=2e-5)

@@ -8,7 +8,7 @@ import sys
 import filelock
 import jax
 import pytest
-from conftest import REPOSITORY
+from places import QUICK_FLAGS, REPOSITORY
 from small_run import config_for, write_data
 
 from pgpsam_jax import compilation
@@ -213,11 +213,11 @@ def test_second_start_compiles_nothing(model, tmp_path):
     stored.write_text(json.dumps(configuration.to_json(config)))
     # One device: what is partitioned over eight takes longer and has no other keys.
     own = {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": QUICK_FLAGS,
         "XDG_CACHE_HOME": str(tmp_path / "home"),
         "JAX_COMPILATION_CACHE_DIR": "unset",
     }
-    program = f"import os; del os.environ['JAX_COMPILATION_CACHE_DIR']\n{START}"
+    program = f"import micro, os; del os.environ['JAX_COMPILATION_CACHE_DIR']\n{START}"
     starts = []
     for workdir in ("first", "second"):
         output = python(program, stored, tmp_path / workdir, **own)

@@ -73,6 +73,7 @@ def test_splash_keeps_no_scores():
     assert fused < 64 * 2**20 < naive, (fused, naive)
 
 
+@pytest.mark.slow
 @pytest.mark.tpu_backend
 @pytest.mark.parametrize("name", ["v5e:2x2", "v6e:2x4"])
 def test_the_training_step(name):

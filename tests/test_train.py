@@ -1,12 +1,15 @@
 """The run as a whole, at small size: train, resume, evaluate, predict, and what is left on disk."""
 
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import nibabel as nib
 import numpy as np
 import pytest
-from faults import run
+import tiny_method
+from faults import TINY, run
 from small_run import config_for, hold_out, write_data
 
 from pgpsam_jax import checkpoint, predict, runlog, train
@@ -49,11 +52,22 @@ def root(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module", params=["tiny", pytest.param("pgpsam", marks=pytest.mark.slow)])
+def method(request):
+    """Settings of what is trained: what compiles soonest, and the real model."""
+    with tiny_method.known():
+        yield (
+            TINY | {"model__train_encoder": "full", "eval__overlays": True}
+            if request.param == "tiny"
+            else {}
+        )
+
+
 @pytest.fixture(scope="module")
-def finished(root, tmp_path_factory):
+def finished(root, method, tmp_path_factory):
     """(workdir, summary) of an uninterrupted run with selection on the validation case."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, train.train(config_for(root, **SELECT), workdir)
+    return workdir, train.train(config_for(root, **method, **SELECT), workdir)
 
 
 def test_a_run_leaves_all_its_records(finished):
@@ -112,8 +126,8 @@ def test_the_best_parameters_are_kept_and_used(finished):
     assert again == best["score"]
 
 
-def test_same_seed_same_losses_and_validation_changes_none(finished, root, tmp_path):
-    summary = train.train(config_for(root), tmp_path / "again")
+def test_same_seed_same_losses_and_validation_changes_none(finished, root, tmp_path, method):
+    summary = train.train(config_for(root, **method), tmp_path / "again")
     unselected = ("images_per_second", "validation_score")
     unselected += ("silent_epochs_liver", "silent_epochs_spleen")
     assert losses(tmp_path / "again") == losses(finished[0], but=unselected)
@@ -123,7 +137,9 @@ def test_same_seed_same_losses_and_validation_changes_none(finished, root, tmp_p
     assert same(*last)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(finished, root, tmp_path, monkeypatch):
+def test_interrupted_and_resumed_equals_uninterrupted(
+    finished, root, tmp_path, monkeypatch, method
+):
     workdir, write = tmp_path / "cut", runlog.RunLog.write
 
     def stop_in_step_4(log, step, metrics):
@@ -134,36 +150,36 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, root, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(runlog.RunLog, "write", stop_in_step_4)
         with pytest.raises(KeyboardInterrupt):
-            train.train(config_for(root, **SELECT), workdir)
+            train.train(config_for(root, **method, **SELECT), workdir)
     assert [r["step"] for r in losses(workdir)] == [1, 2, 3]
-    summary = train.train(config_for(root, **SELECT), workdir)
+    summary = train.train(config_for(root, **method, **SELECT), workdir)
     assert losses(workdir) == losses(finished[0])
     assert summary == finished[1]
     assert checkpoint.best_record(workdir) == checkpoint.best_record(finished[0])
     assert same(numbers(workdir, checkpoint.Best), numbers(finished[0], checkpoint.Best))
 
 
-def test_a_finished_run_only_evaluates_again(finished, root):
+def test_a_finished_run_only_evaluates_again(finished, root, method):
     workdir, summary = finished
     before = (workdir / "metrics.jsonl").read_text()
-    assert train.train(config_for(root, **SELECT), workdir) == summary
+    assert train.train(config_for(root, **method, **SELECT), workdir) == summary
     assert (workdir / "metrics.jsonl").read_text() == before
     (workdir / "fewshot.txt").rename(workdir / "aside.txt")  # a converted run has none
     assert train.evaluate_workdir(workdir) == summary
     (workdir / "aside.txt").rename(workdir / "fewshot.txt")
 
 
-def test_another_configuration_is_refused(finished, root):
+def test_another_configuration_is_refused(finished, root, method):
     workdir, _ = finished
     before = (workdir / "config.json").read_bytes()
     with pytest.raises(UserError, match=r"optim.learning_rate: 0.003 there, 0.1 now"):
-        train.train(config_for(root, optim__learning_rate=0.1, **SELECT), workdir)
+        train.train(config_for(root, **method, optim__learning_rate=0.1, **SELECT), workdir)
     assert (workdir / "config.json").read_bytes() == before
 
 
-def test_selection_is_part_of_a_run(finished, root):
+def test_selection_is_part_of_a_run(finished, root, method):
     with pytest.raises(UserError, match=r"validation.every_epochs: 1 there, 0 now"):
-        train.train(config_for(root), finished[0])
+        train.train(config_for(root, **method), finished[0])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
@@ -208,8 +224,6 @@ def test_predict_equals_evaluation(finished, root, tmp_path):
 
 
 def test_a_truncated_checkpoint_is_said(finished, root, tmp_path):
-    import shutil
-
     workdir = tmp_path / "damaged"
     shutil.copytree(finished[0], workdir)
     for path in workdir.glob("*/*/params/**/*"):
@@ -238,8 +252,8 @@ def test_validation_without_validation_cases_is_said(root, tmp_path):
 def test_no_workdir_no_checkpoint(tmp_path, finished):
     with pytest.raises(UserError, match=r"config.json not found"):
         train.evaluate_workdir(tmp_path)
-    for name in ("config.json", "fewshot.txt", "labels.json", "base.json", "frozen.safetensors"):
-        (tmp_path / name).write_bytes((finished[0] / name).read_bytes())
+    for path in filter(Path.is_file, finished[0].iterdir()):
+        shutil.copy(path, tmp_path)
     with pytest.raises(UserError, match=r"holds no complete checkpoint"):
         train.evaluate_workdir(tmp_path)
 

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import REPOSITORY, shared
+from golden.make_phantom_anatomy import FILE
+from label_orders import CASCADE, SAMED, TABLES, renumbered
+from places import REPOSITORY, shared
 from small_run import config_for, write_data
 
 from pgpsam_jax import verify as program
@@ -353,8 +355,6 @@ def test_a_window_that_shows_nothing_is_refused(root, tmp_path):
 
 def test_a_mixed_up_order_is_an_error_with_its_name(tmp_path):
     """Two phantoms whose labels follow CASCADE's order, read as TransUNet's."""
-    from golden.make_phantom_anatomy import FILE
-    from test_label_order import CASCADE, SAMED, TABLES, renumbered
 
     stored = json.loads(FILE.read_text())
     records = [
@@ -382,6 +382,7 @@ def test_a_mixed_up_order_is_an_error_with_its_name(tmp_path):
     assert verification.summarise(records, SYNAPSE8)["order"]["order"] == CASCADE
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize(
     "table, verdict", [("abdomen_ct", "consistent"), ("four_organs", "mixed_up")]
 )

@@ -3,12 +3,13 @@
 python tiny_method.py FLAGS: `pgpsam_jax.main`, with the method known to it.
 """
 
-import contextlib
+from unittest import mock
 
 import jax
 from flax import nnx
 
 from pgpsam_jax import methods
+from pgpsam_jax.models.initial import kernel_init
 from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.models.segmenter import Segmenter
 
@@ -20,7 +21,7 @@ class _Encoder(nnx.Module):
 
     def __init__(self, config, rngs):
         self.config = config  # of the backbone that it stands for
-        self.patches = nnx.Conv(3, 16, (4, 4), strides=4, rngs=rngs)
+        self.patches = nnx.Conv(3, 16, (4, 4), strides=4, kernel_init=kernel_init, rngs=rngs)
 
 
 class Tiny(Segmenter):
@@ -28,8 +29,9 @@ class Tiny(Segmenter):
 
     def __init__(self, config, num_classes, rngs):
         self.image_encoder = _Encoder(config, rngs)
-        self.first = nnx.Linear(16, num_classes, rngs=rngs)
-        self.second = nnx.Linear(16, num_classes, rngs=rngs)
+        self.first, self.second = (
+            nnx.Linear(16, num_classes, kernel_init=kernel_init, rngs=rngs) for _ in range(2)
+        )
 
     def encode(self, images):
         return jax.nn.relu(self.image_encoder.patches(images))
@@ -43,14 +45,10 @@ def _make(settings, num_classes, dtype, rngs):
     return Tiny(sam.encoder, num_classes, rngs)
 
 
-@contextlib.contextmanager
 def known(**options):
     """Have the method, as `config.model.name` "tiny", inside the block; options of `Method`."""
-    methods.METHODS[NAME, ""] = methods.Method("tiny", _make, {}, (), **options)
-    try:
-        yield
-    finally:
-        del methods.METHODS[NAME, ""]
+    tiny = methods.Method("tiny", _make, {}, (), **options)
+    return mock.patch.dict(methods.METHODS, {(NAME, ""): tiny})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,32 @@
+"""Where the repository and the shared reference material are, and how tests compile."""
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
+# Nearly all test time is compilation. Without LLVM's optimisations and the emitters of fusions it
+# takes a third as long, and the numbers keep to the same tolerances.
+QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def shared(relative: str) -> Path:
+    """Path of recorded reference material, or skip with the reason that it is absent.
+
+    Who asks for it is of the tier `golden`.
+    """
+    path = SHARED / relative
+    if not path.exists():
+        pytest.skip(f"reference material not found: {path}")
+    return path
+
+
+def gpu():
+    """An NVIDIA GPU, or skip. Who asks for it is of the tier `gpu`."""
+    import jax  # not before `conftest` has set its variables
+
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError:
+        pytest.skip("no NVIDIA GPU that JAX may use (JAX_PLATFORMS)")
