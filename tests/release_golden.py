@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from places import shared
 
+from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.models.lora import LoraConfig
 from pgpsam_jax.models.release.model import ReleaseConfig, ReleasePgpSam
 from pgpsam_jax.models.sam import SamConfig
@@ -72,7 +73,7 @@ class Golden:
 
     def model(self, dtype=jnp.float32) -> ReleasePgpSam:
         """The model with the set's weights, complete in both directions."""
-        model = nnx.eval_shape(lambda: ReleasePgpSam(self.config, dtype=dtype, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: ReleasePgpSam(self.config, dtype=dtype, rngs=NoDraws()))
         state = nnx.state(model)
         leaves = flat_paths(state)
         assert set(leaves) == {path for path in self.weights if not path.startswith(UNUSED)}

@@ -16,6 +16,7 @@ import transformers
 from flax import nnx
 
 from pgpsam_jax.models.image_encoder import EncoderConfig
+from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.models.mask_decoder import DecoderConfig
 from pgpsam_jax.models.sam import Sam, SamConfig
 from pgpsam_jax.weights import fit_base, select_base
@@ -147,7 +148,7 @@ def jax_sam(config: SamConfig, official: dict, lora=None, dtype=jnp.float32) -> 
 
     LoRA leaves, which no checkpoint has, are zero.
     """
-    model = nnx.eval_shape(lambda: Sam(config, lora=lora, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Sam(config, lora=lora, dtype=dtype, rngs=NoDraws()))
     graph, state = nnx.split(model)
     leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     shapes = {n: v.shape for n, v in leaves.items() if not isinstance(v, nnx.LoRAParam)}

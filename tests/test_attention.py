@@ -22,6 +22,7 @@ from pgpsam_jax.models.image_encoder import (
     Attention,
     EncoderConfig,
 )
+from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.models.lora import LoraConfig
 from pgpsam_jax.models.placement import Placement
 
@@ -322,7 +323,7 @@ def build(grid, window: int, lora, dtype=jnp.float32, backend="folded") -> Atten
         grid, 16, width=24, depth=1, heads=3, global_blocks=(), attention=backend
     )
     graph, state = nnx.split(
-        nnx.eval_shape(lambda: Attention(config, window, lora, dtype=dtype, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: Attention(config, window, lora, dtype=dtype, rngs=NoDraws()))
     )
     rng = np.random.default_rng(1)
     leaves, tree = jax.tree.flatten(state)

@@ -12,6 +12,7 @@ from pgpsam_jax import build, config, sharding
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import placement
 from pgpsam_jax.models.image_encoder import REMAT, EncoderConfig, ImageEncoder, attention_report
+from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.models.lora import LoraConfig
 from pgpsam_jax.models.sam import SamConfig
 
@@ -23,7 +24,7 @@ SIZES = dict(width=24, heads=3, window_size=4, out_channels=8, attention="folded
 def encoder(image_size=128, **options):
     """(graphdef, LoRA parameters, the rest) of vit_t's pattern, small, every parameter random."""
     sizes = SamConfig.preset("vit_t", image_size, **(SIZES | options)).encoder
-    model = nnx.eval_shape(lambda: ImageEncoder(sizes, LoraConfig(2), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: ImageEncoder(sizes, LoraConfig(2), rngs=NoDraws()))
     graph, state = nnx.split(model)
     rng = np.random.default_rng(0)
     leaves, tree = jax.tree.flatten(state)

@@ -32,9 +32,12 @@ from pathlib import Path
 
 from small_run import config_for
 
+# What compiles soonest.
+SETTINGS = {{"model__train_encoder": "frozen", "eval__overlays": False}}
+
 def get_config():
     # Cells are programs of their own, which know no encoder of the tests.
-    return config_for(Path({root!r}), model__encoder="vit_t", eval__overlays=False)
+    return config_for(Path({root!r}), model__encoder="vit_t", **SETTINGS)
 """
 GRID = """
 from experiments.plan import Plan, Row

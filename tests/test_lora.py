@@ -8,6 +8,7 @@ import sam_torch
 from flax import nnx
 from sam_torch import SMALL, draw, encode, relative
 
+from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.models.lora import LoraConfig, LoraQKV
 from pgpsam_jax.models.sam import Sam
 
@@ -51,5 +52,5 @@ def test_lora_adds_its_product_to_the_projection(targets):
 
 def test_no_lora_without_rank_or_targets():
     for config in (LoraConfig(0), LoraConfig(4, ()), None):
-        sam = nnx.eval_shape(lambda c=config: Sam(SMALL, lora=c, rngs=nnx.Rngs(0)))
+        sam = nnx.eval_shape(lambda c=config: Sam(SMALL, lora=c, rngs=NoDraws()))
         assert not jax.tree.leaves(nnx.state(sam, nnx.LoRAParam))

@@ -11,6 +11,7 @@ from flax import nnx
 from pgpsam_jax import build
 from pgpsam_jax.config import default_config, use_release_recipe
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.models.release.model import ReleaseConfig, ReleasePgpSam
 from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.parameters import count, flat_paths
@@ -92,7 +93,7 @@ def test_plain_convolutions_have_no_offsets():
     config, passes = run(dcn="plain")
     assert np.isfinite(passes[-1].logits).all()
     plain, moving = (
-        nnx.eval_shape(lambda c=c: ReleasePgpSam(c, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda c=c: ReleasePgpSam(c, rngs=NoDraws()))
         for c in (config, small(dcn="deformable"))
     )
     names = [set(flat_paths(nnx.state(model))) for model in (plain, moving)]
@@ -110,7 +111,7 @@ def test_transposed_tokens_change_what_is_upscaled_and_nothing_else():
 
 def test_settings_that_make_no_release():
     with pytest.raises(UserError, match="half their number must be divisible by 8"):
-        nnx.eval_shape(lambda: ReleasePgpSam(small(size=(24, 24)), rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: ReleasePgpSam(small(size=(24, 24)), rngs=NoDraws()))
     config = default_config()
     use_release_recipe(config)
     config.model.ppr = False

@@ -1,6 +1,5 @@
 """Meshes and shardings: what is refused, what is stored where, and the same numbers on any mesh."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -171,7 +170,6 @@ def small_model(method):
             "release": (ReleasePgpSam, ReleaseConfig),
         }[method[1]]
         sam = SamConfig.preset(micro.NAME, SIZE, 8)
-        sam = dataclasses.replace(sam, decoder=dataclasses.replace(sam.decoder, depth=1))
         model = module(sizes(sam, CLASSES, stage_taps=(1,)), rngs=nnx.Rngs(0))
     else:
         model = build.make_model(config.model, CLASSES, nnx.Rngs(0))

@@ -13,6 +13,7 @@ from experiments.scaling.rows import OK
 from pgpsam_jax import config, sharding, topology
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.image_encoder import Attention
+from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.models.sam import SamConfig
 
 
@@ -46,7 +47,7 @@ def test_a_device_is_a_chip(name):
 def attention_temporaries(mesh, backend: str) -> int:
     """Temporary bytes of a chip: gradients of a global attention at 1024 px, one image, 2 heads."""
     sizes = SamConfig.preset("vit_b", 1024, width=128, heads=2, attention=backend).encoder
-    module = nnx.eval_shape(lambda: Attention(sizes, 0, None, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: Attention(sizes, 0, None, dtype=jnp.bfloat16, rngs=NoDraws()))
     graph, state = nnx.split(module)
 
     def gradients(state, x):
