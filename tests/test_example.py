@@ -27,7 +27,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     root = write_data(tmp_path / "data")
     workdir = tmp_path / "run"
     workdir.mkdir()
-    monkeypatch.setenv("PGPSAM_RUN", str(ready_run(root, workdir)))
+    monkeypatch.setenv("PGPSAM_RUN", str(ready_run(root, workdir, model__encoder="vit_t")))
     monkeypatch.delenv("PGPSAM_VOLUME", raising=False)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:

@@ -66,5 +66,5 @@ def test_outputs_have_four_by_four_pixels_a_token():
 
 def test_the_loss_falls():
     """Beyond the best answer that does not look at the image, 0.53 of Dice."""
-    values = loss_falls("samed", steps=60)
+    values = loss_falls("samed", steps=60, model__encoder="vit_t")
     assert values[-1] < 0.2 * values[0], values  # measured 0.06

@@ -66,6 +66,7 @@ def attention_temporaries(mesh, backend: str) -> int:
     return topology.figures(lowered.compile()).temporaries
 
 
+@pytest.mark.slow
 @pytest.mark.tpu_backend
 def test_splash_keeps_no_scores():
     """Two heads of them are 64 MiB in bfloat16."""
