@@ -48,6 +48,10 @@ EPOCH = 10
 
 RECORDED = pytest.param("recorded", marks=pytest.mark.golden)
 BOTH = pytest.mark.parametrize("name", ["small", RECORDED])
+# A step of the published size compiles for minutes.
+STEP_OF_BOTH = pytest.mark.parametrize(
+    "name", ["small", pytest.param("recorded", marks=[pytest.mark.golden, pytest.mark.slow])]
+)
 NO_AUGMENTATION = AugmentConfig(rotate_probability=0, elastic_probability=0, scale_probability=0)
 CONFIG = steps.StepConfig(augment=NO_AUGMENTATION, loss=losses.released_deep_supervision)
 ENCODER = "prototype_prompt_encoder"
@@ -246,7 +250,7 @@ def gradient_errors(name):
     return norms, products
 
 
-@BOTH
+@STEP_OF_BOTH
 def test_gradient_of_every_trainable_tensor(name):
     for errors in gradient_errors(name):
         values = np.array(list(errors.values()))
@@ -283,7 +287,7 @@ def test_the_same_tensors_train(name):
         assert (count(params), unused, count(frozen)) == (17_087_408, 35_596, 87_278_848)
 
 
-@BOTH
+@STEP_OF_BOTH
 def test_three_updates(name):
     losses = np.array(release_golden.load(name).meta["adamw"]["losses"])
     assert (abs(np.array(updates(name)[0]) / losses - 1) <= UPDATE_TOLERANCE[name]).all()
