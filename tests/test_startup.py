@@ -199,7 +199,10 @@ print(json.dumps([counts[start + name] for name in names]))
 @pytest.mark.parametrize(
     "model",
     [
-        {"cfm": False, "ppr": False, "ppg": False, "train_encoder": "frozen"},
+        pytest.param(
+            {"cfm": False, "ppr": False, "ppg": False, "train_encoder": "frozen"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"preset": "release"}, marks=pytest.mark.slow),
     ],
