@@ -159,7 +159,7 @@ def small_model(method):
     config = configuration(method, micro.NAME)
     if method not in PGPSAM:
         recipes.use(config, method[0])
-        config.model.encoder, config.model.patch_size, config.model.image_size = micro.NAME, 8, 64
+        config.model.encoder, config.model.patch_size, config.model.image_size = "vit_t", 8, 64
         config.optim.name = "adamw"  # whose first moment is looked at
     config.train.steps = 40
     for kind in ("rotate", "scale", "elastic"):
