@@ -97,7 +97,7 @@ def knock_out(workdir) -> list[dict]:
             predictors[part] = run.predictor.with_params(params)
     rows = []
     for case in tqdm(split.test, desc=Path(workdir).name, unit="case"):
-        volume, truth = read_case(case, split.table)
+        volume, truth = read_case(case, split.table, run.config.data.axis)
         for part, predictor in predictors.items():
             prediction = predictor(volume)
             start = {"run": Path(workdir).name, "part": part, "case": case.case_id}

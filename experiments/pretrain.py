@@ -73,6 +73,7 @@ def slices(root) -> tuple[np.ndarray, np.ndarray]:
     config.fewshot.rule = "all"
     split = dataset.find_split(config)
     cases = split.train + split.test
+    config = dataset.with_axis(config, cases)
     data = dataset.few_shot_data(config, cases, split.table, Path(root), resume=False)
     return data.images, data.labels
 

@@ -117,6 +117,8 @@ def default_config() -> ConfigDict:
     config.data.label_glob = ""
     config.data.label_table = ""  # JSON file; empty = the layout's own (btcv, phantom, nnunet)
     config.data.window = (-125.0, 275.0)  # intensities mapped to [0, 1]
+    # Slices are cut along: auto (as most training cases were taken), axial, coronal, sagittal.
+    config.data.axis = "auto"
     config.data.levels = 0  # grey levels they are rounded down to; 0 = continuous, 256 = 8 bits
     config.data.split = "btcv_18_12"  # or btcv_18_6_6, given, file, fraction, within_volume
     config.data.split_file = ""  # JSON lists of case ids: train, test, perhaps validation
@@ -272,6 +274,8 @@ def _of_today(value: dict) -> dict:
         asks_sam = model.get("name") in ("surgicalsam", "fssp", "sam")
         colors = "normalized" if asks_sam else "unit"
         value["model"] = model | {"colors": colors, "start": "drawn", "ppr_norm": False}
+    if isinstance(data := value.get("data"), dict):  # before there was a choice
+        value["data"] = {"axis": "axial"} | data
     if value.get("optim", {}).get("accumulate_steps") == 1:  # now train.microbatches
         del value["optim"]["accumulate_steps"]
     return value

@@ -27,12 +27,13 @@ from pgpsam_jax import (
     validation,
 )
 from pgpsam_jax import config as configuration
-from pgpsam_jax.data import arrays, dataset, verification
+from pgpsam_jax.data import appearance, arrays, dataset, verification
 from pgpsam_jax.data.augment import augmentation_seed
 from pgpsam_jax.data.loader import make_loader
 from pgpsam_jax.evaluation import workers
 from pgpsam_jax.evaluation.inference import Predictor
 from pgpsam_jax.feed import Feed
+from pgpsam_jax.files import write_json
 from pgpsam_jax.loop import run_steps
 from pgpsam_jax.provenance import provenance
 from pgpsam_jax.runlog import RunLog
@@ -103,6 +104,7 @@ def _begin(config: ConfigDict, workdir: Path) -> _Run:
     build.check(config)
     with watch("data"), distributed.first_before_others("split"):
         split = dataset.find_split(config)
+    config = dataset.with_axis(config, split.train)
     validation.check(config, split)
     workers.check(config.eval.workers)
     resume = resumption.goes_on(config, workdir, split.table)
@@ -120,6 +122,8 @@ def _begin(config: ConfigDict, workdir: Path) -> _Run:
     origin = provenance(**inputs)
     _agree(config, resume, origin, params)
     resumption.claim(config, workdir, split.table, data.list, origin, resume=resume)
+    if distributed.is_first():
+        write_json(workdir / appearance.FILE, data.looks)
     drawn = build.drawn(config.model, frozen)
     backbone.settle_base(workdir, config.model.base, base_digest, frozen, drawn)
     total = build.total_steps(config, len(data.list))
@@ -274,8 +278,9 @@ def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
 
 def _evaluate(config: ConfigDict | None, stored: ConfigDict, workdir) -> dict:
     config = stored if config is None else build.settled(config)
-    configuration.belongs_to(config, workdir)
     split = dataset.find_split(config)
+    config = dataset.with_axis(config, split.train)
+    configuration.belongs_to(config, workdir)
     predictor = load_predictor(config, workdir, split.table.num_classes)
     return run_evaluation(config, workdir, predictor, split)
 
@@ -327,7 +332,7 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
 
     notices = [build.base_notice(config.model, workdir), methods.notice(config.model)]
     notices.append(validation.notice(config, workdir))
-    options = {}
+    options = {"axis": config.data.axis}
     if config.data.layout == "transunet":
         notices.append(arrays.NO_GRID)
     if config.data.split == "within_volume":

@@ -51,13 +51,13 @@ class TrainedRun:
         volume: path of a NIfTI file, nibabel NIfTI image, or `pgpsam_jax.data.nifti.Volume`.
         """
         methods.refuse_without_labels(self.config.model)
-        volume = as_volume(volume)
+        volume = as_volume(volume).along(self.config.data.axis)
         return label_image(self.predictor(volume), volume.source)
 
     def passes(self, volume, slices) -> list:
         """All that the model computes on its way for some slices: `PgpSam.passes`, on the host.
 
-        volume: as in `segment`; slices: N indices from inferior to superior, one batch.
+        volume: as in `segment`; slices: N indices along `data.axis`, one batch.
         """
         if not hasattr(self.model, "passes"):
             name = methods.name_of(methods.key_of(self.config.model))
@@ -69,7 +69,7 @@ class TrainedRun:
 
     def inputs(self, volume, slices):
         """Some slices as the network sees them, (N, S, S) in [0, 1]."""
-        array = as_volume(volume).array
+        array = as_volume(volume).along(self.config.data.axis).array
         fit = Fit.of(array.shape[1:], self.config.model.image_size)
         predictor = self.predictor
         return model_slices(array[list(slices)], predictor.window, fit, predictor.levels)

@@ -67,7 +67,7 @@ def test_arrays_are_the_volumes_they_came_from(tmp_path):
 def test_trained_on_and_evaluated(tmp_path):
     """Few-shot set and evaluation of a configuration, with a predictor that knows the truth."""
     write_transunet(tmp_path)
-    config = layout_config(tmp_path, "transunet")
+    config = layout_config(tmp_path, "transunet", data__axis="axial")
     split = dataset.find_split(config)
     assert [c.case_id for c in split.train] == ["case0005", "case0006"] and len(split.test) == 1
     data = dataset.few_shot_data(config, split.train, split.table, tmp_path / "run", resume=False)

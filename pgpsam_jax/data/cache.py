@@ -17,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
+from pgpsam_jax.data import appearance
 from pgpsam_jax.data.geometry import Fit, model_slices, to_model
-from pgpsam_jax.data.grid import TOLERANCE_MM, to_display, to_source
+from pgpsam_jax.data.grid import AXES, AXIAL, to_source
 from pgpsam_jax.data.labels import LabelTable
 from pgpsam_jax.data.layouts import Case
 from pgpsam_jax.data.nifti import Volume
-from pgpsam_jax.data.volumes import digest, files_of, read_image, read_label
+from pgpsam_jax.data.pairing import LOST, pair_grids
+from pgpsam_jax.data.volumes import digest, files_of, read_grid, read_image, read_label
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import atomic_path
 
@@ -70,10 +72,12 @@ def build_cache(
     progress: Callable[[int, int, str], None] | None = None,
     *,
     levels: int = 0,
+    axis: str = AXIAL,
 ) -> list[CachedCase]:
     """Make or reuse the cache file of each case, in the order given.
 
-    `window` (lo, hi) is mapped to [0, 1], in `levels` steps (`geometry.quantise`).
+    `window` (lo, hi) is mapped to [0, 1], in `levels` steps (`geometry.quantise`). `axis` is the
+    one along which slices are cut (`grid.AXES`).
     `progress(index, total, case_id)` is called before each case. Errors: unreadable or
     mismatching files, label ids outside the table.
     """
@@ -93,6 +97,10 @@ def build_cache(
     }
     if levels:  # left out otherwise, so that files made before there was a choice stay valid
         recipe["levels"] = levels
+    if axis not in AXES:
+        raise ValueError(f"slices are cut along {', '.join(AXES)}, not {axis!r}")
+    if axis != AXIAL:
+        recipe["axis"] = axis
     result = []
     for index, case in enumerate(cases):
         if progress is not None:
@@ -101,31 +109,19 @@ def build_cache(
     return result
 
 
-def read_case(case: Case, table: LabelTable) -> tuple[Volume, np.ndarray]:
+def read_case(case: Case, table: LabelTable, axis: str = AXIAL) -> tuple[Volume, np.ndarray]:
     """The image and its class ids (D, H, W) uint8 on the same native grid.
 
-    A shape mismatch is an error. Where the affines disagree, a warning gives the distance, and
-    if the arrays have the same shape they are paired voxel by voxel: tools that lose the affine
-    of a label keep its voxels.
+    axis: along which slices are cut. The label is turned to fit as `pairing` says; what there is
+    to say about the pair is a warning, and a pair that does not fit an error.
     """
     if case.label is None:
         raise UserError(f"case {case.case_id} ({case.image}) has no label file")
-    image, label = read_image(case.image), read_label(case.label)
-    ids = label.array
-    distance = image.source.distance(label.source)
-    if distance > TOLERANCE_MM:
-        warnings.warn(
-            f"{case.label} lies up to {distance:.2f} mm off {case.image} by its affine; "
-            "look at an overlay before trusting the pair",
-            stacklevel=2,
-        )
-        if image.source.shape[:3] == label.source.shape[:3]:
-            ids = to_display(to_source(ids, label.source), image.source)
-    if image.array.shape != ids.shape:
-        raise UserError(
-            f"{case.label} has shape {ids.shape} but its image {case.image} has "
-            f"{image.array.shape} (D, H, W); pair the right files or resample the label"
-        )
+    image, label = read_image(case.image, axis), read_label(case.label)
+    pairing = pair_grids(image.source, label.source)
+    if pairing.remark:
+        warnings.warn(f"{case.label} {pairing.remark}", stacklevel=2)
+    ids = pairing.display(to_source(label.array, label.source))
     return image, table.remap(np.ascontiguousarray(ids), case.label)
 
 
@@ -163,7 +159,11 @@ def _cached(case: Case, table: LabelTable, recipe: dict, folder: Path) -> Cached
         if path is None or not path.is_file():
             raise UserError(f"case {case.case_id}: file {path} not found; check the data folder")
     sources = {"image": digest(case.image), "label": digest(case.label)}
-    text = json.dumps(recipe | {"sources": sources}, sort_keys=True)
+    pairing = pair_grids(read_grid(case.image), read_grid(case.label))
+    content = recipe | {"sources": sources}
+    if pairing.code == LOST or (pairing.code and pairing.turns):  # once paired in another way
+        content["pairing"] = pairing.code
+    text = json.dumps(content, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()
     file = folder / f"{case.case_id}-{key[:16]}.npz"
     found = _verify(file, key)
@@ -211,7 +211,8 @@ def _verify(file: Path, key: str) -> tuple[np.ndarray, dict] | None:
         with np.load(file, allow_pickle=False) as arrays:
             meta = json.loads(str(arrays["meta"]))
             intact = meta["key"] == key and {"images", "labels"} <= set(arrays.files)
-            return (arrays["areas"], meta) if intact else None
+            current = "appearance" in meta  # not so in files of before it was recorded
+            return (arrays["areas"], meta) if intact and current else None
     except FileNotFoundError:
         return None
     except Exception as error:  # damage shows in a dozen types, and the cure is the same
@@ -220,7 +221,7 @@ def _verify(file: Path, key: str) -> tuple[np.ndarray, dict] | None:
 
 
 def _build(file: Path, case: Case, table: LabelTable, recipe: dict, meta: dict) -> None:
-    image, ids = read_case(case, table)
+    image, ids = read_case(case, table, recipe.get("axis", AXIAL))
     depth, *native = image.array.shape
     size = recipe["size"]
     fit, levels = Fit.of(tuple(native), size), recipe.get("levels", 0)
@@ -236,6 +237,7 @@ def _build(file: Path, case: Case, table: LabelTable, recipe: dict, meta: dict) 
         "spacing": list(image.spacing),
         "orientation": image.source.orientation,
         "window": recipe["window"],
+        "appearance": appearance.describe(image.array, ids),
     }
     arrays = {"images": images, "labels": labels, "areas": slice_areas(ids, table.num_classes)}
     with atomic_path(file) as temporary:

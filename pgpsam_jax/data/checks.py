@@ -8,18 +8,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pgpsam_jax.data import nifti, volumes
+from pgpsam_jax.data import appearance, nifti, volumes
 from pgpsam_jax.data.anatomy import describe, turned
 from pgpsam_jax.data.arrays import ArrayFiles
 from pgpsam_jax.data.cases import Case, Source
 from pgpsam_jax.data.findings import ERROR, WARNING, BadFile, Finding
-from pgpsam_jax.data.grid import TOLERANCE_MM, SourceGrid, corner_distance, to_display, to_source
+from pgpsam_jax.data.grid import to_source
 from pgpsam_jax.data.labels import LabelTable
+from pgpsam_jax.data.pairing import pair_grids
 from pgpsam_jax.errors import UserError
 
-_SPACING = 1e-3  # relative
 _HU = (-2048, 4000)
-_SHEAR = 1e-3  # cosine between axes
+_CUT = 0.1  # of the labelled voxels, outside the window
 _MAX_ID = 4096  # ids beyond get no anatomy
 
 
@@ -41,7 +41,7 @@ def check_case(
         label = _File(case.label, "label", np.int32)
         files.append(label)
         label.guarded(lambda: _check_label(label, table))
-        label.guarded(lambda: _check_pair(image, label, record, table))
+        label.guarded(lambda: _check_pair(image, label, record, table, window))
     record["files"] = [file.record for file in files]
     return record
 
@@ -89,26 +89,15 @@ class _File:
         self.record["content"] = content.hexdigest()
 
     def _check_grid(self) -> None:
-        grid = self.grid
-        (qform, qcode), (sform, scode) = grid.qform, grid.sform
-        if qcode and scode:
-            distance = corner_distance(grid.shape[:3], qform, sform)
-            if not distance <= TOLERANCE_MM:
-                self.add(
-                    WARNING,
-                    "two_affines",
-                    f"has a qform and an sform that differ by up to {distance:.2f} mm; programs "
-                    "disagree on which one counts, here it is the sform",
-                )
-        columns = grid.affine[:3, :3] / np.linalg.norm(grid.affine[:3, :3], axis=0)
-        shear = np.abs(columns.T @ columns - np.eye(3)).max()
-        if shear > _SHEAR:
-            degrees = np.degrees(np.arcsin(min(shear, 1.0)))
+        for code, message in self.grid.remarks():
+            self.add(WARNING, code, message)
+        slope, inter = nifti.scale_of(self.grid)
+        if self.record["kind"] == "label" and (slope, inter) != (1.0, 0.0):
             self.add(
                 WARNING,
-                "shear",
-                f"has axes {degrees:.2f} degrees from a right angle, which other tools refuse; "
-                "resample it if that is not meant",
+                "scaled",
+                f"has a scale factor ({slope:.6g}, intercept {inter:g}), which its label ids are "
+                "rounded for; save them as integers without one",
             )
 
 
@@ -117,7 +106,8 @@ def _check_image(image: _File, window) -> None:
     if array is None:
         return
     low, high = float(array.min()), float(array.max())
-    image.record["range"] = [low, high]
+    image.record |= {"range": [low, high], "appearance": appearance.describe(array)}
+    image.record["thick_axis"] = image.grid.thick_axis if image.has_grid else None
     if low == high:
         image.add(WARNING, "constant", f"has the same value {low:g} everywhere; is it an image?")
     elif image.has_grid and (low < _HU[0] or high > _HU[1]):
@@ -180,19 +170,23 @@ def _counts(ids: np.ndarray) -> dict[int, int]:
     return {int(i): int(total[i]) for i in np.flatnonzero(total)}
 
 
-def _check_pair(image: _File, label: _File, record: dict, table: LabelTable | None) -> None:
+def _check_pair(image: _File, label: _File, record: dict, table: LabelTable | None, window) -> None:
     if image.grid is None or label.grid is None:
         return
+    pairing = pair_grids(image.grid, label.grid)
+    if pairing.remark:
+        label.add(WARNING, pairing.code, pairing.remark)
     ids = label.array
-    distance = image.grid.distance(label.grid)
-    if image.grid.display_shape != label.grid.display_shape or distance > TOLERANCE_MM:
-        ids = _check_grids(image.grid, label, distance)
     if ids is None or image.array is None or ids.min() < 0 or ids.max() > _MAX_ID:
         return
+    ids = pairing.display(to_source(ids, label.grid))
     if table is not None:  # what the table ignores must not count as an organ
         listed = np.arange(_MAX_ID + 1, dtype=np.int32)
-        listed[[i not in table.source_to_class for i in range(_MAX_ID + 1)]] = 0
+        listed[[not table.source_to_class.get(i) for i in range(_MAX_ID + 1)]] = 0
         ids = listed[ids]
+    image.record["appearance"] = appearance.describe(image.array, ids)
+    if window is not None:
+        _check_cut(image, ids, window)
     features = describe(image.array, ids, image.grid.spacing, has_grid=image.has_grid)
     record["features"] = {str(i): values for i, values in features.items()}
     if table is not None and image.has_grid:
@@ -205,27 +199,18 @@ def _check_pair(image: _File, label: _File, record: dict, table: LabelTable | No
             )
 
 
-def _check_grids(grid: SourceGrid, label: _File, distance: float) -> np.ndarray | None:
-    """Label ids on the image's voxels, as training would pair them, else None."""
-    other, ids = label.grid, label.array
-    if grid.shape[:3] == other.shape[:3]:
-        if ids is not None:
-            ids = to_display(to_source(ids, other), grid)
-    elif grid.display_shape != other.display_shape:
-        label.add(
-            ERROR,
-            "shape_mismatch",
-            f"has shape {other.display_shape} but its image {grid.display_shape} (slices, rows, "
-            "columns); pair the right files or resample the label",
+def _check_cut(image: _File, ids: np.ndarray, window) -> None:
+    """Say how much of what is labelled the window clips."""
+    values = image.array[ids > 0]
+    if not len(values):
+        return
+    below, above = float(np.mean(values < window[0])), float(np.mean(values > window[1]))
+    if below + above > _CUT:
+        image.add(
+            WARNING,
+            "cut",
+            f"has {below + above:.0%} of its labelled voxels outside data.window "
+            f"{tuple(map(float, window))} ({below:.0%} below, {above:.0%} above), where nothing "
+            f"can be told apart; they range from {np.quantile(values, 0.005):.4g} to "
+            f"{np.quantile(values, 0.995):.4g}: set data.window to show them",
         )
-        return None
-    spacing = np.abs(np.array(other.spacing) / grid.spacing - 1).max() > _SPACING
-    voxels = [" x ".join(f"{s:.4g}" for s in g.spacing) for g in (other, grid)]
-    sizes = f", with voxels of {voxels[0]} mm and {voxels[1]} mm" if spacing else ""
-    label.add(
-        WARNING,
-        "affine_mismatch",
-        f"lies up to {distance:.2f} mm off its image by its affine{sizes}; voxels are paired as "
-        "they are stored: look at an overlay, then copy the affine from the image",
-    )
-    return ids

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +10,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pgpsam_jax.data import cache, fewshot, layouts
+from pgpsam_jax.data import appearance, cache, fewshot, layouts
+from pgpsam_jax.data.grid import AXES, AXIAL
 from pgpsam_jax.data.labels import LabelTable, load_label_table
+from pgpsam_jax.data.volumes import read_grid
 from pgpsam_jax.errors import UserError
 
 
@@ -27,7 +30,8 @@ class Split(NamedTuple):
 class FewShotData:
     """The training set in memory: images (N, S, S) float16, labels (N, S, S) uint8, its list.
 
-    `digest` is a hash of the training volumes, their labels and how they were preprocessed.
+    `digest` is a hash of the training volumes, their labels and how they were preprocessed, `looks`
+    the record of what the volumes look like (`appearance`).
     """
 
     images: np.ndarray
@@ -35,6 +39,7 @@ class FewShotData:
     list: fewshot.FewShotList
     summary: str
     digest: str
+    looks: dict
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,6 +92,22 @@ def find_split(config: ConfigDict) -> Split:
     return Split(*parts, table)
 
 
+def with_axis(config: ConfigDict, cases) -> ConfigDict:
+    """The configuration with `data.axis` "auto" made the axis that most of the cases' slices have.
+
+    Cases with even voxels have none; where all are so, slices are axial.
+    """
+    if config.data.axis not in ("auto", *AXES):
+        raise UserError(f"data.axis is {config.data.axis!r}; give auto, {', '.join(AXES)}")
+    if config.data.axis != "auto":
+        return config
+    config = config.copy_and_resolve_references()
+    grids = [] if config.data.layout == "transunet" else [read_grid(case.image) for case in cases]
+    axes = Counter(grid.thick_axis for grid in grids if grid.thick_axis)
+    config.data.axis = axes.most_common(1)[0][0] if axes else AXIAL
+    return config
+
+
 def few_shot_data(
     config: ConfigDict, cases, table: LabelTable, workdir, *, resume: bool
 ) -> FewShotData:
@@ -102,7 +123,9 @@ def few_shot_data(
     else:
         chosen = fewshot.make_list(areas, rule, **settings)
     images, labels = cache.gather_slices(cached, chosen.entries)
-    return FewShotData(images, labels, chosen, chosen.summary(areas, table.names), _digest(cached))
+    looks = appearance.record_of(cached, window=config.data.window, layout=config.data.layout)
+    summary = chosen.summary(areas, table.names)
+    return FewShotData(images, labels, chosen, summary, _digest(cached), looks)
 
 
 def validation_data(config: ConfigDict, split: Split, workdir) -> ValidationData | None:
@@ -137,6 +160,7 @@ def read_cases(config: ConfigDict, cases, table: LabelTable, workdir) -> list[ca
             config.data.cache_dir or Path(workdir) / "cache",
             progress=lambda done, total, case: bar.update(done - bar.n),
             levels=config.data.levels,
+            axis=config.data.axis,
         )
 
 

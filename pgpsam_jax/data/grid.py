@@ -1,7 +1,11 @@
-"""The voxel grid of a file, and the way to the display orientation that the program works in."""
+"""The voxel grid of a file, and the way to the display orientation that the program works in.
+
+A volume is cut into slices along one anatomical axis (`AXES`): axial slices go from inferior to
+superior, coronal ones from anterior to posterior, sagittal ones from the patient's right to left.
+"""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -9,6 +13,11 @@ import numpy as np
 
 TOLERANCE_MM = 0.1  # of image and label corners; below it affines differ by rounding only
 _MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 1e-3}  # NIfTI code of the spatial unit; 0 means millimetres
+AXIAL = "axial"
+AXES = {AXIAL: "SPL", "coronal": "PIL", "sagittal": "LIP"}  # where slices, rows, columns grow to
+_SLICED = ("sagittal", "coronal", AXIAL)  # along the first, second, third axis of the body
+_THICK = 1.5  # slices that far apart, in pixels, say how a volume was taken
+_SHEAR = 1e-3  # cosine between axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +33,38 @@ class SourceGrid:
     axes: tuple[int, int, int]
     flips: tuple[bool, bool, bool]
 
+    @classmethod
+    def of(cls, path: Path, header: nib.Nifti1Header, affine: np.ndarray) -> "SourceGrid":
+        """A grid in axial display orientation."""
+        return cls(path, header, affine, (0, 1, 2), (False,) * 3).along(AXIAL)
+
+    def along(self, axis: str) -> "SourceGrid":
+        """The same voxels with slices along an axis of the body, one of `AXES`.
+
+        A volume that is one slice stays that slice, whichever way it lies.
+        """
+        body = nib.io_orientation(self.affine)
+        thin = [a for a, n in enumerate(self.shape[:3]) if n == 1]
+        if len(thin) == 1:
+            axis = _SLICED[int(body[thin[0], 0])]
+        moves = nib.orientations.ornt_transform(body, nib.orientations.axcodes2ornt(AXES[axis]))
+        axes = tuple(int(a) for a in np.argsort(moves[:, 0]))
+        return replace(self, axes=axes, flips=tuple(bool(moves[a, 1] < 0) for a in axes))
+
+    @property
+    def thick_axis(self) -> str | None:
+        """The axis of the body along which slices were taken; None where voxels are even."""
+        sizes = np.linalg.norm(self.affine[:3, :3], axis=0)
+        *_, second, first = np.argsort(sizes)
+        if self.shape[first] == 1 or sizes[first] < _THICK * sizes[second]:
+            return None
+        return _SLICED[int(nib.io_orientation(self.affine)[first, 0])]
+
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape in the file, trailing singleton axes included."""
-        return tuple(int(n) for n in self.header.get_data_shape())
+        """Shape in the file, trailing singleton axes included; a single slice gets a third axis."""
+        shape = tuple(int(n) for n in self.header.get_data_shape())
+        return shape if len(shape) > 2 else (*shape, 1)
 
     @property
     def display_shape(self) -> tuple[int, int, int]:
@@ -41,22 +78,64 @@ class SourceGrid:
         for display, (axis, flip) in enumerate(zip(self.axes, self.flips, strict=True)):
             move[axis, display] = -1 if flip else 1
             move[axis, 3] = self.shape[axis] - 1 if flip else 0
-        scale = _MILLIMETRES.get(int(self.header["xyzt_units"]) & 7, 1.0)
-        return np.diag([scale, scale, scale, 1]) @ self.affine @ move
+        return self.millimetres @ move
 
     @property
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size in millimetres, display order (D, H, W)."""
         return tuple(float(s) for s in np.linalg.norm(self.display_affine[:3, :3], axis=0))
 
-    def distance(self, other: "SourceGrid") -> float:
-        """Largest distance in mm between the corner voxels of two grids in display orientation."""
-        return corner_distance(self.display_shape, self.display_affine, other.display_affine)
+    @property
+    def millimetres(self) -> np.ndarray:
+        """4 x 4 matrix from stored voxel (x, y, z) to RAS+ millimetres, whatever the unit."""
+        scale = _MILLIMETRES.get(int(self.header["xyzt_units"]) & 7, 1.0)
+        return np.diag([scale, scale, scale, 1]) @ self.affine
 
     @property
     def orientation(self) -> str:
         """Directions in which the file's axes grow, such as `LPS`."""
         return "".join(nib.aff2axcodes(self.affine))
+
+    @property
+    def has_orientation(self) -> bool:
+        """Whether the file says how its axes lie; where it does not, they are taken for LAS."""
+        return bool(self.header["qform_code"] or self.header["sform_code"])
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """(code, sentence) of each thing about the grid that its user should know."""
+        found = []
+        if not self.has_orientation:
+            found.append(
+                (
+                    "no_orientation",
+                    "says nothing about its orientation (both form codes are 0), so left and right "
+                    f"may be exchanged; its axes are taken for {self.orientation}: copy the affine "
+                    "from the original",
+                )
+            )
+        (qform, qcode), (sform, scode) = self.qform, self.sform
+        if qcode and scode:
+            distance = corner_distance(self.shape[:3], qform, sform)
+            if not distance <= TOLERANCE_MM:
+                found.append(
+                    (
+                        "two_affines",
+                        f"has a qform and an sform that differ by up to {distance:.2f} mm; "
+                        "programs disagree on which one counts, here it is the sform",
+                    )
+                )
+        columns = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
+        shear = np.abs(columns.T @ columns - np.eye(3)).max()
+        if shear > _SHEAR:
+            degrees = np.degrees(np.arcsin(min(shear, 1.0)))
+            found.append(
+                (
+                    "shear",
+                    f"has axes {degrees:.2f} degrees from a right angle, which other tools refuse; "
+                    "resample it if that is not meant",
+                )
+            )
+        return found
 
     @property
     def qform(self) -> tuple[np.ndarray | None, int]:

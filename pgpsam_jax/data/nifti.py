@@ -1,12 +1,14 @@
 """NIfTI in and out: one display orientation inside the program, the file's own grid outside.
 
-Inside, a volume is `(D, H, W)`: D inferior to superior, H anterior to posterior, W from the
-patient's right to left. A `SourceGrid` remembers how the file stored it, so that a prediction
-goes back voxel by voxel. Files are untrusted: sizes are checked before memory is taken, gzip
-streams are read to their end (that is where the checksum is) but never past the declared size.
+Inside, a volume is `(D, H, W)`: slices, rows, columns; of axial slices, D goes from inferior to
+superior, H from anterior to posterior, W from the patient's right to left. A `SourceGrid` remembers
+how the file stored it, so that a prediction goes back voxel by voxel. Files are untrusted: sizes
+are checked before memory is taken, gzip streams are read to their end (that is where the checksum
+is) but never past the declared size.
 """
 
 import contextlib
+import functools
 import gzip
 import logging
 import math
@@ -21,7 +23,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from pgpsam_jax.data.findings import BadFile
-from pgpsam_jax.data.grid import SourceGrid, to_display, to_source
+from pgpsam_jax.data.grid import AXIAL, SourceGrid, to_display, to_source
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import atomic_path
 
@@ -44,15 +46,26 @@ class Volume:
     spacing: tuple[float, float, float]
     source: SourceGrid
 
+    def along(self, axis: str) -> "Volume":
+        """The same voxels with slices along another axis of the body, one of `grid.AXES`."""
+        grid = self.source.along(axis)
+        array = to_display(to_source(self.array, self.source), grid)
+        return Volume(np.ascontiguousarray(array), grid.spacing, grid)
 
-def read_image(path) -> Volume:
-    """Intensities as float32; a `UserError` for anything but one intact, finite 3-D volume."""
-    return _read(path, np.float32)
+
+def read_image(path, axis: str = AXIAL) -> Volume:
+    """Intensities as float32; a `UserError` for anything but one intact, finite volume or slice.
+
+    axis: along which slices are cut, one of `grid.AXES`.
+    """
+    raw, grid, _ = read_raw(path)
+    return to_volume(raw, grid.along(axis), np.float32)
 
 
-def read_label(path) -> Volume:
-    """Source label ids as int32; floats count as ids when within 1e-3 of an integer."""
-    return _read(path, np.int32)
+def read_label(path, axis: str = AXIAL) -> Volume:
+    """Source label ids as int32, `_as_ids` says which floats count as such; axis as above."""
+    raw, grid, _ = read_raw(path)
+    return to_volume(raw, grid.along(axis), np.int32)
 
 
 def read_grid(path) -> SourceGrid:
@@ -84,12 +97,8 @@ def label_image(array: np.ndarray, source: SourceGrid) -> nib.Nifti1Image:
     header["descrip"] = b""
     header.set_intent("none")
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    return kind(to_source(array, source).reshape(source.shape), source.affine, header)
-
-
-def _read(path, dtype) -> Volume:
-    raw, grid, _ = read_raw(path)
-    return to_volume(raw, grid, dtype)
+    stored = to_source(array, source).reshape(source.header.get_data_shape())
+    return kind(stored, source.affine, header)
 
 
 def to_volume(raw: np.ndarray, grid: SourceGrid, dtype) -> Volume:
@@ -168,8 +177,10 @@ def parse_header(stream, path: Path) -> SourceGrid:
             f"{path} has a broken NIfTI header ({error}); export it again", "header"
         ) from error
     _check_header(header, path)
-    axes, flips = _orientation(affine, path)
-    return SourceGrid(path, header, affine, axes, flips)
+    if len(header.get_data_shape()) == 2:
+        affine = _with_normal(affine)
+    _check_affine(affine, path)
+    return SourceGrid.of(path, header, affine)
 
 
 def _check_header(header, path: Path) -> None:
@@ -179,8 +190,11 @@ def _check_header(header, path: Path) -> None:
             f"{path} is one half of a .hdr/.img pair; convert it to a single .nii.gz", "header"
         )
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
-    if len(shape) < 3 or min(shape) < 1 or any(n != 1 for n in shape[3:]):
-        raise BadFile(f"{path} has shape {shape}; expected one 3-D volume, split it first", "shape")
+    if len(shape) < 2 or min(shape) < 1 or any(n != 1 for n in shape[3:]):
+        raise BadFile(
+            f"{path} has shape {shape}; expected one slice or one 3-D volume, split it first",
+            "shape",
+        )
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise BadFile(
             f"{path} holds {dtype} voxels; convert it to plain integers or floats", "dtype"
@@ -198,8 +212,19 @@ def _check_header(header, path: Path) -> None:
         )
 
 
-def _orientation(affine: np.ndarray, path: Path):
-    """Axis order and flips to display orientation; refuses an affine that has lost an axis."""
+def _with_normal(affine: np.ndarray) -> np.ndarray:
+    """The affine of a single slice, which may give its third axis no length."""
+    first, second, third = affine[:3, :3].T
+    normal = np.cross(first, second)
+    if np.any(third) or not np.any(normal):
+        return affine
+    affine = affine.copy()
+    affine[:3, 2] = normal / np.linalg.norm(normal)
+    return affine
+
+
+def _check_affine(affine: np.ndarray, path: Path) -> None:
+    """Refuse an affine that has lost an axis or cannot be one of a body."""
     columns = affine[:3, :3]
     with np.errstate(all="ignore"):
         sizes = np.linalg.norm(columns, axis=0)
@@ -213,10 +238,6 @@ def _orientation(affine: np.ndarray, path: Path):
             f"{np.abs(affine[:3, 3]).max():.3g}, which cannot be; repair its sform or qform",
             "affine",
         )
-    target = nib.orientations.axcodes2ornt(("S", "P", "L"))
-    moves = nib.orientations.ornt_transform(nib.io_orientation(affine), target)
-    axes = tuple(int(axis) for axis in np.argsort(moves[:, 0]))
-    return axes, tuple(bool(moves[axis, 1] < 0) for axis in axes)
 
 
 def _voxels(stream, grid: SourceGrid, room: int) -> np.ndarray:
@@ -248,18 +269,49 @@ def _voxels(stream, grid: SourceGrid, room: int) -> np.ndarray:
 
 def decode(raw: np.ndarray, grid: SourceGrid, dtype) -> np.ndarray:
     """Scale and convert slab by slab, so that no float64 copy of the volume is made."""
-    slope, inter = grid.header.get_slope_inter()
-    scaled = slope is not None and (slope, inter) != (1.0, 0.0)
+    slope, inter = scale_of(grid)
+    if dtype == np.int32 and (slope, inter) != (1.0, 0.0) and raw.dtype.kind in "iu":
+        return _scaled_ids(raw, slope, inter, grid.path)
     out = np.empty(raw.shape, dtype, order="F")
     for z in range(raw.shape[2]):
         slab = raw[..., z]
-        if scaled:
+        if (slope, inter) != (1.0, 0.0):
             slab = slab.astype(np.float64) * slope + inter
         if slab.dtype.kind == "f" and not _finite(slab):
             raise BadFile(
                 f"{grid.path} holds NaN or infinite values; replace them first", "not_finite"
             )
         out[..., z] = _as_ids(slab, grid.path) if dtype == np.int32 else slab
+    return out
+
+
+def scale_of(grid: SourceGrid) -> tuple[float, float]:
+    """Slope and intercept that lead from stored values to those meant."""
+    slope, inter = grid.header.get_slope_inter()
+    return (1.0, 0.0) if slope is None else (float(slope), float(inter or 0.0))
+
+
+def _scaled_ids(raw: np.ndarray, slope: float, inter: float, path: Path) -> np.ndarray:
+    """Ids of a label that was saved in fractions of its largest one, as some tools do.
+
+    A stored code counts as the id next to it if it is the one code that comes nearest to that id:
+    then the rounding of the program that saved it is undone. Anything else is refused.
+    """
+    codes = functools.reduce(np.union1d, map(np.unique, raw.T))
+    values = codes * np.float64(slope) + inter
+    ids = np.rint(values)
+    off = np.abs(values - ids)
+    room = abs(slope) / 2 * (1 + 1e-6) if abs(slope) < 1 else 0.0
+    if off.max() > max(room, 1e-3) or len(np.unique(ids)) < len(ids):
+        raise BadFile(
+            f"{path} holds {values[off.argmax()]:.6g}, not a label id, by the scale factor "
+            f"{slope:.6g} of its header; save label ids as integers without a scale factor",
+            "not_integer",
+        )
+    _check_range(ids, path)
+    out = np.empty(raw.shape, np.int32, order="F")
+    for z in range(raw.shape[2]):
+        out[..., z] = ids[np.searchsorted(codes, raw[..., z])]
     return out
 
 
@@ -270,14 +322,19 @@ def _finite(slab: np.ndarray) -> bool:
 
 
 def _as_ids(slab: np.ndarray, path: Path) -> np.ndarray:
+    """Label ids; floats count as such within 1e-3 of an integer."""
     ids = np.rint(slab) if slab.dtype.kind == "f" else slab
     if slab.dtype.kind == "f" and np.abs(slab - ids).max() > 1e-3:
         value = slab.flat[np.abs(slab - ids).argmax()]
         raise BadFile(
             f"{path} holds {value:g}, not a label id; is it an image or a soft mask?", "not_integer"
         )
+    _check_range(ids, path)
+    return ids
+
+
+def _check_range(ids: np.ndarray, path: Path) -> None:
     if ids.min() < -(2**31) or ids.max() >= 2**31:
         raise BadFile(
             f"{path} holds label ids beyond 32 bits; renumber its labels", "unknown_label"
         )
-    return ids

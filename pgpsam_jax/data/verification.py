@@ -1,16 +1,19 @@
 """A whole data set checked: every case, then what only shows across cases; nothing twice.
 
-The report is JSON: `schema` 1, `root`, `layout`, `label_table` (or null), `files` (a record per
+The report is JSON: `schema` 2, `root`, `layout`, `label_table` (or null), `files` (a record per
 file, `checks.check_case`, with its `case` and `part`), `data_set` (findings about no single
 file), `order` (`label_order.judge`) and `counts` (files, cases, errors, warnings). A finding has
 `level` ("error" or "warning"), `code`, `file` and `message`. Codes of errors:
 - of a file: missing, unreadable, damaged (cut off, checksum), name, header, shape (4-D), dtype,
   size, trailing (inflates past its header), affine (singular), key, storage, not_finite,
   not_integer, unknown_label, window;
-- of a pair or the data set: missing_pair, shape_mismatch, duplicate_id, duplicate (the same
-  voxels), both_splits, split, order, no_table.
-Codes of warnings: trailing (a little), two_affines, shear, intensity, constant, empty, absent,
-affine_mismatch, turned, duplicate (of labels), slices, count.
+- of a pair or the data set: missing_pair, shape_mismatch, affine_conflict, duplicate_id, duplicate
+  (the same voxels), both_splits, split, order, no_table, shape (of plain arrays: axes exchanged).
+Codes of warnings:
+- of a file or a pair: trailing (a little), no_orientation, two_affines, shear, scaled, intensity,
+  constant, empty, absent, affine_mismatch, orientation_lost, turned, cut (by the window);
+- across cases: duplicate (of labels), slices, count, unlike (intensities), spacing, axis, volume,
+  size.
 """
 
 import functools
@@ -20,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from pgpsam_jax.data import volumes
+from pgpsam_jax.data import comparison, volumes
 from pgpsam_jax.data.anatomy import organ_of
 from pgpsam_jax.data.cases import Case
 from pgpsam_jax.data.checks import check_case
@@ -31,7 +34,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.workers import Work, in_order, worker_count
 from pgpsam_jax.files import write_json
 
-SCHEMA = 1
+SCHEMA = 2
 REPORT = "verify.json"
 _MANY = 1 << 40  # voxels: always worth the processes, where they are asked for
 _CHECKING = Work("checks cases", "--workers")
@@ -61,7 +64,8 @@ def summarise(
         for file in record["files"]
     ]
     order = _order(records, table, has_grid=has_grid)
-    found = [*findings, *_duplicates(files), *_order_findings(order, table)]
+    unlike = comparison.compare(files, table, has_grid=has_grid)
+    found = [*findings, *_duplicates(files), *unlike, *_order_findings(order, table)]
     by_file = {file["file"]: file for file in files}
     data_set = []
     for finding in found:

@@ -5,21 +5,24 @@ import numpy as np
 from pgpsam_jax.data import arrays, nifti
 from pgpsam_jax.data.arrays import ArrayFiles
 from pgpsam_jax.data.cases import Source
-from pgpsam_jax.data.grid import SourceGrid
+from pgpsam_jax.data.grid import AXIAL, SourceGrid
 from pgpsam_jax.data.nifti import Volume
 from pgpsam_jax.files import file_digest
 
 
-def read_image(source: Source) -> Volume:
-    """Intensities as float32; a `UserError` for anything but one intact, finite 3-D volume."""
-    raw, grid, _ = read_raw(source)
-    return nifti.to_volume(raw, grid, np.float32)
+def read_image(source: Source, axis: str = AXIAL) -> Volume:
+    """As `nifti.read_image`; plain arrays are cut along their first axis, whatever `axis` is."""
+    return _read(source, axis, np.float32)
 
 
-def read_label(source: Source) -> Volume:
-    """Source label ids as int32; floats count as ids when within 1e-3 of an integer."""
+def read_label(source: Source, axis: str = AXIAL) -> Volume:
+    """As `nifti.read_label`; plain arrays as above."""
+    return _read(source, axis, np.int32)
+
+
+def _read(source: Source, axis: str, dtype) -> Volume:
     raw, grid, _ = read_raw(source)
-    return nifti.to_volume(raw, grid, np.int32)
+    return nifti.to_volume(raw, grid if isinstance(source, ArrayFiles) else grid.along(axis), dtype)
 
 
 def read_raw(source: Source) -> tuple[np.ndarray, SourceGrid, int]:

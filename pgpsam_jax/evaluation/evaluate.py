@@ -10,8 +10,10 @@ from tqdm import tqdm
 
 from pgpsam_jax import distributed
 from pgpsam_jax.data.cache import read_case
+from pgpsam_jax.data.grid import AXIAL
 from pgpsam_jax.data.labels import LabelTable
 from pgpsam_jax.data.layouts import Case
+from pgpsam_jax.data.pairing import LOST, pair_grids
 from pgpsam_jax.data.volumes import read_grid
 from pgpsam_jax.evaluation.inference import Predictor
 from pgpsam_jax.evaluation.outputs import Predicted, score_and_write
@@ -32,17 +34,20 @@ def evaluate(
     notices: Sequence[str] = (),
     workers: int = 0,
     oracle: bool = False,
+    axis: str = AXIAL,
 ) -> dict:
     """Predict, score and write `folder`; returns the summary that `summary.json` holds.
 
     `min_pixels` is what some organ needs for its slice to be valid (protocol `release`).
-    `region_of(case_id, truth)` may say which slices (D,) to score, where training and test share
-    volumes. `notices` stand at the top of the report. `workers` (`eval.workers`, see
-    `worker_count`) processes score and draw meanwhile; they change no number. In a run of several
-    processes each takes its share of the cases, with a predictor on its own devices; the first one
-    writes the tables. Only with `oracle` does the predictor see the labels.
+    `axis` is the one along which slices are cut (`grid.AXES`). `region_of(case_id, truth)` may say
+    which slices (D,) to score, where training and test share volumes. `notices` stand at the top of
+    the report. `workers` (`eval.workers`, see `worker_count`) processes score and draw meanwhile;
+    they change no number. In a run of several processes each takes its share of the cases, with a
+    predictor on its own devices; the first one writes the tables. Only with `oracle` does the
+    predictor see the labels.
     """
     folder, rows, slices = Path(folder), [], []
+    notices = [*notices, *_doubtful_pairs(cases)]
     count, cases = len(cases), distributed.own(cases)
     voxels = sum(math.prod(read_grid(case.image).shape) for case in cases)
     settings = {"nsd_tolerance_mm": nsd_tolerance_mm, "min_pixels": min_pixels}
@@ -51,7 +56,7 @@ def evaluate(
     )
 
     def predicted():
-        reading = ahead(lambda case: read_case(case, table), cases)
+        reading = ahead(lambda case: read_case(case, table, axis), cases)
         silent = not distributed.is_first()
         progress = tqdm(cases, desc="evaluating", unit="case", disable=silent)
         for case, (volume, truth) in zip(progress, reading, strict=True):
@@ -80,3 +85,14 @@ def evaluate(
     if distributed.is_first():
         summary = write_evaluation(rows, folder, table.names, meta, slices)
     return distributed.gather(summary)[0]
+
+
+def _doubtful_pairs(cases: Sequence[Case]) -> list[str]:
+    """A notice where the scores hang on labels that were paired by how they are stored."""
+    found = []
+    for case in cases:
+        pairing = pair_grids(read_grid(case.image), read_grid(case.label))
+        if pairing.code == LOST:
+            found.append(f"{case.label.name} {pairing.remark}")
+    more = f" (and {len(found) - 1} more labels likewise)" if len(found) > 1 else ""
+    return [f"{found[0]}{more}."] if found else []

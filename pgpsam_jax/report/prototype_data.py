@@ -64,7 +64,7 @@ def look_into(run: Run) -> Look:
     places = np.linspace(0, len(tests.cases) - 1, min(_CASES, len(tests.cases)))
     slices, shown, batches = [], [], []
     for case in [list(tests.cases.values())[place] for place in places.round().astype(int)]:
-        volume, truth = read_case(case, tests.table)
+        volume, truth = read_case(case, tests.table, tests.axis)
         chosen = _bearing(truth, tests.region_of(case.case_id, truth))
         if not chosen:
             continue

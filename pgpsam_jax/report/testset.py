@@ -46,7 +46,7 @@ class TestSet:
             raise UserError(f"the label table of {config.data.root} is no longer the run's")
         scored = {row["case"] for row in run.cases}
         self.cases = {case.case_id: case for case in split.test if case.case_id in scored}
-        self.window = tuple(config.data.window)
+        self.window, self.axis = tuple(config.data.window), config.data.axis
         self.region_of = lambda case_id, truth: np.ones(len(truth), bool)
         if config.data.split == "within_volume":
             entries = dataset.stored_list(run.workdir).entries
@@ -56,11 +56,11 @@ class TestSet:
         """Image (D, H, W) in [0, 1], truth, one prediction per run, spacing (H, W), scored (D,)."""
         if case_id not in self.cases:
             raise UserError(f"case {case_id} is no longer in the data set")
-        volume, truth = read_case(self.cases[case_id], self.table)
+        volume, truth = read_case(self.cases[case_id], self.table, self.axis)
         predictions = []
         for run in runs:
             path = run.workdir / "evaluation" / "predictions" / f"{case_id}.nii.gz"
-            predictions.append(read_label(path).array)
+            predictions.append(read_label(path, self.axis).array)
             if predictions[-1].shape != truth.shape:
                 raise UserError(f"{path} has another shape than the volume; evaluate again")
         region = self.region_of(case_id, truth)
