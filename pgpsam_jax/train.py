@@ -84,6 +84,7 @@ class _Run:
 
 def _train(config: ConfigDict, workdir: Path) -> dict:
     run = _begin(config, workdir)
+    config = run.config
     if run.total:
         predictor = _optimize(run)
     else:  # nothing trains: what was loaded is what is evaluated

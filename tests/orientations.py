@@ -1,4 +1,4 @@
-"""All ways in which an array can be stored: axis orders and directions, with affines that say so."""
+"""All ways in which an array can be stored: axis orders and directions, and what loses them."""
 
 import itertools
 

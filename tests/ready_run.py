@@ -13,6 +13,7 @@ def ready_run(root, workdir, **settings):
     """Random weights as checkpoint 6, its label table, few-shot list and evaluation; `workdir`."""
     config = build.settled(config_for(root, eval__overlays=False, **settings))
     split = dataset.find_split(config)
+    config = dataset.with_axis(config, split.train)
     table = split.table
     _, params, frozen, digest = build.init_model(config, table.num_classes)
     fewshot.FewShotList([("a", 4), ("b", 5)], {"rule": "by hand"}).write(workdir / "fewshot.txt")

@@ -149,7 +149,7 @@ def test_damaged_images_are_refused(tmp_path):
     holes = np.full((4, 4, 4), np.nan, np.float32)
     with pytest.raises(UserError, match="the nibabel image holds NaN"):
         from_nibabel(nib.Nifti1Image(holes, np.eye(4)))
-    with pytest.raises(UserError, match="expected one 3-D volume"):
+    with pytest.raises(UserError, match="one 3-D volume"):
         from_nibabel(nib.Nifti1Image(np.zeros((4, 4, 4, 2), np.float32), np.eye(4)))
 
 

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import shared
 
-from pgpsam_jax.data import nifti
 from pgpsam_jax.data.grid import SourceGrid
 from pgpsam_jax.data.nifti import (
     read_grid,
@@ -210,7 +209,7 @@ def test_scaled_values_that_are_no_ids(tmp_path, codes, slope):
 
 def test_two_codes_of_one_id(tmp_path):
     raw = np.array([0, 999, 1001], np.int16).reshape(-1, 1, 1)
-    with pytest.raises(UserError, match="scale factor 0.001 "):
+    with pytest.raises(UserError, match=r"scale factor 0\.001 "):
         read_label(save_raw(tmp_path / "l.nii", raw, 0.001, 0))
 
 

@@ -105,7 +105,7 @@ def no_model(monkeypatch):
 def write_scored(root, workdir, name="small", split="file"):
     """A run with predictions of cases b and c: b loses the spleen, c half of the liver in z = 5."""
     (root / "split.json").write_text(json.dumps({"train": ["a"], "test": ["b", "c"]}))
-    config = config_for(root, data__split=split)
+    config = config_for(root, data__split=split, data__axis="axial")
     config.name = name
     workdir.mkdir(parents=True)
     configuration.store(config, workdir)

@@ -73,7 +73,7 @@ def test_auto_is_what_most_training_cases_are(tmp_path, spacing, wanted):
     assert len(images) == depth
     fixed = config_for(root, data__axis="coronal")
     assert dataset.with_axis(fixed, split.train).data.axis == "coronal"
-    with pytest.raises(UserError, match="data.axis is 'across'; give auto, axial"):
+    with pytest.raises(UserError, match=r"data\.axis is 'across'; give auto, axial"):
         dataset.with_axis(config_for(root, data__axis="across"), split.train)
 
 

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from pgpsam_jax import backbone, build
 from pgpsam_jax import config as configuration
 from pgpsam_jax.data.dataset import label_table
+from pgpsam_jax.data.grid import AXIAL
 from pgpsam_jax.data.labels import LabelTable
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import file_digest, write_json
@@ -76,6 +77,7 @@ def convert(source, output, settings=(), *, log=print) -> None:
     table = label_table(config)
     _check_settings(config.model, table, ours, source)
     config.model.base = ""  # the workdir has the frozen weights itself
+    config.data.axis = AXIAL  # the release knows no other slices
     unused = {name: ours.pop(name) for name in list(ours) if name.startswith(UNUSED)}
     params, frozen = _states(config, table, ours, source)
     with writing(output), _new_folder(output) as folder:
