@@ -19,6 +19,7 @@ def run(config, workdir, mesh, kernels, data, held_out, table, params, frozen, t
         _conventions(config.model),
         _steps(config, len(data.list), total),
         f"few-shot   {data.summary}" + ("" if total else " (not used)"),
+        f"           {config.data.axis} slices",
         f"           hash {data.list.hash[:16]}, rule {data.list.rule}",
         f"labels     {', '.join(f'{i} {name}' for i, name in enumerate(table.names))}",
         report(params, frozen),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import warnings
 from pathlib import Path
 
 import jax
@@ -13,7 +14,9 @@ from ml_collections import ConfigDict
 from pgpsam_jax import methods, runs
 from pgpsam_jax.compilation import keep_compiled
 from pgpsam_jax.config import load_config
+from pgpsam_jax.data import appearance
 from pgpsam_jax.data.geometry import Fit, model_slices
+from pgpsam_jax.data.grid import AXIAL
 from pgpsam_jax.data.labels import load_label_table
 from pgpsam_jax.data.nibabel_image import from_nibabel
 from pgpsam_jax.data.nifti import Volume, label_image, read_image
@@ -51,8 +54,30 @@ class TrainedRun:
         volume: path of a NIfTI file, nibabel NIfTI image, or `pgpsam_jax.data.nifti.Volume`.
         """
         methods.refuse_without_labels(self.config.model)
-        volume = as_volume(volume).along(self.config.data.axis)
+        volume = self.read(volume)
+        for remark in self.remarks(volume):
+            warnings.warn(f"{volume.source.path} {remark}", stacklevel=2)
         return label_image(self.predictor(volume), volume.source)
+
+    def read(self, volume) -> Volume:
+        """The volume, given as in `segment`, with slices along the axis that the run's have."""
+        return as_volume(volume, self.config.data.axis)
+
+    def remarks(self, volume: Volume) -> list[str]:
+        """What is odd about a volume, a sentence each: its grid, and how it is unlike training's."""
+        found = [text for _, text in volume.source.remarks()]
+        axis, thick = self.config.data.axis, volume.source.thick_axis
+        if thick not in (None, axis) and len(volume.array) > 1:
+            found.append(
+                f"was taken in {thick} slices, but this run knows {axis} ones and cuts it along "
+                "them; train one on such volumes with data.axis"
+            )
+        return found + (appearance.unlike(volume, self.looks) if self.looks else [])
+
+    @functools.cached_property
+    def looks(self) -> dict | None:
+        """What the training volumes look like (`appearance`); None in runs of before it was kept."""
+        return appearance.read_record(self.workdir)
 
     def passes(self, volume, slices) -> list:
         """All that the model computes on its way for some slices: `PgpSam.passes`, on the host.
@@ -69,7 +94,7 @@ class TrainedRun:
 
     def inputs(self, volume, slices):
         """Some slices as the network sees them, (N, S, S) in [0, 1]."""
-        array = as_volume(volume).along(self.config.data.axis).array
+        array = self.read(volume).array
         fit = Fit.of(array.shape[1:], self.config.model.image_size)
         predictor = self.predictor
         return model_slices(array[list(slices)], predictor.window, fit, predictor.levels)
@@ -92,14 +117,17 @@ def load_run(workdir) -> TrainedRun:
     return TrainedRun(Path(workdir), config, names, load_predictor(config, workdir, len(names)))
 
 
-def as_volume(volume) -> Volume:
-    """A volume in display orientation from a path, a nibabel NIfTI image or one read already."""
+def as_volume(volume, axis: str = AXIAL) -> Volume:
+    """A volume in display orientation from a path, a nibabel NIfTI image or one read already.
+
+    axis: along which slices are cut, one of `grid.AXES`.
+    """
     if isinstance(volume, str | os.PathLike):
-        return read_image(volume)
+        return read_image(volume, axis)
     if isinstance(volume, nib.Nifti1Image):  # Nifti2Image is one too
-        return from_nibabel(volume)
+        return from_nibabel(volume).along(axis)
     if isinstance(volume, Volume):
-        return volume
+        return volume.along(axis)
     raise TypeError(
         "a volume is the path of a NIfTI file, a nibabel NIfTI image or a pgpsam_jax Volume, not "
         f"{type(volume).__name__}; arrays need their affine: nibabel.Nifti1Image(array, affine)"

@@ -244,7 +244,7 @@ def test_validation_without_validation_cases_is_said(root, tmp_path):
     config = config_for(root, validation__every_epochs=-1)
     with pytest.raises(UserError, match=r"every_epochs is -1; give a number of epochs"):
         train.train(config, tmp_path / "run")
-    config = config_for(root, fewshot__min_pixels=10_000, **SELECT)
+    config = config_for(root, fewshot__min_pixels=10_000, data__axis="axial", **SELECT)
     with pytest.raises(UserError, match=r"no validation slice has an organ of 10000 pixels"):
         train.dataset.validation_data(config, train.dataset.find_split(config), tmp_path / "run")
 
