@@ -64,7 +64,7 @@ class TrainedRun:
         return as_volume(volume, self.config.data.axis)
 
     def remarks(self, volume: Volume) -> list[str]:
-        """What is odd about a volume, a sentence each: its grid, and how it is unlike training's."""
+        """What is odd about a volume, a sentence each: its grid, and how training's differ."""
         found = [text for _, text in volume.source.remarks()]
         axis, thick = self.config.data.axis, volume.source.thick_axis
         if thick not in (None, axis) and len(volume.array) > 1:
@@ -76,7 +76,7 @@ class TrainedRun:
 
     @functools.cached_property
     def looks(self) -> dict | None:
-        """What the training volumes look like (`appearance`); None in runs of before it was kept."""
+        """What the training volumes look like (`appearance`); None in runs of before."""
         return appearance.read_record(self.workdir)
 
     def passes(self, volume, slices) -> list:
