@@ -7,6 +7,7 @@ case. A pair is named by its `.img`. Hidden files, which tools leave behind, are
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -53,22 +54,25 @@ def volumes_in(folder: Path) -> list[Path]:
 
     A pair counts once, by its `.img`; a `.hdr` without one stands for itself. No folder: none.
     """
-    found = [path for path in _entries(folder) if _kind(path)] if folder.is_dir() else []
+    found = [path for path in entries(folder) if _kind(path)] if folder.is_dir() else []
     images = {stem_of(path) for path in found if _kind(path) == ".img"}
     return [path for path in found if _kind(path) != ".hdr" or stem_of(path) not in images]
 
 
 def named_alike(path: Path) -> Path:
-    """The path, or where it is not there, the file whose suffix differs in its case only."""
+    """The path, or where it is not there, the volume of the same name.
+
+    Names are the same whatever the case of their suffixes, their letters composed or not.
+    """
     if os.path.lexists(path) or not _kind(path):
         return path
-    return next((p for p in volumes_in(path.parent) if same_but_for_case(p, path)), path)
+    name = _plain(path)
+    return next((other for other in volumes_in(path.parent) if _plain(other) == name), path)
 
 
-def same_but_for_case(path: Path, other: Path) -> bool:
-    """Whether two file names differ at most by the case of their volume suffixes."""
-    suffixes = [p.name.removeprefix(stem_of(p)).lower() for p in (path, other)]
-    return stem_of(path) == stem_of(other) and suffixes[0] == suffixes[1]
+def _plain(path: Path) -> str:
+    stem = stem_of(path)
+    return unicodedata.normalize("NFC", stem) + path.name.removeprefix(stem).lower()
 
 
 def halves(path: Path) -> tuple[Path, ...]:
@@ -81,7 +85,7 @@ def halves(path: Path) -> tuple[Path, ...]:
         return (path,)
     others = [path.with_name(stem_of(path) + _swapped(path.name.removeprefix(stem_of(path))))]
     if not others[0].exists():  # a listing only where the halves are not named in the same way
-        beside = _entries(path.parent) if path.parent.is_dir() else []
+        beside = entries(path.parent) if path.parent.is_dir() else []
         alike = [p for p in beside if stem_of(p) == stem_of(path)]
         others = [p for p in alike if _kind(p) == _PARTNER[kind]]
     if not others:
@@ -128,20 +132,19 @@ def find_inputs(path) -> Inputs:
             raise UserError(f"--input {fault}")
         return Inputs([halves(path)[-1]], [])
     found = volumes_in(path)
-    files, faults = [], []
+    faults = {file: fault for file in found if (fault := _fault(file))}
     masks: dict[str, list[Path]] = {}
     for file in found:
-        masks.setdefault(stem_of(file), []).append(file)
-    for file in found:
-        if fault := _fault(file) or _clash(file, masks[stem_of(file)]):
-            faults.append(fault)
-        else:
-            files.append(file)
+        if file not in faults:
+            masks.setdefault(stem_of(file), []).append(file)
+    for alike in masks.values():
+        faults |= {file: _clash(file, alike) for file in alike if len(alike) > 1}
+    files = [file for file in found if file not in faults]
     rest = passed_over(path, found)
     if not found:
         rest = f" ({rest})" if rest else ""
         raise UserError(f"{path} holds no .nii or .nii.gz file{rest}; give a folder of volumes")
-    return Inputs(files, faults, rest)
+    return Inputs(files, list(faults.values()), rest)
 
 
 def undecodable(path: Path) -> bool:
@@ -154,17 +157,17 @@ def passed_over(folder: Path, used: Iterable[Path]) -> str:
     used = set(used)
     used |= {folder / half.name for path in used if _kind(path) for half in _known_halves(path)}
     rest: dict[str, list[str]] = {}
-    for path in _entries(folder) if folder.is_dir() else ():
+    for path in entries(folder) if folder.is_dir() else ():
         if path not in used:
             rest.setdefault(_described(path), []).append(shown(path.name, 40))
     if not rest:
         return ""
     parts = [_counted(kind, names) for kind, names in sorted(rest.items())]
     number = sum(map(len, rest.values()))
-    entries = "1 entry" if number == 1 else f"{number} entries"
+    count = "1 entry" if number == 1 else f"{number} entries"
     hint = "; dcm2niix converts DICOM" if any("DICOM" in kind for kind in rest) else ""
     where = shown(folder.name or str(folder), 60)
-    return f"{entries} of {where} passed over: {', '.join(parts)}{hint}"
+    return f"{count} of {where} passed over: {', '.join(parts)}{hint}"
 
 
 def _fault(path: Path) -> BadFile | None:
@@ -185,10 +188,8 @@ def _fault(path: Path) -> BadFile | None:
     return None
 
 
-def _clash(path: Path, alike: list[Path]) -> BadFile | None:
+def _clash(path: Path, alike: list[Path]) -> BadFile:
     others = ", ".join(other.name for other in alike if other != path)
-    if not others:
-        return None
     return BadFile(
         f"{path} would write the same mask as {others}: there is more than one volume of that "
         "name; keep one of each, or rename them",
@@ -196,7 +197,8 @@ def _clash(path: Path, alike: list[Path]) -> BadFile | None:
     )
 
 
-def _entries(folder: Path) -> list[Path]:
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted; a `UserError` where it cannot be read."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
