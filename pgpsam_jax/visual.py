@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from scipy.ndimage import uniform_filter1d
 
+from pgpsam_jax.data.cases import safe_case_id
 from pgpsam_jax.evaluation.protocols import overlaps
 from pgpsam_jax.evaluation.release_protocol import dice
 from pgpsam_jax.files import atomic_path
@@ -97,7 +98,7 @@ def write_overlays(
     scores = slice_dice(prediction, truth, len(names))
     bearing = np.isfinite(scores).any(axis=1) & (True if region is None else region)
     chosen = _worst_median_best(scores, bearing, truth, prediction)
-    out_dir, stem = Path(out_dir), re.sub(r"[^\w.-]", "_", str(case_id))
+    out_dir, stem = Path(out_dir), safe_case_id(str(case_id))
     if out_dir.is_dir():
         for kind in ("worst", "median", "best"):
             for old in out_dir.glob(f"{glob.escape(stem)}_{kind}_z*_dice*.png"):
