@@ -173,7 +173,7 @@ def passed_over(folder: Path, used: Iterable[Path]) -> str:
 def _fault(path: Path) -> BadFile | None:
     """What is wrong with an input before it is read."""
     if undecodable(path):
-        what = f"{shown(path.name)} has a name that is no UTF-8; rename it"
+        what = f"{path} has a name that is no UTF-8; rename it"
         return BadFile(what, "name")
     if len(os.fsencode(stem_of(path) + _MASK)) > _LONGEST_NAME:
         what = f"{path} has a name too long for its mask; shorten it to 200 bytes"
