@@ -6,31 +6,58 @@ import hashlib
 import io
 import json
 import os
-import tempfile
+import secrets
+import shutil
+import stat
 from pathlib import Path
 
 _PREFIX = ".tmp-"
+_KEPT = 40  # characters of a name, of up to 4 bytes; file systems know no names over 255 bytes
 
 
 @contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary path beside `path` (same suffixes); renamed onto it only on success.
 
-    An `OSError` names `path`.
+    It gets the mode that the user's umask gives, whatever is written by. An `OSError` names `path`.
     """
     path = Path(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=_PREFIX, suffix="-" + path.name, dir=path.parent)
+        name = _beside(path)
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
         try:
+            mode = stat.S_IMODE(os.fstat(handle).st_mode)
             os.close(handle)
-            os.chmod(name, 0o644)
-            yield Path(name)
+            yield name
+            if stat.S_IMODE(name.stat().st_mode) != mode:  # a library has made a file of its own
+                name.chmod(mode)
             _to_disk(name)
             os.replace(name, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            name.unlink(missing_ok=True)
             raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """Yield a new folder beside `path` to fill; renamed to it only on success."""
+    path = Path(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = _beside(path)
+        folder.mkdir()
+        try:
+            yield folder
+            folder.rename(path)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _beside(path: Path) -> Path:
+    """A new name in the same folder with the same suffixes, short enough for any file system."""
+    return path.with_name(f"{_PREFIX}{secrets.token_hex(6)}-{path.name[-_KEPT:]}")
 
 
 @contextlib.contextmanager
@@ -44,7 +71,7 @@ def naming(path):
         raise
 
 
-def _to_disk(name: str) -> None:
+def _to_disk(name) -> None:
     """Else a machine that loses power may be left with the new name and no content."""
     handle = os.open(name, os.O_RDONLY)
     try:

@@ -12,41 +12,26 @@ from tqdm import tqdm
 
 from pgpsam_jax.config import load_config
 from pgpsam_jax.data.nifti import Volume, read_image
+from pgpsam_jax.data.volume_files import Inputs, find_inputs, stem_of
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.evaluation.outputs import Predicted, write_prediction
 from pgpsam_jax.evaluation.workers import ahead, check, in_order, worker_count
 from pgpsam_jax.files import write_json
 from pgpsam_jax.hostmemory import keep_freed_memory
+from pgpsam_jax.text_files import shown
 
-SUFFIXES = (".nii", ".nii.gz")
-
-
-def stem_of(path: Path) -> str:
-    """File name without `.nii` or `.nii.gz`."""
-    return path.name.removesuffix(".gz").removesuffix(".nii")
-
-
-def find_inputs(path) -> list[Path]:
-    """The file itself, or the NIfTI files of a folder; a `UserError` where there is none."""
-    path = Path(path)
-    if path.is_file() and path.name.endswith(SUFFIXES):
-        return [path]
-    if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.name.endswith(SUFFIXES))
-        if not files:
-            raise UserError(f"{path} holds no .nii or .nii.gz file; give a folder of volumes")
-        names = [stem_of(f) for f in files]
-        if twice := {n for n in names if names.count(n) > 1}:
-            raise UserError(
-                f"{path} holds {', '.join(sorted(twice))} both as .nii and .nii.gz, which would "
-                "write one mask twice; keep one of each"
-            )
-        return files
-    raise UserError(f"--input {path} is neither a NIfTI file nor a folder; check the path")
+_LONGEST = 2000  # characters of a line
 
 
 def predict(
-    predictor, names, inputs, output, *, overlay: bool, skip_existing: bool, workers: int = 0
+    predictor,
+    names,
+    inputs: Inputs,
+    output,
+    *,
+    overlay: bool,
+    skip_existing: bool,
+    workers: int = 0,
 ) -> int:
     """Write `<output>/<name>.nii.gz` for every input; returns the number of files that failed.
 
@@ -54,6 +39,11 @@ def predict(
     `workers` as in `evaluate`: processes write a mask while the next volume is predicted.
     """
     output = Path(output)
+    if inputs.passed_over:
+        tqdm.write(inputs.passed_over)
+    for fault in inputs.faults:
+        _report(fault)
+    failed, inputs = list(inputs.faults), inputs.files
     for path in inputs:
         target = output / f"{stem_of(path)}.nii.gz"
         if target.resolve() == path.resolve():
@@ -61,13 +51,12 @@ def predict(
     if skip_existing:
         inputs = [path for path in inputs if not (output / f"{stem_of(path)}.nii.gz").is_file()]
     write_json(output / "labels.json", {name: i for i, name in enumerate(names)})
-    failed = []
 
     def predicted():
         progress = tqdm(inputs, desc="predicting", unit="volume")
         for path, volume in zip(progress, ahead(_read, inputs), strict=True):
             if isinstance(volume, UserError):
-                tqdm.write(f"error: {volume}")
+                _report(volume)
                 failed.append(path)
                 continue
             image = volume.array if overlay else None
@@ -79,6 +68,10 @@ def predict(
     count = worker_count(workers, len(inputs), size)
     collections.deque(in_order(write, predicted(), count), maxlen=0)
     return len(failed)
+
+
+def _report(error: UserError) -> None:
+    tqdm.write(shown(f"error: {error}", _LONGEST))  # names of files are untrusted
 
 
 def _read(path: Path) -> Volume | UserError:
@@ -116,8 +109,8 @@ def main() -> None:
         )
         if failed:
             raise UserError(
-                f"{failed} of {len(inputs)} files could not be read (see above); the others are "
-                f"in {arguments.output}"
+                f"{failed} of {len(inputs.files) + len(inputs.faults)} files could not be read "
+                f"(see above); the others are in {arguments.output}"
             )
 
 

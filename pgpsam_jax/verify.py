@@ -66,6 +66,8 @@ def verify(
     rest = [finding for findings in of_file.values() for finding in findings]
     if layout == "transunet":
         say(f"note     {NO_GRID}")
+    for line in listing.passed_over:
+        tell(f"note     {line}")
     report = summarise(
         records,
         table,
@@ -73,6 +75,7 @@ def verify(
         has_grid=layout != "transunet",
         root=str(root),
         layout=layout,
+        passed_over=listing.passed_over,
     )
     for finding in findings_of(report):
         if id(finding) not in said:

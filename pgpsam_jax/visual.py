@@ -17,9 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from scipy.ndimage import uniform_filter1d
 
+from pgpsam_jax.data.cases import safe_case_id
 from pgpsam_jax.evaluation.protocols import overlaps
 from pgpsam_jax.evaluation.release_protocol import dice
 from pgpsam_jax.files import atomic_path
+from pgpsam_jax.text_files import shown
 
 # Okabe and Ito's colour-blind-safe set without black, and a violet: eight that also stand out from
 # the greys of CT. Neighbouring organs are far apart in it.
@@ -96,7 +98,7 @@ def write_overlays(
     scores = slice_dice(prediction, truth, len(names))
     bearing = np.isfinite(scores).any(axis=1) & (True if region is None else region)
     chosen = _worst_median_best(scores, bearing, truth, prediction)
-    out_dir, stem = Path(out_dir), re.sub(r"[^\w.-]", "_", str(case_id))
+    out_dir, stem = Path(out_dir), safe_case_id(str(case_id))
     if out_dir.is_dir():
         for kind in ("worst", "median", "best"):
             for old in out_dir.glob(f"{glob.escape(stem)}_{kind}_z*_dice*.png"):
@@ -175,14 +177,18 @@ def panels(grid, shape, spacing, width, legend, names, title, head, top=0.35):
     size = min(
         12, 120 * total / max(1, len(title))
     )  # a long case name must not run off a narrow sheet
-    figure.text(0.5, 1 - 0.2 / tall, title, ha="center", va="center", fontsize=size)
+    style = {"ha": "center", "va": "center", "fontsize": size, "parse_math": False}
+    figure.text(0.5, 1 - 0.2 / tall, shown(title, 1000), **style)
     colours = palette(names)
     handles = [
         Patch(color=colours[names[k]], label=text.replace("_", " ")) for k, text in legend.items()
     ]
     style = {"frameon": False, "handlelength": 1.2, "columnspacing": 1.4, "borderaxespad": 0.2}
     if handles:
-        figure.legend(handles=handles, ncols=min(across, len(handles)), loc="lower center", **style)
+        columns = min(across, len(handles))
+        below = figure.legend(handles=handles, ncols=columns, loc="lower center", **style)
+        for text in below.get_texts():  # a name may hold dollar signs
+            text.set_parse_math(False)
     return figure, axes
 
 

@@ -8,7 +8,7 @@ from layout_data import NNUNET, layout_config, write_nnunet
 
 from pgpsam_jax import verify as program
 from pgpsam_jax.data import dataset, nnunet
-from pgpsam_jax.data.layouts import detect, find_cases
+from pgpsam_jax.data.layouts import detect, find_cases, scan
 from pgpsam_jax.errors import UserError
 
 
@@ -141,3 +141,81 @@ def test_verified(tmp_path):
     assert {(f["code"], f["level"]) for f in report["data_set"]} == {("count", "warning")}
     assert any("one in train and one in test; keep one" in line for line in lines)
     assert report["counts"]["errors"] == 1
+
+
+def write_decathlon(root, cases=("organ_1", "organ_2"), tests=("organ_3",), **fields):
+    """The same data named and described as in the Medical Segmentation Decathlon."""
+    write_nnunet(root, cases, tests, labelled_tests=False)
+    for path in root.glob("images*/*"):
+        path.rename(path.with_name(path.name.replace("_0000.nii", ".nii")))
+        (path.parent / f"._{path.name}").write_bytes(b"x")  # as its archives have them
+    training = [
+        {"image": f"./imagesTr/{c}.nii.gz", "label": f"./labelsTr/{c}.nii.gz"} for c in cases
+    ]
+    value = {
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "spleen", "6": "liver"},
+        "numTraining": len(cases),
+        "training": training,
+        "test": [f"./imagesTs/{case}.nii.gz" for case in tests],
+    }
+    (root / "dataset.json").write_text(json.dumps(value | fields))
+    return root
+
+
+def described(cases):
+    return [(c.case_id, c.part, c.label and c.label.name) for c in cases]
+
+
+def test_the_decathlon_is_read(tmp_path):
+    root = write_decathlon(tmp_path)
+    assert detect(root) == "nnunet"
+    listing = scan("nnunet", root)
+    assert described(listing.cases) == [
+        ("organ_1", "train", "organ_1.nii.gz"),
+        ("organ_2", "train", "organ_2.nii.gz"),
+        ("organ_3", "test", None),
+    ]
+    assert not listing.findings and nnunet.label_table(root).names[1:] == ("spleen", "liver")
+    assert [line.partition(" passed")[0] for line in listing.passed_over] == [
+        "2 entries of imagesTr",
+        "1 entry of imagesTs",
+    ]
+    report = program.verify(root, say=lambda line: None)
+    assert report["counts"]["errors"] == 0 and report["counts"]["files"] == 5
+    # Its list is what counts, where it names files that are there; else the folders do.
+    value = json.loads((root / "dataset.json").read_text())
+
+    def describe(**fields):
+        (root / "dataset.json").write_text(json.dumps(value | fields))
+
+    describe(training=value["training"][:1], numTraining=1)
+    listing = scan("nnunet", root)
+    assert described(listing.cases)[0][0] == "organ_1" and len(listing.cases) == 2
+    assert "1 other volume (organ_2.nii.gz)" in listing.passed_over[0]
+    describe(training=[])
+    assert [c.case_id for c in find_cases("nnunet", root)] == ["organ_1", "organ_2"]
+    describe(modality={"0": "FLAIR", "1": "T1w"})
+    with pytest.raises(UserError, match="must name exactly one channel"):
+        find_cases("nnunet", root)
+
+
+def test_which_of_the_two_layouts_it_is(tmp_path):
+    """Names of the Decathlon may end in four digits; nnU-Net's first version has its list too."""
+    root = write_decathlon(tmp_path / "a", cases=("c_0000", "c_0001"), training=[])
+    assert [c.case_id for c in find_cases("nnunet", root)] == ["c_0000", "c_0001"]
+    value = json.loads((root / "dataset.json").read_text())
+    root = write_nnunet(tmp_path / "b", cases=("a", "b"))
+    training = [{"image": f"imagesTr/{c}.nii.gz", "label": f"labelsTr/{c}.nii.gz"} for c in "ab"]
+    (root / "dataset.json").write_text(json.dumps(value | {"training": training}))
+    cases = find_cases("nnunet", root)
+    assert [(c.case_id, c.image.name) for c in cases] == [
+        ("a", "a_0000.nii.gz"),
+        ("b", "b_0000.nii.gz"),
+    ]
+    root = write_decathlon(tmp_path / "c")
+    (root / "imagesTr" / "organ_2.nii.gz").unlink()
+    (root / "imagesTr" / "organ_2.nii.gz").symlink_to("not fetched")
+    report = program.verify(root, say=lambda line: None)
+    (found,) = [f for file in report["files"] for f in file["findings"] if f["level"] == "error"]
+    assert found["code"] == "missing" and "link to nothing" in found["message"]

@@ -116,6 +116,6 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match="would overwrite its input"):
         inputs = predict.find_inputs(tmp_path)
         predict.predict(Oracle(), NAMES, inputs, tmp_path, overlay=False, skip_existing=False)
-    nib.save(image, tmp_path / "a.nii")
-    with pytest.raises(UserError, match="both as"):
-        predict.find_inputs(tmp_path)
+    (tmp_path / "link.nii").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match="a link to nothing"):
+        predict.find_inputs(tmp_path / "link.nii")

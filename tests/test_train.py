@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_method
 from faults import TINY, run
+from file_modes import modes, umask
 from small_run import config_for, hold_out, write_data
 
 from pgpsam_jax import checkpoint, predict, runlog, train
@@ -67,7 +68,8 @@ def method(request):
 def finished(root, method, tmp_path_factory):
     """(workdir, summary) of an uninterrupted run with selection on the validation case."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, train.train(config_for(root, **method, **SELECT), workdir)
+    with umask(0o027):
+        return workdir, train.train(config_for(root, **method, **SELECT), workdir)
 
 
 def test_a_run_leaves_all_its_records(finished):
@@ -85,6 +87,7 @@ def test_a_run_leaves_all_its_records(finished):
     timing = json.loads((workdir / "timing.json").read_text())
     assert {"train", "validate", "evaluate"} <= timing.keys()
     assert not list(workdir.rglob(".tmp-*"))
+    assert modes(workdir) == {"files": {0o640}, "folders": {0o750}}
 
 
 def test_evaluation_files(finished):

@@ -101,7 +101,7 @@ def test_a_label_table_is_required(tmp_path):
         dataset.find_split(layout_config(tmp_path, "transunet", data__label_table=""))
 
 
-LINES = ["../x", "/etc/passwd", "a/b", "a\\b", "..", ".hidden", "a b", "case0005_slice000 1", "a\0"]
+LINES = ["../x", "/etc/passwd", "a/b", "a\\b", "..", ".hidden", "a\tb", "a" * 251, "a\0"]
 
 
 @pytest.mark.parametrize("line", LINES)

@@ -39,7 +39,7 @@ def write_checkpoint(output: Path, tensors: dict[str, np.ndarray]) -> None:
         if output.suffix == ".pth":
             _save_torch(temporary, tensors)
         else:
-            save_safetensors(temporary, tensors, {"format": "pt"})  # transformers asks for it
+            save_file(tensors, temporary, {"format": "pt"})  # transformers asks for it
 
 
 @contextlib.contextmanager
@@ -56,14 +56,8 @@ def writing(path: Path):
 def write_weights(file: Path, tensors: dict[str, np.ndarray], metadata=None) -> str:
     """Write converted weights to a safetensors file, and its folder; the SHA-256 of the file."""
     with writing(file), atomic_path(file) as temporary:
-        save_safetensors(temporary, tensors, metadata)
+        save_file(tensors, temporary, metadata)
         return file_digest(temporary)
-
-
-def save_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata=None) -> None:
-    """A safetensors file that others can read."""
-    save_file(tensors, path, metadata=metadata)
-    path.chmod(0o644)  # the library makes a file of its own that only its owner can read
 
 
 def _save_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:

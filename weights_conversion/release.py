@@ -4,10 +4,7 @@ A workdir has a place for every weight that computes something. The others, and 
 names, are kept in its `unused.safetensors`, so that the way back gives the same tensors.
 """
 
-import contextlib
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -24,7 +21,7 @@ from pgpsam_jax.data.dataset import label_table
 from pgpsam_jax.data.grid import AXIAL
 from pgpsam_jax.data.labels import LabelTable
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import file_digest, write_json
+from pgpsam_jax.files import atomic_folder, file_digest, write_json
 from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.parameters import flat_paths
 from pgpsam_jax.provenance import provenance
@@ -34,8 +31,8 @@ from weights_conversion import sam
 from weights_conversion.checkpoint_files import (
     check_suffix,
     read_checkpoint,
-    save_safetensors,
     write_checkpoint,
+    write_weights,
     writing,
 )
 from weights_conversion.mapping import Tensors, absent, read, write
@@ -80,12 +77,12 @@ def convert(source, output, settings=(), *, log=print) -> None:
     config.data.axis = AXIAL  # the release knows no other slices
     unused = {name: ours.pop(name) for name in list(ours) if name.startswith(UNUSED)}
     params, frozen = _states(config, table, ours, source)
-    with writing(output), _new_folder(output) as folder:
+    with writing(output), atomic_folder(output) as folder:
         write_json(folder / "labels.json", table.to_json())
         inputs = {"source": source.name, "source_sha256": digest, "source_epoch": epoch}
         write_json(folder / "provenance.json", provenance(**inputs))
         backbone.settle_base(folder, source.name, None, frozen)
-        save_safetensors(folder / KEPT, unused, {"names": json.dumps(list(tensors))})
+        write_weights(folder / KEPT, unused, {"names": json.dumps(list(tensors))})
         with ocp.training.Checkpointer(folder.absolute() / "checkpoints") as checkpoints:
             checkpoints.save_checkpointables(epoch or 0, {"params": params})
         configuration.store(build.settled(config), folder)
@@ -198,20 +195,6 @@ def check_fit(needed: dict[str, tuple], given: dict[str, tuple], source) -> None
             f"{source} does not fit the model of --config in {len(different)} places; change its "
             "model fields:\n  " + "\n  ".join(different)
         )
-
-
-@contextlib.contextmanager
-def _new_folder(output: Path):
-    """A folder beside `output` to fill, renamed to it only on success."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".tmp-", suffix=f"-{output.name}", dir=output.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        folder.rename(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _check_exportable(settings: ConfigDict, workdir: Path) -> None:

@@ -20,7 +20,7 @@ from pgpsam_jax.data import hdf5
 from pgpsam_jax.data.array_checks import check_size, check_type
 from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.data.grid import SourceGrid
-from pgpsam_jax.data.nifti import told
+from pgpsam_jax.data.volume_streams import told
 from pgpsam_jax.files import file_digest
 
 NO_GRID = (

@@ -1,16 +1,21 @@
 """What every layout gives: cases with safe ids, images paired with labels, and what is amiss."""
 
+import hashlib
 import re
+import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pgpsam_jax.data.arrays import ArrayFiles
-from pgpsam_jax.data.findings import ERROR, Finding
+from pgpsam_jax.data.findings import ERROR, WARNING, Finding
+from pgpsam_jax.data.volume_files import passed_over, undecodable
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.text_files import shown
 
-_LONGEST = 150  # characters of a case id: names of files are made of it
+_LONGEST_NAME = 255  # bytes that file systems allow
+_LONGEST = 200  # bytes of a case id: names of files are made of it
 
 Source = Path | ArrayFiles  # what `volumes` reads
 
@@ -32,15 +37,40 @@ class Case:
 class Listing:
     """All cases of a data set, sorted by id, and what is wrong with their files' names.
 
-    `expected` says what the layout looks like.
+    `expected` says what the layout looks like, `passed_over` counts the entries of its folders
+    that are no data, one line for each folder.
     """
 
     cases: list[Case]
     findings: list[Finding] = field(default_factory=list)
     expected: str = ""
+    passed_over: list[str] = field(default_factory=list)
+
+    def pass_over(self, folder: Path, used: Iterable[Source | None]) -> None:
+        """Count what else lies in a folder."""
+        if line := passed_over(folder, [path for path in used if isinstance(path, Path)]):
+            self.passed_over.append(line)
 
     def add(self, code: str, file, message: str, level: str = ERROR) -> None:
         self.findings.append(Finding(level, code, str(file), message))
+
+    def check_names(self) -> None:
+        """Warn of names that other programs and file systems do not tell apart or cannot show."""
+        by_case: dict[str, list[Case]] = {}
+        for case in self.cases:
+            by_case.setdefault(case.case_id.casefold(), []).append(case)
+            for source in (case.image, case.label):
+                if isinstance(source, Path) and undecodable(source):
+                    message = f"the name is no UTF-8, case {case.case_id} stands for it; rename it"
+                    self.add("name", source, message, WARNING)
+        for alike in by_case.values():
+            ids = sorted({case.case_id for case in alike})
+            if len(ids) > 1:
+                message = (
+                    f"cases {', '.join(ids)} differ by upper and lower case only: where a file "
+                    "system does not tell them apart, one overwrites the other; rename one"
+                )
+                self.add("name", alike[0].image, message, WARNING)
 
     @property
     def errors(self) -> list[str]:
@@ -49,20 +79,35 @@ class Listing:
 
 
 def safe_case_id(text: str) -> str:
-    """A case id of [A-Za-z0-9_.-] that cannot leave its folder; other characters become `_`."""
-    result = re.sub(r"[^A-Za-z0-9_.-]", "_", text).lstrip(".")
-    if not result or len(result) > _LONGEST:
+    """The case id of a patient's name: fit for a file name, the same in lists and of files.
+
+    It keeps letters, digits and combining marks of all scripts and `_`, `.` and `-`, composed
+    (NFC); other characters become `_`. Of long names a hash stands for the rest.
+    """
+    composed = unicodedata.normalize("NFC", text)
+    safe = "".join(c if c in "_.-" or _is_letter(c) else "_" for c in composed).lstrip(".")
+    result = unicodedata.normalize("NFC", safe)
+    if not result or len(text.encode(errors="surrogatepass")) > _LONGEST_NAME:
         raise UserError(
-            f"cannot make a case id of {text[:80]!r} (a name of 1 to {_LONGEST} characters); "
+            f"cannot make a case id of {text[:80]!r} (a name of 1 to {_LONGEST_NAME} bytes); "
             "rename the file"
         )
+    content = result.encode()
+    if len(content) > _LONGEST:
+        mark = f"-{hashlib.sha256(content).hexdigest()[:12]}"
+        result = content[: _LONGEST - len(mark)].decode(errors="ignore") + mark
     return result
+
+
+def _is_letter(character: str) -> bool:
+    kind = unicodedata.category(character)
+    return kind[0] in "LM" or kind == "Nd"
 
 
 def inside(root: Path, text, where: str) -> Path:
     """`root / text` for a relative path without `..`; what a list names must not lead elsewhere."""
     parts = re.split(r"[/\\]", text) if isinstance(text, str) else [".."]
-    long = isinstance(text, str) and (len(text) > 1000 or max(map(len, parts)) > 200)
+    long = isinstance(text, str) and (len(text) > 1000 or max(map(len, parts)) > _LONGEST_NAME)
     if long or not text or ".." in parts or not parts[0] or re.search(r"[:\x00-\x1f]", text):
         raise UserError(
             f"{where} names {shown(repr(text)[:200], 80)}, which is no path inside the data set; "
@@ -101,7 +146,9 @@ def pair(images, labels, root: Path, expected: str, part: str = "") -> Listing:
     for kind, found in (("image", images), ("label", labels or ())):
         for case_id, number in Counter(case_id for case_id, _ in found).items():
             if number > 1:
-                files = ", ".join(source.name for i, source in found if i == case_id)
+                alike = [source for i, source in found if i == case_id]
+                names = {source.name for source in alike}
+                files = ", ".join(s.name if len(names) == number else str(s) for s in alike)
                 listing.add(
                     "duplicate_id",
                     own.get(case_id, partners.get(case_id)),

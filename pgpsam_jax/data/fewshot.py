@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pgpsam_jax.data.cases import safe_case_id
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_text
 from pgpsam_jax.text_files import read_text, shown
@@ -107,6 +108,7 @@ def make_list(
 def read_list(path, areas: Areas | None = None) -> FewShotList:
     """Read and check a list; with `areas`, also that its cases and slices exist.
 
+    It may name a case as its file is named: `safe_case_id` makes the id of it.
     The hash is verified where the file carries one; a list written by hand may have no header.
     """
     lines = read_text(path, "few-shot list").splitlines()
@@ -134,12 +136,12 @@ def read_list(path, areas: Areas | None = None) -> FewShotList:
 
 
 def _entry(line: str, where: str, areas: Areas | None) -> tuple[str, int]:
-    match = re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9_.-]*)\t([0-9]{1,6})", line)
+    match = re.fullmatch(r"([^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*)\t([0-9]{1,6})", line)
     if match is None:
         raise UserError(
             f"{where} is not `case_id<TAB>slice` with a plain case id: {line[:80]!r:.60}"
         )
-    case_id, index = match[1], int(match[2])
+    case_id, index = safe_case_id(match[1]), int(match[2])
     if areas is not None and case_id not in areas:
         raise UserError(f"{where} names case {case_id}, which is not among the training cases")
     if areas is not None and index >= len(areas[case_id]):

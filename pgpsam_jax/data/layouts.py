@@ -1,5 +1,6 @@
 """Find the cases of a data set on disk and split them by patient."""
 
+import os
 import random
 import re
 import warnings
@@ -10,6 +11,7 @@ from pgpsam_jax.data import nnunet, transunet
 from pgpsam_jax.data.arrays import NO_GRID
 from pgpsam_jax.data.cases import Case, Listing, check_root, pair, safe_case_id
 from pgpsam_jax.data.labels import SYNAPSE8, LabelTable
+from pgpsam_jax.data.volume_files import entries, named_alike, stem_of, volumes_in
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.text_files import read_json, shown
 
@@ -51,14 +53,17 @@ def scan(layout: str, root, image_glob=None, label_glob=None) -> Listing:
     """All cases, with what is wrong with the names of their files (see `find_cases`)."""
     root = Path(root)
     if layout == "btcv":
-        return _btcv(root)
-    if layout == "nnunet":
-        return nnunet.scan(root)
-    if layout == "transunet":
-        return transunet.scan(root)
-    if layout == "pairs":
-        return _pairs(root, image_glob, label_glob)
-    raise UserError(f"unknown data layout {layout!r}; known are {', '.join(LAYOUTS)}")
+        listing = _btcv(root)
+    elif layout == "nnunet":
+        listing = nnunet.scan(root)
+    elif layout == "transunet":
+        listing = transunet.scan(root)
+    elif layout == "pairs":
+        listing = _pairs(root, image_glob, label_glob)
+    else:
+        raise UserError(f"unknown data layout {layout!r}; known are {', '.join(LAYOUTS)}")
+    listing.check_names()
+    return listing
 
 
 def detect(root, image_glob=None) -> str:
@@ -140,14 +145,16 @@ def _btcv(root: Path) -> Listing:
     base = _btcv_base(root)
     if base is None:
         raise UserError(f"no img folder of the BTCV layout under {root}: {_BTCV_HELP}")
-    images = _numbered(base / "img", "img")
-    labels = _numbered(base / "label", "label")
-    return pair(images, labels, base, _BTCV_HELP)
+    images, labels = _numbered(base, "img"), _numbered(base, "label")
+    listing = pair(images, labels, base, _BTCV_HELP)
+    for kind, found in (("img", images), ("label", labels)):
+        listing.pass_over(base / kind, [path for _, path in found])
+    return listing
 
 
-def _numbered(folder: Path, prefix: str) -> list[tuple[str, Path]]:
-    pattern = re.compile(prefix + r"(\d+)\.nii(\.gz)?")
-    found = ((pattern.fullmatch(path.name), path) for path in sorted(folder.glob("*")))
+def _numbered(base: Path, kind: str) -> list[tuple[str, Path]]:
+    """(number, path) of the volumes of a folder that are named by it and a number."""
+    found = ((re.fullmatch(kind + "([0-9]+)", stem_of(p)), p) for p in volumes_in(base / kind))
     return [(match[1], path) for match, path in found if match]
 
 
@@ -155,33 +162,51 @@ def _pairs(root: Path, image_glob, label_glob) -> Listing:
     if not image_glob:
         raise UserError("layout pairs needs an image_glob such as images/*.nii.gz")
     check_root(root, f"expected a folder that holds {image_glob}")
-    images = _glob(root, image_glob)
+    images, folders = _glob(root, image_glob)
     if label_glob is None:
-        return pair(images, None, root, f"expected {image_glob}")
-    if ("*" in image_glob) != ("*" in label_glob):
-        raise UserError(f"{image_glob!r} and {label_glob!r} must both hold one * or both none")
-    labels = _glob(root, label_glob)
-    if "*" not in image_glob and images and labels:
-        labels = [(images[0][0], labels[0][1])]
-    return pair(images, labels, root, f"expected {image_glob} and {label_glob}")
+        listing = pair(images, None, root, f"expected {image_glob}")
+        labels = []
+    else:
+        if ("*" in image_glob) != ("*" in label_glob):
+            raise UserError(f"{image_glob!r} and {label_glob!r} must both hold one * or both none")
+        labels, more = _glob(root, label_glob)
+        if "*" not in image_glob and images and labels:
+            labels = [(images[0][0], labels[0][1])]
+        listing = pair(images, labels, root, f"expected {image_glob} and {label_glob}")
+        folders |= more
+    for folder in sorted(folders):
+        listing.pass_over(folder, [path for _, path in images + labels])
+    return listing
 
 
-def _glob(root: Path, pattern: str) -> list[tuple[str, Path]]:
-    """(case id, path) of every match; hidden files, which tools leave behind, are no data."""
+def _glob(root: Path, pattern: str) -> tuple[list[tuple[str, Path]], set[Path]]:
+    """(case id, path) of every match, and the folder of the `*` where it stands for files.
+
+    Hidden entries, which tools leave behind, are no data. Of suffixes the case does not count.
+    """
     parts = PurePosixPath(pattern).parts
     if pattern.startswith("/") or ".." in parts or re.search(r"[?\[\]]|\*.*\*", pattern):
         raise UserError(f"{pattern!r} must be relative to {root}, without .., with at most one *")
     if "*" not in pattern:
-        path = root / pattern
-        return [(safe_case_id(path.resolve().parent.name), path)] if path.is_file() else []
-    head, tail = "/".join(parts).split("*")
-    wanted = re.compile(re.escape(head) + r"([^/.][^/]*)" + re.escape(tail))
-    found = (
-        (wanted.fullmatch(path.relative_to(root).as_posix()), path)
-        for path in root.glob(pattern)
-        if path.is_file()
+        path = named_alike(root / pattern)
+        there = os.path.lexists(path)
+        return [(safe_case_id(path.resolve().parent.name), path)] if there else [], set()
+    place = next(i for i, part in enumerate(parts) if "*" in part)
+    folder, (part, *below) = root.joinpath(*parts[:place]), parts[place:]
+    head, tail = part.split("*")
+    known = (".nii.gz", ".nii", ".img.gz", ".img", ".hdr.gz", ".hdr")
+    suffix = next((suffix for suffix in known if tail.lower().endswith(suffix)), "")
+    tail = tail[: len(tail) - len(suffix)]
+    wanted = re.compile(
+        re.escape(head) + r"([^.].*)" + re.escape(tail) + f"(?i:{re.escape(suffix)})", re.DOTALL
     )
-    return [(safe_case_id(match[1]), path) for match, path in found if match]
+    found = []
+    for entry in entries(folder) if folder.is_dir() else ():
+        match = wanted.fullmatch(entry.name)
+        path = named_alike(entry.joinpath(*below))
+        if match and os.path.lexists(path) and (below or suffix or path.is_file()):
+            found.append((safe_case_id(match[1]), path))
+    return found, set() if below else {folder}
 
 
 def _given(cases: list[Case]) -> tuple[list[Case], list[Case], list[Case]]:
@@ -250,6 +275,9 @@ def _listed(ids: list[str]) -> str:
 
 
 def _key(case_id) -> str:
-    """`5`, `05` and `0005` are the same patient."""
-    text = str(case_id)
+    """`5`, `05` and `0005` are the same patient, `pat 1` is the one of the file `pat 1.nii.gz`."""
+    try:
+        text = safe_case_id(str(case_id))
+    except UserError:  # no file has such a name
+        text = str(case_id)
     return (text.lstrip("0") or "0") if text.isascii() and text.isdigit() else text

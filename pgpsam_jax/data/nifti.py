@@ -7,13 +7,10 @@ are checked before memory is taken, gzip streams are read to their end (that is 
 is) but never past the declared size.
 """
 
-import contextlib
 import functools
-import gzip
 import logging
 import math
 import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.data.grid import AXIAL, SourceGrid, to_display, to_source
+from pgpsam_jax.data.volume_streams import Opened, opened
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import atomic_path
 
@@ -71,8 +69,8 @@ def read_label(path, axis: str = AXIAL) -> Volume:
 def read_grid(path) -> SourceGrid:
     """Header only: the grid that a prediction for this file has to be written on."""
     path = Path(path)
-    with _open(path) as (stream, _):
-        return parse_header(stream, path)
+    with opened(path) as file:
+        return parse_header(file.header, path, paired=file.paired)
 
 
 def write_label(path, array: np.ndarray, source: SourceGrid) -> None:
@@ -113,55 +111,22 @@ def read_raw(path) -> tuple[np.ndarray, SourceGrid, int]:
     The whole file is read, a gzip to its checksum, but at most `_MAX_TRAILING` bytes too far.
     """
     path = Path(path)
-    with _open(path) as (stream, zipped):
-        grid = parse_header(stream, path)
-        size = path.stat().st_size
-        raw = _voxels(stream, grid, size * _MAX_PACKING if zipped else size)
-        trailing = len(stream.read(_MAX_TRAILING + 1))
-        if zipped and trailing > _MAX_TRAILING:
+    with opened(path) as file:
+        grid = parse_header(file.header, path, paired=file.paired)
+        raw = _voxels(file, grid)
+        trailing = len(file.voxels.read(_MAX_TRAILING + 1))
+        if file.zipped and trailing > _MAX_TRAILING:
             raise BadFile(
                 f"{path} inflates past the size its header declares; get a new copy", "trailing"
             )
     return raw, grid, trailing
 
 
-@contextlib.contextmanager
-def _open(path: Path):
-    """Yield (byte stream, whether it is gzip) of a file whose name says which of both it is."""
-    named = path.name.lower().endswith(".gz")
-    with told(path), contextlib.ExitStack() as stack:
-        if not path.is_file():
-            raise BadFile(f"{path} is not a file; check the path", "missing")
-        file = stack.enter_context(open(path, "rb"))
-        zipped = file.peek(2)[:2] == b"\x1f\x8b"
-        if named and not zipped:
-            raise BadFile(f"{path} is named .gz but is not gzip; rename it or compress it", "name")
-        if zipped and not named:
-            raise BadFile(
-                f"{path} is gzip but is not named .gz; rename it to {path.name}.gz", "name"
-            )
-        yield (gzip.GzipFile(fileobj=file) if zipped else file), zipped
+def parse_header(stream, path: Path, *, paired: bool = False) -> SourceGrid:
+    """Read and check the header; leaves the stream right behind it.
 
-
-@contextlib.contextmanager
-def told(path: Path):
-    """Whatever goes wrong while a file is read becomes one sentence."""
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise BadFile(
-            f"{path} is damaged or cut off ({error}); get a new copy", "damaged"
-        ) from error
-    except OSError as error:
-        raise BadFile(f"{path} cannot be read: {error.strerror or error}", "unreadable") from error
-    except MemoryError as error:
-        raise BadFile(
-            f"{path} does not fit into memory; crop it, or use a larger machine", "size"
-        ) from error
-
-
-def parse_header(stream, path: Path) -> SourceGrid:
-    """Read and check the header; leaves the stream right behind it."""
+    That of a pair becomes that of the single file with the same voxels.
+    """
     start = stream.read(4)
     size = next((n for n in _HEADERS if start in (struct.pack("<i", n), struct.pack(">i", n))), 0)
     block = start + stream.read(max(size - 4, 0))
@@ -169,6 +134,8 @@ def parse_header(stream, path: Path) -> SourceGrid:
         raise BadFile(f"{path} is not a NIfTI file; expected .nii or .nii.gz", "header")
     try:
         header = _HEADERS[size](block, check=False)
+        if paired:
+            _join(header, path)
         header.check_fix(logger=_QUIET)
         affine = np.asarray(header.get_best_affine(), np.float64)
         header.get_slope_inter()
@@ -181,6 +148,25 @@ def parse_header(stream, path: Path) -> SourceGrid:
         affine = _with_normal(affine)
     _check_affine(affine, path)
     return SourceGrid.of(path, header, affine)
+
+
+def _join(header, path: Path) -> None:
+    """Make of a pair's header that of a single file."""
+    magic = header["magic"].item()
+    if not magic.startswith((b"ni", b"n+")):
+        raise BadFile(
+            f"{path} belongs to an Analyze 7.5 pair, which does not say where the patient's right "
+            "and left are; export it anew as NIfTI from where it came from",
+            "header",
+        )
+    if magic.startswith(b"n+"):
+        raise BadFile(
+            f"{path} is named like a .hdr/.img pair but its header is that of a single file; "
+            "rename the file with the voxels to .nii",
+            "header",
+        )
+    header["magic"] = header.single_magic
+    header["vox_offset"] += header.single_vox_offset
 
 
 def _check_header(header, path: Path) -> None:
@@ -240,12 +226,14 @@ def _check_affine(affine: np.ndarray, path: Path) -> None:
         )
 
 
-def _voxels(stream, grid: SourceGrid, room: int) -> np.ndarray:
+def _voxels(file: Opened, grid: SourceGrid) -> np.ndarray:
     """Exactly the declared voxels, (X, Y, Z) in the file's own type.
 
-    room: bytes that the file can hold at most, unpacked; a claim of more takes no memory.
+    A claim of more bytes than the file can hold, unpacked, takes no memory.
     """
     start, dtype = int(grid.header["vox_offset"]), grid.header.get_data_dtype()
+    start -= grid.header.single_vox_offset if file.paired else 0
+    room = file.size * _MAX_PACKING if file.zipped else file.size
     need = math.prod(grid.shape) * dtype.itemsize
     if start + need > room:
         raise BadFile(
@@ -255,9 +243,9 @@ def _voxels(stream, grid: SourceGrid, room: int) -> np.ndarray:
         )
     raw = np.empty(math.prod(grid.shape), dtype)
     view, done = memoryview(raw.view(np.uint8)), 0
-    complete = stream.seek(start) == start
+    complete = file.voxels.seek(start) == start
     while complete and done < raw.nbytes:
-        count = stream.readinto(view[done : done + _CHUNK])
+        count = file.voxels.readinto(view[done : done + _CHUNK])
         done, complete = done + count, count > 0
     if not complete:
         raise BadFile(

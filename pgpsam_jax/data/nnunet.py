@@ -1,7 +1,9 @@
 """The raw layout of nnU-Net: dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz.
 
 One channel. The class names come from dataset.json. Cases of imagesTs with a label in labelsTs
-are the part "test"; without one they only count when files are checked.
+are the part "test"; without one they only count when files are checked. A folder of the Medical
+Segmentation Decathlon is the same without `_0000`: its images are named like their labels, and
+dataset.json lists them.
 """
 
 import re
@@ -10,13 +12,15 @@ from pathlib import Path
 from pgpsam_jax.data.cases import Listing, check_root, inside, pair, safe_case_id
 from pgpsam_jax.data.findings import WARNING
 from pgpsam_jax.data.labels import LabelTable
+from pgpsam_jax.data.volume_files import named_alike, stem_of, volumes_in
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.text_files import read_json
 
 EXPECTED = (
     "expected the raw layout of nnU-Net: dataset.json, imagesTr/CASE_0000.nii.gz and "
-    "labelsTr/CASE.nii.gz"
+    "labelsTr/CASE.nii.gz, or that of the Decathlon, which has no _0000"
 )
+_CHANNEL = "_0000"
 
 
 def label_table(root) -> LabelTable:
@@ -26,6 +30,8 @@ def label_table(root) -> LabelTable:
     for name, value in labels.items():
         if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", name):  # version 1
             name, value = value, int(name)
+        if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
+            value = int(value)
         if type(value) is not int:
             raise UserError(
                 f"{file}: label {name!r:.60} is {value!r:.60}, not one id; regions are not "
@@ -62,24 +68,21 @@ def scan(root: Path) -> Listing:
         raise UserError(
             f"{root / 'dataset.json'} has file_ending {ending!r:.40}; convert the files to .nii.gz"
         )
+    listed = _decathlon(root, value)
     if "dataset" in value:
-        listing = _listed(root, value["dataset"])
+        listing = _named_cases(root, value["dataset"])
+    elif listed:
+        listing = pair(*listed, root, EXPECTED, "train")
     else:
-        images, strays = _images(root / "imagesTr", ending)
-        listing = pair(images, _labels(root / "labelsTr", ending), root, EXPECTED, "train")
-        _refuse(listing, strays)
+        listing = _of_folders(root, "Tr")
     wanted = value.get("numTraining", len(listing.cases))
     if wanted != len(listing.cases):
         message = (
             f"dataset.json speaks of {wanted!r:.20} training cases, {len(listing.cases)} found"
         )
         listing.add("count", root / "dataset.json", message, WARNING)
-    images, strays = _images(root / "imagesTs", ending)
-    if images:
-        labels = dict(_labels(root / "labelsTs", ending))
-        both = [(i, labels[i]) for i, _ in images if i in labels] if labels else None
-        tests = pair(images, both, root, EXPECTED, "test")
-        _refuse(tests, strays)
+    if volumes_in(root / "imagesTs"):
+        tests = _of_folders(root, "Ts", plain=bool(listed))
         known = {case.case_id for case in listing.cases}
         for case in tests.cases:
             if case.case_id in known:
@@ -87,6 +90,10 @@ def scan(root: Path) -> Listing:
                 listing.add("both_splits", case.image, message)
         listing.cases += tests.cases
         listing.findings += tests.findings
+    used = [source for case in listing.cases for source in (case.image, case.label)]
+    used += [Path(finding.file) for finding in listing.findings]
+    for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+        listing.pass_over(root / name, used)
     return listing
 
 
@@ -100,39 +107,64 @@ def _description(root: Path) -> dict:
     return value
 
 
-def _images(folder: Path, ending: str):
-    """(case id, file) of channel 0, and the files that are named in another way."""
-    images, strays = [], []
-    for path in _of_ending(folder, ending):
-        stem = path.name.removesuffix(ending)
-        if stem.endswith("_0000") and stem != "_0000":
-            images.append((safe_case_id(stem.removesuffix("_0000")), path))
-        else:
-            strays.append(path)
-    return images, strays
+def _of_folders(root: Path, part: str, plain: bool = False) -> Listing:
+    """The cases of imagesTr and labelsTr, or of imagesTs and labelsTs.
+
+    plain: images are named without `_0000`, as they also are where none has it, or where each one
+    has a label of its own name.
+    """
+    found = volumes_in(root / f"images{part}")
+    labels = [(safe_case_id(stem_of(path)), path) for path in volumes_in(root / f"labels{part}")]
+    stems = {stem_of(path) for path in found}
+    of_labels = {stem_of(path) for _, path in labels}
+    plain = plain or not any(map(_has_channel, stems)) or stems <= of_labels
+    images = [
+        (safe_case_id(stem_of(path).removesuffix("" if plain else _CHANNEL)), path)
+        for path in found
+        if plain or _has_channel(stem_of(path))
+    ]
+    if part == "Ts":  # labels are not needed, and without any the images have none
+        own = dict(images)
+        labels = [(case_id, path) for case_id, path in labels if case_id in own] or None
+    listing = pair(images, labels, root, EXPECTED, "train" if part == "Tr" else "test")
+    for path in found:
+        if not plain and not _has_channel(stem_of(path)):
+            message = (
+                f"{path} does not end in _0000 before its suffix, as others do; name the one "
+                "channel so, and remove further ones"
+            )
+            listing.add("name", path, message)
+    return listing
 
 
-def _labels(folder: Path, ending: str):
-    return [(safe_case_id(p.name.removesuffix(ending)), p) for p in _of_ending(folder, ending)]
+def _has_channel(stem: str) -> bool:
+    return stem.endswith(_CHANNEL) and stem != _CHANNEL
 
 
-def _of_ending(folder: Path, ending: str) -> list[Path]:
-    """Files by their name; hidden ones, which tools leave behind, are no data."""
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in found if path.name.endswith(ending) and path.name[0] != "."]
+def _decathlon(root: Path, value: dict):
+    """The images and labels that a dataset.json of the Decathlon lists, None if it is no such.
 
-
-def _refuse(listing: Listing, strays: list[Path]) -> None:
-    for path in strays:
-        message = (
-            f"{path} does not end in _0000 before its suffix; name the one channel so, and remove "
-            "further ones (nnUNetv2_convert_MSD_dataset converts Decathlon names)"
+    That of nnU-Net's first version has the list too, but its images are not there by these names.
+    """
+    entries, file = value.get("training"), root / "dataset.json"
+    keys = {"image", "label"}
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and keys <= entry.keys() for entry in entries
+    ):
+        return None
+    images, labels = [], []
+    for entry in entries:
+        image, label = (
+            named_alike(inside(root, entry[kind], str(file))) for kind in ("image", "label")
         )
-        listing.add("name", path, message)
+        images.append((safe_case_id(stem_of(image)), image))
+        labels.append((images[-1][0], label))
+    there = {path.name for folder in {p.parent for _, p in images} for path in volumes_in(folder)}
+    return (images, labels) if any(path.name in there for _, path in images) else None
 
 
-def _listed(root: Path, entries) -> Listing:
-    """The cases that dataset.json itself lists, with paths relative to it."""
+def _named_cases(root: Path, entries) -> Listing:
+    """The cases that dataset.json of nnU-Net's second version itself lists, by relative paths."""
     file, images, labels = root / "dataset.json", [], []
     if not isinstance(entries, dict):
         raise UserError(f'{file}: "dataset" must be an object of cases')

@@ -10,18 +10,18 @@ import re
 from pathlib import Path
 
 from pgpsam_jax.data.arrays import ArrayFiles
-from pgpsam_jax.data.cases import Case, Listing, check_root
+from pgpsam_jax.data.cases import Case, Listing, check_root, safe_case_id
 from pgpsam_jax.data.findings import WARNING
+from pgpsam_jax.data.volume_files import entries
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.text_files import read_text
+from pgpsam_jax.text_files import read_text, shown
 
 EXPECTED = (
     "expected the layout of TransUNet: train_npz/case0005_slice000.npz, "
     "test_vol_h5/case0008.npy.h5 and lists/lists_Synapse/{train,test_vol}.txt"
 )
 TRAIN, TEST = "train_npz", "test_vol_h5"
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,149}")
-_SLICE = re.compile(r"(.+)_slice(\d{1,6})")
+_SLICE = re.compile(r"(.+)_slice([0-9]{1,6})")
 _SUFFIXES = (".npy.h5", ".h5")
 
 
@@ -31,13 +31,11 @@ def scan(root: Path) -> Listing:
     if not (root / TRAIN).is_dir() and not (root / TEST).is_dir():
         raise UserError(f"neither {TRAIN} nor {TEST} found in {root}: {EXPECTED}")
     lists, listing = _list_folder(root), Listing([], expected=EXPECTED)
-    slices = _names(lists, "train.txt", root / TRAIN, (".npz",), listing)
-    volumes = _names(lists, "test_vol.txt", root / TEST, _SUFFIXES, listing)
-    _add_slices(listing, root / TRAIN, slices)
-    for name in volumes:
-        paths = [root / TEST / (name + suffix) for suffix in _SUFFIXES]
-        path = next((path for path in paths if path.is_file()), paths[0])
-        _add(listing, name, (path,), "test")
+    slices = _files(lists, "train.txt", root / TRAIN, (".npz",), listing)
+    volumes = _files(lists, "test_vol.txt", root / TEST, _SUFFIXES, listing)
+    _add_slices(listing, slices)
+    for case_id, path in volumes.items():
+        _add(listing, case_id, (path,), "test")
     if not listing.cases:
         raise UserError(f"no cases found in {root}: {EXPECTED}")
     ids = [case.case_id for case in listing.cases]
@@ -61,42 +59,65 @@ def _list_folder(root: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _names(lists: Path | None, file: str, folder: Path, suffixes, listing: Listing) -> list[str]:
-    """Names in a list, or of all files of the folder; what is no plain name is refused."""
-    if lists is None or not (lists / file).is_file():
-        if lists is not None:
-            return []
-        found = [path.name for path in sorted(folder.glob("*")) if path.name[0] != "."]
-        named = [_stem(name, suffixes) for name in found if name.endswith(suffixes)]
-        return [name for name in named if _NAME.fullmatch(name)]
-    path, names = lists / file, {}  # a dictionary for its quick look-up
-    for number, line in enumerate(read_text(path, "list").splitlines(), 1):
-        name = _stem(line.strip(), suffixes)
-        if not name:
+def _files(lists: Path | None, file: str, folder: Path, suffixes, listing: Listing):
+    """Safe name -> path of what a list names, or of all files of the folder.
+
+    Lists and folders may write a name differently, as far as `safe_case_id` takes them for one.
+    """
+    there: dict[str, Path] = {}
+    for path in entries(folder) if folder.is_dir() else ():
+        stem = _stem(path.name, suffixes)
+        if stem in (path.name, "") or path.name[0] == ".":
             continue
-        if not _NAME.fullmatch(name):
+        name = _safe(stem)
+        if name in there:
+            message = f"{there[name].name} and {path.name} are both {name}; rename or remove one"
+            listing.add("duplicate_id", path, message)
+        there.setdefault(name, path)
+    chosen = there
+    if lists is not None:
+        named = _names(lists / file, suffixes, listing) if (lists / file).is_file() else {}
+        chosen = {n: there.get(n, folder / (s + suffixes[0])) for n, s in named.items()}
+    listing.pass_over(folder, there.values())
+    return chosen
+
+
+def _names(path: Path, suffixes, listing: Listing) -> dict[str, str]:
+    """Safe name -> name in a list; what is no plain name is refused."""
+    names: dict[str, str] = {}
+    for number, line in enumerate(read_text(path, "list").splitlines(), 1):
+        stem = _stem(line.strip(), suffixes)
+        if not stem:
+            continue
+        if stem[0] == "." or re.search(r"[/\\\x00-\x1f\x7f]", stem) or len(stem.encode()) > 250:
             raise UserError(
                 f"{path} line {number} is {line[:100]!r:.80}, no plain file name; lists must not "
                 "lead out of the data folder"
             )
+        name = _safe(stem)
         if name in names:
-            listing.add("duplicate_id", path, f"{path} names {name} twice; keep one line")
-        else:
-            names[name] = None
-    return list(names)
+            message = f"{path} names {shown(stem)} twice; keep one line"
+            listing.add("duplicate_id", path, message)
+        names.setdefault(name, stem)
+    return names
+
+
+def _safe(stem: str) -> str:
+    """The name with the case's id in place of its name."""
+    match = _SLICE.fullmatch(stem)
+    return f"{safe_case_id(match[1])}_slice{match[2]}" if match else safe_case_id(stem)
 
 
 def _stem(name: str, suffixes) -> str:
-    suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), "")
-    return name.removesuffix(suffix)
+    suffix = next((suffix for suffix in suffixes if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)]
 
 
-def _add_slices(listing: Listing, folder: Path, names: list[str]) -> None:
+def _add_slices(listing: Listing, files: dict[str, Path]) -> None:
     """Group slices to cases; a number that lacks is a warning: it may be left out on purpose."""
     cases: dict[str, dict[int, Path]] = {}
-    for name in names:
+    for name, path in files.items():
         match = _SLICE.fullmatch(name)
-        path = folder / f"{name}.npz"
         if match is None:
             message = f"{path} is not named CASE_sliceNUMBER.npz; rename it"
             listing.add("name", path, message)

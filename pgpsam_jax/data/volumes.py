@@ -1,5 +1,7 @@
 """The volumes of a case, whatever a layout keeps them in: NIfTI files or plain arrays."""
 
+import hashlib
+
 import numpy as np
 
 from pgpsam_jax.data import arrays, nifti
@@ -7,6 +9,7 @@ from pgpsam_jax.data.arrays import ArrayFiles
 from pgpsam_jax.data.cases import Source
 from pgpsam_jax.data.grid import AXIAL, SourceGrid
 from pgpsam_jax.data.nifti import Volume
+from pgpsam_jax.data.volume_files import check_entry, halves
 from pgpsam_jax.files import file_digest
 
 
@@ -39,9 +42,14 @@ def read_grid(source: Source) -> SourceGrid:
 
 def digest(source: Source) -> str:
     """SHA-256 of the files' bytes."""
-    return source.digest() if isinstance(source, ArrayFiles) else file_digest(source)
+    for path in files_of(source):
+        check_entry(path)
+    if isinstance(source, ArrayFiles):
+        return source.digest()
+    first, *second = [file_digest(path) for path in halves(source)]
+    return hashlib.sha256((first + second[0]).encode()).hexdigest() if second else first
 
 
 def files_of(source: Source) -> list:
     """The files a volume is read from."""
-    return list(source.files) if isinstance(source, ArrayFiles) else [source]
+    return list(source.files if isinstance(source, ArrayFiles) else halves(source))

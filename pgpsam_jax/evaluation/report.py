@@ -29,6 +29,7 @@ from pgpsam_jax.evaluation.scores import (
     spread,
 )
 from pgpsam_jax.files import csv_text, write_json, write_text
+from pgpsam_jax.tables.text import pipe
 
 _TYPES = {"class_id": int, "truth_voxels": int, "predicted_voxels": int, "value": float}
 _TYPES |= {"slice": int, "dice": float}
@@ -185,7 +186,7 @@ def format_markdown(summary) -> str:
     lines += [_row(head), _row(["---"] + ["---:"] * (len(head) - 1))]
     for name, entry in strict["per_class"].items():
         counts = [entry[f"n_{kind}"] for kind in ("missed", "hallucinated", "both_empty")]
-        label, other = name.replace("|", "\\|"), transunet["per_class"][name]
+        label, other = pipe(name), transunet["per_class"][name]
         lines.append(_table_row(label, entry["n"], entry, "dice", counts, other))
     for kind in ("class", "case"):
         means, others = (
@@ -207,7 +208,7 @@ def _release_table(summary) -> list[str]:
     head = ["organ (`release`)", "n volumes", "Dice of volumes", "n slices", "Dice of slices"]
     keys = "n", "dice", "n_slices", "slice_dice"
     rows = [
-        [name.replace("|", "\\|"), *(entry[key] for key in keys)]
+        [pipe(name), *(entry[key] for key in keys)]
         for name, entry in release["per_class"].items()
     ]
     of_slices = release["n_slices"], release["slice_mcdice"], release["slice_dice"]

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import html
+import os
 from pathlib import Path
 from unicodedata import category
 from urllib.parse import quote
@@ -30,7 +31,7 @@ def paragraph(text: str, kind: str = "") -> str:
 
 def link(path: str, text: str) -> str:
     """A link to a file beside the page."""
-    return f'<a href="{escape(quote(path))}">{escape(text)}</a>'
+    return f'<a href="{escape(quote(os.fsencode(path)))}">{escape(text)}</a>'
 
 
 def box(content: str, label: str, kind: str = "") -> str:

@@ -1,6 +1,7 @@
 """CT pictures of the report: methods side by side as in the paper's Figure 1, and the failures."""
 
 import math
+import sys
 import textwrap
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.report.series import read_rows, scores_of, write_rows
 from pgpsam_jax.report.style import Picture, draw
 from pgpsam_jax.report.testset import TestSet, crop
+from pgpsam_jax.text_files import shown
 
 _CASES, _METHODS = 4, 6  # most rows and methods of the comparison
 _FAILURES, _PER_CASE, _APART = 12, 2, 3  # pictures, of one case, slices between those
@@ -26,9 +28,10 @@ def qualitative(groups, folder) -> Picture:
     runs = [next(run for run in group.runs if run.cases) for group in groups]
     labels = [group.label for group in groups] if len(groups) > 1 else ["prediction"]
     tests, names = TestSet(runs[0]), runs[0].names
-    slices, rows = [], []
-    for case_id in _by_rank(scores_of(groups[-1])):
-        image, truth, predictions, spacing, region = tests.read(case_id, runs)
+    slices, rows, left_out = [], [], []
+    cases = _by_rank(scores_of(groups[-1]))
+    for case_id, found in _readable(tests, cases, runs, left_out):
+        image, truth, predictions, spacing, region = found
         z = _fullest(truth, region, len(names))
         slices.append(crop(image[z], truth[z], [p[z] for p in predictions], spacing))
         for label, prediction in zip(labels, slices[-1].predictions, strict=True):
@@ -42,11 +45,36 @@ def qualitative(groups, folder) -> Picture:
         "Predictions beside the ground truth",
         "Cases by rank of their Dice, from the worst (top) to the best (bottom); of each the slice "
         "with most organs. The number is the mean Dice over the organs of that slice. Contours "
-        "lie on the image; R, L, A, P: the patient's right, left, front and back.",
+        "lie on the image; R, L, A, P: the patient's right, left, front and back."
+        + _without(left_out),
         raster=True,
         alt=f"CT slices of {len(slices)} test cases with the organs outlined in colour: image, "
         f"{', '.join(labels)}, ground truth",
     )
+
+
+def _readable(tests, cases, runs, left_out: list[str]):
+    """Each case and what `tests.read` gives of it; why another cannot be read goes to `left_out`.
+
+    Raises the `UserError` of the last one where none can be read.
+    """
+    count = 0
+    for case_id in cases:
+        try:
+            found = tests.read(case_id, runs)
+        except UserError as error:
+            print(f"left out: {shown(str(error), 1000)}", file=sys.stderr, flush=True)
+            left_out.append(f"case {case_id} ({error})")
+            last = error
+        else:
+            count += 1
+            yield case_id, found
+    if left_out and not count:
+        raise last
+
+
+def _without(left_out: list[str]) -> str:
+    return f" Left out: {'; '.join(left_out)}." if left_out else ""
 
 
 def _by_rank(scores) -> list[str]:
@@ -91,9 +119,10 @@ def failures(group, folder) -> Picture:
     """The worst organ-bearing slices over the test cases of the group's first finished run."""
     run = next(run for run in group.runs if run.cases)
     tests, names = TestSet(run), run.names
-    found = []
-    for case_id in dict.fromkeys(row["case"] for row in run.cases):
-        found += _worst_slices(case_id, *tests.read(case_id, [run]), names)
+    found, left_out = [], []
+    cases = dict.fromkeys(row["case"] for row in run.cases)
+    for case_id, volumes in _readable(tests, cases, [run], left_out):
+        found += _worst_slices(case_id, *volumes, names)
     if not found:
         raise UserError("there is no slice with an organ that is not perfect")
     found.sort(key=lambda entry: entry[0])
@@ -107,7 +136,7 @@ def failures(group, folder) -> Picture:
         "The worst slices",
         "Slices by their mean Dice over the organs in truth or prediction, the worst first and "
         f"of equal ones the largest; at most {_PER_CASE} of a case, those at least {_APART} slices "
-        f"apart. Run: {group.label}, seed {run.config.seed}.",
+        f"apart. Run: {group.label}, seed {run.config.seed}.{_without(left_out)}",
         raster=True,
         alt=f"{len(rows)} CT slices where the prediction is worst: image, truth, prediction",
     )

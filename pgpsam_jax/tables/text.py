@@ -49,7 +49,7 @@ def spoken(name: str) -> str:
 
 def to_markdown(table: Table, level: int = 2) -> str:
     """A section with a pipe table, columns padded to read well as plain text too."""
-    lines = [[_pipe(cell) for cell in row] for row in [table.head, *table.rows]]
+    lines = [[pipe(cell) for cell in row] for row in [table.head, *table.rows]]
     widths = [max(3, *(len(cell) for cell in column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     text = [
@@ -113,8 +113,9 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _pipe(text: str) -> str:
-    return re.sub(r"([\\|*<`])", r"\\\1", _one_line(text))
+def pipe(text: str) -> str:
+    """Text for a cell of a Markdown table, shown as it is."""
+    return re.sub(r"([\\|*<`$\[~]|&(?=[\w#]))", r"\\\1", _one_line(text))
 
 
 def _prose(text: str) -> str:
