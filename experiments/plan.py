@@ -6,16 +6,17 @@ in the grid folder as `grid.json`, which tables and reports read (`pgpsam_jax.ru
 
 import ast
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from pgpsam_jax import config as configuration
+from pgpsam_jax import identity
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_json
 from pgpsam_jax.provenance import code_version
 from pgpsam_jax.runs import PENDING, PLAN, Grid, Row, read_grid
+from pgpsam_jax.settings import assign, load_file, load_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +84,7 @@ def method_rows(only: str = "", equal: bool = False) -> tuple[Row, ...]:
 
 def load_plan(spec: str) -> tuple[str, str, Plan]:
     """(name, variant, plan) of `FILE` or `FILE:VARIANT`."""
-    path, _, variant = spec.partition(":")
-    get_grid = _function_of(path, "get_grid", "grid")
+    path, get_grid, variant = load_function(spec, "get_grid", "grid")
     try:
         plan = get_grid(variant) if variant else get_grid()
     except ValueError as error:
@@ -94,12 +94,11 @@ def load_plan(spec: str) -> tuple[str, str, Plan]:
 
 def resolve(plan: Plan, row: Row, seed: int, settings: dict) -> ConfigDict:
     """The configuration of one cell: file, plan, row, seed, then the user's own settings."""
-    path, _, variant = plan.config.partition(":")
-    get_config = _function_of(path, "get_config", "config")
-    config = get_config(variant) if variant else get_config()
-    seeds = {field: seed for field in plan.seed_fields}
-    for field, value in (plan.overrides | row.overrides | seeds | settings).items():
-        _set(config, field, value)
+    config = load_file(plan.config)
+    assign(config, plan.overrides, "the grid")
+    assign(config, row.overrides, f"row {row.name}")
+    assign(config, {field: seed for field in plan.seed_fields}, "the seeds")
+    assign(config, settings, "--set")
     configuration.check(config)
     config.name = f"{row.name}-seed{seed}"
     return config
@@ -133,7 +132,7 @@ def make_grid(spec: str, folder, settings: dict) -> Grid:
     for seed in plan.seeds:
         for row in plan.rows:
             config = resolve(plan, row, seed, settings)
-            key = configuration.fingerprint(config)[:8]
+            key = identity.fingerprint(config)[:8]
             cells.append(
                 {
                     "name": config.name,
@@ -189,33 +188,3 @@ def _changes(before: Grid, now: Grid) -> list[str]:
         revisions = [(code["git"] or "no git")[:12] for code in (before.code, now.code)]
         found.append("the code of pgpsam_jax changed ({} there, {} now)".format(*revisions))
     return found[:5] + ([f"and {len(found) - 5} more"] if len(found) > 5 else [])
-
-
-def _function_of(path: str, name: str, what: str):
-    """The function `name` of a Python file."""
-    if not Path(path).is_file():
-        raise UserError(f"{what} file {path} not found; run from the folder that holds it")
-    module_spec = importlib.util.spec_from_file_location(f"_{what}_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-        return getattr(module, name)
-    except AttributeError:
-        raise UserError(f"{what} file {path} defines no {name}()") from None
-    except (ImportError, SyntaxError, NameError) as error:
-        raise UserError(f"{what} file {path} cannot be run: {error}") from None
-
-
-def _set(config: ConfigDict, field: str, value) -> None:
-    *parts, last = field.split(".")
-    section = config
-    try:
-        for part in parts:
-            section = section[part]
-        if last not in section:
-            raise KeyError(field)
-        section[last] = tuple(value) if isinstance(value, list) else value
-    except (KeyError, AttributeError, TypeError) as error:
-        if isinstance(error, TypeError) and last in section:
-            raise UserError(f"{field} cannot be {value!r}: {error}") from None
-        raise UserError(f"no such configuration field: {field}") from None

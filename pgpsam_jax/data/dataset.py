@@ -64,9 +64,9 @@ def label_table(config: ConfigDict) -> LabelTable:
     )
 
 
-def find_split(config: ConfigDict) -> Split:
-    """The cases of `config.data` by part; the phantom is generated where it lacks."""
-    data, table = config.data, label_table(config)
+def find_cases(config: ConfigDict) -> list[layouts.Case]:
+    """The cases of `config.data`; the phantom is generated where it lacks."""
+    data = config.data
     if not data.root:
         raise UserError("data.root is empty; set --config.data.root to the folder of the data set")
     layout = data.layout
@@ -75,9 +75,14 @@ def find_split(config: ConfigDict) -> Split:
 
         phantom.generate(data.root, seed=data.phantom_seed)
         layout = "btcv"
-    cases = layouts.find_cases(layout, data.root, data.image_glob or None, data.label_glob or None)
+    return layouts.find_cases(layout, data.root, data.image_glob or None, data.label_glob or None)
+
+
+def find_split(config: ConfigDict) -> Split:
+    """The cases of `config.data` by part."""
+    data, table = config.data, label_table(config)
     parts = layouts.split_cases(
-        cases,
+        find_cases(config),
         data.split,
         file=data.split_file or None,
         test_fraction=data.test_fraction,
