@@ -15,7 +15,7 @@ from pgpsam_jax import identity
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_json
 from pgpsam_jax.provenance import code_version
-from pgpsam_jax.runs import PENDING, PLAN, Grid, Row, read_grid
+from pgpsam_jax.runs import PENDING, PLAN, Cell, Grid, Row, read_grid
 from pgpsam_jax.settings import assign, load_file, load_function
 
 
@@ -140,6 +140,7 @@ def make_grid(spec: str, folder, settings: dict) -> Grid:
                     "seed": seed,
                     "folder": f"{config.name}-{key}",
                     "config": configuration.to_json(config),
+                    "contents": identity.contents(config),
                 }
             )
     rows = [dataclasses.asdict(row) for row in plan.rows]
@@ -156,14 +157,23 @@ def make_grid(spec: str, folder, settings: dict) -> Grid:
     return Grid.from_json(content, Path(folder))
 
 
-def settle(grid: Grid, mix: bool) -> None:
+def settle(grid: Grid, mix: bool) -> Grid:
     """Write the plan into its folder, unless results of other settings or code are there.
 
+    Returned is what was written: cells that are the same as before keep their folders.
     With `mix` the new plan replaces the old one: changed cells run in folders of their own, done
     ones stay, and tables say that code versions differ.
     """
     if (grid.path / PLAN).is_file():
         before = read_grid(grid.path)
+        same = {old.name: old for old in before.cells}
+        cells = [
+            dataclasses.replace(cell, folder=same[cell.name].folder)
+            if cell.name in same and not _differ(same[cell.name], cell)
+            else cell
+            for cell in grid.cells
+        ]
+        grid = dataclasses.replace(grid, cells=tuple(cells))
         found = _changes(before, grid)
         if found and not mix:
             raise UserError(
@@ -171,6 +181,7 @@ def settle(grid: Grid, mix: bool) -> None:
                 "or say --mix to go on with the new plan and keep what is done"
             )
     write_json(grid.path / PLAN, grid.to_json())
+    return grid
 
 
 def _changes(before: Grid, now: Grid) -> list[str]:
@@ -180,11 +191,23 @@ def _changes(before: Grid, now: Grid) -> list[str]:
         new = cells.get(old.name)
         if new is None:
             found.append(f"{old.name} is planned no longer")
-        elif new.folder != old.folder:
-            different = configuration.differences(old.config, new.config)
+        elif different := _differ(old, new):
             found.append(f"{old.name} has other settings ({', '.join(different)})")
     started = any(cell.state["state"] != PENDING for cell in before.cells)
     if started and before.code["code"] != now.code["code"]:
         revisions = [(code["git"] or "no git")[:12] for code in (before.code, now.code)]
         found.append("the code of pgpsam_jax changed ({} there, {} now)".format(*revisions))
     return found[:5] + ([f"and {len(found) - 5} more"] if len(found) > 5 else [])
+
+
+def _differ(old: Cell, new: Cell) -> list[str]:
+    """What of two cells decides a result and differs, in words; files count by their content."""
+    found = identity.differences(old.config, new.config, identity.NO_IDENTITY)
+    for field in sorted(identity.given_files(old.config) ^ identity.given_files(new.config)):
+        found.append(f"{field}: given in one of them only")
+    held = old.contents, new.contents
+    for field in sorted(held[0].keys() & held[1].keys()):
+        then, now = (contents[field] for contents in held)
+        if then and now and then != now:  # not where it could not be read
+            found.append(f"{field}: its file holds something else now")
+    return found

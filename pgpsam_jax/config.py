@@ -206,12 +206,13 @@ def from_json(value: dict, where: str = "stored configuration") -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuse numbers that their field cannot be (NaN too), and few-shot settings that contradict."""
+    """Refuse numbers that their field cannot be, NaN too, and few-shot settings at odds."""
     for key, value in flat(config.to_dict()).items():
         least = -math.inf if key.startswith(("optim.", "augment.")) else _LEAST.get(key, 0)
         for item in value if isinstance(value, tuple) else (value,):
             if type(item) is int and abs(item) > MOST:
-                raise UserError(f"{key} is {shown(str(item), 30)}; give a whole number up to {MOST}")
+                number = shown(str(item), 30)
+                raise UserError(f"{key} is {number}; give a whole number up to {MOST}")
             if isinstance(item, int | float) and not (math.isfinite(item) and item >= least):
                 wanted = "a finite number" + f", {least} or more" * (least > -math.inf)
                 raise UserError(f"{key} is {shown(str(value), 60)}; give {wanted}")

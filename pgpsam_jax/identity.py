@@ -50,7 +50,7 @@ _MANNER = (
 )
 # May differ between a run and its resumption.
 FREE_ON_RESUME = (*_MANNER, *PLACES, "eval.")
-_NO_IDENTITY = (*_MANNER, *PLACES, "name", "eval.overlays", "eval.workers")
+NO_IDENTITY = (*_MANNER, *PLACES, "name", "eval.overlays", "eval.workers")
 
 
 def contents(config: ConfigDict) -> dict[str, str | None]:
@@ -58,15 +58,19 @@ def contents(config: ConfigDict) -> dict[str, str | None]:
 
     The data set is none of them: it is compared, by its digest, with a run that goes on.
     """
-    fields = flat(config.to_dict())
-    found = {}
-    for field in _DIGESTS:
-        if path := fields[field]:
-            try:
-                found[field] = digest_of(field, path)
-            except (UserError, OSError):
-                found[field] = None
+    fields, found = flat(config.to_dict()), {}
+    for field in sorted(given_files(config.to_dict())):
+        try:
+            found[field] = digest_of(field, fields[field])
+        except (UserError, OSError):
+            found[field] = None
     return found
+
+
+def given_files(config: dict) -> set[str]:
+    """The fields of a configuration (as JSON) that `contents` is about and that name a file."""
+    fields = flat(config)
+    return {field for field in _DIGESTS if fields.get(field)}
 
 
 def digest_of(field: str, path) -> str | None:
@@ -107,7 +111,7 @@ def fingerprint(config: ConfigDict) -> str:
     """SHA-256 of all that decides a result: two runs with the same one are one run."""
     fields = flat(configuration.to_json(config))
     held = {field: digest or fields[field] for field, digest in contents(config).items()}
-    fields = {k: v for k, v in fields.items() if not k.startswith(_NO_IDENTITY)}
+    fields = {k: v for k, v in fields.items() if not k.startswith(NO_IDENTITY)}
     return _of_value(fields | held)
 
 

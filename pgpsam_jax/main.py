@@ -1,9 +1,10 @@
 """Command line: python -m pgpsam_jax.main --config configs/synapse.py --workdir runs/synapse.
 
 The same command goes on with a run that was stopped; --workdir alone takes the configuration that
-the run has. Fields are set as --config.model.lora_rank=8, and unset as =None. Exit codes: 0 done; 2 a mistake, said in a
-sentence; 69 another process of the run is gone; 75 stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1,
-after the step under way and its checkpoint; 130 by a second Ctrl-C, at once; 1 anything else.
+the run has. Fields are set as --config.model.lora_rank=8 and --config.optim.clip_norm=None.
+Exit codes: 0 done; 2 a mistake, said in a sentence; 69 another process of the run is gone; 75
+stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, after the step under way and its checkpoint; 130 by
+a second Ctrl-C, at once; 1 anything else.
 """
 
 import warnings

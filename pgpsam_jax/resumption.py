@@ -107,8 +107,8 @@ def _lengthen(stored: ConfigDict, config: ConfigDict, workdir: Path) -> None:
     rates = [build.learning_rates(c, slices)[:done] for c in (stored, config)]
     if not np.array_equal(*rates, equal_nan=True):
         said.append(
-            f"its learning rates so far were those of {before} steps, so what comes out is not what "
-            f"one run of {now} steps gives"
+            f"its learning rates so far were those of {before} steps, so what comes out is not "
+            f"what one run of {now} steps gives"
         )
     epoch = config.validation.every_epochs * slices
     if validation.is_on(config) and done == before and before * config.train.batch_size % epoch:

@@ -100,7 +100,8 @@ def _set(config: ConfigDict, field: str, value) -> None:
     for part in parts:
         section = section[part]
     value = tuple(value) if isinstance(value, list) else value
-    if default is not None and value is None or kind in (int, float) and isinstance(value, bool):
+    unset = value is None and default is not None
+    if unset or (kind in (int, float) and isinstance(value, bool)):
         raise UserError(f"{field} cannot be {value!r}; {_wanted(default, kind)}")
     try:
         section[last] = value

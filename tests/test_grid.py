@@ -18,6 +18,7 @@ from experiments.plan import load_plan, make_grid, parse_settings, settle
 from experiments.run_cell import BUSY, DIED, standing, write_state
 from experiments.slurm import script
 from pgpsam_jax import config as configuration
+from pgpsam_jax import identity
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runs import DONE, FAILED, PENDING, RUNNING, read_grid, read_metrics
 
@@ -75,7 +76,7 @@ def test_shipped_grids_resolve(name, variant, tmp_path, monkeypatch):
     path = f"experiments/grids/{name}.py"
     grid = make_grid(f"{path}:{variant}" if variant else path, tmp_path, {})
     assert len(grid.cells) == 3 * len(grid.rows)
-    prints = {configuration.fingerprint(configuration.from_json(c.config)) for c in grid.cells}
+    prints = {identity.fingerprint(configuration.from_json(c.config)) for c in grid.cells}
     assert len(prints) == len(grid.cells)  # no two cells compute the same
     assert (grid.published is not None) == (name.startswith("table") and not variant)
     assert grid.reference in [row.name for row in grid.rows]
