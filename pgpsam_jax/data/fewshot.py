@@ -16,6 +16,7 @@ from pgpsam_jax.text_files import read_text, shown
 
 Areas = Mapping[str, np.ndarray]  # case id -> (D, K) native pixels per slice and class
 
+
 @dataclass(frozen=True)
 class FewShotList:
     """Sorted (case_id, slice index) entries and the rule they were drawn by."""
