@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_dict
 from pgpsam_jax import exclusive
 from pgpsam_jax.data.augment_config import RELEASE, AugmentConfig
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.exclusive import SIZES, FewShotSettings, TrainSettings
+from pgpsam_jax.exclusive import SIZES, DataSettings, FewShotSettings, TrainSettings
 from pgpsam_jax.files import write_json
 from pgpsam_jax.optim import OptimConfig
 from pgpsam_jax.text_files import read_json, shown
@@ -78,7 +78,7 @@ def default_config() -> ConfigDict:
     config.model.remat = "none"
     config.model.scan_blocks = False  # compile blocks that repeat once; memory for their weights
 
-    config.data = ConfigDict()
+    config.data = DataSettings()
     config.data.layout = "btcv"  # btcv, nnunet, transunet, pairs, phantom
     config.data.root = ""
     config.data.image_glob = ""  # layout pairs: the part that * matches is the case id

@@ -55,6 +55,19 @@ class _Section(ConfigDict):
         raise NotImplementedError
 
 
+class DataSettings(_Section):
+    """`config.data`: a split file is a split of its own, globs are of the layout `pairs`."""
+
+    def _excluded(self, key: str) -> dict:
+        if key == "split_file" and self[key]:
+            return {"split": "file"}
+        if key == "split" and self[key] != "file":
+            return {"split_file": ""}
+        if key == "layout" and self[key] != "pairs":
+            return {"image_glob": "", "label_glob": ""}
+        return {}
+
+
 class TrainSettings(_Section):
     """`config.train`: epochs that are set later than steps count."""
 

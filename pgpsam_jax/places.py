@@ -140,11 +140,11 @@ def _file(candidates, field: str, own: Path) -> str:
     if not there:
         return str(own)
     wanted = digest_of(field, own)
-    for path in there:
-        if digest_of(field, path) == wanted:
-            return path
-    if field not in _OTHER:  # a split: `resumption.compare` says which case it is about
-        return there[0]
+    same = [path for path in there if digest_of(field, path) == wanted]
+    if field == "data.split_file":  # whose order counts in digests; `resumption.compare` tells more
+        return str(own) if same else there[0]
+    if same:
+        return same[0]
     raise UserError(
         f"{there[0]} ({field}) holds {_OTHER[field]} than the run in {own.parent} was begun with; "
         f"give its own copy, --config.{field}={own}, or train in another --workdir"

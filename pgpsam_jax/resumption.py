@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from pgpsam_jax import build, checkpoint, distributed, identity, places, validation
 from pgpsam_jax import config as configuration
-from pgpsam_jax.data.dataset import Split, stored_list
+from pgpsam_jax.data.dataset import Split, images_digest, stored_list
 from pgpsam_jax.data.fewshot import FewShotList
 from pgpsam_jax.data.labels import load_label_table
 from pgpsam_jax.errors import UserError
@@ -19,6 +19,7 @@ _INPUTS = {
     "list": "few-shot list",
     "data": "training data",
     "validation": "validation data",
+    "test": "images of the test cases",
     "cnn_base": "file of model.cnn_base",
 }
 
@@ -73,6 +74,14 @@ def compare(workdir, split: Split) -> None:
             f"{more}); restore the data, or give the run's own split with --config.data.split=file "
             f"--config.data.split_file={path}, or train in another --workdir"
         )
+
+
+def notice(workdir, split: Split) -> str | None:
+    """What to know of scores of other images than those that were there when the run began."""
+    then = (read_json(Path(workdir) / ORIGIN) or {}).get("test")
+    if then in (None, images_digest(split.test)):
+        return None
+    return "The scored images are not those of the test cases when this run began, by SHA-256."
 
 
 def _ids(split: Split) -> dict[str, list[str]]:

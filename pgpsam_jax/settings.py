@@ -7,6 +7,7 @@ is an empty tuple, text is taken as it stands.
 
 import ast
 import difflib
+import functools
 import importlib.util
 import re
 from collections.abc import Callable, Iterable
@@ -109,9 +110,14 @@ def _set(config: ConfigDict, field: str, value) -> None:
         raise UserError(f"{field} cannot be {value!r:.60}; {_wanted(default, kind)}") from None
 
 
+@functools.cache
+def _defaults() -> ConfigDict:
+    return configuration.default_config()
+
+
 def _default(field: str) -> tuple:
     """(default value, kind) of a field."""
-    value, known = configuration.default_config(), configuration.flat
+    value = defaults = _defaults()
     section, _, last = field.rpartition(".")
     try:
         for part in section.split(".") if section else ():
@@ -119,8 +125,7 @@ def _default(field: str) -> tuple:
         kind = value.get_type(last)
         value = value[last]
     except (AttributeError, KeyError, TypeError, ValueError):
-        fields = list(known(configuration.default_config().to_dict()))
-        near = difflib.get_close_matches(field, fields, 1, 0.75)
+        near = difflib.get_close_matches(field, configuration.flat(defaults.to_dict()), 1, 0.75)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"no such configuration field: {shown(field)}{hint}") from None
     if isinstance(value, ConfigDict):
@@ -176,8 +181,8 @@ def _reason(error: Exception) -> str:
     """An error of a user's code in one line."""
     if isinstance(error, AttributeError | KeyError) and error.args:
         text = str(error.args[0])
-        if "does not exist and cannot be added" in text:  # of the locked configuration
-            text = f"no such configuration field: {text.split(' does not')[0].split()[-1]}"
+        if unknown := re.search(r'Key "([^"]*)" does not exist and cannot', text):
+            text = f"no such configuration field: {unknown[1]}"
     else:
         text = str(error)
     return shown(" ".join(text.split()) or type(error).__name__, 300)

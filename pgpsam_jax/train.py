@@ -122,6 +122,7 @@ def _begin(config: ConfigDict, given: ConfigDict, workdir: Path) -> _Run:
         held_out = dataset.validation_data(config, split, workdir)
     inputs = {"list": data.list.hash, "data": data.digest, "base": base_digest}
     inputs |= {"validation": held_out.digest} if held_out else {}
+    inputs |= {"test": dataset.images_digest(split.test)}
     inputs |= cnn_base.digests(config.model.cnn_base)
     origin = provenance(**inputs)
     _agree(config, resume, origin, params)
@@ -334,7 +335,7 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
     from pgpsam_jax.evaluation.evaluate import evaluate  # brings what draws and scores
 
     notices = [build.base_notice(config.model, workdir), methods.notice(config.model)]
-    notices.append(validation.notice(config, workdir))
+    notices += [validation.notice(config, workdir), resumption.notice(workdir, split)]
     options = {}
     if config.data.layout == "transunet":
         notices.append(arrays.NO_GRID)

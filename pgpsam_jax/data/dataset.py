@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pgpsam_jax.data import cache, fewshot, layouts
+from pgpsam_jax.data import cache, fewshot, layouts, volumes
 from pgpsam_jax.data.labels import LabelTable, load_label_table
 from pgpsam_jax.errors import UserError
 
@@ -148,6 +148,12 @@ def read_cases(config: ConfigDict, cases, table: LabelTable, workdir) -> list[ca
 def _digest(cached: list[cache.CachedCase]) -> str:
     keys = "".join(f"{case.case_id} {case.meta['key']}\n" for case in cached)
     return hashlib.sha256(keys.encode()).hexdigest()
+
+
+def images_digest(cases) -> str:
+    """SHA-256 of the files of some cases' images, with their ids."""
+    files = "".join(f"{case.case_id} {volumes.digest(case.image)}\n" for case in cases)
+    return hashlib.sha256(files.encode()).hexdigest()
 
 
 def stored_list(workdir, areas=None) -> fewshot.FewShotList:
