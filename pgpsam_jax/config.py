@@ -210,10 +210,10 @@ def check(config: ConfigDict) -> None:
     for key, value in flat(config.to_dict()).items():
         least = -math.inf if key.startswith(("optim.", "augment.")) else _LEAST.get(key, 0)
         for item in value if isinstance(value, tuple) else (value,):
-            if type(item) is int and abs(item) > MOST:
-                number = shown(str(item), 30)
-                raise UserError(f"{key} is {number}; give a whole number up to {MOST}")
-            if isinstance(item, int | float) and not (math.isfinite(item) and item >= least):
+            if type(item) is int and not max(least, -MOST) <= item <= MOST:
+                wanted = f"a whole number from {max(least, -MOST)} to {MOST}"
+                raise UserError(f"{key} is {shown(str(item), 30)}; give {wanted}")
+            if isinstance(item, float) and not (math.isfinite(item) and item >= least):
                 wanted = "a finite number" + f", {least} or more" * (least > -math.inf)
                 raise UserError(f"{key} is {shown(str(value), 60)}; give {wanted}")
     if len(config.data.window) != 2:

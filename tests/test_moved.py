@@ -16,7 +16,7 @@ from pgpsam_jax import build, config, identity, places, resumption, train, train
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import file_digest, write_json
-from pgpsam_jax.report.testset import TestSet
+from pgpsam_jax.report import testset
 from pgpsam_jax.runs import read_run
 
 
@@ -68,7 +68,7 @@ def test_everything_moved_together(project, moved):
     assert evaluate(workdir) == summary
     assert evaluate(workdir, settings_for()) == summary  # as on the old command line
     assert train.train(settings_for(), workdir) == summary
-    assert set(TestSet(read_run(workdir)).cases) == {"d"}
+    assert set(testset.TestSet(read_run(workdir)).cases) == {"d"}
     assert pgpsam_jax.load_run(workdir).segment(moved / "data/images/d.nii.gz").shape
     assert (workdir / "config.json").read_text() == json.dumps(
         json.loads((workdir / "config.json").read_text()), indent=2
@@ -82,7 +82,7 @@ def test_the_data_alone_moved(project, moved, tmp_path):
     with pytest.raises(UserError, match=said):
         evaluate(workdir)
     with pytest.raises(UserError, match=r"are not at .*; give --data=FOLDER"):
-        TestSet(read_run(workdir))
+        testset.TestSet(read_run(workdir))
     for name in ("table.json", "split.json"):  # the workdir has copies
         (data / name).unlink()
     assert evaluate(workdir, data__root=data) == summary
