@@ -6,16 +6,19 @@ in the grid folder as `grid.json`, which tables and reports read (`pgpsam_jax.ru
 
 import ast
 import dataclasses
+import functools
+import json
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from pgpsam_jax import config as configuration
 from pgpsam_jax import identity
+from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_json
 from pgpsam_jax.provenance import code_version
-from pgpsam_jax.runs import PENDING, PLAN, Cell, Grid, Row, read_grid
+from pgpsam_jax.runs import DONE, PENDING, PLAN, Cell, Grid, Row, read_grid, read_json
 from pgpsam_jax.settings import assign, load_file, load_function
 
 
@@ -166,15 +169,13 @@ def settle(grid: Grid, mix: bool) -> Grid:
     """
     if (grid.path / PLAN).is_file():
         before = read_grid(grid.path)
-        same = {old.name: old for old in before.cells}
-        cells = [
-            dataclasses.replace(cell, folder=same[cell.name].folder)
-            if cell.name in same and not _differ(same[cell.name], cell)
-            else cell
-            for cell in grid.cells
-        ]
+        planned = {cell.name: cell for cell in grid.cells}
+        olds = [old for old in before.cells if old.name in planned]
+        differ = {old.name: _differ(old, planned[old.name]) for old in olds}
+        folders = {old.name: _folder(old, planned[old.name], differ[old.name]) for old in olds}
+        cells = (dataclasses.replace(c, folder=folders.get(c.name, c.folder)) for c in grid.cells)
         grid = dataclasses.replace(grid, cells=tuple(cells))
-        found = _changes(before, grid)
+        found = _changes(before, grid, differ)
         if found and not mix:
             raise UserError(
                 f"{grid.path} was begun differently: {'; '.join(found)}. Choose another --workdir, "
@@ -184,14 +185,24 @@ def settle(grid: Grid, mix: bool) -> Grid:
     return grid
 
 
-def _changes(before: Grid, now: Grid) -> list[str]:
-    """What would mix results of different plans or programs; new cells may join."""
-    found, cells = [], {cell.name: cell for cell in now.cells}
+def _folder(old: Cell, new: Cell, different: list[str]) -> Path:
+    """The folder of a cell that was planned before: the same one, unless it differs."""
+    if not different:
+        return old.folder
+    # Other images have no part in the name.
+    return new.folder if new.folder != old.folder else Path(f"{old.folder}-other")
+
+
+def _changes(before: Grid, now: Grid, differ: dict[str, list[str]]) -> list[str]:
+    """What would mix results of different plans or programs; new cells may join.
+
+    differ: how cells of both plans differ, by name.
+    """
+    found = []
     for old in before.cells:
-        new = cells.get(old.name)
-        if new is None:
+        if old.name not in differ:
             found.append(f"{old.name} is planned no longer")
-        elif different := _differ(old, new):
+        elif different := differ[old.name]:
             found.append(f"{old.name} has other settings ({', '.join(different)})")
     started = any(cell.state["state"] != PENDING for cell in before.cells)
     if started and before.code["code"] != now.code["code"]:
@@ -210,4 +221,25 @@ def _differ(old: Cell, new: Cell) -> list[str]:
         then, now = (contents[field] for contents in held)
         if then and now and then != now:  # not where it could not be read
             found.append(f"{field}: its file holds something else now")
-    return found
+    return found + _other_images(old, new)
+
+
+@functools.cache
+def _images(data: str) -> str:
+    """The digest of the test images of `config.data`, as JSON."""
+    config = configuration.from_json({"data": json.loads(data)})
+    return dataset.images_digest(dataset.find_split(config).test)
+
+
+def _other_images(old: Cell, new: Cell) -> list[str]:
+    """Whether a done cell was scored on other images than lie where the data are to be now."""
+    then, now = (
+        {field: configuration.flat(cell.config).get(field) for field in identity.DATA}
+        for cell in (old, new)
+    )
+    if then == now or old.state["state"] != DONE or not Path(now["data.root"]).is_dir():
+        return []
+    wanted = (read_json(old.folder / "provenance.json") or {}).get("test")
+    if wanted in (None, _images(json.dumps(new.config["data"]))):
+        return []
+    return [f"data.root: {now['data.root']!r} holds other test images than {then['data.root']!r}"]

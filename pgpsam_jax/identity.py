@@ -21,10 +21,9 @@ from pgpsam_jax.files import file_digest
 from pgpsam_jax.text_files import read_json
 
 # Lead to something; a run may find it elsewhere.
+DATA = ("data.root", "data.image_glob", "data.label_glob")
 PLACES = (
-    "data.root",
-    "data.image_glob",
-    "data.label_glob",
+    *DATA,
     "data.label_table",
     "data.split_file",
     "data.cache_dir",
