@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from pgpsam_jax import places
 from pgpsam_jax.config import load_config
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.cache import read_case
@@ -89,7 +90,7 @@ def silenced(params, edits: dict):
 def knock_out(workdir) -> list[dict]:
     """Rows of `COLUMNS` for one trained run: every part it has, every test case, every class."""
     run = load_run(workdir)
-    split = dataset.find_split(run.config)
+    split = dataset.find_split(places.found(run.config, workdir))
     predictors = {WHOLE: run.predictor}
     for part, edits in parts_of(run.config, workdir).items():
         params = silenced(run.predictor.params, edits)

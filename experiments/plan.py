@@ -6,16 +6,20 @@ in the grid folder as `grid.json`, which tables and reports read (`pgpsam_jax.ru
 
 import ast
 import dataclasses
-import importlib.util
+import functools
+import json
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from pgpsam_jax import config as configuration
+from pgpsam_jax import identity
+from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_json
 from pgpsam_jax.provenance import code_version
-from pgpsam_jax.runs import PENDING, PLAN, Grid, Row, read_grid
+from pgpsam_jax.runs import DONE, PENDING, PLAN, Cell, Grid, Row, read_grid, read_json
+from pgpsam_jax.settings import assign, load_file, load_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +87,7 @@ def method_rows(only: str = "", equal: bool = False) -> tuple[Row, ...]:
 
 def load_plan(spec: str) -> tuple[str, str, Plan]:
     """(name, variant, plan) of `FILE` or `FILE:VARIANT`."""
-    path, _, variant = spec.partition(":")
-    get_grid = _function_of(path, "get_grid", "grid")
+    path, get_grid, variant = load_function(spec, "get_grid", "grid")
     try:
         plan = get_grid(variant) if variant else get_grid()
     except ValueError as error:
@@ -94,12 +97,11 @@ def load_plan(spec: str) -> tuple[str, str, Plan]:
 
 def resolve(plan: Plan, row: Row, seed: int, settings: dict) -> ConfigDict:
     """The configuration of one cell: file, plan, row, seed, then the user's own settings."""
-    path, _, variant = plan.config.partition(":")
-    get_config = _function_of(path, "get_config", "config")
-    config = get_config(variant) if variant else get_config()
-    seeds = {field: seed for field in plan.seed_fields}
-    for field, value in (plan.overrides | row.overrides | seeds | settings).items():
-        _set(config, field, value)
+    config = load_file(plan.config)
+    assign(config, plan.overrides, "the grid")
+    assign(config, row.overrides, f"row {row.name}")
+    assign(config, {field: seed for field in plan.seed_fields}, "the seeds")
+    assign(config, settings, "--set")
     configuration.check(config)
     config.name = f"{row.name}-seed{seed}"
     return config
@@ -133,7 +135,7 @@ def make_grid(spec: str, folder, settings: dict) -> Grid:
     for seed in plan.seeds:
         for row in plan.rows:
             config = resolve(plan, row, seed, settings)
-            key = configuration.fingerprint(config)[:8]
+            key = identity.fingerprint(config)[:8]
             cells.append(
                 {
                     "name": config.name,
@@ -141,6 +143,7 @@ def make_grid(spec: str, folder, settings: dict) -> Grid:
                     "seed": seed,
                     "folder": f"{config.name}-{key}",
                     "config": configuration.to_json(config),
+                    "contents": identity.contents(config),
                 }
             )
     rows = [dataclasses.asdict(row) for row in plan.rows]
@@ -157,32 +160,49 @@ def make_grid(spec: str, folder, settings: dict) -> Grid:
     return Grid.from_json(content, Path(folder))
 
 
-def settle(grid: Grid, mix: bool) -> None:
+def settle(grid: Grid, mix: bool) -> Grid:
     """Write the plan into its folder, unless results of other settings or code are there.
 
+    Returned is what was written: cells that are the same as before keep their folders.
     With `mix` the new plan replaces the old one: changed cells run in folders of their own, done
     ones stay, and tables say that code versions differ.
     """
     if (grid.path / PLAN).is_file():
         before = read_grid(grid.path)
-        found = _changes(before, grid)
+        planned = {cell.name: cell for cell in grid.cells}
+        olds = [old for old in before.cells if old.name in planned]
+        differ = {old.name: _differ(old, planned[old.name]) for old in olds}
+        folders = {old.name: _folder(old, planned[old.name], differ[old.name]) for old in olds}
+        cells = (dataclasses.replace(c, folder=folders.get(c.name, c.folder)) for c in grid.cells)
+        grid = dataclasses.replace(grid, cells=tuple(cells))
+        found = _changes(before, grid, differ)
         if found and not mix:
             raise UserError(
                 f"{grid.path} was begun differently: {'; '.join(found)}. Choose another --workdir, "
                 "or say --mix to go on with the new plan and keep what is done"
             )
     write_json(grid.path / PLAN, grid.to_json())
+    return grid
 
 
-def _changes(before: Grid, now: Grid) -> list[str]:
-    """What would mix results of different plans or programs; new cells may join."""
-    found, cells = [], {cell.name: cell for cell in now.cells}
+def _folder(old: Cell, new: Cell, different: list[str]) -> Path:
+    """The folder of a cell that was planned before: the same one, unless it differs."""
+    if not different:
+        return old.folder
+    # Other images have no part in the name.
+    return new.folder if new.folder != old.folder else Path(f"{old.folder}-other")
+
+
+def _changes(before: Grid, now: Grid, differ: dict[str, list[str]]) -> list[str]:
+    """What would mix results of different plans or programs; new cells may join.
+
+    differ: how cells of both plans differ, by name.
+    """
+    found = []
     for old in before.cells:
-        new = cells.get(old.name)
-        if new is None:
+        if old.name not in differ:
             found.append(f"{old.name} is planned no longer")
-        elif new.folder != old.folder:
-            different = configuration.differences(old.config, new.config)
+        elif different := differ[old.name]:
             found.append(f"{old.name} has other settings ({', '.join(different)})")
     started = any(cell.state["state"] != PENDING for cell in before.cells)
     if started and before.code["code"] != now.code["code"]:
@@ -191,31 +211,35 @@ def _changes(before: Grid, now: Grid) -> list[str]:
     return found[:5] + ([f"and {len(found) - 5} more"] if len(found) > 5 else [])
 
 
-def _function_of(path: str, name: str, what: str):
-    """The function `name` of a Python file."""
-    if not Path(path).is_file():
-        raise UserError(f"{what} file {path} not found; run from the folder that holds it")
-    module_spec = importlib.util.spec_from_file_location(f"_{what}_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-        return getattr(module, name)
-    except AttributeError:
-        raise UserError(f"{what} file {path} defines no {name}()") from None
-    except (ImportError, SyntaxError, NameError) as error:
-        raise UserError(f"{what} file {path} cannot be run: {error}") from None
+def _differ(old: Cell, new: Cell) -> list[str]:
+    """What of two cells decides a result and differs, in words; files count by their content."""
+    found = identity.differences(old.config, new.config, identity.NO_IDENTITY)
+    for field in sorted(identity.given_files(old.config) ^ identity.given_files(new.config)):
+        found.append(f"{field}: given in one of them only")
+    held = old.contents, new.contents
+    for field in sorted(held[0].keys() & held[1].keys()):
+        then, now = (contents[field] for contents in held)
+        if then and now and then != now:  # not where it could not be read
+            found.append(f"{field}: its file holds something else now")
+    return found + _other_images(old, new)
 
 
-def _set(config: ConfigDict, field: str, value) -> None:
-    *parts, last = field.split(".")
-    section = config
-    try:
-        for part in parts:
-            section = section[part]
-        if last not in section:
-            raise KeyError(field)
-        section[last] = tuple(value) if isinstance(value, list) else value
-    except (KeyError, AttributeError, TypeError) as error:
-        if isinstance(error, TypeError) and last in section:
-            raise UserError(f"{field} cannot be {value!r}: {error}") from None
-        raise UserError(f"no such configuration field: {field}") from None
+@functools.cache
+def _images(data: str) -> str:
+    """The digest of the test images of `config.data`, as JSON."""
+    config = configuration.from_json({"data": json.loads(data)})
+    return dataset.images_digest(dataset.find_split(config).test)
+
+
+def _other_images(old: Cell, new: Cell) -> list[str]:
+    """Whether a done cell was scored on other images than lie where the data are to be now."""
+    then, now = (
+        {field: configuration.flat(cell.config).get(field) for field in identity.DATA}
+        for cell in (old, new)
+    )
+    if then == now or old.state["state"] != DONE or not Path(now["data.root"]).is_dir():
+        return []
+    wanted = (read_json(old.folder / "provenance.json") or {}).get("test")
+    if wanted in (None, _images(json.dumps(new.config["data"]))):
+        return []
+    return [f"data.root: {now['data.root']!r} holds other test images than {then['data.root']!r}"]

@@ -63,7 +63,9 @@ def _run(arguments) -> int:
     if arguments.dry_run:
         print(listing(grid, cells))
         return 0
-    settle(grid, arguments.mix)
+    grid = settle(grid, arguments.mix)
+    names = {cell.name for cell in cells}
+    cells = [cell for cell in grid.cells if cell.name in names]
     if arguments.slurm:
         todo = [cell for cell in cells if standing(cell) not in (DONE, RUNNING)]
         path = folder / "slurm.sh"

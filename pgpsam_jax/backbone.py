@@ -35,6 +35,12 @@ def holds_all(workdir) -> bool:
     return record is not None and record["sha256"] is None
 
 
+def base_digest(workdir) -> str | None:
+    """SHA-256 of the converted SAM that a workdir hangs on; None where there is none."""
+    record = _recorded(Path(workdir) / _RECORD)
+    return None if record is None else record["sha256"]
+
+
 def settle_base(workdir, base: str, digest: str | None, frozen, drawn=None) -> None:
     """Pin the frozen weights of a workdir at its first use, and hold later uses to them.
 

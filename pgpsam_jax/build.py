@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from pgpsam_jax import backbone, cnn_base, weights
+from pgpsam_jax import backbone, cnn_base, exclusive, weights
 from pgpsam_jax import config as configuration
 from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
@@ -34,10 +34,13 @@ def make_model(settings: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> nnx.Mo
     return model
 
 
-def settled(config: ConfigDict) -> ConfigDict:
-    """A copy in which what the base or the method decides is written out, as runs keep it."""
-    config = config.copy_and_resolve_references()
-    config.model.colors, config.model.start = colors_of(config.model), start_of(config.model)
+def settled(config: ConfigDict, like: ConfigDict | None = None) -> ConfigDict:
+    """A copy in which what the base or the method decides is written out, as runs keep it.
+
+    like: the same configuration, settled where its files were found.
+    """
+    config, like = config.copy_and_resolve_references(), like or config
+    config.model.colors, config.model.start = colors_of(like.model), start_of(like.model)
     return config
 
 
@@ -152,6 +155,9 @@ def check(config: ConfigDict) -> None:
     """Refuse settings with which no step can be made, before anything is read or claimed."""
     step_config(config)
     OptimConfig(**config.optim)
+    exclusive.check(config.fewshot)
+    exclusive.check_complete(config.fewshot)
+    _check_used(config.data)
     copies, trains = config.train.encoded_copies, config.model.train_encoder
     if copies and trains != "frozen":
         raise UserError(
@@ -159,6 +165,19 @@ def check(config: ConfigDict) -> None:
             "cannot be encoded beforehand; set train.encoded_copies=0, or "
             "model.train_encoder=frozen"
         )
+
+
+def _check_used(data: ConfigDict) -> None:
+    """Refuse paths that the layout or the split would leave aside."""
+    unused = {"split_file": data.split != "file" and ("split", data.split, "file")}
+    pairs = data.layout != "pairs" and ("layout", data.layout, "pairs")
+    for field, used_by in (unused | dict.fromkeys(("image_glob", "label_glob"), pairs)).items():
+        if used_by and data[field]:
+            other, value, needed = used_by
+            raise UserError(
+                f"data.{field} is {data[field]!r}, but data.{other} {value!r} does not use it; set "
+                f"data.{other}={needed}, or leave it empty"
+            )
 
 
 def step_config(config: ConfigDict) -> StepConfig:

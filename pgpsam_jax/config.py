@@ -5,53 +5,21 @@ locked: a field that does not exist is an error, in a file and on the command li
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
 
+from pgpsam_jax import exclusive
 from pgpsam_jax.data.augment_config import RELEASE, AugmentConfig
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.exclusive import SIZES, DataSettings, FewShotSettings, TrainSettings
 from pgpsam_jax.files import write_json
 from pgpsam_jax.optim import OptimConfig
 from pgpsam_jax.text_files import read_json, shown
 
-# May differ between a run and its resumption: they change where or how often, not what.
-FREE_ON_RESUME = (
-    "deterministic",
-    "mesh.",
-    "eval.",
-    "log.",
-    "data.root",
-    "data.cache_dir",
-    "data.resident_gib",
-    "data.verify",
-    "validation.dead_epochs",
-    "model.base",
-    "model.attention",
-    "model.remat",
-    "model.scan_blocks",
-)
-# Say where things are or how often to write, not what is computed: no part of a run's identity.
-_PLACES = (
-    "name",
-    "deterministic",
-    "mesh.",
-    "log.",
-    "data.root",
-    "data.cache_dir",
-    "data.resident_gib",
-    "data.verify",
-    "validation.dead_epochs",
-    "eval.overlays",
-    "eval.workers",
-    "model.attention",
-    "model.remat",
-    "model.scan_blocks",
-)
-
+MOST = 2**31 - 1  # of a whole number, a seed too: the step carries them in 32 bits
 # Numbers are 0 or more, but for these: 1 or more, -1 or more, any. Optimiser and augmentation look
 # after their own (`OptimConfig`, `AugmentConfig`).
 _COUNTS = """
@@ -110,7 +78,7 @@ def default_config() -> ConfigDict:
     config.model.remat = "none"
     config.model.scan_blocks = False  # compile blocks that repeat once; memory for their weights
 
-    config.data = ConfigDict()
+    config.data = DataSettings()
     config.data.layout = "btcv"  # btcv, nnunet, transunet, pairs, phantom
     config.data.root = ""
     config.data.image_glob = ""  # layout pairs: the part that * matches is the case id
@@ -130,7 +98,7 @@ def default_config() -> ConfigDict:
     config.data.phantom_seed = 0
     config.data.verify = True  # every file is checked before its first use (pgpsam_jax.verify)
 
-    config.fewshot = ConfigDict()
+    config.fewshot = FewShotSettings()
     config.fewshot.file = ""  # an existing list; the rule below is then not used
     config.fewshot.rule = "random"  # random, area, volumes, every, all
     config.fewshot.pool = "valid"  # valid = slices with an organ of min_pixels; or all
@@ -145,7 +113,7 @@ def default_config() -> ConfigDict:
     config.optim = ConfigDict(dataclasses.asdict(OptimConfig()))
     config.optim.clip_norm = config_dict.placeholder(float)
 
-    config.train = ConfigDict()
+    config.train = TrainSettings()
     config.train.batch_size = 12  # global, over all devices
     config.train.microbatches = 1  # parts of a batch, one after the other: less memory, more time
     config.train.epochs = 300
@@ -228,7 +196,7 @@ def from_json(value: dict, where: str = "stored configuration") -> ConfigDict:
     config = default_config()
     try:
         value = _tuples(_of_today(value))
-        _check_kinds(_flat(value), _flat(config.to_dict()))
+        _check_kinds(flat(value), flat(config.to_dict()))
         config.update(value)
         check(config)
     except UserError as error:
@@ -240,13 +208,19 @@ def from_json(value: dict, where: str = "stored configuration") -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuse numbers that are none (NaN, infinite) or less than their field can be."""
-    for key, value in _flat(config.to_dict()).items():
+    """Refuse numbers that their field cannot be, NaN too, and few-shot settings at odds."""
+    for key, value in flat(config.to_dict()).items():
         least = -math.inf if key.startswith(("optim.", "augment.")) else _LEAST.get(key, 0)
         for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, int | float) and not (math.isfinite(item) and item >= least):
+            if type(item) is int and not max(least, -MOST) <= item <= MOST:
+                wanted = f"a whole number from {max(least, -MOST)} to {MOST}"
+                raise UserError(f"{key} is {shown(str(item), 30)}; give {wanted}")
+            if isinstance(item, float) and not (math.isfinite(item) and item >= least):
                 wanted = "a finite number" + f", {least} or more" * (least > -math.inf)
                 raise UserError(f"{key} is {shown(str(value), 60)}; give {wanted}")
+    if len(config.data.window) != 2:
+        raise UserError(f"data.window is {config.data.window}; give two numbers, (low, high)")
+    exclusive.check(config.fewshot)
 
 
 def _check_kinds(stored: dict, defaults: dict) -> None:
@@ -274,8 +248,13 @@ def _of_today(value: dict) -> dict:
         asks_sam = model.get("name") in ("surgicalsam", "fssp", "sam")
         colors = "normalized" if asks_sam else "unit"
         value["model"] = model | {"colors": colors, "start": "drawn", "ppr_norm": False}
-    if isinstance(data := value.get("data"), dict):  # before there was a choice
-        value["data"] = {"axis": "axial"} | data
+    fewshot, data = value.get("fewshot"), value.get("data")
+    if isinstance(fewshot, dict) and fewshot.get("file"):  # beside which a rule was not used
+        value["fewshot"] = fewshot | dict.fromkeys((*SIZES, "seed")) | {"rule": "random"}
+    if isinstance(data, dict):
+        value["data"] = data = {"axis": "axial"} | data  # before there was a choice
+        if data.get("split", "file") != "file":  # nor a file of another
+            value["data"] = data | {"split_file": ""}
     if value.get("optim", {}).get("accumulate_steps") == 1:  # now train.microbatches
         del value["optim"]["accumulate_steps"]
     return value
@@ -297,44 +276,16 @@ def store(config: ConfigDict, workdir) -> None:
     write_json(Path(workdir) / "config.json", to_json(config))
 
 
-def fingerprint(config: ConfigDict) -> str:
-    """SHA-256 of every field that decides a result: two runs with the same one are one run."""
-    fields = {k: v for k, v in _flat(to_json(config)).items() if not k.startswith(_PLACES)}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def differences(stored: dict, ours: dict, free: tuple[str, ...] = ()) -> list[str]:
-    """Fields of two configurations (as JSON) that differ, in words; `free` prefixes may."""
-    stored, ours = _flat(stored), _flat(ours)
-    return [
-        f"{key}: {stored.get(key)!r} there, {ours.get(key)!r} now"
-        for key in sorted(stored.keys() | ours.keys())
-        if stored.get(key) != ours.get(key) and not key.startswith(free)
-    ]
-
-
-def belongs_to(config: ConfigDict, workdir) -> bool:
-    """Whether the workdir already holds this run; one of another configuration is refused."""
-    if not (Path(workdir) / "config.json").is_file():
-        return False
-    stored = to_json(load_config(workdir))
-    if different := differences(stored, to_json(config), FREE_ON_RESUME):
-        raise UserError(
-            f"{workdir} belongs to a run with another configuration ({'; '.join(different)}); "
-            "choose another --workdir or the same settings"
-        )
-    return True
-
-
 def _tuples(value):
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _flat(value: dict, prefix: str = "") -> dict:
-    flat = {}
+def flat(value: dict, prefix: str = "") -> dict:
+    """Nested sections as one dictionary, its keys as `model.k`."""
+    fields = {}
     for key, item in value.items():
         nested = isinstance(item, dict)
-        flat |= _flat(item, f"{prefix}{key}.") if nested else {prefix + key: item}
-    return flat
+        fields |= flat(item, f"{prefix}{key}.") if nested else {prefix + key: item}
+    return fields

@@ -1,22 +1,25 @@
 """Command line: python -m pgpsam_jax.main --config configs/synapse.py --workdir runs/synapse.
 
-The same command goes on with a run that was stopped. Exit codes: 0 done; 2 a mistake, said in a
-sentence; 69 another process of the run is gone; 75 stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1,
-after the step under way and its checkpoint; 130 by a second Ctrl-C, at once; 1 anything else.
+The same command goes on with a run that was stopped; --workdir alone takes the configuration that
+the run has. Fields are set as --config.model.lora_rank=8 and --config.optim.clip_norm=None.
+Exit codes: 0 done; 2 a mistake, said in a sentence; 69 another process of the run is gone; 75
+stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, after the step under way and its checkpoint; 130 by
+a second Ctrl-C, at once; 1 anything else.
 """
 
-import re
 import warnings
+from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from pgpsam_jax import cluster, interruption
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.hostmemory import keep_freed_memory
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file; fields are set as --config.model.lora_rank=8.", lock_config=True
+_CONFIG = flags.DEFINE_string(
+    "config",
+    None,
+    "Config file, its variant behind a colon; fields are set as --config.model.lora_rank=8.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config name>.")
 _MODE = flags.DEFINE_enum(
@@ -36,48 +39,56 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.
 
 
 def parse(argv):
-    """absl's parsing, with what it makes of an unknown field or a bad value said in a sentence."""
+    """The program's name and the fields that are set, as (field, text); mistakes in a sentence."""
     with exit_on_user_error():
         try:
+            fields = {}
+            if any("config." in argument for argument in argv):  # its fields: only with JAX
+                from pgpsam_jax.settings import split_flags
+
+                argv, fields = split_flags(argv)
             rest = flags.FLAGS(argv)
-            getattr(_CONFIG.value, "name", None)  # a file that failed to load raises only here
-        except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{_essence(error)} (--help lists the flags)") from None
+        except flags.Error as error:
+            raise UserError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}; settings look like --config.seed=1")
-        return rest
+        return [argv[0], *fields.items()]
 
 
-def _essence(error: Exception) -> str:
-    """One line of an error of the flags, which may carry a traceback of the config file."""
-    text = str(error)
-    if isinstance(error, AttributeError | KeyError):
-        text = f"no such configuration field: {error.args[0]}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if isinstance(error, OSError):
-        return f"config file cannot be loaded: {lines[-1]}"
-    if any("Traceback" in line for line in lines):
-        lines = [line for line in lines if re.match(r"\w+(Error|Exception): ", line)][-1:]
-    return " ".join(lines)
+def _configuration(fields: dict[str, str]):
+    """The configuration of the flags; None for the workdir's own as it is."""
+    from pgpsam_jax import settings
+    from pgpsam_jax.config import check, load_config
+
+    path, workdir = _CONFIG.value, _WORKDIR.value
+    if path is not None:
+        config = settings.load_file(path)
+    elif _MODE.value == "evaluate" and not fields:
+        return None
+    elif workdir is not None and Path(workdir, "config.json").is_file():
+        config = load_config(workdir)
+    else:
+        raise UserError("no configuration; give --config configs/phantom.py, for example")
+    settings.assign(config, fields, "the command line")
+    check(config)
+    return config
 
 
-def main(_):
+def main(arguments):
     with exit_on_user_error(), interruption.listening():
         logging.set_verbosity(logging.WARNING)  # orbax tells every file it writes
         warnings.filterwarnings("default", module="pgpsam_jax")
-        config, evaluate = _CONFIG.value, _MODE.value == "evaluate"
+        evaluate = _MODE.value == "evaluate"
         if evaluate and _WORKDIR.value is None:
             raise UserError("--mode evaluate needs --workdir, the folder of a trained run")
-        if config is None and not evaluate:
+        if _CONFIG.value is None and _WORKDIR.value is None:
             raise UserError("no configuration; give --config configs/phantom.py, for example")
         place = _place()
         # JAX: not before the mistakes that show without it
+        config = _configuration(dict(arguments[1:]))
         from pgpsam_jax import memory_advice, session, train
         from pgpsam_jax.compilation import keep_compiled
-        from pgpsam_jax.config import check
 
-        if config is not None:
-            check(config)
         keep_compiled()
         workdir = _WORKDIR.value or f"runs/{config.name}"
         with session.joined(place), memory_advice.explained(config, workdir):

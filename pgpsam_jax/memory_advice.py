@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from pgpsam_jax import chips, distributed, sharding, topology
+from pgpsam_jax import chips, distributed, places, sharding, topology
 from pgpsam_jax import config as configuration
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
@@ -83,7 +83,8 @@ def advice(config: ConfigDict, workdir, reason: str, segmenting: bool = False) -
         listed = "\n".join(f"  {remedy.flags}  ({remedy.price})" for remedy in remedies)
         return f"{head}; settings that need less, cheapest first:\n{listed}"
     distributed.say(f"{head}: looking for settings that fit, for {SECONDS // 60} minutes at most")
-    resident, classes = _resident_bytes(config, workdir), dataset.label_table(config).num_classes
+    resident = _resident_bytes(config, workdir)
+    classes = dataset.label_table(places.found(config, workdir)).num_classes
 
     def measure(config: ConfigDict) -> int:
         return needed(config, classes) + resident

@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for the masks")
     parser.add_argument("--overlay", action="store_true", help="a PNG of slices beside each mask")
     parser.add_argument("--skip-existing", action="store_true", help="keep masks already there")
+    parser.add_argument("--base", help="converted SAM of the run, if the run cannot find it")
     arguments = parser.parse_args()
     with exit_on_user_error():
         from pgpsam_jax.methods import refuse_without_labels
@@ -97,7 +98,7 @@ def main() -> None:
         check(config.eval.workers)
         refuse_without_labels(config.model)
         inputs = find_inputs(arguments.input)
-        run = load_run(arguments.workdir)
+        run = load_run(arguments.workdir, arguments.base)
         failed = predict(
             run.predictor,
             run.label_names,

@@ -2,68 +2,161 @@
 
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from pgpsam_jax import checkpoint, distributed
+from pgpsam_jax import build, checkpoint, distributed, identity, places, validation
 from pgpsam_jax import config as configuration
+from pgpsam_jax.data.dataset import Split, images_digest, stored_list
 from pgpsam_jax.data.fewshot import FewShotList
-from pgpsam_jax.data.labels import LabelTable, load_label_table
+from pgpsam_jax.data.labels import load_label_table
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_json
+from pgpsam_jax.places import LABELS, LIST, ORIGIN, PARTS, SPLIT
 from pgpsam_jax.runs import read_json
 
-LIST, LABELS, ORIGIN = "fewshot.txt", "labels.json", "provenance.json"
 _INPUTS = {
     "list": "few-shot list",
     "data": "training data",
     "validation": "validation data",
+    "test": "images of the test cases",
     "cnn_base": "file of model.cnn_base",
 }
 
 
-def goes_on(config: ConfigDict, workdir, table: LabelTable) -> bool:
-    """Whether the workdir holds this run; one that cannot go on as it began is refused."""
+def goes_on(config: ConfigDict, workdir, split: Split) -> bool:
+    """Whether the workdir holds this run; one that cannot go on as it began is refused.
+
+    config: of `places.found`. A run that is to take more steps than before goes on too, and it is
+    said what that means.
+    """
     workdir = Path(workdir)
-    if not configuration.belongs_to(config, workdir):
+    if not (workdir / "config.json").is_file():
         if checkpoint.numbers(workdir):
             raise UserError(
                 f"{workdir} holds checkpoints but no config.json; restore it from a copy, or "
                 "choose another --workdir"
             )
         return False
+    stored = configuration.load_config(workdir)
+    identity.check_same(stored, config, workdir, free=identity.LENGTH)
     if not (workdir / LIST).is_file():
         raise UserError(
             f"{workdir / LIST} is missing; restore it from a copy (a workdir that was converted "
             "from a checkpoint has none: use --mode evaluate, or train in another --workdir)"
         )
-    labels = workdir / LABELS
-    if labels.is_file() and load_label_table(labels).to_json() != table.to_json():
-        raise UserError(
-            f"{labels} has other classes or source ids than the data now; give the label table of "
-            "that run, or choose another --workdir"
-        )
+    compare(workdir, split)
+    _lengthen(stored, config, workdir)
     return True
 
 
+def compare(workdir, split: Split) -> None:
+    """Refuse cases on another side than when the run began, and another label table."""
+    labels = Path(workdir) / LABELS
+    if labels.is_file() and load_label_table(labels).to_json() != split.table.to_json():
+        raise UserError(
+            f"{labels} has other classes or source ids than the data now; give the label table of "
+            f"that run, --config.data.label_table={labels}, or choose another --workdir"
+        )
+    path = Path(workdir) / SPLIT
+    if not path.is_file():  # of a run that was begun before there was one
+        return
+    then, now = _sides(read_json(path)), _sides(_ids(split))
+    changed = [
+        f"{case}: {then.get(case, 'in no part')} then, {now.get(case, 'in no part')} now"
+        for case in sorted(then.keys() | now.keys())
+        if then.get(case) != now.get(case)
+    ]
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(
+            f"the split has changed since the run in {workdir} began ({'; '.join(changed[:5])}"
+            f"{more}); restore the data, or give the run's own split with --config.data.split=file "
+            f"--config.data.split_file={path}, or train in another --workdir"
+        )
+
+
+def notice(workdir, split: Split) -> str | None:
+    """What to know of scores of other images than those that were there when the run began."""
+    then = (read_json(Path(workdir) / ORIGIN) or {}).get("test")
+    if then in (None, images_digest(split.test)):
+        return None
+    return "The scored images are not those of the test cases when this run began, by SHA-256."
+
+
+def _ids(split: Split) -> dict[str, list[str]]:
+    """The split as `data.split_file` has it."""
+    ids = {part: [case.case_id for case in getattr(split, part)] for part in PARTS}
+    return {part: cases for part, cases in ids.items() if cases}
+
+
+def _sides(ids: dict) -> dict[str, str]:
+    """Case -> the parts that it is in."""
+    found = {}
+    for part in PARTS:
+        for case in ids.get(part, ()):
+            found[case] = f"{found[case]} and {part}" if case in found else part
+    return found
+
+
+def _lengthen(stored: ConfigDict, config: ConfigDict, workdir: Path) -> None:
+    """Refuse fewer steps than the run was begun with; say what more of them mean."""
+    slices = len(stored_list(workdir))
+    before, now = (build.total_steps(c, slices) for c in (stored, config))
+    if before == now:
+        return
+    done = max(checkpoint.numbers(workdir), default=0)
+    if now < before:
+        raise UserError(
+            f"{workdir} belongs to a run of {before} steps, of which {done} are done: it cannot be "
+            f"made one of {now}; give --config.train.steps={before} or more, or train in another "
+            "--workdir"
+        )
+    said = [f"the run of {before} steps goes on from step {done} to step {now}"]
+    rates = [build.learning_rates(c, slices)[:done] for c in (stored, config)]
+    if not np.array_equal(*rates, equal_nan=True):
+        said.append(
+            f"its learning rates so far were those of {before} steps, so what comes out is not "
+            f"what one run of {now} steps gives"
+        )
+    epoch = config.validation.every_epochs * slices
+    if validation.is_on(config) and done == before and before * config.train.batch_size % epoch:
+        said.append(f"validation judged step {before} as well, which was the last")
+    distributed.say("; ".join(said))
+
+
 def claim(
-    config: ConfigDict, workdir, table: LabelTable, slices: FewShotList, origin: dict, resume: bool
+    given: ConfigDict, config: ConfigDict, workdir, split: Split, slices: FewShotList, origin: dict
 ) -> None:
     """Write what says which run the workdir holds; on resume, what is there must agree.
 
-    origin: `provenance.provenance`. `config.json` comes last: it makes the workdir this run's.
+    given: the configuration with paths as users wrote them; config: of `places.found`. origin:
+    `provenance.provenance`. `config.json` comes last: it makes the workdir this run's.
     """
     if not distributed.is_first():
         return
     workdir = Path(workdir)
+    resume = (workdir / "config.json").is_file()
     if resume:
         _compare(workdir / ORIGIN, origin)
+        given = _updated(configuration.load_config(workdir), given)
     else:
         slices.write(workdir / LIST)
-    if not resume or not (workdir / LABELS).is_file():
-        write_json(workdir / LABELS, table.to_json())
+    for name, value in ((LABELS, split.table.to_json()), (SPLIT, _ids(split))):
+        if not resume or not (workdir / name).is_file():
+            write_json(workdir / name, value)
     write_json(workdir / ORIGIN, origin)
-    if not resume:
-        configuration.store(config, workdir)
+    places.record(workdir, config)
+    configuration.store(given, workdir)
+
+
+def _updated(stored: ConfigDict, given: ConfigDict) -> ConfigDict:
+    """The stored configuration with what may change where a run goes on: places, and its length."""
+    for field in (*identity.PLACES, *identity.LENGTH):
+        section, name = field.split(".")
+        if field in identity.LENGTH or (stored[section][name] and given[section][name]):
+            stored[section][name] = given[section][name]
+    return stored
 
 
 def _compare(path: Path, origin: dict) -> None:

@@ -35,6 +35,8 @@ class Run:
     cases: list[dict]  # rows of evaluation/cases.csv
     summary: dict | None  # evaluation/summary.json
     list_hash: str | None  # of the few-shot slices
+    # Paths that the reader gave where files are elsewhere now: "data.root", "model.base".
+    given: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +51,17 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run of a grid. `config` is the resolved configuration as plain JSON."""
+    """One run of a grid. `config` is the resolved configuration as plain JSON.
+
+    contents: what the files that it names held when it was planned, `identity.contents`.
+    """
 
     name: str
     row: str
     seed: int
     folder: Path
     config: dict
+    contents: dict = dataclasses.field(default_factory=dict)
 
     @property
     def state(self) -> dict:

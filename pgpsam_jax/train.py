@@ -19,9 +19,11 @@ from pgpsam_jax import (
     deterministic,
     distributed,
     encodings,
+    identity,
     interruption,
     lock,
     methods,
+    places,
     resumption,
     sharding,
     validation,
@@ -49,7 +51,7 @@ def train(config: ConfigDict, workdir) -> dict:
     deterministic.demand(config)
     distributed.check_shared(workdir)
     with _locked(workdir, "training"):
-        return _train(build.settled(config), Path(workdir))
+        return _train(config, Path(workdir))
 
 
 def _locked(workdir, doing: str):
@@ -82,8 +84,9 @@ class _Run:
         return model
 
 
-def _train(config: ConfigDict, workdir: Path) -> dict:
-    run = _begin(config, workdir)
+def _train(given: ConfigDict, workdir: Path) -> dict:
+    config = build.settled(places.found(given, workdir))
+    run = _begin(config, build.settled(given, like=config), workdir)
     config = run.config
     if run.total:
         predictor = _optimize(run)
@@ -99,16 +102,20 @@ def _train(config: ConfigDict, workdir: Path) -> dict:
     return summary
 
 
-def _begin(config: ConfigDict, workdir: Path) -> _Run:
-    """Read data and model, look at everything that can be wrong, and claim the workdir."""
+def _begin(config: ConfigDict, given: ConfigDict, workdir: Path) -> _Run:
+    """Read data and model, look at everything that can be wrong, and claim the workdir.
+
+    given: the configuration with paths as users wrote them.
+    """
     watch, mesh = Stopwatch(workdir), make_run_mesh(config)
     build.check(config)
     with watch("data"), distributed.first_before_others("split"):
         split = dataset.find_split(config)
     config = dataset.with_axis(config, split.train)
+    given.data.axis = config.data.axis
     validation.check(config, split)
     workers.check(config.eval.workers)
-    resume = resumption.goes_on(config, workdir, split.table)
+    resume = resumption.goes_on(config, workdir, split)
     with watch("model"):
         graphdef, params, frozen, base_digest = build.init_model(config, split.table.num_classes)
     with watch("data"):
@@ -119,10 +126,11 @@ def _begin(config: ConfigDict, workdir: Path) -> _Run:
         held_out = dataset.validation_data(config, split, workdir)
     inputs = {"list": data.list.hash, "data": data.digest, "base": base_digest}
     inputs |= {"validation": held_out.digest} if held_out else {}
+    inputs |= {"test": dataset.images_digest(split.test)}
     inputs |= cnn_base.digests(config.model.cnn_base)
     origin = provenance(**inputs)
     _agree(config, resume, origin, params)
-    resumption.claim(config, workdir, split.table, data.list, origin, resume=resume)
+    resumption.claim(given, config, workdir, split, data.list, origin)
     if distributed.is_first():
         write_json(workdir / appearance.FILE, data.looks)
     drawn = build.drawn(config.model, frozen)
@@ -278,10 +286,12 @@ def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
 
 
 def _evaluate(config: ConfigDict | None, stored: ConfigDict, workdir) -> dict:
-    config = stored if config is None else build.settled(config)
+    config = places.found(stored if config is None else config, workdir)
+    config = build.settled(config)
     split = dataset.find_split(config)
     config = dataset.with_axis(config, split.train)
-    configuration.belongs_to(config, workdir)
+    identity.check_same(stored, config, workdir, free=identity.LENGTH)
+    resumption.compare(workdir, split)
     predictor = load_predictor(config, workdir, split.table.num_classes)
     return run_evaluation(config, workdir, predictor, split)
 
@@ -290,8 +300,8 @@ def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
     """The trained parameters of a workdir, newest or best, ready for volumes."""
     config = config.copy_and_resolve_references()
     config.model.cnn_base = ""  # where training started; what trained comes from the workdir
-    if backbone.holds_all(workdir):
-        config.model.base = ""
+    no_base = backbone.holds_all(workdir)
+    config.model.base = "" if no_base else places.find_base(config, workdir)
     graphdef, params, frozen, digest = build.init_model(config, num_classes)
     drawn = build.drawn(config.model, frozen)
     backbone.settle_base(workdir, config.model.base, digest, frozen, drawn)
@@ -332,7 +342,7 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
     from pgpsam_jax.evaluation.evaluate import evaluate  # brings what draws and scores
 
     notices = [build.base_notice(config.model, workdir), methods.notice(config.model)]
-    notices.append(validation.notice(config, workdir))
+    notices += [validation.notice(config, workdir), resumption.notice(workdir, split)]
     options = {"axis": config.data.axis}
     if config.data.layout == "transunet":
         notices.append(arrays.NO_GRID)

@@ -109,10 +109,16 @@ class TrainedRun:
         return functools.partial(jax.jit(run), state)
 
 
-def load_run(workdir) -> TrainedRun:
-    """The trained parameters of a workdir, ready to use; `UserError` if there are none."""
+def load_run(workdir, base=None) -> TrainedRun:
+    """The trained parameters of a workdir, ready to use; `UserError` if there are none.
+
+    base: stem of the converted SAM that the run was trained on, where it is no longer at the place
+    that the run knows.
+    """
     keep_compiled()
     config = load_config(workdir)
+    if base:
+        config.model.base = os.fspath(base)
     names = tuple(load_label_table(Path(workdir) / "labels.json").names)
     return TrainedRun(Path(workdir), config, names, load_predictor(config, workdir, len(names)))
 

@@ -119,6 +119,14 @@ def load_base(path) -> Base:
     return Base(read_safetensors(weights), meta, digest)
 
 
+def recorded_digest(path) -> str | None:
+    """SHA-256 of converted weights by their sidecar; None where either file is missing."""
+    if not all(file.is_file() for file in base_files(path)):
+        return None
+    meta = read_json(base_files(path)[1], "description of weights")
+    return meta.get("sha256") if isinstance(meta, dict) else None
+
+
 def colors_of_base(path) -> str:
     """What the encoder of converted weights was trained on, one of `image_encoder.COLORS`.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,14 @@ from places import QUICK_FLAGS, REPOSITORY
 from small_run import write_data
 
 from experiments import driver, placement, run_grid
-from experiments.plan import load_plan, make_grid, parse_settings, settle
+from experiments.plan import _images, load_plan, make_grid, parse_settings, settle
 from experiments.run_cell import BUSY, DIED, standing, write_state
 from experiments.slurm import script
 from pgpsam_jax import config as configuration
+from pgpsam_jax import identity
+from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.files import write_json
 from pgpsam_jax.runs import DONE, FAILED, PENDING, RUNNING, read_grid, read_metrics
 
 GRIDS = sorted(
@@ -75,7 +79,7 @@ def test_shipped_grids_resolve(name, variant, tmp_path, monkeypatch):
     path = f"experiments/grids/{name}.py"
     grid = make_grid(f"{path}:{variant}" if variant else path, tmp_path, {})
     assert len(grid.cells) == 3 * len(grid.rows)
-    prints = {configuration.fingerprint(configuration.from_json(c.config)) for c in grid.cells}
+    prints = {identity.fingerprint(configuration.from_json(c.config)) for c in grid.cells}
     assert len(prints) == len(grid.cells)  # no two cells compute the same
     assert (grid.published is not None) == (name.startswith("table") and not variant)
     assert grid.reference in [row.name for row in grid.rows]
@@ -154,6 +158,47 @@ def test_a_changed_plan_is_not_mixed_in(grid_file, tmp_path):
     assert read_grid(folder).cells[0].state["state"] == DONE
     settle(changed, mix=True)
     assert read_grid(folder).cells[0].state["state"] == PENDING  # in a folder of its own
+
+
+def test_a_file_of_the_same_content_is_the_same_plan(data, grid_file, tmp_path):
+    folder, copy = tmp_path / "g", tmp_path / "copy"
+    shutil.copytree(data, copy)
+    table = copy / "table.json"
+
+    def plan():
+        places = {"data.root": str(copy), "data.label_table": str(table)}
+        return make_grid(grid_file(), folder, places)
+
+    first = settle(make_grid(grid_file(), folder, {}), mix=False)
+    assert settle(plan(), mix=False).cells[0].folder == first.cells[0].folder
+    text = table.read_text()
+    table.unlink()  # what cannot be read is no other content
+    assert settle(plan(), mix=False).cells[0].folder == first.cells[0].folder
+    table.write_text(text)
+    settle(plan(), mix=False)
+    table.write_text(text.replace("liver", "lever"))
+    with pytest.raises(UserError, match=r"data.label_table: its file holds something else now"):
+        settle(plan(), mix=False)
+    assert settle(plan(), mix=True).cells[0].folder != first.cells[0].folder
+
+
+def test_a_done_cell_is_held_to_its_data(data, grid_file, tmp_path):
+    folder, copy = tmp_path / "g", tmp_path / "copy"
+    shutil.copytree(data, copy)
+    first = settle(make_grid(grid_file(), folder, {}), mix=False)
+    done = first.cells[0]
+    write_state(done.folder, DONE, seconds=1.0)
+    test = dataset.find_split(configuration.from_json(done.config)).test
+    write_json(done.folder / "provenance.json", {"test": dataset.images_digest(test)})
+    elsewhere = make_grid(grid_file(), folder, {"data.root": str(copy)})
+    assert settle(elsewhere, mix=False).cells[0].folder == done.folder
+    settle(first, mix=False)
+    name = test[0].image.name
+    (copy / "images" / name).write_bytes((copy / "images" / name).read_bytes() + b"x")
+    _images.cache_clear()
+    with pytest.raises(UserError, match=r"copy' holds other test images than"):
+        settle(elsewhere, mix=False)
+    assert settle(elsewhere, mix=True).cells[0].state["state"] == PENDING
 
 
 def test_changed_code_is_not_mixed_in(grid_file, tmp_path):

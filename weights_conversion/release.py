@@ -9,9 +9,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import nnx
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 from safetensors import safe_open
 
@@ -25,6 +24,7 @@ from pgpsam_jax.files import atomic_folder, file_digest, write_json
 from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.parameters import flat_paths
 from pgpsam_jax.provenance import provenance
+from pgpsam_jax.settings import assign, load_file, split_flags
 from pgpsam_jax.trained import load_run
 from pgpsam_jax.weights import read_safetensors
 from weights_conversion import sam
@@ -126,21 +126,20 @@ def read_release(source: Path) -> tuple[Tensors, int | None]:
 
 def config_of(settings, classes: int, source) -> ConfigDict:
     """The configuration that the flags describe; without a file, the recipe for `classes`."""
-    if not any(flag.startswith("--config=") for flag in settings):
-        if classes not in _DEFAULTS:
-            raise UserError(
-                f"{source} has {classes} classes with the background, for which there is no "
-                "default; give a --config whose label table has as many"
-            )
-        settings = [f"--config={_CONFIGS / _DEFAULTS[classes]}", *settings]
-    values, argv = flags.FlagValues(), ["convert", *settings]
+    files, fields = split_flags(settings)
+    if not files and classes not in _DEFAULTS:
+        raise UserError(
+            f"{source} has {classes} classes with the background, for which there is no "
+            "default; give a --config whose label table has as many"
+        )
+    file = files[-1].removeprefix("--config=") if files else _CONFIGS / _DEFAULTS[classes]
     try:
-        holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-        values(argv)
-        getattr(holder.value, "name", None)  # a file that failed to load raises only here
-    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--config cannot be used: {' '.join(str(error).split())}") from None
-    return holder.value
+        config = load_file(str(file))
+        assign(config, fields, "the command line")
+        configuration.check(config)
+    except UserError as error:
+        raise UserError(f"--config cannot be used: {error}") from None
+    return config
 
 
 def _check_settings(settings: ConfigDict, table: LabelTable, ours: Tensors, source: Path) -> None:

@@ -10,10 +10,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pgpsam_jax.data import appearance, cache, fewshot, layouts
+from pgpsam_jax.data import appearance, cache, fewshot, layouts, volumes
 from pgpsam_jax.data.grid import AXES, AXIAL
 from pgpsam_jax.data.labels import LabelTable, load_label_table
-from pgpsam_jax.data.volumes import read_grid
 from pgpsam_jax.errors import UserError
 
 
@@ -69,9 +68,9 @@ def label_table(config: ConfigDict) -> LabelTable:
     )
 
 
-def find_split(config: ConfigDict) -> Split:
-    """The cases of `config.data` by part; the phantom is generated where it lacks."""
-    data, table = config.data, label_table(config)
+def find_cases(config: ConfigDict) -> list[layouts.Case]:
+    """The cases of `config.data`; the phantom is generated where it lacks."""
+    data = config.data
     if not data.root:
         raise UserError("data.root is empty; set --config.data.root to the folder of the data set")
     layout = data.layout
@@ -80,9 +79,14 @@ def find_split(config: ConfigDict) -> Split:
 
         phantom.generate(data.root, seed=data.phantom_seed)
         layout = "btcv"
-    cases = layouts.find_cases(layout, data.root, data.image_glob or None, data.label_glob or None)
+    return layouts.find_cases(layout, data.root, data.image_glob or None, data.label_glob or None)
+
+
+def find_split(config: ConfigDict) -> Split:
+    """The cases of `config.data` by part."""
+    data, table = config.data, label_table(config)
     parts = layouts.split_cases(
-        cases,
+        find_cases(config),
         data.split,
         file=data.split_file or None,
         test_fraction=data.test_fraction,
@@ -102,7 +106,7 @@ def with_axis(config: ConfigDict, cases) -> ConfigDict:
     if config.data.axis != "auto":
         return config
     config = config.copy_and_resolve_references()
-    grids = [] if config.data.layout == "transunet" else [read_grid(case.image) for case in cases]
+    grids = [] if config.data.layout == "transunet" else [volumes.read_grid(case.image) for case in cases]
     axes = Counter(grid.thick_axis for grid in grids if grid.thick_axis)
     config.data.axis = axes.most_common(1)[0][0] if axes else AXIAL
     return config
@@ -167,6 +171,12 @@ def read_cases(config: ConfigDict, cases, table: LabelTable, workdir) -> list[ca
 def _digest(cached: list[cache.CachedCase]) -> str:
     keys = "".join(f"{case.case_id} {case.meta['key']}\n" for case in cached)
     return hashlib.sha256(keys.encode()).hexdigest()
+
+
+def images_digest(cases) -> str:
+    """SHA-256 of the files of some cases' images, with their ids."""
+    files = "".join(f"{case.case_id} {volumes.digest(case.image)}\n" for case in cases)
+    return hashlib.sha256(files.encode()).hexdigest()
 
 
 def stored_list(workdir, areas=None) -> fewshot.FewShotList:

@@ -11,18 +11,11 @@ import numpy as np
 
 from pgpsam_jax.data.cases import safe_case_id
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.exclusive import RULES
 from pgpsam_jax.files import write_text
 from pgpsam_jax.text_files import read_text, shown
 
 Areas = Mapping[str, np.ndarray]  # case id -> (D, K) native pixels per slice and class
-
-_RULES = {  # rule -> (settings of which exactly one is needed, default seed)
-    "random": (("fraction", "count"), 0),
-    "area": (("fraction", "count"), 42),
-    "volumes": (("volumes",), 0),
-    "every": (("every",), 0),
-    "all": ((), 0),
-}
 
 
 @dataclass(frozen=True)
@@ -80,11 +73,11 @@ def make_list(
     1.3; seed 42 unless given); `volumes`, the pool of that many random cases; `every`, each
     n-th slice of the pool of every case, from its first; `all`.
     """
-    if rule not in _RULES:
-        raise UserError(f"unknown few-shot rule {rule!r}; known are {', '.join(_RULES)}")
+    if rule not in RULES:
+        raise UserError(f"unknown few-shot rule {rule!r}; known are {', '.join(RULES)}")
     given = {"fraction": fraction, "count": count, "volumes": volumes, "every": every}
     given = {key: value for key, value in given.items() if value is not None}
-    needed, default_seed = _RULES[rule]
+    needed, default_seed = RULES[rule]
     seed = default_seed if seed is None else seed
     if set(given) - set(needed) or len(given) != min(len(needed), 1):
         takes = f"one setting, {' or '.join(needed)}" if needed else "no size setting"

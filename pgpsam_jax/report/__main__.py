@@ -12,11 +12,17 @@ def main(arguments=None) -> None:
         "with every figure also as PNG, PDF and CSV beside it.",
     )
     parser.add_argument("folder", help="workdir of pgpsam_jax.main, or folder of a grid")
+    parser.add_argument(
+        "--data", metavar="ROOT", help="folder of the data set, if the run cannot find it"
+    )
+    parser.add_argument(
+        "--base", metavar="STEM", help="converted SAM of the run, if the run cannot find it"
+    )
     options = parser.parse_args(arguments)
     with exit_on_user_error():
         from pgpsam_jax.report.page import write_report  # after --help: it imports JAX
 
-        print(write_report(options.folder))
+        print(write_report(options.folder, data=options.data, base=options.base))
 
 
 if __name__ == "__main__":

@@ -41,10 +41,15 @@ beside them.</footer>
 """
 
 
-def write_report(folder) -> Path:
-    """Write `<folder>/report/report.html` and its figures for a run or a grid; returns its path."""
+def write_report(folder, *, data=None, base=None) -> Path:
+    """Write `<folder>/report/report.html` and its figures for a run or a grid; returns its path.
+
+    data: root of the data set; base: stem of the converted SAM; where they are not, or no longer,
+    at the places that the run knows.
+    """
     folder = Path(folder)
-    subject = Subject.read(folder)
+    given = {"data.root": data, "model.base": base}
+    subject = Subject.read(folder, {field: str(path) for field, path in given.items() if path})
     figures = folder / "report" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for old in figures.iterdir():  # of an earlier report, which may have had more figures

@@ -58,7 +58,7 @@ class Look:
 
 def look_into(run: Run) -> Look:
     """Run the newest checkpoint on up to 24 slices of 3 scored cases; `UserError` if it cannot."""
-    tests, trained = TestSet(run), load_run(run.workdir)
+    tests, trained = TestSet(run), load_run(run.workdir, run.given.get("model.base"))
     if not tests.cases:
         raise UserError(f"{run.workdir} has no evaluated test case")
     places = np.linspace(0, len(tests.cases) - 1, min(_CASES, len(tests.cases)))

@@ -21,10 +21,19 @@ class Subject:
     groups: list[Group]
 
     @classmethod
-    def read(cls, folder) -> "Subject":
-        """From a folder; `UserError` if it is neither a workdir nor a grid."""
+    def read(cls, folder, given: dict | None = None) -> "Subject":
+        """From a folder; `UserError` if it is neither a workdir nor a grid.
+
+        given: as of `Run`, for all runs.
+        """
         run, grid = (None, read_grid(folder)) if is_grid(folder) else (read_run(folder), None)
-        return cls(run, grid, groups_of(run or grid))
+        groups = [
+            dataclasses.replace(
+                group, runs=tuple(dataclasses.replace(r, given=given or {}) for r in group.runs)
+            )
+            for group in groups_of(run or grid)
+        ]
+        return cls(run, grid, groups)
 
     @property
     def title(self) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from scipy import ndimage
 
+from pgpsam_jax import places
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.cache import read_case
 from pgpsam_jax.data.geometry import rescale
@@ -38,14 +39,16 @@ class TestSet:
 
     def __init__(self, run: Run):
         config = run.config.copy_and_resolve_references()
+        config.data.root = run.given.get("data.root", config.data.root)
         if config.data.layout == "phantom":
             config.data.layout = "btcv"  # what it was written as: a report generates nothing
-        split = dataset.find_split(config)
-        self.table = split.table
+        config.model.base = config.fewshot.file = ""  # of no use here
+        config = places.found(config, run.workdir, root_flag="--data")
+        self.table = dataset.label_table(config)
         if self.table.names != run.names:
             raise UserError(f"the label table of {config.data.root} is no longer the run's")
         scored = {row["case"] for row in run.cases}
-        self.cases = {case.case_id: case for case in split.test if case.case_id in scored}
+        self.cases = {c.case_id: c for c in dataset.find_cases(config) if c.case_id in scored}
         self.window, self.axis = tuple(config.data.window), config.data.axis
         self.region_of = lambda case_id, truth: np.ones(len(truth), bool)
         if config.data.split == "within_volume":

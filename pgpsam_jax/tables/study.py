@@ -5,6 +5,7 @@ import json
 from collections import Counter
 
 from pgpsam_jax import config as configuration
+from pgpsam_jax import identity
 from pgpsam_jax.evaluation.protocols import COLUMNS
 from pgpsam_jax.runs import DONE, Grid, Run
 
@@ -132,13 +133,12 @@ def _run_notes(lines) -> list[str]:
 
 
 def _apart_from_seed(run: Run) -> str:
-    """The configuration without seeds and without what changes no result."""
-    config = configuration.to_json(run.config)
-    for field in ("name", "seed", "log", "mesh", "eval"):
-        config.pop(field)
-    config["fewshot"].pop("seed")
-    config["data"].pop("cache_dir")
-    return json.dumps(config, sort_keys=True)
+    """What decides the results of a run, but for seeds: settings, and its inputs by content."""
+    apart = (*identity.NO_IDENTITY, "seed", "fewshot.seed", "eval.")
+    fields = configuration.flat(configuration.to_json(run.config))
+    fields = {key: value for key, value in fields.items() if not key.startswith(apart)}
+    inputs = {key: run.provenance.get(key) for key in ("data", "test", "base", "cnn_base")}
+    return json.dumps([fields, run.names, inputs], sort_keys=True)
 
 
 def _seed(run: Run):

@@ -1,0 +1,140 @@
+"""Sections of a configuration whose fields exclude each other: a later one unsets those before.
+
+What is set later wins: on the command line over the config file, in a config file over the one it
+builds on. Fields that are set in one and the same place stay as they are, and `check` refuses them
+where they contradict each other.
+"""
+
+import contextlib
+import contextvars
+import sys
+from pathlib import Path
+
+import ml_collections
+from ml_collections import ConfigDict
+
+from pgpsam_jax.errors import UserError
+
+RULES = {  # rule -> (settings of which exactly one is needed, default seed)
+    "random": (("fraction", "count"), 0),
+    "area": (("fraction", "count"), 42),
+    "volumes": (("volumes",), 0),
+    "every": (("every",), 0),
+    "all": ((), 0),
+}
+SIZES = ("fraction", "count", "volumes", "every")
+_DEFAULT_RULE = "random"
+
+_named: contextvars.ContextVar[str | None] = contextvars.ContextVar("source", default=None)
+_BETWEEN = (str(Path(ml_collections.__file__).parent), __file__)
+
+
+@contextlib.contextmanager
+def source(name: str):
+    """Fields set inside the block are set by `name`, not by the file whose code sets them."""
+    token = _named.set(name)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+class _Section(ConfigDict):
+    """Remembers which source set a field."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        sources, ours = self.__dict__.setdefault("_sources", {}), _named.get() or _caller()
+        sources[key] = ours
+        for field, unset in self._excluded(key).items():
+            if field in self._fields and sources.get(field) != ours:
+                super().__setitem__(field, unset)
+
+    def _excluded(self, key: str) -> dict:
+        """Field that `key` as it is now excludes -> its value where another source set it."""
+        raise NotImplementedError
+
+
+class DataSettings(_Section):
+    """`config.data`: a split file is a split of its own, globs are of the layout `pairs`."""
+
+    def _excluded(self, key: str) -> dict:
+        if key == "split_file" and self[key]:
+            return {"split": "file"}
+        if key == "split" and self[key] != "file":
+            return {"split_file": ""}
+        if key == "layout" and self[key] != "pairs":
+            return {"image_glob": "", "label_glob": ""}
+        return {}
+
+
+class TrainSettings(_Section):
+    """`config.train`: epochs that are set later than steps count."""
+
+    def _excluded(self, key: str) -> dict:
+        return {"steps": 0} if key == "epochs" else {}
+
+
+class FewShotSettings(_Section):
+    """`config.fewshot`: a list, or a rule with the one size that it takes."""
+
+    def _excluded(self, key: str) -> dict:
+        value = self[key]
+        if value is None or value == "":
+            return {}
+        if key == "file":
+            return dict.fromkeys(SIZES, None) | {"seed": None, "rule": _DEFAULT_RULE}
+        if key == "rule":
+            taken = RULES.get(value, (SIZES,))[0]
+            return dict.fromkeys(set(SIZES) - set(taken), None) | {"file": ""}
+        if key not in SIZES:
+            return {}
+        others = dict.fromkeys(set(SIZES) - {key}, None) | {"file": ""}
+        if key not in RULES.get(self.get("rule"), ((key,),))[0]:
+            others["rule"] = next(rule for rule, (taken, _) in RULES.items() if key in taken)
+        return others
+
+
+def check(fewshot: ConfigDict) -> None:
+    """Refuse few-shot settings that contradict each other."""
+    sizes = {key: fewshot[key] for key in SIZES if fewshot.get(key) is not None}
+    rule = fewshot.rule
+    if fewshot.file:
+        beside = sizes | ({"seed": fewshot.seed} if fewshot.seed is not None else {})
+        beside |= {"rule": rule} if rule != _DEFAULT_RULE else {}
+        if beside:
+            raise UserError(
+                f"fewshot.file is a list that is drawn already, beside which {_told(beside)} "
+                "means nothing; give one or the other"
+            )
+    if len(sizes) > 1:
+        raise UserError(f"{_told(sizes)} exclude each other; give one of them")
+    if rule not in RULES:
+        raise UserError(f"fewshot.rule is {rule!r}; choose from {', '.join(RULES)}")
+    taken = RULES[rule][0]
+    if set(sizes) - set(taken):
+        takes = " or ".join(f"fewshot.{size}" for size in taken) or "no size"
+        raise UserError(f"fewshot.rule is {rule!r}, which takes {takes}, not {_told(sizes)}")
+
+
+def check_complete(fewshot: ConfigDict) -> None:
+    """Refuse a rule without the size that it takes."""
+    taken = RULES[fewshot.rule][0]
+    if not fewshot.file and taken and all(fewshot.get(size) is None for size in taken):
+        raise UserError(
+            f"fewshot.rule is {fewshot.rule!r}, which takes one setting, "
+            f"{' or '.join(f'fewshot.{size}' for size in taken)}; give it"
+        )
+
+
+def _told(fields: dict) -> str:
+    *first, last = (f"fewshot.{key}={value}" for key, value in fields.items())
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _caller() -> str:
+    """The file whose code sets a field."""
+    frame = sys._getframe(2)
+    while frame and frame.f_code.co_filename.startswith(_BETWEEN):
+        frame = frame.f_back
+    return frame.f_code.co_filename if frame else ""
