@@ -101,10 +101,11 @@ def standing_elsewhere(cell: Cell) -> bool:
 def _train(cell: Cell) -> tuple[str | None, int]:
     """(reason of failure or None, exit code)."""
     from pgpsam_jax import train  # JAX: not before the claim
-    from pgpsam_jax.compilation import keep_compiled
+    from pgpsam_jax.compilation import keep_compiled, start
 
     keep_compiled()
     try:
+        start()
         train.train(configuration.from_json(cell.config), cell.folder)
     except Interrupted as error:
         print(f"stopped: {error}", file=sys.stderr)

@@ -6,10 +6,26 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
+from pgpsam_jax.errors import UserError
+
 _PREFIX = ".tmp-"
+# A `Path` makes one slash of two; one letter would be a drive of Windows.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+
+
+def local(path, what: str) -> Path:
+    """The path; a `UserError` that names `what` where it is an address, such as gs://bucket/x."""
+    if found := _ADDRESS.match(str(path)):
+        if found[1].lower() == "file":
+            how = "give the path itself, without file://"
+        else:
+            how = "mount it (gcsfuse, s3fs, rclone) or copy it, and give that folder or file"
+        raise UserError(f"{what} {path} is an address, and only local paths are read; {how}")
+    return Path(path)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 from pgpsam_jax import cluster, interruption
 from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.files import local
 from pgpsam_jax.hostmemory import keep_freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -70,17 +71,18 @@ def main(_):
             raise UserError("--mode evaluate needs --workdir, the folder of a trained run")
         if config is None and not evaluate:
             raise UserError("no configuration; give --config configs/phantom.py, for example")
+        workdir = local(_WORKDIR.value or f"runs/{config.name}", "--workdir")
         place = _place()
         # JAX: not before the mistakes that show without it
         from pgpsam_jax import memory_advice, session, train
-        from pgpsam_jax.compilation import keep_compiled
+        from pgpsam_jax.compilation import keep_compiled, start
         from pgpsam_jax.config import check
 
         if config is not None:
             check(config)
         keep_compiled()
-        workdir = _WORKDIR.value or f"runs/{config.name}"
         with session.joined(place), memory_advice.explained(config, workdir):
+            start()
             if evaluate:
                 train.evaluate_workdir(workdir, config)
             else:

@@ -10,8 +10,8 @@ import nibabel as nib
 from flax import nnx
 from ml_collections import ConfigDict
 
-from pgpsam_jax import methods, runs
-from pgpsam_jax.compilation import keep_compiled
+from pgpsam_jax import distributed, methods, runs
+from pgpsam_jax.compilation import keep_compiled, start
 from pgpsam_jax.config import load_config
 from pgpsam_jax.data.geometry import Fit, model_slices
 from pgpsam_jax.data.labels import load_label_table
@@ -39,6 +39,12 @@ class TrainedRun:
     def model(self) -> nnx.Module:
         """The module with the trained weights: images (B, S, S, 3) in [0, 1] to logits."""
         return self.predictor.model
+
+    @functools.cached_property
+    def identity(self) -> dict:
+        """What tells this run from others, wherever its folder is: a digest of all its numbers."""
+        numbers = distributed.checksum(nnx.state(self.model))
+        return {"workdir": str(self.workdir), "parameters": f"{numbers:08x}"}
 
     @property
     def results(self) -> runs.Run:
@@ -88,6 +94,7 @@ def load_run(workdir) -> TrainedRun:
     """The trained parameters of a workdir, ready to use; `UserError` if there are none."""
     keep_compiled()
     config = load_config(workdir)
+    start()
     names = tuple(load_label_table(Path(workdir) / "labels.json").names)
     return TrainedRun(Path(workdir), config, names, load_predictor(config, workdir, len(names)))
 
