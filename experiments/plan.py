@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from pgpsam_jax import config as configuration
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import write_json
+from pgpsam_jax.files import refuse_foreign, write_json
 from pgpsam_jax.provenance import code_version
 from pgpsam_jax.runs import PENDING, PLAN, Grid, Row, read_grid
 
@@ -163,6 +163,7 @@ def settle(grid: Grid, mix: bool) -> None:
     With `mix` the new plan replaces the old one: changed cells run in folders of their own, done
     ones stay, and tables say that code versions differ.
     """
+    refuse_foreign(grid.path, (PLAN,), "grid")
     if (grid.path / PLAN).is_file():
         before = read_grid(grid.path)
         found = _changes(before, grid)

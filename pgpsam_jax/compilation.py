@@ -60,9 +60,10 @@ def start() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter for CUDA without a GPU
         wanted = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
-        reason = str(error).splitlines()[0].split(" (set JAX_PLATFORMS")[0].rstrip(".") if str(error) else ""
+        reason = (str(error) or "no such device is here").splitlines()[0]
+        reason = reason.partition(" (set JAX_PLATFORMS")[0].rstrip(".")
         raise UserError(
-            f"JAX cannot start the platform {wanted!r} ({reason or 'no such device is here'}); "
+            f"JAX cannot start the platform {wanted!r} ({reason}); "
             "correct JAX_PLATFORMS, unset it to use what there is, or install JAX for that platform"
         ) from error
 

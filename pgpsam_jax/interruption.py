@@ -141,7 +141,8 @@ def listening(*, resumes: bool = True):
     fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     # The handler waits for Python code to run, which a compiler or a collective may keep from it
     # for minutes; the thread does not.
-    thread = threading.Thread(target=_watch, args=(stop, reader, heeded), daemon=True, name="signals")
+    watch = stop, reader, heeded
+    thread = threading.Thread(target=_watch, args=watch, daemon=True, name="signals")
     thread.start()
     try:
         yield

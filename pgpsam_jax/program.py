@@ -36,10 +36,10 @@ class Parser(argparse.ArgumentParser):
     address such as gs://bucket/x is refused wherever a folder or file may stand.
     """
 
-    def __init__(self, module: str, text: str, **options):
+    def __init__(self, module: str = "", text: str = "", prog: str | None = None, **options):
         described, examples, rest = text.strip().partition("\nExamples:\n")
         super().__init__(
-            prog=f"python -m {module}",
+            prog=prog or f"python -m {module}",  # argparse names commands within a command itself
             description=described,
             epilog=(examples + rest).strip() or None,
             formatter_class=_Help,

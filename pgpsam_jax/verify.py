@@ -1,12 +1,15 @@
 """Check a data set before training: every file, one line each, and what is wrong with it.
 
-python -m pgpsam_jax.verify --data ROOT [--layout btcv|nnunet|transunet|pairs]
-
 Ends with 0 if there are no errors (warnings there may be), 1 if there are, 2 if nothing could be
 checked. `--report FILE` writes what was found as JSON (`data/verification.py` says in which form).
+
+Examples:
+  python -m pgpsam_jax.verify --data datasets/BTCV
+  python -m pgpsam_jax.verify --data datasets/BTCV --split btcv_18_12 --report verify.json
+  python -m pgpsam_jax.verify --data datasets/mine --image-glob 'images/*.nii.gz' \\
+      --label-glob 'labels/*.nii.gz' --label-table datasets/mine/table.json --window -125,275
 """
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -19,9 +22,10 @@ from pgpsam_jax.data.cases import Listing
 from pgpsam_jax.data.findings import ERROR, WARNING
 from pgpsam_jax.data.labels import LabelTable, load_label_table
 from pgpsam_jax.data.verification import check_cases, findings_of, spoken, summarise
-from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_json
-from pgpsam_jax.text_files import shown
+from pgpsam_jax.program import Parser, running
+from pgpsam_jax.text_files import read_json, shown
 
 _LONGEST = 4000  # characters of a line
 
@@ -132,9 +136,11 @@ def _order_line(order: dict) -> str:
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pgpsam_jax.verify", description=__doc__)
+    parser = Parser("pgpsam_jax.verify", __doc__)
     parser.add_argument("--data", required=True, help="folder of the data set")
-    parser.add_argument("--layout", default="auto", choices=["auto", *layouts.LAYOUTS])
+    parser.add_argument(
+        "--layout", default="auto", choices=["auto", *layouts.LAYOUTS], help="how its files lie"
+    )
     parser.add_argument("--image-glob", help="layout pairs: such as images/*.nii.gz")
     parser.add_argument("--label-glob", help="layout pairs: such as labels/*.nii.gz")
     parser.add_argument("--label-table", help="JSON file that names the classes")
@@ -144,8 +150,10 @@ def main(arguments=None) -> int:
     parser.add_argument(
         "--workers", type=int, default=0, help="processes; 0 = this one, -1 = one per core"
     )
-    given = parser.parse_args(arguments)
-    with exit_on_user_error():
+    with running():
+        given = parser.parse_args(arguments)
+        if given.report:
+            _refuse_other(Path(given.report))
         report = verify(
             given.data,
             given.layout,
@@ -163,7 +171,24 @@ def main(arguments=None) -> int:
                 raise UserError(
                     f"report {given.report} cannot be written: {error.strerror or error}"
                 ) from error
+            print(f"report in {given.report}")
         return 1 if report["counts"]["errors"] else 0
+
+
+def _refuse_other(path: Path) -> None:
+    """A `UserError` where a report would take the place of another file."""
+    if path.is_dir():
+        raise UserError(f"--report {path} is a folder; name a file in it")
+    if not path.exists():
+        return
+    try:
+        there = read_json(path, "report")
+    except UserError:
+        there = None
+    if not (isinstance(there, dict) and {"schema", "files", "counts"} <= there.keys()):
+        raise UserError(
+            f"--report {path} is there and is no report of verify; give another name, or remove it"
+        )
 
 
 if __name__ == "__main__":
