@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_dict
 
 from pgpsam_jax.data.augment_config import RELEASE, AugmentConfig
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import write_json
+from pgpsam_jax.files import local, write_json
 from pgpsam_jax.optim import OptimConfig
 from pgpsam_jax.text_files import read_json, shown
 
@@ -27,6 +27,7 @@ FREE_ON_RESUME = (
     "data.root",
     "data.cache_dir",
     "data.resident_gib",
+    "data.max_gib",
     "data.verify",
     "validation.dead_epochs",
     "model.base",
@@ -43,6 +44,7 @@ _PLACES = (
     "data.root",
     "data.cache_dir",
     "data.resident_gib",
+    "data.max_gib",
     "data.verify",
     "validation.dead_epochs",
     "eval.overlays",
@@ -125,6 +127,7 @@ def default_config() -> ConfigDict:
     config.data.split_seed = 0
     config.data.cache_dir = ""  # empty = <workdir>/cache
     config.data.resident_gib = 2.0  # a few-shot set up to this size stays on every device
+    config.data.max_gib = 2.0  # of a volume as float32; a larger one is taken for a broken file
     config.data.phantom_seed = 0
     config.data.verify = True  # every file is checked before its first use (pgpsam_jax.verify)
 
@@ -238,10 +241,12 @@ def from_json(value: dict, where: str = "stored configuration") -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuse numbers that are none (NaN, infinite) or less than their field can be."""
+    """Refuse addresses, and numbers that are none (NaN) or less than their field can be."""
     for key, value in _flat(config.to_dict()).items():
         least = -math.inf if key.startswith(("optim.", "augment.")) else _LEAST.get(key, 0)
         for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, str):
+                local(item, key)
             if isinstance(item, int | float) and not (math.isfinite(item) and item >= least):
                 wanted = "a finite number" + f", {least} or more" * (least > -math.inf)
                 raise UserError(f"{key} is {shown(str(value), 60)}; give {wanted}")
@@ -279,7 +284,7 @@ def _of_today(value: dict) -> dict:
 
 def load_config(workdir) -> ConfigDict:
     """The configuration a workdir was trained with."""
-    path = Path(workdir) / "config.json"
+    path = local(workdir, "workdir") / "config.json"
     if not path.is_file():
         raise UserError(
             f"{path} not found, so {workdir} is no training workdir; train one with "

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pgpsam_jax.data import array_checks
 from pgpsam_jax.data.nifti import Volume, read_image
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.masks import VOLUMES, Masks
 from pgpsam_jax.evaluation.workers import ahead, check, in_order, worker_count
 from pgpsam_jax.hostmemory import keep_freed_memory
-from pgpsam_jax.program import Parser, running
+from pgpsam_jax.program import Parser, positive, running
 
 SUFFIXES = (".nii", ".nii.gz")
 
@@ -146,6 +147,12 @@ def main() -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace masks that this run did not write"
     )
+    parser.add_argument(
+        "--max-gib",
+        type=positive,
+        help="largest volume, as float32, that is read, in three times as much memory; default: "
+        "the run's data.max_gib",
+    )
     with running():
         arguments = parser.parse_args()
         # JAX: not before the mistakes that show without it
@@ -160,6 +167,8 @@ def main() -> None:
         options = {"overwrite": arguments.overwrite}
         Masks(arguments.output, by_stem(inputs), previews=arguments.overlay, **options)
         run = load_run(arguments.workdir)
+        if arguments.max_gib:
+            array_checks.allow(arguments.max_gib)
         failed = predict(
             run.predictor,
             run.label_names,

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import math
+import re
 import threading
 
 from pgpsam_jax import interruption
@@ -18,6 +20,22 @@ def running():
             return
         with interruption.listening(resumes=False):
             yield
+
+
+def positive(text: str) -> float:
+    """A number above 0, for `add_argument(type=...)`."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def pair(text: str) -> tuple[float, float]:
+    """Two numbers such as -125,275, the lower first, for `add_argument(type=...)`."""
+    low, high = (float(part) for part in text.strip("()[] ").split(","))
+    if not -math.inf < low < high < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a lower and a higher number")
+    return low, high
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -46,6 +64,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
+        self._negative_number_matcher = re.compile(r"-[\d.]")  # else -125,275 would be a flag
 
     def parse_known_args(self, args=None, namespace=None):
         found, rest = super().parse_known_args(args, namespace)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from pgpsam_jax import distributed, methods, runs
 from pgpsam_jax.compilation import keep_compiled, start
 from pgpsam_jax.config import load_config
+from pgpsam_jax.data import array_checks
 from pgpsam_jax.data.geometry import Fit, model_slices
 from pgpsam_jax.data.labels import load_label_table
 from pgpsam_jax.data.nibabel_image import from_nibabel
@@ -95,6 +96,7 @@ def load_run(workdir) -> TrainedRun:
     keep_compiled()
     config = load_config(workdir)
     start()
+    array_checks.allow(config.data.max_gib)
     names = tuple(load_label_table(Path(workdir) / "labels.json").names)
     return TrainedRun(Path(workdir), config, names, load_predictor(config, workdir, len(names)))
 

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from pgpsam_jax.data import layouts
+from pgpsam_jax.data import array_checks, layouts
 from pgpsam_jax.data.arrays import NO_GRID
 from pgpsam_jax.data.cases import Listing
 from pgpsam_jax.data.findings import ERROR, WARNING
@@ -24,7 +24,7 @@ from pgpsam_jax.data.labels import LabelTable, load_label_table
 from pgpsam_jax.data.verification import check_cases, findings_of, spoken, summarise
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_json
-from pgpsam_jax.program import Parser, running
+from pgpsam_jax.program import Parser, pair, positive, running
 from pgpsam_jax.text_files import read_json, shown
 
 _LONGEST = 4000  # characters of a line
@@ -39,6 +39,7 @@ def verify(
     table: LabelTable | None = None,
     split: str | None = None,
     split_file=None,
+    window: tuple[float, float] | None = None,
     workers: int = 0,
     say=print,
 ) -> dict:
@@ -61,7 +62,7 @@ def verify(
     for finding in listing.findings:
         of_file.setdefault(finding.file, []).append(finding)
     records, said = [], set()
-    for record in check_cases(listing.cases, table, workers=workers):
+    for record in check_cases(listing.cases, table, window=window, workers=workers):
         records.append(record)
         for file in record["files"]:
             file["findings"] += [f.to_json() for f in of_file.pop(file["file"], ())]
@@ -150,10 +151,23 @@ def main(arguments=None) -> int:
     parser.add_argument(
         "--workers", type=int, default=0, help="processes; 0 = this one, -1 = one per core"
     )
+    parser.add_argument(
+        "--window",
+        type=pair,
+        metavar="LOW,HIGH",
+        help="as data.window: intensities that a run tells apart, such as -125,275",
+    )
+    parser.add_argument(
+        "--max-gib",
+        type=positive,
+        default=array_checks.MAX_GIB,
+        help="largest volume, as float32, that is read, in three times as much memory",
+    )
     with running():
         given = parser.parse_args(arguments)
         if given.report:
             _refuse_other(Path(given.report))
+        array_checks.allow(given.max_gib)
         report = verify(
             given.data,
             given.layout,
@@ -162,6 +176,7 @@ def main(arguments=None) -> int:
             table=load_label_table(given.label_table) if given.label_table else None,
             split="file" if given.split_file else given.split,
             split_file=given.split_file,
+            window=given.window,
             workers=given.workers,
         )
         if given.report:

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pgpsam_jax.data import cache, fewshot, layouts
+from pgpsam_jax.data import array_checks, cache, fewshot, layouts
 from pgpsam_jax.data.labels import LabelTable, load_label_table
 from pgpsam_jax.errors import UserError
 
@@ -66,6 +66,7 @@ def label_table(config: ConfigDict) -> LabelTable:
 
 def find_split(config: ConfigDict) -> Split:
     """The cases of `config.data` by part; the phantom is generated where it lacks."""
+    array_checks.allow(config.data.max_gib)
     data, table = config.data, label_table(config)
     if not data.root:
         raise UserError("data.root is empty; set --config.data.root to the folder of the data set")

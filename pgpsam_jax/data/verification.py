@@ -39,11 +39,16 @@ _MEMORY = "verified.json"  # in the cache folder: records of cases that were che
 
 
 def check_cases(
-    cases: Sequence[Case], table: LabelTable | None, *, workers: int = 0
+    cases: Sequence[Case],
+    table: LabelTable | None,
+    *,
+    window: tuple[float, float] | None = None,
+    workers: int = 0,
 ) -> Iterable[dict]:
     """The record of each case, in order; one case in memory per process, -1: one per core."""
     count = worker_count(workers, len(cases), _MANY, _CHECKING)
-    return in_order(functools.partial(check_case, table=table), iter(cases), count, _CHECKING)
+    check = functools.partial(check_case, table=table, window=window)
+    return in_order(check, iter(cases), count, _CHECKING)
 
 
 def summarise(

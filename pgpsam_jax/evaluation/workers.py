@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from pgpsam_jax.data import array_checks
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.interruption import SIGNALS
 
@@ -146,7 +147,8 @@ class _Pool:
 
 
 def _start() -> subprocess.Popen:
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; _serve()"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; "
+    code += f"_serve({array_checks.allowed()})"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", code], **pipes)
 
@@ -163,8 +165,9 @@ def _ended(*_):
     raise SystemExit
 
 
-def _serve() -> None:
+def _serve(max_gib: float) -> None:
     """A worker's life: a job in, an answer out, until the pipe closes."""
+    array_checks.allow(max_gib)
     for number in SIGNALS:  # they reach the whole group; the parent acts
         signal.signal(number, signal.SIG_IGN)
     signal.signal(_END, _ended)
