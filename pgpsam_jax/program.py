@@ -7,7 +7,7 @@ import re
 import threading
 
 from pgpsam_jax import interruption
-from pgpsam_jax.errors import exit_on_user_error
+from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.files import local
 
 
@@ -65,6 +65,9 @@ class Parser(argparse.ArgumentParser):
             **options,
         )
         self._negative_number_matcher = re.compile(r"-[\d.]")  # else -125,275 would be a flag
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
 
     def parse_known_args(self, args=None, namespace=None):
         found, rest = super().parse_known_args(args, namespace)

@@ -10,8 +10,10 @@ Examples:
       --label-glob 'labels/*.nii.gz' --label-table datasets/mine/table.json --window -125,275
 """
 
+import contextlib
 import dataclasses
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -27,6 +29,11 @@ from pgpsam_jax.files import write_json
 from pgpsam_jax.program import Parser, pair, positive, running
 from pgpsam_jax.text_files import read_json, shown
 
+# Fields of `config.data`; short names count only where they are no part of a path.
+_SETTINGS = re.compile(
+    r"\bdata\.(?P<name>layout|image_glob|label_glob|label_table|split_file|split|window)\b"
+    r"|(?<![\w/.'\"-])(?P<short>image_glob|label_glob|label_table|split_file)(?![\w/.'\"-])"
+)
 _LONGEST = 4000  # characters of a line
 
 
@@ -50,7 +57,7 @@ def verify(
     started, base = time.perf_counter(), Path(root)
 
     def tell(line: str) -> None:  # names of files are untrusted too
-        say(shown(line, _LONGEST))
+        say(shown(spelled(line), _LONGEST))
 
     if layout == "auto":
         layout = layouts.detect(root, image_glob)
@@ -163,7 +170,7 @@ def main(arguments=None) -> int:
         default=array_checks.MAX_GIB,
         help="largest volume, as float32, that is read, in three times as much memory",
     )
-    with running():
+    with running(), _flags_named():
         given = parser.parse_args(arguments)
         if given.report:
             _refuse_other(Path(given.report))
@@ -190,11 +197,29 @@ def main(arguments=None) -> int:
         return 1 if report["counts"]["errors"] else 0
 
 
+def spelled(text: str) -> str:
+    """A message with settings of a run's configuration named as the flags of this command."""
+    return _SETTINGS.sub(
+        lambda found: f"--{(found['name'] or found['short']).replace('_', '-')}", text
+    )
+
+
+@contextlib.contextmanager
+def _flags_named():
+    try:
+        yield
+    except UserError as error:
+        raise UserError(spelled(str(error))) from error
+
+
 def _refuse_other(path: Path) -> None:
     """A `UserError` where a report would take the place of another file."""
     if path.is_dir():
         raise UserError(f"--report {path} is a folder; name a file in it")
     if not path.exists():
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise UserError(f"--report {path} cannot be written: {place} does not take files")
         return
     try:
         there = read_json(path, "report")

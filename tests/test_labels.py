@@ -131,7 +131,9 @@ def test_bad_tables(tmp_path, value, message):
     ],
 )
 def test_tables_as_others_write_them(value):
-    assert LabelTable.from_json(value) == LabelTable(("background", "liver", "spleen"), {1: 1, 3: 2})
+    assert LabelTable.from_json(value) == LabelTable(
+        ("background", "liver", "spleen"), {1: 1, 3: 2}
+    )
 
 
 def test_a_background_class_maps_its_ids_to_background():

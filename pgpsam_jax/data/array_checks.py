@@ -29,8 +29,8 @@ def check_size(path, shape, itemsize: int = 4) -> None:
         wanted = math.ceil(need)
         raise BadFile(
             f"{path} declares {' x '.join(map(str, shape))} voxels, {need:.1f} GiB in memory, over "
-            f"the limit of {_allowed:g} GiB; check its header, crop it, or set data.max_gib (of "
-            f"predict and verify: --max-gib) to {wanted}, which takes {_COPIES * wanted} GiB of "
+            f"the limit of {_allowed:g} GiB; check its header, crop it, or set data.max_gib "
+            f"(--max-gib of predict and verify) to {wanted}, which takes {_COPIES * wanted} GiB of "
             "memory",
             "size",
         )

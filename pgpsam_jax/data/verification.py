@@ -127,7 +127,8 @@ def _order_findings(order: dict, table: LabelTable | None) -> list[Finding]:
         known = f"; the organs look like {order['order']}" if order["order"] else ""
         message = (
             f"there is no label table, so ids have no names{known}; write a JSON file that names "
-            'every class, {"classes": [{"name": "spleen", "source": [1]}, ...]}'
+            'every class, {"classes": [{"name": "spleen", "source": [1]}, ...]}, and give it as '
+            "data.label_table"
         )
         return [Finding(ERROR, "no_table", "", message)]
     if order["verdict"] != "mixed_up":
