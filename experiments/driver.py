@@ -12,7 +12,7 @@ from tqdm import tqdm
 from experiments.placement import places
 from experiments.run_cell import BUSY, DIED, standing, write_state
 from pgpsam_jax import config as configuration
-from pgpsam_jax.errors import AGAIN
+from pgpsam_jax.errors import AGAIN, SIGNALED, Interrupted
 from pgpsam_jax.provenance import code_version
 from pgpsam_jax.runs import DONE, FAILED, PENDING, RUNNING, Cell, Grid, read_metrics
 
@@ -40,7 +40,7 @@ class Driver:
 
     def run(self) -> bool:
         """True when every cell is done."""
-        with _terminated_as_interrupt(), self._bar:
+        with _interrupted(), self._bar:
             try:
                 self._bar.n = self._bar.initial = self._progress()
                 while self.running or self._may_start():
@@ -150,13 +150,19 @@ def _ended(code: int) -> str:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupt():
-    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that cells are ended with it."""
+def _interrupted():
+    """Ctrl-C, SIGTERM and SIGHUP end the block, so that cells are ended with it."""
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    def interrupt(number, _):
+        raise Interrupted(
+            f"{signal.Signals(number).name} came; the same command goes on where it was",
+            code=SIGNALED + number,
+        )
 
-    before = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        heeded.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
     finally:

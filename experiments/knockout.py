@@ -1,14 +1,15 @@
 """What a trained model loses when one of its parts is switched off at test time.
 
-python -m experiments.knockout RUN_OR_GRID [--output FILE.csv]
-
 Each part is silenced by editing weights (a mixing scalar to zero, the last layer of a prompt path
 to zero, gates shut), and all test cases are segmented again. The drop says how much the trained
 model *relies* on the part; what training without it reaches is what `table3` measures. A part
 that is trained but silent costs nothing here.
+
+Examples:
+  python -m experiments.knockout runs/phantom --output knockout.csv
+  python -m experiments.knockout runs/table3 --only ppr
 """
 
-import argparse
 import re
 from pathlib import Path
 
@@ -22,12 +23,13 @@ from pgpsam_jax import places
 from pgpsam_jax.config import load_config
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.cache import read_case
-from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import metrics
 from pgpsam_jax.evaluation.scores import defined_mean
 from pgpsam_jax.files import csv_text, write_text
 from pgpsam_jax.methods import method_of
 from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.program import Parser, running
 from pgpsam_jax.runs import is_grid, read_grid
 from pgpsam_jax.trained import load_run
 
@@ -136,12 +138,12 @@ def _class_mean(rows, run: str, part: str) -> float:
 
 def main(arguments=None) -> None:
     """Entry point; `arguments` replace those of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.knockout", description=__doc__)
-    parser.add_argument("folder", metavar="RUN_OR_GRID")
+    parser = Parser("experiments.knockout", __doc__)
+    parser.add_argument("folder", metavar="RUN_OR_GRID", help="workdir of a run, folder of a grid")
     parser.add_argument("--only", default="", metavar="ROW", help="of a grid, this row's runs")
     parser.add_argument("--output", metavar="FILE", help="CSV with every case and class")
-    options = parser.parse_args(arguments)
-    with exit_on_user_error():
+    with running():
+        options = parser.parse_args(arguments)
         folders = [options.folder]
         if is_grid(options.folder):
             runs = read_grid(options.folder).runs()

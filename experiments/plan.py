@@ -16,7 +16,7 @@ from pgpsam_jax import config as configuration
 from pgpsam_jax import identity
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import write_json
+from pgpsam_jax.files import refuse_foreign, write_json
 from pgpsam_jax.provenance import code_version
 from pgpsam_jax.runs import DONE, PENDING, PLAN, Cell, Grid, Row, read_grid, read_json
 from pgpsam_jax.settings import assign, load_file, load_function
@@ -167,6 +167,7 @@ def settle(grid: Grid, mix: bool) -> Grid:
     With `mix` the new plan replaces the old one: changed cells run in folders of their own, done
     ones stay, and tables say that code versions differ.
     """
+    refuse_foreign(grid.path, (PLAN,), "grid")
     if (grid.path / PLAN).is_file():
         before = read_grid(grid.path)
         planned = {cell.name: cell for cell in grid.cells}

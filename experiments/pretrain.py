@@ -1,15 +1,15 @@
 """A small SAM, trained to segment whatever a point or a box asks for, on phantoms of its own.
 
-    python -m experiments.pretrain --output weights/sam_vit_t
-
 There are no published SAM weights of a size that two CPU cores can train with, yet half of the
 compared methods do not train the encoder. This makes a backbone for rehearsals of them: all of SAM
 trains, on phantoms of another seed than those of `configs/phantom.py`, with the prompts of SAM's
 paper (a point or a box, drawn from the mask) and no class. It has seen organs of this kind, which
 Meta's SAM has not: nothing that is measured with it says anything about Meta's weights.
+
+Examples:
+  python -m experiments.pretrain --output weights/sam_vit_t
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,41 +19,42 @@ import numpy as np
 import optax
 from flax import nnx
 
+from pgpsam_jax.compilation import start
 from pgpsam_jax.config import default_config, use_small_encoder
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.augment import augment, sample_keys
 from pgpsam_jax.data.augment_config import AugmentConfig
 from pgpsam_jax.data.loader import make_loader
-from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.errors import UserError
 from pgpsam_jax.hostmemory import keep_freed_memory
 from pgpsam_jax.models.mask_decoder import upsample_logits
 from pgpsam_jax.models.sam import Sam, SamConfig
 from pgpsam_jax.optim import OptimConfig, make_optimizer
 from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.program import Parser, running
 from pgpsam_jax.step import to_input
-from pgpsam_jax.weights import base_files
+from pgpsam_jax.weights import base_files, load_base
 from weights_conversion import sam
 
 SEED = 1000  # of the phantoms; those of configs/phantom.py have 0
 SMALLEST = 20  # pixels of a mask that may be asked for
 BATCH = 8
+_SOURCE = "experiments.pretrain: phantoms, no published SAM"
 _OPTIM = OptimConfig(learning_rate=1e-3, weight_decay=0.01, clip_norm=1.0)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train, and write `<output>.safetensors` and `<output>.json`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.pretrain",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("experiments.pretrain", __doc__)
     parser.add_argument("--output", default="weights/sam_vit_t", help="stem of the two files")
     parser.add_argument("--steps", type=int, default=2500, help="of 8 slices each")
     parser.add_argument("--root", default="datasets/phantom_pretrain", help="its phantoms")
-    options = parser.parse_args(arguments)
-    with exit_on_user_error():
+    with running():
+        options = parser.parse_args(arguments)
+        start()
         if options.steps < 1:
             raise UserError("--steps is the number of training steps; give 1 or more")
+        _refuse_other(options.output)
         images, labels = slices(options.root)
         model = pretrain(sam_config(images.shape[1]), images, labels, options.steps)
         store(model, options.output)
@@ -163,10 +164,19 @@ def mask_loss(logits, masks):
     return entropy + 1 - dice, shared / jnp.maximum(either, 1)
 
 
+def _refuse_other(output) -> None:
+    """A `UserError`, before minutes of training, where weights from elsewhere would be lost."""
+    weights, _ = base_files(output)
+    if weights.exists() and load_base(output).meta.get("source") != _SOURCE:
+        raise UserError(
+            f"{weights} is there and was not made by this program; choose another --output"
+        )
+
+
 def store(model: Sam, output) -> None:
     """Write a SAM as the weights that `model.base` takes."""
     tensors = {path: np.asarray(leaf[...]) for path, leaf in flat_paths(nnx.state(model)).items()}
-    sam.store(output, tensors, {"source": "experiments.pretrain: phantoms, no published SAM"})
+    sam.store(output, tensors, {"source": _SOURCE}, overwrite=True)
     weights, sidecar = base_files(output)
     print(f"wrote {weights} and {sidecar.name}")
 

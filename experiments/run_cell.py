@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 
 from pgpsam_jax import config as configuration
-from pgpsam_jax import interruption
+from pgpsam_jax import interruption, lock
 from pgpsam_jax.errors import AGAIN, Interrupted, UserError, exit_on_user_error
 from pgpsam_jax.files import write_json
 from pgpsam_jax.hostmemory import keep_freed_memory
@@ -44,7 +44,8 @@ def standing(cell: Cell) -> str:
         return state["state"]
     if fcntl is not None and state["host"] == socket.gethostname():
         with _locked(cell.folder) as free:
-            return DIED if free else RUNNING
+            if free is not None:
+                return DIED if free else RUNNING
     return RUNNING if time.time() - state["heartbeat"] < STALE_SECONDS else DIED
 
 
@@ -54,23 +55,31 @@ def write_state(folder: Path, state: str, **fields) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path):
-    """Whether the cell's lock is ours inside the block."""
+    """Whether the cell's lock is ours inside the block; None where there are no locks."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-        yield True
+        yield _free(file)
+
+
+def _free(file) -> bool | None:
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in lock.NO_LOCKS:
+            return None
+        raise
+    return True
 
 
 def run(cell: Cell) -> int:
     """Run the cell to its end; the exit code: 0 done, 1 or 2 failed, BUSY if it is running,
     AGAIN if a signal has stopped it."""
     with _locked(cell.folder) as free:
-        if not free or standing_elsewhere(cell):
+        if free is False or standing_elsewhere(cell):
             print(f"{cell.name} is being run by another process", file=sys.stderr)
             return BUSY
         if cell.state["state"] == DONE:
@@ -101,10 +110,11 @@ def standing_elsewhere(cell: Cell) -> bool:
 def _train(cell: Cell) -> tuple[str | None, int]:
     """(reason of failure or None, exit code)."""
     from pgpsam_jax import train  # JAX: not before the claim
-    from pgpsam_jax.compilation import keep_compiled
+    from pgpsam_jax.compilation import keep_compiled, start
 
     keep_compiled()
     try:
+        start()
         train.train(configuration.from_json(cell.config), cell.folder)
     except Interrupted as error:
         print(f"stopped: {error}", file=sys.stderr)

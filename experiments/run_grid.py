@@ -1,12 +1,14 @@
 """Run all cells of a grid, several at a time; again, and only what is not done is run.
 
-python -m experiments.run_grid --grid experiments/grids/table3.py:phantom --workdir runs/table3
-
 A cell is a run folder `<row>-seed<n>-<hash of its settings>` with its own log. A cell that died is
 resumed from its last checkpoint; one that failed is tried again. Exit code 0: all done.
+
+Examples:
+  python -m experiments.run_grid --grid experiments/grids/table3.py:phantom --workdir runs/table3
+  python -m experiments.run_grid --grid experiments/grids/table3.py --workdir runs/btcv \\
+      --set data.root=datasets/BTCV --workers 2 --only 'ppr-*'
 """
 
-import argparse
 import fnmatch
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from experiments.plan import make_grid, parse_settings, settle
 from experiments.run_cell import standing
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.files import write_text
+from pgpsam_jax.program import Parser
 from pgpsam_jax.runs import DONE, RUNNING, Cell, Grid
 
 
@@ -31,7 +34,7 @@ def listing(grid: Grid, cells: list[Cell]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.run_grid", description=__doc__)
+    parser = Parser("experiments.run_grid", __doc__)
     parser.add_argument("--grid", required=True, help="grid file, its variant behind a colon")
     parser.add_argument("--workdir", required=True, help="folder of the grid")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
@@ -45,9 +48,8 @@ def main() -> None:
         "--mix", action="store_true", help="go on although settings or code have changed"
     )
     parser.add_argument("--slurm", action="store_true", help="write a job-array script instead")
-    arguments = parser.parse_args()
-    with exit_on_user_error():
-        sys.exit(_run(arguments))
+    with exit_on_user_error():  # the driver heeds signals: its cells have to be ended
+        sys.exit(_run(parser.parse_args()))
 
 
 def _run(arguments) -> int:
@@ -73,11 +75,7 @@ def _run(arguments) -> int:
         print(f"{path}: {len(todo)} cells; submit it with sbatch {path}")
         return 0
     driver = Driver(grid, cells, arguments.workers, arguments.max_failures)
-    try:
-        complete = driver.run()
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
+    complete = driver.run()
     print(listing(grid, cells))
     return 0 if complete else 1
 

@@ -1,16 +1,20 @@
-"""Tables of grids and runs: python -m experiments.tables runs/table3 --format markdown.
+"""Tables of grids and runs.
 
 RUNS are grid folders (finished or not) and run folders. One run folder alone gets its own tables;
 of several, those whose configurations differ in seeds only are the seeds of one row, and the first
 row is the reference. CSV is long: every score of every case, organ, protocol and metric.
+
+Examples:
+  python -m experiments.tables runs/table3 --format markdown
+  python -m experiments.tables runs/table3 --format csv --output table3.csv
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import csv_text, write_text
+from pgpsam_jax.program import Parser, running
 from pgpsam_jax.runs import is_grid, read_grid, read_run
 from pgpsam_jax.tables import study
 from pgpsam_jax.tables.assemble import run_tables, study_tables, to_latex, to_markdown
@@ -18,12 +22,13 @@ from pgpsam_jax.tables.assemble import run_tables, study_tables, to_latex, to_ma
 
 def main(arguments=None) -> None:
     """Entry point; `arguments` replace those of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.tables", description=__doc__)
+    parser = Parser("experiments.tables", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="grid folders and run folders")
-    parser.add_argument("--format", choices=("markdown", "latex", "csv"), default="markdown")
+    formats = ("markdown", "latex", "csv")
+    parser.add_argument("--format", choices=formats, default="markdown", help="of the tables")
     parser.add_argument("--output", metavar="FILE", help="write there instead of printing")
-    options = parser.parse_args(arguments)
-    with exit_on_user_error():
+    with running():
+        options = parser.parse_args(arguments)
         text = format_tables(options.runs, options.format)
         if options.output is None:
             sys.stdout.write(text)

@@ -1,7 +1,14 @@
 """PGP-SAM in JAX/Flax NNX: few-shot medical image segmentation on Segment Anything."""
 
+import sys
+
 __version__ = "0.1.0"
 __all__ = ["load_run"]
+
+if sys.argv[:1] == ["-m"]:  # while Python looks for the command that it was asked to start
+    from pgpsam_jax.starting import begin
+
+    begin()
 
 
 def __getattr__(name: str):

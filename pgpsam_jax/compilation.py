@@ -15,6 +15,8 @@ from pathlib import Path
 import filelock
 import jax
 
+from pgpsam_jax.errors import UserError
+
 MAX_BYTES = 5 * 10**9
 
 # Every program is kept, however small: a start has dozens, each far below JAX's own threshold.
@@ -50,6 +52,20 @@ def keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+
+
+def start() -> None:
+    """Have JAX start its platforms; a `UserError` where one that was asked for is not there."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter for CUDA without a GPU
+        wanted = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+        reason = (str(error) or "no such device is here").splitlines()[0]
+        reason = reason.partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+        raise UserError(
+            f"JAX cannot start the platform {wanted!r} ({reason}); "
+            "correct JAX_PLATFORMS, unset it to use what there is, or install JAX for that platform"
+        ) from error
 
 
 def cache_folder() -> Path:

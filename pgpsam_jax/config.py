@@ -15,7 +15,7 @@ from pgpsam_jax import exclusive
 from pgpsam_jax.data.augment_config import RELEASE, AugmentConfig
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.exclusive import SIZES, DataSettings, FewShotSettings, TrainSettings
-from pgpsam_jax.files import write_json
+from pgpsam_jax.files import local, write_json
 from pgpsam_jax.optim import OptimConfig
 from pgpsam_jax.text_files import read_json, shown
 
@@ -95,6 +95,7 @@ def default_config() -> ConfigDict:
     config.data.split_seed = 0
     config.data.cache_dir = ""  # empty = <workdir>/cache
     config.data.resident_gib = 2.0  # a few-shot set up to this size stays on every device
+    config.data.max_gib = 2.0  # of a volume as float32; a larger one is taken for a broken file
     config.data.phantom_seed = 0
     config.data.verify = True  # every file is checked before its first use (pgpsam_jax.verify)
 
@@ -208,10 +209,12 @@ def from_json(value: dict, where: str = "stored configuration") -> ConfigDict:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuse numbers that their field cannot be, NaN too, and few-shot settings at odds."""
+    """Refuse addresses, numbers that their field cannot be, and few-shot settings at odds."""
     for key, value in flat(config.to_dict()).items():
         least = -math.inf if key.startswith(("optim.", "augment.")) else _LEAST.get(key, 0)
         for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, str):
+                local(item, key)
             if type(item) is int and not max(least, -MOST) <= item <= MOST:
                 wanted = f"a whole number from {max(least, -MOST)} to {MOST}"
                 raise UserError(f"{key} is {shown(str(item), 30)}; give {wanted}")
@@ -262,7 +265,7 @@ def _of_today(value: dict) -> dict:
 
 def load_config(workdir) -> ConfigDict:
     """The configuration a workdir was trained with."""
-    path = Path(workdir) / "config.json"
+    path = local(workdir, "workdir") / "config.json"
     if not path.is_file():
         raise UserError(
             f"{path} not found, so {workdir} is no training workdir; train one with "

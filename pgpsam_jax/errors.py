@@ -1,14 +1,18 @@
 """How a program ends: a sentence that says what is wrong, in which file, and what to do.
 
-Exit codes: 2 for a mistake of the user, `AGAIN` where the same command goes on from what is saved.
+Exit codes: 2 for a mistake of the user, `AGAIN` where the same command goes on from what is saved,
+128 and the number of the signal that ended any other command, as shells have it (130: Ctrl-C).
 """
 
 import contextlib
 import errno
 import os
+import signal
 import sys
 
 AGAIN = 75  # EX_TEMPFAIL: a signal has stopped the program, which can be started again
+SIGNALED = 128  # and the signal's number
+NO_READER = SIGNALED + getattr(signal, "SIGPIPE", 13)
 
 _SPACE = "free some space, then start the same command again"
 _PLACE = "make it accessible to this user, or choose another folder"
@@ -30,14 +34,14 @@ class UserError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asks the program to end; printed without a traceback, exit code `AGAIN`.
+    """A signal asks the program to end; printed without a traceback.
 
-    agreed: all processes of the run end here, having saved together.
+    agreed: all processes of the run end here, having saved together. code: the exit code.
     """
 
-    def __init__(self, message: str, *, agreed: bool = False):
+    def __init__(self, message: str, *, agreed: bool = False, code: int = AGAIN):
         super().__init__(message)
-        self.agreed = agreed
+        self.agreed, self.code = agreed, code
 
 
 def explained(error: BaseException) -> BaseException:
@@ -57,14 +61,26 @@ def explained(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def exit_on_user_error():
-    """End with a sentence on stderr: `UserError` with code 2, `Interrupted` with `AGAIN`.
+    """End with a sentence on stderr: `UserError` with code 2, `Interrupted` with its own.
 
-    Faults of the disk are told like a `UserError`; the rest passes.
+    Faults of the disk are told like a `UserError`; where whoever read the output has left (`head`),
+    nothing is; the rest passes.
     """
     try:
-        yield
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # closed
+                sys.stdout.flush()
     except Interrupted as error:
-        _end(AGAIN, f"stopped: {error}")
+        _end(error.code, f"stopped: {error}")
+    except KeyboardInterrupt:
+        _end(SIGNALED + signal.SIGINT, "stopped: SIGINT came")
+    except BrokenPipeError as error:
+        if error.filename is not None:
+            raise
+        _silence()
+        sys.exit(NO_READER)
     except Exception as error:
         if not isinstance(told := explained(error), UserError):
             raise
@@ -72,5 +88,16 @@ def exit_on_user_error():
 
 
 def _end(code: int, text: str):
-    print(text, file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except (AttributeError, OSError):  # closed, or what cannot be written is the output itself
+        _silence()
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _silence() -> None:
+    """Output that nobody can take goes nowhere; Python would complain of it at its end."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,13 +6,33 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
 from pathlib import Path
 
+from pgpsam_jax.errors import UserError
+
 _PREFIX = ".tmp-"
 _KEPT = 40  # characters of a name, of up to 4 bytes; file systems know no names over 255 bytes
+_WRITTEN = (  # by runs and grids, at the top of their folders
+    "base.json best config.json cost.json evaluation fewshot.txt frozen.safetensors grid.json "
+    "labels.json metrics.jsonl provenance.json slurm.sh timing.json training.png verify.json"
+).split()
+# A `Path` makes one slash of two; one letter would be a drive of Windows.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+
+
+def local(path, what: str) -> Path:
+    """The path; a `UserError` that names `what` where it is an address, such as gs://bucket/x."""
+    if found := _ADDRESS.match(str(path)):
+        if found[1].lower() == "file":
+            how = "give the path itself, without file://"
+        else:
+            how = "mount it (gcsfuse, s3fs, rclone) or copy it, and give that folder or file"
+        raise UserError(f"{what} {path} is an address, and only local paths are read; {how}")
+    return Path(path)
 
 
 @contextlib.contextmanager
@@ -87,6 +107,23 @@ def remove_temporaries(folder) -> None:
         for name in names:
             if name.startswith(_PREFIX):
                 Path(place, name).unlink(missing_ok=True)
+
+
+def refuse_foreign(folder, marks, kind: str) -> None:
+    """A `UserError` where a folder has other things than a run or a grid (`kind`) in it.
+
+    marks: names of which it would hold one. Loose files, such as logs, stay as they are unless
+    they have a name that is written there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir() or any((folder / mark).exists() for mark in marks):
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name != "cache" and (path.is_dir() or path.name in _WRITTEN):
+            raise UserError(
+                f"{folder} holds {path.name} but is no {kind}; choose an empty or new folder for "
+                "--workdir"
+            )
 
 
 def write_text(path, text: str) -> None:

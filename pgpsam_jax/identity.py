@@ -41,6 +41,7 @@ _MANNER = (
     "mesh.",
     "log.",
     "data.resident_gib",
+    "data.max_gib",
     "data.verify",
     "validation.dead_epochs",
     "model.attention",

@@ -1,8 +1,9 @@
-"""Signals that ask a run to end: it finishes the step, saves, and exits with code `errors.AGAIN`.
+"""Signals that ask a program to end: a run finishes the step, saves, and exits with `errors.AGAIN`.
 
 SIGTERM and SIGUSR1 come from schedulers, SIGINT from Ctrl-C. Where nothing would be lost (reading
 data, compiling, evaluating) the program ends at once, and so it does at a further SIGINT. Without
 `listening` signals do what they do in any Python program, and nothing here has an effect.
+A command that cannot go on where it was ends at once with `errors.SIGNALED` and the number.
 
 The processes of one run stop after the same step. Each asks at the end of every step whether to
 `stop_after` it. Once a signal has reached one of them, `peers` has every process hold there and
@@ -18,17 +19,22 @@ import sys
 import threading
 import time
 
-from pgpsam_jax.errors import AGAIN, Interrupted
+from pgpsam_jax.errors import AGAIN, SIGNALED, Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM))
+_HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal is closed
 GRACE_SECONDS = 20  # to end where nothing is saved; schedulers kill after 30 s
 _EXPLAINED = "finishing the step and saving; Ctrl-C ends at once"
 
 
 class Stop:
-    """Whether, and after which step, this process has been asked to stop."""
+    """Whether, and after which step, this process has been asked to stop.
 
-    def __init__(self):
+    resumes: the same command goes on from what is saved.
+    """
+
+    def __init__(self, resumes: bool = True):
+        self.resumes, self.code = resumes, AGAIN
         self.reason: str | None = None  # the signal, and the process that it reached
         self.asked = threading.Event()
         self.deferred = self.raised = self.several = self._announced = False
@@ -41,6 +47,12 @@ class Stop:
         if self.reason is None:
             self.reason = reason
             self.asked.set()
+
+    def receive(self, number: int) -> None:
+        """Stop, for a signal to this process."""
+        if not self.resumes and self.reason is None:
+            self.code = SIGNALED + number
+        self.ask(signal.Signals(number).name)
 
     def announce(self) -> None:
         """Say, once, what happens now; the step may end before the thread that watches wakes."""
@@ -86,10 +98,12 @@ class Stop:
         """Raise what ends the program, once. saved: the step after which the state was saved."""
         if not self.raised:
             self.raised = True
-            raise Interrupted(self.told(saved), agreed=agreed)
+            raise Interrupted(self.told(saved), agreed=agreed, code=self.code)
 
     def told(self, saved: int | None = None) -> str:
         """Why the program ends, and what to do."""
+        if not self.resumes:
+            return f"{self.reason} came; every file that was written is complete"
         if saved is None:
             return f"{self.reason} came; the same command goes on from what is saved"
         return f"{self.reason} came, step {saved} is saved; the same command goes on from there"
@@ -104,27 +118,38 @@ def current() -> Stop:
 
 
 @contextlib.contextmanager
-def listening():
-    """Heed the signals inside the block, which belongs to the main thread."""
+def listening(*, resumes: bool = True):
+    """Heed the signals inside the block, which belongs to the main thread.
+
+    resumes: as for `Stop`. An error after a signal is taken for its consequence.
+    """
     global _stop
-    stop = _stop = Stop()
+    stop = _stop = Stop(resumes)
+    heeded = set(SIGNALS)
+    if not resumes and signal.getsignal(_HANGUP) is not signal.SIG_IGN:  # as nohup has it
+        heeded.add(_HANGUP)
     reader, writer = socket.socketpair()
     for end in (reader, writer):
         end.setblocking(False)
 
     def heed(number, _):
-        stop.ask(signal.Signals(number).name)
+        stop.receive(number)
         if not stop.deferred:
             stop.end()
 
-    before = {number: signal.signal(number, heed) for number in set(SIGNALS)}
+    before = {number: signal.signal(number, heed) for number in heeded}
     fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     # The handler waits for Python code to run, which a compiler or a collective may keep from it
     # for minutes; the thread does not.
-    thread = threading.Thread(target=_watch, args=(stop, reader), daemon=True, name="signals")
+    watch = stop, reader, heeded
+    thread = threading.Thread(target=_watch, args=watch, daemon=True, name="signals")
     thread.start()
     try:
         yield
+    except Exception as error:  # compiled modules make other errors of the interrupt
+        if stop.raised and not stop.resumes:
+            raise Interrupted(stop.told(), code=stop.code) from error
+        raise
     finally:
         signal.set_wakeup_fd(fd)
         for number, handler in before.items():
@@ -148,22 +173,22 @@ def deferred():
         stop.end()
 
 
-def _watch(stop: Stop, reader: socket.socket) -> None:
+def _watch(stop: Stop, reader: socket.socket, heeded: set) -> None:
     """Read which signals come, until the other end closes."""
     deadline, came = None, False
     while True:
         patience = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not select.select([reader], [], [], patience)[0]:
-            _leave(AGAIN, f"stopped: {stop.told()}")
+            _leave(stop.code, f"stopped: {stop.told()}")
         received = reader.recv(64)
         if not received:
             return
-        for number in filter(SIGNALS.__contains__, received):
+        for number in filter(heeded.__contains__, received):
             if came and number == signal.SIGINT:
                 _leave(130, "stopped: interrupted twice; what was not saved is lost")
             if not came:
                 came = True
-                stop.ask(signal.Signals(number).name)
+                stop.receive(number)
                 if stop.deferred:
                     stop.announce()
                 else:

@@ -14,6 +14,7 @@ from absl import app, flags, logging
 
 from pgpsam_jax import cluster, interruption
 from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.files import local
 from pgpsam_jax.hostmemory import keep_freed_memory
 
 _CONFIG = flags.DEFINE_string(
@@ -83,15 +84,17 @@ def main(arguments):
             raise UserError("--mode evaluate needs --workdir, the folder of a trained run")
         if _CONFIG.value is None and _WORKDIR.value is None:
             raise UserError("no configuration; give --config configs/phantom.py, for example")
+        local(_WORKDIR.value or "", "--workdir")
         place = _place()
         # JAX: not before the mistakes that show without it
         config = _configuration(dict(arguments[1:]))
         from pgpsam_jax import memory_advice, session, train
-        from pgpsam_jax.compilation import keep_compiled
+        from pgpsam_jax.compilation import keep_compiled, start
 
         keep_compiled()
         workdir = _WORKDIR.value or f"runs/{config.name}"
         with session.joined(place), memory_advice.explained(config, workdir):
+            start()
             if evaluate:
                 train.evaluate_workdir(workdir, config)
             else:

@@ -1,23 +1,31 @@
 """Segment NIfTI files with a trained run: masks on the input's own grid, label names beside.
 
-python -m pgpsam_jax.predict --workdir runs/x --input FILE_OR_FOLDER --output FOLDER
+The volume of every organ is printed and kept: volumes.csv, predictions.json (which also says which
+run made each mask), labels.json (what the ids mean). Masks that this run did not write are never
+replaced without --overwrite.
+
+Examples:
+  python -m pgpsam_jax.predict --workdir runs/x --input volume.nii.gz --output masks
+  python -m pgpsam_jax.predict --workdir runs/x --input volumes --output masks --overlay
+  python -m pgpsam_jax.predict --workdir runs/x --input volumes --output masks --skip-existing
 """
 
-import argparse
-import collections
 import functools
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
-from pgpsam_jax.config import load_config
+from pgpsam_jax.data import array_checks
+from pgpsam_jax.data.grid import AXIAL
 from pgpsam_jax.data.nifti import Volume, read_image
 from pgpsam_jax.data.volume_files import Inputs, find_inputs, stem_of
-from pgpsam_jax.errors import UserError, exit_on_user_error
-from pgpsam_jax.evaluation.outputs import Predicted, write_prediction
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation.masks import VOLUMES, Masks
 from pgpsam_jax.evaluation.workers import ahead, check, in_order, worker_count
-from pgpsam_jax.files import write_json
 from pgpsam_jax.hostmemory import keep_freed_memory
+from pgpsam_jax.program import Parser, positive, running
 from pgpsam_jax.text_files import shown
 
 _LONGEST = 2000  # characters of a line
@@ -29,36 +37,48 @@ def predict(
     inputs: Inputs,
     output,
     *,
-    overlay: bool,
-    skip_existing: bool,
+    run: Mapping,
+    overlay: bool = False,
+    skip_existing: bool = False,
+    overwrite: bool = False,
     workers: int = 0,
+    warnings_of: Callable[[Volume], Iterable[str]] = lambda volume: (),
+    axis: str = AXIAL,
 ) -> int:
     """Write `<output>/<name>.nii.gz` for every input; returns the number of files that failed.
 
     A file that cannot be read is reported and passed over: the rest of a folder is still done.
-    `workers` as in `evaluate`: processes write a mask while the next volume is predicted.
+    run: `TrainedRun.identity`, which is kept with the masks; other runs' masks and files that no
+    run wrote are only replaced with `overwrite` (see `Masks`). workers: as in `evaluate`, processes
+    write a mask while the next volume is predicted. warnings_of: what is odd about an input, a
+    sentence each; it is printed, and kept with the mask. axis: along which slices are cut, one of
+    `grid.AXES`.
     """
-    output = Path(output)
+    from pgpsam_jax.evaluation.outputs import Predicted, write_prediction  # brings what draws
+
+    started, output = time.perf_counter(), Path(output)
+    masks = Masks(output, by_stem(inputs.files), previews=overlay, overwrite=overwrite)
+    masks.claim(run, names)
     if inputs.passed_over:
         tqdm.write(inputs.passed_over)
     for fault in inputs.faults:
         _report(fault)
-    failed, inputs = list(inputs.faults), inputs.files
-    for path in inputs:
-        target = output / f"{stem_of(path)}.nii.gz"
-        if target.resolve() == path.resolve():
-            raise UserError(f"{target} would overwrite its input; choose another --output")
-    if skip_existing:
-        inputs = [path for path in inputs if not (output / f"{stem_of(path)}.nii.gz").is_file()]
-    write_json(output / "labels.json", {name: i for i, name in enumerate(names)})
+    read = functools.partial(_read, axis=axis)
+    failed, warned, total = list(inputs.faults), {}, len(inputs.files)
+    there = set(masks.done()) if skip_existing else set()
+    inputs = [path for path in inputs.files if stem_of(path) not in there]
+    masks.begin([stem_of(path) for path in inputs])
 
     def predicted():
         progress = tqdm(inputs, desc="predicting", unit="volume")
-        for path, volume in zip(progress, ahead(_read, inputs), strict=True):
+        for path, volume in zip(progress, ahead(read, inputs), strict=True):
             if isinstance(volume, UserError):
                 _report(volume)
                 failed.append(path)
                 continue
+            warned[stem_of(path)] = list(warnings_of(volume))
+            for text in warned[stem_of(path)]:
+                tqdm.write(f"warning: {path.name}: {text}")
             image = volume.array if overlay else None
             ids = predictor(volume)
             yield Predicted(stem_of(path), ids, volume.spacing, volume.source, image=image)
@@ -66,7 +86,16 @@ def predict(
     write = functools.partial(write_prediction, folder=output, names=names, window=predictor.window)
     size = sum(path.stat().st_size for path in inputs)  # a compressed CT takes a byte per voxel
     count = worker_count(workers, len(inputs), size)
-    collections.deque(in_order(write, predicted(), count), maxlen=0)
+    try:
+        for stem, facts in in_order(write, predicted(), count):
+            tqdm.write(f"{stem}: {_said(facts['ml'])}")
+            masks.add(stem, facts, warned[stem])
+    finally:
+        masks.close()
+    done = sum(stem_of(path) in warned for path in inputs)
+    text = f"{done} mask{'s' * (done != 1)} in {output} ({time.perf_counter() - started:.1f} s)"
+    text += f", {len(there)} of {total} were there already" if there else ""
+    print(f"{text}; volumes of all organs in {output / VOLUMES}")
     return len(failed)
 
 
@@ -74,23 +103,51 @@ def _report(error: UserError) -> None:
     tqdm.write(shown(f"error: {error}", _LONGEST))  # names of files are untrusted
 
 
-def _read(path: Path) -> Volume | UserError:
+def by_stem(inputs: Iterable[Path]) -> dict[str, Path]:
+    """{name of the mask without its suffix: input}."""
+    return {stem_of(path): path for path in inputs}
+
+
+def _said(volumes: Mapping[str, float]) -> str:
+    """The organs found, with their millilitres."""
+    found = (
+        f"{name} {ml:.0f} ml" if ml >= 100 else f"{name} {ml:.3g} ml"
+        for name, ml in volumes.items()
+        if ml
+    )
+    return ", ".join(found) or "no organ found"
+
+
+def _read(path: Path, axis: str) -> Volume | UserError:
     try:
-        return read_image(path)
+        return read_image(path, axis)
     except UserError as error:
         return error
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pgpsam_jax.predict", description=__doc__)
+    parser = Parser("pgpsam_jax.predict", __doc__)
     parser.add_argument("--workdir", required=True, help="folder of a trained run")
     parser.add_argument("--input", required=True, help="a NIfTI file or a folder of them")
     parser.add_argument("--output", required=True, help="folder for the masks")
     parser.add_argument("--overlay", action="store_true", help="a PNG of slices beside each mask")
-    parser.add_argument("--skip-existing", action="store_true", help="keep masks already there")
+    parser.add_argument(
+        "--skip-existing", action="store_true", help="keep masks that this run wrote before"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace masks that this run did not write"
+    )
+    parser.add_argument(
+        "--max-gib",
+        type=positive,
+        help="largest volume, as float32, that is read, in three times as much memory; default: "
+        "the run's data.max_gib",
+    )
     parser.add_argument("--base", help="converted SAM of the run, if the run cannot find it")
-    arguments = parser.parse_args()
-    with exit_on_user_error():
+    with running():
+        arguments = parser.parse_args()
+        # JAX: not before the mistakes that show without it
+        from pgpsam_jax.config import load_config
         from pgpsam_jax.methods import refuse_without_labels
         from pgpsam_jax.trained import load_run
 
@@ -98,21 +155,28 @@ def main() -> None:
         check(config.eval.workers)
         refuse_without_labels(config.model)
         inputs = find_inputs(arguments.input)
+        options = {"overwrite": arguments.overwrite}
+        Masks(arguments.output, by_stem(inputs.files), previews=arguments.overlay, **options)
         run = load_run(arguments.workdir, arguments.base)
+        if arguments.max_gib:
+            array_checks.allow(arguments.max_gib)
         failed = predict(
             run.predictor,
             run.label_names,
             inputs,
             arguments.output,
+            run=run.identity,
+            warnings_of=run.remarks,
+            axis=run.config.data.axis,
             overlay=arguments.overlay,
             skip_existing=arguments.skip_existing,
             workers=run.config.eval.workers,
+            **options,
         )
         if failed:
-            raise UserError(
-                f"{failed} of {len(inputs.files) + len(inputs.faults)} files could not be read "
-                f"(see above); the others are in {arguments.output}"
-            )
+            total = len(inputs.files) + len(inputs.faults)
+            others = f"; the others are in {arguments.output}" if failed < total else ""
+            raise UserError(f"{failed} of {total} files could not be read (see above){others}")
 
 
 if __name__ == "__main__":

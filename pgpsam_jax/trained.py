@@ -11,10 +11,10 @@ import nibabel as nib
 from flax import nnx
 from ml_collections import ConfigDict
 
-from pgpsam_jax import methods, runs
-from pgpsam_jax.compilation import keep_compiled
+from pgpsam_jax import distributed, methods, runs
+from pgpsam_jax.compilation import keep_compiled, start
 from pgpsam_jax.config import load_config
-from pgpsam_jax.data import appearance
+from pgpsam_jax.data import appearance, array_checks
 from pgpsam_jax.data.geometry import Fit, model_slices
 from pgpsam_jax.data.grid import AXIAL
 from pgpsam_jax.data.labels import load_label_table
@@ -42,6 +42,12 @@ class TrainedRun:
     def model(self) -> nnx.Module:
         """The module with the trained weights: images (B, S, S, 3) in [0, 1] to logits."""
         return self.predictor.model
+
+    @functools.cached_property
+    def identity(self) -> dict:
+        """What tells this run from others, wherever its folder is: a digest of all its numbers."""
+        numbers = distributed.checksum(nnx.state(self.model))
+        return {"workdir": str(self.workdir), "parameters": f"{numbers:08x}"}
 
     @property
     def results(self) -> runs.Run:
@@ -119,6 +125,8 @@ def load_run(workdir, base=None) -> TrainedRun:
     config = load_config(workdir)
     if base:
         config.model.base = os.fspath(base)
+    start()
+    array_checks.allow(config.data.max_gib)
     names = tuple(load_label_table(Path(workdir) / "labels.json").names)
     return TrainedRun(Path(workdir), config, names, load_predictor(config, workdir, len(names)))
 

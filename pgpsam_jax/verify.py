@@ -1,28 +1,39 @@
 """Check a data set before training: every file, one line each, and what is wrong with it.
 
-python -m pgpsam_jax.verify --data ROOT [--layout btcv|nnunet|transunet|pairs]
-
 Ends with 0 if there are no errors (warnings there may be), 1 if there are, 2 if nothing could be
 checked. `--report FILE` writes what was found as JSON (`data/verification.py` says in which form).
+
+Examples:
+  python -m pgpsam_jax.verify --data datasets/BTCV
+  python -m pgpsam_jax.verify --data datasets/BTCV --split btcv_18_12 --report verify.json
+  python -m pgpsam_jax.verify --data datasets/mine --image-glob 'images/*.nii.gz' \\
+      --label-glob 'labels/*.nii.gz' --label-table datasets/mine/table.json --window -125,275
 """
 
-import argparse
+import contextlib
 import dataclasses
 import os
+import re
 import sys
 import time
 from pathlib import Path
 
-from pgpsam_jax.data import layouts
+from pgpsam_jax.data import array_checks, layouts
 from pgpsam_jax.data.arrays import NO_GRID
 from pgpsam_jax.data.cases import Listing
 from pgpsam_jax.data.findings import ERROR, WARNING
 from pgpsam_jax.data.labels import LabelTable, load_label_table
 from pgpsam_jax.data.verification import check_cases, findings_of, spoken, summarise
-from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_json
-from pgpsam_jax.text_files import shown
+from pgpsam_jax.program import Parser, pair, positive, running
+from pgpsam_jax.text_files import read_json, shown
 
+# Fields of `config.data`; short names count only where they are no part of a path.
+_SETTINGS = re.compile(
+    r"\bdata\.(?P<name>layout|image_glob|label_glob|label_table|split_file|split|window)\b"
+    r"|(?<![\w/.'\"-])(?P<short>image_glob|label_glob|label_table|split_file)(?![\w/.'\"-])"
+)
 _LONGEST = 4000  # characters of a line
 
 
@@ -35,6 +46,7 @@ def verify(
     table: LabelTable | None = None,
     split: str | None = None,
     split_file=None,
+    window: tuple[float, float] | None = None,
     workers: int = 0,
     say=print,
 ) -> dict:
@@ -45,7 +57,7 @@ def verify(
     started, base = time.perf_counter(), Path(root)
 
     def tell(line: str) -> None:  # names of files are untrusted too
-        say(shown(line, _LONGEST))
+        say(shown(spelled(line), _LONGEST))
 
     if layout == "auto":
         layout = layouts.detect(root, image_glob)
@@ -57,7 +69,7 @@ def verify(
     for finding in listing.findings:
         of_file.setdefault(finding.file, []).append(finding)
     records, said = [], set()
-    for record in check_cases(listing.cases, table, workers=workers):
+    for record in check_cases(listing.cases, table, window=window, workers=workers):
         records.append(record)
         for file in record["files"]:
             file["findings"] += [f.to_json() for f in of_file.pop(file["file"], ())]
@@ -135,9 +147,11 @@ def _order_line(order: dict) -> str:
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pgpsam_jax.verify", description=__doc__)
+    parser = Parser("pgpsam_jax.verify", __doc__)
     parser.add_argument("--data", required=True, help="folder of the data set")
-    parser.add_argument("--layout", default="auto", choices=["auto", *layouts.LAYOUTS])
+    parser.add_argument(
+        "--layout", default="auto", choices=["auto", *layouts.LAYOUTS], help="how its files lie"
+    )
     parser.add_argument("--image-glob", help="layout pairs: such as images/*.nii.gz")
     parser.add_argument("--label-glob", help="layout pairs: such as labels/*.nii.gz")
     parser.add_argument("--label-table", help="JSON file that names the classes")
@@ -147,8 +161,23 @@ def main(arguments=None) -> int:
     parser.add_argument(
         "--workers", type=int, default=0, help="processes; 0 = this one, -1 = one per core"
     )
-    given = parser.parse_args(arguments)
-    with exit_on_user_error():
+    parser.add_argument(
+        "--window",
+        type=pair,
+        metavar="LOW,HIGH",
+        help="as data.window: intensities that a run tells apart, such as -125,275",
+    )
+    parser.add_argument(
+        "--max-gib",
+        type=positive,
+        default=array_checks.MAX_GIB,
+        help="largest volume, as float32, that is read, in three times as much memory",
+    )
+    with running(), _flags_named():
+        given = parser.parse_args(arguments)
+        if given.report:
+            _refuse_other(Path(given.report))
+        array_checks.allow(given.max_gib)
         report = verify(
             given.data,
             given.layout,
@@ -157,6 +186,7 @@ def main(arguments=None) -> int:
             table=load_label_table(given.label_table) if given.label_table else None,
             split="file" if given.split_file else given.split,
             split_file=given.split_file,
+            window=given.window,
             workers=given.workers,
         )
         if given.report:
@@ -166,7 +196,42 @@ def main(arguments=None) -> int:
                 raise UserError(
                     f"report {given.report} cannot be written: {error.strerror or error}"
                 ) from error
+            print(f"report in {given.report}")
         return 1 if report["counts"]["errors"] else 0
+
+
+def spelled(text: str) -> str:
+    """A message with settings of a run's configuration named as the flags of this command."""
+    return _SETTINGS.sub(
+        lambda found: f"--{(found['name'] or found['short']).replace('_', '-')}", text
+    )
+
+
+@contextlib.contextmanager
+def _flags_named():
+    try:
+        yield
+    except UserError as error:
+        raise UserError(spelled(str(error))) from error
+
+
+def _refuse_other(path: Path) -> None:
+    """A `UserError` where a report would take the place of another file."""
+    if path.is_dir():
+        raise UserError(f"--report {path} is a folder; name a file in it")
+    if not path.exists():
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise UserError(f"--report {path} cannot be written: {place} does not take files")
+        return
+    try:
+        there = read_json(path, "report")
+    except UserError:
+        there = None
+    if not (isinstance(there, dict) and {"schema", "files", "counts"} <= there.keys()):
+        raise UserError(
+            f"--report {path} is there and is no report of verify; give another name, or remove it"
+        )
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ _DPI = 110
 _SIDES = ("validation_score", "lr", "learning_rate", "gradient_norm", "images_per_second")
 _GAP = 0.08  # inches between panels
 _MARGIN = 0.15
+_LONGEST = 4.0  # times the shorter side of a slice; a picture of its true shape could be a line
+_FINEST = 1024  # voxels drawn along a side: more than there are pixels
 
 
 def palette(names) -> dict[str, str]:
@@ -66,6 +68,8 @@ def overlay_slice(image, truth, prediction, spacing, names, title: str) -> Figur
     image: (H, W) in [0, 1]. truth, prediction: (H, W) class ids, either may be None (no panel).
     spacing: mm along (H, W).
     """
+    title += scale_note(image.shape, spacing)
+    spacing = drawn_spacing(image.shape, spacing)
     maps = {"ground truth": truth, "prediction": prediction}
     maps = {what: labels for what, labels in maps.items() if labels is not None}
     legend = {k: names[k] for k in present(names, *maps.values())}
@@ -139,15 +143,33 @@ def write_preview(image, prediction, spacing, names, path) -> Path:
     chosen = pool[np.unique(np.linspace(0, len(pool) - 1, min(12, len(pool))).round().astype(int))]
     legend = {k: names[k] for k in present(names, prediction[chosen])}
     title = path.name.removesuffix(path.suffix) + ("" if organs.size else ": no organ found")
+    title += scale_note(image.shape[1:], spacing[1:])
+    spacing = drawn_spacing(image.shape[1:], spacing[1:])
     columns = min(4, len(chosen))
     grid = math.ceil(len(chosen) / columns), columns
-    figure, axes = panels(grid, image.shape[1:], spacing[1:], 2.7, legend, names, title, 0.0)
+    figure, axes = panels(grid, image.shape[1:], spacing, 2.7, legend, names, title, 0.0)
     for ax, z in zip(axes, chosen, strict=False):
-        draw_slice(ax, image[z], prediction[z], spacing[1:], names)
+        draw_slice(ax, image[z], prediction[z], spacing, names)
         ax.text(0.98, 0.98, f"z = {z}", transform=ax.transAxes, ha="right", va="top", **note(8))
     for ax in axes[len(chosen) :]:
         ax.set_visible(False)
     return _save(figure, path)
+
+
+def drawn_spacing(shape, spacing) -> tuple[float, float]:
+    """The spacing, or a longer one along the shorter side of a slice that would be a line.
+
+    shape: (H, W); spacing: mm along them.
+    """
+    sides = [count * mm for count, mm in zip(shape, spacing, strict=True)]
+    least = max(sides) / _LONGEST
+    return tuple(max(side, least) / count for side, count in zip(sides, shape, strict=True))
+
+
+def scale_note(shape, spacing) -> str:
+    """What the title says where `drawn_spacing` is another one."""
+    drawn = drawn_spacing(shape, spacing)
+    return "" if np.allclose(drawn, spacing) else " (not to scale)"
 
 
 def present(names, *maps) -> list[int]:
@@ -163,7 +185,8 @@ def panels(grid, shape, spacing, width, legend, names, title, head, top=0.35):
     each row for panel titles; top: above them all. Returns the figure and its axes, row by row.
     """
     rows, columns = grid
-    height = width * (shape[0] * spacing[0]) / (shape[1] * spacing[1])
+    ratio = (shape[0] * spacing[0]) / (shape[1] * spacing[1])
+    height = width * min(max(ratio, 1 / _LONGEST), _LONGEST)
     total = columns * width + (columns - 1) * _GAP + 2 * _MARGIN
     across = max(1, int(total / (0.7 + 0.085 * max(map(len, legend.values()), default=1))))
     bottom = _MARGIN + 0.05 + 0.215 * math.ceil(len(legend) / across)
@@ -198,6 +221,9 @@ def draw_slice(ax, image, labels, spacing, names, letters=True) -> None:
     image: (H, W) in [0, 1]; labels: class ids of that shape; spacing: mm along (H, W).
     """
     height, width = (n * s for n, s in zip(image.shape, spacing, strict=True))
+    thin = tuple(slice(None, None, -(-n // _FINEST)) for n in image.shape)
+    image, labels = image[thin], labels if labels is None else labels[thin]
+    spacing = height / image.shape[0], width / image.shape[1]
     ax.imshow(
         image, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0), interpolation="bilinear"
     )

@@ -5,8 +5,9 @@ import sys
 import time
 from pathlib import Path
 
-from pgpsam_jax import interruption, lock
+from pgpsam_jax import interruption, lock, program
 from pgpsam_jax.errors import exit_on_user_error
+from pgpsam_jax.files import atomic_path
 
 interruption.GRACE_SECONDS = 0.2
 
@@ -55,6 +56,39 @@ def hold(folder):
     with lock.held(folder, "training"):
         ready()
         time.sleep(60)
+
+
+def command(folder):
+    """A command that writes a file."""
+    interruption.GRACE_SECONDS = 60
+    with program.running(), atomic_path(folder / "file"):
+        ready()
+        time.sleep(60)
+
+
+def masked(folder):
+    """A module of another language that tells of the interrupt in an error of its own."""
+    interruption.GRACE_SECONDS = 60
+    with program.running(), atomic_path(folder / "file"):
+        try:
+            ready()
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise ImportError("it failed to load") from None
+
+
+def talk(folder):
+    """A command that prints for long."""
+    with program.running():
+        ready()
+        while True:
+            print("more")
+
+
+def say(folder):
+    """A command that prints a little."""
+    with program.running():
+        print("some")
 
 
 if __name__ == "__main__":

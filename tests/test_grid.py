@@ -295,7 +295,7 @@ def test_a_stopped_driver_ends_its_cells(grid_file, tmp_path):
     cell = read_grid(folder).cells[0]
     pid = cell.state["pid"]
     driver.send_signal(signal.SIGTERM)
-    assert driver.wait(300) == 130
+    assert driver.wait(300) == 128 + signal.SIGTERM
     assert gone(pid) and cell.state["state"] == PENDING
 
 

@@ -86,15 +86,18 @@ def one(**entry):
         ({"classes": []}, "1 to 254 named classes"),
         ({"labels": []}, "unknown key 'labels'"),
         (one(name="a", source=[2]), "names must differ"),
-        (one(name="background", source=[2]), "names must differ"),
         (one(name="b", source=[1]), "source id 1 of class 'b'"),
         (one(name="b", source=[2, 2]), "source id 2 of class 'b'"),
         (one(name="b", source=[0]), "source id 0 of class 'b'"),
-        (one(name="b", source=["2"]), "source id '2' of class 'b'"),
+        (one(name="b", source=["two"]), "source id 'two' of class 'b'"),
         (one(name="b", source=[True]), "source id True of class 'b'"),
-        (one(name="b", source=[2.0]), "source id 2.0 of class 'b'"),
+        (one(name="b", source=[2.5]), "source id 2.5 of class 'b'"),
+        (["a", "b"], "background. comes first"),
+        ({"0": "liver"}, "id 0 is always"),
+        ({"liver": [1, 2], "tumor": [2]}, "source id 2 of class 'tumor'"),
+        ({"1": "2"}, "unknown key"),
+        ({"liver": 1, "ignore": 255}, "ignore label"),
         (one(name="b", source=[-1]), "must be integers in 0..65535"),
-        (one(name="b", source=2), "'source' must be a list"),
         (one(name="b", source=[]), "no source id for b"),
         (one(name="", source=[2]), "every class needs a name"),
         (one(name="b", source=[2], color="red"), "unknown key 'color'"),
@@ -108,6 +111,35 @@ def test_bad_tables(tmp_path, value, message):
     with pytest.raises(UserError, match=message) as caught:
         load_label_table(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"0": "background", "1": "liver", "3": "spleen"},
+        {"1": "liver", "3": "spleen"},
+        {"background": 0, "liver": "1", "spleen": [3.0]},
+        {"labels": {"background": "0", "liver": 1, "spleen": 3}, "file_ending": ".nii.gz"},
+        {"classes": [{"name": "liver", "source": "1"}, {"name": "spleen", "source": [3.0]}]},
+        {
+            "classes": [
+                {"name": "liver", "source": 1},
+                {"name": "background", "source": [0]},
+                {"name": "spleen", "source": 3},
+            ]
+        },
+    ],
+)
+def test_tables_as_others_write_them(value):
+    assert LabelTable.from_json(value) == LabelTable(
+        ("background", "liver", "spleen"), {1: 1, 3: 2}
+    )
+
+
+def test_a_background_class_maps_its_ids_to_background():
+    value = {"classes": [{"name": "a", "source": [2]}, {"name": "background", "source": [0, 7]}]}
+    assert LabelTable.from_json(value) == LabelTable(("background", "a"), {2: 1, 7: 0})
+    assert LabelTable.from_json(["background", "a", "b"]).source_to_class == {0: 0, 1: 1, 2: 2}
 
 
 def test_table_file_problems(tmp_path):

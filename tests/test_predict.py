@@ -9,7 +9,10 @@ import pytest
 
 from pgpsam_jax import predict
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation import masks
 
+RUN = {"workdir": "runs/x", "parameters": "0123abcd"}
+BESIDE = {masks.RECORD, masks.LABELS, masks.VOLUMES}
 NAMES = ["background", *(f"organ_{i}" for i in range(1, 6))]
 
 
@@ -46,7 +49,7 @@ def test_all_48_orientations(order, tmp_path):
         nib.save(image, tmp_path / f"{name}.nii.gz")
         wanted[name] = image, code
     inputs = predict.find_inputs(tmp_path)
-    options = dict(overlay=False, skip_existing=False)
+    options = dict(run=RUN)
     assert predict.predict(Oracle(), NAMES, inputs, tmp_path / "out", **options) == 0
     for name, (image, code) in wanted.items():
         mask = nib.load(tmp_path / "out" / f"{name}.nii.gz")
@@ -69,10 +72,11 @@ def test_processes_change_no_file(tmp_path):
     (tmp_path / "b.nii").write_bytes(b"nothing")
     inputs = predict.find_inputs(tmp_path)
     for count in (0, 2):
-        options = dict(overlay=True, skip_existing=False, workers=count)
+        options = dict(run=RUN, overlay=True, workers=count)
         assert predict.predict(Oracle(), NAMES, inputs, tmp_path / str(count), **options) == 1
     found = {path.name: path.read_bytes() for path in (tmp_path / "0").iterdir()}
-    assert set(found) == {"a.nii.gz", "a.png", "c.nii.gz", "c.png", "labels.json"}
+    assert set(found) == {"a.nii.gz", "a.png", "c.nii.gz", "c.png", *BESIDE}
+    found.pop(masks.RECORD)  # has the digests of files that have the time in them
     for name, content in found.items():
         other = tmp_path / "2" / name
         if name.endswith(".gz"):  # whose header holds the time of writing
@@ -89,21 +93,11 @@ def test_one_bad_file_does_not_stop_a_folder(tmp_path, capsys):
     whole = (tmp_path / "b.nii.gz").read_bytes()
     (tmp_path / "b.nii.gz").write_bytes(whole[: len(whole) // 2])
     inputs = predict.find_inputs(tmp_path)
-    options = dict(overlay=False, skip_existing=False)
+    options = dict(run=RUN)
     assert predict.predict(Oracle(), NAMES, inputs, tmp_path / "out", **options) == 1
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"a.nii.gz", "c.nii.gz", "labels.json"}
+    assert written == {"a.nii.gz", "c.nii.gz", *BESIDE}
     assert "b.nii.gz" in capsys.readouterr().out
-
-
-def test_skip_existing_keeps_what_is_there(tmp_path):
-    image, _ = volume((0, 1, 2), (False,) * 3, np.random.default_rng(0))
-    nib.save(image, tmp_path / "a.nii.gz")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a.nii.gz").write_bytes(b"mine")
-    inputs = predict.find_inputs(tmp_path / "a.nii.gz")
-    predict.predict(Oracle(), NAMES, inputs, tmp_path / "out", overlay=False, skip_existing=True)
-    assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"mine"
 
 
 def test_refusals(tmp_path):
@@ -115,7 +109,7 @@ def test_refusals(tmp_path):
     nib.save(image, tmp_path / "a.nii.gz")
     with pytest.raises(UserError, match="would overwrite its input"):
         inputs = predict.find_inputs(tmp_path)
-        predict.predict(Oracle(), NAMES, inputs, tmp_path, overlay=False, skip_existing=False)
+        predict.predict(Oracle(), NAMES, inputs, tmp_path, run=RUN)
     (tmp_path / "link.nii").symlink_to(tmp_path / "nothing")
     with pytest.raises(UserError, match="a link to nothing"):
         predict.find_inputs(tmp_path / "link.nii")

@@ -33,13 +33,19 @@ def check_suffix(output: Path) -> None:
         raise UserError(f"{output} should end in .pth or .safetensors; change --output")
 
 
-def write_checkpoint(output: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write tensors by name as the suffix says: `.pth` (needs torch) or `.safetensors`."""
+def write_checkpoint(
+    output: Path, tensors: dict[str, np.ndarray], *, overwrite: bool = False
+) -> None:
+    """Write tensors by name as the suffix says: `.pth` (needs torch) or `.safetensors`.
+
+    overwrite: as in `write_weights`.
+    """
     with writing(output), atomic_path(output) as temporary:
         if output.suffix == ".pth":
             _save_torch(temporary, tensors)
         else:
             save_file(tensors, temporary, {"format": "pt"})  # transformers asks for it
+        _keep_other(output, temporary, overwrite)
 
 
 @contextlib.contextmanager
@@ -53,11 +59,25 @@ def writing(path: Path):
         ) from None
 
 
-def write_weights(file: Path, tensors: dict[str, np.ndarray], metadata=None) -> str:
-    """Write converted weights to a safetensors file, and its folder; the SHA-256 of the file."""
+def write_weights(
+    file: Path, tensors: dict[str, np.ndarray], metadata=None, *, overwrite: bool = False
+) -> str:
+    """Write converted weights to a safetensors file, and its folder; the SHA-256 of the file.
+
+    A file of other content is kept, which is a `UserError`, unless `overwrite`.
+    """
     with writing(file), atomic_path(file) as temporary:
         save_file(tensors, temporary, metadata)
+        _keep_other(file, temporary, overwrite)
         return file_digest(temporary)
+
+
+def _keep_other(path: Path, temporary: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite and file_digest(path) != file_digest(temporary):
+        raise UserError(
+            f"{path} is there and holds something else; choose another --output, or replace it "
+            "with --overwrite"
+        )
 
 
 def _save_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -23,14 +23,14 @@ it is checked for names, shapes and exact round trips on both layouts, the publi
 themselves were not at hand.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import file_digest
+from pgpsam_jax.program import Parser, running
 from pgpsam_jax.weights import OFFICIAL, base_files, how_to_get, load_base
 from weights_conversion import resnet, sam
 from weights_conversion.checkpoint_files import check_suffix, read_checkpoint, write_checkpoint
@@ -39,7 +39,9 @@ FROM = {"official": sam.from_official, "huggingface": sam.from_huggingface}
 TO = {"official": sam.to_official, "huggingface": sam.to_huggingface}
 
 
-def convert(source, output, *, allow_unknown_md5: bool = False, log=print) -> dict:
+def convert(
+    source, output, *, allow_unknown_md5: bool = False, overwrite: bool = False, log=print
+) -> dict:
     """Write `<output>.safetensors` and `<output>.json` from a checkpoint; return the sidecar."""
     file = _source_file(Path(source), output)
     weights, sidecar = base_files(output)
@@ -63,7 +65,7 @@ def convert(source, output, *, allow_unknown_md5: bool = False, log=print) -> di
         "official_file": official,
         "casts": [{"tensor": name, "from": dtype} for name, dtype in sorted(casts.items())],
     }
-    meta = sam.store(output, ours, origin)
+    meta = sam.store(output, ours, origin, overwrite=overwrite)
     log(f"wrote    {weights} and {sidecar.name}")
     if meta["variant"] == "custom":
         log("note     width and depth are not those of vit_b, vit_l or vit_h")
@@ -74,7 +76,7 @@ def convert(source, output, *, allow_unknown_md5: bool = False, log=print) -> di
     return meta
 
 
-def reverse(source, output, layout: str, *, log=print) -> None:
+def reverse(source, output, layout: str, *, overwrite: bool = False, log=print) -> None:
     """Write converted weights back as a `.pth` (needs torch) or `.safetensors` checkpoint."""
     output = Path(output)
     check_suffix(output)
@@ -83,7 +85,7 @@ def reverse(source, output, layout: str, *, log=print) -> None:
     if output.exists() and output.samefile(base_files(source)[0]):
         raise UserError(f"{output} would overwrite the source; choose another --output")
     tensors = TO[layout](base.tensors, str(source))
-    write_checkpoint(output, tensors)
+    write_checkpoint(output, tensors, overwrite=overwrite)
     log(f"wrote    {output}, {len(tensors)} tensors in the {layout} layout")
 
 
@@ -112,13 +114,8 @@ def _official_name(file: Path, md5: str, allow_unknown: bool, log) -> str | None
     return known[md5].name if md5 in known else None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m weights_conversion.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> Parser:
+    parser = Parser("weights_conversion.convert", __doc__)
     parser.add_argument(
         "--kind",
         choices=("sam", "pgpsam_release", "resnet18"),
@@ -137,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
         help="SAM: convert a file that has an official name but not the official MD5",
     )
     parser.add_argument(
+        "--overwrite", action="store_true", help="replace files of other content at --output"
+    )
+    parser.add_argument(
         "--config",
         help="PGP-SAM: config file of the workdir, fields as --config.data.root=FOLDER; without it "
         "configs/synapse_release.py for 9 classes, configs/ventricle_release.py for 5",
@@ -145,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv=None) -> None:
+    with running():
+        _main(argv)
+
+
+def _main(argv) -> None:
     parser = _parser()
     arguments, fields = parser.parse_known_args(argv)
     if strange := [field for field in fields if not field.startswith("--config.")]:
@@ -163,24 +168,25 @@ def main(argv=None) -> None:
             parser.error("--reverse and --layout go together")
         if settings:
             parser.error("--config goes with --kind pgpsam_release")
-    with exit_on_user_error():
-        if arguments.kind == "pgpsam_release":
-            from weights_conversion import release  # imports JAX, which SAM needs not
+    options = {"overwrite": arguments.overwrite}
+    if arguments.kind == "pgpsam_release":
+        from weights_conversion import release  # imports JAX, which SAM needs not
 
-            if arguments.reverse:
-                release.reverse(arguments.source, arguments.output)
-            else:
-                release.convert(arguments.source, arguments.output, settings)
-        elif arguments.kind == "resnet18":
-            resnet.convert(arguments.source, arguments.output)
-        elif arguments.reverse:
-            reverse(arguments.source, arguments.output, arguments.layout)
+        if arguments.reverse:
+            release.reverse(arguments.source, arguments.output, **options)
         else:
-            convert(
-                arguments.source,
-                arguments.output,
-                allow_unknown_md5=arguments.allow_unknown_md5,
-            )
+            release.convert(arguments.source, arguments.output, settings)
+    elif arguments.kind == "resnet18":
+        resnet.convert(arguments.source, arguments.output, **options)
+    elif arguments.reverse:
+        reverse(arguments.source, arguments.output, arguments.layout, **options)
+    else:
+        convert(
+            arguments.source,
+            arguments.output,
+            allow_unknown_md5=arguments.allow_unknown_md5,
+            **options,
+        )
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def convert(source, output, settings=(), *, log=print) -> None:
     log(f"wrote    {output}: {table.num_classes} classes, checkpoint {epoch or 0}")
 
 
-def reverse(workdir, output, *, log=print) -> None:
+def reverse(workdir, output, *, overwrite: bool = False, log=print) -> None:
     """Write a workdir's trained weights as a `.pth` or `.safetensors` checkpoint of the release.
 
     What our model has no place for comes from the workdir if that was converted; else it is zero
@@ -111,7 +111,8 @@ def reverse(workdir, output, *, log=print) -> None:
         unused, names = _idle(ours), None
         log(f"added    {len(unused)} tensors that compute nothing: zeros, scales of norms ones")
     tensors = write(ours | unused, RELEASE, str(workdir))
-    write_checkpoint(output, {name: tensors[name] for name in names or tensors})
+    ordered = {name: tensors[name] for name in names or tensors}
+    write_checkpoint(output, ordered, overwrite=overwrite)
     log(f"wrote    {output}, {len(tensors)} tensors in the release layout")
 
 

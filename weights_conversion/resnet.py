@@ -62,7 +62,7 @@ def from_torchvision(tensors: Tensors, source: str = "checkpoint") -> dict[str, 
     return read(used, TORCHVISION, source)
 
 
-def convert(source, output, *, log=print) -> None:
+def convert(source, output, *, overwrite: bool = False, log=print) -> None:
     """Write `<output>.safetensors`, for `config.model.cnn_base`, from a checkpoint file."""
     source, output = Path(source), cnn_file(output)
     if not source.is_file():
@@ -79,5 +79,6 @@ def convert(source, output, *, log=print) -> None:
         )
     tensors = read_checkpoint(source).tensors
     ours = from_torchvision(tensors, str(source))
-    write_weights(output, ours, {"format": FORMAT, "source_sha256": digest})
+    metadata = {"format": FORMAT, "source_sha256": digest}
+    write_weights(output, ours, metadata, overwrite=overwrite)
     log(f"wrote    {output}, {len(ours)} of {len(tensors)} tensors")

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_json
+from pgpsam_jax.text_files import read_json
 from pgpsam_jax.weights import FORMAT, FORMAT_VERSION, base_files
 from weights_conversion import sam_table
 from weights_conversion.checkpoint_files import write_weights, writing
@@ -70,22 +72,36 @@ def describe(tensors: Tensors) -> dict:
     return {"variant": variant, "image_size": grid * patch, "patch_size": patch}
 
 
-def store(output, tensors: Tensors, origin: dict) -> dict:
+def store(output, tensors: Tensors, origin: dict, *, overwrite: bool = False) -> dict:
     """Write our tensors as `config.model.base` takes them; return the sidecar.
 
-    `<output>.safetensors` and `<output>.json`, which says `origin` of where they come from.
+    `<output>.safetensors` and `<output>.json`, which says `origin` of where they come from. Files
+    of other content are kept, which is a `UserError`, unless `overwrite`.
     """
     weights, sidecar = base_files(output)
+    if sidecar.exists() and not overwrite and not _is_sidecar(sidecar):
+        raise UserError(
+            f"{sidecar} is there and does not describe converted weights; choose another --output, "
+            "or replace it with --overwrite"
+        )
     meta = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         **describe(tensors),
         "colors": "normalized",  # every SAM here; see `models.sam.COLORS`
         **origin,
-        "sha256": write_weights(weights, tensors),
+        "sha256": write_weights(weights, tensors, overwrite=overwrite),
         "tensor_count": len(tensors),
         "parameter_count": sum(array.size for array in tensors.values()),
     }
     with writing(sidecar):
         write_json(sidecar, meta)
     return meta
+
+
+def _is_sidecar(path: Path) -> bool:
+    try:
+        value = read_json(path, "description")
+    except UserError:
+        return False
+    return isinstance(value, dict) and value.get("format") == FORMAT

@@ -13,18 +13,19 @@ Examples:
   python -m experiments.benchmark --suite gpu --output runs/benchmark_gpu
 """
 
-import argparse
 import sys
+from argparse import Namespace
 
 from experiments.benchmark import table
 from experiments.benchmark.points import SUITES, Point, cross, with_ceilings
 from experiments.benchmark.runner import Effort, measure
-from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.program import Parser, running
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure what the command line asks for; 1 if a point failed."""
-    with exit_on_user_error():
+    with running():
         options = _parser().parse_args(arguments)
         points = with_ceilings(points_of(options))
         if options.steps < 1:
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any("error" in row for row in asked.values()))
 
 
-def points_of(options: argparse.Namespace) -> list[Point]:
+def points_of(options: Namespace) -> list[Point]:
     """The points of a suite, or of the cross product of the lists."""
     if options.suite:
         return SUITES[options.suite]()
@@ -73,12 +74,8 @@ def numbers(flag: str, text: str) -> list[int]:
         raise UserError(f"{flag} {text!r} is no list of numbers; write for example 1,2,4") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser("experiments.benchmark", __doc__)
     add = parser.add_argument
     add(
         "--tasks",

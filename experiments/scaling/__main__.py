@@ -16,7 +16,6 @@ Examples:
   python -m experiments.scaling render runs/scaling
 """
 
-import argparse
 import sys
 
 from experiments.benchmark.__main__ import numbers, words
@@ -25,12 +24,13 @@ from experiments.scaling import points
 from experiments.scaling.render import render, render_all
 from experiments.scaling.rows import COMPILED, FAILED, MEASURED
 from experiments.scaling.study import Study, compile_with, devices_at_hand, measure_with
-from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.program import Parser, running
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a study or render one; 1 if a point failed."""
-    with exit_on_user_error():
+    with running():
         options = _parser().parse_args(arguments)
         if options.command == "render":
             for text in render_all(options.folder):
@@ -85,12 +85,8 @@ def _lists(options, dtype: str) -> dict:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser("experiments.scaling", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     measured = commands.add_parser("measured", help="time the step on the devices at hand")
     compiled = commands.add_parser("compiled", help="compile the step for TPU topologies")

@@ -5,16 +5,33 @@ import math
 import numpy as np
 
 from pgpsam_jax.data.findings import BadFile
-from pgpsam_jax.data.nifti import MAX_BYTES
+
+MAX_GIB = 2.0  # a 512 x 512 x 2048 volume in float32; more is taken for a broken header
+_COPIES = 3  # the voxels as stored, scaled, and in display orientation
+_allowed = MAX_GIB
+
+
+def allow(gib: float) -> None:
+    """Let this process, and the processes that it starts to work, read volumes of up to `gib`."""
+    global _allowed
+    _allowed = gib
+
+
+def allowed() -> float:
+    """GiB that a volume may have as float32."""
+    return _allowed
 
 
 def check_size(path, shape, itemsize: int = 4) -> None:
-    """Refuse an array of the file `path` that would take more than `nifti.MAX_BYTES`."""
-    need = math.prod(shape) * max(itemsize, 4)
-    if need > MAX_BYTES:
+    """Refuse an array of the file `path` that would take more memory than is `allowed`."""
+    need = math.prod(int(n) for n in shape) * max(itemsize, 4) / 2**30
+    if need > _allowed:
+        wanted = math.ceil(need)
         raise BadFile(
-            f"{path} declares an array of {need / 2**30:.1f} GiB in memory, over the limit of "
-            f"{MAX_BYTES / 2**30:.0f} GiB; check the file or crop it",
+            f"{path} declares {' x '.join(map(str, shape))} voxels, {need:.1f} GiB in memory, over "
+            f"the limit of {_allowed:g} GiB; check its header, crop it, or set data.max_gib "
+            f"(--max-gib of predict and verify) to {wanted}, which takes {_COPIES * wanted} GiB of "
+            "memory",
             "size",
         )
 

@@ -119,7 +119,8 @@ def inside(root: Path, text, where: str) -> Path:
 def check_root(root: Path, expected: str) -> None:
     """Refuse a data folder that is not there."""
     if not root.is_dir():
-        raise UserError(f"data folder {root} does not exist: {expected}")
+        what = "is a file" if root.is_file() else "does not exist"
+        raise UserError(f"data folder {root} {what}: {expected}")
 
 
 def pair(images, labels, root: Path, expected: str, part: str = "") -> Listing:

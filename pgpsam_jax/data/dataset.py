@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pgpsam_jax.data import appearance, cache, fewshot, layouts, volumes
+from pgpsam_jax.data import appearance, array_checks, cache, fewshot, layouts, volumes
 from pgpsam_jax.data.grid import AXES, AXIAL
 from pgpsam_jax.data.labels import LabelTable, load_label_table
 from pgpsam_jax.errors import UserError
@@ -70,6 +70,7 @@ def label_table(config: ConfigDict) -> LabelTable:
 
 def find_cases(config: ConfigDict) -> list[layouts.Case]:
     """The cases of `config.data`; the phantom is generated where it lacks."""
+    array_checks.allow(config.data.max_gib)
     data = config.data
     if not data.root:
         raise UserError("data.root is empty; set --config.data.root to the folder of the data set")
@@ -106,7 +107,8 @@ def with_axis(config: ConfigDict, cases) -> ConfigDict:
     if config.data.axis != "auto":
         return config
     config = config.copy_and_resolve_references()
-    grids = [] if config.data.layout == "transunet" else [volumes.read_grid(case.image) for case in cases]
+    known = config.data.layout != "transunet"
+    grids = [volumes.read_grid(case.image) for case in cases if known]
     axes = Counter(grid.thick_axis for grid in grids if grid.thick_axis)
     config.data.axis = axes.most_common(1)[0][0] if axes else AXIAL
     return config

@@ -1,5 +1,6 @@
 """Label tables: which number in a file is which organ, by name, and the remap to class ids."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,22 +72,36 @@ class LabelTable:
     def from_json(cls, value, where="label table") -> "LabelTable":
         """Build from `{"classes": [{"name", "source": [ids]}], "other", "background": [ids]}`.
 
-        The last two are optional. `where` starts the error message (a file name).
+        The last two are optional; a class "background" may stand among the others, with id 0 too.
+        `{"1": "liver"}`, `{"liver": 1}` and `["background", "liver"]` are such tables in short, and
+        `{"labels": ...}` of a `dataset.json` holds one. `where` starts the error message (a file
+        name).
         """
+        value = _in_full(value, where)
         value = _fields(value, {"classes": list, "other": str, "background": list}, where)
         table, names = {0: 0}, ["background"]
-        groups = [{"source": value.get("background", [])}]
+        groups = [{"name": "background", "source": value.get("background", [])}]
         for entry in value.get("classes", []):
-            groups.append(_fields(entry, {"name": str, "source": list}, where))
-            names.append(groups[-1].get("name", ""))
-        for class_id, group in enumerate(groups):
-            for source in group.get("source", []):
-                if type(source) is not int or source in table:
+            group = _fields(entry, {"name": str, "source": object}, where)
+            groups.append(group)
+            if group.get("name") != "background":
+                names.append(group.get("name", ""))
+        place = 0
+        for group in groups:
+            background = group.get("name") == "background"
+            place += not background
+            class_id = 0 if background else place
+            sources = group.get("source", [])
+            for source in sources if isinstance(sources, list) else [sources]:
+                label = as_id(source)
+                if label == 0 and background:
+                    continue
+                if label is None or label in table:
                     raise UserError(
                         f"{where}: source id {source!r:.60} of class {names[class_id]!r:.60} must "
                         "be an integer above 0 that no other class lists"
                     )
-                table[source] = class_id
+                table[label] = class_id
         try:
             return cls(tuple(names), table, value.get("other", "error"))
         except UserError as error:
@@ -97,8 +112,51 @@ def load_label_table(path) -> LabelTable:
     """Read a label table from a JSON file; errors name the file."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"label table {path} not found; write one that names every class")
+        what = "is a folder" if path.is_dir() else "not found"
+        raise UserError(f"label table {path} {what}; write a file that names every class")
     return LabelTable.from_json(read_json(path, "label table"), str(path))
+
+
+def as_id(value) -> int | None:
+    """The label id that a value of a JSON file means: 1, 1.0 and "1" are one; None for no id."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value.strip()):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
+
+
+def _in_full(value, where: str):
+    """A table in short as one with classes; anything else as it is."""
+    if isinstance(value, dict) and "classes" not in value:
+        inner = value.get("labels")
+        value = inner if isinstance(inner, dict | list) and inner else value
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        if value[0] != "background":
+            raise UserError(f'{where}: a list of names is by id, so that "background" comes first')
+        pairs = [(name, i) for i, name in enumerate(value)]
+    elif isinstance(value, dict) and value and not value.keys() & {"classes", "other"}:
+        if all(isinstance(i, str) and as_id(i) is None for i in value.values()) and all(
+            as_id(name) is not None for name in value
+        ):
+            pairs = [(name, i) for i, name in value.items()]
+        elif all(map(_ids, value.values())) and not all(as_id(name) for name in value):
+            pairs = list(value.items())
+        else:
+            return value
+    else:
+        return value
+    for name, ids in pairs:
+        if name == "ignore":
+            raise UserError(f"{where}: an ignore label is not supported; label those voxels")
+        if as_id(ids) == 0 and name != "background":
+            raise UserError(f'{where}: id 0 is always "background", not {name!r:.60}')
+    return {"classes": [{"name": name, "source": ids} for name, ids in pairs]}
+
+
+def _ids(value) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(as_id(item) is not None for item in values)
 
 
 def _fields(value, types: dict, where: str) -> dict:

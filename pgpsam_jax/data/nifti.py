@@ -19,13 +19,13 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
+from pgpsam_jax.data.array_checks import check_size
 from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.data.grid import AXIAL, SourceGrid, to_display, to_source
 from pgpsam_jax.data.volume_streams import Opened, opened
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import atomic_path
 
-MAX_BYTES = 2 << 30  # a 512 x 512 x 2048 volume in float32; more is taken for a broken header
 _CHUNK = 16 << 20
 _MAX_TRAILING = 1 << 20  # padding tolerated after the voxels before a gzip counts as a bomb
 _MAX_OFFSET = 64 << 20  # room for header extensions
@@ -185,13 +185,7 @@ def _check_header(header, path: Path) -> None:
         raise BadFile(
             f"{path} holds {dtype} voxels; convert it to plain integers or floats", "dtype"
         )
-    need = math.prod(int(n) for n in shape) * max(dtype.itemsize, 4)
-    if need > MAX_BYTES:
-        raise BadFile(
-            f"{path} declares a volume of {need / 2**30:.1f} GiB in memory, over the limit of "
-            f"{MAX_BYTES / 2**30:.0f} GiB; check its header or crop it",
-            "size",
-        )
+    check_size(path, shape, dtype.itemsize)
     if not header.sizeof_hdr <= header["vox_offset"] <= _MAX_OFFSET:
         raise BadFile(
             f"{path} puts its voxels at byte {header['vox_offset']}; export it again", "header"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pgpsam_jax.data.cases import Listing, check_root, inside, pair, safe_case_id
 from pgpsam_jax.data.findings import WARNING
-from pgpsam_jax.data.labels import LabelTable
+from pgpsam_jax.data.labels import LabelTable, as_id
 from pgpsam_jax.data.volume_files import named_alike, stem_of, volumes_in
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.text_files import read_json
@@ -30,8 +30,7 @@ def label_table(root) -> LabelTable:
     for name, value in labels.items():
         if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", name):  # version 1
             name, value = value, int(name)
-        if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
-            value = int(value)
+        value = label if (label := as_id(value)) is not None else value
         if type(value) is not int:
             raise UserError(
                 f"{file}: label {name!r:.60} is {value!r:.60}, not one id; regions are not "

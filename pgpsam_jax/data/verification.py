@@ -42,11 +42,16 @@ _MEMORY = "verified.json"  # in the cache folder: records of cases that were che
 
 
 def check_cases(
-    cases: Sequence[Case], table: LabelTable | None, *, workers: int = 0
+    cases: Sequence[Case],
+    table: LabelTable | None,
+    *,
+    window: tuple[float, float] | None = None,
+    workers: int = 0,
 ) -> Iterable[dict]:
     """The record of each case, in order; one case in memory per process, -1: one per core."""
     count = worker_count(workers, len(cases), _MANY, _CHECKING)
-    return in_order(functools.partial(check_case, table=table), iter(cases), count, _CHECKING)
+    check = functools.partial(check_case, table=table, window=window)
+    return in_order(check, iter(cases), count, _CHECKING)
 
 
 def summarise(
@@ -126,7 +131,8 @@ def _order_findings(order: dict, table: LabelTable | None) -> list[Finding]:
         known = f"; the organs look like {order['order']}" if order["order"] else ""
         message = (
             f"there is no label table, so ids have no names{known}; write a JSON file that names "
-            'every class, {"classes": [{"name": "spleen", "source": [1]}, ...]}'
+            'every class, {"classes": [{"name": "spleen", "source": [1]}, ...]}, and give it as '
+            "data.label_table"
         )
         return [Finding(ERROR, "no_table", "", message)]
     if order["verdict"] != "mixed_up":

@@ -1,5 +1,6 @@
 """What becomes of a predicted volume: scores, mask file, pictures. Without JAX, for `workers`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pgpsam_jax.data.geometry import rescale
 from pgpsam_jax.data.nifti import SourceGrid, write_label
 from pgpsam_jax.evaluation.protocols import score_case
 from pgpsam_jax.evaluation.release_protocol import score_release
+from pgpsam_jax.files import file_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +54,20 @@ def score_and_write(
     return rows + of_volume, slices
 
 
-def write_prediction(case: Predicted, *, folder: Path, names, window) -> None:
-    """`<folder>/<name>.nii.gz`, and a sheet of slices beside it where the image is given."""
-    write_label(folder / f"{case.name}.nii.gz", case.prediction, case.source)
+def write_prediction(case: Predicted, *, folder: Path, names, window) -> tuple[str, dict]:
+    """`<folder>/<name>.nii.gz`, and a sheet of slices beside it where the image is given.
+
+    Returns the name and the facts that `Masks` keeps: voxels and millilitres by organ, SHA-256.
+    """
+    path = folder / f"{case.name}.nii.gz"
+    write_label(path, case.prediction, case.source)
     if case.image is not None:
         from pgpsam_jax.visual import write_preview
 
         picture = folder / f"{case.name}.png"
         write_preview(rescale(case.image, window), case.prediction, case.spacing, names, picture)
+    counts = np.bincount(case.prediction.ravel(), minlength=len(names))
+    voxels = {name: int(count) for name, count in zip(names[1:], counts[1:], strict=True)}
+    one = math.prod(case.spacing) / 1000
+    ml = {name: float(f"{count * one:.6g}") for name, count in voxels.items()}
+    return case.name, {"voxels": voxels, "ml": ml, "sha256": file_digest(path)}

@@ -6,22 +6,29 @@ JAX; they end when their pipe closes, even if this process is killed.
 """
 
 import collections
+import contextlib
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from pgpsam_jax.data import array_checks
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.interruption import SIGNALS
 
 # Starting two processes (1.1 s of a core each) takes as long as scoring and drawing so many voxels.
 _WORTHWHILE = 20_000_000
+# Asks a process to end, with the file that it writes removed; none that a terminal or scheduler
+# sends, or the parent would have to know who meant whom.
+_END = getattr(signal, "SIGUSR2", signal.SIGTERM)
+_PATIENCE = 5.0  # seconds until it is killed
 
 
 class Work(NamedTuple):
@@ -123,6 +130,11 @@ class _Pool:
         """End all processes, with or without work."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
+            process.send_signal(_END)
+        deadline = time.monotonic() + _PATIENCE
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
             process.kill()
         self._threads.shutdown()
         for process in self._processes:
@@ -135,7 +147,8 @@ class _Pool:
 
 
 def _start() -> subprocess.Popen:
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; _serve()"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; "
+    code += f"_serve({array_checks.allowed()})"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", code], **pipes)
 
@@ -148,10 +161,16 @@ def _obituary(code: int, work: Work) -> str:
     )
 
 
-def _serve() -> None:
+def _ended(*_):
+    raise SystemExit
+
+
+def _serve(max_gib: float) -> None:
     """A worker's life: a job in, an answer out, until the pipe closes."""
+    array_checks.allow(max_gib)
     for number in SIGNALS:  # they reach the whole group; the parent acts
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(_END, _ended)
     jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed must not get among the answers
     while True:

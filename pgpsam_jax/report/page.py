@@ -1,6 +1,8 @@
 """The page: one HTML file that holds its pictures and its style and asks for nothing else."""
 
+import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from pgpsam_jax.tables.assemble import run_tables, study_tables
 from pgpsam_jax.tables.cost_table import run_cost, study_cost
 from pgpsam_jax.tables.study import from_grid
 
+_MADE = "Made by pgpsam_jax.report"
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -34,8 +37,9 @@ _PAGE = """<!DOCTYPE html>
 <main>
 {sections}
 </main>
-<footer>Made by pgpsam_jax.report from the files of {path}. All figures are drawn from the CSV files
+<footer>{made} from the files of {path}. All figures are drawn from the CSV files
 beside them.</footer>
+<!-- figures: {figures} -->
 </body>
 </html>
 """
@@ -44,29 +48,51 @@ beside them.</footer>
 def write_report(folder, *, data=None, base=None) -> Path:
     """Write `<folder>/report/report.html` and its figures for a run or a grid; returns its path.
 
-    data: root of the data set; base: stem of the converted SAM; where they are not, or no longer,
-    at the places that the run knows.
+    They take the place of an earlier report once all is done; what others put there stays. data:
+    root of the data set; base: stem of the converted SAM; where they are not, or no longer, at the
+    places that the run knows.
     """
     folder = Path(folder)
     given = {"data.root": data, "model.base": base}
     subject = Subject.read(folder, {field: str(path) for field, path in given.items() if path})
-    figures = folder / "report" / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    for old in figures.iterdir():  # of an earlier report, which may have had more figures
-        if old.suffix in (".png", ".pdf", ".csv"):
-            old.unlink()
+    path = folder / "report" / "report.html"
+    before = _before(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as temporary:
+        figures = Path(temporary) / "figures"
+        figures.mkdir()
+        page = _page(subject, folder, figures)
+        place = path.parent / "figures"
+        place.mkdir(exist_ok=True)
+        for name in before:  # it may have had more figures
+            (place / name).unlink(missing_ok=True)
+        for made in figures.iterdir():
+            made.replace(place / made.name)
+        write_text(path, page)
+    return path
+
+
+def _before(path: Path) -> list[str]:
+    """Names of the figures of an earlier report; a `UserError` where the file is none."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else _MADE
+    if _MADE not in text:
+        raise UserError(f"{path} is no report of this program; move it to another folder")
+    listed = re.search(r"<!-- figures: (.*) -->", text)
+    return [name for name in listed[1].split("/") if name] if listed else []
+
+
+def _page(subject: Subject, folder: Path, figures: Path) -> str:
     parts = _parts(subject, figures) | _background(subject, folder)
-    page = _PAGE.format(
+    return _PAGE.format(
         title=escape(f"{subject.title}: report"),
         style=stylesheet(),
         header=header(subject),
         contents="".join(f'<li><a href="#{_anchor(t)}">{escape(t)}</a></li>' for t in parts),
         sections="\n".join(section(_anchor(t), t, *body) for t, body in parts.items()),
         path=escape(folder.resolve().name),
+        made=_MADE,
+        figures="/".join(sorted(path.name for path in figures.iterdir())),
     )
-    path = folder / "report" / "report.html"
-    write_text(path, page)
-    return path
 
 
 def _parts(subject: Subject, figures: Path) -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ from pgpsam_jax.report.series import write_rows
 from pgpsam_jax.report.testset import TestSet
 from pgpsam_jax.runs import Run
 from pgpsam_jax.trained import load_run
+from pgpsam_jax.visual import drawn_spacing
 
 _CASES, _PER_CASE = 3, 8  # a slice of each case is drawn, all count in shares and frequencies
 
@@ -73,7 +74,8 @@ def look_into(run: Run) -> Look:
         fit = Fit.of(truth.shape[1:], run.config.model.image_size)
         for z in chosen:
             image = rescale(volume.array[z], tests.window)
-            slices.append(Slice(case.case_id, z, image, truth[z], volume.spacing[1:], fit))
+            spacing = drawn_spacing(image.shape, volume.spacing[1:])
+            slices.append(Slice(case.case_id, z, image, truth[z], spacing, fit))
     if not batches:
         raise UserError("no test slice bears an organ")
     passes = [

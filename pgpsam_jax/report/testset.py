@@ -12,6 +12,7 @@ from pgpsam_jax.data.geometry import rescale
 from pgpsam_jax.data.nifti import read_label
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runs import Run
+from pgpsam_jax.visual import drawn_spacing
 
 _AIR = 0.1  # of the window: below it is no body
 
@@ -84,4 +85,5 @@ def crop(image, truth, predictions, spacing) -> Slice:
         rim = max(2, round(0.02 * len(inside)))
         box.append(slice(max(0, inside[0] - rim), inside[-1] + rim + 1))
     box = tuple(box)
+    spacing = drawn_spacing(image[box].shape, spacing)
     return Slice(image[box], truth[box], [labels[box] for labels in predictions], spacing)
