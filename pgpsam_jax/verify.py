@@ -3,7 +3,8 @@
 python -m pgpsam_jax.verify --data ROOT [--layout btcv|nnunet|transunet|pairs]
 
 Ends with 0 if there are no errors (warnings there may be), 1 if there are, 2 if nothing could be
-checked. `--report FILE` writes what was found as JSON (`data/verification.py` says in which form).
+checked. `--report FILE` writes what was found as JSON (`data/verification.py` says in which form;
+`passed_over` counts what in the folders is no data).
 """
 
 import argparse

@@ -208,8 +208,7 @@ def _release_table(summary) -> list[str]:
     head = ["organ (`release`)", "n volumes", "Dice of volumes", "n slices", "Dice of slices"]
     keys = "n", "dice", "n_slices", "slice_dice"
     rows = [
-        [pipe(name), *(entry[key] for key in keys)]
-        for name, entry in release["per_class"].items()
+        [pipe(name), *(entry[key] for key in keys)] for name, entry in release["per_class"].items()
     ]
     of_slices = release["n_slices"], release["slice_mcdice"], release["slice_dice"]
     rows.append(["**mcDice**", n, release["dice_class_mean"], *of_slices[:2]])
