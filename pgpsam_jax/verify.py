@@ -1,7 +1,8 @@
 """Check a data set before training: every file, one line each, and what is wrong with it.
 
 Ends with 0 if there are no errors (warnings there may be), 1 if there are, 2 if nothing could be
-checked. `--report FILE` writes what was found as JSON (`data/verification.py` says in which form).
+checked. `--report FILE` writes what was found as JSON (`data/verification.py` says in which form;
+`passed_over` counts what in the folders is no data).
 
 Examples:
   python -m pgpsam_jax.verify --data datasets/BTCV

@@ -35,6 +35,8 @@ def test_cases_and_classes(tmp_path):
     assert table.source_to_class == {0: 0, 1: 1, 6: 2} and table.other == "error"
     describe(tmp_path, labels={"0": "background", "6": "liver", "1": "spleen"})  # version 1
     assert nnunet.label_table(tmp_path) == table
+    describe(tmp_path, labels={"background": "0", "liver": "6", "spleen": "1"})
+    assert nnunet.label_table(tmp_path) == table
 
 
 def test_splits(tmp_path):
