@@ -39,6 +39,8 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.
 def parse(argv):
     """absl's parsing, with what it makes of an unknown field or a bad value said in a sentence."""
     with exit_on_user_error():
+        for name, _, value in (word.rpartition("=") for word in argv[1:]):
+            local(value, name or "a flag's")
         try:
             rest = flags.FLAGS(argv)
             getattr(_CONFIG.value, "name", None)  # a file that failed to load raises only here
