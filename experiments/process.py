@@ -115,4 +115,5 @@ def reason(error: BaseException) -> str:
         return f"out of memory: {text[:200]}"
     if isinstance(error, UserError):
         return text
+    text = text.partition(" (set JAX_PLATFORMS")[0]
     return f"{type(error).__name__}: {text[:300]}"

@@ -16,6 +16,7 @@ NO_READER = SIGNALED + getattr(signal, "SIGPIPE", 13)
 
 _SPACE = "free some space, then start the same command again"
 _PLACE = "make it accessible to this user, or choose another folder"
+_NETWORK = "the disk, or the network to it, has failed; start the same command again later"
 _FAULTS = {  # of the disk, not of the program
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
@@ -25,7 +26,14 @@ _FAULTS = {  # of the disk, not of the program
     errno.EPERM: _PLACE,
     errno.ENOTDIR: "a part of this path is a file; choose another folder",
     errno.EEXIST: "a file of this name is in the way; choose another folder",
-    errno.EIO: "the disk, or the network to it, has failed; start the same command again later",
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "a link leads to itself; choose another path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: _NETWORK,
+    errno.ESTALE: _NETWORK,
+    errno.ETIMEDOUT: _NETWORK,
 }
 
 

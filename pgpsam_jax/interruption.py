@@ -24,6 +24,7 @@ from pgpsam_jax.errors import AGAIN, SIGNALED, Interrupted
 SIGNALS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM))
 _HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal is closed
 GRACE_SECONDS = 20  # to end where nothing is saved; schedulers kill after 30 s
+_TOGETHER_SECONDS = 0.5  # a program around this one may pass on what the terminal sent already
 _EXPLAINED = "finishing the step and saving; Ctrl-C ends at once"
 
 
@@ -137,7 +138,22 @@ def listening(*, resumes: bool = True):
         if not stop.deferred:
             stop.end()
 
+    def again():
+        if _stop is stop:  # it listens still
+            os.kill(os.getpid(), SIGNALS[-1])
+
+    def swallowed(unraisable):
+        if not isinstance(unraisable.exc_value, Interrupted):
+            unraisablehook(unraisable)
+            return
+        stop.raised = False
+        timer = threading.Timer(0.05, again)
+        timer.daemon = True
+        timer.start()
+
     before = {number: signal.signal(number, heed) for number in heeded}
+    # What is raised in a callback of the garbage collector, say, goes nowhere.
+    unraisablehook, sys.unraisablehook = sys.unraisablehook, swallowed
     fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     # The handler waits for Python code to run, which a compiler or a collective may keep from it
     # for minutes; the thread does not.
@@ -152,6 +168,7 @@ def listening(*, resumes: bool = True):
         raise
     finally:
         signal.set_wakeup_fd(fd)
+        sys.unraisablehook = unraisablehook
         for number, handler in before.items():
             signal.signal(number, handler)
         writer.close()
@@ -175,7 +192,7 @@ def deferred():
 
 def _watch(stop: Stop, reader: socket.socket, heeded: set) -> None:
     """Read which signals come, until the other end closes."""
-    deadline, came = None, False
+    deadline, came, alone = None, False, 0.0
     while True:
         patience = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not select.select([reader], [], [], patience)[0]:
@@ -184,10 +201,11 @@ def _watch(stop: Stop, reader: socket.socket, heeded: set) -> None:
         if not received:
             return
         for number in filter(heeded.__contains__, received):
-            if came and number == signal.SIGINT:
+            if came and number == signal.SIGINT and time.monotonic() > alone:
                 _leave(130, "stopped: interrupted twice; what was not saved is lost")
             if not came:
                 came = True
+                alone = time.monotonic() + (0 if stop.resumes else _TOGETHER_SECONDS)
                 stop.receive(number)
                 if stop.deferred:
                     stop.announce()

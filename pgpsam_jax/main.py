@@ -42,6 +42,8 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.
 def parse(argv):
     """The program's name and the fields that are set, as (field, text); mistakes in a sentence."""
     with exit_on_user_error():
+        for name, _, value in (word.rpartition("=") for word in argv[1:]):
+            local(value, name or "a flag's")
         try:
             fields = {}
             if any("config." in argument for argument in argv):  # its fields: only with JAX

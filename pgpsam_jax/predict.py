@@ -93,6 +93,8 @@ def predict(
     finally:
         masks.close()
     done = sum(stem_of(path) in warned for path in inputs)
+    if not done and not there:
+        return len(failed)
     text = f"{done} mask{'s' * (done != 1)} in {output} ({time.perf_counter() - started:.1f} s)"
     text += f", {len(there)} of {total} were there already" if there else ""
     print(f"{text}; volumes of all organs in {output / VOLUMES}")

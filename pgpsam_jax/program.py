@@ -71,8 +71,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         found, rest = super().parse_known_args(args, namespace)
-        for name, value in vars(found).items():
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, str):
-                    local(item, f"--{name.replace('_', '-')}")
+                    local(item, (action.option_strings or [action.metavar or action.dest])[-1])
         return found, rest

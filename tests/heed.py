@@ -77,6 +77,20 @@ def masked(folder):
             raise ImportError("it failed to load") from None
 
 
+class _Deaf:
+    def __del__(self):
+        ready()
+        time.sleep(60)
+
+
+def deaf(folder):
+    """Code from which no exception gets out, and then some more."""
+    interruption.GRACE_SECONDS = 60
+    with program.running(), atomic_path(folder / "file"):
+        _Deaf()
+        time.sleep(60)
+
+
 def talk(folder):
     """A command that prints for long."""
     with program.running():

@@ -27,7 +27,7 @@ HEED = REPOSITORY / "tests" / "heed.py"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("scenario", ["command", "masked"])
+@pytest.mark.parametrize("scenario", ["command", "masked", "deaf"])
 def test_a_signal_ends_a_command_in_one_line(scenario, number, tmp_path):
     process = start(HEED, scenario, tmp_path)
     assert process.stdout.readline() == "ready\n"

@@ -20,6 +20,7 @@ import sys
 
 from experiments.benchmark.__main__ import numbers, words
 from experiments.benchmark.runner import Effort
+from experiments.process import Failed
 from experiments.scaling import points
 from experiments.scaling.render import render, render_all
 from experiments.scaling.rows import COMPILED, FAILED, MEASURED
@@ -50,7 +51,10 @@ def _measured(options) -> list[dict]:
         raise UserError(
             "--steps is the number of timed steps, --simulate of devices; give 1 or more"
         )
-    there = devices_at_hand(options.simulate, options.limit)
+    try:
+        there = devices_at_hand(options.simulate, options.limit)
+    except Failed as failure:
+        raise UserError(f"there are no devices to measure on: {failure}") from None
     dtype = options.dtype or ("float32" if there["platform"] == "cpu" else "bfloat16")
     chosen = points.measured_points(
         there["count"],
