@@ -97,7 +97,7 @@ def test_the_longest_names_are_written(tmp_path, name):
     assert (tmp_path / name).read_text() == "other" and len(list(tmp_path.iterdir())) == 1
 
 
-HARD = ["background", "a$b$", r"$\frac{$", "<b>x</b>", "x|y", "100 %", "a_b^c", "`q` *w* [l](m)"]
+HARD = ["background", "a$b$", r"$\frac{$", "<b>x</b>", "x|y", "100 %", "a_b^c", "`q` *w* [l](m) _n_ &lt;"]
 
 
 def test_figures_show_names_literally(tmp_path):

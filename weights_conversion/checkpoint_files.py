@@ -39,7 +39,7 @@ def write_checkpoint(output: Path, tensors: dict[str, np.ndarray]) -> None:
         if output.suffix == ".pth":
             _save_torch(temporary, tensors)
         else:
-            save_file(tensors, temporary, {"format": "pt"})  # transformers asks for it
+            save_file(tensors, temporary, metadata={"format": "pt"})  # transformers asks for it
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def writing(path: Path):
 def write_weights(file: Path, tensors: dict[str, np.ndarray], metadata=None) -> str:
     """Write converted weights to a safetensors file, and its folder; the SHA-256 of the file."""
     with writing(file), atomic_path(file) as temporary:
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, temporary, metadata=metadata)
         return file_digest(temporary)
 
 
