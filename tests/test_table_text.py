@@ -26,7 +26,7 @@ def test_markdown_is_escaped_and_aligned():
     assert len(rows) == 4 and len({len(row) for row in rows}) == 1
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 4 for row in rows)
     assert r"a\|b" in rows[0] and rows[1].endswith("-: |") and rows[1].startswith("| ---")
-    assert r"x_1 & {y} #2 \<b> ~^\\ $5 \*z\*" in rows[2]
+    assert r"x_1 & {y} #2 \<b> \~^\\ \$5 \*z\*" in rows[2]
     assert lines[-1] == r"- n < 50: 100 % of `x|y`, see \<script> and 5\*3"
 
 

@@ -44,7 +44,7 @@ def write_checkpoint(
         if output.suffix == ".pth":
             _save_torch(temporary, tensors)
         else:
-            save_file(tensors, temporary, {"format": "pt"})  # transformers asks for it
+            save_file(tensors, temporary, metadata={"format": "pt"})  # transformers asks for it
         _keep_other(output, temporary, overwrite)
 
 
@@ -67,7 +67,7 @@ def write_weights(
     A file of other content is kept, which is a `UserError`, unless `overwrite`.
     """
     with writing(file), atomic_path(file) as temporary:
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, temporary, metadata=metadata)
         _keep_other(file, temporary, overwrite)
         return file_digest(temporary)
 

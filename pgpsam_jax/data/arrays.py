@@ -20,6 +20,7 @@ from pgpsam_jax.data import hdf5
 from pgpsam_jax.data.array_checks import check_size, check_type
 from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.data.grid import SourceGrid
+from pgpsam_jax.data.volume_files import check_entry
 from pgpsam_jax.data.volume_streams import told
 from pgpsam_jax.files import file_digest
 
@@ -101,11 +102,11 @@ def _grid(source: ArrayFiles, shape) -> SourceGrid:
 @contextlib.contextmanager
 def _array(path: Path, key: str):
     """An open array with `shape`, `dtype` and `read()`, all checked but not read yet."""
-    if not path.is_file():
-        raise BadFile(f"{path} is not a file; check the path", "missing")
-    opened = _npz if path.suffix == ".npz" else hdf5.opened
-    with told(path), opened(path, key) as array:
-        yield array
+    opened = _npz if path.suffix.lower() == ".npz" else hdf5.opened
+    with told(path):
+        check_entry(path)
+        with opened(path, key) as array:
+            yield array
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ def _one_line(text: str) -> str:
 
 def pipe(text: str) -> str:
     """Text for a cell of a Markdown table, shown as it is."""
-    return re.sub(r"([\\|*<`$\[~]|&(?=[\w#]))", r"\\\1", _one_line(text))
+    signs = r"[\\|*<`$\[~]|&(?=[\w#])|(?<![^\W_])_|_(?![^\W_])"  # no `_` inside a word
+    return re.sub(f"({signs})", r"\\\1", _one_line(text))
 
 
 def _prose(text: str) -> str:
