@@ -45,11 +45,12 @@ class TestSet:
             config.data.layout = "btcv"  # what it was written as: a report generates nothing
         config.model.base = config.fewshot.file = ""  # of no use here
         config = places.found(config, run.workdir, root_flag="--data")
+        cases = dataset.find_cases(config)
         self.table = dataset.label_table(config)
         if self.table.names != run.names:
             raise UserError(f"the label table of {config.data.root} is no longer the run's")
         scored = {row["case"] for row in run.cases}
-        self.cases = {c.case_id: c for c in dataset.find_cases(config) if c.case_id in scored}
+        self.cases = {c.case_id: c for c in cases if c.case_id in scored}
         self.window, self.axis = tuple(config.data.window), config.data.axis
         self.region_of = lambda case_id, truth: np.ones(len(truth), bool)
         if config.data.split == "within_volume":
