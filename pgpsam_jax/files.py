@@ -128,7 +128,8 @@ def refuse_foreign(folder, marks, kind: str) -> None:
 
 def write_text(path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # Names of files that are no UTF-8 come out as the bytes that they are.
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path, value) -> None:

@@ -220,3 +220,22 @@ def test_full_size_vit_b(tmp_path):
     assert "vit_b, 1024 px, patch 16, 293 tensors, 93,735,728 parameters" in done.stdout
     assert int(done.stdout.split("VmHWM:")[1].split()[0]) < 1.5 * 2**20  # kB
     assert_equal(to_official(load_base(tmp_path / "w").tensors), state)
+
+
+def test_weights_of_others_are_kept(capsys, state, tmp_path):
+    source = save_pth(tmp_path / "a.pth", state)
+    arguments = ["--source", source, "--output", tmp_path / "w"]
+    run(capsys, *arguments)
+    run(capsys, *arguments)  # the same again is no loss
+    back = ["--reverse", "--layout", "official", "--source", tmp_path / "w", "--output"]
+    for command, kept in (
+        (arguments, tmp_path / "w.safetensors"),
+        (arguments, tmp_path / "w.json"),
+        ([*back, tmp_path / "back.safetensors"], tmp_path / "back.safetensors"),
+    ):
+        run(capsys, *command)
+        kept.write_text("{}")
+        assert f"{kept} is there" in fail(capsys, *command)
+        assert kept.read_text() == "{}"
+        run(capsys, *command, "--overwrite")
+        assert kept.read_text(errors="replace") != "{}"

@@ -17,6 +17,7 @@ from pgpsam_jax.data import dataset
 from pgpsam_jax.data.cache import read_case
 from pgpsam_jax.data.fewshot import FewShotList
 from pgpsam_jax.data.nifti import write_label
+from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.protocols import score_case
 from pgpsam_jax.evaluation.report import write_evaluation
 from pgpsam_jax.report import __main__ as program
@@ -401,3 +402,20 @@ def test_draw_keeps_its_promises(tmp_path):
     assert film.mime == "image/png" and film.dark is None and film.light[1:4] == b"PNG"
     names = {"chart.png", "chart.pdf", "film.png", "film.pdf"}
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_what_others_put_beside_the_report_stays(tmp_path):
+    workdir = write_run(tmp_path / "r", None)
+    page = write_report(workdir)
+    figures = page.parent / "figures"
+    made = {path.name for path in figures.iterdir()}
+    (figures / "mine.png").write_bytes(b"mine")
+    old = sorted(made)[0]
+    page.write_text(page.read_text().replace("<!-- figures: ", "<!-- figures: former.csv/"))
+    (figures / "former.csv").write_text("of an earlier report")
+    write_report(workdir)
+    assert {path.name for path in figures.iterdir()} == made | {"mine.png"} and old in made
+    page.write_text("<p>my own page</p>")
+    with pytest.raises(UserError, match="no report of this program"):
+        write_report(workdir)
+    assert page.read_text() == "<p>my own page</p>"

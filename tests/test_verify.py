@@ -18,7 +18,7 @@ from places import REPOSITORY, shared
 from small_run import config_for, write_data
 
 from pgpsam_jax import verify as program
-from pgpsam_jax.data import dataset, verification
+from pgpsam_jax.data import array_checks, dataset, verification
 from pgpsam_jax.data.labels import SYNAPSE8, load_label_table
 from pgpsam_jax.data.verification import ensure, findings_of
 from pgpsam_jax.errors import UserError
@@ -404,3 +404,44 @@ def test_it_needs_no_jax():
     import subprocess
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_another_file_is_no_place_for_the_report(root, tmp_path, capsys):
+    arguments = ["--data", str(root), "--layout", "pairs", "--image-glob", "images/*.nii.gz"]
+    for name, content in (("mine.json", "{}"), ("notes.txt", "mine")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(SystemExit):
+            program.main([*arguments, "--report", str(tmp_path / name)])
+        assert "is no report of verify" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == content
+    with pytest.raises(SystemExit):
+        program.main([*arguments, "--report", str(tmp_path)])
+    assert "is a folder" in capsys.readouterr().err
+    for _ in range(2):  # its own report it replaces
+        program.main([*arguments, "--report", str(tmp_path / "report.json")])
+
+
+@pytest.mark.parametrize(
+    "said, wanted",
+    [
+        ("choose another data.split", "choose another --split"),
+        ("set data.window to it", "set --window to it"),
+        ("needs an image_glob such as", "needs an --image-glob such as"),
+        ("give it as data.label_table", "give it as --label-table"),
+        ("/x/image_glob/a.nii and split", "/x/image_glob/a.nii and split"),
+    ],
+)
+def test_flags_are_named_as_they_are_spelled(said, wanted):
+    assert program.spelled(said) == wanted
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_largest_volume_is_a_setting(root, workers, monkeypatch):
+    """Refused with the setting and what it takes; the processes have the same limit."""
+    monkeypatch.setattr(array_checks, "_allowed", 1e-6)
+    report = check(root, workers=workers)[0]
+    sizes = [f for f in findings_of(report) if f["code"] == "size"]
+    assert len(sizes) == 6
+    assert "(--max-gib of predict and verify) to 1, which takes 3 GiB" in sizes[0]["message"]
+    array_checks.allow(1e-3)
+    assert not [f for f in findings_of(check(root, workers=workers)[0]) if f["code"] == "size"]

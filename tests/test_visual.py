@@ -241,3 +241,36 @@ def test_training_curve_draws_what_is_there(tmp_path, monkeypatch):
     assert sides[0].lines[0].get_xydata().tolist() == [[3, 1e-3]]
     training_curve([], tmp_path / "none.png")
     assert len(figures) == 1  # nothing to draw yet
+
+
+@pytest.mark.parametrize(
+    "shape, spacing",
+    [
+        ((2, 20, 30), (5, 0.001, 5)),
+        ((2, 20, 30), (1, 1, 500)),
+        ((2, 20, 30), (1, 100, 1)),
+        ((2, 1, 900), (1, 1, 1)),
+        ((1, 3000, 20), (1, 0.1, 0.1)),
+    ],
+)
+def test_pictures_of_odd_shapes_are_bounded(shape, spacing, tmp_path):
+    labels = np.zeros(shape, np.uint8)
+    labels[:, : -(-shape[1] // 2), : shape[2] // 2] = 1
+    image = np.full(shape, 0.5, np.float32)
+    names = ["background", "organ"]
+    paths = [visual.write_preview(image, labels, spacing, names, tmp_path / "sheet.png")]
+    paths += visual.write_overlays(image, labels, labels, spacing, names, "c", tmp_path)
+    for path in paths:
+        high, wide, _ = imread(path).shape
+        assert 100 < high < 4000 and 300 < wide < 4000
+        assert is_coloured(imread(path)).mean() > 0.02  # the organ is seen
+    assert visual.scale_note(shape[1:], spacing[1:]) == " (not to scale)"
+
+
+def is_coloured(picture):
+    return np.ptp(picture[..., :3], axis=-1) > 0.05
+
+
+def test_usual_slices_are_to_scale():
+    assert visual.drawn_spacing((20, 512), (5.0, 0.7)) == pytest.approx((5.0, 0.7))
+    assert visual.scale_note((512, 512), (0.7, 0.7)) == ""
