@@ -7,7 +7,8 @@ import nibabel as nib
 import numpy as np
 
 from pgpsam_jax.data.grid import to_display
-from pgpsam_jax.data.nifti import Volume, decode, parse_header
+from pgpsam_jax.data.nifti import Volume, decode
+from pgpsam_jax.data.nifti_header import parse_header
 from pgpsam_jax.data.volume_streams import told
 
 
