@@ -164,7 +164,7 @@ BOMBS = {  # name of the file: (reader, how it is made, what is said)
         lambda p: p.write_bytes(
             gzip.compress(file_of("f4", dim=(3, 1024, 1024, 2500, 1, 1, 1, 1))[:352])
         ),
-        "declares a volume of 9.8 GiB",
+        "voxels, 9.8 GiB in memory",
     ),
     "behind.nii.gz": (
         "image",

@@ -214,7 +214,7 @@ def test_descriptions_of_nnunet_made_to_harm(tmp_path):
     for text, said in {
         '{"background": 0, "a": 1, "a": 2}': "'a' is there twice",
         '{"background": 0, "%s": "liver"}' % ("9" * 5000): "not one id",
-        '{"background": 0, "liver": 1e3}': "not one id",
+        '{"background": 0, "liver": 1.5}': "not one id",
         '{"background": 0, "liver": 70000}': "integers in 0..65535",
     }.items():
         root = nnunet_folder(tmp_path, f'{{"labels": {text}}}')

@@ -50,7 +50,7 @@ def test_masks_are_those_of_predict_and_evaluation(run, root, tmp_path):
     ours = run.segment(image)
     assert ours.get_data_dtype() == np.uint8
     assert len(np.unique(np.asarray(ours.dataobj))) > 1  # something was found to compare
-    options = dict(overlay=False, skip_existing=False)
+    options = dict(run=run.identity)
     assert not predict.predict(run.predictor, run.label_names, [image], tmp_path, **options)
     same(ours, nib.load(tmp_path / "c.nii.gz"))
     same(ours, nib.load(run.workdir / "evaluation" / "predictions" / "c.nii.gz"))

@@ -310,7 +310,7 @@ def test_no_memory_for_claims_and_bombs(tmp_path):
     )
     (tmp_path / "bomb.nii.gz").write_bytes(bomb + squeeze.flush())
     tracemalloc.start()
-    with pytest.raises(UserError, match=r"declares 2048 x 1024 x 1024 voxels, 8\.0 GiB in memory, over"):
+    with pytest.raises(UserError, match=r"voxels, 8\.0 GiB in memory, over"):
         read_image(tmp_path / "claim.nii.gz")
     with pytest.raises(UserError, match="inflates past the size"):
         read_image(tmp_path / "bomb.nii.gz")

@@ -213,7 +213,7 @@ def test_predict_equals_evaluation(finished, root, tmp_path):
     predictor = train.load_predictor(config, workdir, 3)
     names = ["background", "liver", "spleen"]
     inputs = predict.find_inputs(root / "images")
-    options = dict(overlay=True, skip_existing=False)
+    options = dict(run={"workdir": "run", "parameters": "0"}, overlay=True)
     assert predict.predict(predictor, names, inputs, tmp_path, **options) == 0
     ours = np.asarray(nib.load(tmp_path / "c.nii.gz").dataobj)
     theirs = np.asarray(nib.load(workdir / "evaluation" / "predictions" / "c.nii.gz").dataobj)

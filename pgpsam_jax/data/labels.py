@@ -112,7 +112,7 @@ def load_label_table(path) -> LabelTable:
     """Read a label table from a JSON file; errors name the file."""
     path = Path(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "not found"
+        what = "cannot be read: it is a folder" if path.is_dir() else "not found"
         raise UserError(f"label table {path} {what}; write a file that names every class")
     return LabelTable.from_json(read_json(path, "label table"), str(path))
 
