@@ -80,7 +80,9 @@ def test_what_a_field_cannot_be_is_refused(field):
             given(f"--config.{field}=None")
     if kind_of(field) is int:
         for number in (2**31, 2**32, 2**63, -(2**63), 10**400):
-            with pytest.raises(UserError, match=f"{field} is .*; a whole number from .* to {MOST}"):
+            with pytest.raises(
+                UserError, match=f"{field} is .*; give a whole number from .* to {MOST}"
+            ):
                 check(given(f"--config.{field}={number}"))
 
 
