@@ -85,6 +85,9 @@ def default_config() -> ConfigDict:
     config.data.label_glob = ""
     config.data.label_table = ""  # JSON file; empty = the layout's own (btcv, phantom, nnunet)
     config.data.window = (-125.0, 275.0)  # intensities mapped to [0, 1]
+    # What the window is in: intensity, or percent of each volume's own voxels, such as (0.5, 99.5)
+    # for MR, whose intensities have no unit.
+    config.data.window_unit = "intensity"
     # Slices are cut along: auto (as most training cases were taken), axial, coronal, sagittal.
     config.data.axis = "auto"
     config.data.levels = 0  # grey levels they are rounded down to; 0 = continuous, 256 = 8 bits

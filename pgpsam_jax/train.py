@@ -329,7 +329,7 @@ def make_predictor(config: ConfigDict, graphdef, params, frozen, mesh) -> Predic
         params,
         frozen,
         image_size=config.model.image_size,
-        window=config.data.window,
+        window=dataset.window_of(config),
         levels=config.data.levels,
         batch_size=config.eval.batch_size,
         mesh=mesh,

@@ -15,7 +15,7 @@ from pgpsam_jax import distributed, methods, runs
 from pgpsam_jax.compilation import keep_compiled, start
 from pgpsam_jax.config import load_config
 from pgpsam_jax.data import appearance, array_checks
-from pgpsam_jax.data.geometry import Fit, model_slices
+from pgpsam_jax.data.geometry import Fit, ends_of, model_slices
 from pgpsam_jax.data.grid import AXIAL
 from pgpsam_jax.data.labels import load_label_table
 from pgpsam_jax.data.nibabel_image import from_nibabel
@@ -103,7 +103,8 @@ class TrainedRun:
         array = self.read(volume).array
         fit = Fit.of(array.shape[1:], self.config.model.image_size)
         predictor = self.predictor
-        return model_slices(array[list(slices)], predictor.window, fit, predictor.levels)
+        ends = ends_of(predictor.window, array)
+        return model_slices(array[list(slices)], ends, fit, predictor.levels)
 
     @functools.cached_property
     def _passes(self):

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from small_run import TABLE, config_for, write_data
 
 from pgpsam_jax import verify as program
-from pgpsam_jax.data import appearance, comparison, dataset
+from pgpsam_jax.data import appearance, comparison, dataset, geometry
 from pgpsam_jax.data.checks import check_case
 from pgpsam_jax.data.labels import LabelTable
 from pgpsam_jax.data.nifti import Volume, read_image
 from pgpsam_jax.data.verification import findings_of, summarise
+from pgpsam_jax.errors import UserError
 
 CASES = ("a", "b", "c", "d", "e")
 
@@ -206,3 +207,41 @@ def test_plain_volumes_against_training_slices(shape, level):
     report = summarise(cases, LabelTable.from_json(TABLE), has_grid=False)
     (finding,) = findings_of(report)
     assert finding["level"] == level and finding["file"] == "b"
+
+
+def test_a_window_in_percent_makes_intensities_relative(root, tmp_path):
+    """As in MR: the same picture at another scale is the same input, trained on and predicted."""
+    factor = 300.0
+    other = write_data(tmp_path / "scaled", CASES)
+    for case in CASES:
+        path = other / "images" / f"{case}.nii.gz"
+        image = nib.load(path)
+        array = np.asarray(image.dataobj).astype(np.float32) * factor
+        nib.save(nib.Nifti1Image(array, image.affine), path)
+    settings = {"data__axis": "axial", "data__window_unit": "percent", "data__window": (1, 99)}
+    inputs = []
+    for folder in (root, other):
+        config = config_for(folder, **settings)
+        split = dataset.find_split(config)
+        cached = dataset.read_cases(config, split.train[:1], split.table, tmp_path / folder.name)
+        images, _ = cached[0].load()
+        inputs.append(images)
+        volume = read_image(folder / "images" / f"{split.train[0].case_id}.nii.gz")
+        ends = geometry.ends_of(dataset.window_of(config), volume.array)
+        inside = np.mean((volume.array >= ends[0]) & (volume.array <= ends[1]))
+        assert inside == pytest.approx(0.98, abs=0.005)
+        record = appearance.record_of(cached, window=dataset.window_of(config), layout="pairs")
+        assert appearance.unlike(volume, record) == []
+    np.testing.assert_allclose(*inputs, atol=2e-3)
+    fixed = config_for(other, data__axis="axial")
+    (plain,) = dataset.read_cases(fixed, split.train[:1], split.table, tmp_path / other.name)
+    assert plain.file != cached[0].file and np.abs(plain.load()[0] - inputs[1]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "window, unit", [((-5, 50), "percent"), ((0, 101), "percent"), ((0, 1), "x")]
+)
+def test_windows_that_are_none(root, window, unit):
+    config = config_for(root, data__window=window, data__window_unit=unit)
+    with pytest.raises(UserError, match=r"data\.window"):
+        dataset.window_of(config)

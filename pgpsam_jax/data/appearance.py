@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pgpsam_jax.data.geometry import Percentiles
 from pgpsam_jax.data.nifti import Volume
 from pgpsam_jax.text_files import read_json
 
@@ -49,6 +50,7 @@ def record_of(cached: Sequence, *, window, layout: str) -> dict:
         "cases": len(cached),
         "layout": layout,
         "window": list(window),
+        "percentiles": isinstance(window, Percentiles),
         "quantiles": list(QUANTILES),
         "whole": _ranges([look["whole"] for look in looks]),
         "foreground": _ranges([look["foreground"] for look in labelled]),
@@ -88,6 +90,8 @@ def unlike(volume: Volume, record: dict) -> list[str]:
 
 
 def _intensities(sample: np.ndarray, record: dict) -> list[str]:
+    if record["percentiles"]:  # every volume is mapped by its own
+        return []
     (low, high), whole = record["window"], _quantiles(sample)
     if record["layout"] == "transunet" and (whole[0] < low - 1 or whole[-1] > high + 1):
         return [

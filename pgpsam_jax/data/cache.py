@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.data import appearance
-from pgpsam_jax.data.geometry import Fit, model_slices, to_model
+from pgpsam_jax.data.geometry import Fit, Percentiles, Window, ends_of, model_slices, to_model
 from pgpsam_jax.data.grid import AXES, AXIAL, to_source
 from pgpsam_jax.data.labels import LabelTable
 from pgpsam_jax.data.layouts import Case
@@ -66,7 +66,7 @@ class CachedCase:
 def build_cache(
     cases: Sequence[Case],
     table: LabelTable,
-    window: tuple[float, float],
+    window: Window,
     image_size: int,
     cache_dir,
     progress: Callable[[int, int, str], None] | None = None,
@@ -76,8 +76,8 @@ def build_cache(
 ) -> list[CachedCase]:
     """Make or reuse the cache file of each case, in the order given.
 
-    `window` (lo, hi) is mapped to [0, 1], in `levels` steps (`geometry.quantise`). `axis` is the
-    one along which slices are cut (`grid.AXES`).
+    `window` is mapped to [0, 1], in `levels` steps (`geometry.quantise`). `axis` is the one along
+    which slices are cut (`grid.AXES`).
     `progress(index, total, case_id)` is called before each case. Errors: unreadable or
     mismatching files, label ids outside the table.
     """
@@ -97,6 +97,8 @@ def build_cache(
     }
     if levels:  # left out otherwise, so that files made before there was a choice stay valid
         recipe["levels"] = levels
+    if isinstance(window, Percentiles):
+        recipe["percentiles"] = True
     if axis not in AXES:
         raise ValueError(f"slices are cut along {', '.join(AXES)}, not {axis!r}")
     if axis != AXIAL:
@@ -225,11 +227,13 @@ def _build(file: Path, case: Case, table: LabelTable, recipe: dict, meta: dict) 
     depth, *native = image.array.shape
     size = recipe["size"]
     fit, levels = Fit.of(tuple(native), size), recipe.get("levels", 0)
+    window = Percentiles(*recipe["window"]) if "percentiles" in recipe else recipe["window"]
+    ends = ends_of(window, image.array)
     images = np.empty((depth, size, size), np.float16)
     labels = np.empty((depth, size, size), np.uint8)
     for start in range(0, depth, _BLOCK):
         part = slice(start, start + _BLOCK)
-        images[part] = model_slices(image.array[part], recipe["window"], fit, levels)
+        images[part] = model_slices(image.array[part], ends, fit, levels)
         labels[part] = to_model(ids[part], fit, order=0)
     meta = meta | {
         "case_id": case.case_id,

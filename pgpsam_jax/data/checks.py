@@ -13,6 +13,7 @@ from pgpsam_jax.data.anatomy import describe, turned
 from pgpsam_jax.data.arrays import ArrayFiles
 from pgpsam_jax.data.cases import Case, Source
 from pgpsam_jax.data.findings import ERROR, WARNING, BadFile, Finding
+from pgpsam_jax.data.geometry import Percentiles, Window, ends_of
 from pgpsam_jax.data.grid import to_source
 from pgpsam_jax.data.labels import LabelTable
 from pgpsam_jax.data.pairing import pair_grids
@@ -23,9 +24,7 @@ _CUT = 0.1  # of the labelled voxels, outside the window
 _MAX_ID = 4096  # ids beyond get no anatomy
 
 
-def check_case(
-    case: Case, table: LabelTable | None = None, window: tuple[float, float] | None = None
-) -> dict:
+def check_case(case: Case, table: LabelTable | None = None, window: Window | None = None) -> dict:
     """All there is to say about a case.
 
     `{"case", "part", "files": [record], "features": {id: [floats]}}`; a file's record has `file`,
@@ -117,7 +116,7 @@ def _check_image(image: _File, window) -> None:
             f"holds {low:g} to {high:g}, outside [{_HU[0]}, {_HU[1]}] HU; check its scale if it is "
             "a CT",
         )
-    if window is not None:
+    if window is not None and not isinstance(window, Percentiles):
         seen = min(high, window[1]) - max(low, window[0])
         if seen < 0.05 * (window[1] - window[0]) and low < high:
             image.add(
@@ -186,7 +185,7 @@ def _check_pair(image: _File, label: _File, record: dict, table: LabelTable | No
         ids = listed[ids]
     image.record["appearance"] = appearance.describe(image.array, ids)
     if window is not None:
-        _check_cut(image, ids, window)
+        _check_cut(image, ids, ends_of(window, image.array))
     features = describe(image.array, ids, image.grid.spacing, has_grid=image.has_grid)
     record["features"] = {str(i): values for i, values in features.items()}
     if table is not None and image.has_grid:
@@ -210,7 +209,7 @@ def _check_cut(image: _File, ids: np.ndarray, window) -> None:
             WARNING,
             "cut",
             f"has {below + above:.0%} of its labelled voxels outside data.window "
-            f"{tuple(map(float, window))} ({below:.0%} below, {above:.0%} above), where nothing "
+            f"({window[0]:g}, {window[1]:g}) ({below:.0%} below, {above:.0%} above), where nothing "
             f"can be told apart; they range from {np.quantile(values, 0.005):.4g} to "
             f"{np.quantile(values, 0.995):.4g}: set data.window to show them",
         )

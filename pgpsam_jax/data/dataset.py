@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from pgpsam_jax.data import appearance, array_checks, cache, fewshot, layouts, volumes
+from pgpsam_jax.data.geometry import Percentiles, Window
 from pgpsam_jax.data.grid import AXES, AXIAL
 from pgpsam_jax.data.labels import LabelTable, load_label_table
 from pgpsam_jax.errors import UserError
@@ -114,6 +115,18 @@ def with_axis(config: ConfigDict, cases) -> ConfigDict:
     return config
 
 
+def window_of(config: ConfigDict) -> Window:
+    """What of a volume's intensities a run maps to [0, 1], as `config.data` says."""
+    low, high = map(float, config.data.window)
+    if config.data.window_unit not in ("intensity", "percent"):
+        raise UserError(f"data.window_unit is {config.data.window_unit!r}; give intensity, percent")
+    if config.data.window_unit == "intensity":
+        return low, high
+    if not 0 <= low < high <= 100:
+        raise UserError(f"data.window {(low, high)} is in percent; give 0 <= low < high <= 100")
+    return Percentiles(low, high)
+
+
 def few_shot_data(
     config: ConfigDict, cases, table: LabelTable, workdir, *, resume: bool
 ) -> FewShotData:
@@ -129,7 +142,7 @@ def few_shot_data(
     else:
         chosen = fewshot.make_list(areas, rule, **settings)
     images, labels = cache.gather_slices(cached, chosen.entries)
-    looks = appearance.record_of(cached, window=config.data.window, layout=config.data.layout)
+    looks = appearance.record_of(cached, window=window_of(config), layout=config.data.layout)
     summary = chosen.summary(areas, table.names)
     return FewShotData(images, labels, chosen, summary, _digest(cached), looks)
 
@@ -161,7 +174,7 @@ def read_cases(config: ConfigDict, cases, table: LabelTable, workdir) -> list[ca
         return cache.build_cache(
             cases,
             table,
-            tuple(config.data.window),
+            window_of(config),
             config.model.image_size,
             config.data.cache_dir or Path(workdir) / "cache",
             progress=lambda done, total, case: bar.update(done - bar.n),

@@ -8,8 +8,11 @@ The functions for the device import JAX themselves: the others serve processes w
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+_SAMPLE = 1 << 21  # voxels; as many give a percentile to three digits
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,25 @@ def to_model(images: np.ndarray, fit: Fit, order: int) -> np.ndarray:
         rows = _resample(images.astype(np.float32, copy=False), 1, fit.height)
         inside[...] = _resample(rows, 2, fit.width)
     return out
+
+
+class Percentiles(NamedTuple):
+    """A window for intensities without a unit, as in MR: percent of a volume's own voxels."""
+
+    low: float
+    high: float
+
+
+Window = tuple[float, float] | Percentiles
+
+
+def ends_of(window: Window, volume: np.ndarray) -> tuple[float, float]:
+    """The intensities of a volume (D, H, W) that map to 0 and 1, from a regular sample of it."""
+    if not isinstance(window, Percentiles):
+        return window
+    sample = volume.reshape(-1)[:: -(-volume.size // _SAMPLE)]
+    low, high = map(float, np.percentile(sample, window))
+    return (low, high) if low < high else (low, low + 1)
 
 
 def rescale(images: np.ndarray, window: tuple[float, float]) -> np.ndarray:

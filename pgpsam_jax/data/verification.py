@@ -27,7 +27,9 @@ from pgpsam_jax.data import comparison, volumes
 from pgpsam_jax.data.anatomy import organ_of
 from pgpsam_jax.data.cases import Case
 from pgpsam_jax.data.checks import check_case
+from pgpsam_jax.data.dataset import window_of
 from pgpsam_jax.data.findings import ERROR, WARNING, Finding
+from pgpsam_jax.data.geometry import Window
 from pgpsam_jax.data.label_order import judge
 from pgpsam_jax.data.labels import LabelTable
 from pgpsam_jax.errors import UserError
@@ -45,7 +47,7 @@ def check_cases(
     cases: Sequence[Case],
     table: LabelTable | None,
     *,
-    window: tuple[float, float] | None = None,
+    window: Window | None = None,
     workers: int = 0,
 ) -> Iterable[dict]:
     """The record of each case, in order; one case in memory per process, -1: one per core."""
@@ -171,7 +173,7 @@ def ensure(config, split, workdir, *, say: Callable[[str], None] = print) -> dic
         for part, members in reversed(parts.items())
         for case in members
     }
-    window = tuple(map(float, config.data.window))
+    window = window_of(config)
     memory = Path(config.data.cache_dir or Path(workdir) / "cache") / _MEMORY
     known, records, fresh = _recall(memory), [], []
     for case in sorted(cases.values(), key=lambda case: case.case_id):
@@ -230,7 +232,15 @@ def _key(case: Case, table: LabelTable, window) -> str:
         digests = [volumes.digest(source) for source in sources]
     except OSError as error:
         raise UserError(f"case {case.case_id} cannot be read: {error}; check the files") from error
-    value = [SCHEMA, case.case_id, [str(s) for s in sources], digests, table.to_json(), window]
+    value = [
+        SCHEMA,
+        case.case_id,
+        [str(s) for s in sources],
+        digests,
+        table.to_json(),
+        type(window).__name__,
+        window,
+    ]
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from pgpsam_jax import distributed, sharding
 from pgpsam_jax.data.geometry import (
     Fit,
+    ends_of,
     logits_to_native,
     to_model,
     to_model_on_device,
@@ -44,7 +45,7 @@ class Predictor:
     ):
         lanes = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // lanes) * lanes
-        self.image_size, self.window, self.levels = image_size, tuple(window), levels
+        self.image_size, self.window, self.levels = image_size, window, levels
         self.oracle = oracle
         self._sharding = sharding.batch_sharding(mesh)
         self._graphdef, self._states = graphdef, (params, frozen)
@@ -78,8 +79,10 @@ class Predictor:
         truth: its true class ids (D, H, W), for an oracle only.
         """
 
+        ends = ends_of(self.window, volume.array)
+
         def prepare(part):
-            return windowed(part, self.window, self.levels)
+            return windowed(part, ends, self.levels)
 
         return self._segment(volume.array, prepare, truth)
 

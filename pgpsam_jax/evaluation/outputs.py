@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pgpsam_jax.data.geometry import rescale
+from pgpsam_jax.data.geometry import ends_of, rescale
 from pgpsam_jax.data.nifti import SourceGrid, write_label
 from pgpsam_jax.evaluation.protocols import score_case
 from pgpsam_jax.evaluation.release_protocol import score_release
@@ -42,7 +42,7 @@ def score_and_write(
         from pgpsam_jax.visual import write_overlays
 
         write_overlays(
-            rescale(case.image, window),
+            rescale(case.image, ends_of(window, case.image)),
             case.truth,
             case.prediction,
             case.spacing,
@@ -65,7 +65,13 @@ def write_prediction(case: Predicted, *, folder: Path, names, window) -> tuple[s
         from pgpsam_jax.visual import write_preview
 
         picture = folder / f"{case.name}.png"
-        write_preview(rescale(case.image, window), case.prediction, case.spacing, names, picture)
+        write_preview(
+            rescale(case.image, ends_of(window, case.image)),
+            case.prediction,
+            case.spacing,
+            names,
+            picture,
+        )
     counts = np.bincount(case.prediction.ravel(), minlength=len(names))
     voxels = {name: int(count) for name, count in zip(names[1:], counts[1:], strict=True)}
     one = math.prod(case.spacing) / 1000

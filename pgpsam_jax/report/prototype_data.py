@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.data.cache import read_case
-from pgpsam_jax.data.geometry import Fit, rescale, to_model
+from pgpsam_jax.data.geometry import Fit, ends_of, rescale, to_model
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.report.series import write_rows
 from pgpsam_jax.report.testset import TestSet
@@ -72,8 +72,9 @@ def look_into(run: Run) -> Look:
         batches.append(trained.passes(volume, chosen))
         shown.append(len(slices) + _fullest(truth[chosen]))
         fit = Fit.of(truth.shape[1:], run.config.model.image_size)
+        ends = ends_of(tests.window, volume.array)
         for z in chosen:
-            image = rescale(volume.array[z], tests.window)
+            image = rescale(volume.array[z], ends)
             spacing = drawn_spacing(image.shape, volume.spacing[1:])
             slices.append(Slice(case.case_id, z, image, truth[z], spacing, fit))
     if not batches:

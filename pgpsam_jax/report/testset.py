@@ -8,7 +8,7 @@ from scipy import ndimage
 from pgpsam_jax import places
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.cache import read_case
-from pgpsam_jax.data.geometry import rescale
+from pgpsam_jax.data.geometry import ends_of, rescale
 from pgpsam_jax.data.nifti import read_label
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runs import Run
@@ -51,7 +51,7 @@ class TestSet:
             raise UserError(f"the label table of {config.data.root} is no longer the run's")
         scored = {row["case"] for row in run.cases}
         self.cases = {c.case_id: c for c in cases if c.case_id in scored}
-        self.window, self.axis = tuple(config.data.window), config.data.axis
+        self.window, self.axis = dataset.window_of(config), config.data.axis
         self.region_of = lambda case_id, truth: np.ones(len(truth), bool)
         if config.data.split == "within_volume":
             entries = dataset.stored_list(run.workdir).entries
@@ -69,7 +69,7 @@ class TestSet:
             if predictions[-1].shape != truth.shape:
                 raise UserError(f"{path} has another shape than the volume; evaluate again")
         region = self.region_of(case_id, truth)
-        image = rescale(volume.array, self.window)
+        image = rescale(volume.array, ends_of(self.window, volume.array))
         return image, truth, predictions, volume.spacing[1:], region
 
 
