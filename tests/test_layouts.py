@@ -7,6 +7,7 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from layout_data import write_nnunet
 
 from pgpsam_jax.data.layouts import (
     BTCV_TEST,
@@ -238,3 +239,14 @@ def test_other_splits():
         split_cases(cases, "within_volume", validation_fraction=0.2)
     with pytest.raises(UserError, match="unknown split"):
         split_cases(cases, "random")
+
+
+def test_nothing_is_dropped_without_a_count(tmp_path, recwarn):
+    """Neither what is no volume, nor a test image without a label."""
+    write_nnunet(tmp_path, ("a", "b"), ("c", "d"), labelled_tests=False)
+    (tmp_path / "imagesTr" / "notes.txt").write_text("x")
+    (tmp_path / "imagesTr" / "._a_0000.nii.gz").write_bytes(b"x")
+    assert [case.case_id for case in find_cases("nnunet", tmp_path)] == ["a", "b"]
+    said = " ".join(str(warning.message) for warning in recwarn)
+    assert "2 entries of imagesTr passed over: 1 hidden file" in said and "notes.txt" in said
+    assert "2 image(s)" in said
