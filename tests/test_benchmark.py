@@ -232,8 +232,9 @@ def test_a_stopped_run_keeps_its_rows(tmp_path, monkeypatch):
         return fake(point, effort)
 
     monkeypatch.setattr(program, "measure", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         run(tmp_path, "--tasks", "inference", "--batches", "1,2")
+    assert ended.value.code == 130
     assert len(table.load(tmp_path)) == 2
     assert "| inference |" in (tmp_path / table.TABLE).read_text()
 
