@@ -1,5 +1,6 @@
 """From a configuration to what training and evaluation read: cases, labels, few-shot slices."""
 
+import contextlib
 import dataclasses
 import hashlib
 from collections import Counter
@@ -108,9 +109,11 @@ def with_axis(config: ConfigDict, cases) -> ConfigDict:
     if config.data.axis != "auto":
         return config
     config = config.copy_and_resolve_references()
-    known = config.data.layout != "transunet"
-    grids = [volumes.read_grid(case.image) for case in cases if known]
-    axes = Counter(grid.thick_axis for grid in grids if grid.thick_axis)
+    axes = Counter()
+    for case in cases if config.data.layout != "transunet" else ():
+        with contextlib.suppress(UserError):  # `verification` tells of what cannot be read
+            axes[volumes.read_grid(case.image).thick_axis] += 1
+    del axes[None]
     config.data.axis = axes.most_common(1)[0][0] if axes else AXIAL
     return config
 
