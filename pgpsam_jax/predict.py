@@ -62,7 +62,7 @@ def predict(
     if inputs.passed_over:
         tqdm.write(inputs.passed_over)
     for fault in inputs.faults:
-        _report(fault)
+        _say(f"error: {fault}")
     read = functools.partial(_read, axis=axis)
     failed, warned, total = list(inputs.faults), {}, len(inputs.files)
     there = set(masks.done()) if skip_existing else set()
@@ -73,12 +73,12 @@ def predict(
         progress = tqdm(inputs, desc="predicting", unit="volume")
         for path, volume in zip(progress, ahead(read, inputs), strict=True):
             if isinstance(volume, UserError):
-                _report(volume)
+                _say(f"error: {volume}")
                 failed.append(path)
                 continue
             warned[stem_of(path)] = list(warnings_of(volume))
             for text in warned[stem_of(path)]:
-                tqdm.write(f"warning: {path.name}: {text}")
+                _say(f"warning: {path.name}: {text}")
             image = volume.array if overlay else None
             ids = predictor(volume)
             yield Predicted(stem_of(path), ids, volume.spacing, volume.source, image=image)
@@ -88,7 +88,7 @@ def predict(
     count = worker_count(workers, len(inputs), size)
     try:
         for stem, facts in in_order(write, predicted(), count):
-            tqdm.write(f"{stem}: {_said(facts['ml'])}")
+            _say(f"{stem}: {_said(facts['ml'])}")
             masks.add(stem, facts, warned[stem])
     finally:
         masks.close()
@@ -101,8 +101,8 @@ def predict(
     return len(failed)
 
 
-def _report(error: UserError) -> None:
-    tqdm.write(shown(f"error: {error}", _LONGEST))  # names of files are untrusted
+def _say(line: str) -> None:
+    tqdm.write(shown(line, _LONGEST))  # names of files are untrusted
 
 
 def by_stem(inputs: Iterable[Path]) -> dict[str, Path]:

@@ -51,7 +51,8 @@ def test_masks_are_those_of_predict_and_evaluation(run, root, tmp_path):
     assert ours.get_data_dtype() == np.uint8
     assert len(np.unique(np.asarray(ours.dataobj))) > 1  # something was found to compare
     options = dict(run=run.identity)
-    assert not predict.predict(run.predictor, run.label_names, [image], tmp_path, **options)
+    inputs = predict.find_inputs(image)
+    assert not predict.predict(run.predictor, run.label_names, inputs, tmp_path, **options)
     same(ours, nib.load(tmp_path / "c.nii.gz"))
     same(ours, nib.load(run.workdir / "evaluation" / "predictions" / "c.nii.gz"))
 

@@ -94,7 +94,7 @@ def test_the_same_run_replaces_its_masks_or_keeps_them(images, tmp_path):
 def test_a_killed_run_goes_on(images, tmp_path):
     """What it had announced, and may have written, is its own; it is made again."""
     out = tmp_path / "out"
-    folder = masks.Masks(out, predict.by_stem(predict.find_inputs(images)))
+    folder = masks.Masks(out, predict.by_stem(predict.find_inputs(images).files))
     folder.claim(RUN, NAMES)
     folder.begin(["a", "b"])
     (out / "a.nii.gz").write_bytes(b"half a folder")

@@ -35,6 +35,9 @@ def test_masks_and_reports(tmp_path):
         root = write_data(tmp_path / "data", ("a",))
         arguments = ["--data", str(root), "--image-glob", "images/*.nii.gz"]
         verify.main([*arguments, "--report", str(tmp_path / "reports" / "found.json")])
-        inputs, options = find_inputs(root / "images"), dict(overlay=True, skip_existing=False)
+        inputs, options = (
+            find_inputs(root / "images"),
+            dict(run={"workdir": "x", "parameters": "0"}, overlay=True),
+        )
         predict.predict(nothing, ["background"], inputs, tmp_path / "masks", **options)
     assert modes(tmp_path) == {"files": {0o640}, "folders": {0o750}}

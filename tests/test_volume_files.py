@@ -90,8 +90,8 @@ def test_one_bad_entry_never_stops_a_folder(tmp_path, capsys):
     (folder / "readme.txt").write_text("x")
     inputs = find_inputs(folder)
     assert len(inputs.files) == count and len(inputs.faults) == len(BAD) + 3
-    names, options = ["background", *"abcde"], dict(overlay=False, skip_existing=False)
-    failed = predict.predict(Known(), names, inputs, tmp_path / "out", **options)
+    names, run = ["background", *"abcde"], {"workdir": "runs/x", "parameters": "0123abcd"}
+    failed = predict.predict(Known(), names, inputs, tmp_path / "out", run=run)
     assert failed == len(BAD) + 3
     masks = [path for path in (tmp_path / "out").iterdir() if path.suffix == ".gz"]
     assert len(masks) == count and tmp_path / "out" / "UPPER.nii.gz" in masks
@@ -223,7 +223,7 @@ def test_training_names_the_image_that_is_none(tmp_path, make):
     root = write_data(tmp_path)
     (root / "images" / "b.nii.gz").unlink()
     make(root / "images" / "b.nii.gz")
-    config = config_for(root)
+    config = config_for(root, data__axis="axial")
     split = dataset.find_split(config)
     with pytest.raises(UserError, match=r"b\.nii\.gz is not a file"):
         verification.ensure(config, split, tmp_path / "run")
