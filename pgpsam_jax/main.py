@@ -7,6 +7,7 @@ stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, after the step under way and its
 a second Ctrl-C, at once; 1 anything else.
 """
 
+import itertools
 import warnings
 from pathlib import Path
 
@@ -42,8 +43,9 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.
 def parse(argv):
     """The program's name and the fields that are set, as (field, text); mistakes in a sentence."""
     with exit_on_user_error():
-        for name, _, value in (word.rpartition("=") for word in argv[1:]):
-            local(value, name or "a flag's")
+        for before, word in itertools.pairwise(argv):
+            name, _, value = word.rpartition("=")
+            local(value, name or before)
         try:
             fields = {}
             if any("config." in argument for argument in argv):  # its fields: only with JAX
