@@ -1,11 +1,13 @@
 """Evaluation with worker processes: the same files as without, and what happens when one fails."""
 
+import contextlib
 import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -213,3 +215,25 @@ def test_the_synthetic_case_is_a_plausible_prediction():
     assert dice.pop("gallbladder") == 0 and all(0.6 < one < 0.99 for one in dice.values())
     litres = (truth == 1).sum() * np.prod(spacing) / 1e6
     assert 1.0 < litres < 2.5  # a liver
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_what_an_error_leaves_behind_may_be_collected_anywhere(count):
+    """The collector may run while a thread starts, which holds the lock that joining takes."""
+
+    def left():
+        things = workers.in_order(echo, range(9), count) if count else workers.ahead(echo, range(9))
+        next(things)
+        return things
+
+    abandoned = left()
+
+    def collect():
+        with getattr(threading, "_shutdown_locks_lock", contextlib.nullcontext()):
+            abandoned.close()
+
+    # A thread of its own, so that a deadlock fails the test instead of stopping it.
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()

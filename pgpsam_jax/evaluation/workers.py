@@ -91,14 +91,18 @@ def in_order(function: Callable, jobs: Iterable, workers: int, work: Work = SCOR
 
 def ahead(function: Callable, items: Iterable) -> Iterator:
     """`function(item)` of every item in order; a thread is one item ahead of the caller."""
-    pending = collections.deque()
-    with ThreadPoolExecutor(1) as thread:
+    pending, thread = collections.deque(), ThreadPoolExecutor(1)
+    try:
         for item in items:
             pending.append(thread.submit(function, item))
             if len(pending) > 1:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        # Never joined: where an error leaves the generator to the garbage collector, that may run
+        # while a thread starts, with the lock in hand that joining takes.
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 class _Pool:
@@ -136,8 +140,7 @@ class _Pool:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
             process.kill()
-        self._threads.shutdown()
-        for process in self._processes:
+        for process in self._processes:  # its thread ends with it, and is not joined: see `ahead`
             process.wait()
             process.stdout.close()
             try:
