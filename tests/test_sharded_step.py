@@ -1,0 +1,51 @@
+"""The step as a run compiles it: its memory is reused, and every step draws anew."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_method
+from small_run import config_for
+
+from pgpsam_jax import build, sharding
+from pgpsam_jax.distributed import place
+from pgpsam_jax.sharded import shard_step, sharding_of
+
+CLASSES, BATCH = 3, 8
+
+
+@pytest.fixture(scope="module")
+def run():
+    """(step, its parameters and frozen weights, a batch on the mesh)."""
+    with tiny_method.known():
+        config = config_for(Path(), model__name=tiny_method.NAME)
+        mesh, size = sharding.make_mesh(), config.model.image_size
+        rng = np.random.default_rng(0)
+        batch = {
+            "image": jnp.asarray(rng.random((BATCH, size, size)), jnp.float32),
+            "label": jnp.asarray(rng.integers(0, CLASSES, (BATCH, size, size)), jnp.uint8),
+        }
+        batch = place(batch, sharding.batch_sharding(mesh))
+        graphdef, params, frozen, _ = build.init_model(config, CLASSES)
+        step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=10**6, seed=3)
+        yield step, params, place(frozen, sharding_of(step.frozen)), batch
+
+
+def test_the_state_is_donated_and_nothing_else(run):
+    (state, frozen, batch), _ = run[0].lower().args_info
+    assert all(leaf.donated for leaf in jax.tree.leaves(state))
+    assert not any(leaf.donated for leaf in jax.tree.leaves((frozen, batch)))
+
+
+def test_every_step_augments_in_its_own_way(run):
+    """The same parameters see the same slices otherwise in the next step, and alike again."""
+    step, params, frozen, batch = run
+    losses = []
+    for number in (0, 1, 0):
+        state = step.start(place(params, sharding_of(step.state.params)))
+        state = dataclasses.replace(state, step=state.step + number)
+        losses.append(float(step.run(state, frozen, batch)[1]["loss"]))
+    assert losses[0] == losses[2] != losses[1]
