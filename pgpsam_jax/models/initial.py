@@ -12,11 +12,12 @@ import numpy as np
 from flax import nnx
 
 _CHUNK = 1 << 16
+_SMALL_CHUNK = 1 << 12  # what most parameters fit in: the same numbers as the first of a chunk
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _draw_chunk(key, distribution: str, index):
-    return getattr(jax.random, distribution)(jax.random.fold_in(key, index), (_CHUNK,))
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def _draw_chunk(key, distribution: str, index, size: int):
+    return getattr(jax.random, distribution)(jax.random.fold_in(key, index), (size,))
 
 
 class NoDraws(nnx.Rngs):
@@ -35,12 +36,13 @@ class NoDraws(nnx.Rngs):
 def draw(rngs: nnx.Rngs, shape: tuple[int, ...], distribution: str = "normal"):
     """Random numbers of any shape, N(0, 1) or `uniform` in [0, 1).
 
-    Drawn in chunks of one size: a compiled draw per parameter shape would take half a minute.
+    Drawn in chunks of two sizes: a compiled draw per parameter shape would take half a minute.
     """
     key, size = rngs.params(), math.prod(shape)
     if key is None:
         return jnp.zeros(shape)
-    chunks = [_draw_chunk(key, distribution, i) for i in range(-(-size // _CHUNK))]
+    chunk = _SMALL_CHUNK if size <= _SMALL_CHUNK else _CHUNK
+    chunks = [_draw_chunk(key, distribution, i, chunk) for i in range(-(-size // chunk))]
     traced = isinstance(key, jax.core.Tracer)
     numpy = jnp if traced else np
     return numpy.concatenate(chunks)[:size].reshape(shape)
