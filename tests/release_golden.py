@@ -1,10 +1,12 @@
-"""The two golden sets of preset `release`: recorded at the published size, and the project's own.
+"""The golden sets of preset `release`: recorded at the published size, and the project's own.
 
-Both list names and shapes of the authors' state dict, rules for weights and input, and what comes
+All list names and shapes of the authors' state dict, rules for weights and input, and what comes
 out. `recorded` is the output of the authors' code in float32 and lies outside the project; `small`
-was computed in float64 by `release_numpy` (tests/golden).
+and `one_stage`, which has losses and gradients only, were computed in float64 by `release_numpy`
+(tests/golden).
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -31,18 +33,30 @@ class Golden:
 
     def __init__(self, folder: Path, stem: str, rule: str):
         self.meta = json.loads((folder / f"{stem}.json").read_text())
-        self._arrays = np.load(folder / f"{stem}.npz")
+        self._stem = folder / stem
         spec = importlib.util.spec_from_file_location(rule, folder / f"{rule}.py")
         self.rule = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.rule)
         self.size, self.classes = self.meta["image_size"], self.meta["num_classes"]
         encoder, patch, sizes = "vit_b", 16, dict(self.meta.get("sizes", {}))
+        stages, layers = sizes.get("stages", 2), sizes.get("layers", 2)
         if sizes:
             encoder, patch = "vit_t", sizes["patch_size"]
             sizes = {key: sizes[key] for key in ENCODER_SIZES}
             sizes["global_blocks"] = tuple(sizes["global_blocks"])
         sam = SamConfig.preset(encoder, self.size, patch, **sizes)
-        self.config = ReleaseConfig(sam, self.classes, lora=LoraConfig(5))
+        sam = dataclasses.replace(sam, decoder=dataclasses.replace(sam.decoder, depth=layers))
+        taps = (sam.encoder.global_blocks[-1], sam.encoder.global_blocks[0])[:stages]
+        self.config = ReleaseConfig(sam, self.classes, taps, lora=LoraConfig(5))
+
+    @functools.cached_property
+    def _arrays(self):
+        return np.load(self._stem.with_suffix(".npz"))
+
+    @property
+    def names(self) -> set[str]:
+        """Of all recorded arrays."""
+        return set(self._arrays.files)
 
     def __getitem__(self, name: str):
         """A recorded array, channels last."""
@@ -52,7 +66,7 @@ class Golden:
 
     def first(self, prefix: str):
         """The recorded array whose name begins so: the rest of the name is a size."""
-        return self[next(name for name in self._arrays.files if name.startswith(prefix))]
+        return self[next(name for name in self.names if name.startswith(prefix))]
 
     @functools.cached_property
     def weights(self) -> dict:
@@ -91,6 +105,6 @@ class Golden:
 
 @functools.cache
 def load(name: str) -> Golden:
-    if name == "small":
-        return Golden(Path(__file__).parent / "golden", "release_small", "golden_rule")
-    return Golden(shared("golden"), "release_synapse", "golden_weights")
+    if name == "recorded":
+        return Golden(shared("golden"), "release_synapse", "golden_weights")
+    return Golden(Path(__file__).parent / "golden", f"release_{name}", "golden_rule")

@@ -2,9 +2,9 @@
 
 Written from the description of that model alone, as an oracle: no batch axis, whole matrices in
 the order of the text, nothing shared with the package. `p` maps the release's own PyTorch names to
-arrays in PyTorch's layouts; every size (image, patch, classes, width, windows) follows from their
-shapes. Maps are (C, H, W), tokens (T, C). `np` and `erf` may be exchanged for those of `autograd`:
-nothing here writes into an array.
+arrays in PyTorch's layouts; every size (image, patch, classes, width, windows) and number (blocks,
+stages) follows from their shapes and names. Maps are (C, H, W), tokens (T, C). `np` and `erf` may
+be exchanged for those of `autograd`: nothing here writes into an array.
 
 Legend: H W grid, L = H*W pixels (row major), C width, N classes, Q = 8N inter prototypes, k = 4
 inter prototypes chosen per class, n = N*(k+1) tokens, P class probabilities (N, H, W).
@@ -16,6 +16,11 @@ from scipy.special import erf
 
 HEADS = 8  # of every attention outside the encoder
 MAP_EPS, TOKEN_EPS = 1e-6, 1e-5  # layer norms of maps and of the encoder; of tokens
+
+
+def count(p, name):
+    """Modules in a list of that name."""
+    return len({key.split(".")[1] for key in p if key.startswith(name + ".")})
 
 
 # Layers
@@ -432,7 +437,7 @@ def cosine_attention(q, v, p):
 def two_way_transformer(image, image_pe, prompt, token_pe, gate, p):
     """Tokens (T, C) and image (L, C); the first self-attention has no positions, no residual."""
     tokens = prompt
-    for i in range(2):
+    for i in range(count(p, "layers")):
         block = sub(p, f"layers.{i}")
         look = cosine_attention(tokens + token_pe, image, sub(block, "cross_attn_token_to_image"))
         tokens = layer_norm(tokens + look, sub(block, "norm1"))
@@ -508,7 +513,7 @@ def mask_decoder(image, dense, sparse, p, u=None, f_m=None, low=None):
 def decode(neck, taps, p):
     """From the encoder's outputs to the outputs of every module call, by its name.
 
-    `mask_decoder.call0` is the pre-prompt pass, calls 1 and 2 are the stages.
+    `mask_decoder.call0` is the pre-prompt pass, the others are the stages.
     """
     out, stages = {}, sub(p, "prototype_prompt_encoder")
     table = sub(p, "global_prototypes")
@@ -530,7 +535,7 @@ def decode(neck, taps, p):
     prompts = prompt_generator(x, *embedded(), None, sub(pre, "prompt_generator"))
     record("pre_prompt.prompt_generator.call0", *prompts)
     logits, f_m = record("mask_decoder.call0", *mask_decoder(neck, *prompts, decoder))
-    for s in range(2):
+    for s in range(count(stages, "feature_refinement")):
         low = resize(logits, *neck.shape[1:])
         probabilities = softmax(low, 0)
         name = f"feature_refinement.{s}"
@@ -555,7 +560,8 @@ def forward(image, p):
     encoder = {"neck": neck, "tap_first": taps[0], "tap_last": taps[-1]}
     out = {f"image_encoder.{name}": y for name, y in encoder.items()} | decode(neck, taps, p)
     out["logits_pre"] = out["mask_decoder.call0.out0"]
-    out["logits_final"] = resize(out["mask_decoder.call2.out0"], *image.shape[1:])
+    last = count(sub(p, "prototype_prompt_encoder"), "feature_refinement")
+    out["logits_final"] = resize(out[f"mask_decoder.call{last}.out0"], *image.shape[1:])
     return out
 
 

@@ -6,7 +6,8 @@ import math
 import numpy as np
 
 # D encoder width, depth, G grid, P patch, C head width, S window, E decoder width, N classes; the
-# other sizes follow. VIT_B is what the release trains, SMALL the encoder vit_t at 32 px.
+# other sizes follow, and `stages` and `layers` of the decoder are two. VIT_B is what the release
+# trains, SMALL the encoder vit_t at 32 px.
 VIT_B = dict(D=768, depth=12, whole=(2, 5, 8, 11), G=32, P=16, C=64, S=14, E=256, N=9)
 SMALL = dict(D=96, depth=4, whole=(1, 3), G=4, P=8, C=32, S=8, E=64, N=3)
 RANK, ALPHA, K, STRIP = 5, 8, 4, 5
@@ -68,7 +69,7 @@ def release_shapes(z: dict) -> dict[str, tuple]:
     norm("image_encoder.neck.3", e)
 
     decoder = "mask_decoder"
-    for i in range(2):
+    for i in range(z.get("layers", 2)):
         layer = f"{decoder}.transformer.layers.{i}"
         cross = f"{layer}.cross_attn_token_to_image"
         own(cross, alpha=(e // 2,), beta=(e // 2,))
@@ -133,8 +134,8 @@ def release_shapes(z: dict) -> dict[str, tuple]:
         mlp(f"{adapter}.out_proj.layers", 2 * e, e, e, e)
         mlp(f"{sparse}.out", e, e // 2, e, step=2)
 
-    encoder = "prototype_prompt_encoder"
-    for i in range(2):
+    encoder, stages = "prototype_prompt_encoder", z.get("stages", 2)
+    for i in range(stages):
         refine = f"{encoder}.feature_refinement.{i}"
         conv(f"{refine}.proj.conv", d, e, bias=False)
         norm(f"{refine}.proj.norm", e)
@@ -151,7 +152,7 @@ def release_shapes(z: dict) -> dict[str, tuple]:
         conv(f"{refine}.final.dwconv.conv", 1, 2 * e, 3, bias=False)
         conv(f"{refine}.final.project_out.conv", e, e)
         upscale(f"{refine}.up_sample")
-    for i in range(2):
+    for i in range(stages):
         refine = f"{encoder}.prototype_refinement.{i}"
         own(refine, inter=(e,), intra=(e,))
         linear(f"{refine}.in_proj1", e, e)
@@ -177,10 +178,10 @@ def release_shapes(z: dict) -> dict[str, tuple]:
         for j in (1, 2):
             norm(f"{refine}.out_proj{j}.norm", e)
             mlp(f"{refine}.out_proj{j}.ffl", e, 4 * e, e, step=2)
-    for i in range(2):
+    for i in range(stages):
         generator(f"{encoder}.prompt_generator.{i}")
-    own(f"{encoder}.level_image", weight=(2, e))
-    own(f"{encoder}.level_mask", weight=(2, n))
+    own(f"{encoder}.level_image", weight=(stages, e))
+    own(f"{encoder}.level_mask", weight=(stages, n))
     own("pre_prompt.mask_embed", weight=(1, e))
     squeeze("pre_prompt.csm.mlp")
     generator("pre_prompt.prompt_generator")

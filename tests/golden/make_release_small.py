@@ -1,10 +1,13 @@
-"""Write the small golden set, release_small.json and .npz, from the numpy transcription.
+"""Write the small golden sets from the numpy transcription.
+
+release_small.json and .npz have two stages, and what every module gives; release_one_stage.json
+the loss, gradients and updates of a model whose training step compiles in a fraction of the time.
 
     pip install autograd
     PYTHONPATH=tests python -m golden.make_release_small
 
 Same content and layout as the recorded set of the published sizes, except that the values are
-float64 results (stored in float32). Deterministic; takes half a minute.
+float64 results (stored in float32). Deterministic; takes a minute.
 """
 
 import json
@@ -34,6 +37,8 @@ SIZES = {
     "lora_rank": RANK,
     "num_classes": 4,
 }
+# The fewest modules among which is one of each kind.
+ONE_STAGE = SIZES | {"depth": 2, "global_blocks": (1,), "stages": 1, "layers": 1}
 SEED, EPOCH = 0, 10
 ADAMW = {"lr": 1e-4, "weight_decay": 0.1, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
@@ -93,19 +98,21 @@ def digits(value):
     return float(f"{value:.8e}") if isinstance(value, float) else value
 
 
-def layout():
+def layout(sizes):
     """Name to shape of every tensor, in the order of the release's checkpoint."""
     return release_shapes(
         {
-            "D": SIZES["width"],
-            "depth": SIZES["depth"],
-            "whole": SIZES["global_blocks"],
-            "G": SIZES["image_size"] // SIZES["patch_size"],
-            "P": SIZES["patch_size"],
-            "C": SIZES["width"] // SIZES["heads"],
-            "S": SIZES["window_size"],
-            "E": SIZES["out_channels"],
-            "N": SIZES["num_classes"],
+            "D": sizes["width"],
+            "depth": sizes["depth"],
+            "whole": sizes["global_blocks"],
+            "G": sizes["image_size"] // sizes["patch_size"],
+            "P": sizes["patch_size"],
+            "C": sizes["width"] // sizes["heads"],
+            "S": sizes["window_size"],
+            "E": sizes["out_channels"],
+            "N": sizes["num_classes"],
+            "stages": sizes.get("stages", 2),
+            "layers": sizes.get("layers", 2),
         }
     )
 
@@ -115,9 +122,9 @@ def trains(name):
     return "lora" in name or not name.startswith("image_encoder.")
 
 
-def main():
-    differentiable()
-    shapes, size, classes = layout(), SIZES["image_size"], SIZES["num_classes"]
+def make(sizes):
+    """(record, outputs) of a set."""
+    shapes, size, classes = layout(sizes), sizes["image_size"], sizes["num_classes"]
     image = golden_rule.image(1, size, SEED)[0].astype(float)
     labels = golden_rule.labels(1, size, classes, SEED)[0]
     p = {name: golden_rule.tensor(name, s, SEED).astype(float) for name, s in shapes.items()}
@@ -138,7 +145,7 @@ def main():
             "python": platform.python_version(),
             **{package: version(package) for package in ("numpy", "scipy", "autograd")},
         },
-        "sizes": SIZES,
+        "sizes": sizes,
         "seed": SEED,
         "num_classes": classes,
         "batch": 1,
@@ -149,10 +156,19 @@ def main():
         "adamw": {**ADAMW, "losses": adamw_losses(trainable, gradients, total, again)},
         "gradients": summary,
     }
-    here = Path(__file__).with_name("release_small")
-    write_text(here.with_suffix(".json"), json.dumps(digits(record), separators=(",", ":")) + "\n")
-    with atomic_path(here.with_suffix(".npz")) as path:
-        np.savez_compressed(path, **recorded(out))
+    return record, out
+
+
+def main():
+    differentiable()
+    here = Path(__file__).parent
+    for name, sizes in (("release_small", SIZES), ("release_one_stage", ONE_STAGE)):
+        record, out = make(sizes)
+        text = json.dumps(digits(record), separators=(",", ":"))
+        write_text(here / f"{name}.json", text + "\n")
+        if sizes is SIZES:
+            with atomic_path(here / f"{name}.npz") as path:
+                np.savez_compressed(path, **recorded(out))
 
 
 if __name__ == "__main__":
