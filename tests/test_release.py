@@ -1,7 +1,9 @@
 """Preset `release` beyond the golden sets: other sizes, precision, parameter counts, refusals."""
 
+import dataclasses
 import functools
 
+import equations_numpy as eq
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,24 +19,33 @@ from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.parameters import count, flat_paths
 from pgpsam_jax.step import to_input
 
-ENCODER = dict(width=32, depth=2, heads=2, global_blocks=(0, 1), out_channels=32, window_size=4)
+ENCODER = dict(width=32, depth=1, heads=2, global_blocks=(0,), out_channels=32, window_size=4)
 
 
 def small(size=(32, 64), classes=3, **kwargs):
-    return ReleaseConfig(SamConfig.preset("vit_t", size, 8, **ENCODER), classes, **kwargs)
+    """One stage and one block in the decoder: what compiling costs."""
+    sam = SamConfig.preset("vit_t", size, 8, **ENCODER)
+    sam = dataclasses.replace(sam, decoder=dataclasses.replace(sam.decoder, depth=1))
+    return ReleaseConfig(sam, classes, (0,), **kwargs)
+
+
+def random_model(dtype=jnp.float32, **kwargs):
+    return eq.random_module(lambda: ReleasePgpSam(small(**kwargs), dtype=dtype, rngs=NoDraws()), 3)[
+        0
+    ]
 
 
 @functools.cache
-def run(dtype=jnp.float32, **kwargs):
-    """Every pass of a freshly drawn small model on two images."""
-    config = small(**kwargs)
-    graphdef, state = nnx.split(ReleasePgpSam(config, dtype=dtype, rngs=nnx.Rngs(3)))
+def run(dtype=jnp.float32):
+    """Every pass of a small model with random parameters on two images."""
+    config = small()
+    graphdef, state = nnx.split(random_model(dtype))
     images = np.random.default_rng(4).random((2, *config.sam.image_size), np.float32)
     passes = jax.jit(lambda s, x: nnx.merge(graphdef, s).passes(to_input(x)))(state, images)
     return config, passes
 
 
-@pytest.mark.parametrize("size", [256, 384, 512, 1024])
+@pytest.mark.parametrize("size", [384, 1024])
 def test_all_sizes_follow_from_the_image_size(size):
     config = default_config()
     config.model.image_size = size
@@ -68,7 +79,7 @@ def test_parameter_counts_are_those_of_the_release_without_its_dead_weights():
 
 def test_a_grid_that_is_not_square():
     config, passes = run()
-    assert config.sam.encoder.grid == (4, 8) and len(passes) == 3
+    assert config.sam.encoder.grid == (4, 8) and len(passes) == 2
     for one in passes:
         assert one.logits.shape == (2, 16, 32, 3) and one.class_feature.shape == (2, 4, 8, 3)
         assert one.sparse.shape == (2, 3, 32) and one.dense.shape == (2, 4, 8, 32)
@@ -90,8 +101,11 @@ def test_bfloat16_keeps_wide_sums_and_stays_near():
 
 
 def test_plain_convolutions_have_no_offsets():
-    config, passes = run(dcn="plain")
-    assert np.isfinite(passes[-1].logits).all()
+    model = random_model(dcn="plain")
+    feature = np.random.default_rng(4).random((1, 4, 8, 32), np.float32)
+    for block in (model.pre_prompt.ppg, model.ppg[0]):
+        assert np.isfinite(jax.jit(lambda m, x: m(x))(block.dense.deform, feature)).all()
+    config = model.config
     plain, moving = (
         nnx.eval_shape(lambda c=c: ReleasePgpSam(c, rngs=NoDraws()))
         for c in (config, small(dcn="deformable"))
@@ -102,11 +116,13 @@ def test_plain_convolutions_have_no_offsets():
 
 
 def test_transposed_tokens_change_what_is_upscaled_and_nothing_else():
-    _, released = run()
-    _, transposed = run(token_order="transposed")
-    np.testing.assert_array_equal(released[0].class_feature, transposed[0].class_feature)
-    np.testing.assert_array_equal(released[0].dense, transposed[0].dense)
-    assert np.abs(released[0].logits - transposed[0].logits).max() > 1e-3
+    prompts = {"sparse": (2, 3, 32), "dense": (2, 4, 8, 32)}
+    rng = np.random.default_rng(4)
+    given = [rng.normal(size=s).astype(np.float32) for s in ((2, 4, 8, 32), *prompts.values())]
+    decoders = [random_model(token_order=n).mask_decoder for n in ("released", "transposed")]
+    (logits, classes), (other, same) = jax.jit(lambda m, x: [one(*x) for one in m])(decoders, given)
+    np.testing.assert_array_equal(classes, same)
+    assert np.abs(logits - other).max() > 1e-3
 
 
 def test_settings_that_make_no_release():
