@@ -1,13 +1,18 @@
 """A few real steps of a method on squares, with the smallest encoder: shared by its tests."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import micro
 import numpy as np
+import optax
+from flax import nnx
 
 from pgpsam_jax import build, recipes
 from pgpsam_jax.config import default_config
+from pgpsam_jax.parameters import flat_paths
 from pgpsam_jax.step import init_state, make_train_step
 
 SIZE, CLASSES = 32, 3
@@ -42,16 +47,48 @@ def squares(count: int = 8):
     return {"image": image.astype(np.float16), "label": label}
 
 
-def loss_falls(name: str, steps: int = 20, **settings) -> np.ndarray:
-    """(steps,) losses of a run's first steps over one batch: finite, the last below the first."""
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's first steps over one batch of squares, all by one compiled step."""
+
+    graphdef: nnx.GraphDef
+    frozen: nnx.State
+    states: tuple  # of training: at the start and after each of the first three steps
+    losses: np.ndarray  # (steps,)
+    step: Callable  # (state, frozen, batch) -> (state, metrics)
+
+    def slopes(self, state=None) -> dict[str, np.ndarray]:
+        """Path to gradient, a tenth of it, at the start or another state: Adam's first moments.
+
+        Weight decay does not touch them.
+        """
+        after = self.states[1] if state is None else self.step(state, self.frozen, squares())[0]
+        moments = flat_paths(optax.tree.get(after.opt_state, "mu"))
+        return {path: np.asarray(leaf[...]) for path, leaf in moments.items()}
+
+
+def run_of(name: str, steps: int = 20, **settings) -> Run:
+    """The `Run` of a method: a test file that asks for one, however often, compiles one step."""
+    return _run_of(name, steps, **settings)
+
+
+@functools.cache
+def _run_of(name: str, steps: int, **settings) -> Run:
     config, batch = small_config(name, train__steps=steps, **settings), squares()
     graphdef, params, frozen, _ = build.init_model(config, CLASSES)
     optimizer = build.optimizer_of(config, len(batch["label"]))
     step = jax.jit(make_train_step(graphdef, optimizer, build.step_config(config)))
     state = init_state(params, optimizer, seed=0, epoch_size=len(batch["label"]))
-    losses = []
+    states, losses = [state], []
     for _ in range(steps):
         state, metrics = step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
+        states += [state] if len(states) < 4 else []
+    return Run(graphdef, frozen, tuple(states), np.array(losses), step)
+
+
+def loss_falls(name: str, steps: int = 20, **settings) -> np.ndarray:
+    """(steps,) losses of a run's first steps over one batch: finite, the last below the first."""
+    losses = run_of(name, steps, **settings).losses
     assert np.isfinite(losses).all() and losses[-1] < losses[0], losses
-    return np.array(losses)
+    return losses
