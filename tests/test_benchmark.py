@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import micro
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from pgpsam_jax.parameters import flat_paths
 from weights_conversion.sam import to_huggingface
 
 CLASSES = {"pgpsam": 9, "sam": 3}
-CONFIG = SamConfig.preset("vit_t", 80, 8)  # 10 cells a side: windows of 8 overhang the grid
+CONFIG = SamConfig.preset(micro.NAME, 80, 8)  # 10 cells a side: windows of 4 overhang the grid
 BATCH = 2
 
 
@@ -94,15 +95,15 @@ SMALL = ("--encoders", "vit_t", "--sizes", "64", "--steps", "2")
 
 def test_a_command_line(tmp_path, capsys):
     """A point that is measured, one that fails, and what bounds both."""
-    arguments = ("--tasks", "training", "--models", "sam", *SMALL, "--attention", ",nonsense")
+    arguments = ("--tasks", "encoder", "--models", "sam", *SMALL, "--attention", ",nonsense")
     code, rows, text = run(tmp_path, *arguments)
     assert code == 1 and len(rows) == 3
-    row = rows["training sam vit_t 64 1 float32"]
+    row = rows["encoder sam vit_t 64 1 float32"]
     assert row["device"] == "cpu" and row["mfu"] is None and not row["known_chip"]
     low, high = row["seconds"]["quartiles"]
     assert 0 < low <= row["seconds"]["median"] <= high
-    assert row["seconds"]["count"] == 2 and row["aliased_bytes"] > 0
-    failed = rows["training sam vit_t 64 1 float32 attention=nonsense"]
+    assert row["seconds"]["count"] == 2 and row["peak_bytes"] > row["temporary_bytes"] > 0
+    failed = rows["encoder sam vit_t 64 1 float32 attention=nonsense"]
     assert "nonsense" in failed["error"] and "seconds" not in failed
     assert "matmul float32: size 1024" in text and "**failed**" in text
     assert "failed" in capsys.readouterr().out

@@ -60,8 +60,8 @@ def plain():
     "options",
     [
         dict(remat="attention"),
-        dict(remat="dots"),
-        dict(scan_blocks=True),
+        pytest.param(dict(remat="dots"), marks=pytest.mark.slow),
+        pytest.param(dict(scan_blocks=True), marks=pytest.mark.slow),
         dict(scan_blocks=True, remat="blocks"),
     ],
     ids=str,

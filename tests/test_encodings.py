@@ -1,7 +1,11 @@
 """Encoding the few-shot set beforehand changes when the encoder runs, and no number."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
+import micro
 import numpy as np
 import optax
 import pytest
@@ -14,13 +18,14 @@ from pgpsam_jax.data.augment import augment, sample_keys
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.feed import Feed
 
-SLICES, SIDE, BATCH, CLASSES, SEED = 5, 64, 2, 3, 3
+SLICES, SIDE, BATCH, CLASSES, SEED = 5, 32, 2, 3, 3
 
 
 def configuration(copies: int, augmented: bool) -> ConfigDict:
     config = default_config()
     use_small_encoder(config)
-    config.model.name, config.model.train_encoder, config.model.image_size = "samed", "frozen", SIDE
+    config.model.name, config.model.train_encoder = "samed", "frozen"
+    config.model.encoder, config.model.image_size = micro.NAME, SIDE
     config.eval.batch_size, config.train.batch_size = 2, BATCH
     config.train.encoded_copies, config.train.steps = copies, 10
     for kind in ("rotate", "scale", "elastic"):
@@ -41,28 +46,51 @@ def model():
     return build.init_model(configuration(0, False), CLASSES)[:3]
 
 
-def one_step(config, model, batch):
-    """Loss and first moments after a step on a batch: its gradients, a tenth of them."""
-    graphdef, params, frozen = model
-    optimizer = build.optimizer_of(config, SLICES)
-    state = steps.init_state(params, optimizer, seed=SEED, epoch_size=SLICES)
-    run = jax.jit(steps.make_train_step(graphdef, optimizer, build.step_config(config)))
-    state, metrics = run(state, frozen, batch)
-    return metrics["loss"], jax.tree.leaves(optax.tree.get(state.opt_state, "mu"))
+@pytest.fixture(scope="module")
+def encoded(few_shot_set, model):
+    """Two copies of the set, not augmented, and the one device they are for."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return encodings.encoded_set(configuration(2, False), mesh, model, *few_shot_set, seed=SEED)
 
 
-def test_a_step_on_encoded_slices_is_the_step_on_slices(few_shot_set, model):
-    """To rounding: the encoder is compiled for another batch. Measured 1e-6."""
+@pytest.fixture(scope="module")
+def step_on(model):
+    """f(copies, set, rows[, number]) -> (state, metrics) of a step from the start, or a later."""
+
+    @functools.cache
+    def compiled(copies):
+        config = configuration(copies, False)
+        optimizer = build.optimizer_of(config, SLICES)
+        state = steps.init_state(model[1], optimizer, seed=SEED, epoch_size=SLICES)
+        settings = build.step_config(config)
+        return state, jax.jit(steps.make_train_step(model[0], optimizer, settings))
+
+    def run(copies, given, rows, number=0):
+        state, step = compiled(copies)
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        feed = Feed(given, iter([np.array(rows, np.int32)]), mesh, 1e9)
+        state = dataclasses.replace(state, step=jnp.array(number, jnp.int32))
+        return step(state, model[2], next(feed)[0])
+
+    return run
+
+
+def test_a_step_on_encoded_slices_is_the_step_on_slices(few_shot_set, encoded, step_on):
+    """To rounding: the encoder is compiled for another batch. Measured 1e-6.
+
+    First moments after the step are its gradients, a tenth of them.
+    """
     images, labels = few_shot_set
-    rows = jnp.array([3, 1])
-    plain = {"image": jnp.asarray(images), "label": jnp.asarray(labels), "rows": rows}
-    wanted = one_step(configuration(0, False), model, plain)
-    config = configuration(1, False)
-    encoded = encodings.encoded_set(config, sharding.make_mesh(), model, *few_shot_set, seed=SEED)
-    got = one_step(config, model, jax.tree.map(jnp.asarray, encoded) | {"rows": rows})
-    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5)
-    sizes = [float(jnp.abs(leaf).max()) for leaf in wanted[1]]
-    for a, b, size in zip(got[1], wanted[1], sizes, strict=True):
+    plain, got = (
+        step_on(copies, given, [3, 1])
+        for copies, given in ((0, {"image": images, "label": labels}), (2, encoded))
+    )
+    np.testing.assert_allclose(got[1]["loss"], plain[1]["loss"], rtol=1e-5)
+    moments, wanted = (
+        jax.tree.leaves(optax.tree.get(state.opt_state, "mu")) for state, _ in (got, plain)
+    )
+    sizes = [float(np.abs(leaf).max()) for leaf in wanted]
+    for a, b, size in zip(moments, wanted, sizes, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * max(size, 1e-3 * max(sizes)))
 
 
@@ -84,25 +112,15 @@ def test_copies_are_the_augmented_slices(few_shot_set, model):
     np.testing.assert_allclose(found[0]["encoded"], found[1]["encoded"], atol=1e-4)
 
 
-def test_epochs_take_the_copies_in_turn(few_shot_set, model):
+def test_epochs_take_the_copies_in_turn(encoded, step_on):
     """Rows of the second epoch come from the second copy: made all zero, its loss shows."""
-    config = configuration(2, False)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    encoded = encodings.encoded_set(config, mesh, model, *few_shot_set, seed=SEED)
-    encoded["label"][SLICES:] = 0
-    graphdef, params, frozen = model
-    optimizer = build.optimizer_of(config, SLICES)
-    run = jax.jit(steps.make_train_step(graphdef, optimizer, build.step_config(config)))
-    feed = Feed(encoded, iter([np.arange(BATCH, dtype=np.int32)] * 2), mesh, 1e9)
-    losses = []
-    for first in (0, 3):  # step 3 of two slices each is in the second epoch of five
-        state = steps.init_state(params, optimizer, seed=SEED, epoch_size=SLICES)
-        state.step = jnp.array(first, jnp.int32)
-        losses.append(float(run(state, frozen, next(feed)[0])[1]["ce"]))
-    other = encoded | {"label": np.zeros_like(encoded["label"])}
-    state = steps.init_state(params, optimizer, seed=SEED, epoch_size=SLICES)
-    rows = {"rows": jnp.arange(BATCH)}
-    zero = float(run(state, frozen, jax.tree.map(jnp.asarray, other) | rows)[1]["ce"])
+    labels, rows = encoded["label"].copy(), np.arange(BATCH)
+    labels[SLICES:] = 0
+    given = encoded | {"label": labels}
+    # Step 3 of two slices each is in the second epoch of five.
+    losses = [float(step_on(2, given, rows, first)[1]["ce"]) for first in (0, 3)]
+    other = encoded | {"label": np.zeros_like(labels)}
+    zero = float(step_on(2, other, rows)[1]["ce"])
     assert losses[1] == pytest.approx(zero, rel=1e-5) and abs(losses[0] - zero) > 1e-3
 
 

@@ -1,9 +1,11 @@
 """FSSP-SAM: the regression against SciPy, its prompts, a fit as a step of a run, any mesh."""
 
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
+import micro
 import numpy as np
 import pytest
 import scipy.special
@@ -24,7 +26,7 @@ from pgpsam_jax.report.page import no_curve
 from pgpsam_jax.runs import read_run
 from pgpsam_jax.sharded import shard_step
 
-SAM = SamConfig.preset("vit_t", (32, 64), 8, depth=1, global_blocks=(0,))
+SAM = SamConfig.preset(micro.NAME, (32, 64), 8, depth=1, global_blocks=(0,))
 
 
 def regression(seed=0, rows=600, width=12, classes=3):
@@ -59,12 +61,13 @@ def test_the_fit_is_that_of_one_regression_per_class():
         outputs = {"coarse": features @ params["w"] + params["b"], "kernel": params["w"]}
         return losses.one_against_rest(outputs, shares, 0, None)[0]
 
-    start = {"w": jnp.zeros((12, 2)), "b": jnp.zeros(2)}
-    found = jax.jit(lambda p: minimise(loss, p, tolerance=1e-6))(start)
+    start = {"w": np.zeros((12, 2), np.float32), "b": np.zeros(2, np.float32)}
+    fit = jax.jit(lambda p, iterations: minimise(loss, p, iterations=iterations, tolerance=1e-6))
+    found = fit(start, 1000)
     assert found.slope <= 1e-6 and 3 < found.iterations < 200
     np.testing.assert_allclose(found.params["w"].T, np.array(wanted)[:, 1:], atol=2e-4)
     np.testing.assert_allclose(found.params["b"], np.array(wanted)[:, 0], atol=2e-4)
-    assert minimise(loss, start, iterations=2).iterations == 2
+    assert fit(start, 2).iterations == 2
 
 
 def test_what_trains():
@@ -75,12 +78,18 @@ def test_what_trains():
     assert count(params) == 8 * 257
 
 
+@functools.cache
+def initial():
+    """Graph, trained and frozen state of a model of the squares."""
+    return build.init_model(small_config("fssp", model__encoder="vit_t"), CLASSES)[:3]
+
+
 def fitted(sizes, encoded=0):
     """(metrics, parameters) of the fit of the ten squares, four at a time, on a mesh."""
     config = small_config(
         "fssp", model__encoder="vit_t", train__batch_size=4, train__encoded_copies=encoded
     )
-    graphdef, params, frozen, _ = build.init_model(config, CLASSES)
+    graphdef, params, frozen = initial()
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     batch = dict(squares(10))
     if encoded:  # two copies of the set, of which the second is another one
@@ -122,8 +131,8 @@ def test_meshes_and_stored_features_agree(alone, sizes, encoded):
 
 
 def test_a_list_that_is_sent_in_parts_is_refused():
-    config = small_config("fssp")
-    graphdef, params, frozen, _ = build.init_model(config, CLASSES)
+    config = small_config("fssp", model__encoder="vit_t")
+    graphdef, params, frozen = initial()
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     batch = sharding.put_batch(squares(), mesh)
     step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=8, seed=0)
@@ -136,15 +145,21 @@ def model():
     return Fssp(SAM, CLASSES, prompt="both", rngs=nnx.Rngs(0))
 
 
-def compiled(model, function):
-    """function(model), as one program."""
-    graphdef, state = nnx.split(model)
-    return jax.jit(lambda state: function(nnx.merge(graphdef, state)))(state)
+@nnx.jit
+def encoded(model, images):
+    return model.encode(images)
+
+
+@nnx.jit
+def asked(model, feature, given):
+    sparse, dense = model.prompt_encoder(**given)
+    positions = model.prompt_encoder.pe_layer.grid((4, 8))
+    return model.mask_decoder(feature, positions, sparse, dense, multimask=False)[0]
 
 
 def with_rough_masks(model, tokens):
     """The model with a classifier that finds class 1 at these (row, column) tokens, 2 nowhere."""
-    feature = np.asarray(compiled(model, lambda model: model.encode(IMAGES)))[0]
+    feature = np.asarray(encoded(model, IMAGES))[0]
     wanted = np.full(feature.shape[:2], -1.0)
     wanted[tuple(np.transpose(tokens))] = 1
     flat = feature.reshape(-1, feature.shape[-1])
@@ -162,7 +177,7 @@ def test_prompts_of_a_rough_mask_are_sams_own(model, prompt):
     """Two by two tokens of 8 px: a hand-made prompt gives the same mask; no tokens, no mask."""
     with_rough_masks(model, [(1, 3), (1, 4), (2, 3), (2, 4)])
     model.prompt = prompt
-    found = compiled(model, lambda model: model.predict(IMAGES))
+    found = nnx.jit(lambda model: model.predict(IMAGES))(model)
     assert found.shape == (1, 16, 32, CLASSES)
     given = {}
     if prompt != "box":  # rows 8 to 23, columns 24 to 39: the first of the four deepest pixels
@@ -170,12 +185,7 @@ def test_prompts_of_a_rough_mask_are_sams_own(model, prompt):
     if prompt != "point":  # 3 px off by erosion, 5 + 4.75 on: 10 in all
         given["boxes"] = jnp.array([[24.0 + 3 - 10, 8 + 3 - 10, 39 - 3 + 10, 23 - 3 + 10]])
 
-    def ask(model):
-        sparse, dense = model.prompt_encoder(**given)
-        positions = model.prompt_encoder.pe_layer.grid((4, 8))
-        return model.mask_decoder(model.encode(IMAGES), positions, sparse, dense, multimask=False)
-
-    wanted, _ = compiled(model, ask)
+    wanted = asked(model, encoded(model, IMAGES), given)
     np.testing.assert_allclose(found[..., 1], wanted[..., 0], atol=1e-5)
     assert not found[..., 0].any() and (found[..., 2] < -1e3).all()
 

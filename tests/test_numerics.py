@@ -7,6 +7,7 @@ log-sum-exps, norms with their means and variances, losses, the optimiser. An op
 
 import jax
 import jax.numpy as jnp
+import micro
 import numpy as np
 import pytest
 from jax.extend import core
@@ -64,7 +65,7 @@ def narrow(jaxpr):
 def traced_step(preset):
     config = default_config()
     config.model.preset, config.model.compute_dtype = preset, "bfloat16"
-    config.model.encoder, config.model.image_size, config.model.patch_size = "vit_t", SIZE, 8
+    config.model.encoder, config.model.image_size, config.model.patch_size = micro.NAME, SIZE, 8
     config.train.batch_size = BATCH
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model = sharding.over_mesh(build.abstract_model, mesh)(config, CLASSES)

@@ -24,6 +24,7 @@ PROMPTS = 2e-6
 WHOLE = 1e-5
 
 call = nnx.jit(lambda module, *inputs: module(*inputs))
+encoded_prompts = nnx.jit(lambda encoder, prompts: encoder(batch=1, **prompts))
 
 
 def prompts_of(config: SamConfig, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
@@ -124,7 +125,7 @@ def test_prompt_encoder(pair, kind):
     prompts = prompts_of(pair.config)[kind]
     given = {"input_labels": None, "input_points": None, "input_boxes": None, "input_masks": None}
     sparse, dense = pair.theirs.prompt_encoder(**given | torch_prompts(prompts))
-    own_sparse, own_dense = pair.ours.prompt_encoder(batch=1, **prompts)
+    own_sparse, own_dense = encoded_prompts(pair.ours.prompt_encoder, prompts)
     assert relative(own_dense, last(dense)) <= PROMPTS
     if sparse is None:  # transformers leaves out the empty tensor of the official code
         assert own_sparse.shape[1] == 0
@@ -167,7 +168,13 @@ def run_torch(pair: Pair, kind: str, multimask: bool):
     return last(out.pred_masks[:, 0]), out.iou_scores[:, 0].numpy()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Each of the kinds that "all" has is compared in `test_prompt_encoder` in any tier.
+QUICK = ("all", "none")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k not in QUICK)) for k in KINDS]
+)
 @torch.no_grad()
 def test_masks_and_quality(pair, kind):
     """From image and prompts to low-resolution logits and IoU, multimask on and off."""
