@@ -36,7 +36,8 @@ class RunLog:
         self._bar = tqdm(
             total=total, initial=start, unit="step", desc="training", disable=not self.writes
         )
-        self._last_step, self._last_time, self._curve_time = start, time.perf_counter(), 0.0
+        self._last_step, self._last_time = start, time.perf_counter()
+        self._curve_time = self._last_time
         self._board = self._tensorboard() if config_log.tensorboard and self.writes else None
         if self.writes:
             self._file = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")

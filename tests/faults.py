@@ -32,8 +32,8 @@ def prepare(root, **settings):
     return root
 
 
-def begin(root, workdir, *flags, devices=1):
-    """The program with the configuration of `prepare`, started."""
+def begin(root, workdir, *flags, devices=1, start=start):
+    """The program with the configuration of `prepare`, started, as `forks.starting` does or so."""
     return start(
         PROGRAM, "--config", root / "config.py", "--workdir", workdir, *flags, devices=devices
     )

@@ -33,8 +33,8 @@ def start(*command, devices=2, program=sys.executable) -> subprocess.Popen:
     return subprocess.Popen(command, **options, **pipes)
 
 
-def both(scenario, *folder, counts=(2, 2)):
-    """Two processes of a scenario of `processes.py`, started."""
+def both(scenario, *folder, counts=(2, 2), start=start):
+    """Two processes of a scenario of `processes.py`, started, as `forks.starting` does it or so."""
     address = f"localhost:{free_port()}"
     return [start(SCRIPT, address, counts[i], i, scenario, *folder) for i in (0, 1)]
 

@@ -1,4 +1,4 @@
-"""Signals: what they do when, to one process and to several; no model, but for the last test."""
+"""Signals: what they do when, to one process and to several; no model."""
 
 import os
 import random
@@ -6,8 +6,8 @@ import signal
 import threading
 
 import pytest
-from faults import TINY, await_that, logged, newest, prepare, rubbish
-from launcher import ends, free_port, start
+from faults import await_that
+from launcher import start
 from places import REPOSITORY
 
 from pgpsam_jax import interruption, peers
@@ -140,28 +140,3 @@ def test_processes_agree_on_the_last_step(seed, monkeypatch):
         member.close()
     assert last[0] == last[1] == last[2] is not None and last[0] >= moment
     assert {stop.reason for stop in stops} == {"SIGTERM"}
-
-
-STEPS = 150
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    settings = {"train__steps": STEPS, "log__checkpoint_steps": 10**6}
-    return prepare(tmp_path_factory.mktemp("data"), **TINY | settings)
-
-
-def test_two_processes_stop_together(root, tmp_path):
-    workdir = tmp_path / "run"
-    flags = ["--config", root / "config.py", "--workdir", workdir]
-    flags += ["--coordinator", f"localhost:{free_port()}", "--processes", 2, "--process"]
-    program = REPOSITORY / "tests" / "tiny_method.py"
-    processes = [start(program, *flags, i, devices=1) for i in (0, 1)]
-    assert await_that(lambda: logged(workdir) >= 3, processes[0])
-    processes[1].send_signal(signal.SIGUSR1)  # it reaches one of them
-    ended = ends(*processes)
-    assert [code for code, *_ in ended] == [AGAIN, AGAIN], ended
-    step = newest(workdir)
-    assert 3 <= step < STEPS
-    assert all(f"stopped: SIGUSR1 came, step {step} is saved" in said for *_, said in ended)
-    assert logged(workdir) == step and not rubbish(workdir)

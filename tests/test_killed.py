@@ -1,33 +1,46 @@
 """Runs that are killed or stopped at any moment go on to the very same end."""
 
+import functools
 import itertools
 import random
 import signal
 import time
 
+import forks
 import pytest
 from faults import TINY, await_that, begin, logged, newest, prepare, records, rubbish, saving
-from launcher import ends
+from launcher import ends, free_port
 
 from pgpsam_jax.errors import AGAIN
 
 pytestmark = pytest.mark.faults
+STEPS = 140
 SAVES = 20  # steps between two checkpoints
 # Seconds after a moment within which a run is ended.
-LONGEST = {"starting": 6.0, "training": 1.0, "saving": 0.05}
+LONGEST = {"starting": 6.0, "training": 0.3, "saving": 0.05}
 
 
 def configuration(steps, **settings):
-    return {"train__steps": steps, "log__checkpoint_steps": SAVES} | settings
+    numbers = {"train__steps": steps, "log__checkpoint_steps": SAVES, "train__batch_size": 2}
+    return numbers | settings
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("data"), **TINY | configuration(300))
+    return prepare(tmp_path_factory.mktemp("data"), **TINY | configuration(STEPS))
 
 
-def uninterrupted(root, workdir):
-    [(code, _, said)] = ends(begin(root, workdir))
+@pytest.fixture(scope="module")
+def start():
+    """As `launcher.start`; with all that a run imports, here and there."""
+    names = ["main", "train", "session", "evaluation.evaluate"]
+    modules = [f"pgpsam_jax.{name}" for name in names]
+    with forks.starting(*modules, "orbax.checkpoint", "grain", "matplotlib.figure") as start:
+        yield start
+
+
+def uninterrupted(start, root, workdir):
+    [(code, _, said)] = ends(begin(root, workdir, start=start))
     assert code == 0, said
     return workdir
 
@@ -35,13 +48,14 @@ def uninterrupted(root, workdir):
 class Trial:
     """A run that is ended again and again; after each end, what it keeps is checked."""
 
-    def __init__(self, root, workdir, seed):
-        self.root, self.workdir, self.random = root, workdir, random.Random(seed)
+    def __init__(self, start, root, workdir, seed):
+        self.begin = functools.partial(begin, root, workdir, start=start)
+        self.workdir, self.random = workdir, random.Random(seed)
         self.kills, self.during_saves, self.lost, self.done = 0, 0, [], False
 
     def start(self):
         self.before, self.log = newest(self.workdir), _identity(self.workdir)
-        self.process = begin(self.root, self.workdir)
+        self.process = self.begin()
 
     def reach(self, moment):
         """Wait for a moment of the run's life; whether it came before the end."""
@@ -53,9 +67,10 @@ class Trial:
         conditions = {
             "starting": lambda: True,
             "training": trains,
-            "saving": lambda: trains() and saving(self.workdir) - old,
+            "saving": lambda: saving(self.workdir) - old and trains(),
         }
-        if await_that(conditions[moment], self.process, pause=0.001):
+        pause = 0.001 if moment == "saving" else 0.01
+        if await_that(conditions[moment], self.process, pause):
             until = time.monotonic() + self.random.uniform(0, LONGEST[moment])
             await_that(lambda: time.monotonic() >= until, self.process, pause=0.001)
 
@@ -108,14 +123,29 @@ def _identity(workdir):
     return path.stat().st_ino if path.is_file() else None
 
 
-def test_killed_and_stopped_runs_go_on_as_if_nothing_had_been(root, tmp_path):
-    trial = Trial(root, tmp_path / "run", seed=0)
+def test_killed_and_stopped_runs_go_on_as_if_nothing_had_been(start, root, tmp_path):
+    trial = Trial(start, root, tmp_path / "run", seed=0)
     trial.kill("saving")
     trial.stop(signal.SIGTERM)
     trial.kill("training")
     trial.kill("saving")
     assert trial.kills == 3 and trial.during_saves
-    trial.finish(uninterrupted(root, tmp_path / "whole"))
+    trial.finish(uninterrupted(start, root, tmp_path / "whole"))
+
+
+def test_two_processes_stop_together(start, root, tmp_path):
+    workdir = tmp_path / "run"
+    flags = ["--config.log.checkpoint_steps=1000000", "--coordinator", f"localhost:{free_port()}"]
+    flags += ["--processes", 2, "--process"]
+    processes = [begin(root, workdir, *flags, i, start=start) for i in (0, 1)]
+    assert await_that(lambda: logged(workdir) >= 3, processes[0])
+    processes[1].send_signal(signal.SIGUSR1)  # it reaches one of them
+    ended = ends(*processes)
+    assert [code for code, *_ in ended] == [AGAIN, AGAIN], ended
+    step = newest(workdir)
+    assert 3 <= step < STEPS
+    assert all(f"stopped: SIGUSR1 came, step {step} is saved" in said for *_, said in ended)
+    assert logged(workdir) == step and not rubbish(workdir)
 
 
 @pytest.mark.slow
@@ -123,18 +153,18 @@ def test_killed_and_stopped_runs_go_on_as_if_nothing_had_been(root, tmp_path):
 @pytest.mark.parametrize(
     ("method", "steps", "kills"), [("tiny", 6000, 36), ("pgpsam", 400, 8)], ids=["tiny", "pgpsam"]
 )
-def test_many_kills(method, steps, kills, tmp_path, record_property):
+def test_many_kills(start, method, steps, kills, tmp_path, record_property):
     settings = dict.fromkeys(("model__cfm", "model__ppr", "model__ppg"), False)
     settings |= TINY | configuration(steps, model__name=method)
     root = prepare(tmp_path / "data", **settings)
-    reference = uninterrupted(root, tmp_path / "whole")
+    reference = uninterrupted(start, root, tmp_path / "whole")
     moments = itertools.cycle(["saving", "training", "saving", "starting"])
-    ended, trial = [], Trial(root, tmp_path / "run", seed=1)
+    ended, trial = [], Trial(start, root, tmp_path / "run", seed=1)
     while sum(t.kills for t in ended) + trial.kills < kills:
         trial.kill(next(moments))
         if trial.done:  # nothing was left to kill: another run
             ended.append(trial)
-            trial = Trial(root, tmp_path / f"run{len(ended)}", seed=1 + len(ended))
+            trial = Trial(start, root, tmp_path / f"run{len(ended)}", seed=1 + len(ended))
     trial.finish(reference)
     trials = [*ended, trial]
     for name in ("kills", "during_saves"):

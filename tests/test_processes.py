@@ -1,16 +1,30 @@
 """What processes of one run do together, and how they end when one of them does. No model."""
 
+import functools
 import json
 import re
 import socket
 
+import forks
+import launcher
 import pytest
-from launcher import SCRIPT, both, ends, free_port, start
+from launcher import SCRIPT, ends, free_port
 
 from pgpsam_jax.peers import LOST
 
 
-def test_what_processes_do_together(tmp_path):
+@pytest.fixture(scope="module")
+def start():
+    with forks.starting("pgpsam_jax.session", "pgpsam_jax.sharding") as start:
+        yield start
+
+
+@pytest.fixture
+def both(start):
+    return functools.partial(launcher.both, start=start)
+
+
+def test_what_processes_do_together(both, tmp_path):
     ended = ends(*both("together", tmp_path))
     assert [code for code, *_ in ended] == [0, 0], ended
     first, second = (json.loads(out.splitlines()[-1]) for _, out, _ in ended)  # after Gloo's
@@ -42,7 +56,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("scenario", SAID)
-def test_an_error_of_one_process_ends_both_with_its_sentence(scenario, tmp_path):
+def test_an_error_of_one_process_ends_both_with_its_sentence(both, scenario, tmp_path):
     (code, _, said), (other_code, _, other_said) = ends(*both(scenario, tmp_path))
     expected, sentence, other_expected, other_sentence = SAID[scenario]
     assert (code, other_code) == (expected, other_expected), (said, other_said)
@@ -52,7 +66,7 @@ def test_an_error_of_one_process_ends_both_with_its_sentence(scenario, tmp_path)
 
 @pytest.mark.parametrize("scenario", ["work", "collect"])
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_ends_the_other(scenario, killed):
+def test_a_killed_process_ends_the_other(both, scenario, killed):
     processes = both(scenario)
     for process in processes:
         assert any(line == "working\n" for line in process.stdout)  # Gloo says something before
@@ -64,7 +78,7 @@ def test_a_killed_process_ends_the_other(scenario, killed):
     assert "start all of them again with the same command" in said
 
 
-def test_processes_that_do_not_meet():
+def test_processes_that_do_not_meet(start, both):
     nobody = f"localhost:{free_port()}"
     alone, unequal = start(SCRIPT, nobody, 2, 1, "work"), both("work", counts=(2, 3))
     too_few = start(SCRIPT, f"localhost:{free_port()}", 2, 0, "work")
