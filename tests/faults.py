@@ -15,6 +15,9 @@ from pgpsam_jax import checkpoint, train
 PROGRAM = REPOSITORY / "tests" / "tiny_method.py"
 
 TINY = {"model__name": "tiny", "model__train_encoder": "frozen", "eval__overlays": False}
+# Draws anew in every step, and compiles sooner than what moves pixels.
+NOISE = {f"augment__{kind}_probability": 0.0 for kind in ("rotate", "scale", "elastic")}
+NOISE |= {"augment__noise_probability": 0.5}
 _CONFIG = """
 from pathlib import Path
 from small_run import config_for

@@ -8,13 +8,24 @@ import time
 
 import forks
 import pytest
-from faults import TINY, await_that, begin, logged, newest, prepare, records, rubbish, saving
+from faults import (
+    NOISE,
+    TINY,
+    await_that,
+    begin,
+    logged,
+    newest,
+    prepare,
+    records,
+    rubbish,
+    saving,
+)
 from launcher import ends, free_port
 
 from pgpsam_jax.errors import AGAIN
 
 pytestmark = pytest.mark.faults
-STEPS = 140
+STEPS = 120
 SAVES = 20  # steps between two checkpoints
 # Seconds after a moment within which a run is ended.
 LONGEST = {"starting": 6.0, "training": 0.3, "saving": 0.05}
@@ -27,7 +38,7 @@ def configuration(steps, **settings):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("data"), **TINY | configuration(STEPS))
+    return prepare(tmp_path_factory.mktemp("data"), **TINY | NOISE | configuration(STEPS))
 
 
 @pytest.fixture(scope="module")
