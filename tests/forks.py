@@ -2,7 +2,7 @@
 
 python forks.py SOCKET MODULE ...: the server, which has the modules, but neither thread nor backend
 of its own. For each job it forks a guardian; that forks the job and tells how it ended. A job is a
-script, run and ended as an interpreter does it.
+script or -m with a module, run and ended as an interpreter does it, but not restarted.
 """
 
 import contextlib
@@ -20,6 +20,8 @@ from pathlib import Path
 
 from launcher import DEADLINE, environment
 from places import REPOSITORY
+
+from pgpsam_jax import hostmemory
 
 
 class Forked:
@@ -75,7 +77,7 @@ class Forked:
 
 @contextlib.contextmanager
 def starting(*modules):
-    """A function in the place of `launcher.start`, for Python scripts; with modules imported."""
+    """A function in the place of `launcher.start`, for Python; with modules imported."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, __file__, str(theirs.fileno()), *modules]
     options = {"env": environment(1), "cwd": REPOSITORY, "start_new_session": True}
@@ -120,6 +122,8 @@ def _guard(jobs, out, err, status, command, variables):
         os.close(pipe)
     os.environ.clear()
     os.environ.update(variables)
+    settled = [f"{name}={value}" for name, value in hostmemory._WANTED.items()]
+    os.environ[hostmemory._VARIABLE] = ":".join(settled)
     return command
 
 
@@ -128,5 +132,10 @@ if __name__ == "__main__":
         importlib.import_module(name)
     sys.argv = _serve(socket.socket(fileno=int(sys.argv[1])))
     if sys.argv:
-        sys.path[0] = str(Path(sys.argv[0]).parent)
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.orig_argv[1:] = sys.argv
+        if sys.argv[0] == "-m":
+            sys.argv, sys.path[0] = sys.argv[1:], os.getcwd()
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = str(Path(sys.argv[0]).parent)
+            runpy.run_path(sys.argv[0], run_name="__main__")

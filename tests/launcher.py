@@ -9,14 +9,15 @@ import sys
 
 from places import QUICK_FLAGS, REPOSITORY
 
+KNOWING = REPOSITORY / "tests" / "knowing"  # in PYTHONPATH: see there
 SCRIPT = REPOSITORY / "tests" / "processes.py"
 DEADLINE = 240  # seconds that anything here may take on a busy machine
 
 
-def environment(devices: int) -> dict:
-    """Variables of a process with so many simulated devices."""
+def environment(devices: int, *folders) -> dict:
+    """Variables of a process with so many simulated devices; folders more in PYTHONPATH."""
     flags = f"--xla_force_host_platform_device_count={devices} {QUICK_FLAGS}"
-    paths = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
+    paths = ":".join(map(str, (*folders, REPOSITORY, REPOSITORY / "tests")))
     return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": paths, "PYTHON": sys.executable}
 
 
@@ -25,11 +26,11 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(*command, devices=2, program=sys.executable) -> subprocess.Popen:
-    """A Python script, or another program, started."""
+def start(*command, devices=2, program=sys.executable, folders=()) -> subprocess.Popen:
+    """A Python script, or another program, started; folders: more in PYTHONPATH."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [program, *map(str, command)]
-    options = {"env": environment(devices), "cwd": REPOSITORY, "start_new_session": True}
+    options = {"env": environment(devices, *folders), "cwd": REPOSITORY, "start_new_session": True}
     return subprocess.Popen(command, **options, **pipes)
 
 

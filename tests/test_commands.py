@@ -1,59 +1,63 @@
 """The commands as a user types them: each mistake ends in one sentence and exit code 2."""
 
-import os
-import subprocess
-import sys
-
+import forks
+import launcher
 import pytest
-from places import REPOSITORY
+from launcher import DEADLINE
 from small_run import config_for, write_data
 
 SMALL = "configs/phantom.py"
 
 
-def run(module, *arguments, cwd=REPOSITORY):
-    """Run `python -m module` on one CPU device; (exit code, output)."""
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def start():
+    modules = ("settings", "session", "cluster", "train", "memory_advice", "data.verification")
+    with forks.starting(*(f"pgpsam_jax.{name}" for name in modules)) as start:
+        yield start
 
 
-def refuses(message, module, *arguments):
-    code, output = run(module, *arguments)
-    assert code == 2, output
-    (line,) = [line for line in output.splitlines() if line.startswith("error:")]
-    assert message in line
-    assert "Traceback" not in output
+@pytest.fixture
+def refuses(start):
+    """That `python -m module` ends with a sentence."""
+
+    def refuses(message, *command, start=start):
+        process = start("-m", *command, devices=1)
+        output = "".join(process.communicate(timeout=DEADLINE))
+        assert process.returncode == 2, output
+        (line,) = [line for line in output.splitlines() if line.startswith("error:")]
+        assert message in line
+        assert "Traceback" not in output
+
+    return refuses
 
 
-def test_unknown_field():
+def test_unknown_field(refuses):
     refuses("no_such_field", "pgpsam_jax.main", "--config", SMALL, "--config.no_such_field=1")
 
 
-def test_value_of_the_wrong_type():
+def test_value_of_the_wrong_type(refuses):
     refuses("seed", "pgpsam_jax.main", "--config", SMALL, "--config.seed=many")
 
 
 @pytest.mark.parametrize("value", ["train.batch_size=-4", "train.dice_weight=nan"])
-def test_number_out_of_range(value):
+def test_number_out_of_range(refuses, value):
     field = value.split("=")[0]
     refuses(f"{field} is", "pgpsam_jax.main", "--config", SMALL, f"--config.{value}")
 
 
-def test_missing_config_file():
+def test_missing_config_file(refuses):
     refuses("nowhere.py", "pgpsam_jax.main", "--config", "configs/nowhere.py")
 
 
-def test_no_config():
-    refuses("give --config", "pgpsam_jax.main")
+def test_no_config(refuses):
+    refuses("give --config", "pgpsam_jax.main", start=launcher.start)  # as users do
 
 
-def test_unknown_variant():
+def test_unknown_variant(refuses):
     refuses("knows no variant", "pgpsam_jax.main", "--config", "configs/abdomen_ct.py:huge")
 
 
-def test_missing_data_root(tmp_path):
+def test_missing_data_root(refuses, tmp_path):
     refuses(
         "syn3193805",
         "pgpsam_jax.main",
@@ -64,7 +68,7 @@ def test_missing_data_root(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_image_size_not_divisible(tmp_path):
+def test_image_size_not_divisible(refuses, tmp_path):
     root = write_data(tmp_path / "data")
     refuses(
         "choose a multiple of 8",
@@ -82,7 +86,7 @@ def test_image_size_not_divisible(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["pgpsam_jax.main", "pgpsam_jax.predict"])
-def test_workdir_that_is_none(mode, tmp_path):
+def test_workdir_that_is_none(refuses, mode, tmp_path):
     arguments = ["--workdir", tmp_path / "none"]
     if mode == "pgpsam_jax.main":
         arguments += ["--mode", "evaluate"]

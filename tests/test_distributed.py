@@ -1,15 +1,20 @@
 """A run of two processes with four devices each is the run of one process with eight."""
 
+import functools
 import json
 import shutil
 import time
 
+import jax
 import pytest
-from launcher import DEADLINE, ends, free_port, start
+import tiny_method
+from faults import NOISE, TINY, prepare
+from launcher import DEADLINE, KNOWING, ends, free_port
+from launcher import start as start_any
 from places import REPOSITORY
 from small_run import config_for, write_data
 
-from pgpsam_jax import seal, train
+from pgpsam_jax import build, methods, seal, sharding, train
 from pgpsam_jax.peers import LOST
 
 LAUNCH = REPOSITORY / "experiments" / "launch"
@@ -17,25 +22,27 @@ MESH = {"data": 1, "fsdp": 8, "tensor": 1}  # no process has all of the weights
 STEPS, CUT = 4, 2
 SETTINGS = {"train__steps": STEPS, "log__checkpoint_steps": CUT, "validation__every_epochs": 3}
 # What compiles soonest and still has weights of both kinds that are spread.
-SETTINGS |= {"model__train_encoder": "frozen"}
-SETTINGS |= {"eval__overlays": False, "model__cfm": False, "model__ppr": False, "model__ppg": False}
+SMALL = {"model__train_encoder": "frozen", "eval__overlays": False}
+SMALL |= {"model__cfm": False, "model__ppr": False, "model__ppg": False}
 
-CONFIG = """
-from pathlib import Path
-from small_run import config_for
 
-def get_config():
-    return config_for(Path({root!r}), **{settings!r})
-"""
+@pytest.fixture(scope="module", params=["tiny", pytest.param("pgpsam", marks=pytest.mark.slow)])
+def settings(request):
+    """Of the run; the method that costs little is known here and to all that is started."""
+    with tiny_method.known(), tiny_method.spread():
+        yield SETTINGS | (TINY | NOISE if request.param == "tiny" else SMALL)
+
+
+start = functools.partial(start_any, folders=(KNOWING,))
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(settings, tmp_path_factory):
     """Two training cases, one to validate, two to test; and the configuration as a file."""
-    root = write_data(tmp_path_factory.mktemp("data"), cases=("a", "b", "v", "c", "d"))
+    root = prepare(tmp_path_factory.mktemp("data"), **settings)
+    write_data(root, cases=("a", "b", "v", "c", "d"))
     parts = {"train": ["a", "b"], "validation": ["v"], "test": ["c", "d"]}
     (root / "split.json").write_text(json.dumps(parts))
-    (root / "config.py").write_text(CONFIG.format(root=str(root), settings=SETTINGS))
     return root
 
 
@@ -55,9 +62,9 @@ def two(root, workdir, mesh=MESH):
     return out
 
 
-def one(root, workdir, mesh=MESH):
+def one(root, workdir, settings, mesh=MESH):
     """The run in this process, which has eight devices."""
-    config = config_for(root, **SETTINGS)
+    config = config_for(root, **settings)
     config.mesh.update(mesh)
     return train.train(config, workdir)
 
@@ -100,9 +107,9 @@ def contents(folder):
 
 
 @pytest.fixture(scope="module")
-def alone(root, tmp_path_factory):
+def alone(root, settings, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "alone"
-    one(root, workdir)
+    one(root, workdir, settings)
     return workdir
 
 
@@ -110,6 +117,14 @@ def alone(root, tmp_path_factory):
 def shared(root, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "shared"
     return workdir, two(root, workdir)
+
+
+def test_weights_of_both_kinds_are_spread(root, settings):
+    config = config_for(root, **settings)
+    mesh, method = sharding.make_mesh(**MESH), methods.key_of(config.model)
+    for tree in build.abstract_model(config, 3)[1:]:
+        found = jax.tree.leaves(sharding.state_shardings(tree, mesh, method))
+        assert not all(one.is_fully_replicated for one in found)
 
 
 def test_two_processes_train_what_one_does(alone, shared):
@@ -139,12 +154,12 @@ def test_two_processes_evaluate_a_run_again(shared, tmp_path):
     assert contents(again / "evaluation") == contents(workdir / "evaluation")
 
 
-def test_one_process_goes_on_from_a_checkpoint_of_two(root, shared, tmp_path):
+def test_one_process_goes_on_from_a_checkpoint_of_two(root, settings, shared, tmp_path):
     workdir = cut(shared[0], tmp_path / "cut")
     position = workdir / "checkpoints" / str(CUT) / "data" / "position.json"
     position.rename(position.with_name("process_0-of-1.json"))  # as grain wrote it before,
     (position.parents[1] / seal.FILE).unlink()  # when there were no hashes
-    one(root, workdir)
+    one(root, workdir, settings)
     assert difference(records(workdir), records(shared[0])) < 1e-5
 
 

@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from places import QUICK_FLAGS, REPOSITORY
+import tiny_method
+from faults import NOISE, TINY, logged, newest
+from launcher import KNOWING, environment
+from places import REPOSITORY
 from small_run import write_data
 
 from experiments import driver, placement, run_grid
@@ -31,26 +34,29 @@ GRIDS = sorted(
     if path.stem not in ("__init__", "targets")
 )
 
+SETTINGS = TINY | NOISE | {"log__checkpoint_steps": 15}
 CONFIG = """
 from pathlib import Path
 
 from small_run import config_for
 
-# What compiles soonest.
-SETTINGS = {{"model__train_encoder": "frozen", "eval__overlays": False}}
-
 def get_config():
-    # Cells are programs of their own, which know no encoder of the tests.
-    return config_for(Path({root!r}), model__encoder="vit_t", **SETTINGS)
+    return config_for(Path({root!r}), **{settings!r})
 """
 GRID = """
 from experiments.plan import Plan, Row
 
 def get_grid(variant="two"):
-    rows = [Row("whole", "whole", {{}}), Row("odd", "odd", {{"model.k": {k}}})]
-    fields = {{"model.cfm": False, "model.ppg": False, "model.ppr": False, "train.steps": {steps}}}
-    return Plan("Two rows", {config!r}, tuple(rows), fields, seeds={seeds})
+    rows = [Row("whole", "whole", {{}}), Row("odd", "odd", {{"optim.final_learning_rate": {rate}}})]
+    return Plan("Two rows", {config!r}, tuple(rows), {{"train.steps": {steps}}}, seeds={seeds})
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """Known here, and by `launcher.KNOWING` to drivers and their cells."""
+    with tiny_method.known():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +66,13 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def grid_file(data, tmp_path):
-    """Writer of a grid file with two rows; `k` is the second row's model.k."""
+    """Writer of a grid file with two rows; `rate` is the second row's last learning rate."""
 
-    def write(k=2, steps=4, seeds=(0,)):
+    def write(rate=1e-5, steps=4, seeds=(0,)):
         config = tmp_path / "small.py"
-        config.write_text(CONFIG.format(root=str(data)))
+        config.write_text(CONFIG.format(root=str(data), settings=SETTINGS))
         path = tmp_path / "two_rows.py"
-        path.write_text(GRID.format(config=str(config), k=k, steps=steps, seeds=seeds))
+        path.write_text(GRID.format(config=str(config), rate=rate, steps=steps, seeds=seeds))
         return str(path)
 
     return write
@@ -219,13 +225,27 @@ def test_changed_code_is_not_mixed_in(grid_file, tmp_path):
 def drive(grid_file: str, folder, *flags) -> subprocess.Popen:
     arguments = ["--grid", grid_file, "--workdir", str(folder), *flags]
     command = [sys.executable, "-m", "experiments.run_grid", *arguments]
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    # One device and no optimisation: a cell here is mostly compilation.
-    flags = {"XLA_FLAGS": QUICK_FLAGS}
-    environment = os.environ | flags | {"PYTHONPATH": path}
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment(1, KNOWING),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
+
+
+@pytest.fixture
+def drive_here(monkeypatch):
+    """The driver in this process, where it has nothing to start; its exit code."""
+
+    def drive(grid_file, folder, *flags):
+        arguments = ["run_grid", "--grid", grid_file, "--workdir", str(folder), *flags]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as ended:
+            run_grid.main()
+        return ended.value.code
+
+    return drive
 
 
 def until(condition, process=None, seconds=300):
@@ -235,7 +255,7 @@ def until(condition, process=None, seconds=300):
         assert time.monotonic() < deadline, "waited in vain"
         if process is not None and process.poll() is not None:
             raise AssertionError(f"ended early: {process.stdout.read()}")
-        pause.wait(0.05)
+        pause.wait(0.01)
 
 
 def gone(pid: int) -> bool:
@@ -246,25 +266,27 @@ def gone(pid: int) -> bool:
         return True
 
 
-def test_a_grid_from_death_to_done(grid_file, tmp_path):
+def test_a_grid_from_death_to_done(grid_file, drive_here, tmp_path):
     """Killed driver: no orphan. Then all cells: a failure with its reason, the dead one resumed."""
-    folder, spec = tmp_path / "g", grid_file(k=999, steps=60)
+    folder, spec = tmp_path / "g", grid_file(rate=1.0, steps=45)
     driver = drive(spec, folder, "--only", "whole*")
     cell = None
 
     def started():
         nonlocal cell
-        if (folder / "grid.json").is_file():
+        if cell is None and (folder / "grid.json").is_file():
             cell = read_grid(folder).cells[0]
-        return cell is not None and read_metrics(cell.folder / "metrics.jsonl")[2:]
+        return cell is not None and newest(cell.folder) and logged(cell.folder) > 2
 
     until(started, driver)
     pid = cell.state["pid"]
+    os.kill(pid, signal.SIGSTOP)  # or it would be done soon
     assert cell.state["state"] == RUNNING and standing(cell) == RUNNING and not gone(pid)
-    second = drive(spec, folder, "--only", "whole*")
-    assert second.wait(300) == 1  # left to the first
+    assert drive_here(spec, folder, "--only", "whole*") == 1  # left to the first
+    assert cell.state["pid"] == pid
     driver.send_signal(signal.SIGKILL)
     driver.wait()
+    os.kill(pid, signal.SIGCONT)
     until(lambda: gone(pid) and standing(cell) == DIED)
 
     again = drive(spec, folder, "--workers", "2", "--max-failures", "3")
@@ -272,10 +294,10 @@ def test_a_grid_from_death_to_done(grid_file, tmp_path):
     assert again.returncode == 1, output
     whole, odd = read_grid(folder).cells
     assert whole.state["state"] == DONE, (whole.folder / "log.txt").read_text()
-    assert [r["step"] for r in read_metrics(whole.folder / "metrics.jsonl")] == [*range(1, 61)]
+    assert [r["step"] for r in read_metrics(whole.folder / "metrics.jsonl")] == [*range(1, 46)]
     assert "resumed from step" in (whole.folder / "log.txt").read_text()
-    assert odd.state["state"] == FAILED and "k=999" in odd.state["reason"]
-    assert "taken up again" in output and "k=999" in output
+    assert odd.state["state"] == FAILED and "final_learning_rate is 1" in odd.state["reason"]
+    assert "taken up again" in output and "final_learning_rate is 1" in output
     runs = read_grid(folder).runs()
     assert len(runs["whole"]) == 1 and runs["odd"] == []
     timing = runs["whole"][0].timing
@@ -283,8 +305,7 @@ def test_a_grid_from_death_to_done(grid_file, tmp_path):
     assert runs["whole"][0].provenance["code"] == read_grid(folder).code["code"]
 
     size = (whole.folder / "log.txt").stat().st_size
-    third = drive(spec, folder, "--only", "whole*")
-    assert third.wait(300) == 0
+    assert drive_here(spec, folder, "--only", "whole*") == 0
     assert (whole.folder / "log.txt").stat().st_size == size  # a done cell is not touched
 
 
@@ -366,17 +387,10 @@ def test_slurm_script_runs_what_is_not_done(grid_file, tmp_path):
         script(grid, [], 1)
 
 
-def test_dry_run_lists_and_writes_nothing(grid_file, tmp_path, capsys, monkeypatch):
+def test_dry_run_lists_and_writes_nothing(grid_file, drive_here, tmp_path, capsys):
     folder = tmp_path / "g"
-    flags = ["run_grid", "--grid", grid_file(), "--workdir", str(folder), "--dry-run"]
-    monkeypatch.setattr(sys, "argv", flags)
-    with pytest.raises(SystemExit) as ended:
-        run_grid.main()
-    assert ended.value.code == 0
+    assert drive_here(grid_file(), folder, "--dry-run") == 0
     assert capsys.readouterr().out.count("pending") == 2
     assert not folder.exists()
-    monkeypatch.setattr(sys, "argv", [*flags, "--only", "nothing*"])
-    with pytest.raises(SystemExit) as ended:
-        run_grid.main()
-    assert ended.value.code == 2
+    assert drive_here(grid_file(), folder, "--dry-run", "--only", "nothing*") == 2
     assert "fits no cell; there are whole-seed0, odd-seed0" in capsys.readouterr().err

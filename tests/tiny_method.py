@@ -7,8 +7,9 @@ from unittest import mock
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec
 
-from pgpsam_jax import methods
+from pgpsam_jax import methods, sharding
 from pgpsam_jax.models.initial import kernel_init
 from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.models.segmenter import Segmenter
@@ -45,10 +46,22 @@ def _make(settings, num_classes, dtype, rngs):
     return Tiny(sam.encoder, num_classes, rngs)
 
 
+# Weights that train and weights that do not are both stored in parts, as those of a real method.
+SPREAD = (
+    (r"patches/kernel$", PartitionSpec(None, None, None, sharding.PARTS)),
+    (r"(first|second)/kernel$", sharding.INPUTS),
+)
+
+
 def known(**options):
     """Have the method, as `config.model.name` "tiny", inside the block; options of `Method`."""
     tiny = methods.Method("tiny", _make, {}, (), **options)
     return mock.patch.dict(methods.METHODS, {(NAME, ""): tiny})
+
+
+def spread():
+    """Have `sharding` spread the weights inside the block, which else are whole everywhere."""
+    return mock.patch.dict(sharding.OWN, {(NAME, ""): SPREAD})
 
 
 if __name__ == "__main__":
