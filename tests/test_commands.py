@@ -3,6 +3,8 @@
 import forks
 import launcher
 import pytest
+import tiny_method
+from faults import TINY
 from launcher import DEADLINE
 from small_run import config_for, write_data
 
@@ -95,16 +97,24 @@ def test_workdir_that_is_none(refuses, mode, tmp_path):
     refuses("is no training workdir", mode, *arguments)
 
 
-def test_missing_sam_weights_name_the_download(tmp_path):
+@pytest.fixture
+def tiny():
+    with tiny_method.known():
+        yield
+
+
+def test_missing_sam_weights_name_the_download(tiny, tmp_path):
     from pgpsam_jax import train
     from pgpsam_jax.errors import UserError
 
-    config = config_for(write_data(tmp_path / "data"), model__base=str(tmp_path / "sam_vit_b"))
+    config = config_for(
+        write_data(tmp_path / "data"), **TINY, model__base=str(tmp_path / "sam_vit_b")
+    )
     with pytest.raises(UserError, match=r"segment_anything/sam_vit_b_01ec64.pth.*then run: python"):
         train.train(config, tmp_path / "run")
 
 
-def test_bad_volumes_are_named(tmp_path):
+def test_bad_volumes_are_named(tiny, tmp_path):
     import nibabel as nib
     import numpy as np
 
@@ -118,18 +128,18 @@ def test_bad_volumes_are_named(tmp_path):
 
     image.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"images/a.nii.gz"):
-        train.train(config_for(root), tmp_path / "run1")
+        train.train(config_for(root, **TINY), tmp_path / "run1")
     image.write_bytes(whole)
 
     nib.save(nib.Nifti1Image(ids[:-1], affine), label)
     with pytest.raises(UserError, match=r"labels/a.nii.gz has shape"):
-        train.train(config_for(root), tmp_path / "run2")
+        train.train(config_for(root, **TINY), tmp_path / "run2")
 
     strange = (root / "table.json").read_text().replace('"background"', '"error"', 1)
     (root / "table.json").write_text(strange)
     ids[0, 0, 0] = 77
     nib.save(nib.Nifti1Image(ids, affine), label)
     with pytest.raises(UserError, match=r"labels/a.nii.gz holds label values outside .*77"):
-        train.train(config_for(root), tmp_path / "run3")
+        train.train(config_for(root, **TINY), tmp_path / "run3")
     for run_folder in tmp_path.glob("run*"):
         assert not list(run_folder.rglob(".tmp-*"))

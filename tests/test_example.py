@@ -2,6 +2,7 @@
 
 import nbformat
 import pytest
+from launcher import KNOWING, environment
 from nbclient import NotebookClient
 from places import REPOSITORY
 from ready_run import ready_run
@@ -27,7 +28,8 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     root = write_data(tmp_path / "data")
     workdir = tmp_path / "run"
     workdir.mkdir()
-    monkeypatch.setenv("PGPSAM_RUN", str(ready_run(root, workdir, model__encoder="vit_t")))
+    monkeypatch.setenv("PGPSAM_RUN", str(ready_run(root, workdir)))
+    monkeypatch.setenv("PYTHONPATH", environment(1, KNOWING)["PYTHONPATH"])  # the small encoder
     monkeypatch.delenv("PGPSAM_VOLUME", raising=False)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
@@ -39,7 +41,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     assert "1 liver, 2 spleen" in text and "c.nii.gz: (24, 20, 10) voxels" in text
     for name in ("liver", "spleen"):
         assert text.count(f"\n{name}") == 2  # a volume and a Dice
-    assert "pass 2: dense prompt (4, 4, 64)" in text
+    assert "pass 2: dense prompt (4, 4, 32)" in text
     assert pictures(notebook) == 2
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_method
-from faults import TINY, newest, prepare, records, rubbish, run, saving
+from faults import NOISE, TINY, newest, prepare, records, rubbish, run, saving
 from launcher import start
 from places import REPOSITORY
 from safetensors.numpy import save_file
@@ -49,11 +49,11 @@ def root(tmp_path_factory):
 def finished(root, tmp_path_factory):
     """(workdir, summary) of a run that nothing happened to; its cache is elsewhere."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, run(root, workdir, data__cache_dir=str(root / "cache"))
+    return workdir, again(root, workdir)
 
 
 def again(root, workdir, **settings):
-    return run(root, workdir, data__cache_dir=str(root / "cache"), **settings)
+    return run(root, workdir, data__cache_dir=str(root / "cache"), **NOISE | settings)
 
 
 def copied(workdir, into, step=6):
@@ -86,7 +86,7 @@ def damage(path, kind, draw):
 @pytest.fixture(scope="module")
 def abstract(root, finished):
     """(shapes of the state with shardings, loader) to restore a checkpoint with."""
-    config = config_for(root, **TINY)
+    config = config_for(root, **TINY | NOISE)
     with tiny_method.known():
         graphdef, params, frozen, _ = train.build.init_model(config, 3)
         mesh = train.make_run_mesh(config)
@@ -213,7 +213,9 @@ def test_other_data_is_another_run(root, finished, tmp_path):
 
 def test_another_file_of_the_cnn_is_another_run(root, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "run_evaluation", lambda *_: "evaluated")
-    config = config_for(root, **TINY, model__cnn_base=str(tmp_path / "cnn"), train__steps=2)
+    config = config_for(
+        root, **TINY, **NOISE, model__cnn_base=str(tmp_path / "cnn"), train__steps=2
+    )
 
     def begin(value):
         tensors = {"kernel": np.full((16, 3), value), "bias": np.zeros(3)}
@@ -284,7 +286,7 @@ def test_a_full_disk(root, finished, small_disk, monkeypatch):
 def test_a_file_that_may_not_grow(root, finished, tmp_path):
     """The same for users who may mount nothing: the limit is below a checkpoint's size."""
     workdir = tmp_path / "run"
-    with file_size(8000), pytest.raises(UserError, match=r"File too large; free some space"):
+    with file_size(5000), pytest.raises(UserError, match=r"File too large; free some space"):
         again(root, workdir)
     assert newest(workdir) == 0
     assert again(root, workdir) == finished[1]

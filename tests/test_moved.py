@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_method
-from faults import TINY, newest, records
+from faults import NOISE, TINY, newest, records
 from safetensors.numpy import save_file
 from small_run import config_for, write_data
 
 import pgpsam_jax
-from pgpsam_jax import build, config, identity, places, resumption, train, trained, weights
+from pgpsam_jax import build, config, identity, places, resumption, runlog, train, trained, weights
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import file_digest, write_json
@@ -22,12 +22,13 @@ from pgpsam_jax.runs import read_run
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-    with tiny_method.known():
+    with tiny_method.known(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runlog.RunLog, "_draw", lambda self: None)  # which takes its time
         yield
 
 
 def settings_for(data="data", **settings):
-    return config_for(Path(data), **TINY | {"model__train_encoder": "full"} | settings)
+    return config_for(Path(data), **TINY | NOISE | {"model__train_encoder": "full"} | settings)
 
 
 @pytest.fixture(scope="module")

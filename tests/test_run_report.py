@@ -21,7 +21,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.protocols import score_case
 from pgpsam_jax.evaluation.report import write_evaluation
 from pgpsam_jax.report import __main__ as program
-from pgpsam_jax.report import prototypes
+from pgpsam_jax.report import charts, prototypes, style
 from pgpsam_jax.report.charts import CHARTS, cost_charts, redraw
 from pgpsam_jax.report.css import stylesheet
 from pgpsam_jax.report.page import write_report
@@ -97,10 +97,14 @@ def check_figures(folder):
     return stems
 
 
-@pytest.fixture(autouse=True)
-def no_model(monkeypatch):
-    """The pictures that need a trained model have tests of their own."""
-    monkeypatch.setattr(prototypes, "prototype_pictures", lambda run, folder: [])
+@pytest.fixture(scope="module", autouse=True)
+def sparing():
+    """No pictures that need a trained model, which have tests of their own; all others coarse."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prototypes, "prototype_pictures", lambda run, folder: [])
+        for name in ("_FILE_DPI", "_PAGE_DPI"):
+            patch.setattr(style, name, 40)
+        yield
 
 
 def write_scored(root, workdir, name="small", split="file"):
@@ -137,9 +141,7 @@ def scored(tmp_path_factory):
     """A workdir with its report, written once."""
     root = write_data(tmp_path_factory.mktemp("data"))
     workdir = write_scored(root, tmp_path_factory.mktemp("runs") / "r", name=HOSTILE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prototypes, "prototype_pictures", lambda run, folder: [])
-        write_report(workdir)
+    write_report(workdir)
     return workdir
 
 
@@ -235,9 +237,7 @@ def half_finished(folder):
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
     folder = half_finished(tmp_path_factory.mktemp("grid"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prototypes, "prototype_pictures", lambda run, folder: [])
-        write_report(folder)
+    write_report(folder)
     return folder
 
 
@@ -289,8 +289,10 @@ def priced(folder, costs):
     return write_grid(folder, rows, (0, 1), scores=scores, costs=costs)
 
 
-def test_cost_of_a_grid(tmp_path):
+def test_cost_of_a_grid(tmp_path, monkeypatch):
     """A section with its table, apart from the results, and a chart of what differs."""
+    for other in ("comparison", "distribution", "training", "timing"):
+        monkeypatch.setattr(charts, f"{other}_charts", lambda *_: [])
 
     def costs(row, seed):
         return cost_record(0.5 if row == "one" else 20.0, 0.2 + 0.2 * seed, 100)
