@@ -27,7 +27,8 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(root, tmp_path_factory):
-    return pgpsam_jax.load_run(ready_run(root, tmp_path_factory.mktemp("run")))
+    less = dict.fromkeys(("model__cfm", "model__ppr", "model__ppg"), False)  # to compile
+    return pgpsam_jax.load_run(ready_run(root, tmp_path_factory.mktemp("run"), **less))
 
 
 def same(ours, theirs):
