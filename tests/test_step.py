@@ -1,13 +1,15 @@
-"""The pure step: what it changes, what it leaves, and the same numbers on any mesh."""
+"""The pure step: what it changes, what it leaves, how it takes its batch."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_method
 from flax import nnx
-from small_run import config_for, write_data
+from small_run import config_for
 
 from pgpsam_jax import build, parameters, sharding
 from pgpsam_jax.step import gradients_of, init_state, make_train_step
@@ -16,33 +18,44 @@ CLASSES, SIZE, BATCH = 3, 32, 8
 
 
 @pytest.fixture(scope="module")
-def lora_config(tmp_path_factory):
-    root = write_data(tmp_path_factory.mktemp("data"))
-    return config_for(root, model__train_encoder="lora", train__steps=40)
+def lora_config():
+    """SAM with LoRA and no part of PGP-SAM: the step is the same, and compiles soonest."""
+    parts = dict(model__cfm=False, model__ppg=False, model__ppr=False)
+    return config_for(Path(), model__train_encoder="lora", train__steps=40, **parts)
 
 
 @pytest.fixture(scope="module")
-def lora_run(lora_config):
-    """A LoRA model with its state, optimiser and a fixed batch of learnable squares."""
-    config = lora_config
-    graphdef, params, frozen, _ = build.init_model(config, CLASSES)
+def tiny():
+    """The method of which the step's own parts are looked at."""
+    with tiny_method.known():
+        yield start(config_for(Path(), model__name=tiny_method.NAME))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Learnable squares."""
     rng = np.random.default_rng(0)
     label = np.zeros((BATCH, SIZE, SIZE), np.uint8)
     for i in range(BATCH):
         y, x = rng.integers(2, 16, 2)
         label[i, y : y + 10, x : x + 10] = 1 + i % 2
     image = (0.2 + 0.3 * label + 0.02 * rng.standard_normal(label.shape)).astype(np.float16)
-    optimizer = build.optimizer_of(config, BATCH)
-    step = make_train_step(graphdef, optimizer, build.step_config(config))
-    state = init_state(params, optimizer, seed=0, epoch_size=BATCH)
-    return step, state, frozen, {"image": image, "label": label}
+    return {"image": image, "label": label}
 
 
-def on_mesh(run, **sizes):
-    """(compiled step, state, frozen, batch) with explicit shardings."""
-    step, state, frozen, batch = run
-    count = int(np.prod(list(sizes.values())))
-    mesh = sharding.make_mesh(**sizes, devices=jax.devices()[:count])
+def start(config):
+    """(graphdef, settings of the step, step, state, frozen) of a model as it is drawn."""
+    graphdef, params, frozen, _ = build.init_model(config, CLASSES)
+    optimizer, settings = build.optimizer_of(config, BATCH), build.step_config(config)
+    step = make_train_step(graphdef, optimizer, settings)
+    return graphdef, settings, step, init_state(params, optimizer, seed=0, epoch_size=BATCH), frozen
+
+
+@pytest.fixture(scope="module")
+def lora_run(lora_config, batch):
+    """(compiled step, makes a state, frozen, batch) on one device, with explicit shardings."""
+    _, _, step, state, frozen = start(lora_config)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     states = sharding.state_shardings(state, mesh), sharding.state_shardings(frozen, mesh)
     compiled = jax.jit(
         step,
@@ -50,13 +63,17 @@ def on_mesh(run, **sizes):
         out_shardings=(states[0], sharding.replicated(mesh)),
         donate_argnums=0,
     )
-    # A copy: the step takes its state over.
-    state = jax.device_put(jax.tree.map(jnp.copy, state), states[0])
-    return compiled, state, jax.device_put(frozen, states[1]), sharding.put_batch(batch, mesh)
+
+    def fresh():
+        """A copy: the step takes its state over."""
+        return jax.device_put(jax.tree.map(jnp.copy, state), states[0])
+
+    return compiled, fresh, jax.device_put(frozen, states[1]), sharding.put_batch(batch, mesh)
 
 
 def test_only_the_filter_trains_and_the_loss_falls(lora_run):
-    step, state, frozen, batch = on_mesh(lora_run, data=1, fsdp=1, tensor=1)
+    step, fresh, frozen, batch = lora_run
+    state = fresh()
     before = {k: np.asarray(v[...]) for k, v in parameters.flat_paths(state.params).items()}
     assert not set(before) & set(parameters.flat_paths(frozen))
     encoder = {path for path in before if path.startswith("image_encoder")}
@@ -78,53 +95,41 @@ def test_only_the_filter_trains_and_the_loss_falls(lora_run):
     assert int(state.step) == 25
 
 
-@pytest.fixture(scope="module")
-def one_device_steps(lora_run):
-    step, state, frozen, batch = on_mesh(lora_run, data=1, fsdp=1, tensor=1)
-    records = []
-    for _ in range(2):
-        state, metrics = step(state, frozen, batch)
-        records.append({k: float(v) for k, v in metrics.items()})
-    return records
+def test_donated_state_is_written_in_place(lora_run):
+    """Every byte of the state but what rounding to whole blocks leaves is reused."""
+    step, fresh, frozen, batch = lora_run
+    state = fresh()
+    memory = step.lower(state, frozen, batch).compile().memory_analysis()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes >= 0.99 * size
 
 
-def test_rows_of_a_resident_set_are_the_same_batch(lora_run, one_device_steps):
+def test_rows_of_a_resident_set_are_the_same_batch(tiny, batch):
     """The set lies on the device in another order; the step picks the batch out of it."""
-    step, state, frozen, batch = lora_run
-    order = np.random.default_rng(1).permutation(BATCH).astype(np.int32)
+    _, _, step, state, frozen = tiny
+    step, order = jax.jit(step), np.random.default_rng(1).permutation(BATCH).astype(np.int32)
     whole = {name: array[order] for name, array in batch.items()}
-    state = jax.tree.map(jnp.copy, state)
-    _, metrics = jax.jit(step)(state, frozen, whole | {"rows": np.argsort(order).astype(np.int32)})
-    for name, value in one_device_steps[0].items():
-        np.testing.assert_allclose(float(metrics[name]), value, rtol=1e-6, err_msg=name)
+    _, wanted = step(state, frozen, batch)
+    _, metrics = step(state, frozen, whole | {"rows": np.argsort(order).astype(np.int32)})
+    for name, value in wanted.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
 
 
-def test_microbatches_average_the_gradients_of_their_parts(lora_run, lora_config):
+def test_microbatches_average_the_gradients_of_their_parts(tiny, batch):
     """Every third row is a part: a batch split over devices keeps its rows where they are."""
-    _, state, frozen, batch = lora_run
-    graphdef, _, _ = build.abstract_model(lora_config, CLASSES)
-    config = build.step_config(lora_config)
-    images, labels = (jnp.asarray(batch[name][:6], jnp.float32) for name in ("image", "label"))
-    labels = labels.astype(jnp.int32)
+    graphdef, settings, _, state, frozen = tiny
+    images, labels = np.float32(batch["image"][:6]), np.int32(batch["label"][:6])
     of = jax.jit(gradients_of, static_argnums=(0, 6))
 
     def gradients(images, labels, parts):
-        settings = dataclasses.replace(config, microbatches=parts)
-        return of(graphdef, state.params, frozen, images, labels, 0, settings)
+        config = dataclasses.replace(settings, microbatches=parts)
+        return of(graphdef, state.params, frozen, images, labels, 0, config)
 
     apart = [gradients(images[i::3], labels[i::3], 1) for i in range(3)]
     wanted = jax.tree.map(lambda *leaves: sum(leaves) / 3, *apart)
     got = gradients(images, labels, 3)
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
-
-
-def test_donated_state_is_written_in_place(lora_run):
-    """Every byte of the state but what rounding to whole blocks leaves is reused."""
-    step, state, frozen, batch = on_mesh(lora_run, data=1, fsdp=1, tensor=1)
-    memory = step.lower(state, frozen, batch).compile().memory_analysis()
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    assert memory.alias_size_in_bytes >= 0.99 * size
 
 
 def test_frozen_weights_have_no_gradient_products(lora_config):
@@ -142,8 +147,8 @@ def test_frozen_weights_have_no_gradient_products(lora_config):
             return jnp.square(nnx.merge(graphdef, params, frozen)(images)[0]).sum()
 
         images = jax.ShapeDtypeStruct((BATCH, SIZE, SIZE, 3), jnp.float32)
-        compiled = jax.jit(jax.grad(loss)).lower(params, frozen, images).compile()
-        return compiled.cost_analysis()["flops"], encoder.config
+        lowered = jax.jit(jax.grad(loss)).lower(params, frozen, images)
+        return lowered.cost_analysis()["flops"], encoder.config
 
     full, sizes = flops("full")
     lora, _ = flops("lora")
