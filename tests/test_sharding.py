@@ -125,7 +125,7 @@ def test_nothing_large_is_replicated(method, encoder):
 
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
 def test_no_row_of_a_table_is_idle(method):
-    leaves = abstract_leaves(configuration(method, "vit_b"))
+    leaves = make_sharding.leaves_of(method, "vit_b")
     adapted = any(path.endswith("lora/b") for path in leaves)
     for pattern, spec in (*sharding.OWN.get(method, ()), *sharding.SAM):
         if "lora" in pattern and not adapted:

@@ -3,6 +3,7 @@
 PYTHONPATH=tests python -m golden.make_sharding
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -35,10 +36,16 @@ def abstract_leaves(config, classes: int = 9) -> dict:
     return {path: leaf.shape for path, leaf in leaves.items()}
 
 
+@functools.cache
+def leaves_of(method, encoder: str) -> dict:
+    """The same of a method with an encoder, for its own size."""
+    return abstract_leaves(configuration(method, encoder))
+
+
 def table(method, encoder: str) -> dict:
     """What is split on a (2, 2, 2) mesh, path -> axes of every dimension; * is any number."""
-    config, found = configuration(method, encoder), {}
-    for path, shape in abstract_leaves(config).items():
+    found = {}
+    for path, shape in leaves_of(method, encoder).items():
         spec = sharding.spec_of(method, path, shape, mesh_of(2, 2, 2))
         name = re.sub(r"(?<=/)\d+(?=/)", "*", path)
         assert found.setdefault(name, spec) == spec, f"{name} is not one row"
