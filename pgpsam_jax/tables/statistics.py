@@ -80,20 +80,23 @@ def compare(row: Scores | None, reference: Scores | None, organ=None) -> Compari
 def signed_rank(differences) -> tuple[float, str]:
     """Two-sided p of Wilcoxon's signed-rank test and how it was found.
 
-    Zero differences are dropped (Wilcoxon's rule); p is 1 if none is left. Exact up to 50
-    differences, or 13 where some are equal in size; the normal approximation beyond.
+    Zero differences are dropped (Wilcoxon's rule), those equal in size share a rank; p is 1 if none
+    is left. Exact up to 50 differences, the normal approximation beyond.
     """
     differences = np.asarray(differences, float)
     differences = differences[differences != 0]
-    n = differences.size
-    if n == 0:
+    if differences.size == 0:
         return 1.0, EXACT
-    tied = np.unique(np.abs(differences)).size < n
-    if n > 50 or (tied and n > 13):
+    if differences.size > 50:
         return float(stats.wilcoxon(differences, method="asymptotic").pvalue), APPROXIMATE
-    # scipy's own table holds without ties; with them all 2^n signs are gone through.
-    method = stats.PermutationMethod(n_resamples=2**n) if tied else "exact"
-    return float(stats.wilcoxon(differences, method=method).pvalue), EXACT
+    # The chance of every sum of ranks, doubled so that shared ones are whole: each is in it or not.
+    ranks = np.rint(2 * stats.rankdata(np.abs(differences))).astype(int)
+    chance = np.ones(1)
+    for rank in ranks:
+        chance = (np.pad(chance, (0, rank)) + np.pad(chance, (rank, 0))) / 2
+    positive = ranks[differences > 0].sum()
+    tail = min(chance[: positive + 1].sum(), chance[positive:].sum())
+    return min(1.0, 2 * float(tail)), EXACT
 
 
 def smallest_p(n: int) -> float:
