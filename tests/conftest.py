@@ -47,7 +47,8 @@ def pytest_configure(config):
         return
     folder = cache.mkdir("compiled") / machine_kind()
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)  # of commands that tests start
     if not hasattr(config, "workerinput") and folder.is_dir():
         tidy(folder)
