@@ -206,9 +206,21 @@ print(next(line for line in lines if line.startswith("VmHWM")))
 """
 
 
-def test_full_size_vit_b(tmp_path):
-    """A whole vit_b `.pth`, in a process of its own without torch, within 1.5 GiB."""
-    state = random_state(VIT_B)
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        (SMALL, "tensors, "),
+        pytest.param(
+            VIT_B,
+            "vit_b, 1024 px, patch 16, 293 tensors, 93,735,728 parameters",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["small", "vit_b"],
+)
+def test_a_process_without_torch(sizes, said, tmp_path):
+    """A whole vit_b `.pth`, too, within 1.5 GiB."""
+    state = random_state(sizes)
     source = save_pth(tmp_path / "full.pth", state)
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, "--source", source, "--output", tmp_path / "w"],
@@ -217,7 +229,7 @@ def test_full_size_vit_b(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "vit_b, 1024 px, patch 16, 293 tensors, 93,735,728 parameters" in done.stdout
+    assert said in done.stdout
     assert int(done.stdout.split("VmHWM:")[1].split()[0]) < 1.5 * 2**20  # kB
     assert_equal(to_official(load_base(tmp_path / "w").tensors), state)
 

@@ -163,6 +163,7 @@ def test_tolerance_includes_its_own_distance():
 PAIRS = [(seed, cut) for seed in range(3) for cut in (0.1, 1.2)]
 
 
+@pytest.mark.slow  # importing MONAI takes seconds; the oracle above checks the same
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(("seed", "cut"), PAIRS)
 def test_equals_monai(seed, cut):
