@@ -9,8 +9,11 @@ from pgpsam_jax.files import write_json
 from pgpsam_jax.step import init_state
 
 
-def ready_run(root, workdir, **settings):
-    """Random weights as checkpoint 6, its label table, few-shot list and evaluation; `workdir`."""
+def ready_run(root, workdir, predictor=None, **settings):
+    """Random weights as checkpoint 6, its label table, few-shot list and evaluation; `workdir`.
+
+    `predictor` is evaluated in the model's place where the scores do not matter.
+    """
     config = build.settled(config_for(root, eval__overlays=False, **settings))
     split = dataset.find_split(config)
     config = dataset.with_axis(config, split.train)
@@ -27,6 +30,7 @@ def ready_run(root, workdir, **settings):
     checkpoints.save(state, loader)
     checkpoints.close()
     loader.close()
-    predictor = train.load_predictor(config, workdir, table.num_classes)
+    if predictor is None:
+        predictor = train.load_predictor(config, workdir, table.num_classes)
     train.run_evaluation(config, workdir, predictor, split)
     return workdir

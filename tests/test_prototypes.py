@@ -1,6 +1,7 @@
 """The intermediates of PGP-SAM, what is computed from them, and their pictures."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -16,7 +17,7 @@ from pgpsam_jax import runs
 from pgpsam_jax.data.geometry import Fit
 from pgpsam_jax.models.pgpsam import Pass
 from pgpsam_jax.models.ppr import select_inter
-from pgpsam_jax.report import prototype_charts, prototype_data, prototypes
+from pgpsam_jax.report import prototype_charts, prototype_data, prototypes, style
 from pgpsam_jax.report.series import write_rows
 
 SWITCHES = {
@@ -26,8 +27,9 @@ SWITCHES = {
 }
 
 
+@functools.cache
 def traced(name):
-    """(configuration, function of arrays to passes, its arguments), with random parameters.
+    """(configuration, compiled function of arrays to passes, its arguments), random parameters.
 
     The outputs of the forward pass are those of its first pass and its last.
     """
@@ -43,7 +45,7 @@ def traced(name):
         assert outputs["final"] is passes[-1].logits
         return passes
 
-    return config, run, (state, inputs_for(config))
+    return config, jax.jit(run), (state, inputs_for(config))
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -72,7 +74,7 @@ def test_passes_of_the_forward_pass_and_their_shapes(name):
 
 def test_attention_sums_to_one_and_picks_are_the_nearest():
     config, run, arguments = traced("all")
-    passes = jax.tree.map(np.asarray, jax.jit(run)(*arguments))
+    passes = jax.tree.map(np.asarray, run(*arguments))
     for before, one in itertools.pairwise(passes):
         for weights in (one.class_weights, one.query_weights):
             np.testing.assert_allclose(np.sum(weights, -1), 1, rtol=2e-6)
@@ -189,16 +191,27 @@ def root(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"), cases=("a", "b", "c"))
 
 
+class Nothing:
+    """Finds no organ: the pictures need cases that were scored, and no scores."""
+
+    window, oracle = None, False
+
+    def __call__(self, volume):
+        return np.zeros(volume.array.shape, np.uint8)
+
+
 @pytest.fixture(scope="module")
 def workdir(root, tmp_path_factory):
-    return ready_run(root, tmp_path_factory.mktemp("run"), model__alpha=2, model__k=2)
+    return ready_run(root, tmp_path_factory.mktemp("run"), Nothing(), model__alpha=2, model__k=2)
 
 
 CHARTS = ("shares", "similarity", "picks", "mixing")
 RASTER = {"dense": "dense", "class_attention": "attention", "query_attention": "attention"}
 
 
-def test_pictures_of_a_run(workdir, tmp_path):
+def test_pictures_of_a_run(workdir, tmp_path, monkeypatch):
+    for dots in ("_FILE_DPI", "_PAGE_DPI"):  # most of the time goes into them
+        monkeypatch.setattr(style, dots, 20)
     pictures = prototypes.prototype_pictures(runs.read_run(workdir), tmp_path)
     by_stem = {p.stem.removeprefix("prototype_"): p for p in pictures}
     assert list(by_stem) == [*RASTER, *CHARTS]
