@@ -99,7 +99,10 @@ def test_forward_pass_of_other_numbers_of_stages(config):
     check_outputs(config, p, features, outputs)
 
 
-@pytest.mark.parametrize("row", TABLE_3)
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(r, marks=[pytest.mark.slow] * (r == "cfm+ppg")) for r in TABLE_3],
+)
 def test_forward_pass_of_each_row_of_table_3(row):
     """On a grid that is not square; one of them with its encoder, whose outputs are as given."""
     config, encoder = row_of_table_3(row), row in WITH_ENCODER

@@ -45,7 +45,7 @@ def run(dtype=jnp.float32):
     return config, passes
 
 
-@pytest.mark.parametrize("size", [384, 1024])
+@pytest.mark.parametrize("size", [384, pytest.param(1024, marks=pytest.mark.slow)])
 def test_all_sizes_follow_from_the_image_size(size):
     config = default_config()
     config.model.image_size = size
