@@ -18,6 +18,7 @@ from golden.make_sharding import abstract_leaves, configuration, golden_file, me
 from pgpsam_jax import build, methods, parameters, recipes, sharding
 from pgpsam_jax.config import default_config
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.models import layers
 from pgpsam_jax.models.image_encoder import ImageEncoder
 from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.models.lora import LoraConfig
@@ -265,6 +266,26 @@ def test_dice_is_that_of_the_whole_batch(method):
         dice, entropy = (np.mean([p[f"{output}{k}"] for p in pairs]) for k in ("dice", "ce"))
         assert abs(dice - metrics[f"{output}dice"]) > 3e-3  # measured 5e-3, with samed 9e-3
         assert metrics[f"{output}ce"] == pytest.approx(entropy, rel=1e-5)
+
+
+@pytest.mark.parametrize("split", [0, 1])
+def test_a_product_of_parts_has_the_gradients_of_the_whole(split):
+    """To its kernel, too, which LoRA leaves alone."""
+    rng = np.random.default_rng(3)
+    x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 4, 16), (16, 32)))
+
+    def slopes(x, kernel):
+        def loss(x, kernel):
+            return jnp.sin(layers.split_matmul(x, kernel, split)).sum()
+
+        return jax.grad(loss, (0, 1))(x, kernel)
+
+    mesh = sharding.make_mesh(2, 2, 2)
+    parts = jax.jit(sharding.over_mesh(slopes, mesh))(x, kernel)
+    outer = np.cos(x @ kernel)  # by hand: of the sine's sum to the product
+    wanted = outer @ kernel.T, np.tensordot(x, outer, ((0, 1), (0, 1)))
+    for found, value in zip(parts, wanted, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-4)
 
 
 # Two blocks of an encoder, the second global; sizes of which few arrays share a number.
