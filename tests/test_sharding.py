@@ -33,7 +33,7 @@ PGPSAM = [method for method in METHODS if method[0] == "pgpsam"]
 # (method, mesh), the first with all three axes, on the smallest model. The others are slow: what a
 # table of shardings says wrong shows in the pinned ones. The fit of fssp has a test of its own, sam
 # trains nothing.
-SAMED, PAPER = ("samed", ""), ("pgpsam", "paper")
+SAMED = ("samed", "")
 CASES = [
     (SAMED, (2, 2, 2)),
     *(
