@@ -1,5 +1,6 @@
 """The benchmark: both models are one, the command line end to end, resumption, rows and table."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -93,7 +94,15 @@ def run(folder, *arguments) -> tuple[int, dict[str, dict], str]:
 SMALL = ("--encoders", "vit_t", "--sizes", "64", "--steps", "2")
 
 
-def test_a_command_line(tmp_path, capsys):
+@pytest.fixture
+def one_process(monkeypatch):
+    """All points of a command line are asked of one process, which has to be started only once."""
+    with runner.Process(runner._WORKER, "jax", environment=runner.ENVIRONMENT) as process:
+        monkeypatch.setattr(runner, "Process", lambda *_, **__: contextlib.nullcontext(process))
+        yield
+
+
+def test_a_command_line(tmp_path, capsys, one_process):
     """A point that is measured, one that fails, and what bounds both."""
     arguments = ("--tasks", "encoder", "--models", "sam", *SMALL, "--attention", ",nonsense")
     code, rows, text = run(tmp_path, *arguments)

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import micro
 import pytest
 from places import REPOSITORY
 
@@ -56,16 +57,17 @@ def test_a_config_makes_model_optimizer_and_settings_of_a_step(name, arguments, 
     make_train_step(graphdef, optimizer, build.step_config(settings))
 
 
-# Tracing a step of ViT-b takes ten seconds.
-STEPS = [
-    pytest.param(*config, marks=[pytest.mark.slow] * (config[0] != "phantom")) for config in CONFIGS
-]
+# Tracing a step of ViT-b takes ten seconds, of one stage of a small encoder two.
+SMALL = dict(encoder=micro.NAME, image_size=32, patch_size=8, stage_taps=(0,))
+STEPS = [("phantom", (), SMALL)]
+STEPS += [pytest.param(*config, {}, marks=pytest.mark.slow) for config in CONFIGS]
 
 
-@pytest.mark.parametrize(("name", "arguments"), STEPS)
-def test_one_step_by_shapes(name, arguments, monkeypatch):
+@pytest.mark.parametrize(("name", "arguments", "model"), STEPS)
+def test_one_step_by_shapes(name, arguments, model, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     settings, _ = load(name, arguments)
+    settings.model.update(model)
     classes = label_table(settings).num_classes
     graphdef, params, frozen = build.abstract_model(settings, classes)
     optimizer = build.optimizer_of(settings, 126)
