@@ -114,8 +114,6 @@ QUICK = {
     "corner": EVERY,
     "blocks": ["lean", "splash"],
     "tall": ["folded", "lean"],
-    "overhangs right": ["folded", "lean"],
-    "overhangs below": ["folded", "lean"],
     "overhangs by most": ["folded", "lean"],
 }
 

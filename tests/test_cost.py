@@ -198,7 +198,14 @@ def looped_products(jaxpr) -> float:
     return inside
 
 
-@pytest.mark.parametrize(("name", "preset"), sorted(methods.METHODS))
+# Of PGP-SAM's two presets, the release takes as long as all others to trace.
+FORWARD = [
+    pytest.param(*key, marks=[pytest.mark.slow] * (key == methods.RELEASE))
+    for key in sorted(methods.METHODS)
+]
+
+
+@pytest.mark.parametrize(("name", "preset"), FORWARD)
 def test_forward_passes_are_their_products_and_little_else(name, preset):
     """Against an own count; next to nothing is in loops, whose bodies XLA counts once."""
     config = default_config()

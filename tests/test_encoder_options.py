@@ -59,7 +59,7 @@ def plain():
 @pytest.mark.parametrize(
     "options",
     [
-        dict(remat="attention"),
+        pytest.param(dict(remat="attention"), marks=pytest.mark.slow),
         pytest.param(dict(remat="dots"), marks=pytest.mark.slow),
         pytest.param(dict(scan_blocks=True), marks=pytest.mark.slow),
         dict(scan_blocks=True, remat="blocks"),
@@ -146,6 +146,7 @@ def test_report_of_what_was_picked():
         assert "; cudnn for windows 14x14, " in attention_report(large, jnp.bfloat16)
 
 
+@pytest.mark.slow
 def test_whole_encoder_on_a_mesh_equals_one_device():
     """A fused kernel between what the compiler partitions: 16x8 tokens, LoRA gradients."""
     sizes = dict(width=16, heads=2, depth=2, global_blocks=(1,), window_size=8, out_channels=8)

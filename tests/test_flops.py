@@ -180,7 +180,7 @@ def test_chips():
     ("taps", "parts"),
     [
         ((2, 1, 0), {}),
-        ((1, 0), {"ppr": False}),
+        pytest.param((1, 0), {"ppr": False}, marks=pytest.mark.slow),
         ((1,), {"ppr": False, "ppg": False, "cfm": False}),
     ],
 )

@@ -66,6 +66,7 @@ def traced_step(preset):
     config = default_config()
     config.model.preset, config.model.compute_dtype = preset, "bfloat16"
     config.model.encoder, config.model.image_size, config.model.patch_size = micro.NAME, SIZE, 8
+    config.model.stage_taps = (1,)  # every stage has the same parts
     config.train.batch_size = BATCH
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model = sharding.over_mesh(build.abstract_model, mesh)(config, CLASSES)
