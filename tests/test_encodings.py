@@ -88,7 +88,8 @@ def test_a_step_on_encoded_slices_is_the_step_on_slices(few_shot_set, model, enc
     np.testing.assert_allclose(got[1]["loss"], plain[1]["loss"], rtol=1e-5)
     ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(model[1])])[:-1]
     moments, wanted = (
-        np.split(np.asarray(optax.tree.get(state.opt_state, "mu")), ends) for state, _ in (got, plain)
+        np.split(np.asarray(optax.tree.get(state.opt_state, "mu")), ends)
+        for state, _ in (got, plain)
     )
     sizes = [float(np.abs(leaf).max()) for leaf in wanted]
     for a, b, size in zip(moments, wanted, sizes, strict=True):

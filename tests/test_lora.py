@@ -33,7 +33,19 @@ def test_lora_starts_as_the_base_model():
     np.testing.assert_array_equal(adapted, encode(sam_torch.small()[2], images))
 
 
-@pytest.mark.parametrize("targets", [("q", "v"), ("v", "k")])
+@pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v"), ("v", "k"), ("k",)])
+def test_a_product_goes_to_its_target(targets):
+    """Whatever the order of the targets, the output is that of queries, keys and values."""
+    lora = LoraQKV(6, LoraConfig(2, targets), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    lora.b.set_value(draw(*lora.b.shape))
+    x, found = draw(4, 6), dict.fromkeys("qkv", np.zeros((4, 6), np.float32))
+    for target, a, b in zip(targets, np.array(lora.a[...]), np.array(lora.b[...]), strict=True):
+        found[target] = x @ a @ b
+    wanted = np.stack([found[target] for target in "qkv"], axis=-2)
+    np.testing.assert_allclose(lora(x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), pytest.param(("v", "k"), marks=pytest.mark.slow)])
 def test_lora_adds_its_product_to_the_projection(targets):
     """The same as a base model whose qkv weights hold the update in the rows of the targets."""
     sam, merged = with_lora(LoraConfig(3, targets), zero=False), dict(sam_torch.small()[0])
