@@ -1,5 +1,6 @@
 """FSSP-SAM: the regression against SciPy, its prompts, a fit as a step of a run, any mesh."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,12 +10,13 @@ import micro
 import numpy as np
 import pytest
 import scipy.special
+import tiny_method
 from flax import nnx
 from method_runs import CLASSES, small_config, squares
 from scipy import optimize
 from small_run import config_for, write_data
 
-from pgpsam_jax import build, cost, losses, recipes, sharding, train
+from pgpsam_jax import build, cost, losses, methods, recipes, sharding, train
 from pgpsam_jax.checkpoint import Checkpoints
 from pgpsam_jax.config import default_config
 from pgpsam_jax.errors import UserError
@@ -190,7 +192,31 @@ def test_prompts_of_a_rough_mask_are_sams_own(model, prompt):
     assert not found[..., 0].any() and (found[..., 2] < -1e3).all()
 
 
-def test_a_run_fits_once_and_goes_on_like_any(tmp_path, capsys):
+class Fitted(tiny_method.Tiny):
+    """The smallest model with this method's outputs for its loss."""
+
+    def segment(self, features, keys=None):
+        return {"coarse": self.first(features), "kernel": self.first.kernel[...]}
+
+    def predict(self, images):
+        return jnp.pad(self.first(self.encode(images)), [(0, 0)] * 3 + [(1, 0)])
+
+
+def make_fitted(settings, num_classes, dtype, rngs):
+    sam = SamConfig.preset(settings.encoder, settings.image_size, settings.patch_size)
+    return Fitted(sam.encoder, num_classes - 1, rngs)
+
+
+@pytest.fixture(params=["small", pytest.param("whole", marks=pytest.mark.slow)])
+def small_or_whole(request, monkeypatch):
+    """This method as it is, or with the smallest model in place of SAM's."""
+    if request.param == "small":
+        whole = methods.METHODS["fssp", ""]
+        small = dict(make=make_fitted, base_tensors={}, frozen=("second",))
+        monkeypatch.setitem(methods.METHODS, ("fssp", ""), dataclasses.replace(whole, **small))
+
+
+def test_a_run_fits_once_and_goes_on_like_any(small_or_whole, tmp_path, capsys):
     """Checkpoint 1 is the last, whatever `train.steps`; a further start changes no score."""
     config = config_for(write_data(tmp_path / "data"), eval__overlays=False)
     recipes.use(config, "fssp")
