@@ -1,5 +1,6 @@
 """SAM with the true prompts: what it is told, who else is not, and that all it writes says so."""
 
+import dataclasses
 import json
 import sys
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
+import tiny_method
 from flax import nnx
 from method_runs import CLASSES, small_config, squares
 from safetensors.numpy import save_file
@@ -112,7 +114,29 @@ def test_all_of_a_converted_sam_is_loaded(name, tmp_path):
     )
 
 
-def test_a_run_says_what_it_is_and_predicts_nothing(tmp_path, capsys, monkeypatch):
+class Small(tiny_method.Tiny):
+    """The smallest model that is told the labels."""
+
+    def predict(self, images, labels):
+        logits = self.first(self.encode(images))
+        return logits + 9 * jax.nn.one_hot(labels[:, ::4, ::4], logits.shape[-1])
+
+
+def make_small(settings, num_classes, dtype, rngs):
+    sam = SamConfig.preset(settings.encoder, settings.image_size, settings.patch_size)
+    return Small(sam.encoder, num_classes, rngs)
+
+
+@pytest.fixture(params=["small", pytest.param("whole", marks=pytest.mark.slow)])
+def small_or_whole(request, monkeypatch):
+    """The oracle as it is, or with the smallest model in place of SAM."""
+    if request.param == "small":
+        whole = methods.METHODS["sam", ""]
+        small = dict(make=make_small, base_tensors={}, frozen=("first", "second"))
+        monkeypatch.setitem(methods.METHODS, ("sam", ""), dataclasses.replace(whole, **small))
+
+
+def test_a_run_says_what_it_is_and_predicts_nothing(small_or_whole, tmp_path, capsys, monkeypatch):
     config = config_for(write_data(tmp_path / "data"), eval__overlays=False)
     recipes.use(config, "sam")
     run = tmp_path / "run"
