@@ -9,7 +9,7 @@ from pgpsam_jax.files import write_json
 from pgpsam_jax.step import init_state
 
 
-def ready_run(root, workdir, predictor=None, **settings):
+def ready_run(root, workdir, *, predictor=None, evaluated=True, **settings):
     """Random weights as checkpoint 6, its label table, few-shot list and evaluation; `workdir`.
 
     `predictor` is evaluated in the model's place where the scores do not matter.
@@ -30,7 +30,7 @@ def ready_run(root, workdir, predictor=None, **settings):
     checkpoints.save(state, loader)
     checkpoints.close()
     loader.close()
-    if predictor is None:
-        predictor = train.load_predictor(config, workdir, table.num_classes)
-    train.run_evaluation(config, workdir, predictor, split)
+    if evaluated:
+        predictor = predictor or train.load_predictor(config, workdir, table.num_classes)
+        train.run_evaluation(config, workdir, predictor, split)
     return workdir

@@ -1,8 +1,11 @@
 """The example notebook runs from top to bottom, and is committed as it was run."""
 
+import ast
+
 import nbformat
 import pytest
 from launcher import KNOWING, environment
+from matplotlib.figure import Figure
 from nbclient import NotebookClient
 from places import REPOSITORY
 from ready_run import ready_run
@@ -24,25 +27,57 @@ def pictures(notebook) -> int:
     return sum("image/jpeg" in output.get("data", {}) for output in outputs)
 
 
-def test_the_notebook_runs(tmp_path, monkeypatch):
+@pytest.fixture
+def unrun(tmp_path, monkeypatch):
+    """The notebook without outputs, set up to show a small run with random weights."""
     root = write_data(tmp_path / "data")
     workdir = tmp_path / "run"
     workdir.mkdir()
-    monkeypatch.setenv("PGPSAM_RUN", str(ready_run(root, workdir)))
-    monkeypatch.setenv("PYTHONPATH", environment(1, KNOWING)["PYTHONPATH"])  # the small encoder
+    monkeypatch.setenv("PGPSAM_RUN", str(ready_run(root, workdir, False, model__cfm=False)))
     monkeypatch.delenv("PGPSAM_VOLUME", raising=False)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
-    place = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    NotebookClient(notebook, timeout=300, resources=place).execute()  # raises if a cell does
-    text = "\n".join(printed(notebook))
+    return notebook
+
+
+def check(text):
+    """What the small run prints."""
     assert "1 liver, 2 spleen" in text and "c.nii.gz: (24, 20, 10) voxels" in text
     for name in ("liver", "spleen"):
         assert text.count(f"\n{name}") == 2  # a volume and a Dice
     assert "pass 2: dense prompt (4, 4, 32)" in text
-    assert pictures(notebook) == 2
+
+
+def test_the_code_runs(unrun, monkeypatch, capsys):
+    """Cell by cell as a kernel does it, but for the lines to the kernel itself."""
+    monkeypatch.chdir(NOTEBOOK.parent)
+    names, pages, orders = {}, [], []
+    for cell in unrun.cells:
+        if cell.cell_type != "code":
+            continue
+        lines = cell.source.splitlines()
+        orders += [line for line in lines if line.startswith("%")]
+        tree = ast.parse("\n".join(line for line in lines if not line.startswith("%")))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, "cell", "exec"), names)
+        shown = eval(compile(ast.Expression(last.value), "cell", "eval"), names) if last else None
+        opened = {names["plt"].figure(number) for number in names["plt"].get_fignums()}
+        pages.append(len(opened | {shown}) if isinstance(shown, Figure) else len(opened))
+        names["plt"].close("all")
+    check(capsys.readouterr().out)
+    assert sum(pages) == 2 and pages[-1] == 1
+    assert orders[0] == "%matplotlib inline" and '["jpeg"]' in orders[1]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(unrun, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", environment(1, KNOWING)["PYTHONPATH"])  # the small encoder
+    place = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    NotebookClient(unrun, timeout=300, resources=place).execute()  # raises if a cell does
+    check("\n".join(printed(unrun)))
+    assert pictures(unrun) == 2
 
 
 def test_the_committed_outputs():
