@@ -3,6 +3,7 @@
 python processes.py HOST:PORT COUNT PROCESS SCENARIO [FOLDER]: a function below, in a session.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pgpsam_jax import cluster, distributed, peers, session, sharding
+from pgpsam_jax import cluster, distributed, interruption, peers, session, sharding
 from pgpsam_jax.errors import UserError, exit_on_user_error
 
 # Short, so that nobody waits in a test.
@@ -84,11 +85,25 @@ def collect(folder):
         print("working", flush=True)
 
 
+def steps(folder):
+    """Until a signal that reaches one of them: in each step they meet, and write down the last."""
+    with interruption.deferred() as stop:
+        stop.begin(0)
+        for step in range(1, 10**6):
+            distributed.barrier(f"step {step}")
+            if step == 3:
+                print("working", flush=True)
+            if stop.due(step):
+                (folder / f"saved{jax.process_index()}").write_text(str(step))
+                stop.end(step, agreed=True)
+
+
 if __name__ == "__main__":
     from pathlib import Path
 
     coordinator, count, process, scenario, *folder = sys.argv[1:]
-    with exit_on_user_error():
+    heeding = interruption.listening if scenario == "steps" else contextlib.nullcontext
+    with exit_on_user_error(), heeding():
         place = cluster.from_flags(coordinator, int(count), int(process))
         with session.joined(place):
             globals()[scenario](Path(*folder))

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_method
-from faults import TINY, newest, prepare, run
+from faults import NOISE, TINY, newest, prepare, run
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_run import config_for, write_data
 
-from pgpsam_jax import build, distributed, memory_advice, sharding, topology, train
+from pgpsam_jax import build, distributed, memory_advice, runlog, sharding, topology, train
 from pgpsam_jax.config import default_config
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.inference import Predictor
@@ -175,7 +175,8 @@ HALF = memory_advice.Remedy({"train.batch_size": 16}, "another recipe")
 def test_a_run_that_is_out_of_memory_can_be_started_again(tmp_path, single, monkeypatch):
     """The device truly refuses, in a step of the loop; what was saved is gone on from."""
     root, workdir, steps = prepare(tmp_path / "data"), tmp_path / "run", train.run_steps
-    whole = run(root, tmp_path / "whole")
+    monkeypatch.setattr(runlog.RunLog, "_draw", lambda self: None)  # which takes its time
+    whole = run(root, tmp_path / "whole", **NOISE)
     petabyte = jax.jit(lambda: jnp.zeros((2**48,))).lower().compile()
 
     def greedy(step, state, frozen, feed, done, *rest):
@@ -187,11 +188,13 @@ def test_a_run_that_is_out_of_memory_can_be_started_again(tmp_path, single, monk
     monkeypatch.setattr(train, "run_steps", greedy)
     monkeypatch.setattr(memory_advice, "candidates", lambda config: [HALF])
     monkeypatch.setattr(memory_advice, "needed", lambda config, classes: GIB)
-    text = message_of(config_for(root, **TINY), workdir, lambda: run(root, workdir))
+    text = message_of(
+        config_for(root, **TINY, **NOISE), workdir, lambda: run(root, workdir, **NOISE)
+    )
     assert re.match(r"a device ran out of memory \(.*1125899906842624 bytes.*\): a training", text)
     assert newest(workdir) == 4
     monkeypatch.setattr(train, "run_steps", steps)
-    assert run(root, workdir) == whole
+    assert run(root, workdir, **NOISE) == whole
 
 
 def test_the_few_shot_set_on_the_device_counts(tmp_path):

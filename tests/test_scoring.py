@@ -29,7 +29,7 @@ from pgpsam_jax.evaluation.protocols import overlaps
 NAMES = ("a", "b", "c")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(hnp.arrays(np.uint8, (3, 4, 4), elements=st.integers(0, 2)))
 def test_surfaces_of_a_map_are_those_of_its_masks(ids):
     points, classes = metrics.surface_points(ids)
@@ -41,7 +41,7 @@ def test_surfaces_of_a_map_are_those_of_its_masks(ids):
 maps = hnp.arrays(np.uint8, (2, 3, 3), elements=st.integers(0, 3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(maps, maps)
 def test_overlaps_count_voxels(prediction, truth):
     counts = overlaps(prediction, truth, 4)
