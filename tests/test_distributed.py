@@ -170,6 +170,7 @@ def test_two_processes_go_on_from_a_checkpoint_of_one(root, alone, tmp_path):
     assert difference(records(workdir), records(alone)) < 1e-5
 
 
+@pytest.mark.slow
 def test_one_device_goes_on_from_a_checkpoint_of_eight(root, shared, tmp_path):
     workdir, mesh = cut(shared[0], tmp_path / "cut"), dict.fromkeys(MESH, 1)
     command = ["-m", "pgpsam_jax.main", *flags(root, workdir, mesh)]

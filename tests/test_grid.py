@@ -309,6 +309,26 @@ def test_a_grid_from_death_to_done(grid_file, drive_here, tmp_path):
     assert (whole.folder / "log.txt").stat().st_size == size  # a done cell is not touched
 
 
+def test_a_stopped_driver_ends_what_it_started(grid_file, drive_here, tmp_path, monkeypatch):
+    """A cell that is another program: the driver's part alone."""
+    started = []
+
+    def launch(self, cell, slot):
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE))
+        write_state(cell.folder, RUNNING, pid=started[-1].pid)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return started[-1]
+
+    monkeypatch.setattr(driver.Driver, "_launch", launch)
+    folder = tmp_path / "g"
+    assert drive_here(grid_file(), folder, "--only", "whole*") == 128 + signal.SIGTERM
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
+    assert read_grid(folder).cells[0].state["state"] == PENDING
+
+
+@pytest.mark.slow
 def test_a_stopped_driver_ends_its_cells(grid_file, tmp_path):
     folder = tmp_path / "g"
     driver = drive(grid_file(steps=100_000), folder, "--only", "whole*")

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import tiny_method
-from faults import TINY, run
+from faults import NOISE, TINY, run
 from file_modes import modes, umask
 from small_run import config_for, hold_out, write_data
 
@@ -58,10 +58,17 @@ def method(request):
     """Settings of what is trained: what compiles soonest, and the real model."""
     with tiny_method.known():
         yield (
-            TINY | {"model__train_encoder": "full", "eval__overlays": True}
+            TINY | NOISE | {"model__train_encoder": "full", "eval__overlays": True}
             if request.param == "tiny"
             else {}
         )
+
+
+@pytest.fixture
+def plain(method, monkeypatch):
+    """The same settings, of which the pictures are no part: they are drawn for one run alone."""
+    monkeypatch.setattr(runlog.RunLog, "_draw", lambda self: None)
+    return method | {"eval__overlays": False}
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +136,8 @@ def test_the_best_parameters_are_kept_and_used(finished):
     assert again == best["score"]
 
 
-def test_same_seed_same_losses_and_validation_changes_none(finished, root, tmp_path, method):
-    summary = train.train(config_for(root, **method), tmp_path / "again")
+def test_same_seed_same_losses_and_validation_changes_none(finished, root, tmp_path, plain):
+    summary = train.train(config_for(root, **plain), tmp_path / "again")
     unselected = ("images_per_second", "validation_score")
     unselected += ("silent_epochs_liver", "silent_epochs_spleen")
     assert losses(tmp_path / "again") == losses(finished[0], but=unselected)
@@ -140,9 +147,7 @@ def test_same_seed_same_losses_and_validation_changes_none(finished, root, tmp_p
     assert same(*last)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(
-    finished, root, tmp_path, monkeypatch, method
-):
+def test_interrupted_and_resumed_equals_uninterrupted(finished, root, tmp_path, monkeypatch, plain):
     workdir, write = tmp_path / "cut", runlog.RunLog.write
 
     def stop_in_step_4(log, step, metrics):
@@ -153,9 +158,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     with monkeypatch.context() as patch:
         patch.setattr(runlog.RunLog, "write", stop_in_step_4)
         with pytest.raises(KeyboardInterrupt):
-            train.train(config_for(root, **method, **SELECT), workdir)
+            train.train(config_for(root, **plain, **SELECT), workdir)
     assert [r["step"] for r in losses(workdir)] == [1, 2, 3]
-    summary = train.train(config_for(root, **method, **SELECT), workdir)
+    summary = train.train(config_for(root, **plain, **SELECT), workdir)
     assert losses(workdir) == losses(finished[0])
     assert summary == finished[1]
     assert checkpoint.best_record(workdir) == checkpoint.best_record(finished[0])
@@ -186,7 +191,7 @@ def test_selection_is_part_of_a_run(finished, root, method):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
-    settings = {"optim__learning_rate": 1e38, "optim__final_learning_rate": 0.0}
+    settings = NOISE | {"optim__learning_rate": 1e38, "optim__final_learning_rate": 0.0}
     said = r"the loss is (nan|inf) at step \d, whose batch is .* slice .*optim.clip_norm"
     with pytest.raises(UserError, match=said):
         run(root, tmp_path / "run", **settings)
@@ -265,6 +270,7 @@ def test_pauses_are_in_no_rate(tmp_path, monkeypatch):
     """5 steps of 8 images in 10 s, of which 4 went into saving and validating."""
     now = [0.0]
     monkeypatch.setattr(runlog.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(runlog.RunLog, "_draw", lambda self: None)
     settings = train.configuration.default_config().log
     with runlog.RunLog(tmp_path, settings, 0, np.ones(10), 8) as log:
         for begin, end in ((2.0, 5.0), (8.0, 9.0)):
