@@ -1,12 +1,18 @@
 """The commands as a user types them: each mistake ends in one sentence and exit code 2."""
 
+import warnings
+
 import forks
 import launcher
 import pytest
 import tiny_method
+from absl.testing import flagsaver
 from faults import TINY
 from launcher import DEADLINE
+from places import REPOSITORY
 from small_run import config_for, write_data
+
+from pgpsam_jax import main
 
 SMALL = "configs/phantom.py"
 
@@ -33,30 +39,45 @@ def refuses(start):
     return refuses
 
 
+@pytest.fixture
+def refuses_here(capsys, monkeypatch):
+    """The same of `pgpsam_jax.main` in this process, for what is said before anything begins."""
+    monkeypatch.chdir(REPOSITORY)
+
+    def refuses(message, *command):
+        with flagsaver.flagsaver(), warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            main.main(main.parse(["main", *command]))
+        assert ended.value.code == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+        assert message in line
+
+    return refuses
+
+
 def test_unknown_field(refuses):
     refuses("no_such_field", "pgpsam_jax.main", "--config", SMALL, "--config.no_such_field=1")
 
 
-def test_value_of_the_wrong_type(refuses):
-    refuses("seed", "pgpsam_jax.main", "--config", SMALL, "--config.seed=many")
+def test_value_of_the_wrong_type(refuses_here):
+    refuses_here("seed", "--config", SMALL, "--config.seed=many")
 
 
 @pytest.mark.parametrize("value", ["train.batch_size=-4", "train.dice_weight=nan"])
-def test_number_out_of_range(refuses, value):
+def test_number_out_of_range(refuses_here, value):
     field = value.split("=")[0]
-    refuses(f"{field} is", "pgpsam_jax.main", "--config", SMALL, f"--config.{value}")
+    refuses_here(f"{field} is", "--config", SMALL, f"--config.{value}")
 
 
-def test_missing_config_file(refuses):
-    refuses("nowhere.py", "pgpsam_jax.main", "--config", "configs/nowhere.py")
+def test_missing_config_file(refuses_here):
+    refuses_here("nowhere.py", "--config", "configs/nowhere.py")
 
 
 def test_no_config(refuses):
     refuses("give --config", "pgpsam_jax.main", start=launcher.start)  # as users do
 
 
-def test_unknown_variant(refuses):
-    refuses("knows no variant", "pgpsam_jax.main", "--config", "configs/abdomen_ct.py:huge")
+def test_unknown_variant(refuses_here):
+    refuses_here("knows no variant", "--config", "configs/abdomen_ct.py:huge")
 
 
 def test_missing_data_root(refuses, tmp_path):
