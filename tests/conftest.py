@@ -37,6 +37,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
+def pytest_collection_finish():
+    """What was imported and collected stays to the end: it need not be looked through again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_configure(config):
     """Compiled programs are kept with pytest's own cache: the next session finds them.
 

@@ -75,7 +75,7 @@ def test_without_prompt_generator_the_dense_default_is_sams(config, sam):
 
 
 def test_another_variant_is_refused(config):
-    config.model.encoder = "vit_b"
+    config.model.encoder = "vit_t"
     with pytest.raises(UserError, match="do not fit the model"):
         build.init_model(config, 3)
 
