@@ -1,5 +1,6 @@
 """Meshes and shardings: what is refused, what is stored where, and the same numbers on any mesh."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -22,6 +23,7 @@ from pgpsam_jax.models import layers
 from pgpsam_jax.models.image_encoder import ImageEncoder
 from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.models.lora import LoraConfig
+from pgpsam_jax.models.mask_decoder import DecoderConfig
 from pgpsam_jax.models.pgpsam import PgpSam, PgpSamConfig
 from pgpsam_jax.models.release.model import ReleaseConfig, ReleasePgpSam
 from pgpsam_jax.models.sam import SamConfig
@@ -172,6 +174,9 @@ def small_model(method):
             "release": (ReleasePgpSam, ReleaseConfig),
         }[method[1]]
         sam = SamConfig.preset(micro.NAME, SIZE, 8)
+        # With SAM's two blocks: the bound was measured so.
+        decoder = DecoderConfig(width=sam.decoder.width, mlp_dim=8 * sam.decoder.width)
+        sam = dataclasses.replace(sam, decoder=decoder)
         model = module(sizes(sam, CLASSES, stage_taps=(1,)), rngs=nnx.Rngs(0))
     else:
         model = build.make_model(config.model, CLASSES, nnx.Rngs(0))
