@@ -33,7 +33,9 @@ def unrun(tmp_path, monkeypatch):
     root = write_data(tmp_path / "data")
     workdir = tmp_path / "run"
     workdir.mkdir()
-    monkeypatch.setenv("PGPSAM_RUN", str(ready_run(root, workdir, False, model__cfm=False)))
+    monkeypatch.setenv(
+        "PGPSAM_RUN", str(ready_run(root, workdir, evaluated=False, model__cfm=False))
+    )
     monkeypatch.delenv("PGPSAM_VOLUME", raising=False)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:

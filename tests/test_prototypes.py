@@ -202,7 +202,9 @@ class Nothing:
 
 @pytest.fixture(scope="module")
 def workdir(root, tmp_path_factory):
-    return ready_run(root, tmp_path_factory.mktemp("run"), Nothing(), model__alpha=2, model__k=2)
+    return ready_run(
+        root, tmp_path_factory.mktemp("run"), predictor=Nothing(), model__alpha=2, model__k=2
+    )
 
 
 CHARTS = ("shares", "similarity", "picks", "mixing")
