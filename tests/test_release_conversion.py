@@ -1,6 +1,7 @@
 """Checkpoints of the authors' release to workdirs and back: bits, settings, mistakes."""
 
 import json
+import shutil
 import re
 import subprocess
 import sys
@@ -126,13 +127,19 @@ def test_round_trip_is_exact_and_in_order(workdir, state, tmp_path):
     assert_equal(back, state)
 
 
-def test_a_converted_workdir_is_ready_to_be_evaluated(workdir, state, monkeypatch):
+@pytest.fixture
+def evaluated(workdir, tmp_path):
+    """A copy, to which evaluation may add."""
+    return shutil.copytree(workdir, tmp_path / "run")
+
+
+def test_a_converted_workdir_is_ready_to_be_evaluated(evaluated, state, monkeypatch):
     """All that goes before the compiled program, with the weights that it gets."""
     given = []
     monkeypatch.setattr(train, "run_evaluation", lambda *arguments: given.extend(arguments))
-    train.evaluate_workdir(workdir)
+    train.evaluate_workdir(evaluated)
     config, folder, predictor, split = given
-    assert (config.model.preset, folder) == ("release", workdir)
+    assert (config.model.preset, folder) == ("release", evaluated)
     assert [case.case_id for case in split.test] == ["c"]
     ours = {n: a for n, a in read(state, release.RELEASE).items() if not n.startswith("unused/")}
     leaves = flat_paths(nnx.state(predictor.model))
@@ -140,10 +147,10 @@ def test_a_converted_workdir_is_ready_to_be_evaluated(workdir, state, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_converted_workdir_is_evaluated(workdir, root):
-    summary = train.evaluate_workdir(workdir)
-    assert (workdir / "evaluation" / "cases.csv").is_file() and summary
-    mask = nib.load(workdir / "evaluation" / "predictions" / "c.nii.gz")
+def test_a_converted_workdir_is_evaluated(evaluated, root):
+    summary = train.evaluate_workdir(evaluated)
+    assert (evaluated / "evaluation" / "cases.csv").is_file() and summary
+    mask = nib.load(evaluated / "evaluation" / "predictions" / "c.nii.gz")
     assert mask.shape == nib.load(root / "images" / "c.nii.gz").shape
     assert len(np.unique(np.asarray(mask.dataobj))) > 1
 
