@@ -1,8 +1,8 @@
 """Checkpoints of the authors' release to workdirs and back: bits, settings, mistakes."""
 
 import json
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 
