@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 devices = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices} {QUICK_FLAGS}".strip()
 
+import contextlib
 import gc
 import time
 
@@ -49,7 +50,8 @@ def pytest_configure(config):
     JAX's key of a program covers all that decides what it computes, but for the processor.
     """
     cache = getattr(config, "cache", None)
-    if cache is None:  # -p no:cacheprovider
+    if cache is None:  # -p no:cacheprovider; nor do commands write to the user's own
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
         return
     folder = cache.mkdir("compiled") / machine_kind()
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -57,7 +59,8 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)  # of commands that tests start
     if not hasattr(config, "workerinput") and folder.is_dir():
-        tidy(folder)
+        with contextlib.suppress(FileNotFoundError):  # another session tidies as well
+            tidy(folder)
 
 
 def tidy(folder):
