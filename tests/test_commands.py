@@ -1,8 +1,8 @@
 """The commands as a user types them: each mistake ends in one sentence and exit code 2."""
 
+import sys
 import warnings
 
-import forks
 import launcher
 import pytest
 import tiny_method
@@ -12,41 +12,21 @@ from launcher import DEADLINE
 from places import REPOSITORY
 from small_run import config_for, write_data
 
-from pgpsam_jax import main
+from pgpsam_jax import main, predict
 
 SMALL = "configs/phantom.py"
 
 
-@pytest.fixture(scope="module")
-def start():
-    modules = ("settings", "session", "cluster", "train", "memory_advice", "data.verification")
-    with forks.starting(*(f"pgpsam_jax.{name}" for name in modules)) as start:
-        yield start
-
-
 @pytest.fixture
-def refuses(start):
-    """That `python -m module` ends with a sentence."""
-
-    def refuses(message, *command, start=start):
-        process = start("-m", *command, devices=1)
-        output = "".join(process.communicate(timeout=DEADLINE))
-        assert process.returncode == 2, output
-        (line,) = [line for line in output.splitlines() if line.startswith("error:")]
-        assert message in line
-        assert "Traceback" not in output
-
-    return refuses
-
-
-@pytest.fixture
-def refuses_here(capsys, monkeypatch):
-    """The same of `pgpsam_jax.main` in this process, for what is said before anything begins."""
+def refuses(capsys, monkeypatch):
+    """That a command, `pgpsam_jax.main` if no other, ends with a sentence; in this process."""
     monkeypatch.chdir(REPOSITORY)
 
-    def refuses(message, *command):
+    def refuses(message, *command, run=None):
+        words = ["program", *map(str, command)]
+        monkeypatch.setattr(sys, "argv", words)
         with flagsaver.flagsaver(), warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-            main.main(main.parse(["main", *command]))
+            run() if run else main.main(main.parse(words))
         assert ended.value.code == 2
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
         assert message in line
@@ -55,36 +35,41 @@ def refuses_here(capsys, monkeypatch):
 
 
 def test_unknown_field(refuses):
-    refuses("no_such_field", "pgpsam_jax.main", "--config", SMALL, "--config.no_such_field=1")
+    refuses("no_such_field", "--config", SMALL, "--config.no_such_field=1")
 
 
-def test_value_of_the_wrong_type(refuses_here):
-    refuses_here("seed", "--config", SMALL, "--config.seed=many")
+def test_value_of_the_wrong_type(refuses):
+    refuses("seed", "--config", SMALL, "--config.seed=many")
 
 
 @pytest.mark.parametrize("value", ["train.batch_size=-4", "train.dice_weight=nan"])
-def test_number_out_of_range(refuses_here, value):
+def test_number_out_of_range(refuses, value):
     field = value.split("=")[0]
-    refuses_here(f"{field} is", "--config", SMALL, f"--config.{value}")
+    refuses(f"{field} is", "--config", SMALL, f"--config.{value}")
 
 
-def test_missing_config_file(refuses_here):
-    refuses_here("nowhere.py", "--config", "configs/nowhere.py")
+def test_missing_config_file(refuses):
+    refuses("nowhere.py", "--config", "configs/nowhere.py")
 
 
-def test_no_config(refuses):
-    refuses("give --config", "pgpsam_jax.main", start=launcher.start)  # as users do
+def test_no_config():
+    """As users do it: a process that ends with its sentence."""
+    process = launcher.start("-m", "pgpsam_jax.main", devices=1)
+    output = "".join(process.communicate(timeout=DEADLINE))
+    assert process.returncode == 2, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error:")]
+    assert "give --config" in line and "Traceback" not in output
 
 
-def test_unknown_variant(refuses_here):
-    refuses_here("knows no variant", "--config", "configs/abdomen_ct.py:huge")
+def test_unknown_variant(refuses):
+    refuses("knows no variant", "--config", "configs/abdomen_ct.py:huge")
 
 
 def test_missing_data_root(refuses, tmp_path):
     refuses(
         "syn3193805",
-        "pgpsam_jax.main",
         "--config=configs/synapse.py",
+        "--config.train.batch_size=8",  # which eight devices divide
         f"--config.data.root={tmp_path / 'nothing'}",
         f"--workdir={tmp_path / 'run'}",
     )
@@ -95,7 +80,6 @@ def test_image_size_not_divisible(refuses, tmp_path):
     root = write_data(tmp_path / "data")
     refuses(
         "choose a multiple of 8",
-        "pgpsam_jax.main",
         f"--config={SMALL}",
         "--config.model.image_size=30",
         "--config.data.layout=pairs",
@@ -108,14 +92,14 @@ def test_image_size_not_divisible(refuses, tmp_path):
     )
 
 
-@pytest.mark.parametrize("mode", ["pgpsam_jax.main", "pgpsam_jax.predict"])
-def test_workdir_that_is_none(refuses, mode, tmp_path):
+@pytest.mark.parametrize("program", [main, predict])
+def test_workdir_that_is_none(refuses, program, tmp_path):
     arguments = ["--workdir", tmp_path / "none"]
-    if mode == "pgpsam_jax.main":
-        arguments += ["--mode", "evaluate"]
+    if program is main:
+        refuses("is no training workdir", *arguments, "--mode", "evaluate")
     else:
         arguments += ["--input", tmp_path, "--output", tmp_path / "out"]
-    refuses("is no training workdir", mode, *arguments)
+        refuses("is no training workdir", *arguments, run=predict.main)
 
 
 @pytest.fixture

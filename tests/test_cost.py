@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import micro
 import optax
 import pytest
 from flax import nnx
@@ -157,13 +158,13 @@ def test_devices_that_count_nothing(stages, config, monkeypatch):
 def test_what_a_step_is_of_a_method(name, kind):
     """What is known without a step: parameters and the forward pass, an oracle's too."""
     config = default_config()
-    use_small_encoder(config)
     recipes.use(config, name)
+    config.model.update(encoder=micro.NAME, image_size=64, patch_size=8, stage_taps=(0,))
     graphdef, *states = build.abstract_model(config, CLASSES + 1)
     found = cost.of_inference(config, sharding.make_mesh(data=8), graphdef, *states)
     assert found["kind"] == kind
     assert (found["parameters"]["trained"] == 0) == (kind == "none")
-    assert found["flops_per_image"]["forward"] > 1e8
+    assert found["flops_per_image"]["forward"] > 1e6
     assert (found["batch_size"], found["step_bytes"]) == (None, None)
     assert json.loads(json.dumps(found)) == found
 
@@ -198,9 +199,10 @@ def looped_products(jaxpr) -> float:
     return inside
 
 
-# Of PGP-SAM's two presets, the release takes as long as all others to trace.
+# Loops, outputs of several sizes, and prompts from labels are among the quick ones.
+QUICK = ("pgpsam", "hsam", "fssp", "sam")
 FORWARD = [
-    pytest.param(*key, marks=[pytest.mark.slow] * (key == methods.RELEASE))
+    pytest.param(*key, marks=[pytest.mark.slow] * (key == methods.RELEASE or key[0] not in QUICK))
     for key in sorted(methods.METHODS)
 ]
 

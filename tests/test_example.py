@@ -1,15 +1,26 @@
 """The example notebook runs from top to bottom, and is committed as it was run."""
 
 import ast
+import dataclasses
+from pathlib import Path
 
+import jax
 import nbformat
+import numpy as np
 import pytest
+from flax import nnx
 from launcher import KNOWING, environment
 from matplotlib.figure import Figure
 from nbclient import NotebookClient
 from places import REPOSITORY
 from ready_run import ready_run
-from small_run import write_data
+from small_run import config_for, write_data
+
+import pgpsam_jax
+from pgpsam_jax import build
+from pgpsam_jax.data import dataset
+from pgpsam_jax.step import to_input
+from pgpsam_jax.trained import TrainedRun
 
 NOTEBOOK = REPOSITORY / "examples" / "segment_volume.ipynb"
 
@@ -27,21 +38,58 @@ def pictures(notebook) -> int:
     return sum("image/jpeg" in output.get("data", {}) for output in outputs)
 
 
-@pytest.fixture
-def unrun(tmp_path, monkeypatch):
-    """The notebook without outputs, set up to show a small run with random weights."""
-    root = write_data(tmp_path / "data")
-    workdir = tmp_path / "run"
-    workdir.mkdir()
-    monkeypatch.setenv(
-        "PGPSAM_RUN", str(ready_run(root, workdir, evaluated=False, model__cfm=False))
-    )
-    monkeypatch.delenv("PGPSAM_VOLUME", raising=False)
+def blank():
+    """The notebook without outputs."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
     return notebook
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """The data of a small run in the folder `run` beside them, which the notebook is to show."""
+    monkeypatch.setenv("PGPSAM_RUN", str(tmp_path / "run"))
+    monkeypatch.delenv("PGPSAM_VOLUME", raising=False)
+    return write_data(tmp_path / "data")
+
+
+@dataclasses.dataclass
+class Bright:
+    """In the place of a trained network: the two balls by their brightness."""
+
+    window: tuple
+    levels: int
+
+    def __call__(self, volume):
+        return np.digitize(volume.array, (95, 165)).astype(np.uint8)
+
+
+class Sketched(TrainedRun):
+    """A run of which only the shapes of what the model computes are known: nothing compiles."""
+
+    def passes(self, volume, slices):
+        graphdef, *states = build.abstract_model(self.config, len(self.label_names))
+
+        def passes(images, *states):
+            return nnx.merge(graphdef, *states).passes(to_input(images))
+
+        shapes = jax.eval_shape(passes, self.inputs(volume, slices), *states)
+        return jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+
+
+@pytest.fixture
+def sketched(root, monkeypatch):
+    config = build.settled(config_for(root, model__cfm=False))
+    config = dataset.with_axis(config, dataset.find_split(config).train)
+    names = ("background", "liver", "spleen")
+    network = Bright(dataset.window_of(config), config.data.levels)
+
+    def load_run(workdir):
+        return Sketched(Path(workdir), config, names, network)
+
+    monkeypatch.setattr(pgpsam_jax, "load_run", load_run)
 
 
 def check(text):
@@ -52,11 +100,11 @@ def check(text):
     assert "pass 2: dense prompt (4, 4, 32)" in text
 
 
-def test_the_code_runs(unrun, monkeypatch, capsys):
+def test_the_code_runs(sketched, monkeypatch, capsys):
     """Cell by cell as a kernel does it, but for the lines to the kernel itself."""
     monkeypatch.chdir(NOTEBOOK.parent)
     names, pages, orders = {}, [], []
-    for cell in unrun.cells:
+    for cell in blank().cells:
         if cell.cell_type != "code":
             continue
         lines = cell.source.splitlines()
@@ -74,7 +122,11 @@ def test_the_code_runs(unrun, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(unrun, monkeypatch):
+def test_the_notebook_runs(root, tmp_path, monkeypatch):
+    """With a model, and a kernel."""
+    (tmp_path / "run").mkdir()
+    ready_run(root, tmp_path / "run", evaluated=False, model__cfm=False)
+    unrun = blank()
     monkeypatch.setenv("PYTHONPATH", environment(1, KNOWING)["PYTHONPATH"])  # the small encoder
     place = {"metadata": {"path": str(NOTEBOOK.parent)}}
     NotebookClient(unrun, timeout=300, resources=place).execute()  # raises if a cell does

@@ -98,9 +98,27 @@ def test_a_cache_file_with_a_payload_is_rebuilt(tmp_path):
 
 def deflated(size: int, *first: bytes, window=31) -> bytes:
     """A deflate stream of some bytes and then so many zeros, at 1 : 1000."""
-    squeeze = zlib.compressobj(9, zlib.DEFLATED, window)
-    zeros = (squeeze.compress(bytes(1 << 20)) for _ in range(size >> 20))
-    return b"".join([*map(squeeze.compress, first), *zeros]) + squeeze.flush()
+    squeeze, zeros, times = zlib.compressobj(9, zlib.DEFLATED, -15), bytes(1 << 20), size >> 20
+    head = b"".join(map(squeeze.compress, first)) + squeeze.flush(zlib.Z_FULL_FLUSH)
+    # Nothing refers back across a full flush: one piece can stand there many times.
+    body = squeeze.compress(zeros) + squeeze.flush(zlib.Z_FULL_FLUSH)
+    checksum = zlib.crc32 if window == 31 else zlib.adler32
+    value = checksum(b"".join(first))
+    for _ in range(times):
+        value = checksum(zeros, value)
+    stream = head + body * times + squeeze.flush()
+    if window == 15:
+        return b"\x78\xda" + stream + value.to_bytes(4, "big")
+    length = sum(map(len, first)) + len(zeros) * times
+    ends = value.to_bytes(4, "little") + (length % 2**32).to_bytes(4, "little")
+    return b"\x1f\x8b\x08" + bytes(5) + b"\x02\xff" + stream + ends
+
+
+def test_the_bombs_are_whole_streams():
+    """A reader that unpacks them to the end finds no other fault."""
+    for window in (15, 31):
+        unpacked = zlib.decompress(deflated(3 << 20, b"ab", b"c", window=window), window)
+        assert unpacked == b"abc" + bytes(3 << 20)
 
 
 def npz_of(path, data: bytes, shape):

@@ -133,7 +133,7 @@ def text_of(value) -> bytes:
     return json.dumps(value).encode()
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TABLES | values)
 def test_any_label_table_is_sound_or_refused(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "table.json"
@@ -146,7 +146,7 @@ def test_any_label_table_is_sound_or_refused(tmp_path_factory, value):
         assert classes.max() < table.num_classes and set(classes) == set(range(table.num_classes))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(DESCRIPTIONS | values)
 def test_any_description_of_nnunet_is_sound_or_refused(tmp_path_factory, value):
     root = nnunet_folder(tmp_path_factory.getbasetemp() / "nnunet", json.dumps(value))
@@ -159,7 +159,7 @@ def test_any_description_of_nnunet_is_sound_or_refused(tmp_path_factory, value):
             assert file is None or (".." not in file.parts and not file.is_file())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(SPLITS | values)
 def test_any_split_file_is_sound_or_refused(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "split.json"
@@ -170,7 +170,7 @@ def test_any_split_file_is_sound_or_refused(tmp_path_factory, value):
         assert len(set(ids)) == len(ids) <= 2 and parts[0] and parts[2]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda t: t.encode(errors="replace")))
 def test_any_bytes_as_text_are_sound_or_refused(tmp_path_factory, data):
     root = transunet_folder(tmp_path_factory.getbasetemp() / "bytes", "")

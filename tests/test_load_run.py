@@ -12,7 +12,8 @@ from ready_run import ready_run
 from small_run import write_data
 
 import pgpsam_jax
-from pgpsam_jax import predict
+from pgpsam_jax import predict, train
+from pgpsam_jax.data import dataset
 from pgpsam_jax.data.geometry import Fit, logits_to_native
 from pgpsam_jax.data.nibabel_image import from_nibabel
 from pgpsam_jax.data.nifti import read_image
@@ -28,7 +29,11 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(root, tmp_path_factory):
     less = dict.fromkeys(("model__cfm", "model__ppr", "model__ppg"), False)  # to compile
-    return pgpsam_jax.load_run(ready_run(root, tmp_path_factory.mktemp("run"), **less))
+    workdir = ready_run(root, tmp_path_factory.mktemp("run"), evaluated=False, **less)
+    run = pgpsam_jax.load_run(workdir)
+    # By the program that is compiled already; `test_train` has the evaluation of a workdir.
+    train.run_evaluation(run.config, workdir, run.predictor, dataset.find_split(run.config))
+    return run
 
 
 def same(ours, theirs):

@@ -64,8 +64,15 @@ def test_an_error_of_one_process_ends_both_with_its_sentence(both, scenario, tmp
     assert re.search(other_sentence, other_said), other_said
 
 
-@pytest.mark.parametrize("scenario", ["work", "collect"])
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize(
+    ("scenario", "killed"),
+    [
+        ("work", 0),
+        ("collect", 1),
+        pytest.param("work", 1, marks=pytest.mark.slow),
+        pytest.param("collect", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_process_ends_the_other(both, scenario, killed):
     processes = both(scenario)
     for process in processes:

@@ -6,6 +6,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from experiments.process import Failed
 from experiments.scaling import __main__ as program
@@ -193,6 +194,9 @@ def test_fit_marks_the_largest_and_uses_what_is_there(tmp_path, without_compilin
 
 def test_everything_is_made_again_from_the_csv(tmp_path, monkeypatch):
     monkeypatch.setattr(program, "compile_with", lambda limit: fake)
+    save = Figure.savefig
+    coarse = lambda *given, dpi, **options: save(*given, dpi=dpi / 4, **options)  # noqa: E731
+    monkeypatch.setattr(Figure, "savefig", coarse)
     meshes = ("--meshes", "data,tensor2", "--batches", "1,4,16")
     run(tmp_path, "compiled", *SMALL, *meshes, "--topologies", "v5e:2x2,v5p:2x2x1,v5p:8x8x8")
     made = [path for path in tmp_path.iterdir() if path.suffix != ".csv"]

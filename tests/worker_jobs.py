@@ -3,6 +3,7 @@
 import os
 import time
 
+from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import atomic_path
 
 
@@ -10,6 +11,10 @@ def echo(job):
     """The job and who worked on it; prints, which must not get among the answers."""
     print("noise", job)
     return job, os.getpid()
+
+
+def refuse(sentence):
+    raise UserError(sentence)
 
 
 def write_for_long(path):

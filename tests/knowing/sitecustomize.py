@@ -8,11 +8,11 @@ import importlib.machinery
 import sys
 
 
-class _Methods(importlib.abc.MetaPathFinder):
-    """Has the table of methods, once it is made, complemented."""
+class _Tables(importlib.abc.MetaPathFinder):
+    """Has the tables of methods and encoders, once they are made, complemented."""
 
     def find_spec(self, name, path, target=None):
-        if name != "pgpsam_jax.methods":
+        if name not in ("pgpsam_jax.methods", "pgpsam_jax.models.sam"):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         load = spec.loader.exec_module
@@ -20,6 +20,9 @@ class _Methods(importlib.abc.MetaPathFinder):
         def complemented(module):
             load(module)
             import micro  # noqa: F401
+
+            if name == "pgpsam_jax.models.sam":
+                return
             import tiny_method
 
             tiny_method.known().start()
@@ -29,4 +32,4 @@ class _Methods(importlib.abc.MetaPathFinder):
         return spec
 
 
-sys.meta_path.insert(0, _Methods())
+sys.meta_path.insert(0, _Tables())
