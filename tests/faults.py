@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 
@@ -46,6 +47,21 @@ def run(root, workdir, **settings):
     """A few steps of the tiny method in this process; the summary."""
     with tiny_method.known():
         return train.train(config_for(root, **TINY | settings), workdir)
+
+
+def again(root, workdir, **settings):
+    """A run of nine slices, begun or gone on with; its cache is elsewhere."""
+    settings = NOISE | {"data__cache_dir": str(root / "cache"), "fewshot__count": 9} | settings
+    return run(root, workdir, **settings)
+
+
+def copied(workdir, into, step=6):
+    """A run as it stood after a step that was saved."""
+    shutil.copytree(workdir, into, ignore=shutil.ignore_patterns("evaluation", ".lock"))
+    for number in checkpoint.numbers(into):
+        if number > step:
+            shutil.rmtree(into / "checkpoints" / str(number))
+    return into
 
 
 def records(workdir):

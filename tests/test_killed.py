@@ -134,6 +134,7 @@ def _identity(workdir):
     return path.stat().st_ino if path.is_file() else None
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_runs_go_on_as_if_nothing_had_been(start, root, tmp_path):
     trial = Trial(start, root, tmp_path / "run", seed=0)
     trial.kill("saving")
@@ -142,8 +143,13 @@ def test_killed_and_stopped_runs_go_on_as_if_nothing_had_been(start, root, tmp_p
     trial.finish(uninterrupted(start, root, tmp_path / "whole"))
 
 
-def test_two_processes_stop_after_the_same_step(start, tmp_path):
+def test_two_processes_stop_after_the_same_step(tmp_path):
     """Without a model; it is `peers` and the loop's questions that have them agree."""
+    with forks.starting("pgpsam_jax.session", "pgpsam_jax.sharding") as start:
+        _stop_together(start, tmp_path)
+
+
+def _stop_together(start, tmp_path):
     processes = both("steps", tmp_path, start=start)
     while processes[0].stdout.readline() != "working\n":  # after Gloo's
         assert processes[0].poll() is None

@@ -64,6 +64,13 @@ def method(request):
         )
 
 
+@pytest.fixture(scope="module")
+def one_step(request, method):
+    """Runs of the method that costs little share their step, and draw no curve."""
+    with kept_steps.kept() if method else contextlib.nullcontext():
+        yield
+
+
 @pytest.fixture
 def plain(method, monkeypatch):
     """The same settings, of which the pictures are no part: they are drawn for one run alone."""
