@@ -14,12 +14,13 @@ _NO_PART = ("data", "log", "eval", "validation", "name")  # of what a step compu
 
 
 @contextlib.contextmanager
-def kept():
+def kept(draws=False):
     """Inside the block, a step of the same settings, model and shapes is the one made before.
 
-    What it costs is counted once, and no learning curve is drawn.
+    What it costs is counted once, and no learning curve is drawn unless it is looked at.
     """
     make, made, count, counted = train.shard_step, {}, cost.of_step, {}
+    draw = runlog.RunLog._draw if draws else lambda self: None
 
     def shard_step(config, mesh, graphdef, params, frozen, batch, **numbers):
         settings = {k: v for k, v in configuration.to_json(config).items() if k not in _NO_PART}
@@ -38,6 +39,6 @@ def kept():
     with (
         mock.patch.object(train, "shard_step", shard_step),
         mock.patch.object(cost, "of_step", of_step),
-        mock.patch.object(runlog.RunLog, "_draw", lambda self: None),
+        mock.patch.object(runlog.RunLog, "_draw", draw),
     ):
         yield

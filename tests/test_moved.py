@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import kept_steps
 import numpy as np
 import pytest
 import tiny_method
@@ -12,7 +13,7 @@ from safetensors.numpy import save_file
 from small_run import config_for, write_data
 
 import pgpsam_jax
-from pgpsam_jax import build, config, identity, places, resumption, runlog, train, trained, weights
+from pgpsam_jax import build, config, identity, places, resumption, train, trained, weights
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.files import file_digest, write_json
@@ -22,8 +23,7 @@ from pgpsam_jax.runs import read_run
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-    with tiny_method.known(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runlog.RunLog, "_draw", lambda self: None)  # which takes its time
+    with tiny_method.known(), kept_steps.kept():
         yield
 
 
@@ -88,10 +88,10 @@ def test_the_data_alone_moved(project, moved, tmp_path):
         (data / name).unlink()
     assert evaluate(workdir, data__root=data) == summary
     assert evaluate(workdir, settings_for(data__root=str(data))) == summary
-    given = dict(data__root=str(data), train__steps=8)
+    given = dict(data__root=str(data), train__steps=9)
     train.train(settings_for(**given), workdir)
     assert evaluate(workdir)["n_cases"] == 1  # from here on the run knows
-    assert newest(workdir) == 8
+    assert newest(workdir) == 9
 
 
 def test_an_unrelated_folder_of_the_same_name(project, moved):
@@ -243,6 +243,7 @@ def test_a_finished_run_takes_more_steps(run, longer, capsys):
     assert evaluate(workdir, settings_for(train__steps=3)) == {}  # it trains nothing
 
 
+@pytest.mark.slow
 def test_a_constant_rate_makes_it_one_longer_run(longer, tmp_path, capsys):
     constant = {"optim__decay": "constant", "optim__warmup_fraction": 0.0}
     for workdir, lengths in ((tmp_path / "one", [5]), (tmp_path / "two", [2, 5])):

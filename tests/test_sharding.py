@@ -5,13 +5,13 @@ import functools
 import json
 import math
 import re
-from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
 import pytest
+import tiny_method
 from flax import nnx
 from golden import make_sharding
 from golden.make_sharding import abstract_leaves, configuration, golden_file, mesh_of
@@ -20,9 +20,6 @@ from pgpsam_jax import build, methods, parameters, recipes, sharding
 from pgpsam_jax.config import default_config
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import layers
-from pgpsam_jax.models.image_encoder import ImageEncoder
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.lora import LoraConfig
 from pgpsam_jax.models.mask_decoder import DecoderConfig
 from pgpsam_jax.models.pgpsam import PgpSam, PgpSamConfig
 from pgpsam_jax.models.release.model import ReleaseConfig, ReleasePgpSam
@@ -32,12 +29,13 @@ from pgpsam_jax.step import split_model
 
 METHODS = sorted(methods.METHODS)
 PGPSAM = [method for method in METHODS if method[0] == "pgpsam"]
-# (method, mesh), the first with all three axes, on the smallest model. The others are slow: what a
-# table of shardings says wrong shows in the pinned ones. The fit of fssp has a test of its own, sam
-# trains nothing.
-SAMED = ("samed", "")
+# (method, mesh), the first with all three axes, of a method that compiles in a second. The others
+# are slow: what a table of shardings says wrong shows in the pinned ones, and the blocks of an
+# encoder have tests of their own. So has the fit of fssp; sam trains nothing.
+SAMED, TINY = ("samed", ""), (tiny_method.NAME, "")
 CASES = [
-    (SAMED, (2, 2, 2)),
+    (TINY, (2, 2, 2)),
+    pytest.param(SAMED, (2, 2, 2), marks=pytest.mark.slow),
     *(
         pytest.param(method, mesh, marks=pytest.mark.slow)
         for method in METHODS
@@ -46,6 +44,12 @@ CASES = [
     ),
 ]
 BATCH, SIZE, CLASSES = 8, (32, 64), 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    with tiny_method.known(), tiny_method.spread():
+        yield
 
 
 def name_of(value):
@@ -161,8 +165,11 @@ def small_model(method):
     """(configuration, graphdef, params, frozen), LoRA with an effect."""
     config = configuration(method, micro.NAME)
     if method not in PGPSAM:
-        recipes.use(config, method[0])
-        encoder, size = (micro.NAME, 32) if method == SAMED else ("vit_t", 64)
+        if method == TINY:
+            config.model.train_encoder = "full"
+        else:
+            recipes.use(config, method[0])
+        encoder, size = (micro.NAME, 32) if method in (SAMED, TINY) else ("vit_t", 64)
         config.model.update(encoder=encoder, patch_size=8, image_size=size)
         config.optim.name = "adamw"  # whose first moment is looked at
     config.train.steps = 40
@@ -181,7 +188,7 @@ def small_model(method):
     else:
         model = build.make_model(config.model, CLASSES, nnx.Rngs(0))
     rng = np.random.default_rng(1)
-    for block in model.image_encoder.blocks:
+    for block in getattr(model.image_encoder, "blocks", ()):
         if block.attn.adapted:
             b = block.attn.lora.b
             b.set_value(jnp.asarray(0.3 * rng.standard_normal(b.shape), jnp.float32))
@@ -203,7 +210,7 @@ def batch_of_squares(size=SIZE):
 
 def batch_for(method):
     """Squares as wide as the method's small model takes."""
-    size = (32, 32) if method == SAMED else (64, 64)
+    size = (32, 32) if method in (SAMED, TINY) else (64, 64)
     return batch_of_squares(SIZE if method in PGPSAM else size)
 
 
@@ -256,7 +263,7 @@ def test_meshes_agree_with_one_device(method, sizes):
 
 @pytest.mark.parametrize(
     "method",
-    [SAMED, *(pytest.param(method, marks=pytest.mark.slow) for method in PGPSAM)],
+    [TINY, *(pytest.param(method, marks=pytest.mark.slow) for method in (SAMED, *PGPSAM))],
     ids=name_of,
 )
 def test_dice_is_that_of_the_whole_batch(method):
@@ -291,82 +298,3 @@ def test_a_product_of_parts_has_the_gradients_of_the_whole(split):
     wanted = outer @ kernel.T, np.tensordot(x, outer, ((0, 1), (0, 1)))
     for found, value in zip(parts, wanted, strict=True):
         np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-4)
-
-
-# Two blocks of an encoder, the second global; sizes of which few arrays share a number.
-ROWS, WIDTH, OUT = 64, 40, 24
-ACTIVATION = ROWS * WIDTH  # numbers of one image between blocks
-QKV, PROJ, LIN = 3 * WIDTH**2, WIDTH**2, 4 * WIDTH**2
-# Patch embedding, positions, neck: gathered once.
-ENDS = [8 * 8 * 3 * WIDTH, ACTIVATION, WIDTH * OUT, 9 * OUT**2]
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-
-
-@functools.cache
-def encoder_collectives(sizes) -> dict:
-    """What the gradients to LoRA send: kind -> numbers in the results, of the compiled program."""
-    config = SamConfig.preset(
-        "vit_t",
-        64,
-        8,
-        width=WIDTH,
-        depth=2,
-        heads=4,
-        global_blocks=(1,),
-        window_size=4,
-        out_channels=OUT,
-    ).encoder
-    model = nnx.eval_shape(lambda: ImageEncoder(config, LoraConfig(2), rngs=NoDraws()))
-    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
-
-    def gradients(lora, rest, images):
-        def loss(lora):
-            embedding, outputs = nnx.merge(graphdef, lora, rest)(images, (0, 1))
-            return sum(jnp.sin(x).sum() for x in (embedding, *outputs))
-
-        return jax.grad(loss)(lora)
-
-    mesh = sharding.make_mesh(*sizes)
-    placed = [sharding.state_shardings(state, mesh) for state in (lora, rest)]
-    step = jax.jit(
-        sharding.over_mesh(gradients, mesh),
-        in_shardings=(*placed, sharding.batch_sharding(mesh)),
-        out_shardings=placed[0],
-    )
-    images = jax.ShapeDtypeStruct((BATCH, 64, 64, 3), jnp.float32)
-    found = {kind: Counter() for kind in KINDS}
-    for line in step.lower(lora, rest, images).compile().as_text().splitlines():
-        operation = re.search(r" = (.*?) ([a-z-]+?)(-start)?\(", line)
-        if operation and operation[2] in KINDS:
-            for shape in re.findall(r"\w+\[([\d,]+)\]", operation[1]):
-                found[operation[2]][math.prod(map(int, shape.split(",")))] += 1
-    return {kind: counted for kind, counted in found.items() if counted}
-
-
-def test_windows_stay_on_the_device_of_their_image():
-    """Split by rows only, nothing is sent but the gradients of LoRA."""
-    found = encoder_collectives((8, 1, 1))
-    assert set(found) == {"all-reduce"}, found
-    assert max(found["all-reduce"]) <= 2 * 2 * WIDTH
-
-
-def test_fsdp_gathers_a_weight_for_each_pass_and_no_activation():
-    """The first block's qkv has no backward product: nothing trains below it."""
-    found = encoder_collectives((2, 4, 1))
-    assert set(found) == {"all-reduce", "all-gather"}, found
-    assert found["all-gather"] == Counter({PROJ: 4, LIN: 8, QKV: 3}) + Counter(ENDS)
-    assert max(found["all-reduce"]) <= 2 * 2 * WIDTH
-
-
-def test_tensor_parallel_blocks_sum_activations_twice_a_pass():
-    """Forward behind proj and lin2, backward before lin1 and qkv, but for the first block's."""
-    found = encoder_collectives((2, 1, 4))
-    assert set(found) == {"all-reduce", "all-gather", "all-to-all"}, found
-    sums = found["all-reduce"]
-    local = BATCH // 2
-    assert sums.pop(local * ACTIVATION) == 7
-    assert max(sums) <= local * ROWS * 2  # LoRA's rank
-    assert found["all-gather"] == Counter(ENDS)
-    # Parts of qkv's inputs for parts of its outputs: a quarter of it, once in each pass.
-    sent = sum(size * count for size, count in found["all-to-all"].items())
-    assert sent == 3 * QKV // 4

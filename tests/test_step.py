@@ -2,33 +2,57 @@
 
 import dataclasses
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_method
+from faults import NOISE
 from flax import nnx
 from small_run import config_for
 
-from pgpsam_jax import build, parameters, sharding
+from pgpsam_jax import build, methods, parameters, sharding
+from pgpsam_jax.models.image_encoder import ImageEncoder
+from pgpsam_jax.models.initial import kernel_init
+from pgpsam_jax.models.lora import LoraConfig
+from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.step import gradients_of, init_state, make_train_step
 
 CLASSES, SIZE, BATCH = 3, 32, 8
 
 
+class Adapted(tiny_method.Tiny):
+    """SAM's encoder with LoRA under the tiny method's heads: the step is the same."""
+
+    def __init__(self, settings, num_classes, dtype, rngs):
+        sam = SamConfig.preset(settings.encoder, settings.image_size, settings.patch_size)
+        super().__init__(sam.encoder, num_classes, rngs)
+        lora = LoraConfig(4) if settings.train_encoder == "lora" else None
+        self.image_encoder = ImageEncoder(sam.encoder, lora, rngs=rngs)
+        self.first, self.second = (
+            nnx.Linear(sam.encoder.out_channels, num_classes, kernel_init=kernel_init, rngs=rngs)
+            for _ in range(2)
+        )
+
+    def encode(self, images):
+        return self.image_encoder(images)[0]
+
+
 @pytest.fixture(scope="module")
 def lora_config():
-    """SAM with LoRA and no part of PGP-SAM: the step is the same, and compiles soonest."""
-    parts = dict(model__cfm=False, model__ppg=False, model__ppr=False)
-    return config_for(Path(), model__train_encoder="lora", train__steps=40, **parts)
+    adapted = methods.Method("adapted", Adapted, {}, ())
+    with mock.patch.dict(methods.METHODS, {("adapted", ""): adapted}):
+        own = {"model__name": "adapted", "model__patch_size": 4}
+        yield config_for(Path(), model__train_encoder="lora", train__steps=40, **own, **NOISE)
 
 
 @pytest.fixture(scope="module")
 def tiny():
     """The method of which the step's own parts are looked at."""
     with tiny_method.known():
-        yield start(config_for(Path(), model__name=tiny_method.NAME))
+        yield start(config_for(Path(), model__name=tiny_method.NAME, **NOISE))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import kept_steps
 import nibabel as nib
 import numpy as np
 import pytest
@@ -55,20 +56,12 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["tiny", pytest.param("pgpsam", marks=pytest.mark.slow)])
 def method(request):
-    """Settings of what is trained: what compiles soonest, and the real model."""
-    with tiny_method.known():
-        yield (
-            TINY | NOISE | {"model__train_encoder": "full", "eval__overlays": True}
-            if request.param == "tiny"
-            else {}
-        )
-
-
-@pytest.fixture(scope="module")
-def one_step(request, method):
-    """Runs of the method that costs little share their step, and draw no curve."""
-    with kept_steps.kept() if method else contextlib.nullcontext():
-        yield
+    """Settings of what is trained: what compiles soonest, once for all, and the real model."""
+    if request.param == "tiny":
+        with tiny_method.known(), kept_steps.kept(draws=True):
+            yield TINY | NOISE | {"model__train_encoder": "full", "eval__overlays": True}
+    else:
+        yield {}
 
 
 @pytest.fixture
@@ -174,14 +167,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, root, tmp_path, 
     assert same(numbers(workdir, checkpoint.Best), numbers(finished[0], checkpoint.Best))
 
 
-def test_a_finished_run_only_evaluates_again(finished, root, method):
-    workdir, summary = finished
+def test_a_finished_run_only_evaluates_again(finished, root, tmp_path, plain):
+    workdir, summary = tmp_path / "run", finished[1]
+    shutil.copytree(finished[0], workdir)
     before = (workdir / "metrics.jsonl").read_text()
-    assert train.train(config_for(root, **method, **SELECT), workdir) == summary
+    assert train.train(config_for(root, **plain, **SELECT), workdir) == summary
     assert (workdir / "metrics.jsonl").read_text() == before
-    (workdir / "fewshot.txt").rename(workdir / "aside.txt")  # a converted run has none
+    (workdir / "fewshot.txt").unlink()  # a converted run has none
     assert train.evaluate_workdir(workdir) == summary
-    (workdir / "aside.txt").rename(workdir / "fewshot.txt")
 
 
 def test_another_configuration_is_refused(finished, root, method):
@@ -197,6 +190,7 @@ def test_selection_is_part_of_a_run(finished, root, method):
         train.train(config_for(root, **method), finished[0])
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
     settings = NOISE | {"optim__learning_rate": 1e38, "optim__final_learning_rate": 0.0}
     said = r"the loss is (nan|inf) at step \d, whose batch is .* slice .*optim.clip_norm"
@@ -224,7 +218,7 @@ def test_predict_equals_evaluation(finished, root, tmp_path):
     config = train.configuration.load_config(workdir)
     predictor = train.load_predictor(config, workdir, 3)
     names = ["background", "liver", "spleen"]
-    inputs = predict.find_inputs(root / "images")
+    inputs = predict.find_inputs(root / "images" / "c.nii.gz")
     options = dict(run={"workdir": "run", "parameters": "0"}, overlay=True)
     assert predict.predict(predictor, names, inputs, tmp_path, **options) == 0
     ours = np.asarray(nib.load(tmp_path / "c.nii.gz").dataobj)
