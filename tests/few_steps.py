@@ -1,10 +1,12 @@
 """A few training steps in a process of their own, and a hash of all that came out of them.
 
-python few_steps.py [FIELD=VALUE ...]: settings of the model as `remat='blocks'`.
+python few_steps.py [--of HOST:PORT,COUNT,PROCESS,FOLDER] [FIELD=VALUE ...]: settings of the model
+as `remat='blocks'`; as one of several processes, whose last state goes to a folder.
 """
 
 import ast
 import hashlib
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import numpy as np
 import tiny_method
 from small_run import config_for
 
-from pgpsam_jax import build, sharding
+from pgpsam_jax import build, checkpoint, cluster, session, sharding
 from pgpsam_jax.data.loader import make_loader
 from pgpsam_jax.distributed import place
 from pgpsam_jax.feed import Feed
@@ -23,13 +25,13 @@ from pgpsam_jax.sharded import shard_step, sharding_of
 SLICES, CLASSES, STEPS = 9, 3, 3
 
 
-def main(settings: dict) -> list[str]:
-    """SHA-256 of the state after the last step, and the metrics of every step, bit for bit."""
+def trained(settings: dict, sizes: dict | None = None):
+    """(graphdef, state after the last step, loader, metrics of every step), on a mesh."""
     config = config_for(Path(), **{f"model__{k}": v for k, v in settings.items()})
     rng, size = np.random.default_rng(0), config.model.image_size
     labels = rng.integers(0, CLASSES, (SLICES, 4, 4)).repeat(size // 4, 1).repeat(size // 4, 2)
     images = (labels / CLASSES + 0.1 * rng.random(labels.shape)).astype(np.float16)
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(**sizes or {})
     loader = make_loader(SLICES, batch_size=config.train.batch_size, seed=0)
     feed = Feed({"image": images, "label": labels.astype(np.uint8)}, loader, mesh, np.inf)
     graphdef, params, frozen, _ = build.init_model(config, CLASSES)
@@ -39,19 +41,45 @@ def main(settings: dict) -> list[str]:
     said = []
 
     def note(number, metrics, *_):
-        values = {name: float(value).hex() for name, value in jax.device_get(metrics).items()}
-        said.append(f"{number} {sorted(values.items())}")
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        said.append({"step": number} | values)
 
     frozen = place(frozen, sharding_of(step.frozen))
     state, *last = run_steps(step.lower().compile(), state, frozen, feed, 0, STEPS, note)
     note(STEPS, *last[-2:])
+    return graphdef, state, loader, said
+
+
+def main(settings: dict) -> list[str]:
+    """SHA-256 of the state after the last step, and the metrics of every step, bit for bit."""
+    _, state, _, said = trained(settings)
+    lines = []
+    for record in said:
+        number = record.pop("step")
+        lines.append(f"{number} {[(name, value.hex()) for name, value in sorted(record.items())]}")
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(state):
         digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
-    return [digest.hexdigest(), *said]
+    return [digest.hexdigest(), *lines]
+
+
+def share(address: str, count: str, process: str, folder: str, settings: dict) -> None:
+    """The same as one of several processes that have all weights in parts, saved in the end."""
+    with session.joined(cluster.from_flags(address, int(count), int(process))):
+        sizes = {"data": 1, "fsdp": jax.device_count(), "tensor": 1}
+        _, state, loader, said = trained(settings, sizes)
+        with checkpoint.Checkpoints(Path(folder)) as checkpoints:
+            checkpoints.save(state, loader)
+        print("\n", *map(json.dumps, said), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
-    pairs = (argument.split("=") for argument in sys.argv[1:])
-    with tiny_method.known():
-        print("\n".join(main({name: ast.literal_eval(value) for name, value in pairs})))
+    arguments = sys.argv[1:]
+    joins = arguments[1].split(",") if arguments[:1] == ["--of"] else []
+    pairs = (argument.split("=") for argument in arguments[2 if joins else 0 :])
+    given = {name: ast.literal_eval(value) for name, value in pairs}
+    with tiny_method.known(), tiny_method.spread():
+        if joins:
+            share(*joins, given)
+        else:
+            print("\n".join(main(given)))

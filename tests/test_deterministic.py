@@ -24,7 +24,6 @@ from pgpsam_jax.optim import OptimConfig, make_optimizer
 
 FLAG = "--xla_gpu_deterministic_ops"
 DEADLINE = 500  # seconds for a process on a busy machine
-WHOLE = pytest.mark.slow  # compiled twice, without a cache
 TINY = ["name='tiny'"]
 PRECISION = {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}  # as here
 
@@ -45,14 +44,10 @@ def output_of(process):
         process.kill()
 
 
+@pytest.mark.slow  # compiled twice, without a cache
 @pytest.mark.parametrize(
     "settings",
-    [
-        TINY,
-        pytest.param([], marks=WHOLE),
-        pytest.param(["preset='release'"], marks=WHOLE),
-        pytest.param(["compute_dtype='bfloat16'"], marks=WHOLE),
-    ],
+    [TINY, ["preset='release'", "compute_dtype='bfloat16'"]],
     ids=" ".join,
 )
 def test_fresh_processes_compute_the_same_bits(settings):
@@ -104,13 +99,17 @@ def seen_on(devices, resident, monkeypatch):
     return found
 
 
-def test_batches_and_their_augmentation_do_not_depend_on_the_devices(monkeypatch):
+@pytest.mark.parametrize(
+    ("devices", "resident"), [(8, True), pytest.param(2, False, marks=pytest.mark.slow)]
+)
+def test_batches_and_their_augmentation_do_not_depend_on_the_devices(
+    devices, resident, monkeypatch
+):
     expected = seen_on(1, True, monkeypatch)
-    for devices, resident in ((2, False), (8, True)):
-        for ours, theirs in zip(seen_on(devices, resident, monkeypatch), expected, strict=True):
-            np.testing.assert_array_equal(ours[1], theirs[1])
-            # Equal bits with AVX2; with AVX-512 a batch of one is rounded otherwise, to 3.2e-6.
-            np.testing.assert_allclose(ours[0], theirs[0], rtol=0, atol=1e-5)
+    for ours, theirs in zip(seen_on(devices, resident, monkeypatch), expected, strict=True):
+        np.testing.assert_array_equal(ours[1], theirs[1])
+        # Equal bits with AVX2; with AVX-512 a batch of one is rounded otherwise, to 3.2e-6.
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=0, atol=1e-5)
     labels = [labels for _, labels in expected]
     assert not np.array_equal(labels[0], labels[1])  # each step has a batch of its own
 

@@ -5,7 +5,10 @@ import json
 import shutil
 import time
 
+import few_steps
+import forks
 import jax
+import numpy as np
 import pytest
 import tiny_method
 from faults import NOISE, TINY, prepare
@@ -14,7 +17,7 @@ from launcher import start as start_any
 from places import REPOSITORY
 from small_run import config_for, write_data
 
-from pgpsam_jax import build, methods, seal, sharding, train
+from pgpsam_jax import build, checkpoint, methods, seal, sharding, train
 from pgpsam_jax.peers import LOST
 
 LAUNCH = REPOSITORY / "experiments" / "launch"
@@ -26,7 +29,7 @@ SMALL = {"model__train_encoder": "frozen", "eval__overlays": False}
 SMALL |= {"model__cfm": False, "model__ppr": False, "model__ppg": False}
 
 
-@pytest.fixture(scope="module", params=["tiny", pytest.param("pgpsam", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["tiny", "pgpsam"])
 def settings(request):
     """Of the run; the method that costs little is known here and to all that is started."""
     with tiny_method.known(), tiny_method.spread():
@@ -119,6 +122,37 @@ def shared(root, tmp_path_factory):
     return workdir, two(root, workdir)
 
 
+@pytest.fixture(scope="module")
+def start_quickly():
+    with forks.starting("few_steps", "pgpsam_jax.session", "orbax.checkpoint", "grain") as start:
+        yield start
+
+
+def test_steps_of_two_processes_are_those_of_one(start_quickly, tmp_path):
+    """And one process reads what both have saved."""
+    address = f"localhost:{free_port()}"
+    script = REPOSITORY / "tests" / "few_steps.py"
+    processes = [
+        start_quickly(script, "--of", f"{address},2,{i},{tmp_path}", "name='tiny'", devices=4)
+        for i in (0, 1)
+    ]
+    with tiny_method.known(), tiny_method.spread():
+        _, state, loader, alone = few_steps.trained({"name": tiny_method.NAME}, MESH)
+    ended = ends(*processes)
+    assert [code for code, *_ in ended] == [0, 0], ended
+    for _, out, _ in ended:
+        both = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        assert len(both) == len(alone) == few_steps.STEPS and difference(both, alone) < 1e-5
+    leaves = jax.tree.leaves(state)
+    assert not all(leaf.is_fully_replicated for leaf in leaves)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        like = checkpoint.abstract_like(state, few_steps.sharding_of(state))
+        found = checkpoints.restore(like, loader)
+    for ours, theirs in zip(jax.tree.leaves(found), leaves, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_weights_of_both_kinds_are_spread(root, settings):
     config = config_for(root, **settings)
     mesh, method = sharding.make_mesh(**MESH), methods.key_of(config.model)
@@ -127,6 +161,7 @@ def test_weights_of_both_kinds_are_spread(root, settings):
         assert not all(one.is_fully_replicated for one in found)
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(alone, shared):
     workdir, out = shared
     assert difference(records(workdir), records(alone)) < 1e-5
@@ -134,6 +169,7 @@ def test_two_processes_train_what_one_does(alone, shared):
     assert out.count("2 process(es)") == out.count("mesh {") == 1  # said once
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_what_one_does(shared, tmp_path):
     """Each had one of the two cases, on four devices; all are written as by one with eight."""
     workdir, ours = shared[0], shared[0] / "evaluation"
@@ -154,6 +190,7 @@ def test_two_processes_evaluate_a_run_again(shared, tmp_path):
     assert contents(again / "evaluation") == contents(workdir / "evaluation")
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_a_checkpoint_of_two(root, settings, shared, tmp_path):
     workdir = cut(shared[0], tmp_path / "cut")
     position = workdir / "checkpoints" / str(CUT) / "data" / "position.json"
