@@ -12,6 +12,12 @@ from pgpsam_jax.models.pgpsam import PgpSam, PgpSamConfig
 from pgpsam_jax.models.sam import SamConfig
 
 ENCODER = dict(width=32, depth=2, heads=2, global_blocks=(0, 1), out_channels=32, window_size=4)
+TABLE_3 = {
+    "baseline": dict(cfm=False, ppg=False, ppr=False),
+    "cfm": dict(cfm=True, ppg=False, ppr=False),
+    "cfm+ppg": dict(cfm=True, ppg=True, ppr=False),
+    "cfm+ppg+ppr": dict(cfm=True, ppg=True, ppr=True),
+}
 
 
 def small(size=32, classes=3, **kwargs):

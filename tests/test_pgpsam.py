@@ -1,11 +1,10 @@
-"""PGP-SAM whole: the forward pass against the equations, switches, sizes, gradients, precision.
+"""PGP-SAM whole: the forward pass against the equations, gradients, precision.
 
 The expected logits are composed in float64 from `equations_numpy` and `decoder_numpy`; what the
 image encoder gives is taken as it is, and in most tests drawn at random, to compile less.
 """
 
 import functools
-import math
 
 import decoder_numpy
 import equations_numpy as eq
@@ -14,25 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_pgpsam import build, create, inputs_for, small
+from jax.extend.core import Literal
+from small_pgpsam import TABLE_3, build, create, inputs_for, small
 
-from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.models.lora import LoraConfig
-from pgpsam_jax.models.pgpsam import PgpSam, PgpSamConfig
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.parameters import count, flat_paths, trainable
+from pgpsam_jax.parameters import flat_paths, trainable
 
 # Relative L2 errors, about three times what was measured on CPU.
 FORWARD_TOLERANCE = 1e-5  # of logits
 BFLOAT16_TOLERANCE = 0.05  # 0.01 with AVX2; 0.035 where the processor multiplies bfloat16 itself
 GRADIENT_TOLERANCE = 5e-4  # per tensor: saturated softmaxes leave differences of large numbers
-TABLE_3 = {
-    "baseline": dict(cfm=False, ppg=False, ppr=False),
-    "cfm": dict(cfm=True, ppg=False, ppr=False),
-    "cfm+ppg": dict(cfm=True, ppg=True, ppr=False),
-    "cfm+ppg+ppr": dict(cfm=True, ppg=True, ppr=True),
-}
 
 
 def relative(got, expected) -> float:
@@ -65,7 +55,7 @@ def check_outputs(config, p, features, outputs, tolerance=FORWARD_TOLERANCE):
 
 # The forward pass.
 
-WITH_GRADIENTS = ("cfm", "cfm+ppg+ppr")  # which have all parameters between them
+EVERY_PARAMETER = ("baseline", "cfm+ppg+ppr")  # have them all between them
 WITH_ENCODER = ("cfm",)
 SIZE = (32, 48)
 ONE_STAGE = small((32, 56), 2, stage_taps=(1,), alpha=2, k=1)
@@ -101,17 +91,17 @@ def test_forward_pass_of_other_numbers_of_stages(config):
 
 @pytest.mark.parametrize(
     "row",
-    [pytest.param(r, marks=[pytest.mark.slow] * (r == "cfm+ppg")) for r in TABLE_3],
+    [r if r in EVERY_PARAMETER else pytest.param(r, marks=pytest.mark.slow) for r in TABLE_3],
 )
 def test_forward_pass_of_each_row_of_table_3(row):
     """On a grid that is not square; one of them with its encoder, whose outputs are as given."""
     config, encoder = row_of_table_3(row), row in WITH_ENCODER
     assert config.stage_taps == (1, 0)
     model, p = build(config, encoder)
-    features = encode(config) if encoder else inputs_for(config)
-    if row in WITH_GRADIENTS:
-        outputs = gradients(config, model, encoder)[1]
+    if encoder:
+        features, outputs = encode(config), gradients(config, model, encoder)[1]
     else:
+        features = inputs_for(config)
         outputs = compiled(config)(nnx.state(model), features)
     check_outputs(config, p, features, outputs)
 
@@ -131,125 +121,22 @@ def test_model_has_no_favourite_class():
             moved[name] = value[:, tokens]
         elif name.endswith(("fuse.kernel", "dense.join.kernel")):
             moved[name] = value[np.concatenate([np.arange(c), c + order])]
-    graphdef, state = nnx.split(model)
-    got = gradients(config, nnx.merge(graphdef, eq.fill(state, moved)))[1]
-    for key, expected in gradients(config, model)[1].items():
+    state = nnx.state(model)
+    got = compiled(config)(eq.fill(state, moved), inputs_for(config))
+    for key, expected in compiled(config)(state, inputs_for(config)).items():
         assert relative(got[key], expected[..., order]) < FORWARD_TOLERANCE
 
 
-# Configuration.
+# Gradients.
 
 
-@pytest.mark.parametrize("name, taps", [("vit_b", (11, 2)), ("vit_l", (23, 5)), ("vit_h", (31, 7))])
-def test_stage_taps_default_to_the_last_and_first_global_block(name, taps):
-    assert PgpSamConfig(SamConfig.preset(name, 512), 9).stage_taps == taps
-
-
-@pytest.mark.parametrize(
-    "wrong, words",
-    [
-        (dict(ppg=False), "ppr"),
-        (dict(stage_taps=(1, 2)), "stage_taps"),
-        (dict(stage_taps=(-1,)), "stage_taps"),
-        (dict(k=0), "k=0"),
-        (dict(k=7, alpha=2), "k=7"),
-        (dict(strip_kernel=4), "strip_kernel is 4; it must be odd"),
-        (dict(classes=1), "num_classes is 1"),
-    ],
-)
-def test_wrong_settings_are_refused(wrong, words):
-    with pytest.raises(UserError, match=words):
-        small(**wrong)
+created = functools.cache(create)
 
 
 def test_parameters_start_as_plain_float32():
     """A weakly typed one would turn strong in the first update and compile the step again."""
     for path, leaf in flat_paths(nnx.state(created(row_of_table_3("cfm+ppg+ppr"), False))).items():
         assert leaf[...].dtype == jnp.float32 and not leaf[...].weak_type, path
-
-
-def names(**switches):
-    """Dotted parameter names of a small model, without compiling anything."""
-    shapes = nnx.eval_shape(lambda: PgpSam(small(**switches), rngs=NoDraws()))
-    return set(flat_paths(nnx.state(shapes, nnx.Param)))
-
-
-def test_switches_add_and_remove_exactly_their_own_parameters():
-    rows = {name: names(**switches) for name, switches in TABLE_3.items()}
-    gates = {n for n in rows["cfm"] if "/spatial/" in n or "/channel/" in n}
-    assert len(gates) == 2 * 12 and rows["cfm"] - rows["baseline"] == gates
-    assert not rows["baseline"] - rows["cfm"]
-    ppg = {n for n in rows["cfm+ppg"] if n.startswith("ppg/")} | {"intra", "inter"}
-    assert rows["cfm+ppg"] - rows["cfm"] == ppg and len(ppg) == 2 + 2 * 16
-    assert rows["cfm"] - rows["cfm+ppg"] == {"default_dense"}
-    ppr = {n for n in rows["cfm+ppg+ppr"] if n.startswith(("ppr/", "ppg/2/"))}
-    assert rows["cfm+ppg+ppr"] - rows["cfm+ppg"] == ppr and len(ppr) == 2 * 17 + 16
-    assert not rows["cfm+ppg"] - rows["cfm+ppg+ppr"]
-    projections = {f"cfm/{s}/{n}" for s in (0, 1) for n in ("projection/kernel", "norm/scale")}
-    assert all(projections <= row for row in rows.values())
-    assert not any("iou" in n or "prompt_encoder" in n for row in rows.values() for n in row)
-
-
-@pytest.mark.parametrize("stages", [1, 3])
-def test_each_stage_has_its_own_modules_and_all_share_one_decoder(stages):
-    taps = (1, 0, 1)[:stages]
-    found, two = names(stage_taps=taps), names()
-    per_stage = {n.split("/")[1] for n in found if n.startswith("cfm/")}
-    assert per_stage == {str(s) for s in range(stages)}
-    assert {n.split("/")[1] for n in found if n.startswith("ppr/")} == per_stage
-    assert {n.split("/")[1] for n in found if n.startswith("ppg/")} == per_stage | {str(stages)}
-    decoder = {n for n in found if n.startswith("mask_decoder/")}
-    assert decoder == {n for n in two if n.startswith("mask_decoder/")} and decoder
-
-
-created = functools.cache(create)
-
-
-def part(state, prefix):
-    """Scalars of a state below one path."""
-    leaves = flat_paths(state).items()
-    return sum(math.prod(leaf.shape) for name, leaf in leaves if name.startswith(prefix))
-
-
-def test_parameter_counts_at_the_paper_size():
-    """ViT-b, 512 px, 9 classes, against counts worked out by hand from the layer sizes."""
-    config = PgpSamConfig(SamConfig.preset("vit_b", 512), 9)
-    model = nnx.eval_shape(lambda: PgpSam(config, rngs=NoDraws()))
-    trained, rest = nnx.state(model, trainable("lora"), ...)
-    c, d, n, k, q, side = 256, 768, 9, 4, 72, 32
-
-    def linear(a, b):
-        return a * b + b
-
-    cfm = d * c + 2 * c + 2 * (5 * c + c) + 2 * c  # projection, strips, norms
-    cfm += linear(c, c // 2) + 2 * (c // 2) + linear(c // 2, c)
-    ppr = linear(c, 1) + linear(n, 1) + 2 * linear(side * side, side) + n * (k + 1)
-    ppr += linear(c + n, c) + 2 + 2 * 2 * c  # F^, alpha and beta, two LayerNorms
-    mlp = linear(c, c // 2) + linear(c // 2, c)
-    ppg = linear(c + n, c) + linear(c + q, c) + 2 * 2 * c + 2 * mlp  # with a LayerNorm each
-    upscaling = (c * 64 * 4 + 64) + 2 * 64 + (64 * 32 * 4 + 32)
-    hyper = n * (2 * linear(c, c) + linear(c, 32))
-    expected = {
-        "image_encoder/": 147_456,  # LoRA: 12 blocks x (q, v) x 2 x 768 x 4
-        "cfm/": 2 * cfm,
-        "ppr/": 2 * ppr,
-        "ppg/": 3 * ppg,
-        "intra": n * c,
-        "inter": q * c,
-        "mask_decoder/transformer/": 3_291_264,
-        "mask_decoder/upscaling/": upscaling,
-        "mask_decoder/hyper_mlps/": hyper,
-        "mask_decoder/mask_tokens": n * c,
-    }
-    assert (cfm, ppr, ppg, hyper) == (266_880, 135_034, 285_184, 1_258_272)
-    assert {name: part(trained, name) for name in expected} == expected
-    assert count(trained) == sum(expected.values()) == 6_453_364
-    assert part(rest, "image_encoder/") == 87_278_848  # SAM's encoder at 512 px
-    assert part(rest, "pe_layer/") == count(rest) - 87_278_848 == 2 * 128
-    assert all("lora" in name for name in flat_paths(trained) if name.startswith("image_encoder/"))
-
-
-# Gradients.
 
 
 def loss(outputs, labels):
@@ -287,10 +174,58 @@ def gradients(config, model, encoder=False):
     return {n: np.asarray(g[...]) for n, g in flat_paths(found).items()}, outputs
 
 
-@pytest.mark.parametrize(
-    "row",
-    [r if r in WITH_GRADIENTS else pytest.param(r, marks=pytest.mark.slow) for r in TABLE_3],
-)
+def test_every_trained_parameter_has_a_derivative():
+    """As traced: what stops one leaves zeros that depend on nothing. Nothing is compiled."""
+    config = row_of_table_3("cfm+ppg+ppr")
+    graphdef, trained, rest = nnx.split(build(config)[0], trainable("lora"), ...)
+
+    def slopes(trained, inputs):
+        return jax.grad(lambda x: loss(nnx.merge(graphdef, x, rest)(inputs), labels))(trained)
+
+    labels = labels_for(config)
+    traced, shapes = jax.make_jaxpr(slopes, return_shape=True)(trained, inputs_for(config))
+    known = set(traced.jaxpr.invars)
+    for equation in traced.jaxpr.eqns:
+        if any(not isinstance(x, Literal) and x in known for x in equation.invars):
+            known.update(equation.outvars)
+    found = dict(zip(flat_paths(shapes), traced.jaxpr.outvars, strict=True))
+    assert {name for name, slope in found.items() if slope not in known} == set()
+
+
+@pytest.mark.parametrize("row", EVERY_PARAMETER)
+def test_every_trained_parameter_matters_from_the_start(row):
+    """At the real initialisation, every one moved moves the logits, but for the key biases.
+
+    Those add one number to every score of a softmax: nothing, up to rounding.
+    """
+    config, rng = row_of_table_3(row), np.random.default_rng(7)
+    state = nnx.state(created(config, False))
+    inputs, leaves = inputs_for(config), flat_paths(state)
+
+    def change(name, move):
+        """Of the logits, if one parameter is moved."""
+        leaf = leaves[name]
+        start = leaf[...]
+        leaf.set_value(start + jnp.asarray(move, jnp.float32))
+        moved = compiled(config)(state, inputs)
+        leaf.set_value(start)
+        return max(relative(moved[key], plain[key]) for key in plain)
+
+    plain = compiled(config)(state, inputs)
+    trained = {n: p.shape for n, p in leaves.items() if "gaussian" not in n}
+    found = {n: change(n, rng.normal(size=shape)) for n, shape in trained.items()}
+    keys = {n for n in found if n.endswith("k_proj/bias")}
+    assert len(keys) == 4  # four attentions in a decoder of one block
+    assert {n for n, size in found.items() if size < 1e-5} == keys
+    for name in ["mask_decoder/mask_tokens"] + (["intra", "inter"] if config.ppg else []):
+        for i in range(len(leaves[name][...])):  # every class; every prototype, chosen or not
+            move = np.zeros(trained[name])
+            move[i] = rng.normal(size=move[i].shape)
+            assert change(name, move) > 1e-5, (name, i)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", TABLE_3)
 def test_every_trained_parameter_receives_a_gradient(row):
     """At the real initialisation, all but the decoder's key biases.
 
@@ -310,6 +245,7 @@ def test_every_trained_parameter_receives_a_gradient(row):
         assert np.linalg.norm(found[name], axis=-1).min() > 1e-7, name
 
 
+@pytest.mark.slow
 def test_lora_gradients_start_with_b_and_then_reach_both_factors():
     """B starts at zero, which stops the gradient of A: the other parameters that wait."""
     config = row_of_table_3(*WITH_ENCODER)
@@ -357,8 +293,12 @@ def test_one_decoder_serves_all_passes_and_sums_their_gradients():
 # Precision.
 
 
-def test_bfloat16_computes_close_to_the_equations_and_returns_float32():
-    config = ONE_STAGE
+@pytest.mark.parametrize(
+    "config",
+    [row_of_table_3("baseline"), pytest.param(ONE_STAGE, marks=pytest.mark.slow)],
+    ids=["baseline", "one stage"],
+)
+def test_bfloat16_computes_close_to_the_equations_and_returns_float32(config):
     (model, p), features = build(config, dtype=jnp.bfloat16), inputs_for(config)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(model)))
     half = compiled(config, jnp.bfloat16)(nnx.state(model), features)
@@ -366,6 +306,7 @@ def test_bfloat16_computes_close_to_the_equations_and_returns_float32():
     check_outputs(config, p, features, half, BFLOAT16_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_bfloat16_encoder_is_close_to_the_float32_one():
     config = row_of_table_3(*WITH_ENCODER)
     exact, half = (jax.tree.leaves(encode(config, dtype)) for dtype in (jnp.float32, jnp.bfloat16))
