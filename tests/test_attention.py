@@ -113,8 +113,6 @@ QUICK = {
     "wide": EVERY,
     "corner": EVERY,
     "blocks": ["lean", "splash"],
-    "tall": ["folded", "lean"],
-    "overhangs by most": ["folded", "lean"],
 }
 
 

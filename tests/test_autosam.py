@@ -102,6 +102,7 @@ def test_what_trains_has_a_gradient_and_nothing_else_trains():
     assert slopes["mask_decoder/mask_tokens"].any(axis=-1).all()
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close(feature):
     """Largest difference over largest logit: measured 0.020."""
     full, half = segment(small(), feature), segment(small(jnp.bfloat16), feature)

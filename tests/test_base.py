@@ -1,6 +1,5 @@
 """Starting from a converted SAM: what is loaded, what is not, and how a workdir is held to it."""
 
-import jax
 import micro
 import numpy as np
 import pytest
@@ -39,7 +38,7 @@ def config(sam, tmp_path):
 
 def test_loads_what_it_should_and_nothing_else(config, sam):
     _, tensors = sam
-    graphdef, params, frozen, digest = build.init_model(config, 3)
+    _, params, frozen, digest = build.init_model(config, 3)
     assert digest == file_digest(sam[0] + ".safetensors")
     config.model.base, config.model.start = "", "sam"  # which a base makes the default
     _, fresh_params, fresh_frozen, _ = build.init_model(config, 3)
@@ -61,10 +60,7 @@ def test_loads_what_it_should_and_nothing_else(config, sam):
         else:  # mask tokens, hypernetworks, prototypes and the paper's modules: one per class
             wanted = np.asarray(fresh[path][...])
         np.testing.assert_array_equal(value, wanted, err_msg=path)
-    outputs = jax.jit(lambda p, f, x: nnx.merge(graphdef, p, f)(x))(
-        params, frozen, np.zeros((1, 32, 32, 3), np.float32)
-    )
-    assert all(np.isfinite(v).all() for v in outputs.values())
+        assert np.isfinite(value).all(), path
 
 
 def test_without_prompt_generator_the_dense_default_is_sams(config, sam):

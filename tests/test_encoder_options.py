@@ -56,12 +56,13 @@ def plain():
     return results()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(dict(remat="attention"), marks=pytest.mark.slow),
-        pytest.param(dict(remat="dots"), marks=pytest.mark.slow),
-        pytest.param(dict(scan_blocks=True), marks=pytest.mark.slow),
+        dict(remat="attention"),
+        dict(remat="dots"),
+        dict(scan_blocks=True),
         dict(scan_blocks=True, remat="blocks"),
     ],
     ids=str,
@@ -74,6 +75,20 @@ def test_options_change_no_number(plain, options):
     for got, wanted in zip(results(**options), plain, strict=True):
         scale = float(jnp.abs(wanted).max())
         np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6 * scale)
+
+
+def test_a_loop_over_blocks_changes_no_output():
+    """Embedding and taps: a loop goes over groups of blocks."""
+
+    def outputs(**options):
+        graph, *states = encoder(**options)
+        images = jax.random.normal(jax.random.key(0), (1, 128, 128, 3))
+        return jax.tree.leaves(jax.jit(loss_of(graph))(*states, images))
+
+    got = outputs(scan_blocks=True, remat="blocks")
+    for one, wanted in zip(got, outputs(), strict=True):
+        scale = float(jnp.abs(wanted).max())
+        np.testing.assert_allclose(one, wanted, rtol=0, atol=2e-6 * scale)
 
 
 def kept_bytes(remat: str) -> int:

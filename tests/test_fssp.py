@@ -83,14 +83,12 @@ def test_what_trains():
 @functools.cache
 def initial():
     """Graph, trained and frozen state of a model of the squares."""
-    return build.init_model(small_config("fssp", model__encoder="vit_t"), CLASSES)[:3]
+    return build.init_model(small_config("fssp"), CLASSES)[:3]
 
 
 def fitted(sizes, encoded=0):
     """(metrics, parameters) of the fit of the ten squares, four at a time, on a mesh."""
-    config = small_config(
-        "fssp", model__encoder="vit_t", train__batch_size=4, train__encoded_copies=encoded
-    )
+    config = small_config("fssp", train__batch_size=4, train__encoded_copies=encoded)
     graphdef, params, frozen = initial()
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     batch = dict(squares(10))
@@ -123,7 +121,15 @@ def test_the_fit_separates_what_it_was_given(alone):
     assert metrics["gradient_norm"] <= 1e-4 and metrics["iterations"] < 1000
 
 
-@pytest.mark.parametrize(("sizes", "encoded"), [((2, 2, 2), 0), ((1, 1, 1), 2)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "encoded"),
+    [
+        pytest.param((2, 2, 2), 0, marks=pytest.mark.slow),
+        pytest.param((1, 1, 1), 2, marks=pytest.mark.slow),
+        ((2, 2, 2), 2),
+    ],
+    ids=str,
+)
 def test_meshes_and_stored_features_agree(alone, sizes, encoded):
     """To what the tolerance of the fit leaves open."""
     metrics, params = fitted(sizes, encoded)
@@ -133,7 +139,7 @@ def test_meshes_and_stored_features_agree(alone, sizes, encoded):
 
 
 def test_a_list_that_is_sent_in_parts_is_refused():
-    config = small_config("fssp", model__encoder="vit_t")
+    config = small_config("fssp")
     graphdef, params, frozen = initial()
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     batch = sharding.put_batch(squares(), mesh)
@@ -174,7 +180,9 @@ def with_rough_masks(model, tokens):
 IMAGES = np.random.default_rng(0).random((1, 32, 64, 3), np.float32)
 
 
-@pytest.mark.parametrize("prompt", ["point", "box", "both"])
+@pytest.mark.parametrize(
+    "prompt", [*(pytest.param(p, marks=pytest.mark.slow) for p in ("point", "box")), "both"]
+)
 def test_prompts_of_a_rough_mask_are_sams_own(model, prompt):
     """Two by two tokens of 8 px: a hand-made prompt gives the same mask; no tokens, no mask."""
     with_rough_masks(model, [(1, 3), (1, 4), (2, 3), (2, 4)])

@@ -1,5 +1,8 @@
 """LoRA on the fused qkv projection: starts as the base model, equals weights with its update."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +13,26 @@ from sam_torch import SMALL, draw, encode, relative
 
 from pgpsam_jax.models.initial import NoDraws
 from pgpsam_jax.models.lora import LoraConfig, LoraQKV
-from pgpsam_jax.models.sam import Sam
+from pgpsam_jax.models.sam import Sam, SamConfig
+
+# Of two encoder blocks, one windowed.
+LITTLE = SamConfig(
+    SMALL.image_size,
+    dataclasses.replace(SMALL.encoder, depth=2, global_blocks=(1,)),
+    dataclasses.replace(SMALL.decoder, depth=1),
+)
+
+
+@functools.cache
+def base():
+    """Official weights and our model with them."""
+    official = sam_torch.random_official(LITTLE)
+    return official, sam_torch.jax_sam(LITTLE, official)
 
 
 def with_lora(config: LoraConfig, *, zero: bool):
-    """The small SAM with random A, and B zero or random."""
-    sam = sam_torch.jax_sam(SMALL, sam_torch.small()[0], lora=config)
+    """The little SAM with random A, and B zero or random."""
+    sam = sam_torch.jax_sam(LITTLE, base()[0], lora=config)
     for i, block in enumerate(sam.image_encoder.blocks):
         block.attn.lora.a.set_value(0.3 * draw(*block.attn.lora.a.shape, seed=i))
         if not zero:
@@ -30,7 +47,7 @@ def test_lora_starts_as_the_base_model():
     assert not lora.b[...].any() and 0.9 < float(abs(lora.a[...]).max()) * 48**0.5 <= 1
     images = draw(1, 96, 96, 3)
     adapted = encode(with_lora(LoraConfig(3), zero=True), images)
-    np.testing.assert_array_equal(adapted, encode(sam_torch.small()[2], images))
+    np.testing.assert_array_equal(adapted, encode(base()[1], images))
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v"), ("v", "k"), ("k",)])
@@ -48,7 +65,7 @@ def test_a_product_goes_to_its_target(targets):
 @pytest.mark.parametrize("targets", [("q", "v"), pytest.param(("v", "k"), marks=pytest.mark.slow)])
 def test_lora_adds_its_product_to_the_projection(targets):
     """The same as a base model whose qkv weights hold the update in the rows of the targets."""
-    sam, merged = with_lora(LoraConfig(3, targets), zero=False), dict(sam_torch.small()[0])
+    sam, merged = with_lora(LoraConfig(3, targets), zero=False), dict(base()[0])
     for i, block in enumerate(sam.image_encoder.blocks):
         name = f"image_encoder.blocks.{i}.attn.qkv.weight"
         update = np.einsum("tdr,tre->ted", block.attn.lora.a[...], block.attn.lora.b[...])
@@ -58,8 +75,8 @@ def test_lora_adds_its_product_to_the_projection(targets):
         merged[name] = np.concatenate(list(parts.values()))
     images = draw(1, 96, 96, 3)
     adapted = encode(sam, images)
-    assert relative(adapted, encode(sam_torch.jax_sam(SMALL, merged), images)) <= 1e-5
-    assert relative(adapted, encode(sam_torch.small()[2], images)) > 0.1
+    assert relative(adapted, encode(sam_torch.jax_sam(LITTLE, merged), images)) <= 1e-5
+    assert relative(adapted, encode(base()[1], images)) > 0.1
 
 
 def test_no_lora_without_rank_or_targets():

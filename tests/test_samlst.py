@@ -235,6 +235,7 @@ def test_the_gate_mixes_sam_and_cnn(encoded):
     assert np.abs(half - alone).max() > 0.1
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close(encoded):
     """Largest difference over largest logit: measured 0.016."""
     _, state = small()

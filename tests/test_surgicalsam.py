@@ -200,6 +200,7 @@ def test_a_class_learns_from_images_that_lack_it():
     assert (slope[1:, ..., 1] > 0).all()
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close(model):
     """Measured 0.02 of the largest logit."""
     options = dict(prompt_tokens=2, dtype=jnp.bfloat16, rngs=NoDraws())
