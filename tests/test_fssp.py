@@ -83,12 +83,14 @@ def test_what_trains():
 @functools.cache
 def initial():
     """Graph, trained and frozen state of a model of the squares."""
-    return build.init_model(small_config("fssp"), CLASSES)[:3]
+    return build.init_model(small_config("fssp", model__encoder="vit_t"), CLASSES)[:3]
 
 
 def fitted(sizes, encoded=0):
     """(metrics, parameters) of the fit of the ten squares, four at a time, on a mesh."""
-    config = small_config("fssp", train__batch_size=4, train__encoded_copies=encoded)
+    config = small_config(
+        "fssp", model__encoder="vit_t", train__batch_size=4, train__encoded_copies=encoded
+    )
     graphdef, params, frozen = initial()
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     batch = dict(squares(10))
@@ -139,7 +141,7 @@ def test_meshes_and_stored_features_agree(alone, sizes, encoded):
 
 
 def test_a_list_that_is_sent_in_parts_is_refused():
-    config = small_config("fssp")
+    config = small_config("fssp", model__encoder="vit_t")
     graphdef, params, frozen = initial()
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     batch = sharding.put_batch(squares(), mesh)
