@@ -176,20 +176,8 @@ def test_chips():
         assert 16e9 <= chip.memory_bytes <= 150e9
 
 
-@pytest.mark.parametrize(
-    ("taps", "parts"),
-    [
-        ((2, 1, 0), {}),
-        pytest.param((1, 0), {"ppr": False}, marks=pytest.mark.slow),
-        ((1,), {"ppr": False, "ppg": False, "cfm": False}),
-    ],
-)
-def test_pgpsam_against_its_trace(taps, parts):
-    """Forward pass, and a step whose loss is the sum of both outputs.
-
-    Three stages have a pass whose masks nobody asks for; without PPR the bootstrap is for its own
-    loss alone.
-    """
+def traced_pgpsam(taps, parts):
+    """(configuration, function that merges the model, its abstract arguments)."""
     depth = max(taps) + 1
     sam = SamConfig.preset(
         "vit_t", 64, 8, attention="naive", depth=depth, global_blocks=(depth - 1,)
@@ -198,17 +186,53 @@ def test_pgpsam_against_its_trace(taps, parts):
     model = nnx.eval_shape(lambda: PgpSam(config, rngs=NoDraws()))
     graphdef, params, frozen = nnx.split(model, trainable("lora"), ...)
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    return config, lambda *states: nnx.merge(graphdef, *states), (params, frozen, images)
+
+
+WITHOUT_PPR = {"ppr": False}
+BARE = {"ppr": False, "ppg": False, "cfm": False}
+
+
+@pytest.mark.parametrize(
+    ("taps", "parts"),
+    [
+        ((2, 1, 0), {}),
+        pytest.param((1, 0), WITHOUT_PPR, marks=pytest.mark.slow),
+        pytest.param((1,), BARE, marks=pytest.mark.slow),
+    ],
+)
+def test_pgpsam_against_its_trace(taps, parts):
+    """Three stages have a pass whose masks nobody asks for."""
+    config, merge, arguments = traced_pgpsam(taps, parts)
 
     def final(params, frozen, images):
-        return nnx.merge(graphdef, params, frozen)(images)["final"]
-
-    def both(params, frozen, images):
-        outputs = nnx.merge(graphdef, params, frozen)(images)
-        return outputs["final"].sum() + outputs["bootstrap"].sum()
+        return merge(params, frozen)(images)["final"]
 
     found = flops.total(flops.pgpsam(config, "lora", training=False)).forward
-    own = live_products(jax.jit(final).trace(params, frozen, images))
+    own = live_products(jax.jit(final).trace(*arguments))
     assert found == pytest.approx(own, rel=0.005)  # without the code of positions
+
+
+@pytest.mark.parametrize(
+    ("taps", "parts"),
+    [
+        pytest.param((2, 1, 0), {}, marks=pytest.mark.slow),
+        pytest.param((1, 0), WITHOUT_PPR, marks=pytest.mark.slow),
+        ((0,), {}),
+        pytest.param((1,), BARE, marks=pytest.mark.slow),
+    ],
+)
+def test_step_of_pgpsam_against_its_trace(taps, parts):
+    """A step whose loss is the sum of both outputs.
+
+    Without PPR the bootstrap is for its own loss alone.
+    """
+    config, merge, arguments = traced_pgpsam(taps, parts)
+
+    def both(params, frozen, images):
+        outputs = merge(params, frozen)(images)
+        return outputs["final"].sum() + outputs["bootstrap"].sum()
+
     found = flops.total(flops.pgpsam(config, "lora", training=True)).training
-    own = live_products(jax.jit(with_gradients(both)).trace(params, frozen, images))
+    own = live_products(jax.jit(with_gradients(both)).trace(*arguments))
     assert found == pytest.approx(own, rel=0.005)

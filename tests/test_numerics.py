@@ -13,6 +13,7 @@ import pytest
 from jax.extend import core
 
 from pgpsam_jax import build, sharding
+from pgpsam_jax import step as steps
 from pgpsam_jax.config import default_config
 from pgpsam_jax.models.attention import attention
 from pgpsam_jax.models.ppr import select_inter
@@ -62,12 +63,41 @@ def narrow(jaxpr):
     return sorted(found)
 
 
-def traced_step(preset):
+def configuration(preset):
     config = default_config()
     config.model.preset, config.model.compute_dtype = preset, "bfloat16"
     config.model.encoder, config.model.image_size, config.model.patch_size = micro.NAME, SIZE, 8
     config.model.stage_taps = (1,)  # every stage has the same parts
     config.train.batch_size = BATCH
+    return config
+
+
+@pytest.mark.parametrize("preset", ["paper", "release"])
+def test_softmaxes_norms_and_losses_are_float32(preset):
+    """Of the forward pass and the loss: the backward pass has the types of the forward one, but
+    where its rules are our own, those of attention, which are below."""
+    config = configuration(preset)
+    graphdef, params, frozen = build.abstract_model(config, CLASSES)
+    step = build.step_config(config)
+    jaxpr = jax.make_jaxpr(lambda *arrays: steps.loss_of(graphdef, *arrays, 0, step))(
+        params,
+        frozen,
+        jax.ShapeDtypeStruct((BATCH, SIZE, SIZE), jnp.float32),
+        jax.ShapeDtypeStruct((BATCH, SIZE, SIZE), jnp.uint8),
+    ).jaxpr
+    assert narrow(jaxpr) == []
+    seen = list(equations(jaxpr))
+    half = [e.primitive.name for e in seen if is_half(e.invars)]
+    assert half.count("dot_general") > 100 and {"erfc", "logistic"} <= set(half)
+    assert sum(e.primitive.name == "exp" for e in seen) > 10
+    assert {v.aval.dtype for v in jaxpr.outvars} == {jnp.dtype("float32")}
+    state = params, frozen, jax.eval_shape(build.optimizer_of(config, 4).init, params)
+    floats = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert set(floats) == {jnp.dtype("float32")}  # parameters and moments
+
+
+def traced_step(preset):
+    config = configuration(preset)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model = sharding.over_mesh(build.abstract_model, mesh)(config, CLASSES)
     lanes = sharding.batch_sharding(mesh)
@@ -79,6 +109,7 @@ def traced_step(preset):
     return step.run.trace(step.state, step.frozen, step.batch), step.state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "release"])
 def test_softmaxes_norms_and_losses_of_the_step_are_float32(preset):
     traced, state = traced_step(preset)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import micro
 import numpy as np
 import pytest
 from flax import nnx
@@ -49,7 +50,8 @@ def test_of_a_slice_without_organs_all_is_asked_for():
 
 def test_it_is_trained_on_the_colors_that_its_files_name(tmp_path):
     """As the methods that prompt it show it a slice: the same masks for the same boxes."""
-    config = pretrain.sam_config(SIZE)
+    colors = pretrain.sam_config(SIZE).encoder.colors
+    config = SamConfig.preset(micro.NAME, SIZE, 8, colors=colors)
     model = Sam(config, rngs=nnx.Rngs(0))
     labels = np.zeros((1, SIZE, SIZE), np.int32)
     labels[0, 4:20, 6:25] = 1
@@ -66,11 +68,11 @@ def test_it_is_trained_on_the_colors_that_its_files_name(tmp_path):
     got, wanted = masks(model, prompted)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
     pretrain.store(model, tmp_path / "small")
-    assert config.encoder.colors == colors_of_base(tmp_path / "small") == "normalized"
+    assert colors == colors_of_base(tmp_path / "small") == "normalized"
 
 
 def test_its_files_are_a_base(tmp_path, capsys):
-    model = Sam(SamConfig.preset("vit_t", SIZE, 8), rngs=nnx.Rngs(0))
+    model = Sam(SamConfig.preset(micro.NAME, SIZE, 8), rngs=nnx.Rngs(0))
     pretrain.store(model, tmp_path / "new" / "small")
     base = load_base(tmp_path / "new" / "small")
     leaves = flat_paths(nnx.state(model))
