@@ -1,16 +1,21 @@
 """Knock-outs: what each edit silences, that only it is edited, and the table of a run."""
 
 import csv
+import functools
 import re
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from method_runs import CLASSES, small_config
 from ready_run import ready_run
-from small_run import write_data
+from small_pgpsam import build as build_small
+from small_pgpsam import inputs_for, small
+from small_run import config_for, write_data
 
-import pgpsam_jax
 from experiments import knockout
 from pgpsam_jax import build, recipes
 from pgpsam_jax import config as configuration
@@ -18,72 +23,110 @@ from pgpsam_jax.evaluation.report import read_cases
 from pgpsam_jax.parameters import flat_paths
 
 PARTS = knockout.PARTS["pgpsam"]
+CONFIG = small(stage_taps=(1,))
 ENCODER = "model.train_encoder"
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    root = write_data(tmp_path_factory.mktemp("data"))
-    return ready_run(root, tmp_path_factory.mktemp("runs"))
+@functools.cache
+def small_model():
+    """(graphdef, parameters) of a model with random ones, on drawn outputs of an image encoder."""
+    return nnx.split(build_small(CONFIG)[0])
 
 
-@pytest.fixture(scope="module")
-def run(workdir):
-    return pgpsam_jax.load_run(workdir)
+@functools.cache
+def passes_of():
+    graphdef, _ = small_model()
+    return jax.jit(lambda params, inputs: nnx.merge(graphdef, params).passes(inputs))
 
 
-passes_of = jax.jit(lambda model, images: model.passes(images))
-
-
-def passes(run, part):
+def passes(part):
     """The decoder passes of one image with a part off."""
-    params = run.predictor.params
+    graphdef, params = small_model()
     if part is not None:
         params = knockout.silenced(params, PARTS[part])
-    model = run.predictor.with_params(params).model
-    images = np.random.default_rng(0).uniform(size=(1, 32, 32, 3)).astype(np.float32)
-    return model, passes_of(model, images)
+    return nnx.merge(graphdef, params), passes_of()(params, inputs_for(CONFIG, batch=1))
 
 
-def test_each_edit_silences_its_part(run):
-    _, whole = passes(run, None)
-    model, _ = passes(run, "CFM gates (Eq 1-2)")
+def test_each_edit_silences_its_part():
+    _, whole = passes(None)
+    model, _ = passes("CFM gates (Eq 1-2)")
     feature = np.random.default_rng(1).normal(size=(1, 4, 4, 32)).astype(np.float32)
-    assert not model.cfm[0].spatial(feature).any() and not model.cfm[1].channel(feature).any()
-    _, off = passes(run, "dense prompts (Eq 6)")
-    assert whole[1].dense.any() and not any(one.dense.any() for one in off)
+    gates = jax.jit(lambda cfm, x: (cfm.spatial(x), cfm.channel(x)))(model.cfm[0], feature)
+    assert not any(np.any(gate) for gate in gates)
+    model, off = passes("dense prompts (Eq 6)")
+    for generator, one in zip(model.ppg, off, strict=True):  # SAM's embedding, at every place
+        bias = generator.dense.mlp.lin2.bias[...]
+        np.testing.assert_array_equal(one.dense, np.broadcast_to(bias, one.dense.shape))
+    assert np.ptp(whole[1].dense, axis=(1, 2)).any()
     assert np.array_equal(off[0].sparse, whole[0].sparse)
-    _, off = passes(run, "sparse prompts (Eq 7)")
+    _, off = passes("sparse prompts (Eq 7)")
     assert whole[1].sparse.any() and not any(one.sparse.any() for one in off)
-    _, off = passes(run, "PPR (Eq 5)")
+    _, off = passes("PPR (Eq 5)")
     assert not np.array_equal(whole[-1].intra, whole[0].intra)
     assert np.array_equal(off[-1].intra, off[0].intra)
     assert np.array_equal(off[-1].inter, off[0].inter)
 
 
-def test_half_of_eq_5_is_the_other_half(run):
+def test_half_of_eq_5_is_the_other_half():
     """The first stage's update is the sum of those with one attention off."""
     update = {
         part: np.asarray(found[1].intra) - np.asarray(found[0].intra)
         for part, (_, found) in {
-            None: passes(run, None),
-            "W_c": passes(run, "class attention W_c (Eq 4)"),
-            "W_q": passes(run, "query attention W_q (Eq 5)"),
+            None: passes(None),
+            "W_c": passes("class attention W_c (Eq 4)"),
+            "W_q": passes("query attention W_q (Eq 5)"),
         }.items()
     }
     np.testing.assert_allclose(update["W_c"] + update["W_q"], update[None], atol=2e-5)
 
 
-def test_the_original_weights_are_not_touched(run):
-    before = {k: np.asarray(v[...]) for k, v in flat_paths(run.predictor.params).items()}
+def test_the_original_weights_are_not_touched():
+    _, params = small_model()
+    before = {k: np.asarray(v[...]) for k, v in flat_paths(params).items()}
     for edits in PARTS.values():
-        knockout.silenced(run.predictor.params, edits)
-    after = flat_paths(run.predictor.params)
+        knockout.silenced(params, edits)
+    after = flat_paths(params)
     assert all(np.array_equal(value, after[key][...]) for key, value in before.items())
-    assert knockout.silenced(run.predictor.params, {"no/such/leaf": 0.0}) is None
+    assert knockout.silenced(params, {"no/such/leaf": 0.0}) is None
 
 
-def test_table_of_a_run(workdir, tmp_path, capsys):
+class OneBias:
+    """In the place of a predictor: finds an organ everywhere, unless its part was silenced."""
+
+    def __init__(self, params):
+        self.params = params
+
+    def with_params(self, params):
+        return OneBias(params)
+
+    def __call__(self, volume):
+        (leaf,) = self.params.values()
+        return np.full(volume.array.shape, int(leaf[...] > 0), np.uint8)
+
+
+def test_rows_of_a_run(tmp_path, monkeypatch):
+    """Every part that the run has, every class; the whole model first, as it is."""
+    root, config = write_data(tmp_path), config_for(tmp_path, data__axis="axial")
+    run = types.SimpleNamespace(
+        config=config, predictor=OneBias(nnx.State({"a": nnx.Param(jnp.ones(()))}))
+    )
+    monkeypatch.setattr(knockout, "load_run", lambda workdir: run)
+    monkeypatch.setitem(knockout.PARTS, "pgpsam", {"a": {"a": 0.0}, "b": {"b": 0.0}})
+    rows = knockout.knock_out(root)
+    dices = {(row["part"], row["class"]): row["dice"] for row in rows}
+    assert list(dices) == [(p, c) for p in (knockout.WHOLE, "a") for c in ("liver", "spleen")]
+    assert dices["nothing", "liver"] > 0 == dices["a", "liver"] == dices["nothing", "spleen"]
+    lines = knockout.summary(rows).splitlines()
+    found = 50 * dices["nothing", "liver"]
+    assert lines[2:] == [
+        f"| nothing | 1 | {found:.2f} | +0.00 | +0.00 to +0.00 |",
+        f"| a | 1 | 0.00 | {-found:+.2f} | {-found:+.2f} to {-found:+.2f} |",
+    ]
+
+
+@pytest.mark.slow
+def test_table_of_a_run(tmp_path, capsys):
+    workdir = ready_run(write_data(tmp_path / "data"), tmp_path / "run")
     knockout.main([str(workdir), "--output", str(tmp_path / "out.csv")])
     lines = capsys.readouterr().out.strip().splitlines()
     parts = [part for part in PARTS if "(release)" not in part and "LoRA" not in part]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_method
 from flax import nnx
 from ready_run import ready_run
 from small_pgpsam import build, inputs_for, small
@@ -16,14 +17,14 @@ from small_run import write_data
 from pgpsam_jax import runs
 from pgpsam_jax.data.geometry import Fit
 from pgpsam_jax.models.pgpsam import Pass
-from pgpsam_jax.models.ppr import select_inter
+from pgpsam_jax.models.ppr import PrototypeRefinement, select_inter
 from pgpsam_jax.report import prototype_charts, prototype_data, prototypes, style
 from pgpsam_jax.report.series import write_rows
 
 SWITCHES = {
-    "all": dict(alpha=3, k=5),
-    "no ppr": dict(ppr=False),
-    "no ppg": dict(ppr=False, ppg=False),
+    "all": dict(alpha=3, k=5, stage_taps=(1,)),
+    "no ppr": dict(ppr=False, stage_taps=(1, 0)),
+    "no ppg": dict(ppr=False, ppg=False, stage_taps=(1,)),
 }
 
 
@@ -202,18 +203,66 @@ class Nothing:
 
 @pytest.fixture(scope="module")
 def workdir(root, tmp_path_factory):
-    return ready_run(
-        root, tmp_path_factory.mktemp("run"), predictor=Nothing(), model__alpha=2, model__k=2
-    )
+    """Of a method that has no prototypes: what is made with it comes before those, or is drawn."""
+    with tiny_method.known():
+        yield ready_run(
+            root, tmp_path_factory.mktemp("run"), predictor=Nothing(), model__name=tiny_method.NAME
+        )
+
+
+class Prototypes:
+    """In the place of a trained model with 3 classes, alpha = k = 2 and one stage."""
+
+    def __init__(self):
+        sizes = dict(mix_start=0.5, norm=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        self.ppr = [PrototypeRefinement(8, 3, 2, (4, 4), **sizes)]
+
+    def passes(self, volume, slices):
+        """As `TrainedRun.passes`, of which it takes the place, too."""
+        rng, n = np.random.default_rng(0), len(slices)
+        shapes = dict(intra=(3, 8), inter=(6, 8), sparse=(3, 8))
+        shapes |= dict(dense=(4, 4, 8), feature=(4, 4, 8), class_feature=(4, 4, 3))
+        shapes |= dict(logits=(16, 16, 3), class_weights=(9, 16), query_weights=(9, 16))
+        first = {name: rng.random((n, *shape)) for name, shape in shapes.items()}
+        for name in ("class_weights", "query_weights"):
+            first[name] /= first[name].sum(-1, keepdims=True)
+        second = first | {"picks": np.tile([0, 5], (n, 3, 1))}
+        none = dict.fromkeys(("picks", "class_weights", "query_weights"))
+        return [Pass(**first | none), Pass(**second)]
 
 
 CHARTS = ("shares", "similarity", "picks", "mixing")
 RASTER = {"dense": "dense", "class_attention": "attention", "query_attention": "attention"}
 
 
+def pixels_only(figure, target, kind, dpi):
+    """In the place of `style._save`: vectors, which take most of the time, are left out."""
+    if kind == "png":
+        figure.savefig(target, format=kind, dpi=20)
+    elif hasattr(target, "write"):
+        target.write(b"<svg/>")
+    else:
+        target.write_bytes(b"%PDF")
+
+
 def test_pictures_of_a_run(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "_save", pixels_only)
+    model = Prototypes()
+    monkeypatch.setattr("pgpsam_jax.trained.TrainedRun.model", model)
+    monkeypatch.setattr("pgpsam_jax.trained.TrainedRun.passes", lambda _, *of: model.passes(*of))
+    check_pictures(workdir, tmp_path)
+
+
+@pytest.mark.slow
+def test_pictures_of_a_trained_model(root, tmp_path, monkeypatch):
     for dots in ("_FILE_DPI", "_PAGE_DPI"):  # most of the time goes into them
         monkeypatch.setattr(style, dots, 20)
+    settings = dict(model__alpha=2, model__k=2, model__stage_taps=(1,))
+    workdir = ready_run(root, tmp_path / "run", predictor=Nothing(), **settings)
+    check_pictures(workdir, tmp_path)
+
+
+def check_pictures(workdir, tmp_path):
     pictures = prototypes.prototype_pictures(runs.read_run(workdir), tmp_path)
     by_stem = {p.stem.removeprefix("prototype_"): p for p in pictures}
     assert list(by_stem) == [*RASTER, *CHARTS]
@@ -225,17 +274,17 @@ def test_pictures_of_a_run(workdir, tmp_path, monkeypatch):
     tables = {path.stem for path in tmp_path.glob("*.csv")}
     assert tables == {f"prototype_{name}" for name in ("dense", "attention", "prompts", *CHARTS)}
     mixing = prototypes.read_table(tmp_path / "prototype_mixing.csv")
-    assert mixing["alpha"].tolist() == mixing["beta"].tolist() == [0.5, 0.5]  # never trained
+    assert mixing["alpha"].tolist() == mixing["beta"].tolist() == [0.5]  # never trained
     attention = prototypes.read_table(tmp_path / "prototype_attention.csv")
     total = sum(attention[f"c{i}"].sum() for i in range(4))
-    assert total == pytest.approx(2 * 2 * 3, rel=1e-2)  # maps of 2 stages, 3 classes sum to one
+    assert total == pytest.approx(2 * 3, rel=1e-2)  # both maps of 3 classes sum to one
 
 
 @pytest.mark.parametrize("missing", ["checkpoint", "data", "evaluation"])
 def test_what_is_missing_is_said(missing, workdir, root, tmp_path, capsys):
     run = runs.read_run(workdir)
     if missing == "checkpoint":
-        for name in ("config.json", "labels.json", "base.json", "frozen.safetensors"):
+        for name in ("config.json", "labels.json", "base.json"):
             (tmp_path / name).write_bytes((workdir / name).read_bytes())
         run = runs.dataclasses.replace(run, workdir=tmp_path)
     elif missing == "data":
@@ -248,11 +297,6 @@ def test_what_is_missing_is_said(missing, workdir, root, tmp_path, capsys):
     assert not (tmp_path / "figures").exists()
 
 
-def test_a_method_without_prototypes_has_no_pictures(workdir, tmp_path, capsys, monkeypatch):
-    class Other(nnx.Module):
-        def __call__(self, images):
-            return {"final": jnp.zeros((1, 8, 8, 3))}
-
-    monkeypatch.setattr("pgpsam_jax.trained.TrainedRun.model", Other())
+def test_a_method_without_prototypes_has_no_pictures(workdir, tmp_path, capsys):
     assert prototypes.prototype_pictures(runs.read_run(workdir), tmp_path) == []
     assert "no decoder passes" in capsys.readouterr().out
