@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import jax.numpy as jnp
 import nibabel as nib
@@ -12,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from orbax.checkpoint import v1 as ocp
 from places import REPOSITORY
 from release_state import RANK, SMALL, VIT_B, release_shapes, release_state
 from safetensors.numpy import load_file, save_file
 from sam_official import assert_equal, save_pth
 from small_run import config_for, write_data
 
-from pgpsam_jax import backbone, build, train
+from pgpsam_jax import build, train
 from pgpsam_jax import config as configuration
 from pgpsam_jax.data.dataset import label_table
 from pgpsam_jax.data.labels import load_label_table
@@ -133,6 +133,7 @@ def evaluated(workdir, tmp_path):
     return shutil.copytree(workdir, tmp_path / "run")
 
 
+@pytest.mark.slow  # the way back loads it, too
 def test_a_converted_workdir_is_ready_to_be_evaluated(evaluated, state, monkeypatch):
     """All that goes before the compiled program, with the weights that it gets."""
     given = []
@@ -170,19 +171,20 @@ def test_files_that_hold_the_state(kind, state, tmp_path):
     assert epoch == (12 if kind == "model" else None)
 
 
-def test_a_run_of_ours_goes_out(root, tmp_path, capsys):
-    """One that trained the whole encoder: without LoRA, and without what the release has idle."""
+def test_a_run_of_ours_goes_out(root, tmp_path, monkeypatch, capsys):
+    """One that trained the whole encoder: without LoRA, and without what the release has idle.
+
+    Loading it is loading any run.
+    """
     settings = config_for(root, **SETTINGS | {"model__train_encoder": "full"})
     table, workdir = label_table(settings), tmp_path / "full"
-    _, params, frozen = build.abstract_model(settings, table.num_classes)
+    graphdef, params, frozen = build.abstract_model(settings, table.num_classes)
     rng = np.random.default_rng(2)
     for leaf in (flat_paths(params) | flat_paths(frozen)).values():
         leaf.set_value(jnp.asarray(rng.random(leaf.shape, np.float32)))
-    write_json(workdir / "labels.json", table.to_json())
     configuration.store(settings, workdir)
-    backbone.settle_base(workdir, "", None, frozen)
-    with ocp.training.Checkpointer(workdir / "checkpoints") as checkpoints:
-        checkpoints.save_checkpointables(6, {"params": params})
+    run = types.SimpleNamespace(model=nnx.merge(graphdef, params, frozen))
+    monkeypatch.setattr(release, "load_run", {workdir: run}.get)
     program.main(arguments(workdir, tmp_path / "a.safetensors", "--reverse"))
     printed = capsys.readouterr().out
     assert "LoRA of rank 5 that adds zero" in printed

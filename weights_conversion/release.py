@@ -174,7 +174,7 @@ def _contradictions(fields: dict[str, tuple]) -> str:
 
 def _states(config: ConfigDict, table: LabelTable, ours: Tensors, source: Path):
     """(trained, frozen): the model's states, with the tensors in place."""
-    _, params, frozen, _ = build.init_model(config, table.num_classes)
+    _, params, frozen = build.abstract_model(config, table.num_classes)
     leaves = flat_paths(params) | flat_paths(frozen)
     shapes = ({path: a.shape for path, a in arrays.items()} for arrays in (leaves, ours))
     check_fit(*shapes, source)
