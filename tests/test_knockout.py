@@ -127,6 +127,7 @@ def test_rows_of_a_run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_table_of_a_run(tmp_path, capsys):
     workdir = ready_run(write_data(tmp_path / "data"), tmp_path / "run")
+    capsys.readouterr()  # what the evaluation said
     knockout.main([str(workdir), "--output", str(tmp_path / "out.csv")])
     lines = capsys.readouterr().out.strip().splitlines()
     parts = [part for part in PARTS if "(release)" not in part and "LoRA" not in part]
