@@ -37,6 +37,8 @@ def settings(request):
 
 
 start = functools.partial(start_any, folders=(KNOWING,))
+# For what is alike with any model, and costs processes of its own.
+tiny_alone = pytest.mark.parametrize("settings", ["tiny"], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +183,7 @@ def test_two_processes_evaluate_what_one_does(shared, tmp_path):
 
 
 @pytest.mark.slow
+@tiny_alone
 def test_two_processes_evaluate_a_run_again(shared, tmp_path):
     workdir, again = shared[0], tmp_path / "again"
     shutil.copytree(workdir, again, ignore=shutil.ignore_patterns("evaluation", "cache"))
@@ -201,6 +204,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(root, settings, shared, tm
 
 
 @pytest.mark.slow
+@tiny_alone
 def test_two_processes_go_on_from_a_checkpoint_of_one(root, alone, tmp_path):
     workdir = cut(alone, tmp_path / "cut")
     two(root, workdir)
@@ -208,6 +212,7 @@ def test_two_processes_go_on_from_a_checkpoint_of_one(root, alone, tmp_path):
 
 
 @pytest.mark.slow
+@tiny_alone
 def test_one_device_goes_on_from_a_checkpoint_of_eight(root, shared, tmp_path):
     workdir, mesh = cut(shared[0], tmp_path / "cut"), dict.fromkeys(MESH, 1)
     command = ["-m", "pgpsam_jax.main", *flags(root, workdir, mesh)]
@@ -217,6 +222,7 @@ def test_one_device_goes_on_from_a_checkpoint_of_eight(root, shared, tmp_path):
 
 
 @pytest.mark.slow
+@tiny_alone
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_training(root, tmp_path, killed):
     address = f"localhost:{free_port()}"
