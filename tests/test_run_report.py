@@ -45,6 +45,27 @@ def sparing():
         yield
 
 
+@pytest.fixture(scope="module")
+def rough():
+    """Figures of which the PNG alone is drawn: the pages of `scored` and `draw` have them whole."""
+    save, stub = style._save, {"pdf": b"%PDF", "svg": b"<svg/>"}
+
+    def save_png(figure, target, kind, dpi):
+        if kind == "png":
+            save(figure, target, kind, dpi)
+        elif hasattr(target, "write"):
+            target.write(stub[kind])
+        else:
+            target.write_bytes(stub[kind])
+
+    return save_png
+
+
+@pytest.fixture
+def sketched(rough, monkeypatch):
+    monkeypatch.setattr(style, "_save", rough)
+
+
 def write_scored(root, workdir, name="small", split="file"):
     """A run with predictions of cases b and c: b loses the spleen, c half of the liver in z = 5."""
     (root / "split.json").write_text(json.dumps({"train": ["a"], "test": ["b", "c"]}))
@@ -145,7 +166,7 @@ def test_scores_in_charts_are_those_of_the_cases(scored):
     assert found == want and found["b", "spleen"] == 0.0
 
 
-def test_only_scored_slices_are_shown_within_a_volume(tmp_path):
+def test_only_scored_slices_are_shown_within_a_volume(tmp_path, sketched):
     """Slices that were trained on are no failures of the test."""
     workdir = write_scored(write_data(tmp_path / "d"), tmp_path / "r", split="within_volume")
     entries = tuple((case, z) for case in "bc" for z in range(10) if z != 5)
@@ -174,9 +195,11 @@ def half_finished(folder):
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory):
+def half(tmp_path_factory, rough):
     folder = half_finished(tmp_path_factory.mktemp("grid"))
-    write_report(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "_save", rough)
+        write_report(folder)
     return folder
 
 
@@ -212,7 +235,7 @@ def test_charts_of_a_grid(half):
         assert float(row["difference"]) == pytest.approx(want, abs=1e-12)
 
 
-def test_page_of_a_run_that_recorded_its_cost(tmp_path):
+def test_page_of_a_run_that_recorded_its_cost(tmp_path, sketched):
     workdir = write_run(tmp_path / "r", None, cost=cost_record(0.625))
     page = check_self_contained(write_report(workdir))
     assert "Cost Parameters, operations, time and memory" in page.words
@@ -228,7 +251,7 @@ def priced(folder, costs):
     return write_grid(folder, rows, (0, 1), scores=scores, costs=costs)
 
 
-def test_cost_of_a_grid(tmp_path, monkeypatch):
+def test_cost_of_a_grid(tmp_path, monkeypatch, sketched):
     """A section with its table, apart from the results, and a chart of what differs."""
     for other in ("comparison", "distribution", "training", "timing"):
         monkeypatch.setattr(charts, f"{other}_charts", lambda *_: [])
@@ -258,7 +281,7 @@ def test_rows_of_one_cost_have_no_chart(tmp_path):
         assert cost_charts(groups_of(read_grid(folder)), tmp_path) == []
 
 
-def test_nothing_finished_yet(tmp_path):
+def test_nothing_finished_yet(tmp_path, sketched):
     """A planned grid, a run without scores, and one that has only just begun."""
     rows = {"a": {}, "b": {"model.k": 2}}
     states = {(row, 0): "pending" for row in rows}
@@ -291,7 +314,7 @@ def test_prototype_pictures_are_shown(tmp_path, monkeypatch):
     assert asked == [workdir] and "Attention <i>" in page.words
 
 
-def test_program(tmp_path, capsys, monkeypatch):
+def test_program(tmp_path, capsys, monkeypatch, sketched):
     monkeypatch.setattr(charts, "training_charts", lambda *_: [])  # others draw them
     workdir = write_run(tmp_path / "r", None)
     program.main([str(workdir)])
@@ -348,7 +371,7 @@ def test_draw_keeps_its_promises(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
-def test_what_others_put_beside_the_report_stays(tmp_path, monkeypatch):
+def test_what_others_put_beside_the_report_stays(tmp_path, monkeypatch, sketched):
     monkeypatch.setattr(charts, "training_charts", lambda *_: [])  # one of the charts will do
     workdir = write_run(tmp_path / "r", None)
     page = write_report(workdir)
