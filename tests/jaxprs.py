@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from jax.extend.core import jaxprs_in_params
+import jax
+from jax.extend.core import Literal, jaxprs_in_params
+
+from pgpsam_jax.parameters import flat_paths
 
 
 def equations(jaxpr):
@@ -25,3 +28,14 @@ def own_gradients(jaxpr) -> set[tuple[str, str, str]]:
             if not theirs & {"softmax", "_softmax", "logsumexp"}:  # of the largest score
                 found.add((name, Path(ours.file_name).name, ours.function_name))
     return found
+
+
+def constants(function, *arguments) -> set[str]:
+    """Paths of the outputs that depend on no argument, as what stops a gradient leaves zeros."""
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    known = set(traced.jaxpr.invars)
+    for equation in traced.jaxpr.eqns:
+        if any(not isinstance(x, Literal) and x in known for x in equation.invars):
+            known.update(equation.outvars)
+    outputs = zip(flat_paths(shapes), traced.jaxpr.outvars, strict=True)
+    return {name for name, value in outputs if isinstance(value, Literal) or value not in known}

@@ -12,6 +12,7 @@ import equations_numpy as eq
 import hsam_numpy
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 from flax import nnx
@@ -62,24 +63,45 @@ def features():
 
 
 @functools.cache
-def run(mask_gate, depth):
-    """Both outputs of the random model, and what it predicts by them."""
+def keys():
+    return jax.random.split(jax.random.key(7), BATCH)
 
-    @jax.jit
-    def outputs(model, features):
+
+@jax.jit
+def outputs(model, features, keys=None):
+    """Both outputs, what is predicted by them, and the class feature that a gate is made of.
+
+    With keys, the outputs with draws, too: one program for all.
+    """
+    seen, enhance = [], hsam.SecondDecoder.enhance
+
+    def seeing(self, source, class_feature):
+        seen.append(class_feature)
+        return enhance(self, source, class_feature)
+
+    with mock.patch.object(hsam.SecondDecoder, "enhance", seeing):
         found = model(features)
-        with mock.patch.object(hsam.Hsam, "__call__", lambda *_: found):  # traced already
-            return found | {"predict": model.predict(features)}
+    with mock.patch.object(hsam.Hsam, "__call__", lambda *_: found):  # traced already
+        more = {"predict": model.predict(features), "class feature": seen[0]}
+    return found | more | ({} if keys is None else {"drawn": model(features, keys)})
 
-    return outputs(random_model(mask_gate, depth=depth)[0], features())
+
+@functools.cache
+def run(mask_gate, depth):
+    """All of that, of the random model."""
+    drawn = keys() if (mask_gate, depth) == ("released", 1) else None
+    return outputs(random_model(mask_gate, depth=depth)[0], features(), drawn)
 
 
 def transcribed(p, sample, over="channel", depth=2):
-    """Both outputs of one sample by numpy."""
+    """Both outputs of one sample by numpy, and the class feature."""
     pe = decoder_numpy.fourier_positions(p["prompt_encoder.pe_layer.gaussian_matrix"], (4, 8))
     feature, dense = features()[sample].astype(np.float64), p["prompt_encoder.no_mask_embed"]
-    both = hsam_numpy.forward(feature, dense, pe, p, depth=depth, heads=8, over=over)
-    return dict(zip(("bootstrap", "final"), both, strict=True))
+    look = mock.patch.object(hsam_numpy, "where_to_look", wraps=hsam_numpy.where_to_look)
+    with look as looked:
+        both = hsam_numpy.forward(feature, dense, pe, p, depth=depth, heads=8, over=over)
+    class_feature = looked.call_args.args[0].T.reshape(4, 8, -1)
+    return dict(zip(("bootstrap", "final"), both, strict=True)), class_feature
 
 
 def relative(got, expected) -> float:
@@ -138,7 +160,7 @@ def test_parameters_are_those_of_the_original():
     ("mask_gate", "over", "depth"),
     [
         ("released", "channel", 1),
-        ("intended", "space", 1),
+        pytest.param("intended", "space", 1, marks=pytest.mark.slow),
         pytest.param("intended", "space", 2, marks=pytest.mark.slow),
         pytest.param("released", "channel", 2, marks=pytest.mark.slow),
     ],
@@ -149,12 +171,27 @@ def test_outputs_are_those_of_the_transcription(mask_gate, over, depth):
     assert found["bootstrap"].shape == (BATCH, 16, 32, CLASSES)
     assert found["final"].shape == (BATCH, 64, 128, CLASSES)
     for b in range(BATCH):
-        wanted = transcribed(p, b, over, depth)
+        wanted, class_feature = transcribed(p, b, over, depth)
+        assert relative(found["class feature"][b], class_feature) < 2e-6
         for name, value in wanted.items():
             assert relative(found[name][b], value) < 2e-6, name  # measured 3.3e-7
         resized = [resize(np.moveaxis(value, -1, 0), *SIZE) for value in wanted.values()]
         mean = np.moveaxis(sum(resized) / 2, 0, -1)
         assert relative(found["predict"][b], mean) < 1e-5
+
+
+def test_the_intended_gate_is_that_of_the_transcription():
+    """Of one map per class, in place of what the first decoder makes, which the other test has."""
+    model, p = random_model("released", depth=1)  # which has the same weights
+    maps = np.random.default_rng(4).normal(size=(BATCH, 4, 8, CLASSES)).astype(np.float32)
+    with mock.patch.object(model.second, "mask_gate", "intended"):
+        found = jax.jit(hsam.SecondDecoder.enhance)(model.second, features(), maps)
+    weights = eq.sub(p, "second.mask_attention")
+    for b in range(BATCH):
+        look = hsam_numpy.where_to_look(maps[b].reshape(32, -1).T, weights, 8, "space")
+        assert look.std() > 0.1 * look.mean()  # it does look somewhere
+        wanted = features()[b] * (1 + look.reshape(4, 8, 1))
+        assert relative(found[b], wanted) < 2e-6
 
 
 @pytest.mark.slow
@@ -168,7 +205,7 @@ def test_the_gates_differ_in_the_second_decoder_only():
 def test_bfloat16_computes_close_to_the_transcription_and_returns_float32():
     model, p = random_model("intended", jnp.bfloat16, 1)
     half = jax.jit(lambda model, features: model(features))(model, features())
-    for name, value in transcribed(p, 0, "space", 1).items():
+    for name, value in transcribed(p, 0, "space", 1)[0].items():
         assert half[name].dtype == np.float32
         assert relative(half[name][0], value) < 0.05, name  # measured 0.011
 
@@ -176,39 +213,34 @@ def test_bfloat16_computes_close_to_the_transcription_and_returns_float32():
 # Training.
 
 
-@functools.cache
-def keys():
-    return jax.random.split(jax.random.key(7), BATCH)
-
-
-@functools.cache
-def differentiate(mask_gate):
-    """Compiled (model, features, keys) -> (gradient of the loss to its parameters, outputs)."""
+def slopes(model, features, keys):
+    """Gradient of the loss to the model's parameters."""
     labels = np.random.default_rng(6).integers(0, CLASSES, (BATCH, *SIZE))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
-    @jax.jit
-    def run(model, features, keys):
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    def objective(params):
+        outputs = nnx.merge(graphdef, params, rest)(features, keys)
+        return losses.deep_supervision(outputs, labels, 0, StepConfig(AugmentConfig()))[0]
 
-        def objective(params):
-            outputs = nnx.merge(graphdef, params, rest)(features, keys)
-            loss = losses.deep_supervision(outputs, labels, 0, StepConfig(AugmentConfig()))[0]
-            return loss, outputs
-
-        return jax.grad(objective, has_aux=True)(params)
-
-    return run
+    return jax.grad(objective)(params)
 
 
-@pytest.mark.parametrize(
-    "mask_gate", ["released", pytest.param("intended", marks=pytest.mark.slow)]
-)
+def test_which_parameters_have_a_derivative():
+    """As traced, with nothing compiled: as below, and the released form has none of its gate."""
+    model, _ = random_model("released", depth=1)
+    none = jaxprs.constants(slopes, model, features(), keys())
+    names = set(flat_paths(nnx.state(model, nnx.Param)))
+    assert none == {name for name in names if re.search(f"{IDLE}|{GATE}", name)} < names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask_gate", ["released", "intended"])
 def test_which_parameters_receive_a_gradient(mask_gate):
     """All but the idle ones, and the mask attention of the released form: those get exactly none.
 
     Biases of keys add one number to all scores of a softmax: zero, up to rounding.
     """
-    gradient, _ = differentiate(mask_gate)(create(mask_gate, depth=1), features(), keys())
+    gradient = jax.jit(slopes)(create(mask_gate, depth=1), features(), keys())
     sizes = {n: float(np.linalg.norm(leaf[...])) for n, leaf in flat_paths(gradient).items()}
     idle = f"{IDLE}|{GATE}" if mask_gate == "released" else IDLE
     keys_only = {n for n in sizes if n.endswith("k_proj/bias") and not re.search(idle, n)}
@@ -220,7 +252,7 @@ def test_which_parameters_receive_a_gradient(mask_gate):
 
 def test_the_mask_attention_passes_gradients_on():
     """To all of it and to what it looks at; the intended gate has them, as a whole model shows."""
-    attention = random_model("intended", depth=1)[0].second.mask_attention
+    attention = random_model("released", depth=1)[0].second.mask_attention
     graphdef, state = nnx.split(attention)
 
     def loss(state, given):
@@ -236,11 +268,10 @@ def test_the_mask_attention_passes_gradients_on():
 def test_draws_are_of_the_second_decoder_and_of_each_sample():
     """The first output is the one without draws; a sample's draws move with its key."""
     model, p = random_model("released", depth=1)
-    compiled = differentiate("released")
-    drawn = compiled(model, features(), keys())[1]
-    swapped = compiled(model, features()[::-1], keys()[::-1])[1]
+    drawn = run("released", 1)["drawn"]
+    swapped = outputs(model, features()[::-1], keys()[::-1])["drawn"]
     for b in range(BATCH):
-        undrawn = transcribed(p, b, depth=1)
+        undrawn, _ = transcribed(p, b, depth=1)
         assert relative(drawn["bootstrap"][b], undrawn["bootstrap"]) < 2e-6
         assert relative(drawn["final"][b], undrawn["final"]) > 0.05
     np.testing.assert_allclose(swapped["final"][::-1], drawn["final"], rtol=1e-4, atol=1e-4)
