@@ -1,7 +1,8 @@
 """A few training steps in a process of their own, and a hash of all that came out of them.
 
 python few_steps.py [--of HOST:PORT,COUNT,PROCESS,FOLDER] [FIELD=VALUE ...]: settings of the model
-as `remat='blocks'`; as one of several processes, whose last state goes to a folder.
+as `remat='blocks'`, of other sections as `train__steps=3`; as one of several processes, whose last
+state goes to a folder.
 """
 
 import ast
@@ -27,7 +28,8 @@ SLICES, CLASSES, STEPS = 9, 3, 3
 
 def trained(settings: dict, sizes: dict | None = None):
     """(graphdef, state after the last step, loader, metrics of every step), on a mesh."""
-    config = config_for(Path(), **{f"model__{k}": v for k, v in settings.items()})
+    named = {k if "__" in k else f"model__{k}": v for k, v in settings.items()}
+    config = config_for(Path(), **named)
     rng, size = np.random.default_rng(0), config.model.image_size
     labels = rng.integers(0, CLASSES, (SLICES, 4, 4)).repeat(size // 4, 1).repeat(size // 4, 2)
     images = (labels / CLASSES + 0.1 * rng.random(labels.shape)).astype(np.float16)

@@ -133,13 +133,14 @@ def start_quickly():
 def test_steps_of_two_processes_are_those_of_one(start_quickly, tmp_path):
     """And one process reads what both have saved."""
     address = f"localhost:{free_port()}"
-    script = REPOSITORY / "tests" / "few_steps.py"
+    script, settings = REPOSITORY / "tests" / "few_steps.py", {"name": tiny_method.NAME} | NOISE
+    fields = [f"{name}={value!r}" for name, value in settings.items()]
     processes = [
-        start_quickly(script, "--of", f"{address},2,{i},{tmp_path}", "name='tiny'", devices=4)
+        start_quickly(script, "--of", f"{address},2,{i},{tmp_path}", *fields, devices=4)
         for i in (0, 1)
     ]
     with tiny_method.known(), tiny_method.spread():
-        _, state, loader, alone = few_steps.trained({"name": tiny_method.NAME}, MESH)
+        _, state, loader, alone = few_steps.trained(settings, MESH)
     ended = ends(*processes)
     assert [code for code, *_ in ended] == [0, 0], ended
     for _, out, _ in ended:
