@@ -26,6 +26,7 @@ from pgpsam_jax.step import to_input
 from weights_conversion import sam as conversion
 
 CLASSES, SIZE = 9, 64
+ALL = {"stage_taps": ()}  # what is said of logits holds after all stages; elsewhere there is one
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def configuration(base, name, preset="paper", **settings):
     made = config.default_config()
     config.use_small_encoder(made)
     recipes.use(made, name)
-    made.model.encoder = micro.NAME
+    made.model.encoder, made.model.stage_taps = micro.NAME, (1,)
     made.model.update(base=base, preset=preset, image_size=SIZE, train_encoder="lora", **settings)
     return made
 
@@ -70,7 +71,7 @@ def samed(base):
 answer = jax.jit(lambda model, images: model(images)["final"])
 passes_of = jax.jit(lambda model, images: model.passes(images))
 # Of every method with the same colors: one program.
-encoded = jax.jit(lambda encoder, images: encoder(images, (1, 1)))
+encoded = jax.jit(lambda encoder, images: encoder(images, (1,)))
 
 
 def outputs_of(model, images):
@@ -104,7 +105,7 @@ def plain(samed, images):
 
 @pytest.mark.slow  # its parts are below: features near the neck, prompts that say nothing
 def test_pgp_sam_starts_where_samed_does(base, samed, images, plain):
-    found = outputs_of(like(model_of(base, "pgpsam", start="sam"), samed), images)
+    found = outputs_of(like(model_of(base, "pgpsam", start="sam", **ALL), samed), images)
     assert distance(found["final"], plain) <= 0.25
     # 0.100; with `vit_t` 0.116, of which 0.103 is there at start_scale=0 already: one token more
     # per class takes part in the decoder's attention even when it is zero.
@@ -115,7 +116,7 @@ def test_pgp_sam_starts_where_samed_does(base, samed, images, plain):
 @pytest.mark.slow  # the feature and the dense prompt that SAM's decoder gets then are below
 def test_with_nothing_added_it_is_samed(base, samed, images, plain):
     """To rounding: what remains is SAM's decoder on SAM's neck, with SAM's no-mask embedding."""
-    bare = model_of(base, "pgpsam", start_scale=0.0, ppg=False, ppr=False)
+    bare = model_of(base, "pgpsam", start_scale=0.0, ppg=False, ppr=False, **ALL)
     found = outputs_of(like(bare, samed), images)
     for logits in found.values():
         assert distance(logits, plain) <= 1e-5
@@ -123,7 +124,7 @@ def test_with_nothing_added_it_is_samed(base, samed, images, plain):
 
 @pytest.mark.slow
 def test_the_old_start_is_far_away_and_can_be_had(base, samed, images, plain):
-    found = outputs_of(like(model_of(base, "pgpsam", start="drawn"), samed), images)
+    found = outputs_of(like(model_of(base, "pgpsam", start="drawn", **ALL), samed), images)
     assert distance(found["final"], plain) >= 0.8
 
 
@@ -136,7 +137,7 @@ def test_dense_prompts_start_as_the_no_mask_embedding(base, images):
     feature, _ = encoded(paper.image_encoder, images)
     prototypes = (jnp.broadcast_to(p[...], (2, *p.shape)) for p in (paper.intra, paper.inter))
     prompts = generated([*paper.ppg], feature, *prototypes)
-    assert len(prompts) == 3
+    assert len(prompts) == 2
     for sparse, dense in prompts:
         np.testing.assert_array_equal(dense, np.broadcast_to(embed, dense.shape))
         assert 0 < float(jnp.abs(sparse).max()) < 0.3
@@ -175,7 +176,7 @@ def test_features_start_as_the_neck(base, images, preset, scale):
         neck, taps = encoded(model.image_encoder, images)
         return distance(features_of(model, neck, taps), scale * neck)
 
-    assert growth("sam") <= 0.35 and growth("drawn") >= 0.8
+    assert growth("sam") <= 0.25 and growth("drawn") >= 0.8
 
 
 def test_with_nothing_added_the_decoder_gets_what_samed_s_gets(base, images):
