@@ -46,7 +46,7 @@ def test_zero_probabilities_change_no_bit(dtype):
     np.testing.assert_array_equal(same_labels, labels)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_samples_that_draw_nothing_keep_every_bit(dtype):
     images, labels = batch(64)
     images = jnp.asarray(images, dtype)
@@ -87,7 +87,7 @@ def test_image_and_label_stay_aligned(config):
     assert (moved / (labelled.sum((1, 2)) + (label == 5).sum((1, 2)))).min() < 0.93
 
 
-@settings(max_examples=4, deadline=None)  # each cut compiles two programs
+@settings(max_examples=2, deadline=None)  # each cut compiles two programs
 @given(
     seed=st.integers(0, 2**31 - 1),
     step=st.integers(0, 10**6),
@@ -102,14 +102,17 @@ def test_keys_depend_on_seed_step_and_global_position_only(seed, step, cut):
     assert len(np.unique(np.concatenate([whole, later]), axis=0)) == 24
 
 
-@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
-@pytest.mark.parametrize(
+both_kinds = pytest.mark.parametrize(
     "config",
     [
         pytest.param(dataclasses.replace(ALL, noise_probability=0.5), id="all"),
         pytest.param(RELEASE, id="release", marks=pytest.mark.slow),
     ],
 )
+
+
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
+@both_kinds
 def test_result_does_not_depend_on_the_number_of_devices(devices, config):
     images, labels = batch()
     expected = run(keys(8), images, labels, config)
@@ -123,7 +126,7 @@ def test_result_does_not_depend_on_the_number_of_devices(devices, config):
     np.testing.assert_allclose(shards[0], expected[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [ALL, RELEASE], ids=["all", "release"])
+@both_kinds
 def test_sharded_augmentation_needs_no_communication(config):
     split = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
     arguments = jax.device_put((keys(8), *batch()), split)
