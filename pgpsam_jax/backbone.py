@@ -8,7 +8,7 @@ of a random backbone; leaves that no SAM gives) is written into the workdir once
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -96,4 +96,4 @@ def _load(path: Path, digest: str | None, leaves: dict) -> None:
     if {k: v.shape for k, v in arrays.items()} != {k: v.shape for k, v in leaves.items()}:
         raise UserError(f"{path} does not fit this workdir's model; restore it or train again")
     for name, leaf in leaves.items():
-        leaf.set_value(jnp.asarray(arrays[name]))
+        leaf.set_value(jax.device_put(arrays[name]))

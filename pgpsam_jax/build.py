@@ -14,7 +14,7 @@ from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import colors_of, key_of, method_of, name_of, start_of
 from pgpsam_jax.models.image_encoder import EncoderConfig, attention_report
-from pgpsam_jax.models.initial import NoDraws
+from pgpsam_jax.models.initial import Draws, NoDraws
 from pgpsam_jax.optim import OptimConfig, learning_rate_schedule, make_optimizer
 from pgpsam_jax.parameters import flat_paths, under
 from pgpsam_jax.step import StepConfig, split_model
@@ -52,7 +52,7 @@ def abstract_model(config: ConfigDict, num_classes: int):
 
 def init_model(config: ConfigDict, num_classes: int):
     """(graphdef, params, frozen, base digest or None): random, then the backbone's weights."""
-    model = make_model(config.model, num_classes, nnx.Rngs(config.seed))
+    model = make_model(config.model, num_classes, Draws(config.seed))
     graphdef, params, frozen = _split(model, config.model)
     digest = None
     if config.model.base:
@@ -98,7 +98,7 @@ def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> 
     }
     chosen = weights.select_base(tensors, shapes, taken, method.base_unused)
     for path, value in chosen.items():
-        leaves[path].set_value(jnp.asarray(value))
+        leaves[path].set_value(jax.device_put(value))
     return base.digest
 
 
@@ -124,7 +124,7 @@ def apply_cnn(settings: ConfigDict, params, frozen) -> None:
         settings.cnn_base, {path: leaf.shape for path, leaf in ours.items()}
     )
     for path, leaf in ours.items():
-        leaf.set_value(jnp.asarray(tensors[path]))
+        leaf.set_value(jax.device_put(tensors[path]))
 
 
 def base_notice(settings: ConfigDict, workdir) -> str | None:

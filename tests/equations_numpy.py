@@ -14,16 +14,18 @@ import numpy as np
 from flax import nnx
 from scipy.special import erf
 
+from pgpsam_jax.models.initial import NoDraws
+
 LN_EPS = 1e-6  # channel layer norm, as everywhere on SAM's image side
 
 
 def random_module(make, seed: int):
-    """The module `make()` builds with every array drawn anew, biases and scalars too.
+    """The module `make(rngs=...)` builds with every array drawn anew, biases and scalars too.
 
-    Returns it and its arrays in float64. Initialisers are traced only, which saves compiling them.
+    Returns it and its arrays in float64. Of what a module starts at, only shapes are asked for.
     """
     rng, arrays = np.random.default_rng(seed), {}
-    graphdef, state = nnx.split(nnx.eval_shape(make))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(rngs=NoDraws())))
     leaves = nnx.to_flat_state(state)
     for path, leaf in leaves:
         name, value = ".".join(map(str, path)), rng.normal(size=leaf.shape)

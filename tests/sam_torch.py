@@ -58,7 +58,7 @@ def official_name(name: str) -> str:
     return name
 
 
-def empty_torch(config: SamConfig) -> transformers.SamModel:
+def empty_torch(config: SamConfig):
     """A `SamModel` of our sizes without storage; square, LayerNorm constants as published."""
     encoder, decoder = config.encoder, config.decoder
     size, width = config.image_size[0], decoder.width
@@ -123,7 +123,7 @@ def interpolated(official: dict, config: SamConfig) -> dict:
     return result
 
 
-def torch_sam(config: SamConfig, official: dict) -> transformers.SamModel:
+def torch_sam(config: SamConfig, official: dict):
     """`SamModel` with official weights of the right grid, which for the encoder may be oblong."""
     model = empty_torch(config)
     encoder = model.vision_encoder

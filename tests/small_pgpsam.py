@@ -34,9 +34,9 @@ class Given(nnx.Module):
         return images
 
 
-def create(config, encoder=False, dtype=jnp.float32):
+def create(config, encoder=False, dtype=jnp.float32, *, rngs):
     """A model at its own initialisation, with its image encoder or `Given`."""
-    model = PgpSam(config, dtype=dtype, rngs=nnx.Rngs(3))
+    model = PgpSam(config, dtype=dtype, rngs=rngs)
     if not encoder:
         model.image_encoder = Given()
     return model
@@ -45,7 +45,7 @@ def create(config, encoder=False, dtype=jnp.float32):
 @functools.cache
 def build(config, encoder=False, dtype=jnp.float32):
     """A model with every parameter random, and its arrays in float64."""
-    return eq.random_module(lambda: create(config, encoder, dtype), 1)
+    return eq.random_module(functools.partial(create, config, encoder, dtype), 1)
 
 
 def inputs_for(config, encoder=False, batch=2):

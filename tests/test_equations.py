@@ -60,7 +60,7 @@ def close(got, expected, tolerance=TOLERANCE):
 def build(kind, *args, **kwargs):
     """A module with random parameters, compiled, and those parameters in float64."""
     make = functools.partial(kind, *args, **kwargs, dtype=jnp.float32)
-    module, p = eq.random_module(lambda: make(rngs=nnx.Rngs(0)), 1)
+    module, p = eq.random_module(make, 1)
     return module, p
 
 

@@ -24,6 +24,7 @@ from pgpsam_jax.config import default_config
 from pgpsam_jax.data.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import hsam
+from pgpsam_jax.models.initial import Draws
 from pgpsam_jax.models.sam import SamConfig
 from pgpsam_jax.parameters import count, flat_paths
 from pgpsam_jax.step import StepConfig
@@ -42,11 +43,11 @@ class Given(nnx.Module):
         return (images,)
 
 
-def create(mask_gate, dtype=jnp.float32, depth=2):
+def create(mask_gate, dtype=jnp.float32, depth=2, *, rngs):
     """A model at its own initialisation, the blocks of its transformers being `depth`."""
     sam = SamConfig.preset("vit_t", SIZE, 8, **ENCODER)
     sam = dataclasses.replace(sam, decoder=dataclasses.replace(sam.decoder, depth=depth))
-    model = hsam.Hsam(sam, CLASSES, mask_gate=mask_gate, dtype=dtype, rngs=nnx.Rngs(3))
+    model = hsam.Hsam(sam, CLASSES, mask_gate=mask_gate, dtype=dtype, rngs=rngs)
     model.image_encoder = Given()
     return model
 
@@ -54,7 +55,7 @@ def create(mask_gate, dtype=jnp.float32, depth=2):
 @functools.cache
 def random_model(mask_gate, dtype=jnp.float32, depth=2):
     """A model with every parameter random, and its arrays in float64."""
-    return eq.random_module(lambda: create(mask_gate, dtype, depth), 1)
+    return eq.random_module(functools.partial(create, mask_gate, dtype, depth), 1)
 
 
 @functools.cache
@@ -240,7 +241,7 @@ def test_which_parameters_receive_a_gradient(mask_gate):
 
     Biases of keys add one number to all scores of a softmax: zero, up to rounding.
     """
-    gradient = jax.jit(slopes)(create(mask_gate, depth=1), features(), keys())
+    gradient = jax.jit(slopes)(create(mask_gate, depth=1, rngs=Draws(3)), features(), keys())
     sizes = {n: float(np.linalg.norm(leaf[...])) for n, leaf in flat_paths(gradient).items()}
     idle = f"{IDLE}|{GATE}" if mask_gate == "released" else IDLE
     keys_only = {n for n in sizes if n.endswith("k_proj/bias") and not re.search(idle, n)}

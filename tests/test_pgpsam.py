@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from small_pgpsam import TABLE_3, build, create, inputs_for, small
 
+from pgpsam_jax.models.initial import Draws
 from pgpsam_jax.models.lora import LoraConfig
 from pgpsam_jax.parameters import flat_paths, trainable
 
@@ -130,7 +131,9 @@ def test_model_has_no_favourite_class():
 # Gradients.
 
 
-created = functools.cache(create)
+@functools.cache
+def created(config, encoder):
+    return create(config, encoder, rngs=Draws(3))
 
 
 def test_parameters_start_as_plain_float32():

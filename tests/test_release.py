@@ -31,9 +31,7 @@ def small(size=(32, 64), classes=3, **kwargs):
 
 
 def random_model(dtype=jnp.float32, **kwargs):
-    return eq.random_module(lambda: ReleasePgpSam(small(**kwargs), dtype=dtype, rngs=NoDraws()), 3)[
-        0
-    ]
+    return eq.random_module(functools.partial(ReleasePgpSam, small(**kwargs), dtype=dtype), 3)[0]
 
 
 def program(dtype=jnp.float32):

@@ -49,7 +49,7 @@ def build(sizes: dict, tensors: dict[str, torch.Tensor], attention: str):
     return model.eval()
 
 
-def _empty(sizes: dict, attention: str) -> transformers.SamModel:
+def _empty(sizes: dict, attention: str) -> "transformers.SamModel":  # loads when used
     encoder, decoder = sizes["encoder"], sizes["decoder"]
     width, size = decoder["width"], sizes["image_size"][0]
     place = dict(image_size=size, patch_size=encoder["patch_size"])

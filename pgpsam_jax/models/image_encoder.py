@@ -192,7 +192,7 @@ class ImageEncoder(nnx.Module):
             config.patch_size, 3, config.width, dtype=dtype, rngs=rngs
         )
         shape = (1, *config.grid, config.width)
-        self.pos_embed = nnx.Param(jnp.asarray(0.02 * initial.draw(rngs, shape)))
+        self.pos_embed = nnx.Param(initial.array(0.02 * initial.draw(rngs, shape)))
         lora = lora if lora is not None and lora.rank and lora.targets else None
         self.blocks = nnx.List(
             Block(

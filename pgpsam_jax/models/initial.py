@@ -4,6 +4,7 @@ All are float32. Kernels start from N(0, 1 / fan-in) unless a model says otherwi
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -18,6 +19,22 @@ _SMALL_CHUNK = 1 << 12  # what most parameters fit in: the same numbers as the f
 @functools.partial(jax.jit, static_argnums=(1, 3))
 def _draw_chunk(key, distribution: str, index, size: int):
     return getattr(jax.random, distribution)(jax.random.fold_in(key, index), (size,))
+
+
+@jax.jit
+def _fold_in(key, number):
+    return jax.random.fold_in(key, number)
+
+
+class Draws(nnx.Rngs):
+    """The keys of `nnx.Rngs(seed).params`, each by one compiled call instead of several."""
+
+    def __init__(self, seed):
+        self._key = jax.random.key(seed) if isinstance(seed, int) else seed
+        self._numbers = itertools.count()
+
+    def params(self):
+        return _fold_in(self._key, next(self._numbers))
 
 
 class NoDraws(nnx.Rngs):
@@ -48,10 +65,28 @@ def draw(rngs: nnx.Rngs, shape: tuple[int, ...], distribution: str = "normal"):
     return numpy.concatenate(chunks)[:size].reshape(shape)
 
 
+def array(values):
+    """float32, on the default device.
+
+    The type is given because JAX compiles a program for every shape of a NumPy array without one.
+    """
+    return jnp.asarray(values, jnp.float32)
+
+
 def kernel_init(key, shape, dtype=jnp.float32):
     """Initialiser for `nnx.Conv`: N(0, 1 / fan-in), as all kernels here start."""
-    rngs = NoDraws() if key is None else nnx.Rngs(key)
+    rngs = NoDraws() if key is None else Draws(key)
     return jnp.asarray(_kernel(rngs, shape, math.prod(shape[:-1])), dtype)
+
+
+def ones_init(key, shape, dtype=jnp.float32):
+    """Initialiser for scales of `nnx`: ones, without a compiled program for every shape."""
+    return jnp.asarray(np.ones(shape, dtype), dtype)
+
+
+def zeros_init(key, shape, dtype=jnp.float32):
+    """Initialiser for biases of `nnx`: zeros, without a compiled program for every shape."""
+    return jnp.asarray(np.zeros(shape, dtype), dtype)
 
 
 def _kernel(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int):
@@ -71,12 +106,12 @@ def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, int]):
 
 def normal_param(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
     """A parameter drawn from N(0, 1), as SAM's and the paper's embeddings start."""
-    return nnx.Param(jnp.asarray(draw(rngs, shape)))
+    return nnx.Param(array(draw(rngs, shape)))
 
 
 def kernel_param(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
     """A kernel drawn from N(0, 1 / fan_in)."""
-    return nnx.Param(jnp.asarray(_kernel(rngs, shape, fan_in)))
+    return nnx.Param(array(_kernel(rngs, shape, fan_in)))
 
 
 def scale(param: nnx.Param, factor: float) -> None:
@@ -85,4 +120,4 @@ def scale(param: nnx.Param, factor: float) -> None:
 
 
 def zeros_param(*shape: int) -> nnx.Param:
-    return nnx.Param(jnp.asarray(np.zeros(shape, np.float32)))
+    return nnx.Param(array(np.zeros(shape, np.float32)))

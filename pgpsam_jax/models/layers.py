@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pgpsam_jax.models import placement
-from pgpsam_jax.models.initial import fan_in_normal, kernel_param, zeros_param
+from pgpsam_jax.models.initial import (
+    array,
+    fan_in_normal,
+    kernel_param,
+    ones_init,
+    zeros_init,
+    zeros_param,
+)
 from pgpsam_jax.models.placement import gathered
 
 ENCODER_EPS = 1e-6  # image encoder and every channel LayerNorm of SAM ("LayerNorm2d")
@@ -107,7 +114,7 @@ class Linear(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(jnp.asarray(init(rngs, (dim, out))))
+        self.kernel = nnx.Param(array(init(rngs, (dim, out))))
         self.bias = zeros_param(out) if use_bias else None
         self.split, self.dtype = split, dtype
 
@@ -163,7 +170,8 @@ def gelu(x):
 
 def layer_norm(dim: int, *, eps: float, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm over the last axis with two-pass variance, exact for large means."""
-    return nnx.LayerNorm(dim, epsilon=eps, use_fast_variance=False, dtype=dtype, rngs=rngs)
+    start = dict(scale_init=ones_init, bias_init=zeros_init, rngs=rngs)
+    return nnx.LayerNorm(dim, epsilon=eps, use_fast_variance=False, dtype=dtype, **start)
 
 
 def resize_bilinear(x, size: tuple[int, int]):

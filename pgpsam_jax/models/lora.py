@@ -3,9 +3,10 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from pgpsam_jax.models.initial import draw
+from pgpsam_jax.models.initial import array, draw
 from pgpsam_jax.models.layers import matmul
 
 TARGETS = ("q", "k", "v")
@@ -28,8 +29,8 @@ class LoraQKV(nnx.Module):
     def __init__(self, dim: int, config: LoraConfig, *, dtype, rngs: nnx.Rngs):
         count, bound = len(config.targets), dim**-0.5
         shape = (count, dim, config.rank)
-        self.a = nnx.LoRAParam(jnp.asarray(bound * (2 * draw(rngs, shape, "uniform") - 1)))
-        self.b = nnx.LoRAParam(jnp.zeros((count, config.rank, dim)))
+        self.a = nnx.LoRAParam(array(bound * (2 * draw(rngs, shape, "uniform") - 1)))
+        self.b = nnx.LoRAParam(array(np.zeros((count, config.rank, dim))))
         self.targets = config.targets
         self.dtype = dtype
 

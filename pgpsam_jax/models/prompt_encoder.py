@@ -14,7 +14,7 @@ class FourierPositions(nnx.Module):
     """Random Fourier position encoding; the Gaussian matrix is a buffer, not a parameter."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.gaussian_matrix = layers.Buffer(jnp.asarray(initial.draw(rngs, (2, channels // 2))))
+        self.gaussian_matrix = layers.Buffer(initial.array(initial.draw(rngs, (2, channels // 2))))
 
     def encode(self, coordinates):
         """(..., 2) coordinates (x, y) in [0, 1] to (..., C), always in float32."""

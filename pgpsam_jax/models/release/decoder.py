@@ -188,4 +188,4 @@ def draw_as_torch(module: nnx.Module, rngs: nnx.Rngs) -> None:
         for leaf in (layer.kernel, layer.bias):
             if leaf is not None:
                 uniform = initial.draw(rngs, leaf.shape, "uniform")
-                leaf.set_value(jnp.asarray(bound * (2 * uniform - 1)))
+                leaf.set_value(initial.array(bound * (2 * uniform - 1)))
