@@ -46,13 +46,22 @@ def settled(config: ConfigDict, like: ConfigDict | None = None) -> ConfigDict:
 
 def abstract_model(config: ConfigDict, num_classes: int):
     """(graphdef, params, frozen) with shapes only: nothing is computed."""
-    model = nnx.eval_shape(lambda: make_model(config.model, num_classes, NoDraws()))
-    return _split(model, config.model)
+    return _split(_shapes(config, num_classes), config.model)
 
 
-def init_model(config: ConfigDict, num_classes: int):
-    """(graphdef, params, frozen, base digest or None): random, then the backbone's weights."""
-    model = make_model(config.model, num_classes, Draws(config.seed))
+def _shapes(config: ConfigDict, num_classes: int) -> nnx.Module:
+    return nnx.eval_shape(lambda: make_model(config.model, num_classes, NoDraws()))
+
+
+def init_model(config: ConfigDict, num_classes: int, *, drawn: bool = True):
+    """(graphdef, params, frozen, base digest or None): random, then the backbone's weights.
+
+    drawn: False where a workdir gives what the backbone does not; that has shapes only.
+    """
+    if drawn:
+        model = make_model(config.model, num_classes, Draws(config.seed))
+    else:
+        model = _shapes(config, num_classes)
     graphdef, params, frozen = _split(model, config.model)
     digest = None
     if config.model.base:

@@ -302,7 +302,8 @@ def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
     config.model.cnn_base = ""  # where training started; what trained comes from the workdir
     no_base = backbone.holds_all(workdir)
     config.model.base = "" if no_base else places.find_base(config, workdir)
-    graphdef, params, frozen, digest = build.init_model(config, num_classes)
+    new = backbone.frozen_origin(workdir) is None
+    graphdef, params, frozen, digest = build.init_model(config, num_classes, drawn=new)
     drawn = build.drawn(config.model, frozen)
     backbone.settle_base(workdir, config.model.base, digest, frozen, drawn)
     everywhere = sharding.replicated(sharding.make_mesh())
