@@ -8,6 +8,7 @@ is an empty tuple, text is taken as it stands.
 import ast
 import difflib
 import functools
+import importlib.machinery
 import importlib.util
 import re
 from collections.abc import Callable, Iterable
@@ -35,14 +36,25 @@ def load_file(spec: str) -> ConfigDict:
         raise UserError(f"config file {path}: {_reason(error)}") from None
 
 
+class _AsWritten(importlib.machinery.SourceFileLoader):
+    """Compiles a file as it is now.
+
+    Python's own cache tells two versions apart by size and second: too coarse for settings.
+    """
+
+    def get_code(self, fullname):
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def load_function(spec: str, name: str, what: str) -> tuple[str, Callable, str]:
     """(file, its function `name`, variant) of `FILE` or `FILE:VARIANT`."""
     path, _, variant = spec.partition(":")
     if not Path(path).is_file():
         raise UserError(f"{what} file {path} not found; run from the folder that holds it")
-    module_spec = importlib.util.spec_from_file_location(f"_{what}_{Path(path).stem}", path)
-    if module_spec is None:
+    if Path(path).suffix != ".py":
         raise UserError(f"{what} file {path} is no Python file; its name ends in .py")
+    title = f"_{what}_{Path(path).stem}"
+    module_spec = importlib.util.spec_from_loader(title, _AsWritten(title, path))
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)

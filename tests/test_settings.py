@@ -1,6 +1,8 @@
 """Every field on the command line: set, unset, refused in a sentence; and fields that exclude."""
 
+import os
 import random
+import sys
 
 import pytest
 from places import REPOSITORY
@@ -156,6 +158,18 @@ def get_config():
     {line}
     return config
 """
+
+
+def test_an_edit_within_the_same_second_counts(tmp_path, monkeypatch):
+    """Python takes a file of the same size and second for the one that it has compiled."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "mine.py"
+    text = "from pgpsam_jax import config\ndef get_config():\n    c = config.default_config()\n"
+    for seed in (1, 2):
+        path.write_text(f"{text}    c.seed = {seed}\n    return c\n")
+        os.utime(path, (1e9, 1e9))
+        assert settings.load_file(str(path)).seed == seed
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.py"]  # and leaves nothing there
 
 
 def test_a_config_file_on_top_of_another(tmp_path, monkeypatch):
