@@ -20,7 +20,7 @@ from faults import (
     rubbish,
     saving,
 )
-from launcher import both, ends, free_port
+from launcher import ends, free_port
 
 from pgpsam_jax.errors import AGAIN
 
@@ -141,24 +141,6 @@ def test_killed_and_stopped_runs_go_on_as_if_nothing_had_been(start, root, tmp_p
     trial.stop(signal.SIGTERM)
     assert trial.kills == 1
     trial.finish(uninterrupted(start, root, tmp_path / "whole"))
-
-
-def test_two_processes_stop_after_the_same_step(tmp_path):
-    """Without a model; it is `peers` and the loop's questions that have them agree."""
-    with forks.starting("pgpsam_jax.session", "pgpsam_jax.sharding") as start:
-        _stop_together(start, tmp_path)
-
-
-def _stop_together(start, tmp_path):
-    processes = both("steps", tmp_path, start=start)
-    while processes[0].stdout.readline() != "working\n":  # after Gloo's
-        assert processes[0].poll() is None
-    processes[1].send_signal(signal.SIGUSR1)  # it reaches one of them
-    ended = ends(*processes)
-    assert [code for code, *_ in ended] == [AGAIN, AGAIN], ended
-    first, second = ((tmp_path / f"saved{i}").read_text() for i in (0, 1))
-    assert first == second and int(first) >= 3
-    assert all(f"stopped: SIGUSR1 came, step {first} is saved" in said for *_, said in ended)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import signal
 import socket
 
 import forks
@@ -10,6 +11,7 @@ import launcher
 import pytest
 from launcher import SCRIPT, ends, free_port
 
+from pgpsam_jax.errors import AGAIN
 from pgpsam_jax.peers import LOST
 
 
@@ -100,3 +102,16 @@ def test_processes_that_do_not_meet(start, both):
     (code, _, said), (other_code, _, other_said) = ends(*unequal)
     assert code == other_code == 2
     assert "differ in number of processes: 3 here, 2 there" in other_said
+
+
+def test_two_processes_stop_after_the_same_step(both, tmp_path):
+    """It is `peers` and the loop's questions that have them agree."""
+    processes = both("steps", tmp_path)
+    while processes[0].stdout.readline() != "working\n":  # after Gloo's
+        assert processes[0].poll() is None
+    processes[1].send_signal(signal.SIGUSR1)  # it reaches one of them
+    ended = ends(*processes)
+    assert [code for code, *_ in ended] == [AGAIN, AGAIN], ended
+    first, second = ((tmp_path / f"saved{i}").read_text() for i in (0, 1))
+    assert first == second and int(first) >= 3
+    assert all(f"stopped: SIGUSR1 came, step {first} is saved" in said for *_, said in ended)

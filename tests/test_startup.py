@@ -1,5 +1,6 @@
 """What a start costs: modules that are not imported, and programs that are not compiled again."""
 
+import collections
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from faults import NOISE
 from places import QUICK_FLAGS, REPOSITORY
 from small_run import config_for, write_data
 
-from pgpsam_jax import compilation
+from pgpsam_jax import compilation, train
 from pgpsam_jax import config as configuration
 
 # What training imports nowhere, or where it is used.
@@ -200,7 +201,7 @@ print(json.dumps([modules, *(counts[start + name] for name in names)]))
 @pytest.mark.parametrize(
     "model",
     [
-        {"name": tiny_method.NAME},
+        pytest.param({"name": tiny_method.NAME}, marks=pytest.mark.slow),
         pytest.param(
             {"cfm": False, "ppr": False, "ppg": False, "train_encoder": "frozen"},
             marks=pytest.mark.slow,
@@ -236,6 +237,37 @@ def test_second_start_compiles_nothing(model, tmp_path):
     assert again == [asked, asked]
     losses = [(tmp_path / w / "metrics.jsonl").read_text() for w in ("first", "second")]
     assert json.loads(losses[0])["loss"] == json.loads(losses[1])["loss"]
+
+
+def test_training_imports_nothing_early():
+    assert not imported("import pgpsam_jax.train").intersection(LATER)
+
+
+def test_the_same_run_again_compiles_nothing(settings, tmp_path, monkeypatch):
+    """In a process that has forgotten its programs, as a new one has none."""
+    monkeypatch.setattr(train.RunLog, "_draw", lambda self: None)
+    fields = {"model__name": tiny_method.NAME, "train__steps": 1, "eval__overlays": False}
+    config = config_for(write_data(tmp_path / "data"), **fields, **NOISE)
+    counts = collections.Counter()
+
+    def count(name, **_):
+        counts.update([name.removeprefix("/jax/compilation_cache/")])
+
+    starts = []
+    compilation.keep_compiled()
+    jax.monitoring.register_event_listener(count)
+    try:
+        for workdir in ("first", "second"):
+            counts.clear()
+            jax.clear_caches()
+            with tiny_method.known():
+                train.train(config, tmp_path / workdir)
+            starts.append((counts["compile_requests_use_cache"], counts["cache_hits"]))
+    finally:
+        jax.monitoring.unregister_event_listener(count)
+    (asked, ready), again = starts
+    assert asked > 12 and ready < asked
+    assert again == (asked, asked)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings")
