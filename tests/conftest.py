@@ -17,6 +17,7 @@ import contextlib
 import gc
 import time
 
+import hypothesis
 import jax
 import psutil
 import pytest
@@ -27,6 +28,8 @@ from pgpsam_jax.compilation import machine_kind
 jax.config.update("jax_default_matmul_precision", "float32")
 # grain reads absl flags in its workers; nothing parses them under pytest.
 flags.FLAGS.mark_as_parsed()
+hypothesis.settings.register_profile("quick", max_examples=40)  # where a test names no number
+hypothesis.settings.load_profile("quick")
 # Tracing makes many short-lived objects: collecting them less often saves a twentieth of the time.
 gc.set_threshold(50_000, 20, 20)
 

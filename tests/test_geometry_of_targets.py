@@ -86,8 +86,8 @@ def abstract_outputs(key):
     return config, jax.eval_shape(run, params, frozen, images)
 
 
-# SAMed has the loss and the one output of SAM-LST; all resize by the same functions.
-LATER = ("samed", "hsam", "autosam")
+# All resize by the same functions.
+LATER = ("samed", "hsam", "autosam", "samlst", "surgicalsam")
 TRAINED = [
     pytest.param(key, id=name_of(key), marks=[pytest.mark.slow] * (key[0] in LATER))
     for key, method in METHODS.items()

@@ -40,11 +40,17 @@ def with_lora(config: LoraConfig, *, zero: bool):
     return sam
 
 
-def test_lora_starts_as_the_base_model():
-    """B starts at zero, A within 1/sqrt(D); B = 0 gives the base model's output bit for bit."""
+def test_lora_starts_at_nothing():
+    """B starts at zero, A within 1/sqrt(D)."""
     lora = LoraQKV(48, LoraConfig(3), dtype=jnp.float32, rngs=nnx.Rngs(0))
     assert lora.a.shape == (2, 48, 3) and lora.b.shape == (2, 3, 48)
     assert not lora.b[...].any() and 0.9 < float(abs(lora.a[...]).max()) * 48**0.5 <= 1
+    assert not lora(draw(4, 48)).any()
+
+
+@pytest.mark.slow
+def test_lora_starts_as_the_base_model():
+    """B = 0 gives the base model's output bit for bit."""
     images = draw(1, 96, 96, 3)
     adapted = encode(with_lora(LoraConfig(3), zero=True), images)
     np.testing.assert_array_equal(adapted, encode(base()[1], images))

@@ -47,7 +47,7 @@ regions = st.none() | hnp.arrays(bool, 4)
 spacings = st.tuples(*[st.floats(0.3, 6.0)] * 3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(small_masks, small_masks, spacings, regions)
 def test_distances_and_region_equal_the_brute_force_oracle(prediction, truth, spacing, region):
     got = metrics.surface_distances(prediction, truth, spacing, region)

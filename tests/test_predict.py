@@ -62,7 +62,8 @@ def test_all_48_orientations(order, tmp_path):
             assert ours[1] == theirs[1]
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow  # as scores: `test_scoring`
+@pytest.mark.parametrize("count", [1, 2])
 def test_processes_change_no_file(tmp_path, count):
     """Masks and sheets by other processes, a broken file among the inputs."""
     names = ("a", "b", "c")[: count + 1]
