@@ -45,8 +45,8 @@ def atomic_path(path):
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         name = _beside(path)
-        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
-        try:
+        try:  # already here: a signal may come as soon as there is a file
+            handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
             mode = stat.S_IMODE(os.fstat(handle).st_mode)
             os.close(handle)
             yield name
@@ -66,8 +66,8 @@ def atomic_folder(path):
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = _beside(path)
-        folder.mkdir()
         try:
+            folder.mkdir()
             yield folder
             folder.rename(path)
         except BaseException:

@@ -20,7 +20,7 @@ from pgpsam_jax import compilation, lock
 from pgpsam_jax import config as configuration
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import workers
-from pgpsam_jax.files import local, refuse_foreign
+from pgpsam_jax.files import atomic_folder, atomic_path, local, refuse_foreign
 from pgpsam_jax.program import Parser, pair, positive
 
 HEED = REPOSITORY / "tests" / "heed.py"
@@ -90,6 +90,23 @@ def test_workers_that_are_ended_remove_what_they_write(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         list(workers.in_order(write_for_long, jobs(), 1))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make", [atomic_path, atomic_folder])
+def test_a_signal_just_after_the_file_is_there_leaves_none(make, tmp_path, monkeypatch):
+    def interrupted(function):
+        def run(*arguments, **options):
+            function(*arguments, **options)
+            raise KeyboardInterrupt
+
+        return run
+
+    for owner, name in ((os, "open"), (os, "mkdir")):
+        monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
+    with pytest.raises(KeyboardInterrupt), make(tmp_path / "x"):
+        pass
+    monkeypatch.undo()
     assert not list(tmp_path.iterdir())
 
 
