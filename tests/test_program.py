@@ -93,17 +93,15 @@ def test_workers_that_are_ended_remove_what_they_write(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("make", [atomic_path, atomic_folder])
-def test_a_signal_just_after_the_file_is_there_leaves_none(make, tmp_path, monkeypatch):
-    def interrupted(function):
-        def run(*arguments, **options):
-            function(*arguments, **options)
-            raise KeyboardInterrupt
+@pytest.mark.parametrize(("make", "by"), [(atomic_path, "open"), (atomic_folder, "mkdir")])
+def test_a_signal_just_after_the_file_is_there_leaves_none(make, by, tmp_path, monkeypatch):
+    function = getattr(os, by)
 
-        return run
+    def interrupted(*arguments, **options):
+        function(*arguments, **options)
+        raise KeyboardInterrupt
 
-    for owner, name in ((os, "open"), (os, "mkdir")):
-        monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
+    monkeypatch.setattr(os, by, interrupted)
     with pytest.raises(KeyboardInterrupt), make(tmp_path / "x"):
         pass
     monkeypatch.undo()
