@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import few_steps
 import filelock
 import jax
 import pytest
@@ -14,7 +15,7 @@ from faults import NOISE
 from places import QUICK_FLAGS, REPOSITORY
 from small_run import config_for, write_data
 
-from pgpsam_jax import compilation, train
+from pgpsam_jax import compilation
 from pgpsam_jax import config as configuration
 
 # What training imports nowhere, or where it is used.
@@ -243,30 +244,26 @@ def test_training_imports_nothing_early():
     assert not imported("import pgpsam_jax.train").intersection(LATER)
 
 
-def test_the_same_run_again_compiles_nothing(settings, tmp_path, monkeypatch):
+def test_the_same_steps_again_compile_nothing(settings):
     """In a process that has forgotten its programs, as a new one has none."""
-    monkeypatch.setattr(train.RunLog, "_draw", lambda self: None)
-    fields = {"model__name": tiny_method.NAME, "train__steps": 1, "eval__overlays": False}
-    config = config_for(write_data(tmp_path / "data"), **fields, **NOISE)
-    counts = collections.Counter()
+    counts, starts = collections.Counter(), []
 
     def count(name, **_):
         counts.update([name.removeprefix("/jax/compilation_cache/")])
 
-    starts = []
     compilation.keep_compiled()
     jax.monitoring.register_event_listener(count)
     try:
-        for workdir in ("first", "second"):
+        for _ in range(2):
             counts.clear()
             jax.clear_caches()
             with tiny_method.known():
-                train.train(config, tmp_path / workdir)
+                few_steps.trained({"name": tiny_method.NAME} | NOISE)
             starts.append((counts["compile_requests_use_cache"], counts["cache_hits"]))
     finally:
         jax.monitoring.unregister_event_listener(count)
     (asked, ready), again = starts
-    assert asked > 12 and ready < asked
+    assert asked > 6 and ready < asked
     assert again == (asked, asked)
 
 
