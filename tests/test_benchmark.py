@@ -126,6 +126,7 @@ def one_process(monkeypatch, knowing):
         yield
 
 
+@pytest.mark.slow  # its parts are tested with measures of no process
 def test_a_command_line(tmp_path, capsys, one_process):
     """A point that is measured, one that fails, and what bounds both."""
     arguments = ("--tasks", "encoder", "--models", "sam", *SMALL, "--attention", ",nonsense")
