@@ -196,6 +196,17 @@ def test_a_stopped_driver_ends_what_it_started(grid_file, drive_here, tmp_path, 
     assert read_grid(folder).cells[0].state["state"] == PENDING
 
 
+def test_a_cell_that_failed_as_it_was_stopped_stays_failed(grid_file, tmp_path):
+    grid = settle(make_grid(grid_file(), tmp_path / "g", {}), mix=False)
+    drives = driver.Driver(grid, grid.cells, 1, None)
+    for place, (cell, state) in enumerate(zip(grid.cells, (FAILED, RUNNING), strict=True)):
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        write_state(cell.folder, state, reason="a reason", pid=1)
+        drives.running[place] = cell, subprocess.Popen([sys.executable, "-S", "-c", ""])
+    drives._stop()
+    assert [cell.state["state"] for cell in grid.cells] == [FAILED, PENDING]
+
+
 @pytest.mark.slow
 def test_a_stopped_driver_ends_its_cells(grid_file, tmp_path):
     folder = tmp_path / "g"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_method
+from method_runs import SIZE, small_config
 from small_run import config_for
 
 from pgpsam_jax import build, sharding
@@ -49,3 +50,24 @@ def test_every_step_augments_in_its_own_way(run):
         state = dataclasses.replace(state, step=state.step + number)
         losses.append(float(step.run(state, frozen, batch)[1]["loss"]))
     assert losses[0] == losses[2] != losses[1]
+
+
+def test_the_seed_of_a_run_is_that_of_its_augmentation(run):
+    step, params, *_ = run
+    assert int(step.start(place(params, sharding_of(step.state.params))).seed) == 3
+
+
+def test_frozen_weights_lie_in_parts():
+    """Every one that is large; by shapes alone. So do the trained ones and their moments."""
+    config = small_config("samed")
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    graphdef, *states = build.abstract_model(config, CLASSES)
+    batch = {
+        name: jax.ShapeDtypeStruct((8, SIZE, SIZE), dtype, sharding=sharding.batch_sharding(mesh))
+        for name, dtype in (("image", jnp.float16), ("label", jnp.uint8))
+    }
+    step = shard_step(config, mesh, graphdef, *states, batch, epoch_size=8, seed=0)
+    for tree in (step.frozen, step.state.params, step.state.opt_state):
+        large = [leaf for leaf in jax.tree.leaves(tree) if leaf.size > 1024]
+        assert len(large) >= 4
+        assert not [leaf.shape for leaf in large if leaf.sharding.is_fully_replicated]
