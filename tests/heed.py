@@ -106,5 +106,8 @@ def say(folder):
 
 
 if __name__ == "__main__":
+    # What a shell's background and nohup ignore is heard here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with exit_on_user_error():
         globals()[sys.argv[1]](Path(sys.argv[2]))
