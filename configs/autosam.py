@@ -14,8 +14,7 @@ Cost:     the decoder runs once a class, nine times. The encoder needs to see a 
           --config.train.encoded_copies=8 encodes every slice in 8 augmented copies beforehand.
 """
 
-from pgpsam_jax import recipes
-from pgpsam_jax.config import default_config
+from pgpsam_jax.config import default_config, method_recipes
 
 
 def get_config():
@@ -25,5 +24,5 @@ def get_config():
     config.data.layout = "btcv"
     config.data.root = "datasets/btcv"
     config.fewshot.fraction = 0.10
-    recipes.use(config, "autosam")
+    method_recipes.use(config, "autosam")
     return config

@@ -14,8 +14,7 @@ Cost:     one forward pass of the encoder per slice of the list; 2,056 numbers a
 Variants: --config.model.prompt=point or box; the default gives SAM both.
 """
 
-from pgpsam_jax import recipes
-from pgpsam_jax.config import default_config
+from pgpsam_jax.config import default_config, method_recipes
 
 
 def get_config():
@@ -25,5 +24,5 @@ def get_config():
     config.data.layout = "btcv"
     config.data.root = "datasets/btcv"
     config.fewshot.fraction = 0.10
-    recipes.use(config, "fssp")
+    method_recipes.use(config, "fssp")
     return config

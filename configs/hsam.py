@@ -15,8 +15,7 @@ Cost:     24.0 M parameters train, of which 12.7 M have no gradient (docs/method
 Variants: --config.model.mask_gate=intended, where those 12.7 M take part.
 """
 
-from pgpsam_jax import recipes
-from pgpsam_jax.config import default_config
+from pgpsam_jax.config import default_config, method_recipes
 
 
 def get_config():
@@ -26,5 +25,5 @@ def get_config():
     config.data.layout = "btcv"
     config.data.root = "datasets/btcv"
     config.fewshot.fraction = 0.10
-    recipes.use(config, "hsam")
+    method_recipes.use(config, "hsam")
     return config

@@ -12,8 +12,7 @@ Cost:     that of evaluation.
 Variants: --config.model.prompt=point or both.
 """
 
-from pgpsam_jax import recipes
-from pgpsam_jax.config import default_config
+from pgpsam_jax.config import default_config, method_recipes
 
 
 def get_config():
@@ -23,5 +22,5 @@ def get_config():
     config.data.layout = "btcv"
     config.data.root = "datasets/btcv"
     config.fewshot.fraction = 0.10
-    recipes.use(config, "sam")
+    method_recipes.use(config, "sam")
     return config

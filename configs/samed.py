@@ -14,8 +14,7 @@ Expected: the paper of PGP-SAM prints 73.91 mean Dice for its few-shot SAMed, wi
 Cost:     4.9 M parameters train, of which LoRA 0.15 M.
 """
 
-from pgpsam_jax import recipes
-from pgpsam_jax.config import default_config
+from pgpsam_jax.config import default_config, method_recipes
 
 
 def get_config():
@@ -25,5 +24,5 @@ def get_config():
     config.data.layout = "btcv"
     config.data.root = "datasets/btcv"
     config.fewshot.fraction = 0.10
-    recipes.use(config, "samed")
+    method_recipes.use(config, "samed")
     return config

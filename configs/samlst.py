@@ -15,8 +15,7 @@ Cost:     SAM's encoder needs to see a slice only once: --config.train.encoded_c
           every slice in 8 augmented copies beforehand and keeps them with their images.
 """
 
-from pgpsam_jax import recipes
-from pgpsam_jax.config import default_config
+from pgpsam_jax.config import default_config, method_recipes
 
 
 def get_config():
@@ -27,5 +26,5 @@ def get_config():
     config.data.layout = "btcv"
     config.data.root = "datasets/btcv"
     config.fewshot.fraction = 0.10
-    recipes.use(config, "samlst")
+    method_recipes.use(config, "samlst")
     return config

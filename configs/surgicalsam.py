@@ -14,8 +14,7 @@ Cost:     4.26 million parameters train. The encoder sees the same pictures agai
           they are augmented: --config.train.encoded_copies=N keeps N augmented copies encoded.
 """
 
-from pgpsam_jax import recipes
-from pgpsam_jax.config import default_config
+from pgpsam_jax.config import default_config, method_recipes
 
 
 def get_config():
@@ -25,5 +24,5 @@ def get_config():
     config.data.layout = "btcv"
     config.data.root = "datasets/btcv"
     config.fewshot.fraction = 0.10
-    recipes.use(config, "surgicalsam")
+    method_recipes.use(config, "surgicalsam")
     return config

@@ -19,19 +19,19 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pgpsam_jax import places
+from pgpsam_jax.checkpointing import locations
 from pgpsam_jax.config import load_config
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.cache import read_case
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation import metrics
-from pgpsam_jax.evaluation.scores import defined_mean
-from pgpsam_jax.files import csv_text, write_text
-from pgpsam_jax.methods import method_of
-from pgpsam_jax.parameters import flat_paths
-from pgpsam_jax.program import Parser, running
-from pgpsam_jax.runs import is_grid, read_grid
-from pgpsam_jax.trained import load_run
+from pgpsam_jax.inference.trained_run import load_run
+from pgpsam_jax.methods.registry import method_of
+from pgpsam_jax.metrics import surface
+from pgpsam_jax.metrics.aggregate import defined_mean
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.results.runs import is_grid, read_grid
+from pgpsam_jax.runtime.cli import Parser, running
+from pgpsam_jax.utils.files import csv_text, write_text
 
 _LORA = {"LoRA of the encoder": {r"image_encoder/blocks/\d+/attn/lora/b": 0.0}}
 
@@ -92,7 +92,7 @@ def silenced(params, edits: dict):
 def knock_out(workdir) -> list[dict]:
     """Rows of `COLUMNS` for one trained run: every part it has, every test case, every class."""
     run = load_run(workdir)
-    split = dataset.find_split(places.found(run.config, workdir))
+    split = dataset.find_split(locations.found(run.config, workdir))
     predictors = {WHOLE: run.predictor}
     for part, edits in parts_of(run.config, workdir).items():
         params = silenced(run.predictor.params, edits)
@@ -105,7 +105,7 @@ def knock_out(workdir) -> list[dict]:
             prediction = predictor(volume)
             start = {"run": Path(workdir).name, "part": part, "case": case.case_id}
             for k, name in enumerate(split.table.names[1:], 1):
-                dice = metrics.dice(prediction == k, truth == k)
+                dice = surface.dice(prediction == k, truth == k)
                 rows.append(start | {"class": name, "dice": dice})
     return rows
 

@@ -19,21 +19,21 @@ import numpy as np
 import optax
 from flax import nnx
 
-from pgpsam_jax.compilation import start
 from pgpsam_jax.config import default_config, use_small_encoder
+from pgpsam_jax.config.augmentation import AugmentConfig
 from pgpsam_jax.data import dataset
-from pgpsam_jax.data.augment import augment, sample_keys
-from pgpsam_jax.data.augment_config import AugmentConfig
-from pgpsam_jax.data.loader import make_loader
+from pgpsam_jax.data.augmentation.augment import augment, sample_keys
+from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.hostmemory import keep_freed_memory
-from pgpsam_jax.models.mask_decoder import upsample_logits
-from pgpsam_jax.models.sam import Sam, SamConfig
-from pgpsam_jax.optim import OptimConfig, make_optimizer
-from pgpsam_jax.parameters import flat_paths
-from pgpsam_jax.program import Parser, running
-from pgpsam_jax.step import to_input
-from pgpsam_jax.weights import base_files, load_base
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.models.sam.mask_decoder import upsample_logits
+from pgpsam_jax.models.sam.sam import Sam, SamConfig
+from pgpsam_jax.models.sam.weights import base_files, load_base
+from pgpsam_jax.runtime.cli import Parser, running
+from pgpsam_jax.runtime.compilation_cache import start
+from pgpsam_jax.runtime.malloc import keep_freed_memory
+from pgpsam_jax.training.optimizer import OptimConfig, make_optimizer
+from pgpsam_jax.training.train_step import to_input
 from weights_conversion import sam
 
 SEED = 1000  # of the phantoms; those of configs/phantom.py have 0

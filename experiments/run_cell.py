@@ -18,13 +18,14 @@ import time
 import traceback
 from pathlib import Path
 
-from pgpsam_jax import config as configuration
-from pgpsam_jax import interruption, lock
+from pgpsam_jax.checkpointing import workdir_lock
+from pgpsam_jax.checkpointing.provenance import code_version
+from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.errors import AGAIN, Interrupted, UserError, exit_on_user_error
-from pgpsam_jax.files import write_json
-from pgpsam_jax.hostmemory import keep_freed_memory
-from pgpsam_jax.provenance import code_version
-from pgpsam_jax.runs import DONE, FAILED, PENDING, RUNNING, STATE, Cell, read_grid
+from pgpsam_jax.results.runs import DONE, FAILED, PENDING, RUNNING, STATE, Cell, read_grid
+from pgpsam_jax.runtime import preemption
+from pgpsam_jax.runtime.malloc import keep_freed_memory
+from pgpsam_jax.utils.files import write_json
 
 try:
     import fcntl
@@ -69,7 +70,7 @@ def _free(file) -> bool | None:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno in lock.NO_LOCKS:
+        if error.errno in workdir_lock.NO_LOCKS:
             return None
         raise
     return True
@@ -109,8 +110,8 @@ def standing_elsewhere(cell: Cell) -> bool:
 
 def _train(cell: Cell) -> tuple[str | None, int]:
     """(reason of failure or None, exit code)."""
-    from pgpsam_jax import train  # JAX: not before the claim
-    from pgpsam_jax.compilation import keep_compiled, start
+    from pgpsam_jax.runtime.compilation_cache import keep_compiled, start
+    from pgpsam_jax.training import train  # JAX: not before the claim
 
     keep_compiled()
     try:
@@ -172,7 +173,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.attached:
         _end_with_parent()
-    with exit_on_user_error(), interruption.listening():
+    with exit_on_user_error(), preemption.listening():
         cells = {cell.name: cell for cell in read_grid(arguments.workdir).cells}
         if arguments.cell not in cells:
             raise UserError(

@@ -13,14 +13,14 @@ import fnmatch
 import sys
 from pathlib import Path
 
-from experiments import slurm
-from experiments.driver import Driver
-from experiments.plan import make_grid, parse_settings, settle
+from experiments.grid import slurm
+from experiments.grid.plan import make_grid, parse_settings, settle
+from experiments.grid.scheduler import Driver
 from experiments.run_cell import standing
 from pgpsam_jax.errors import UserError, exit_on_user_error
-from pgpsam_jax.files import write_text
-from pgpsam_jax.program import Parser
-from pgpsam_jax.runs import DONE, RUNNING, Cell, Grid
+from pgpsam_jax.results.runs import DONE, RUNNING, Cell, Grid
+from pgpsam_jax.runtime.cli import Parser
+from pgpsam_jax.utils.files import write_text
 
 
 def listing(grid: Grid, cells: list[Cell]) -> str:

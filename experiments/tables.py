@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import csv_text, write_text
-from pgpsam_jax.program import Parser, running
-from pgpsam_jax.runs import is_grid, read_grid, read_run
-from pgpsam_jax.tables import study
-from pgpsam_jax.tables.assemble import run_tables, study_tables, to_latex, to_markdown
+from pgpsam_jax.results.runs import is_grid, read_grid, read_run
+from pgpsam_jax.results.tables import study
+from pgpsam_jax.results.tables.assemble import run_tables, study_tables, to_latex, to_markdown
+from pgpsam_jax.runtime.cli import Parser, running
+from pgpsam_jax.utils.files import csv_text, write_text
 
 
 def main(arguments=None) -> None:

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 __all__ = ["load_run"]
 
 if sys.argv[:1] == ["-m"]:  # while Python looks for the command that it was asked to start
-    from pgpsam_jax.starting import begin
+    from pgpsam_jax.runtime.startup import begin
 
     begin()
 
@@ -14,7 +14,7 @@ if sys.argv[:1] == ["-m"]:  # while Python looks for the command that it was ask
 def __getattr__(name: str):
     """`load_run` comes with JAX; importing the package alone stays light."""
     if name == "load_run":
-        from pgpsam_jax.trained import load_run
+        from pgpsam_jax.inference.trained_run import load_run
 
         return load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from pgpsam_jax import cluster, interruption
+from pgpsam_jax.distributed import cluster_env
 from pgpsam_jax.errors import UserError, exit_on_user_error
-from pgpsam_jax.files import local
-from pgpsam_jax.hostmemory import keep_freed_memory
+from pgpsam_jax.runtime import preemption
+from pgpsam_jax.runtime.malloc import keep_freed_memory
+from pgpsam_jax.utils.files import local
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -49,7 +50,7 @@ def parse(argv):
         try:
             fields = {}
             if any("config." in argument for argument in argv):  # its fields: only with JAX
-                from pgpsam_jax.settings import split_flags
+                from pgpsam_jax.config.overrides import split_flags
 
                 argv, fields = split_flags(argv)
             rest = flags.FLAGS(argv)
@@ -62,25 +63,25 @@ def parse(argv):
 
 def _configuration(fields: dict[str, str]):
     """The configuration of the flags; None for the workdir's own as it is."""
-    from pgpsam_jax import settings
-    from pgpsam_jax.config import check, load_config
+    from pgpsam_jax.config import overrides
+    from pgpsam_jax.config.serialization import check, load_config
 
     path, workdir = _CONFIG.value, _WORKDIR.value
     if path is not None:
-        config = settings.load_file(path)
+        config = overrides.load_file(path)
     elif _MODE.value == "evaluate" and not fields:
         return None
     elif workdir is not None and Path(workdir, "config.json").is_file():
         config = load_config(workdir)
     else:
         raise UserError("no configuration; give --config configs/phantom.py, for example")
-    settings.assign(config, fields, "the command line")
+    overrides.assign(config, fields, "the command line")
     check(config)
     return config
 
 
 def main(arguments):
-    with exit_on_user_error(), interruption.listening():
+    with exit_on_user_error(), preemption.listening():
         logging.set_verbosity(logging.WARNING)  # orbax tells every file it writes
         warnings.filterwarnings("default", module="pgpsam_jax")
         evaluate = _MODE.value == "evaluate"
@@ -92,12 +93,14 @@ def main(arguments):
         place = _place()
         # JAX: not before the mistakes that show without it
         config = _configuration(dict(arguments[1:]))
-        from pgpsam_jax import memory_advice, session, train
-        from pgpsam_jax.compilation import keep_compiled, start
+        from pgpsam_jax.distributed import initialize
+        from pgpsam_jax.profiling import out_of_memory
+        from pgpsam_jax.runtime.compilation_cache import keep_compiled, start
+        from pgpsam_jax.training import train
 
         keep_compiled()
         workdir = _WORKDIR.value or f"runs/{config.name}"
-        with session.joined(place), memory_advice.explained(config, workdir):
+        with initialize.joined(place), out_of_memory.explained(config, workdir):
             start()
             if evaluate:
                 train.evaluate_workdir(workdir, config)
@@ -105,12 +108,12 @@ def main(arguments):
                 train.train(config, workdir)
 
 
-def _place() -> cluster.Place | None:
+def _place() -> cluster_env.Place | None:
     """Which of how many processes this is; None for one alone."""
-    place = cluster.from_flags(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    place = cluster_env.from_flags(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _COORDINATOR.value is not None or _DISTRIBUTED.value == "off":
         return place
-    return cluster.from_scheduler()
+    return cluster_env.from_scheduler()
 
 
 def run():

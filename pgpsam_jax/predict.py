@@ -17,16 +17,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pgpsam_jax.data import array_checks
-from pgpsam_jax.data.grid import AXIAL
-from pgpsam_jax.data.nifti import Volume, read_image
-from pgpsam_jax.data.volume_files import Inputs, find_inputs, stem_of
+from pgpsam_jax.data.io import array_checks
+from pgpsam_jax.data.io.nifti import Volume, read_image
+from pgpsam_jax.data.io.volume_files import Inputs, find_inputs, stem_of
+from pgpsam_jax.data.io.voxel_grid import AXIAL
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.masks import VOLUMES, Masks
-from pgpsam_jax.evaluation.workers import ahead, check, in_order, worker_count
-from pgpsam_jax.hostmemory import keep_freed_memory
-from pgpsam_jax.program import Parser, positive, running
-from pgpsam_jax.text_files import shown
+from pgpsam_jax.runtime.cli import Parser, positive, running
+from pgpsam_jax.runtime.malloc import keep_freed_memory
+from pgpsam_jax.runtime.worker_pool import ahead, check, in_order, worker_count
+from pgpsam_jax.utils.untrusted_text import shown
 
 _LONGEST = 2000  # characters of a line
 
@@ -150,8 +150,8 @@ def main() -> None:
         arguments = parser.parse_args()
         # JAX: not before the mistakes that show without it
         from pgpsam_jax.config import load_config
-        from pgpsam_jax.methods import refuse_without_labels
-        from pgpsam_jax.trained import load_run
+        from pgpsam_jax.inference.trained_run import load_run
+        from pgpsam_jax.methods.registry import refuse_without_labels
 
         config = load_config(arguments.workdir)  # what takes no time to refuse first
         check(config.eval.workers)

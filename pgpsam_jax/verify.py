@@ -19,16 +19,17 @@ import sys
 import time
 from pathlib import Path
 
-from pgpsam_jax.data import array_checks, layouts
-from pgpsam_jax.data.arrays import NO_GRID
-from pgpsam_jax.data.cases import Listing
 from pgpsam_jax.data.findings import ERROR, WARNING
-from pgpsam_jax.data.labels import LabelTable, load_label_table
-from pgpsam_jax.data.verification import check_cases, findings_of, spoken, summarise
+from pgpsam_jax.data.io import array_checks
+from pgpsam_jax.data.io.array_files import NO_GRID
+from pgpsam_jax.data.layouts import find
+from pgpsam_jax.data.layouts.cases import Listing
+from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
+from pgpsam_jax.data.quality.verification import check_cases, findings_of, spoken, summarise
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import write_json
-from pgpsam_jax.program import Parser, pair, positive, running
-from pgpsam_jax.text_files import read_json, shown
+from pgpsam_jax.runtime.cli import Parser, pair, positive, running
+from pgpsam_jax.utils.files import write_json
+from pgpsam_jax.utils.untrusted_text import read_json, shown
 
 # Fields of `config.data`; short names count only where they are no part of a path.
 _SETTINGS = re.compile(
@@ -61,9 +62,9 @@ def verify(
         say(shown(spelled(line), _LONGEST))
 
     if layout == "auto":
-        layout = layouts.detect(root, image_glob)
-    listing = layouts.scan(layout, root, image_glob, label_glob)
-    table = table or layouts.label_table(layout, root)
+        layout = find.detect(root, image_glob)
+    listing = find.scan(layout, root, image_glob, label_glob)
+    table = table or find.label_table(layout, root)
     if split:
         _split(listing, split, split_file)
     of_file = {}
@@ -106,7 +107,7 @@ def _split(listing: Listing, kind: str, file) -> None:
     """Write the parts of a split into the cases; one that does not fit is a finding."""
     cases = [case for case in listing.cases if case.label is not None]
     try:
-        parts = layouts.split_cases(cases, kind, file=file)
+        parts = find.split_cases(cases, kind, file=file)
     except UserError as error:
         listing.add("split", "", str(error))
         return
@@ -151,7 +152,7 @@ def main(arguments=None) -> int:
     parser = Parser("pgpsam_jax.verify", __doc__)
     parser.add_argument("--data", required=True, help="folder of the data set")
     parser.add_argument(
-        "--layout", default="auto", choices=["auto", *layouts.LAYOUTS], help="how its files lie"
+        "--layout", default="auto", choices=["auto", *find.LAYOUTS], help="how its files lie"
     )
     parser.add_argument("--image-glob", help="layout pairs: such as images/*.nii.gz")
     parser.add_argument("--label-glob", help="layout pairs: such as labels/*.nii.gz")

@@ -5,8 +5,8 @@ from functools import partial
 import jax
 import numpy as np
 
-from pgpsam_jax.data.augment import AugmentConfig, augment, sample_keys
-from pgpsam_jax.data.warp import warp_coordinates
+from pgpsam_jax.data.augmentation.augment import AugmentConfig, augment, sample_keys
+from pgpsam_jax.data.augmentation.warp import warp_coordinates
 
 SIZE = 48
 NOTHING = {"rotate_probability": 0, "scale_probability": 0, "elastic_probability": 0}

@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-from pgpsam_jax.data import fewshot, labels, layouts, nnunet, transunet, volumes
-from pgpsam_jax.data.arrays import ArrayFiles
+from pgpsam_jax.data import fewshot_list
+from pgpsam_jax.data.io import volumes
+from pgpsam_jax.data.io.array_files import ArrayFiles
+from pgpsam_jax.data.layouts import find, label_table, nnunet, transunet
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.weights import read_safetensors
+from pgpsam_jax.models.sam.weights import read_safetensors
 from weights_conversion.checkpoint_files import read_checkpoint
 
 STATUS = Path("/proc/self/status")
@@ -21,9 +23,9 @@ READERS = {
     "array": lambda path: volumes.read_image(ArrayFiles((path,), "image")),
     "checkpoint": read_checkpoint,
     "safetensors": read_safetensors,
-    "few-shot list": fewshot.read_list,
-    "label table": labels.load_label_table,
-    "split": lambda path: layouts.split_cases([], "file", file=path),
+    "few-shot list": fewshot_list.read_list,
+    "label table": label_table.load_label_table,
+    "split": lambda path: find.split_cases([], "file", file=path),
     "nnunet": lambda path: nnunet.scan(path.parent),
     "transunet": lambda path: transunet.scan(path.parent),
 }

@@ -23,7 +23,7 @@ import psutil
 import pytest
 from absl import flags
 
-from pgpsam_jax.compilation import machine_kind
+from pgpsam_jax.runtime.compilation_cache import machine_kind
 
 jax.config.update("jax_default_matmul_precision", "float32")
 # grain reads absl flags in its workers; nothing parses them under pytest.

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from scipy.special import erf
 
-from pgpsam_jax.models.initial import NoDraws
+from pgpsam_jax.models.initializers import NoDraws
 
 LN_EPS = 1e-6  # channel layer norm, as everywhere on SAM's image side
 

@@ -11,7 +11,8 @@ from launcher import DEADLINE, start
 from places import REPOSITORY
 from small_run import config_for, write_data
 
-from pgpsam_jax import checkpoint, train
+from pgpsam_jax.checkpointing import checkpoint
+from pgpsam_jax.training import train
 
 PROGRAM = REPOSITORY / "tests" / "tiny_method.py"
 

@@ -16,12 +16,15 @@ import numpy as np
 import tiny_method
 from small_run import config_for
 
-from pgpsam_jax import build, checkpoint, cluster, session, sharding
-from pgpsam_jax.data.loader import make_loader
-from pgpsam_jax.distributed import place
-from pgpsam_jax.feed import Feed
-from pgpsam_jax.loop import run_steps
-from pgpsam_jax.sharded import shard_step, sharding_of
+from pgpsam_jax.checkpointing import checkpoint
+from pgpsam_jax.data.batch_sampler import make_loader
+from pgpsam_jax.distributed import cluster_env, initialize
+from pgpsam_jax.distributed.multihost import place
+from pgpsam_jax.methods import build
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training.device_batches import Feed
+from pgpsam_jax.training.sharded_step import shard_step, sharding_of
+from pgpsam_jax.training.train_loop import run_steps
 
 SLICES, CLASSES, STEPS = 9, 3, 3
 
@@ -33,7 +36,7 @@ def trained(settings: dict, sizes: dict | None = None):
     rng, size = np.random.default_rng(0), config.model.image_size
     labels = rng.integers(0, CLASSES, (SLICES, 4, 4)).repeat(size // 4, 1).repeat(size // 4, 2)
     images = (labels / CLASSES + 0.1 * rng.random(labels.shape)).astype(np.float16)
-    mesh = sharding.make_mesh(**sizes or {})
+    mesh = device_mesh.make_mesh(**sizes or {})
     loader = make_loader(SLICES, batch_size=config.train.batch_size, seed=0)
     feed = Feed({"image": images, "label": labels.astype(np.uint8)}, loader, mesh, np.inf)
     graphdef, params, frozen, _ = build.init_model(config, CLASSES)
@@ -67,7 +70,7 @@ def main(settings: dict) -> list[str]:
 
 def share(address: str, count: str, process: str, folder: str, settings: dict) -> None:
     """The same as one of several processes that have all weights in parts, saved in the end."""
-    with session.joined(cluster.from_flags(address, int(count), int(process))):
+    with initialize.joined(cluster_env.from_flags(address, int(count), int(process))):
         sizes = {"data": 1, "fsdp": jax.device_count(), "tensor": 1}
         _, state, loader, said = trained(settings, sizes)
         with checkpoint.Checkpoints(Path(folder)) as checkpoints:

@@ -21,7 +21,7 @@ from pathlib import Path
 from launcher import DEADLINE, environment
 from places import REPOSITORY
 
-from pgpsam_jax import hostmemory
+from pgpsam_jax.runtime import malloc
 
 
 class Forked:
@@ -122,8 +122,8 @@ def _guard(jobs, out, err, status, command, variables):
         os.close(pipe)
     os.environ.clear()
     os.environ.update(variables)
-    settled = [f"{name}={value}" for name, value in hostmemory._WANTED.items()]
-    os.environ[hostmemory._VARIABLE] = ":".join(settled)
+    settled = [f"{name}={value}" for name, value in malloc._WANTED.items()]
+    os.environ[malloc._VARIABLE] = ":".join(settled)
     return command
 
 

@@ -6,10 +6,10 @@ import zlib
 
 import numpy as np
 
-from pgpsam_jax import config as configuration
-from pgpsam_jax.evaluation.protocols import COLUMNS, METRICS
-from pgpsam_jax.evaluation.report import write_evaluation
-from pgpsam_jax.runs import DONE, PLAN, STATE
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.metrics.protocols import COLUMNS, METRICS
+from pgpsam_jax.metrics.summary import write_evaluation
+from pgpsam_jax.results.runs import DONE, PLAN, STATE
 
 ORGANS = ("liver", "spleen")
 CASES = tuple(f"{number:04d}" for number in range(1, 13))

@@ -5,11 +5,12 @@ import sys
 import time
 from pathlib import Path
 
-from pgpsam_jax import interruption, lock, program
+from pgpsam_jax.checkpointing import workdir_lock
 from pgpsam_jax.errors import exit_on_user_error
-from pgpsam_jax.files import atomic_path
+from pgpsam_jax.runtime import cli, preemption
+from pgpsam_jax.utils.files import atomic_path
 
-interruption.GRACE_SECONDS = 0.2
+preemption.GRACE_SECONDS = 0.2
 
 
 def ready():
@@ -18,22 +19,22 @@ def ready():
 
 def read(folder):
     """Work of which nothing would be lost."""
-    with interruption.listening():
+    with preemption.listening():
         ready()
         time.sleep(60)
 
 
 def compile_(folder):
     """The same, where no Python code runs that could heed a signal."""
-    with interruption.listening():
-        signal.pthread_sigmask(signal.SIG_BLOCK, interruption.SIGNALS)
+    with preemption.listening():
+        signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
         ready()
         time.sleep(60)
 
 
 def train(folder):
     """Steps, of which the last is written down."""
-    with interruption.listening(), interruption.deferred() as stop:
+    with preemption.listening(), preemption.deferred() as stop:
         stop.begin(0)
         for step in range(1, 10**9):
             time.sleep(0.01)
@@ -46,30 +47,30 @@ def train(folder):
 
 def hang(folder):
     """A step that does not end."""
-    with interruption.listening(), interruption.deferred():
+    with preemption.listening(), preemption.deferred():
         ready()
         time.sleep(60)
 
 
 def hold(folder):
     """A workdir's lock."""
-    with lock.held(folder, "training"):
+    with workdir_lock.held(folder, "training"):
         ready()
         time.sleep(60)
 
 
 def command(folder):
     """A command that writes a file."""
-    interruption.GRACE_SECONDS = 60
-    with program.running(), atomic_path(folder / "file"):
+    preemption.GRACE_SECONDS = 60
+    with cli.running(), atomic_path(folder / "file"):
         ready()
         time.sleep(60)
 
 
 def masked(folder):
     """A module of another language that tells of the interrupt in an error of its own."""
-    interruption.GRACE_SECONDS = 60
-    with program.running(), atomic_path(folder / "file"):
+    preemption.GRACE_SECONDS = 60
+    with cli.running(), atomic_path(folder / "file"):
         try:
             ready()
             time.sleep(60)
@@ -85,15 +86,15 @@ class _Deaf:
 
 def deaf(folder):
     """Code from which no exception gets out, and then some more."""
-    interruption.GRACE_SECONDS = 60
-    with program.running(), atomic_path(folder / "file"):
+    preemption.GRACE_SECONDS = 60
+    with cli.running(), atomic_path(folder / "file"):
         _Deaf()
         time.sleep(60)
 
 
 def talk(folder):
     """A command that prints for long."""
-    with program.running():
+    with cli.running():
         ready()
         while True:
             print("more")
@@ -101,7 +102,7 @@ def talk(folder):
 
 def say(folder):
     """A command that prints a little."""
-    with program.running():
+    with cli.running():
         print("some")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 from jax.extend.core import Literal, jaxprs_in_params
 
-from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.models.parameters import flat_paths
 
 
 def equations(jaxpr):

@@ -7,8 +7,8 @@ from unittest import mock
 
 import jax
 
-from pgpsam_jax import config as configuration
-from pgpsam_jax import cost, runlog, train
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.training import metric_logger, step_cost, train
 
 _NO_PART = ("data", "log", "eval", "validation", "name")  # of what a step computes
 
@@ -19,8 +19,8 @@ def kept(draws=False):
 
     What it costs is counted once, and no learning curve is drawn unless it is looked at.
     """
-    make, made, count, counted = train.shard_step, {}, cost.of_step, {}
-    draw = runlog.RunLog._draw if draws else lambda self: None
+    make, made, count, counted = train.shard_step, {}, step_cost.of_step, {}
+    draw = metric_logger.RunLog._draw if draws else lambda self: None
 
     def shard_step(config, mesh, graphdef, params, frozen, batch, **numbers):
         settings = {k: v for k, v in configuration.to_json(config).items() if k not in _NO_PART}
@@ -38,7 +38,7 @@ def kept(draws=False):
 
     with (
         mock.patch.object(train, "shard_step", shard_step),
-        mock.patch.object(cost, "of_step", of_step),
-        mock.patch.object(runlog.RunLog, "_draw", draw),
+        mock.patch.object(step_cost, "of_step", of_step),
+        mock.patch.object(metric_logger.RunLog, "_draw", draw),
     ):
         yield

@@ -1,7 +1,7 @@
 """The known orders of label ids, and features as a file in another order would have them."""
 
-from pgpsam_jax.data.label_order import ORDERS, known_orders
-from pgpsam_jax.data.labels import SYNAPSE8
+from pgpsam_jax.data.layouts.label_table import SYNAPSE8
+from pgpsam_jax.data.quality.label_order import ORDERS, known_orders
 
 SAMED, ALPHABETICAL, CASCADE, BTCV, AMOS, FLARE = ORDERS
 EIGHT = known_orders()[SAMED]

@@ -1,6 +1,6 @@
 """Label tables that several tests read volumes with."""
 
-from pgpsam_jax.data.labels import LabelTable
+from pgpsam_jax.data.layouts.label_table import LabelTable
 
 TOTAL = {  # shared/data/README.md: class -> (id in seg104, voxels)
     "spleen": (1, 9677),

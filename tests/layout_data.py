@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 from small_run import TABLE, config_for, write_data
 
-from pgpsam_jax.data.nifti import read_image, read_label
+from pgpsam_jax.data.io.nifti import read_image, read_label
 
 NNUNET = {
     "channel_names": {"0": "CT"},

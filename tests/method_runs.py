@@ -10,10 +10,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from pgpsam_jax import build, recipes
-from pgpsam_jax.config import default_config
-from pgpsam_jax.parameters import flat_paths
-from pgpsam_jax.step import init_state, make_train_step
+from pgpsam_jax.config import default_config, method_recipes
+from pgpsam_jax.methods import build
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.training.train_step import init_state, make_train_step
 
 SIZE, CLASSES = 32, 3
 
@@ -24,7 +24,7 @@ def small_config(name: str, **settings):
     The encoder is the smallest, random, and frozen where the recipe says so.
     """
     config = default_config()
-    recipes.use(config, name)
+    method_recipes.use(config, name)
     config.model.encoder = micro.NAME
     config.model.image_size, config.model.patch_size = SIZE, 8
     for kind in ("rotate", "scale", "elastic"):

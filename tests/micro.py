@@ -6,7 +6,7 @@ one block in the decoder.
 
 import dataclasses
 
-from pgpsam_jax.models import sam
+from pgpsam_jax.models.sam import sam
 
 NAME = "vit_micro"
 sam._VIT[NAME] = dict(

@@ -12,32 +12,34 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pgpsam_jax import cluster, distributed, interruption, peers, session, sharding
+from pgpsam_jax.distributed import cluster_env, heartbeat, initialize, multihost
 from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.runtime import preemption
+from pgpsam_jax.sharding import device_mesh
 
 # Short, so that nobody waits in a test.
-peers.BEAT_SECONDS, peers.SILENT_SECONDS, peers.SUSPECT_SECONDS = 0.3, 3, 2
-session.START_SECONDS = 8
-distributed.SHARED_SECONDS = 1
+heartbeat.BEAT_SECONDS, heartbeat.SILENT_SECONDS, heartbeat.SUSPECT_SECONDS = 0.3, 3, 2
+initialize.START_SECONDS = 8
+multihost.SHARED_SECONDS = 1
 
 
 def together(folder):
     """All that processes do together; each prints what it got."""
-    mesh = sharding.make_mesh(data=2, tensor=jax.device_count() // 2)
+    mesh = device_mesh.make_mesh(data=2, tensor=jax.device_count() // 2)
     numbers = {"a": np.arange(24.0).reshape(4, 6), "b": np.float32(7)}
     spread = {"a": NamedSharding(mesh, PartitionSpec("data", "tensor"))}
-    spread["b"] = sharding.replicated(mesh)
-    tree = distributed.place(numbers, spread)
+    spread["b"] = device_mesh.replicated(mesh)
+    tree = multihost.place(numbers, spread)
     doubled = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree))(tree)
-    distributed.check_shared(folder)
-    with distributed.first_before_others("turn"):
+    multihost.check_shared(folder)
+    with multihost.first_before_others("turn"):
         turn = len(list(folder.iterdir()))
         (folder / str(jax.process_index())).touch()
-    distributed.agree({"a number": 3, "some": {"numbers": [1, 2]}})
+    multihost.agree({"a number": 3, "some": {"numbers": [1, 2]}})
     found = {
-        "whole": jax.tree.map(lambda x: np.asarray(x).tolist(), distributed.whole(doubled)),
-        "gathered": distributed.gather("x" * jax.process_index()),
-        "own": distributed.own(range(5)),
+        "whole": jax.tree.map(lambda x: np.asarray(x).tolist(), multihost.whole(doubled)),
+        "gathered": multihost.gather("x" * jax.process_index()),
+        "own": multihost.own(range(5)),
         "turn": turn,
         "spread": not tree["a"].is_fully_addressable,
     }
@@ -48,24 +50,24 @@ def mistake(folder):
     """Process 0 finds one; the other waits for it."""
     if jax.process_index() == 0:
         raise UserError("there is no such volume")
-    distributed.barrier("never")
+    multihost.barrier("never")
 
 
 def fault(folder):
     """An error nobody foresaw, in process 1."""
     if jax.process_index() == 1:
         raise ZeroDivisionError("a fault")
-    distributed.barrier("never")
+    multihost.barrier("never")
 
 
 def differ(folder):
-    distributed.agree({"config": {"train": {"batch_size": 8 * (1 + jax.process_index())}}})
-    distributed.barrier("never")
+    multihost.agree({"config": {"train": {"batch_size": 8 * (1 + jax.process_index())}}})
+    multihost.barrier("never")
 
 
 def apart(folder):
     """Each has a folder of its own."""
-    distributed.check_shared(folder / str(jax.process_index()))
+    multihost.check_shared(folder / str(jax.process_index()))
 
 
 def work(folder):
@@ -78,19 +80,21 @@ def work(folder):
 
 def collect(folder):
     """For ever, sums over all devices."""
-    total = jax.jit(lambda x: x.sum(), out_shardings=sharding.replicated(sharding.make_mesh()))
-    lanes = sharding.batch_sharding(sharding.make_mesh())
+    total = jax.jit(
+        lambda x: x.sum(), out_shardings=device_mesh.replicated(device_mesh.make_mesh())
+    )
+    lanes = device_mesh.batch_sharding(device_mesh.make_mesh())
     while True:
-        jax.block_until_ready(total(distributed.place(np.ones(jax.device_count()), lanes)))
+        jax.block_until_ready(total(multihost.place(np.ones(jax.device_count()), lanes)))
         print("working", flush=True)
 
 
 def steps(folder):
     """Until a signal that reaches one of them: in each step they meet, and write down the last."""
-    with interruption.deferred() as stop:
+    with preemption.deferred() as stop:
         stop.begin(0)
         for step in range(1, 10**6):
-            distributed.barrier(f"step {step}")
+            multihost.barrier(f"step {step}")
             if step == 3:
                 print("working", flush=True)
             if stop.due(step):
@@ -102,8 +106,8 @@ if __name__ == "__main__":
     from pathlib import Path
 
     coordinator, count, process, scenario, *folder = sys.argv[1:]
-    heeding = interruption.listening if scenario == "steps" else contextlib.nullcontext
+    heeding = preemption.listening if scenario == "steps" else contextlib.nullcontext
     with exit_on_user_error(), heeding():
-        place = cluster.from_flags(coordinator, int(count), int(process))
-        with session.joined(place):
+        place = cluster_env.from_flags(coordinator, int(count), int(process))
+        with initialize.joined(place):
             globals()[scenario](Path(*folder))

@@ -2,11 +2,13 @@
 
 from small_run import config_for
 
-from pgpsam_jax import backbone, build, checkpoint, train
-from pgpsam_jax.data import dataset, fewshot
-from pgpsam_jax.data.loader import make_loader
-from pgpsam_jax.files import write_json
-from pgpsam_jax.step import init_state
+from pgpsam_jax.checkpointing import checkpoint, frozen_weights
+from pgpsam_jax.data import dataset, fewshot_list
+from pgpsam_jax.data.batch_sampler import make_loader
+from pgpsam_jax.methods import build
+from pgpsam_jax.training import train
+from pgpsam_jax.training.train_step import init_state
+from pgpsam_jax.utils.files import write_json
 
 
 def ready_run(root, workdir, *, predictor=None, evaluated=True, **settings):
@@ -19,10 +21,12 @@ def ready_run(root, workdir, *, predictor=None, evaluated=True, **settings):
     config = dataset.with_axis(config, split.train)
     table = split.table
     _, params, frozen, digest = build.init_model(config, table.num_classes)
-    fewshot.FewShotList([("a", 4), ("b", 5)], {"rule": "by hand"}).write(workdir / "fewshot.txt")
+    fewshot_list.FewShotList([("a", 4), ("b", 5)], {"rule": "by hand"}).write(
+        workdir / "fewshot.txt"
+    )
     write_json(workdir / "labels.json", table.to_json())
     train.configuration.store(config, workdir)
-    backbone.settle_base(workdir, config.model.base, digest, frozen)
+    frozen_weights.settle_base(workdir, config.model.base, digest, frozen)
     state = init_state(params, build.optimizer_of(config, 2), seed=0, epoch_size=2)
     loader = make_loader(8, batch_size=8, seed=0)
     state.step += config.train.steps

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pgpsam_jax.data import volumes
-from pgpsam_jax.data.arrays import ArrayFiles
+from pgpsam_jax.data.io import volumes
+from pgpsam_jax.data.io.array_files import ArrayFiles
 from pgpsam_jax.errors import UserError
 
 

@@ -17,12 +17,12 @@ import numpy as np
 from flax import nnx
 from places import shared
 
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.lora import LoraConfig
-from pgpsam_jax.models.release.model import ReleaseConfig, ReleasePgpSam
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.parameters import flat_paths
-from weights_conversion import mapping, release
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.models.pgpsam_release.model import ReleaseConfig, ReleasePgpSam
+from pgpsam_jax.models.sam.lora import LoraConfig
+from pgpsam_jax.models.sam.sam import SamConfig
+from weights_conversion import release, remap
 
 UNUSED = "unused/"
 ENCODER_SIZES = ("width", "depth", "heads", "global_blocks", "window_size", "out_channels")
@@ -72,7 +72,7 @@ class Golden:
     def weights(self) -> dict:
         shapes = self.meta["state_dict"].items()
         tensors = {name: self.rule.tensor(name, shape, 0) for name, shape in shapes}
-        return mapping.read(tensors, release.RELEASE, "golden set")
+        return remap.read(tensors, release.RELEASE, "golden set")
 
     @property
     def images(self):
@@ -100,7 +100,7 @@ class Golden:
     def theirs(self, ours: dict) -> dict:
         """Arrays by our path (those of `unused` weights zero) as the authors name and lay them."""
         zero = {path: np.zeros_like(array) for path, array in self.weights.items()}
-        return mapping.write(zero | ours, release.RELEASE, "gradients")
+        return remap.write(zero | ours, release.RELEASE, "gradients")
 
 
 @functools.cache

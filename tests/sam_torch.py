@@ -15,11 +15,11 @@ import torch.nn.functional as F
 import transformers
 from flax import nnx
 
-from pgpsam_jax.models.image_encoder import EncoderConfig
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.mask_decoder import DecoderConfig
-from pgpsam_jax.models.sam import Sam, SamConfig
-from pgpsam_jax.weights import fit_base, select_base
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.sam.image_encoder import EncoderConfig
+from pgpsam_jax.models.sam.mask_decoder import DecoderConfig
+from pgpsam_jax.models.sam.sam import Sam, SamConfig
+from pgpsam_jax.models.sam.weights import fit_base, select_base
 from weights_conversion.sam import from_official
 
 # Two windowed and two global blocks; 12 tokens a side are padded to two windows of 7.

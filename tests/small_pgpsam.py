@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pgpsam_jax.models.pgpsam import PgpSam, PgpSamConfig
-from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.models.pgpsam.model import PgpSam, PgpSamConfig
+from pgpsam_jax.models.sam.sam import SamConfig
 
 ENCODER = dict(width=32, depth=2, heads=2, global_blocks=(0, 1), out_channels=32, window_size=4)
 TABLE_3 = {

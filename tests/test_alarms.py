@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgpsam_jax import validation
-from pgpsam_jax.alarms import SilentClasses
 from pgpsam_jax.config import default_config
 from pgpsam_jax.data.dataset import ValidationData
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.training import model_selection
+from pgpsam_jax.training.dead_classes import SilentClasses
 
 NAMES = ("background", "liver", "spleen", "gallbladder")
 TRUTH = np.array([[[0, 1], [2, 2]]], np.uint8)  # no gallbladder
@@ -65,7 +65,7 @@ def selection(workdir, dead_epochs=3):
     config = default_config()
     config.validation.every_epochs, config.validation.dead_epochs = 1, dead_epochs
     config.train.batch_size = 2
-    return validation.Selection(
+    return model_selection.Selection(
         config, ValidationData(None, TRUTH, len(NAMES), 1, ""), workdir, 4, 100, NAMES
     )
 
@@ -100,4 +100,4 @@ def test_a_negative_number_of_epochs_is_refused(tmp_path):
     config = default_config()
     config.validation.dead_epochs = -1
     with pytest.raises(UserError, match=r"validation\.dead_epochs is -1; give a number of epochs"):
-        validation.check(config, None)
+        model_selection.check(config, None)

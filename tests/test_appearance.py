@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from small_run import TABLE, config_for, write_data
 
 from pgpsam_jax import verify as program
-from pgpsam_jax.data import appearance, comparison, dataset, geometry
-from pgpsam_jax.data.checks import check_case
-from pgpsam_jax.data.labels import LabelTable
-from pgpsam_jax.data.nifti import Volume, read_image
-from pgpsam_jax.data.verification import findings_of, summarise
+from pgpsam_jax.data import dataset, letterbox
+from pgpsam_jax.data.io.nifti import Volume, read_image
+from pgpsam_jax.data.layouts.label_table import LabelTable
+from pgpsam_jax.data.quality import appearance, outliers
+from pgpsam_jax.data.quality.case_checks import check_case
+from pgpsam_jax.data.quality.verification import findings_of, summarise
 from pgpsam_jax.errors import UserError
 
 CASES = ("a", "b", "c", "d", "e")
@@ -101,7 +102,7 @@ def test_records_that_cannot_be_used(tmp_path):
 @given(st.lists(st.floats(-1e3, 1e3), min_size=0, max_size=20), st.floats(0, 1e3))
 @settings(max_examples=100, deadline=None)
 def test_outliers_are_few_and_far(values, floor):
-    found = comparison.outliers({str(i): v for i, v in enumerate(values)}, floor)
+    found = outliers.outliers({str(i): v for i, v in enumerate(values)}, floor)
     assert len(found) <= len(values) / 2
     middle = np.median(values) if values else 0
     for value, least, most in found.values():
@@ -159,7 +160,7 @@ def test_cases_that_all_differ_are_one_finding():
         }
 
     images = [image(index if index in (1, 3, 5) else 2 * index) for index in range(12)]
-    found = list(comparison.compare(images, None, has_grid=True))
+    found = list(outliers.compare(images, None, has_grid=True))
     assert [f.code for f in found] == ["unlike"] and not found[0].file
     assert "3 of 12" in found[0].message
 
@@ -167,7 +168,7 @@ def test_cases_that_all_differ_are_one_finding():
 def test_a_window_that_cuts_what_is_labelled(root):
     """Of the two organs, at 110 and 200, one is clipped to white."""
     table = LabelTable.from_json(TABLE)
-    from pgpsam_jax.data.cases import Case
+    from pgpsam_jax.data.layouts.cases import Case
 
     case = Case("a", root / "images" / "a.nii.gz", root / "labels" / "a.nii.gz")
     for window, cut in (((-125, 275), False), ((-125, 150), True), ((150, 275), True)):
@@ -227,7 +228,7 @@ def test_a_window_in_percent_makes_intensities_relative(root, tmp_path):
         images, _ = cached[0].load()
         inputs.append(images)
         volume = read_image(folder / "images" / f"{split.train[0].case_id}.nii.gz")
-        ends = geometry.ends_of(dataset.window_of(config), volume.array)
+        ends = letterbox.ends_of(dataset.window_of(config), volume.array)
         inside = np.mean((volume.array >= ends[0]) & (volume.array <= ends[1]))
         assert inside == pytest.approx(0.98, abs=0.005)
         record = appearance.record_of(cached, window=dataset.window_of(config), layout="pairs")

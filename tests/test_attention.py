@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import gpu
 
-from pgpsam_jax import sharding
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models import attention, placement
-from pgpsam_jax.models.placement import Placement
+from pgpsam_jax.models.sam import attention
+from pgpsam_jax.sharding import context, device_mesh
+from pgpsam_jax.sharding.context import Placement
 
 # (batch, heads, head dim, grid, window or None for the grid): 14x14 windows of a 26-token side,
 # those that overhang at 512 px, vit_t windows, three blocks of splash, oblong; 512 px, 1024 px.
@@ -148,7 +148,7 @@ def test_how_many_chunks():
     assert [chunks(1, 12, 1024), chunks(12, 12, 1024), chunks(1, 12, 4096)] == [1, 4, 4]
     assert chunks(1, 16, 4096, "bfloat16") == 4  # scores are float32 there, too
     mesh = jax.make_mesh((8,), ("data",))
-    with placement.traced_for(Placement("cpu", mesh=mesh, batch_axes=("data",))):
+    with context.traced_for(Placement("cpu", mesh=mesh, batch_axes=("data",))):
         # Twelve rows do not divide over eight devices: each has all of them.
         assert [chunks(8, 12, 4096), chunks(12, 12, 4096)] == [4, 64]
 
@@ -159,7 +159,7 @@ def test_cudnn_equals_naive_on_a_gpu(case):
     device = gpu()
     if attention.choose("auto", 1, 192, jnp.bfloat16, Placement.of(device)) != "cudnn":
         pytest.skip(f"{device.device_kind} is too old for this head dim")
-    with jax.default_device(device), placement.traced_for(Placement.of(device)):
+    with jax.default_device(device), context.traced_for(Placement.of(device)):
         errors = errors_of(results_of(case, ["cudnn"], jnp.bfloat16))
     assert max(errors[0]) <= 3 * BFLOAT16_TOLERANCE, errors
 
@@ -187,14 +187,14 @@ def test_fused_kernels_on_a_mesh_equal_one_device(kernel, sizes):
     rng = np.random.default_rng(0)
     q, k = rng.standard_normal((2, 8, 4, 128, 24)).astype(np.float32)
     v = rng.standard_normal((8, 4, 128, 16)).astype(np.float32)
-    mesh = sharding.make_mesh(*sizes)
+    mesh = device_mesh.make_mesh(*sizes)
     run = {"splash": attention.splash, "cudnn": CUDNN_WAY}[kernel]
     alone = value_and_gradients(attention.attend, q, k, v)
     both = functools.partial(value_and_gradients, run)
-    share = sharding.batch_sharding(mesh)
-    split = jax.jit(sharding.over_mesh(both, mesh), in_shardings=share, out_shardings=share).lower(
-        q, k, v
-    )
+    share = device_mesh.batch_sharding(mesh)
+    split = jax.jit(
+        device_mesh.over_mesh(both, mesh), in_shardings=share, out_shardings=share
+    ).lower(q, k, v)
     assert "manual_computation" in split.as_text()
     for got, wanted in zip(split.compile()(q, k, v), alone, strict=True):
         assert relative(got, wanted) <= VALUE_TOLERANCE

@@ -12,9 +12,9 @@ import pytest
 from attention_numpy import literal, relative
 from flax import nnx
 
-from pgpsam_jax.models.image_encoder import Attention, EncoderConfig
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.lora import LoraConfig
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.sam.image_encoder import Attention, EncoderConfig
+from pgpsam_jax.models.sam.lora import LoraConfig
 
 VALUE_TOLERANCE = 2e-6
 

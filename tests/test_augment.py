@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scipy import ndimage
 
 from pgpsam_jax.config import default_config, from_json, to_json
-from pgpsam_jax.data.augment import augment, augmentation_seed, sample_keys
-from pgpsam_jax.data.augment_config import RELEASE, AugmentConfig
+from pgpsam_jax.config.augmentation import RELEASE, AugmentConfig
+from pgpsam_jax.data.augmentation.augment import augment, augmentation_seed, sample_keys
 from pgpsam_jax.errors import UserError
 
 

@@ -13,13 +13,14 @@ from flax import nnx
 from method_runs import CLASSES, loss_falls, run_of, small_config
 from safetensors.numpy import save_file
 
-from pgpsam_jax import build, losses, recipes, weights
-from pgpsam_jax.config import default_config
-from pgpsam_jax.files import file_digest, write_json
-from pgpsam_jax.models.autosam import AutoSam
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.sam import Sam, SamConfig
-from pgpsam_jax.parameters import count, flat_paths
+from pgpsam_jax.config import default_config, method_recipes
+from pgpsam_jax.methods import build, losses
+from pgpsam_jax.models.baselines.autosam import AutoSam
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.parameters import count, flat_paths
+from pgpsam_jax.models.sam import weights
+from pgpsam_jax.models.sam.sam import Sam, SamConfig
+from pgpsam_jax.utils.files import file_digest, write_json
 
 SAM = SamConfig.preset(micro.NAME, (32, 48), 8)
 STEPS = 50
@@ -49,7 +50,7 @@ def segment(model, feature):
 def test_parameters_of_the_original():
     """methods.md 5.2: the decoder but what is named iou, and two mask tokens a class."""
     config = default_config()
-    recipes.use(config, "autosam")
+    method_recipes.use(config, "autosam")
     for classes in (5, 9):
         _, params, frozen = build.abstract_model(config, classes)
         assert count(params) == 3_644_832 + 2 * classes * 256

@@ -7,11 +7,13 @@ from flax import nnx
 from safetensors.numpy import save_file
 from small_run import config_for, write_data
 
-from pgpsam_jax import backbone, build, weights
+from pgpsam_jax.checkpointing import frozen_weights
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import file_digest, write_json
-from pgpsam_jax.models.sam import Sam, SamConfig
-from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.methods import build
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.models.sam import weights
+from pgpsam_jax.models.sam.sam import Sam, SamConfig
+from pgpsam_jax.utils.files import file_digest, write_json
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +80,10 @@ def test_another_variant_is_refused(config):
 
 def test_a_workdir_keeps_its_base(config, sam, tmp_path):
     _, _, frozen, digest = build.init_model(config, 3)
-    backbone.settle_base(tmp_path, sam[0], digest, frozen)
-    backbone.settle_base(tmp_path, sam[0], digest, frozen)
+    frozen_weights.settle_base(tmp_path, sam[0], digest, frozen)
+    frozen_weights.settle_base(tmp_path, sam[0], digest, frozen)
     with pytest.raises(UserError, match="give the weights of that run"):
-        backbone.settle_base(tmp_path, "other", "0" * 64, frozen)
+        frozen_weights.settle_base(tmp_path, "other", "0" * 64, frozen)
     assert not (tmp_path / "frozen.safetensors").exists()
 
 
@@ -89,9 +91,9 @@ def test_a_random_backbone_is_kept_as_a_file_and_announced(config, tmp_path):
     config.model.base = ""
     assert "RANDOM AND FROZEN" in build.base_notice(config.model, tmp_path)
     _, _, frozen, _ = build.init_model(config, 3)
-    backbone.settle_base(tmp_path, "", None, frozen)
+    frozen_weights.settle_base(tmp_path, "", None, frozen)
     config.seed = 99
     _, _, other, _ = build.init_model(config, 3)
-    backbone.settle_base(tmp_path, "", None, other)
+    frozen_weights.settle_base(tmp_path, "", None, other)
     for path, leaf in flat_paths(frozen).items():
         np.testing.assert_array_equal(leaf[...], flat_paths(other)[path][...], err_msg=path)

@@ -12,14 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import process
 from experiments.benchmark import __main__ as program
-from experiments.benchmark import encoded, runner, sam_jax, sam_torch, steps_jax, table, weights
+from experiments.benchmark import (
+    feature_cache,
+    random_weights,
+    runner,
+    sam_jax,
+    sam_torch,
+    steps_jax,
+    table,
+)
 from experiments.benchmark.points import STEPS, SUITES, Point, cross, with_ceilings
-from pgpsam_jax import flops
+from experiments.measurement import worker_process
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.profiling import flops
 from weights_conversion.sam import to_huggingface
 
 CLASSES = {"pgpsam": 9, "sam": 3}
@@ -41,7 +49,7 @@ def keeping(found: list, function):
 def ours():
     """(logits, loss, gradients by PyTorch's names) of the JAX side."""
     graphdef, params, frozen = sam_jax.build(CONFIG, np.float32)
-    images, labels = weights.batch(BATCH, 80, sam_jax.CLASSES, channels=True)
+    images, labels = random_weights.batch(BATCH, 80, sam_jax.CLASSES, channels=True)
 
     @jax.jit
     def run(params, frozen):
@@ -75,7 +83,7 @@ def theirs(request):
     """(logits, loss, model with gradients) of the PyTorch side."""
     sizes = dataclasses.asdict(CONFIG)
     model = sam_torch.build(sizes, sam_torch.load_tensors(sizes), request.param)
-    images, labels = weights.batch(BATCH, 80, sam_torch.CLASSES, channels=True)
+    images, labels = random_weights.batch(BATCH, 80, sam_torch.CLASSES, channels=True)
     images = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
     value = sam_torch.loss(model, images, torch.from_numpy(labels).long())
     value.backward()
@@ -121,8 +129,10 @@ def knowing(monkeypatch):
 @pytest.fixture
 def one_process(monkeypatch, knowing):
     """All points of a command line are asked of one process, which has to be started only once."""
-    with runner.Process(runner._WORKER, "jax", environment=runner.ENVIRONMENT) as process:
-        monkeypatch.setattr(runner, "Process", lambda *_, **__: contextlib.nullcontext(process))
+    with runner.Process(runner._WORKER, "jax", environment=runner.ENVIRONMENT) as worker_process:
+        monkeypatch.setattr(
+            runner, "Process", lambda *_, **__: contextlib.nullcontext(worker_process)
+        )
         yield
 
 
@@ -331,14 +341,14 @@ def test_points():
 def test_encoding_beforehand_saves_the_encoder():
     """Its products, and what is counted of it and of augmenting besides: measured 9.8 % more."""
     point = runner.describe(Point("encoded_flops", "samlst", "vit_t", batch_size=2))
-    counted = encoded.encoded_flops(point)["flops_per_image"]
+    counted = feature_cache.encoded_flops(point)["flops_per_image"]
     config = SamConfig.preset("vit_t", 128, 8).encoder
     products = flops.total(flops.encoder(config, None, "frozen")).forward
     assert products < counted["whole"] - counted["encoded"] < 1.15 * products
 
 
 def test_a_process_that_dies_is_a_failed_point(monkeypatch):
-    monkeypatch.setattr(process.sys, "executable", "/bin/false")
+    monkeypatch.setattr(worker_process.sys, "executable", "/bin/false")
     row = runner.measure(Point("scoring"), runner.Effort())
     assert row["error"].startswith("the process ended with code 1")
 
@@ -350,5 +360,5 @@ def test_too_little_memory_is_told_alike():
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
         torch.OutOfMemoryError("CUDA out of memory"),
     ):
-        assert process.reason(error).startswith("out of memory")
-    assert process.reason(ValueError("a\nb")) == "ValueError: a b"
+        assert worker_process.reason(error).startswith("out of memory")
+    assert worker_process.reason(ValueError("a\nb")) == "ValueError: a b"

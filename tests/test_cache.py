@@ -16,12 +16,9 @@ from label_tables import PAIR, TOTAL, TOTAL_TABLE
 from places import shared
 
 from pgpsam_jax.data.cache import build_cache, gather_slices, read_case
-from pgpsam_jax.data.geometry import Fit, model_slices, to_model
-from pgpsam_jax.data.labels import LabelTable
-from pgpsam_jax.data.layouts import (
-    Case,
-    find_cases,
-)
+from pgpsam_jax.data.layouts.find import Case, find_cases
+from pgpsam_jax.data.layouts.label_table import LabelTable
+from pgpsam_jax.data.letterbox import Fit, model_slices, to_model
 from pgpsam_jax.errors import UserError
 
 

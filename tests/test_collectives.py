@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pgpsam_jax import sharding
-from pgpsam_jax.models.image_encoder import ImageEncoder
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.lora import LoraConfig
-from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.sam.image_encoder import ImageEncoder
+from pgpsam_jax.models.sam.lora import LoraConfig
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.sharding import device_mesh
 
 # Two blocks of an encoder, the second global; sizes of which few arrays share a number.
 BATCH, ROWS, WIDTH, OUT = 8, 64, 40, 24
@@ -49,11 +49,11 @@ def encoder_gradients(sizes):
 
         return jax.grad(loss)(lora)
 
-    mesh = sharding.make_mesh(*sizes)
-    placed = [sharding.state_shardings(state, mesh) for state in (lora, rest)]
+    mesh = device_mesh.make_mesh(*sizes)
+    placed = [device_mesh.state_shardings(state, mesh) for state in (lora, rest)]
     step = jax.jit(
-        sharding.over_mesh(gradients, mesh),
-        in_shardings=(*placed, sharding.batch_sharding(mesh)),
+        device_mesh.over_mesh(gradients, mesh),
+        in_shardings=(*placed, device_mesh.batch_sharding(mesh)),
         out_shardings=placed[0],
     )
     images = jax.ShapeDtypeStruct((BATCH, 64, 64, 3), jnp.float32)
@@ -110,7 +110,7 @@ def test_blocks_on_meshes_have_the_gradients_of_each_other():
             lambda leaf, rng=rng: np.float32(rng.normal(0, 0.3, leaf.shape)), shapes
         )
         states = jax.device_put((lora, rest), tuple(placed))
-        images = jax.device_put(images, sharding.batch_sharding(mesh))
+        images = jax.device_put(images, device_mesh.batch_sharding(mesh))
         found.append([np.asarray(leaf) for leaf in jax.tree.leaves(compiled(*states, images))])
     for others in found[1:]:
         for ours, theirs in zip(found[0], others, strict=True):

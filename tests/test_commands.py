@@ -109,8 +109,8 @@ def tiny():
 
 
 def test_missing_sam_weights_name_the_download(tiny, tmp_path):
-    from pgpsam_jax import train
     from pgpsam_jax.errors import UserError
+    from pgpsam_jax.training import train
 
     config = config_for(
         write_data(tmp_path / "data"), **TINY, model__base=str(tmp_path / "sam_vit_b")
@@ -123,8 +123,8 @@ def test_bad_volumes_are_named(tiny, tmp_path):
     import nibabel as nib
     import numpy as np
 
-    from pgpsam_jax import train
     from pgpsam_jax.errors import UserError
+    from pgpsam_jax.training import train
 
     root = write_data(tmp_path / "data")
     image, label = root / "images" / "a.nii.gz", root / "labels" / "a.nii.gz"

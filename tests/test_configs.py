@@ -10,11 +10,13 @@ import micro
 import pytest
 from places import REPOSITORY
 
-from pgpsam_jax import build, config, methods, parameters
+from pgpsam_jax.config import serialization
 from pgpsam_jax.data.dataset import label_table
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.step import init_state, make_predict_step, make_train_step
+from pgpsam_jax.methods import build, registry
+from pgpsam_jax.models import parameters
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.training.train_step import init_state, make_predict_step, make_train_step
 
 CONFIGS = [
     ("synapse", ()),
@@ -94,7 +96,7 @@ def test_one_step_by_shapes(name, arguments, model, monkeypatch):
     size, batch = settings.model.image_size, settings.train.batch_size
     slices = jax.ShapeDtypeStruct((batch, size, size), jnp.float16)
     labels = jax.ShapeDtypeStruct((batch, size, size), jnp.uint8)
-    oracle = methods.method_of(settings.model).oracle
+    oracle = registry.method_of(settings.model).oracle
     if not oracle:
         step = make_train_step(graphdef, optimizer, build.step_config(settings))
         after, metrics = jax.eval_shape(step, state, frozen, {"image": slices, "label": labels})
@@ -122,10 +124,10 @@ def test_the_synapse_config_is_the_paper_run():
 
 def test_stored_configurations_round_trip():
     settings, _ = load("abdomen_ct", ("small",))
-    again = config.from_json(config.to_json(settings))
-    assert config.to_json(again) == config.to_json(settings)
+    again = serialization.from_json(serialization.to_json(settings))
+    assert serialization.to_json(again) == serialization.to_json(settings)
     with pytest.raises(UserError, match="does not fit this version"):
-        config.from_json({"no_such_section": {"a": 1}})
+        serialization.from_json({"no_such_section": {"a": 1}})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from sam_official import SMALL, VIT_B, assert_equal, official_shapes, random_state
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.weights import load_base
+from pgpsam_jax.models.sam.weights import load_base
 from weights_conversion import convert as program
 from weights_conversion import sam_table
 from weights_conversion.sam import (

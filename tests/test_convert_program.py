@@ -11,8 +11,8 @@ from places import REPOSITORY
 from safetensors.numpy import load_file, save_file
 from sam_official import SMALL, VIT_B, assert_equal, random_state, save_pth
 
-from pgpsam_jax.files import file_digest
-from pgpsam_jax.weights import load_base
+from pgpsam_jax.models.sam.weights import load_base
+from pgpsam_jax.utils.files import file_digest
 from weights_conversion import checkpoint_files
 from weights_conversion import convert as program
 from weights_conversion.sam import from_official, to_huggingface, to_official

@@ -13,11 +13,13 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from pgpsam_jax import build, cost, methods, recipes, sharding
-from pgpsam_jax.config import default_config, use_small_encoder
-from pgpsam_jax.models import attention
+from pgpsam_jax.config import default_config, method_recipes, use_small_encoder
+from pgpsam_jax.methods import build, registry
+from pgpsam_jax.models.sam import attention
 from pgpsam_jax.models.segmenter import Segmenter
-from pgpsam_jax.step import init_state, make_predict_step
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import step_cost
+from pgpsam_jax.training.train_step import init_state, make_predict_step
 
 SIZE, BATCH, MIDDLE, CLASSES = 16, 8, 5, 2
 
@@ -48,7 +50,7 @@ class Stages:
     def record(self, config, lowered=None):
         stages = self.traced, lowered or self.lowered, self.compiled
         known = self.mesh, self.graphdef, self.step, self.shapes, *stages
-        return cost.of_step(config, *known, slices=BATCH)
+        return step_cost.of_step(config, *known, slices=BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def config():
 def stages():
     """A step of plain gradient descent on eight devices, one image each."""
     graphdef, params, frozen = nnx.split(TwoProducts(), nnx.Param, ...)
-    optimizer, mesh = optax.sgd(0.1), sharding.make_mesh(data=8)
+    optimizer, mesh = optax.sgd(0.1), device_mesh.make_mesh(data=8)
     forward = make_predict_step(graphdef)
 
     def train_step(state, frozen, batch):
@@ -73,8 +75,8 @@ def stages():
 
     state = init_state(params, optimizer, seed=0, epoch_size=BATCH)
     batch = {"image": jax.ShapeDtypeStruct((BATCH, SIZE, SIZE), jnp.float32)}
-    whole = sharding.replicated(mesh)
-    placed = {"in_shardings": (whole, whole, sharding.batch_sharding(mesh))}
+    whole = device_mesh.replicated(mesh)
+    placed = {"in_shardings": (whole, whole, device_mesh.batch_sharding(mesh))}
     step = jax.jit(train_step, **placed, out_shardings=whole, donate_argnums=0)
     shapes = jax.eval_shape(lambda *arguments: arguments, state, frozen, batch)
     traced = step.trace(*shapes)
@@ -105,7 +107,7 @@ def test_a_step_by_hand(stages, config):
 
 def counted(function, *arguments):
     traced = jax.jit(function).trace(*arguments)
-    return cost.flops_of(traced, traced.lower())
+    return step_cost.flops_of(traced, traced.lower())
 
 
 def test_every_round_of_a_loop_counts():
@@ -158,10 +160,10 @@ def test_devices_that_count_nothing(stages, config, monkeypatch):
 def test_what_a_step_is_of_a_method(name, kind):
     """What is known without a step: parameters and the forward pass, an oracle's too."""
     config = default_config()
-    recipes.use(config, name)
+    method_recipes.use(config, name)
     config.model.update(encoder=micro.NAME, image_size=64, patch_size=8, stage_taps=(0,))
     graphdef, *states = build.abstract_model(config, CLASSES + 1)
-    found = cost.of_inference(config, sharding.make_mesh(data=8), graphdef, *states)
+    found = step_cost.of_inference(config, device_mesh.make_mesh(data=8), graphdef, *states)
     assert found["kind"] == kind
     assert (found["parameters"]["trained"] == 0) == (kind == "none")
     assert found["flops_per_image"]["forward"] > 1e6
@@ -202,8 +204,8 @@ def looped_products(jaxpr) -> float:
 # Loops, outputs of several sizes, and prompts from labels are among the quick ones.
 QUICK = ("pgpsam", "hsam", "fssp", "sam")
 FORWARD = [
-    pytest.param(*key, marks=[pytest.mark.slow] * (key == methods.RELEASE or key[0] not in QUICK))
-    for key in sorted(methods.METHODS)
+    pytest.param(*key, marks=[pytest.mark.slow] * (key == registry.RELEASE or key[0] not in QUICK))
+    for key in sorted(registry.METHODS)
 ]
 
 
@@ -213,11 +215,11 @@ def test_forward_passes_are_their_products_and_little_else(name, preset):
     config = default_config()
     use_small_encoder(config)
     if preset == "":
-        recipes.use(config, name)
+        method_recipes.use(config, name)
     config.model.name, config.model.preset, config.model.image_size = name, preset, 64
     graphdef, *states = build.abstract_model(config, CLASSES + 1)
     given = [jax.ShapeDtypeStruct((1, 64, 64), jnp.float32)]
-    if methods.METHODS[name, preset].oracle:
+    if registry.METHODS[name, preset].oracle:
         given.append(jax.ShapeDtypeStruct((1, 64, 64), jnp.uint8))
     traced = jax.jit(make_predict_step(graphdef)).trace(*states, *given)
     lowered, own = traced.lower(), products(traced.jaxpr.jaxpr)
@@ -237,13 +239,13 @@ def records(seconds, batch=BATCH):
 
 
 def test_step_time_by_hand():
-    found = cost.of_loop(records([5.0, 1.0, 2.0, 4.0, 3.0]), BATCH)
+    found = step_cost.of_loop(records([5.0, 1.0, 2.0, 4.0, 3.0]), BATCH)
     assert found["step_seconds"] == {"median": 3.0, "quartiles": [2.0, 4.0], "intervals": 5}
-    later = cost.of_loop(records([5.0, 1.0, 2.0, 4.0, 3.0]), BATCH, first=4)  # the last three
+    later = step_cost.of_loop(records([5.0, 1.0, 2.0, 4.0, 3.0]), BATCH, first=4)  # the last three
     assert later["step_seconds"] == {"median": 3.0, "quartiles": [2.5, 3.5], "intervals": 3}
     stuck = [{"step": 12, "images_per_second": 0.0}]
-    assert cost.of_loop(records([2.0]) + stuck, BATCH)["step_seconds"]["intervals"] == 1
-    assert "step_seconds" not in cost.of_loop([], BATCH)
+    assert step_cost.of_loop(records([2.0]) + stuck, BATCH)["step_seconds"]["intervals"] == 1
+    assert "step_seconds" not in step_cost.of_loop([], BATCH)
 
 
 def test_peak_of_the_process():
@@ -252,28 +254,30 @@ def test_peak_of_the_process():
     if not status.is_file():
         pytest.skip("no /proc on this system")
     (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-    peaks = cost.of_loop([], BATCH)["peak_bytes"]
+    peaks = step_cost.of_loop([], BATCH)["peak_bytes"]
     assert peaks["process"] == pytest.approx(1024 * int(line.split()[1]), rel=0.1)
     assert peaks["device"] is None  # a CPU keeps no count
 
 
 def test_record_over_restarts(stages, config, tmp_path):
     record = stages.record(config)
-    cost.update(tmp_path, records([1.0]))  # a run from before there were records: none is made up
+    step_cost.update(
+        tmp_path, records([1.0])
+    )  # a run from before there were records: none is made up
     assert not list(tmp_path.iterdir())
-    cost.begin(tmp_path, record, 0)
-    assert cost.read(tmp_path) == record | {"timed_from": 0}
-    cost.update(tmp_path, records([9.0, 9.0]))
-    cost.begin(tmp_path, record, 4)
-    cost.update(tmp_path, records([9.0, 9.0, 1.0]))
-    assert cost.read(tmp_path)["step_seconds"]["median"] == 9.0  # of both starts
+    step_cost.begin(tmp_path, record, 0)
+    assert step_cost.read(tmp_path) == record | {"timed_from": 0}
+    step_cost.update(tmp_path, records([9.0, 9.0]))
+    step_cost.begin(tmp_path, record, 4)
+    step_cost.update(tmp_path, records([9.0, 9.0, 1.0]))
+    assert step_cost.read(tmp_path)["step_seconds"]["median"] == 9.0  # of both starts
     elsewhere = record | {"devices": record["devices"] | {"kind": "fast"}}
-    cost.begin(tmp_path, elsewhere, 4)
-    assert "step_seconds" not in cost.read(tmp_path)
-    cost.update(tmp_path, records([9.0, 9.0, 1.0]))
-    assert cost.read(tmp_path)["step_seconds"]["median"] == 1.0  # of the new devices alone
-    (tmp_path / cost.FILE).write_text("{")
-    assert cost.read(tmp_path) == {}
-    cost.begin(tmp_path, record, 6)
-    assert cost.read(tmp_path)["timed_from"] == 6
-    assert [path.name for path in tmp_path.iterdir()] == [cost.FILE]
+    step_cost.begin(tmp_path, elsewhere, 4)
+    assert "step_seconds" not in step_cost.read(tmp_path)
+    step_cost.update(tmp_path, records([9.0, 9.0, 1.0]))
+    assert step_cost.read(tmp_path)["step_seconds"]["median"] == 1.0  # of the new devices alone
+    (tmp_path / step_cost.FILE).write_text("{")
+    assert step_cost.read(tmp_path) == {}
+    step_cost.begin(tmp_path, record, 6)
+    assert step_cost.read(tmp_path)["timed_from"] == 6
+    assert [path.name for path in tmp_path.iterdir()] == [step_cost.FILE]

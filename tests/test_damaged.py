@@ -13,12 +13,14 @@ from faults import NOISE, TINY, again, copied, newest, prepare
 from safetensors.numpy import save_file
 from small_run import config_for
 
-from pgpsam_jax import checkpoint, cnn_base, resumption, train
+from pgpsam_jax.checkpointing import checkpoint, resumption
 from pgpsam_jax.data import dataset
-from pgpsam_jax.data.labels import load_label_table
-from pgpsam_jax.data.loader import make_loader
+from pgpsam_jax.data.batch_sampler import make_loader
+from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import file_digest
+from pgpsam_jax.models.baselines import resnet_weights
+from pgpsam_jax.training import train
+from pgpsam_jax.utils.files import file_digest
 
 pytestmark = pytest.mark.faults
 KINDS = ("missing", "empty", "half", "garbage", "flipped")
@@ -215,7 +217,7 @@ def test_another_file_of_the_cnn_is_another_run(root, tmp_path, monkeypatch):
     def begin(value):
         tensors = {"kernel": np.full((16, 3), value), "bias": np.zeros(3)}
         tensors = {name: np.float32(array) for name, array in tensors.items()}
-        save_file(tensors, tmp_path / "cnn.safetensors", {"format": cnn_base.FORMAT})
+        save_file(tensors, tmp_path / "cnn.safetensors", {"format": resnet_weights.FORMAT})
         with tiny_method.known(cnn="first"):
             return train.train(config, tmp_path / "run")
 

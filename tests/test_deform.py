@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import layers
-from pgpsam_jax.models.release.deform import TAPS, DeformableConv, deformable_depthwise, tap_points
+from pgpsam_jax.models.pgpsam_release.deformable_conv import (
+    TAPS,
+    DeformableConv,
+    deformable_depthwise,
+    tap_points,
+)
 
 compiled = jax.jit(deformable_depthwise, static_argnums=4)
 FORWARD_TOLERANCE = 2e-6  # absolute, float32, values of order one

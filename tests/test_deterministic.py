@@ -14,13 +14,15 @@ import tiny_method
 from flax import nnx
 from places import QUICK_FLAGS, REPOSITORY
 
-from pgpsam_jax import deterministic, sharding, step
 from pgpsam_jax.config import default_config
-from pgpsam_jax.data.augment_config import RELEASE
-from pgpsam_jax.data.loader import make_loader
+from pgpsam_jax.config.augmentation import RELEASE
+from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.feed import Feed
-from pgpsam_jax.optim import OptimConfig, make_optimizer
+from pgpsam_jax.runtime import determinism
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import train_step
+from pgpsam_jax.training.device_batches import Feed
+from pgpsam_jax.training.optimizer import OptimConfig, make_optimizer
 
 FLAG = "--xla_gpu_deterministic_ops"
 DEADLINE = 500  # seconds for a process on a busy machine
@@ -84,17 +86,17 @@ def seen_on(devices, resident, monkeypatch):
     def show(graphdef, params, frozen, images, labels, epoch, config, keys):
         return params, ({"images": images, "labels": labels}, nnx.State({}))
 
-    monkeypatch.setattr(step, "gradients_of", show)
-    mesh = sharding.make_mesh(data=devices, devices=jax.devices()[:devices])
+    monkeypatch.setattr(train_step, "gradients_of", show)
+    mesh = device_mesh.make_mesh(data=devices, devices=jax.devices()[:devices])
     optimizer = make_optimizer(OptimConfig(), 10)
-    state = step.init_state(
+    state = train_step.init_state(
         nnx.State({"w": nnx.Param(jnp.ones(2))}), optimizer, seed=5, epoch_size=SLICES
     )
-    run = jax.jit(step.make_train_step(None, optimizer, step.StepConfig(ALL)))
+    run = jax.jit(train_step.make_train_step(None, optimizer, train_step.StepConfig(ALL)))
     loader = make_loader(SLICES, batch_size=BATCH, seed=3)
     data = {"image": IMAGES, "label": LABELS}
     feed, found = Feed(data, loader, mesh, np.inf if resident else 0), []
-    state = jax.device_put(state, sharding.replicated(mesh))
+    state = jax.device_put(state, device_mesh.replicated(mesh))
     for _ in range(3):
         state, metrics = run(state, None, next(feed)[0])
         found.append((np.asarray(metrics["images"]), np.asarray(metrics["labels"])))
@@ -126,9 +128,9 @@ def wanted(**augment):
 @pytest.fixture
 def fresh(monkeypatch):
     """A process that has computed nothing and may have a GPU."""
-    monkeypatch.setattr(deterministic, "_started", lambda: False)
+    monkeypatch.setattr(determinism, "_started", lambda: False)
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
-    monkeypatch.setattr(deterministic, "_cpu_alone", lambda: False)
+    monkeypatch.setattr(determinism, "_cpu_alone", lambda: False)
     return monkeypatch
 
 
@@ -137,44 +139,45 @@ def flags():
 
 
 def test_the_switch_adds_the_flag_once_and_only_where_it_is_on(fresh):
-    deterministic.demand(default_config())
+    determinism.demand(default_config())
     assert flags() == ["--xla_cpu_enable_fast_math=false"]
     for _ in range(2):
-        deterministic.demand(wanted())
+        determinism.demand(wanted())
         assert flags() == ["--xla_cpu_enable_fast_math=false", f"{FLAG}=true"]
 
 
 def test_a_run_on_cpu_alone_keeps_its_flags(fresh):
     """They are part of the key of what is compiled: all of it would be compiled again."""
-    fresh.setattr(deterministic, "_cpu_alone", lambda: True)
-    deterministic.demand(wanted())
+    fresh.setattr(determinism, "_cpu_alone", lambda: True)
+    determinism.demand(wanted())
     assert flags() == ["--xla_cpu_enable_fast_math=false"]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 def test_too_late_is_an_error_where_it_matters(fresh, platform):
-    fresh.setattr(deterministic, "_started", lambda: True)
+    fresh.setattr(determinism, "_started", lambda: True)
     fresh.setattr(jax, "default_backend", lambda: platform)
     if platform == "gpu":
         with pytest.raises(UserError, match=rf"used the GPU already.* XLA_FLAGS={FLAG}=true"):
-            deterministic.demand(wanted())
+            determinism.demand(wanted())
         fresh.setenv("XLA_FLAGS", FLAG)
-    deterministic.demand(wanted())
+    determinism.demand(wanted())
 
 
 def test_settings_that_contradict_the_switch_are_refused(fresh):
     with pytest.raises(UserError, match=r"augment\.seeded=False draws"):
-        deterministic.demand(wanted(seeded=False))
+        determinism.demand(wanted(seeded=False))
     fresh.setenv("XLA_FLAGS", f"{FLAG}=false")
     with pytest.raises(UserError, match=f"XLA_FLAGS has {FLAG}=false; switch one of them off"):
-        deterministic.demand(wanted())
+        determinism.demand(wanted())
 
 
 def test_xla_heeds_the_flag_that_the_switch_sets(tmp_path):
     """Set when JAX is imported but has not computed, in the options XLA says it compiles with."""
     code = (
-        "import jax; from pgpsam_jax import config, deterministic; c = config.default_config(); "
-        "c.deterministic = True; deterministic.demand(c); jax.config.update('jax_platforms', 'cpu')"
+        "import jax; from pgpsam_jax import config; from pgpsam_jax.runtime import determinism; "
+        "c = config.default_config(); c.deterministic = True; determinism.demand(c); "
+        "jax.config.update('jax_platforms', 'cpu')"
         "; jax.jit(lambda x: x + 1)(1.0)"
     )
     dump = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"

@@ -17,8 +17,11 @@ from launcher import start as start_any
 from places import REPOSITORY
 from small_run import config_for, write_data
 
-from pgpsam_jax import build, checkpoint, methods, seal, sharding, train
-from pgpsam_jax.peers import LOST
+from pgpsam_jax.checkpointing import checkpoint, checksums
+from pgpsam_jax.distributed.heartbeat import LOST
+from pgpsam_jax.methods import build, registry
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import train
 
 LAUNCH = REPOSITORY / "experiments" / "launch"
 MESH = {"data": 1, "fsdp": 8, "tensor": 1}  # no process has all of the weights
@@ -126,7 +129,9 @@ def shared(root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start_quickly():
-    with forks.starting("few_steps", "pgpsam_jax.session", "orbax.checkpoint", "grain") as start:
+    with forks.starting(
+        "few_steps", "pgpsam_jax.distributed.initialize", "orbax.checkpoint", "grain"
+    ) as start:
         yield start
 
 
@@ -158,9 +163,9 @@ def test_steps_of_two_processes_are_those_of_one(start_quickly, tmp_path):
 @pytest.mark.slow
 def test_weights_of_both_kinds_are_spread(root, settings):
     config = config_for(root, **settings)
-    mesh, method = sharding.make_mesh(**MESH), methods.key_of(config.model)
+    mesh, method = device_mesh.make_mesh(**MESH), registry.key_of(config.model)
     for tree in build.abstract_model(config, 3)[1:]:
-        found = jax.tree.leaves(sharding.state_shardings(tree, mesh, method))
+        found = jax.tree.leaves(device_mesh.state_shardings(tree, mesh, method))
         assert not all(one.is_fully_replicated for one in found)
 
 
@@ -199,7 +204,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(root, settings, shared, tm
     workdir = cut(shared[0], tmp_path / "cut")
     position = workdir / "checkpoints" / str(CUT) / "data" / "position.json"
     position.rename(position.with_name("process_0-of-1.json"))  # as grain wrote it before,
-    (position.parents[1] / seal.FILE).unlink()  # when there were no hashes
+    (position.parents[1] / checksums.FILE).unlink()  # when there were no hashes
     one(root, workdir, settings)
     assert difference(records(workdir), records(shared[0])) < 1e-5
 

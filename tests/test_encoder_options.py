@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgpsam_jax import build, config, sharding
+from pgpsam_jax.config import serialization
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models import placement
-from pgpsam_jax.models.image_encoder import REMAT, EncoderConfig, ImageEncoder, attention_report
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.lora import LoraConfig
-from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.methods import build
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.sam.image_encoder import REMAT, EncoderConfig, ImageEncoder, attention_report
+from pgpsam_jax.models.sam.lora import LoraConfig
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.sharding import context, device_mesh
 
 TAPS = (3, 0, 1)
 # Folded is the backend whose scores wait for the backward pass, unless remat says otherwise.
@@ -135,7 +136,7 @@ def test_options_that_cannot_be(options, message):
 
 
 def test_backend_that_cannot_run_here_is_refused_before_anything_is_built():
-    settings = config.default_config()
+    settings = serialization.default_config()
     settings.model.attention = "cudnn"
     with pytest.raises(UserError, match=r"'cudnn' needs an NVIDIA GPU .* here are cpu"):
         build.abstract_model(settings, 9)
@@ -143,9 +144,9 @@ def test_backend_that_cannot_run_here_is_refused_before_anything_is_built():
 
 @pytest.mark.parametrize(("stored", "name"), [(False, "none"), (True, "blocks")])
 def test_stored_remat_of_before_it_had_names(stored, name):
-    value = config.to_json(config.default_config())
+    value = serialization.to_json(serialization.default_config())
     value["model"]["remat"] = stored
-    assert config.from_json(value).model.remat == name
+    assert serialization.from_json(value).model.remat == name
 
 
 def test_report_of_what_was_picked():
@@ -154,9 +155,9 @@ def test_report_of_what_was_picked():
     assert attention_report(folded, jnp.float32) == (
         "folded for global 32x32, windows 14x14, windows 14x4, windows 4x14, windows 4x4"
     )
-    with placement.traced_for(placement.Placement("tpu")):
+    with context.traced_for(context.Placement("tpu")):
         assert attention_report(vit_b, jnp.bfloat16).startswith("splash for global 32x32; ")
-    with placement.traced_for(placement.Placement("gpu", 8.0)):
+    with context.traced_for(context.Placement("gpu", 8.0)):
         large = SamConfig.preset("vit_b", 1024).encoder
         assert "; cudnn for windows 14x14, " in attention_report(large, jnp.bfloat16)
 
@@ -176,10 +177,11 @@ def test_whole_encoder_on_a_mesh_equals_one_device():
         return jax.value_and_grad(loss)(lora)
 
     wanted = jax.jit(gradients)(*states, images)
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    placed = [sharding.state_shardings(state, mesh) for state in states]
+    mesh = device_mesh.make_mesh(data=2, fsdp=2, tensor=2)
+    placed = [device_mesh.state_shardings(state, mesh) for state in states]
     split = jax.jit(
-        sharding.over_mesh(gradients, mesh), in_shardings=(*placed, sharding.batch_sharding(mesh))
+        device_mesh.over_mesh(gradients, mesh),
+        in_shardings=(*placed, device_mesh.batch_sharding(mesh)),
     )
     got = split(*states, images)
     for pair in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):

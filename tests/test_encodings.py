@@ -12,12 +12,14 @@ import pytest
 import tiny_method
 from ml_collections import ConfigDict
 
-from pgpsam_jax import build, encodings, sharding
-from pgpsam_jax import step as steps
 from pgpsam_jax.config import default_config, use_small_encoder
-from pgpsam_jax.data.augment import augment, sample_keys
+from pgpsam_jax.data.augmentation.augment import augment, sample_keys
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.feed import Feed
+from pgpsam_jax.methods import build
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import feature_cache
+from pgpsam_jax.training import train_step as steps
+from pgpsam_jax.training.device_batches import Feed
 
 SLICES, SIDE, BATCH, CLASSES, SEED = 5, 32, 2, 3, 3
 
@@ -56,8 +58,8 @@ def model(configuration):
 @pytest.fixture(scope="module")
 def encoded(configuration, few_shot_set, model):
     """Two copies of the set, not augmented, and the one device they are for."""
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return encodings.encoded_set(configuration(2, False), mesh, model, *few_shot_set, seed=SEED)
+    mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
+    return feature_cache.encoded_set(configuration(2, False), mesh, model, *few_shot_set, seed=SEED)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def step_on(configuration, model):
 
     def run(copies, given, rows, number=0):
         state, step = compiled(copies)
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
         feed = Feed(given, iter([np.array(rows, np.int32)]), mesh, 1e9)
         state = dataclasses.replace(state, step=jnp.array(number, jnp.int32))
         return step(state, model[2], next(feed)[0])
@@ -108,8 +110,8 @@ def test_copies_are_the_augmented_slices(configuration, few_shot_set, model):
     images, labels = few_shot_set
     config, found = configuration(2, True), []
     for devices in (jax.devices()[:1], jax.devices()):
-        mesh = sharding.make_mesh(devices=devices)
-        found.append(encodings.encoded_set(config, mesh, model, images, labels, seed=SEED))
+        mesh = device_mesh.make_mesh(devices=devices)
+        found.append(feature_cache.encoded_set(config, mesh, model, images, labels, seed=SEED))
     assert found[0]["label"].shape == (2 * SLICES, SIDE, SIDE)
     settings = build.step_config(config).augment
     augmented = jax.jit(lambda *arguments: augment(*arguments, settings))
@@ -143,4 +145,4 @@ def test_what_takes_too_much_is_refused(configuration, few_shot_set, model):
     config = configuration(1, False)
     config.data.resident_gib = 1e-6
     with pytest.raises(UserError, match=r"raise that, or lower train\.encoded_copies"):
-        encodings.encoded_set(config, sharding.make_mesh(), model, *few_shot_set, seed=SEED)
+        feature_cache.encoded_set(config, device_mesh.make_mesh(), model, *few_shot_set, seed=SEED)

@@ -15,7 +15,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgpsam_jax.models import cfm, mask_decoder, ppg, ppr
+from pgpsam_jax.models.pgpsam import cfm, ppg, ppr
+from pgpsam_jax.models.sam import mask_decoder
 
 B, H, W, C, N = 2, 5, 7, 16, 3
 TOLERANCE = 1e-6

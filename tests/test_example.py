@@ -17,10 +17,10 @@ from ready_run import ready_run
 from small_run import config_for, write_data
 
 import pgpsam_jax
-from pgpsam_jax import build
 from pgpsam_jax.data import dataset
-from pgpsam_jax.step import to_input
-from pgpsam_jax.trained import TrainedRun
+from pgpsam_jax.inference.trained_run import TrainedRun
+from pgpsam_jax.methods import build
+from pgpsam_jax.training.train_step import to_input
 
 NOTEBOOK = REPOSITORY / "examples" / "segment_volume.ipynb"
 

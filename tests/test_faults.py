@@ -16,10 +16,13 @@ from faults import again, copied, logged, newest, prepare, records, rubbish, sav
 from launcher import start
 from places import REPOSITORY
 
-from pgpsam_jax import checkpoint, errors, interruption, lock, runlog, train
-from pgpsam_jax.data.loader import make_loader
+from pgpsam_jax import errors
+from pgpsam_jax.checkpointing import checkpoint, workdir_lock
+from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.errors import Interrupted, UserError
-from pgpsam_jax.files import atomic_path, write_text
+from pgpsam_jax.runtime import preemption
+from pgpsam_jax.training import metric_logger, train
+from pgpsam_jax.utils.files import atomic_path, write_text
 
 pytestmark = pytest.mark.faults
 
@@ -71,7 +74,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk(root, finished, small_disk, monkeypatch):
     """At several points of a run; the older checkpoint stays, and the same command goes on."""
-    monkeypatch.setattr(runlog.RunLog, "_draw", lambda self: None)  # the largest file by far
+    monkeypatch.setattr(metric_logger.RunLog, "_draw", lambda self: None)  # the largest file by far
     place, _ = small_disk
     workdir, ballast, seen = place / "run", place / "ballast", []
     for room in (0, 60, 100):  # KiB
@@ -157,7 +160,7 @@ def test_one_writer_at_a_time(root, finished, tmp_path):
 
 
 def test_an_empty_workdir_is_not_left(tmp_path):
-    with pytest.raises(ZeroDivisionError), lock.held(tmp_path / "run", "training"):
+    with pytest.raises(ZeroDivisionError), workdir_lock.held(tmp_path / "run", "training"):
         raise ZeroDivisionError
     assert not (tmp_path / "run").exists()
 
@@ -169,7 +172,7 @@ def test_an_interrupted_evaluation_leaves_the_last_one(root, finished, tmp_path,
     monkeypatch.setattr(
         train.Predictor, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     )
-    with interruption.listening(), pytest.raises(Interrupted, match="SIGTERM came"):
+    with preemption.listening(), pytest.raises(Interrupted, match="SIGTERM came"):
         again(root, workdir)
     assert {p: p.read_bytes() for p in (workdir / "evaluation").rglob("*") if p.is_file()} == before
     assert not rubbish(workdir)
@@ -206,7 +209,7 @@ def test_a_loss_that_is_no_number_stops_at_its_step(root, tmp_path, monkeypatch)
 def test_a_gradient_that_is_no_number_is_said(tmp_path):
     settings, rows = train.configuration.default_config().log, np.array([1, 0])
     slices = [("a", 4), ("b", 7)]
-    with runlog.RunLog(tmp_path, settings, 0, np.ones(10), 2, slices) as log:
+    with metric_logger.RunLog(tmp_path, settings, 0, np.ones(10), 2, slices) as log:
         with pytest.raises(
             UserError, match=r"the gradient norm is inf at step 3, whose batch is a"
         ):
@@ -216,15 +219,15 @@ def test_a_gradient_that_is_no_number_is_said(tmp_path):
 
 def test_a_stopped_run_goes_on(root, finished, tmp_path, monkeypatch):
     """Nothing that was done is lost, and the end is that of the run that nothing happened to."""
-    record = runlog.RunLog.record
+    record = metric_logger.RunLog.record
 
     def signaled(log, step, *args, **extra):
         record(log, step, *args, **extra)
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patch, interruption.listening():
-        patch.setattr(runlog.RunLog, "record", signaled)
+    with monkeypatch.context() as patch, preemption.listening():
+        patch.setattr(metric_logger.RunLog, "record", signaled)
         with pytest.raises(Interrupted, match=r"SIGTERM came, step \d is saved"):
             again(root, tmp_path)
     assert 3 <= newest(tmp_path) == logged(tmp_path) < 6 and not rubbish(tmp_path)

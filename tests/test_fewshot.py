@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgpsam_jax.data.fewshot import FewShotList, make_list, read_list
+from pgpsam_jax.data.fewshot_list import FewShotList, make_list, read_list
 from pgpsam_jax.errors import UserError
 
 NAMES = ("background", "a", "b", "c")
@@ -234,7 +234,7 @@ def test_unseen_slices_are_the_pool_without_the_list():
 
     from pgpsam_jax.config import default_config
     from pgpsam_jax.data.dataset import unseen_slices
-    from pgpsam_jax.data.labels import LabelTable
+    from pgpsam_jax.data.layouts.label_table import LabelTable
 
     config = default_config()
     config.fewshot.min_pixels = 2

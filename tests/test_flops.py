@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
-from pgpsam_jax import chips, flops
-from pgpsam_jax.models.image_encoder import EncoderConfig, ImageEncoder
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.lora import LoraConfig
-from pgpsam_jax.models.mask_decoder import MaskDecoder
-from pgpsam_jax.models.pgpsam import PgpSam, PgpSamConfig
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.parameters import trainable
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.parameters import trainable
+from pgpsam_jax.models.pgpsam.model import PgpSam, PgpSamConfig
+from pgpsam_jax.models.sam.image_encoder import EncoderConfig, ImageEncoder
+from pgpsam_jax.models.sam.lora import LoraConfig
+from pgpsam_jax.models.sam.mask_decoder import MaskDecoder
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.profiling import accelerators, flops
 
 LORA = LoraConfig(4, ("q", "v"))
 
@@ -166,12 +166,14 @@ def test_attention_of_windows_cell_by_cell(grid, window):
 
 
 def test_chips():
-    assert chips.utilisation(494.5e12, "NVIDIA H100 80GB HBM3", "bfloat16") == 0.5
-    assert chips.utilisation(1e12, "NVIDIA H100 80GB HBM3", "float32") is None
-    assert chips.find("cpu") is None
-    assert chips.utilisation(1e12, "cpu", "bfloat16") is None
-    assert chips.find("TPU v5 lite") == chips.find("TPU v5e")
-    for chip in chips.CHIPS.values():  # 150 to 600 FLOPs a byte: no unit is off by a thousand
+    assert accelerators.utilisation(494.5e12, "NVIDIA H100 80GB HBM3", "bfloat16") == 0.5
+    assert accelerators.utilisation(1e12, "NVIDIA H100 80GB HBM3", "float32") is None
+    assert accelerators.find("cpu") is None
+    assert accelerators.utilisation(1e12, "cpu", "bfloat16") is None
+    assert accelerators.find("TPU v5 lite") == accelerators.find("TPU v5e")
+    for (
+        chip
+    ) in accelerators.CHIPS.values():  # 150 to 600 FLOPs a byte: no unit is off by a thousand
         assert 100 < chip.bf16_flops / chip.memory_bandwidth < 600
         assert 16e9 <= chip.memory_bytes <= 150e9
 

@@ -16,17 +16,19 @@ from method_runs import CLASSES, small_config, squares
 from scipy import optimize
 from small_run import config_for, write_data
 
-from pgpsam_jax import build, cost, losses, methods, recipes, sharding, train
-from pgpsam_jax.checkpoint import Checkpoints
-from pgpsam_jax.config import default_config
+from pgpsam_jax.checkpointing.checkpoint import Checkpoints
+from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.fit import minimise
-from pgpsam_jax.models.fssp import Fssp
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.parameters import count, flat_paths
+from pgpsam_jax.methods import build, losses, registry
+from pgpsam_jax.models.baselines.fssp_sam import Fssp
+from pgpsam_jax.models.parameters import count, flat_paths
+from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.report.page import no_curve
-from pgpsam_jax.runs import read_run
-from pgpsam_jax.sharded import shard_step
+from pgpsam_jax.results.runs import read_run
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import step_cost, train
+from pgpsam_jax.training.lbfgs_step import minimise
+from pgpsam_jax.training.sharded_step import shard_step
 
 SAM = SamConfig.preset(micro.NAME, (32, 64), 8, depth=1, global_blocks=(0,))
 
@@ -74,7 +76,7 @@ def test_the_fit_is_that_of_one_regression_per_class():
 
 def test_what_trains():
     config = default_config()
-    recipes.use(config, "fssp")
+    method_recipes.use(config, "fssp")
     _, params, _ = build.abstract_model(config, 9)
     assert set(flat_paths(params)) == {"classifier/kernel", "classifier/bias"}
     assert count(params) == 8 * 257
@@ -92,15 +94,15 @@ def fitted(sizes, encoded=0):
         "fssp", model__encoder="vit_t", train__batch_size=4, train__encoded_copies=encoded
     )
     graphdef, params, frozen = initial()
-    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    mesh = device_mesh.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     batch = dict(squares(10))
     if encoded:  # two copies of the set, of which the second is another one
         images = jnp.repeat(jnp.float32(batch.pop("image"))[..., None], 3, -1)
         features = jax.jit(lambda f: nnx.merge(graphdef, params, f).encode(images))(frozen)
         batch["encoded"] = jnp.concatenate([features, features[::-1]])
         batch["label"] = np.tile(batch["label"], (2, 1, 1))
-    batch = jax.device_put(batch, sharding.replicated(mesh))
-    batch["rows"] = jax.device_put(np.arange(4), sharding.batch_sharding(mesh))
+    batch = jax.device_put(batch, device_mesh.replicated(mesh))
+    batch["rows"] = jax.device_put(np.arange(4), device_mesh.batch_sharding(mesh))
     step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=10, seed=0)
     frozen = jax.device_put(frozen, jax.tree.map(lambda leaf: leaf.sharding, step.frozen))
     state, metrics = step.run(step.start(params), frozen, batch)
@@ -143,8 +145,8 @@ def test_meshes_and_stored_features_agree(alone, sizes, encoded):
 def test_a_list_that_is_sent_in_parts_is_refused():
     config = small_config("fssp", model__encoder="vit_t")
     graphdef, params, frozen = initial()
-    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    batch = sharding.put_batch(squares(), mesh)
+    mesh = device_mesh.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    batch = device_mesh.put_batch(squares(), mesh)
     step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=8, seed=0)
     with pytest.raises(UserError, match=r"all slices .* data\.resident_gib; raise it"):
         step.lower()
@@ -221,21 +223,21 @@ def make_fitted(settings, num_classes, dtype, rngs):
 def small_or_whole(request, monkeypatch):
     """This method as it is, or with the smallest model in place of SAM's."""
     if request.param == "small":
-        whole = methods.METHODS["fssp", ""]
+        whole = registry.METHODS["fssp", ""]
         small = dict(make=make_fitted, base_tensors={}, frozen=("second",))
-        monkeypatch.setitem(methods.METHODS, ("fssp", ""), dataclasses.replace(whole, **small))
+        monkeypatch.setitem(registry.METHODS, ("fssp", ""), dataclasses.replace(whole, **small))
 
 
 def test_a_run_fits_once_and_goes_on_like_any(small_or_whole, tmp_path, capsys):
     """Checkpoint 1 is the last, whatever `train.steps`; a further start changes no score."""
     config = config_for(write_data(tmp_path / "data"), eval__overlays=False)
-    recipes.use(config, "fssp")
+    method_recipes.use(config, "fssp")
     config.train.steps = 3
     summary = train.train(config, tmp_path / "run")
     printed = capsys.readouterr().out
     assert "fit        once, to all 7 slices of 32 px; the encoder takes 8 at a time" in printed
     assert "GFLOP" not in printed and "epochs" not in printed
-    spent = cost.read(tmp_path / "run")
+    spent = step_cost.read(tmp_path / "run")
     assert spent["kind"] == "fit" and spent["batch_size"] == 7
     assert spent["flops_per_image"]["forward"] > 0 and spent["step_bytes"]["temporaries"] > 0
     checkpoints = Checkpoints(tmp_path / "run")

@@ -6,8 +6,8 @@ from fuzz import torch_file as torch_target
 from fuzz.nifti import file_of
 from refusal import refuse
 
-from pgpsam_jax.data import nifti
-from pgpsam_jax.data.nifti import read_image
+from pgpsam_jax.data.io import nifti
+from pgpsam_jax.data.io.nifti import read_image
 from weights_conversion import torch_file
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgpsam_jax.data.geometry import Fit, logits_to_native, model_slices, quantise, to_model
+from pgpsam_jax.data.letterbox import Fit, logits_to_native, model_slices, quantise, to_model
 
 
 @pytest.mark.parametrize("window", [(-125, 275), (10, 90)])

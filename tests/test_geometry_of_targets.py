@@ -15,13 +15,13 @@ import optax
 import pytest
 
 from experiments import pretrain
-from pgpsam_jax import build, losses, recipes
-from pgpsam_jax.config import default_config
-from pgpsam_jax.data.geometry import Fit
-from pgpsam_jax.evaluation.inference import _class_ids
-from pgpsam_jax.methods import METHODS, RELEASE, name_of
-from pgpsam_jax.models.hsam import Hsam
-from pgpsam_jax.models.sam import postprocess
+from pgpsam_jax.config import default_config, method_recipes
+from pgpsam_jax.data.letterbox import Fit
+from pgpsam_jax.inference.predictor import _class_ids
+from pgpsam_jax.methods import build, losses
+from pgpsam_jax.methods.registry import METHODS, RELEASE, name_of
+from pgpsam_jax.models.baselines.hsam import Hsam
+from pgpsam_jax.models.sam.sam import postprocess
 from pgpsam_jax.models.segmenter import Segmenter
 
 # Cells of 4 pixels, as at 512 px; the discs do not know how large the rest of the image is.
@@ -72,7 +72,7 @@ def learned(loss, outputs, steps=300):
 def abstract_outputs(key):
     """(configuration, shapes of a method's outputs for the discs)."""
     config = default_config()
-    recipes.use(config, key[0])
+    method_recipes.use(config, key[0])
     config.model.preset = key[1] or "paper"
     config.model.encoder = micro.NAME
     config.model.image_size, config.model.patch_size = SIZE, PATCH

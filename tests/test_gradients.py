@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgpsam_jax import losses
-from pgpsam_jax.models import cfm, mask_decoder, ppg, ppr
-from pgpsam_jax.models.attention import attend, attention
-from pgpsam_jax.models.image_encoder import EncoderConfig, ImageEncoder
-from pgpsam_jax.models.lora import LoraConfig, LoraQKV
-from pgpsam_jax.models.release import cfm as release_cfm
-from pgpsam_jax.models.release import decoder as release_decoder
-from pgpsam_jax.models.release import ppg as release_ppg
-from pgpsam_jax.models.release import ppr as release_ppr
-from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.methods import losses
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.models.pgpsam import cfm, ppg, ppr
+from pgpsam_jax.models.pgpsam_release import cfm as release_cfm
+from pgpsam_jax.models.pgpsam_release import mask_decoder as release_decoder
+from pgpsam_jax.models.pgpsam_release import ppg as release_ppg
+from pgpsam_jax.models.pgpsam_release import ppr as release_ppr
+from pgpsam_jax.models.sam import mask_decoder
+from pgpsam_jax.models.sam.attention import attend, attention
+from pgpsam_jax.models.sam.image_encoder import EncoderConfig, ImageEncoder
+from pgpsam_jax.models.sam.lora import LoraConfig, LoraQKV
 
 STEP = 1e-6
 TOLERANCE = 2e-6  # of a leaf's gradient, see `check`; the largest found is 7e-7

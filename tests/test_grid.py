@@ -18,12 +18,13 @@ from faults import logged, newest
 from launcher import KNOWING, environment
 from small_run import write_data
 
-from experiments import driver, placement, run_grid
-from experiments.plan import make_grid, settle
+from experiments import run_grid
+from experiments.grid import device_assignment, scheduler
+from experiments.grid.plan import make_grid, settle
+from experiments.grid.slurm import script
 from experiments.run_cell import BUSY, DIED, run, standing, write_state
-from experiments.slurm import script
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.runs import DONE, FAILED, PENDING, RUNNING, read_grid, read_metrics
+from pgpsam_jax.results.runs import DONE, FAILED, PENDING, RUNNING, read_grid, read_metrics
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -157,7 +158,7 @@ def test_a_cell_from_death_to_done(grid_file, drive_here, tmp_path):
 def test_a_cell_that_fails_says_why(grid_file, drive_here, tmp_path, monkeypatch, capfd):
     """A process of its own, as the driver starts it."""
     monkeypatch.setenv("PYTHONPATH", environment(1, KNOWING)["PYTHONPATH"])
-    monkeypatch.setattr(driver, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(scheduler, "_POLL_SECONDS", 0.05)
     folder = tmp_path / "g"
     assert drive_here(grid_file(rate=1.0), folder, "--only", "odd*", "--max-failures", "3") == 1
     odd = read_grid(folder).cells[1]
@@ -189,7 +190,7 @@ def test_a_stopped_driver_ends_what_it_started(grid_file, drive_here, tmp_path, 
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return started[-1]
 
-    monkeypatch.setattr(driver.Driver, "_launch", launch)
+    monkeypatch.setattr(scheduler.Driver, "_launch", launch)
     folder = tmp_path / "g"
     assert drive_here(grid_file(), folder, "--only", "whole*") == 128 + signal.SIGTERM
     assert [process.poll() for process in started] == [-signal.SIGTERM]
@@ -198,7 +199,7 @@ def test_a_stopped_driver_ends_what_it_started(grid_file, drive_here, tmp_path, 
 
 def test_a_cell_that_failed_as_it_was_stopped_stays_failed(grid_file, tmp_path):
     grid = settle(make_grid(grid_file(), tmp_path / "g", {}), mix=False)
-    drives = driver.Driver(grid, grid.cells, 1, None)
+    drives = scheduler.Driver(grid, grid.cells, 1, None)
     for place, (cell, state) in enumerate(zip(grid.cells, (FAILED, RUNNING), strict=True)):
         cell.folder.mkdir(parents=True, exist_ok=True)
         write_state(cell.folder, state, reason="a reason", pid=1)
@@ -239,27 +240,27 @@ def test_max_failures_stops_the_grid(grid_file, tmp_path, monkeypatch):
         cell.folder.mkdir(parents=True, exist_ok=True)
         return subprocess.Popen(command, stdin=subprocess.PIPE)
 
-    monkeypatch.setattr(driver.Driver, "_launch", launch)
-    monkeypatch.setattr(driver, "_POLL_SECONDS", 0.01)
-    assert driver.Driver(grid, list(grid.cells), 1, 2).run() is False
+    monkeypatch.setattr(scheduler.Driver, "_launch", launch)
+    monkeypatch.setattr(scheduler, "_POLL_SECONDS", 0.01)
+    assert scheduler.Driver(grid, list(grid.cells), 1, 2).run() is False
     states = [cell.state for cell in grid.cells]
     assert [s["state"] for s in states] == [FAILED, FAILED] + [PENDING] * 4
     assert states[0]["reason"] == "ended with exit code 9"
 
 
 def test_workers_share_what_there_is(monkeypatch):
-    monkeypatch.setattr(placement, "gpus", lambda: ["0", "1", "2", "3"])
-    assert placement.places(2) == [
+    monkeypatch.setattr(device_assignment, "gpus", lambda: ["0", "1", "2", "3"])
+    assert device_assignment.places(2) == [
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, None),
         ({"CUDA_VISIBLE_DEVICES": "2,3"}, None),
     ]
     with pytest.raises(UserError, match="at most --workers 4"):
-        placement.places(5)
-    monkeypatch.setattr(placement, "gpus", lambda: [])
+        device_assignment.places(5)
+    monkeypatch.setattr(device_assignment, "gpus", lambda: [])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
-    assert placement.places(2) == [({}, {0, 2, 4}), ({}, {1, 3})]
+    assert device_assignment.places(2) == [({}, {0, 2, 4}), ({}, {1, 3})]
     with pytest.raises(UserError, match="one per core"):
-        placement.places(6)
+        device_assignment.places(6)
 
 
 def test_slurm_script_runs_what_is_not_done(grid_file, tmp_path):

@@ -10,14 +10,14 @@ import two_rows
 from places import REPOSITORY
 from small_run import write_data
 
-from experiments.plan import _images, load_plan, make_grid, parse_settings, settle
+from experiments.grid.plan import _images, load_plan, make_grid, parse_settings, settle
 from experiments.run_cell import write_state
-from pgpsam_jax import config as configuration
-from pgpsam_jax import identity
+from pgpsam_jax.config import identity
+from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import write_json
-from pgpsam_jax.runs import DONE, PENDING, read_grid
+from pgpsam_jax.results.runs import DONE, PENDING, read_grid
+from pgpsam_jax.utils.files import write_json
 
 GRIDS = sorted(
     path.stem

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgpsam_jax.hlo import collectives
-from pgpsam_jax.traffic import memory_traffic
+from experiments.scaling.hlo_collectives import collectives
+from experiments.scaling.hlo_traffic import memory_traffic
 
 HEAD = "HloModule jit_step, is_scheduled=true, replica_count=1, num_partitions={}\n\n"
 ADD = """%add (a: f32[], b: f32[]) -> f32[] {

@@ -26,11 +26,11 @@ from fuzz.torch_file import archive, state, tensor
 from refusal import image_of, refuse
 from small_run import write_data
 
-from pgpsam_jax.data import labels
 from pgpsam_jax.data.cache import build_cache
-from pgpsam_jax.data.cases import Case
-from pgpsam_jax.data.nifti import read_image
-from pgpsam_jax.weights import read_safetensors
+from pgpsam_jax.data.io.nifti import read_image
+from pgpsam_jax.data.layouts import label_table
+from pgpsam_jax.data.layouts.cases import Case
+from pgpsam_jax.models.sam.weights import read_safetensors
 from weights_conversion.checkpoint_files import read_checkpoint
 
 MIB = 32  # by which no refused file may raise the peak of memory
@@ -88,7 +88,7 @@ def test_no_reader_runs_a_payload(tmp_path, kind, name):
 def test_a_cache_file_with_a_payload_is_rebuilt(tmp_path):
     root, target = write_data(tmp_path / "data", ("a",)), tmp_path / "made"
     case = Case("a", root / "images" / "a.nii.gz", root / "labels" / "a.nii.gz")
-    table = labels.load_label_table(root / "table.json")
+    table = label_table.load_label_table(root / "table.json")
     (cached,) = build_cache([case], table, (-125, 275), 16, tmp_path / "cache")
     np.savez(cached.file, **{n: np.array([Payload(target)], object) for n in ("meta", "images")})
     with pytest.warns(UserWarning, match="damaged"):

@@ -10,9 +10,9 @@ import pytest
 from fuzz.nifti import file_of
 from refusal import image_of, refuse
 
-from pgpsam_jax.data import hdf5 as module
-from pgpsam_jax.data.nifti import read_image
-from pgpsam_jax.weights import read_safetensors
+from pgpsam_jax.data.io import hdf5 as module
+from pgpsam_jax.data.io.nifti import read_image
+from pgpsam_jax.models.sam.weights import read_safetensors
 
 HEADERS = {  # fields of a NIfTI header: what is said, or "" where it is harmless
     "huge dimensions": ({"dim": (3, 32767, 32767, 32767, 1, 1, 1, 1)}, "over the limit"),

@@ -12,13 +12,14 @@ from layout_data import NNUNET
 from refusal import refuse
 from small_run import TABLE, write_data
 
-from pgpsam_jax import config as configuration
 from pgpsam_jax import verify as program
-from pgpsam_jax.data import fewshot, labels, layouts, nnunet, transunet
-from pgpsam_jax.data.cases import Case
-from pgpsam_jax.data.nifti import read_image
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.data import fewshot_list
+from pgpsam_jax.data.io.nifti import read_image
+from pgpsam_jax.data.layouts import find, label_table, nnunet, transunet
+from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.text_files import shown
+from pgpsam_jax.utils.untrusted_text import shown
 
 
 def nnunet_folder(root, text: str):
@@ -37,21 +38,21 @@ def transunet_folder(root, lines: str):
 
 def split_of(file):
     cases = [Case(i, Path(i), Path(i)) for i in "ab"]
-    return layouts.split_cases(cases, "file", file=file)
+    return find.split_cases(cases, "file", file=file)
 
 
 def test_marks_and_line_ends_of_windows_are_read(tmp_path):
     """A byte order mark and CRLF, as Notepad writes them."""
     path = tmp_path / "list"
-    made = fewshot.make_list({"a": np.full((9, 2), 500)}, "random", count=3)
+    made = fewshot_list.make_list({"a": np.full((9, 2), 500)}, "random", count=3)
     made.write(path)
     text = path.read_text().replace("\n", "\r\n")
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert fewshot.read_list(path) == made and fewshot.read_list(path).rule == made.rule
+    assert fewshot_list.read_list(path) == made and fewshot_list.read_list(path).rule == made.rule
     root = transunet_folder(tmp_path / "t", "\ufeffa_slice0\r\n")
     assert [case.case_id for case in transunet.scan(root).cases] == ["a"]
     for value, read in (
-        (TABLE, labels.load_label_table),
+        (TABLE, label_table.load_label_table),
         ({"train": ["a"], "test": ["b"]}, split_of),
     ):
         path.write_bytes(
@@ -63,8 +64,8 @@ def test_marks_and_line_ends_of_windows_are_read(tmp_path):
 
 
 READERS = {
-    "few-shot list": fewshot.read_list,
-    "label table": labels.load_label_table,
+    "few-shot list": fewshot_list.read_list,
+    "label table": label_table.load_label_table,
     "split": split_of,
     "TransUNet": lambda path: transunet.scan(path.parent),
     "nnU-Net": lambda path: nnunet.label_table(path.parent),
@@ -138,9 +139,9 @@ def text_of(value) -> bytes:
 def test_any_label_table_is_sound_or_refused(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "table.json"
     path.write_bytes(text_of(value))
-    table = sound_or_refused(labels.load_label_table, path)
+    table = sound_or_refused(label_table.load_label_table, path)
     if table is not None:
-        assert labels.LabelTable.from_json(table.to_json()) == table
+        assert label_table.LabelTable.from_json(table.to_json()) == table
         ids = np.array(sorted(table.source_to_class), np.int32)
         classes = table.remap(ids, "x")
         assert classes.max() < table.num_classes and set(classes) == set(range(table.num_classes))
@@ -177,11 +178,11 @@ def test_any_bytes_as_text_are_sound_or_refused(tmp_path_factory, data):
     path = root / "text"
     for head in (b"", b"# rule: ", b"a\t1\n", b'{"classes": ', b'{"train": [', b"\xef\xbb\xbf"):
         path.write_bytes(head + data)
-        for read in (labels.load_label_table, split_of):
+        for read in (label_table.load_label_table, split_of):
             assert sound_or_refused(read, path) is None
-        found = sound_or_refused(fewshot.read_list, path)
+        found = sound_or_refused(fewshot_list.read_list, path)
         for case_id, index in found.entries if found is not None else ():
-            assert layouts.safe_case_id(case_id) == case_id and 0 <= index < 10**6
+            assert find.safe_case_id(case_id) == case_id and 0 <= index < 10**6
         (root / "train.txt").write_bytes(head + data)
         sound_or_refused(transunet.scan, root)
 
@@ -206,7 +207,7 @@ def test_any_bytes_as_text_are_sound_or_refused(tmp_path_factory, data):
 def test_label_tables_made_to_harm(tmp_path, text, said):
     path = tmp_path / "table.json"
     path.write_text(text)
-    refuse(labels.load_label_table, path, said)
+    refuse(label_table.load_label_table, path, said)
 
 
 def test_descriptions_of_nnunet_made_to_harm(tmp_path):
@@ -226,7 +227,7 @@ def test_descriptions_of_nnunet_made_to_harm(tmp_path):
 def test_names_of_files_cannot_forge_lines(tmp_path, capsys):
     """Control characters, bytes that are no text, and names too long for the system."""
     root = write_data(tmp_path, ("a", "b\nok       images", "c\x1b[31m", os.fsdecode(b"d\xff")))
-    table = labels.load_label_table(root / "table.json")
+    table = label_table.load_label_table(root / "table.json")
     report = program.verify(
         root, image_glob="images/*.nii.gz", label_glob="labels/*.nii.gz", table=table
     )
@@ -248,7 +249,7 @@ def test_links_in_a_data_folder(tmp_path):
         (root / kind / "a.nii.gz").symlink_to(real / kind / "a.nii.gz")
     (root / "images" / "loop").symlink_to(root / "images")
     globs = {"image_glob": "images/*.nii.gz", "label_glob": "labels/*.nii.gz"}
-    (case,) = layouts.find_cases("pairs", root, *globs.values())
+    (case,) = find.find_cases("pairs", root, *globs.values())
     assert read_image(case.image).array.shape == (10, 20, 24)
     makers = (lambda p: p.symlink_to(p), os.mkfifo, lambda p: p.symlink_to("/dev/zero"))
     for make in makers:
@@ -256,7 +257,7 @@ def test_links_in_a_data_folder(tmp_path):
         make(path)
         refuse(read_image, path, "is not a file")
         with pytest.raises(UserError, match="label of b is missing"):  # it is not passed over
-            layouts.find_cases("pairs", root, *globs.values())
+            find.find_cases("pairs", root, *globs.values())
         path.unlink()
     with pytest.raises(UserError, match="cannot be read: File name too long"):
         read_image(root / ("a" * 300 + ".nii.gz"))

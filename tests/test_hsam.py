@@ -19,15 +19,15 @@ from flax import nnx
 from method_runs import loss_falls
 from release_numpy import resize
 
-from pgpsam_jax import build, losses, recipes
-from pgpsam_jax.config import default_config
-from pgpsam_jax.data.augment import AugmentConfig
+from pgpsam_jax.config import default_config, method_recipes
+from pgpsam_jax.data.augmentation.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models import hsam
-from pgpsam_jax.models.initial import Draws
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.parameters import count, flat_paths
-from pgpsam_jax.step import StepConfig
+from pgpsam_jax.methods import build, losses
+from pgpsam_jax.models.baselines import hsam
+from pgpsam_jax.models.initializers import Draws
+from pgpsam_jax.models.parameters import count, flat_paths
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.training.train_step import StepConfig
 
 CLASSES, BATCH, SIZE = 3, 2, (32, 64)  # a grid of 4 x 8
 ENCODER = dict(width=32, depth=1, heads=2, global_blocks=(0,), out_channels=64, window_size=4)
@@ -118,7 +118,7 @@ def test_parameters_are_those_of_the_original():
     C = 256, L = 32 x 32 = 1024; an attention with inner width I has 3 (C I + I) + I C + C numbers.
     """
     config = default_config()
-    recipes.use(config, "hsam")
+    method_recipes.use(config, "hsam")
     _, params, _ = build.abstract_model(config, 9)
     sizes = {path: math.prod(leaf.shape) for path, leaf in flat_paths(params).items()}
 
@@ -314,7 +314,7 @@ def test_the_loss_falls():
 
 def test_settings_that_make_no_hsam():
     config = default_config()
-    recipes.use(config, "hsam")
+    method_recipes.use(config, "hsam")
     config.model.mask_gate = "none"
     with pytest.raises(UserError, match=r"model\.mask_gate is 'none'; choose released or intended"):
         build.abstract_model(config, 9)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgpsam_jax import sharding
-from pgpsam_jax.data.geometry import Fit, model_slices, to_model, to_model_on_device
-from pgpsam_jax.data.nifti import Volume
-from pgpsam_jax.evaluation.inference import Predictor
+from pgpsam_jax.data.io.nifti import Volume
+from pgpsam_jax.data.letterbox import Fit, model_slices, to_model, to_model_on_device
+from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.models.segmenter import Segmenter
+from pgpsam_jax.sharding import device_mesh
 
 WINDOW, SIZE = (-100.0, 300.0), 32
 LEVELS = (0.1, 0.4, 0.8)
@@ -28,7 +28,7 @@ class Bands(Segmenter):
 
 def predictor_of(batch_size=3, devices=1, levels=0):
     graphdef, params, frozen = nnx.split(Bands(), nnx.Param, ...)
-    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    mesh = device_mesh.make_mesh(devices=jax.devices()[:devices])
     options = dict(image_size=SIZE, window=WINDOW, levels=levels, batch_size=batch_size, mesh=mesh)
     return Predictor(graphdef, params, frozen, **options)
 

@@ -10,8 +10,9 @@ from faults import await_that
 from launcher import start
 from places import REPOSITORY
 
-from pgpsam_jax import interruption, peers
+from pgpsam_jax.distributed import heartbeat
 from pgpsam_jax.errors import AGAIN, Interrupted
+from pgpsam_jax.runtime import preemption
 
 pytestmark = pytest.mark.faults
 HEED = REPOSITORY / "tests" / "heed.py"
@@ -24,7 +25,7 @@ def begun(scenario, folder):
     return process
 
 
-@pytest.mark.parametrize("number", sorted(set(interruption.SIGNALS)))
+@pytest.mark.parametrize("number", sorted(set(preemption.SIGNALS)))
 def test_a_step_is_finished_and_saved(number, tmp_path):
     process = begun("train", tmp_path)
     process.send_signal(number)
@@ -62,23 +63,23 @@ def _end(process):
 
 
 def test_nothing_happens_to_programs_that_do_not_listen():
-    before = [signal.getsignal(number) for number in interruption.SIGNALS]
-    with interruption.deferred() as stop:
+    before = [signal.getsignal(number) for number in preemption.SIGNALS]
+    with preemption.deferred() as stop:
         stop.begin(0)
         assert not stop.due(1)
-    with interruption.listening():
+    with preemption.listening():
         assert signal.getsignal(signal.SIGTERM) is not before[0]
         with pytest.raises(Interrupted, match="SIGTERM came"):
             os.kill(os.getpid(), signal.SIGTERM)
             threading.Event().wait(10)
-    assert [signal.getsignal(number) for number in interruption.SIGNALS] == before
+    assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
 
 
 def test_a_signal_after_the_last_step_ends_the_block():
-    with interruption.listening(), pytest.raises(Interrupted, match="goes on from what is saved"):
-        with interruption.deferred():
+    with preemption.listening(), pytest.raises(Interrupted, match="goes on from what is saved"):
+        with preemption.deferred():
             os.kill(os.getpid(), signal.SIGTERM)
-            assert await_that(interruption.current().asked.is_set)
+            assert await_that(preemption.current().asked.is_set)
             reached = True
     assert reached
 
@@ -102,13 +103,13 @@ class Store:
 def test_processes_agree_on_the_last_step(seed, monkeypatch):
     """Three, up to three steps apart as on devices, one of them asked at a moment of its own."""
     draw, store, count = random.Random(seed), Store(), 3
-    monkeypatch.setattr(peers, "BEAT_SECONDS", 0.01)
-    monkeypatch.setattr(peers, "HURRY_SECONDS", 0.001)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(heartbeat, "HURRY_SECONDS", 0.001)
     stops, members, last = [], [], [None] * count
     for process in range(count):
-        monkeypatch.setattr(interruption, "_stop", interruption.Stop())
-        stops.append(interruption.current())
-        members.append(peers.Peers(store, process, count, "nowhere:1"))
+        monkeypatch.setattr(preemption, "_stop", preemption.Stop())
+        stops.append(preemption.current())
+        members.append(heartbeat.Peers(store, process, count, "nowhere:1"))
     asked, moment = draw.randrange(count), draw.randrange(30)
     pauses = [draw.choice([0, 1e-4, 1e-3]) for _ in range(count)]
     done, change = [0] * count, threading.Condition()

@@ -44,7 +44,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def start():
     """As `launcher.start`; with all that a run imports, here and there."""
-    names = ["main", "train", "session", "evaluation.evaluate"]
+    names = ["main", "training.train", "distributed.initialize", "evaluation.evaluate"]
     modules = [f"pgpsam_jax.{name}" for name in names]
     with forks.starting(*modules, "orbax.checkpoint", "grain", "matplotlib.figure") as start:
         yield start

@@ -17,10 +17,11 @@ from small_pgpsam import inputs_for, small
 from small_run import config_for, write_data
 
 from experiments import knockout
-from pgpsam_jax import build, recipes
-from pgpsam_jax import config as configuration
-from pgpsam_jax.evaluation.report import read_cases
-from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.config import method_recipes
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.methods import build
+from pgpsam_jax.metrics.summary import read_cases
+from pgpsam_jax.models.parameters import flat_paths
 
 PARTS = knockout.PARTS["pgpsam"]
 CONFIG = small(stage_taps=(1,))
@@ -152,7 +153,9 @@ def test_the_parts_of_a_method_are_all_there(name):
     """Every pattern is one of its parameters'; PGP-SAM's are those of one preset or the other."""
     paths = []
     for preset in ("paper", "release") if name == "pgpsam" else ("paper",):
-        config = small_config(name, model__train_encoder=recipes.of(name).get(ENCODER, "lora"))
+        config = small_config(
+            name, model__train_encoder=method_recipes.of(name).get(ENCODER, "lora")
+        )
         config.model.preset = preset
         paths += flat_paths(build.abstract_model(config, CLASSES)[1])
     for part, edits in knockout.PARTS[name].items():

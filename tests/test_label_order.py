@@ -10,9 +10,16 @@ from hypothesis import strategies as st
 from label_orders import ALPHABETICAL, BTCV, CASCADE, EIGHT, SAMED, TABLES, renumbered
 from places import shared
 
-from pgpsam_jax.data.anatomy import NAMES, ORIENTATIONS, PRIOR, misfits, organ_of, turned
-from pgpsam_jax.data.label_order import judge, known_orders
-from pgpsam_jax.data.nifti import read_image, read_label
+from pgpsam_jax.data.io.nifti import read_image, read_label
+from pgpsam_jax.data.quality.label_order import judge, known_orders
+from pgpsam_jax.data.quality.organ_priors import (
+    NAMES,
+    ORIENTATIONS,
+    PRIOR,
+    misfits,
+    organ_of,
+    turned,
+)
 
 PHANTOMS = {
     case: {kind: {int(i): f for i, f in ids.items()} for kind, ids in kinds.items()}

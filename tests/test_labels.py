@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from label_tables import PAIR, TOTAL_TABLE
 
-from pgpsam_jax.data.labels import SYNAPSE8, LabelTable, load_label_table
+from pgpsam_jax.data.layouts.label_table import SYNAPSE8, LabelTable, load_label_table
 from pgpsam_jax.errors import UserError
 
 

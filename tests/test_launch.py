@@ -9,7 +9,7 @@ import time
 import pytest
 from places import REPOSITORY
 
-from pgpsam_jax.cluster import Place, from_flags, from_scheduler
+from pgpsam_jax.distributed.cluster_env import Place, from_flags, from_scheduler
 from pgpsam_jax.errors import UserError
 
 LAUNCH = REPOSITORY / "experiments" / "launch"

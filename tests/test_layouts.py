@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layout_data import write_nnunet
 
-from pgpsam_jax.data.layouts import (
+from pgpsam_jax.data.layouts.find import (
     BTCV_TEST,
     BTCV_TEST_6,
     BTCV_TRAIN,

@@ -12,13 +12,14 @@ from ready_run import ready_run
 from small_run import write_data
 
 import pgpsam_jax
-from pgpsam_jax import predict, train
+from pgpsam_jax import predict
 from pgpsam_jax.data import dataset
-from pgpsam_jax.data.geometry import Fit, logits_to_native
-from pgpsam_jax.data.nibabel_image import from_nibabel
-from pgpsam_jax.data.nifti import read_image
+from pgpsam_jax.data.io.nibabel_image import from_nibabel
+from pgpsam_jax.data.io.nifti import read_image
+from pgpsam_jax.data.letterbox import Fit, logits_to_native
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.mask_decoder import upsample_logits
+from pgpsam_jax.models.sam.mask_decoder import upsample_logits
+from pgpsam_jax.training import train
 
 
 @pytest.fixture(scope="module")
@@ -185,4 +186,4 @@ def test_importing_the_package_does_not_import_jax():
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == ["light"]
-    assert pgpsam_jax.load_run.__module__ == "pgpsam_jax.trained"
+    assert pgpsam_jax.load_run.__module__ == "pgpsam_jax.inference.trained_run"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgpsam_jax.data.loader import make_loader
+from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.errors import UserError
 
 

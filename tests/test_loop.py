@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgpsam_jax import sharding
-from pgpsam_jax.data.loader import make_loader
-from pgpsam_jax.feed import Feed
-from pgpsam_jax.loop import AHEAD, run_steps
+from pgpsam_jax.data.batch_sampler import make_loader
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training.device_batches import Feed
+from pgpsam_jax.training.train_loop import AHEAD, run_steps
 
 COUNT, SIZE, BATCH = 11, 6, 8
 RNG = np.random.default_rng(0)
@@ -18,7 +18,7 @@ LABELS = RNG.integers(0, 9, (COUNT, SIZE, SIZE)).astype(np.uint8)
 
 @pytest.fixture(scope="module")
 def mesh():
-    return sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    return device_mesh.make_mesh(data=2, fsdp=2, tensor=2)
 
 
 def feed_of(mesh, resident_bytes):
@@ -62,7 +62,7 @@ def test_every_step_is_reported_in_order_but_the_last_is_returned(mesh, steps, r
     order = [next(loader) for _ in range(steps)]
     sums = np.cumsum([2 * IMAGES[rows].astype(np.float32).sum() for rows in order])
     seen = []
-    whole = sharding.replicated(mesh)
+    whole = device_mesh.replicated(mesh)
     state, frozen = (jax.device_put(jnp.float32(value), whole) for value in (0, 2))
     step = jax.jit(total_step, out_shardings=whole, donate_argnums=0)
     state, last, metrics, rows = run_steps(
@@ -86,7 +86,7 @@ def test_every_step_is_reported_in_order_but_the_last_is_returned(mesh, steps, r
 @pytest.mark.parametrize("stop", [41, 43, 45])
 def test_a_stop_comes_after_the_step_that_is_asked_about(mesh, stop):
     """Every step is asked about, once, in order; those before the last are reported."""
-    whole = sharding.replicated(mesh)
+    whole = device_mesh.replicated(mesh)
     state, frozen = (jax.device_put(jnp.float32(value), whole) for value in (0, 2))
     step = jax.jit(total_step, out_shardings=whole, donate_argnums=0)
     seen, asked = [], []
@@ -104,6 +104,6 @@ def test_a_stop_comes_after_the_step_that_is_asked_about(mesh, stop):
 def test_a_transfer_that_nobody_asked_for_is_refused(mesh):
     """A step given a number of the host would send it again at every call."""
     step = jax.jit(lambda state, frozen, batch: (state + frozen, {}))
-    state = jax.device_put(jnp.float32(0), sharding.replicated(mesh))
+    state = jax.device_put(jnp.float32(0), device_mesh.replicated(mesh))
     with pytest.raises(Exception, match=r"[Dd]isallowed host-to-device transfer"):
         run_steps(step, state, np.float32(2), feed_of(mesh, 0), 0, 1, lambda *_: None)

@@ -11,9 +11,9 @@ import sam_torch
 from flax import nnx
 from sam_torch import SMALL, draw, encode, relative
 
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.lora import LoraConfig, LoraQKV
-from pgpsam_jax.models.sam import Sam, SamConfig
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.sam.lora import LoraConfig, LoraQKV
+from pgpsam_jax.models.sam.sam import Sam, SamConfig
 
 # Of two encoder blocks, one windowed.
 LITTLE = SamConfig(

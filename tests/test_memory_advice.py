@@ -16,11 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_run import config_for, write_data
 
-from pgpsam_jax import build, distributed, memory_advice, runlog, sharding, topology, train
 from pgpsam_jax.config import default_config
+from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation.inference import Predictor
-from pgpsam_jax.step import split_model
+from pgpsam_jax.inference.predictor import Predictor
+from pgpsam_jax.methods import build
+from pgpsam_jax.profiling import aot, out_of_memory
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import metric_logger, train
+from pgpsam_jax.training.train_step import split_model
 
 MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9876543210 bytes.\n(a dump)"
 GIB = 2**30
@@ -31,7 +35,7 @@ def fail(*_):
 
 
 def message_of(config, workdir, act=fail):
-    with pytest.raises(UserError) as caught, memory_advice.explained(config, workdir):
+    with pytest.raises(UserError) as caught, out_of_memory.explained(config, workdir):
         act()
     return str(caught.value)
 
@@ -51,9 +55,9 @@ def test_every_candidate_is_a_run_that_could_be_started(count, parts, sizes, rem
     config.model.remat, config.model.compute_dtype = remat, dtype
     config.model.encoder = "vit_h"  # 16 heads
     lanes, changed = math.prod(sizes), []
-    for remedy in memory_advice.candidates(config):
+    for remedy in out_of_memory.candidates(config):
         other = remedy.applied(config)
-        sharding.check(sharding.make_mesh(**other.mesh), other)
+        device_mesh.check(device_mesh.make_mesh(**other.mesh), other)
         assert other.train.batch_size % (other.train.microbatches * lanes) == 0
         assert other.train.microbatches >= parts and other.train.batch_size <= batch
         assert all(config[a][b] != v for (a, b), v in pairs(remedy)) or "mesh.data" in remedy[0]
@@ -90,7 +94,7 @@ def one_device_config():
 
 def told(needs, limit, measure, config=None):
     config = config or default_config()
-    return memory_advice._told("no memory", needs, limit, "Chip X", measure, config)
+    return out_of_memory._told("no memory", needs, limit, "Chip X", measure, config)
 
 
 @pytest.fixture
@@ -118,7 +122,7 @@ def test_what_needs_less_is_told_with_its_numbers(single):
 
 def test_the_search_ends_when_its_time_is_up(single, monkeypatch):
     now = types.SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(memory_advice.time, "monotonic", lambda: now.seconds)
+    monkeypatch.setattr(out_of_memory.time, "monotonic", lambda: now.seconds)
 
     def measure(config):
         now.seconds += 100  # of 240: two are compiled, a third would not end in time
@@ -141,7 +145,7 @@ def test_numbers_are_those_of_the_compiler(tmp_path, single, capsys, monkeypatch
     config = config_for(write_data(tmp_path / "data"), model__name="tiny", train__batch_size=32)
     for name in ("rotate", "scale", "elastic"):  # they compile for long
         config.augment[f"{name}_probability"] = 0.0
-    sizes, compile_step = [], topology.compile_step
+    sizes, compile_step = [], aot.compile_step
 
     def abstract_model(config, classes):  # Flax's layers want random keys
         model = nnx.eval_shape(lambda: build.make_model(config.model, classes, nnx.Rngs(0)))
@@ -152,12 +156,12 @@ def test_numbers_are_those_of_the_compiler(tmp_path, single, capsys, monkeypatch
         plan = step.memory_analysis()
         needed = plan.argument_size_in_bytes + plan.temp_size_in_bytes
         needed += plan.output_size_in_bytes - plan.alias_size_in_bytes
-        sizes.append(memory_advice.gib(needed))
+        sizes.append(out_of_memory.gib(needed))
         return step
 
     monkeypatch.setattr(build, "abstract_model", abstract_model)
-    monkeypatch.setattr(topology, "compile_step", compiled)
-    monkeypatch.setattr(memory_advice, "candidates", lambda config: [HALF])
+    monkeypatch.setattr(aot, "compile_step", compiled)
+    monkeypatch.setattr(out_of_memory, "candidates", lambda config: [HALF])
     with tiny_method.known():
         text = message_of(config, tmp_path / "run")
     assert len(set(sizes)) == 2
@@ -169,14 +173,14 @@ def test_numbers_are_those_of_the_compiler(tmp_path, single, capsys, monkeypatch
     assert "looking for settings that fit, for 4 minutes at most" in capsys.readouterr().out
 
 
-HALF = memory_advice.Remedy({"train.batch_size": 16}, "another recipe")
+HALF = out_of_memory.Remedy({"train.batch_size": 16}, "another recipe")
 
 
 @pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_that_is_out_of_memory_can_be_started_again(tmp_path, single, monkeypatch, again):
     """The device truly refuses, in a step of the loop; what was saved is gone on from."""
     root, workdir, steps = prepare(tmp_path / "data"), tmp_path / "run", train.run_steps
-    monkeypatch.setattr(runlog.RunLog, "_draw", lambda self: None)  # which takes its time
+    monkeypatch.setattr(metric_logger.RunLog, "_draw", lambda self: None)  # which takes its time
     whole = run(root, tmp_path / "whole", **NOISE) if again else None
     petabyte = jax.jit(lambda: jnp.zeros((2**48,))).lower().compile()
 
@@ -187,8 +191,8 @@ def test_a_run_that_is_out_of_memory_can_be_started_again(tmp_path, single, monk
         return steps(run_out, state, frozen, feed, done, *rest)
 
     monkeypatch.setattr(train, "run_steps", greedy)
-    monkeypatch.setattr(memory_advice, "candidates", lambda config: [HALF])
-    monkeypatch.setattr(memory_advice, "needed", lambda config, classes: GIB)
+    monkeypatch.setattr(out_of_memory, "candidates", lambda config: [HALF])
+    monkeypatch.setattr(out_of_memory, "needed", lambda config, classes: GIB)
     text = message_of(
         config_for(root, **TINY, **NOISE), workdir, lambda: run(root, workdir, **NOISE)
     )
@@ -200,11 +204,11 @@ def test_a_run_that_is_out_of_memory_can_be_started_again(tmp_path, single, monk
 
 def test_the_few_shot_set_on_the_device_counts(tmp_path):
     config = default_config()
-    assert memory_advice._resident_bytes(config, tmp_path) == 0
+    assert out_of_memory._resident_bytes(config, tmp_path) == 0
     (tmp_path / "fewshot.txt").write_text(LIST)
-    assert memory_advice._resident_bytes(config, tmp_path) == 2 * 512 * 512 * 3
+    assert out_of_memory._resident_bytes(config, tmp_path) == 2 * 512 * 512 * 3
     config.data.resident_gib = 0.0
-    assert memory_advice._resident_bytes(config, tmp_path) == 0
+    assert out_of_memory._resident_bytes(config, tmp_path) == 0
 
 
 LIST = "case0001\t10\ncase0001\t11\n"
@@ -223,12 +227,12 @@ def test_arrays_of_the_run_are_gone_before_anything_is_compiled(tmp_path, monkey
         assert alive[0]() is None
         return "advice"
 
-    monkeypatch.setattr(memory_advice, "advice", advice)
+    monkeypatch.setattr(out_of_memory, "advice", advice)
     assert message_of(default_config(), tmp_path, act) == "advice"
 
 
 def test_volumes_that_are_segmented_want_a_smaller_batch_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "whole", fail)
+    monkeypatch.setattr(multihost, "whole", fail)
     text = message_of(
         default_config(), tmp_path, lambda: Predictor._collect(np.zeros(1), slice(0, 1), None)
     )
@@ -238,7 +242,7 @@ def test_volumes_that_are_segmented_want_a_smaller_batch_of_their_own(tmp_path, 
 def test_other_errors_pass(tmp_path):
     for error in (jax.errors.JaxRuntimeError("INTERNAL: something"), ValueError("RESOURCE_")):
         with pytest.raises(type(error)) as caught:
-            with memory_advice.explained(default_config(), tmp_path):
+            with out_of_memory.explained(default_config(), tmp_path):
                 raise error
         assert caught.value is error
 
@@ -250,25 +254,25 @@ def test_what_the_compiler_of_a_tpu_says_is_read(monkeypatch):
             "space hbm. Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G."
         )
 
-    monkeypatch.setattr(topology, "compile_step", refuse)
+    monkeypatch.setattr(aot, "compile_step", refuse)
     config = default_config()
-    assert memory_advice.needed(config, 9) == pytest.approx(21.95 * GIB)
-    monkeypatch.setattr(topology, "compile_step", fail)
+    assert out_of_memory.needed(config, 9) == pytest.approx(21.95 * GIB)
+    monkeypatch.setattr(aot, "compile_step", fail)
     with pytest.raises(jax.errors.JaxRuntimeError):
-        memory_advice.needed(config, 9)
+        out_of_memory.needed(config, 9)
 
 
 def test_several_processes_compile_nothing(tmp_path, monkeypatch):
     """They would have to do it together, and the others wait for a step that never comes."""
-    monkeypatch.setattr(distributed, "several", lambda: True)
-    monkeypatch.setattr(topology, "compile_step", None)
+    monkeypatch.setattr(multihost, "several", lambda: True)
+    monkeypatch.setattr(aot, "compile_step", None)
     text = message_of(one_device_config(), tmp_path)
     assert "settings that need less, cheapest first:\n  --config.model.remat=blocks" in text
 
 
 def test_limits():
     chip = types.SimpleNamespace(device_kind="TPU v5e", memory_stats=lambda: None)
-    assert memory_advice.limit_of(chip) == 16e9
+    assert out_of_memory.limit_of(chip) == 16e9
     chip.memory_stats = lambda: {"bytes_limit": 12345}
-    assert memory_advice.limit_of(chip) == 12345
-    assert memory_advice.limit_of(jax.devices("cpu")[0]) is None
+    assert out_of_memory.limit_of(chip) == 12345
+    assert out_of_memory.limit_of(jax.devices("cpu")[0]) is None

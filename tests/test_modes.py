@@ -7,8 +7,8 @@ from safetensors.numpy import save_file
 from small_run import write_data
 
 from pgpsam_jax import predict, verify
-from pgpsam_jax.data.volume_files import find_inputs
-from pgpsam_jax.files import atomic_folder, atomic_path, write_text
+from pgpsam_jax.data.io.volume_files import find_inputs
+from pgpsam_jax.utils.files import atomic_folder, atomic_path, write_text
 from weights_conversion.checkpoint_files import write_checkpoint, write_weights
 
 

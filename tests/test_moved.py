@@ -13,12 +13,17 @@ from safetensors.numpy import save_file
 from small_run import config_for, write_data
 
 import pgpsam_jax
-from pgpsam_jax import build, config, identity, places, resumption, train, trained, weights
+from pgpsam_jax.checkpointing import locations, resumption
+from pgpsam_jax.config import identity, serialization
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import file_digest, write_json
-from pgpsam_jax.report import testset
-from pgpsam_jax.runs import read_run
+from pgpsam_jax.inference import trained_run
+from pgpsam_jax.methods import build
+from pgpsam_jax.models.sam import weights
+from pgpsam_jax.report.figures import scored_volumes
+from pgpsam_jax.results.runs import read_run
+from pgpsam_jax.training import train
+from pgpsam_jax.utils.files import file_digest, write_json
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +63,7 @@ def moved(project, tmp_path, monkeypatch):
 def evaluate(workdir, settings=None, **fields):
     """`--mode evaluate`, with a configuration or with fields of the run's own."""
     if fields:
-        settings = config.load_config(workdir)
+        settings = serialization.load_config(workdir)
         for name, value in fields.items():
             section, field = name.split("__")
             settings[section][field] = str(value)
@@ -70,7 +75,7 @@ def test_everything_moved_together(project, moved):
     assert evaluate(workdir) == summary
     assert evaluate(workdir, settings_for()) == summary  # as on the old command line
     assert train.train(settings_for(), workdir) == summary
-    assert set(testset.TestSet(read_run(workdir)).cases) == {"d"}
+    assert set(scored_volumes.TestSet(read_run(workdir)).cases) == {"d"}
     assert pgpsam_jax.load_run(workdir).segment(moved / "data/images/d.nii.gz").shape
     assert (workdir / "config.json").read_text() == json.dumps(
         json.loads((workdir / "config.json").read_text()), indent=2
@@ -84,7 +89,7 @@ def test_the_data_alone_moved(project, moved, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=said):
         evaluate(workdir)
     with pytest.raises(UserError, match=r"are not at .*; give --data=FOLDER"):
-        testset.TestSet(read_run(workdir))
+        scored_volumes.TestSet(read_run(workdir))
     for name in ("table.json", "split.json"):  # the workdir has copies
         (data / name).unlink()
     assert evaluate(workdir, data__root=data) == summary
@@ -104,7 +109,7 @@ def test_an_unrelated_folder_of_the_same_name(project, moved):
     table["classes"].reverse()
     Path("data/table.json").write_text(json.dumps(table))
     Path("data/split.json").write_text(json.dumps({"train": ["d"], "test": ["a", "b", "c"]}))
-    found = places.found(config.load_config(moved / "runs/x"), moved / "runs/x")
+    found = locations.found(serialization.load_config(moved / "runs/x"), moved / "runs/x")
     assert Path(found.data.label_table) == moved / "data/table.json"
     assert Path(found.data.split_file) == moved / "runs/x/split.json"
     for name in ("table.json", "split.json"):
@@ -182,8 +187,8 @@ def test_another_way_to_the_same_split(run):
     for seed in range(9):  # which of them draws our split is chance
         settings.data.split_seed, settings.data.test_fraction = seed, 0.25
         same = [case.case_id for case in dataset.find_split(settings).test] == ["d"]
-        stored = config.load_config(workdir)
-        found = build.settled(places.found(settings, workdir))
+        stored = serialization.load_config(workdir)
+        found = build.settled(locations.found(settings, workdir))
         identity.check_same(stored, found, workdir)
         if same:
             resumption.compare(workdir, dataset.find_split(found))
@@ -236,11 +241,11 @@ def test_a_finished_run_takes_more_steps(run, longer, capsys):
     assert "the run of 6 steps goes on from step 6 to step 9; its learning rates so far" in said
     assert "resumed from step 6" in said
     assert records(workdir)[:6] == before and newest(workdir) == 9
-    assert config.load_config(workdir).train.steps == 9
+    assert serialization.load_config(workdir).train.steps == 9
     assert json.loads((workdir / "cost.json").read_text())["timed_from"] == 0
     longer(workdir, 0, train__epochs=10)  # of 7 slices in batches of 8: as many steps
     assert "goes on from step" not in capsys.readouterr().out
-    assert newest(workdir) == 9 and config.load_config(workdir).train.epochs == 10
+    assert newest(workdir) == 9 and serialization.load_config(workdir).train.epochs == 10
     with pytest.raises(UserError, match=r"a run of 9 steps, of which 9 are done: .* one of 7;"):
         longer(workdir, 7)
     assert evaluate(workdir, settings_for(train__steps=3)) == {}  # it trains nothing
@@ -267,7 +272,7 @@ def a_base(stem, seed):
 
 
 def places_of(config, workdir, _):
-    return places.find_base(config, workdir)
+    return locations.find_base(config, workdir)
 
 
 def test_the_converted_sam_is_found_by_content(tmp_path, monkeypatch):
@@ -275,31 +280,31 @@ def test_the_converted_sam_is_found_by_content(tmp_path, monkeypatch):
     wanted = a_base(tmp_path / "p" / "weights" / "sam", 1)
     workdir.mkdir()
     monkeypatch.chdir(tmp_path / "p")
-    config.store(settings, workdir)
+    serialization.store(settings, workdir)
     write_json(workdir / "base.json", {"base": "weights/sam", "sha256": wanted})
-    places.record(workdir, settings)
+    locations.record(workdir, settings)
     (tmp_path / "p").rename(tmp_path / "q")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     workdir = tmp_path / "q" / "run"
-    assert Path(places.find_base(settings, workdir)) == tmp_path / "q" / "weights" / "sam"
+    assert Path(locations.find_base(settings, workdir)) == tmp_path / "q" / "weights" / "sam"
     other = a_base(Path("weights/sam"), 2)  # another of the same name
-    assert Path(places.find_base(settings, workdir)) == tmp_path / "q" / "weights" / "sam"
+    assert Path(locations.find_base(settings, workdir)) == tmp_path / "q" / "weights" / "sam"
     (tmp_path / "q" / "weights").rename(tmp_path / "my weights")
     with pytest.raises(
         UserError, match=rf"SHA-256 {wanted}, but weights/sam has {other}; .*--base"
     ):
-        places.find_base(settings, workdir)
+        locations.find_base(settings, workdir)
     shutil.rmtree("weights")
     said = rf"with SHA-256 {wanted}, are not at weights/sam or .*; name those with --base STEM"
     with pytest.raises(UserError, match=said):
-        places.find_base(settings, workdir)
+        locations.find_base(settings, workdir)
     write_json(workdir / "labels.json", {"classes": [{"name": "liver", "source": [1]}]})
     with pytest.raises(UserError, match=said):
         pgpsam_jax.load_run(workdir)
     settings.model.base = str(tmp_path / "my weights" / "sam")
-    assert places.find_base(settings, workdir) == settings.model.base
-    monkeypatch.setattr(trained, "load_predictor", places_of)
+    assert locations.find_base(settings, workdir) == settings.model.base
+    monkeypatch.setattr(trained_run, "load_predictor", places_of)
     run = pgpsam_jax.load_run(workdir, base=tmp_path / "my weights" / "sam")
     assert run.predictor == settings.model.base
 

@@ -12,15 +12,16 @@ import pytest
 from layout_data import write_transunet
 from small_run import config_for, write_data
 
-from pgpsam_jax import visual
-from pgpsam_jax.data import cache, dataset, fewshot, layouts
-from pgpsam_jax.data.cases import safe_case_id
-from pgpsam_jax.data.nifti import read_image, write_label
+from pgpsam_jax.data import cache, dataset, fewshot_list
+from pgpsam_jax.data.io.nifti import read_image, write_label
+from pgpsam_jax.data.layouts import find
+from pgpsam_jax.data.layouts.cases import safe_case_id
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.outputs import Predicted, score_and_write
-from pgpsam_jax.files import atomic_path, write_text
-from pgpsam_jax.report.markup import escape, link
-from pgpsam_jax.tables.text import pipe
+from pgpsam_jax.report.html.markup import escape, link
+from pgpsam_jax.results.tables.text import pipe
+from pgpsam_jax.utils.files import atomic_path, write_text
+from pgpsam_jax.visualization import overlays
 
 NAMES = ["Müller", "pat 1", "病例" * 40, "日本語", "محمد", "हिन्दी", "a$b$ <c>", 'x|y, "q"']
 GLOBS = ("images/*.nii.gz", "labels/*.nii.gz")
@@ -47,7 +48,7 @@ def test_from_files_to_scores_under_any_name(tmp_path):
     data = dataset.few_shot_data(config, found.train, found.table, tmp_path / "run", resume=False)
     assert sorted(i for i, _ in data.list.entries) == sorted(ids[:4])
     data.list.write(tmp_path / "run" / "fewshot.txt")
-    assert fewshot.read_list(tmp_path / "run" / "fewshot.txt") == data.list
+    assert fewshot_list.read_list(tmp_path / "run" / "fewshot.txt") == data.list
     for case in found.test[:2]:
         volume, truth = cache.read_case(case, found.table)
         result = Predicted(case.case_id, truth, volume.spacing, volume.source, truth=truth)
@@ -60,18 +61,18 @@ def test_from_files_to_scores_under_any_name(tmp_path):
 def test_names_that_become_one_id(tmp_path):
     root = write_data(tmp_path, ("a b", "a_b", "c"))
     with pytest.raises(UserError, match=r"several image files for case a_b \(a b.nii.gz, a_b.nii"):
-        layouts.find_cases("pairs", root, *GLOBS)
+        find.find_cases("pairs", root, *GLOBS)
     for kind in ("images", "labels"):
         (root / kind / "a b.nii.gz").rename(root / kind / "C.nii.gz")
         for case in ("a_b", "c"):
             (root / kind / f"_{case}").mkdir()
             os.link(root / kind / f"{case}.nii.gz", root / kind / f"_{case}" / "t1.nii.gz")
-    listing = layouts.scan("pairs", root, *GLOBS)
+    listing = find.scan("pairs", root, *GLOBS)
     assert not listing.errors and "upper and lower case only" in listing.findings[0].message
     (root / "images/_a b").mkdir()
     os.link(root / "images/c.nii.gz", root / "images/_a b/t1.nii.gz")
     with pytest.raises(UserError, match=r"\S+/_a b/t1.nii.gz, \S+/_a_b/t1.nii.gz"):
-        layouts.find_cases("pairs", root, "images/_*/t1.nii.gz")
+        find.find_cases("pairs", root, "images/_*/t1.nii.gz")
 
 
 @pytest.mark.filterwarnings("ignore:The files carry no voxel size")
@@ -80,12 +81,12 @@ def test_lists_of_transunet(tmp_path):
     root = write_transunet(tmp_path, cases=(patient,), tests=(test,))
     for path in (root / "train_npz").iterdir():
         path.rename(path.with_name(unicodedata.normalize("NFD", path.name)))
-    cases = layouts.find_cases("transunet", root)
+    cases = find.find_cases("transunet", root)
     assert [case.case_id for case in cases] == ["Müller_é_1", safe_case_id(test)]
     assert len(cases[0].image.files) == 10 and cases[1].image.is_file()
     (root / "train_npz" / "Müller_é 1_slice003.npz").write_bytes(b"x")
     with pytest.raises(UserError, match="are both Müller_é_1_slice003"):
-        layouts.find_cases("transunet", root)
+        find.find_cases("transunet", root)
 
 
 @pytest.mark.parametrize("name", ["a" * 255, "病" * 85, "é" * 120 + ".nii.gz"])
@@ -115,13 +116,13 @@ def test_figures_show_names_literally(tmp_path):
     ids = np.broadcast_to(np.arange(48).reshape(6, 8) % 8, (3, 6, 8)).astype(np.uint8)
     image = np.zeros(ids.shape, np.float32)
     title = r"case $\frac{$ a_b^c"
-    figure = visual.overlay_slice(image[0], ids[0], ids[0], (1.0, 1.0), HARD, title)
+    figure = overlays.overlay_slice(image[0], ids[0], ids[0], (1.0, 1.0), HARD, title)
     texts = [*figure.texts, *figure.legends[0].get_texts()]
     shown = {text.get_text() for text in texts}
     assert title in shown and {f"{name.replace('_', ' ')}  1.00" for name in HARD[1:]} <= shown
     assert not any(text.get_parse_math() for text in texts)
-    visual.write_preview(image, ids, (1.0, 1.0, 1.0), HARD, tmp_path / r"$\frac{$.png")
-    paths = visual.write_overlays(image, ids, ids, (1, 1, 1), HARD, "हिन्दी", tmp_path)
+    overlays.write_preview(image, ids, (1.0, 1.0, 1.0), HARD, tmp_path / r"$\frac{$.png")
+    paths = overlays.write_overlays(image, ids, ids, (1, 1, 1), HARD, "हिन्दी", tmp_path)
     assert all(path.name.startswith("हिन्दी_") for path in paths) and paths
 
 

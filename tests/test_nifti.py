@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import shared
 
-from pgpsam_jax.data.grid import SourceGrid
-from pgpsam_jax.data.nifti import (
+from pgpsam_jax.data.io.nifti import (
     read_grid,
     read_image,
     read_label,
@@ -21,6 +20,7 @@ from pgpsam_jax.data.nifti import (
     to_source,
     write_label,
 )
+from pgpsam_jax.data.io.voxel_grid import SourceGrid
 from pgpsam_jax.errors import UserError
 
 ORIENTATIONS = list(itertools.product(itertools.permutations(range(3)), *[(1, -1)] * 3))

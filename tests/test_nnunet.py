@@ -7,8 +7,9 @@ import pytest
 from layout_data import NNUNET, layout_config, write_nnunet
 
 from pgpsam_jax import verify as program
-from pgpsam_jax.data import dataset, nnunet
-from pgpsam_jax.data.layouts import detect, find_cases, scan
+from pgpsam_jax.data import dataset
+from pgpsam_jax.data.layouts import nnunet
+from pgpsam_jax.data.layouts.find import detect, find_cases, scan
 from pgpsam_jax.errors import UserError
 
 

@@ -6,8 +6,8 @@ import pytest
 from augment_samples import NOTHING, batch, keys, run
 from scipy import stats
 
-from pgpsam_jax.data.augment_config import RELEASE, AugmentConfig
-from pgpsam_jax.data.noise import add_noise
+from pgpsam_jax.config.augmentation import RELEASE, AugmentConfig
+from pgpsam_jax.data.augmentation.noise import add_noise
 
 
 def test_noise_is_gaussian_clipped_and_leaves_labels_alone():

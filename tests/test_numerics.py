@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from pgpsam_jax import build, sharding
-from pgpsam_jax import step as steps
 from pgpsam_jax.config import default_config
-from pgpsam_jax.models.attention import attention
-from pgpsam_jax.models.ppr import select_inter
-from pgpsam_jax.sharded import shard_step
+from pgpsam_jax.methods import build
+from pgpsam_jax.models.pgpsam.ppr import select_inter
+from pgpsam_jax.models.sam.attention import attention
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import train_step as steps
+from pgpsam_jax.training.sharded_step import shard_step
 
 SIZE, BATCH, CLASSES = 32, 2, 3
 HALF = (jnp.bfloat16, jnp.float16)
@@ -98,9 +99,9 @@ def test_softmaxes_norms_and_losses_are_float32(preset):
 
 def traced_step(preset):
     config = configuration(preset)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    model = sharding.over_mesh(build.abstract_model, mesh)(config, CLASSES)
-    lanes = sharding.batch_sharding(mesh)
+    mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
+    model = device_mesh.over_mesh(build.abstract_model, mesh)(config, CLASSES)
+    lanes = device_mesh.batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct((BATCH, SIZE, SIZE), dtype, sharding=lanes)
         for name, dtype in (("image", np.float16), ("label", np.uint8))

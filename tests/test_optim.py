@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.optim import (
+from pgpsam_jax.training.optimizer import (
     OptimConfig,
     learning_rate_schedule,
     make_optimizer,

@@ -15,20 +15,25 @@ from method_runs import CLASSES, small_config, squares
 from safetensors.numpy import save_file
 from small_run import config_for, write_data
 
-from pgpsam_jax import build, cost, methods, predict, recipes, sharding, train, weights
-from pgpsam_jax.data.nifti import Volume
+from pgpsam_jax import predict
+from pgpsam_jax.config import method_recipes
+from pgpsam_jax.data.io.nifti import Volume
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation.inference import Predictor
-from pgpsam_jax.files import file_digest, write_json
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.sam import Sam, SamConfig
-from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.inference.predictor import Predictor
+from pgpsam_jax.inference.trained_run import load_run
+from pgpsam_jax.methods import build, registry
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.models.sam import weights
+from pgpsam_jax.models.sam.sam import Sam, SamConfig
 from pgpsam_jax.report.headline import header
 from pgpsam_jax.report.page import no_curve
 from pgpsam_jax.report.subject import Subject
-from pgpsam_jax.runs import read_run
-from pgpsam_jax.tables.cost_table import run_cost
-from pgpsam_jax.trained import load_run
+from pgpsam_jax.results.runs import read_run
+from pgpsam_jax.results.tables.cost_table import run_cost
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import step_cost, train
+from pgpsam_jax.utils.files import file_digest, write_json
 
 
 class Told(nnx.Module):
@@ -45,7 +50,7 @@ class Blind(nnx.Module):
 
 def predictor_of(model, **options):
     graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
     sizes = dict(image_size=16, window=(0.0, 1.0), levels=0, batch_size=3)
     return Predictor(graphdef, params, frozen, mesh=mesh, **sizes, **options)
 
@@ -63,7 +68,7 @@ def test_labels_reach_an_oracle_and_nobody_else():
 
 
 def test_one_method_is_an_oracle_and_is_called_so():
-    for (name, _), method in methods.METHODS.items():
+    for (name, _), method in registry.METHODS.items():
         assert method.oracle == ("ORACLE" in method.label) == (name == "sam")
 
 
@@ -131,14 +136,14 @@ def make_small(settings, num_classes, dtype, rngs):
 def small_or_whole(request, monkeypatch):
     """The oracle as it is, or with the smallest model in place of SAM."""
     if request.param == "small":
-        whole = methods.METHODS["sam", ""]
+        whole = registry.METHODS["sam", ""]
         small = dict(make=make_small, base_tensors={}, frozen=("first", "second"))
-        monkeypatch.setitem(methods.METHODS, ("sam", ""), dataclasses.replace(whole, **small))
+        monkeypatch.setitem(registry.METHODS, ("sam", ""), dataclasses.replace(whole, **small))
 
 
 def test_a_run_says_what_it_is_and_predicts_nothing(small_or_whole, tmp_path, capsys, monkeypatch):
     config = config_for(write_data(tmp_path / "data"), eval__overlays=False)
-    recipes.use(config, "sam")
+    method_recipes.use(config, "sam")
     run = tmp_path / "run"
     summary = train.train(config, run)
     said = "ORACLE: SAM is prompted with the true boxes"
@@ -150,7 +155,7 @@ def test_a_run_says_what_it_is_and_predicts_nothing(small_or_whole, tmp_path, ca
     assert not (run / "checkpoints").exists()
     assert "training   none: nothing of this method trains" in printed
     assert "epochs" not in printed and "few-shot   7 slices" in printed and "(not used)" in printed
-    spent = cost.read(run)
+    spent = step_cost.read(run)
     assert spent["kind"] == "none" and spent["parameters"]["trained"] == 0
     assert spent["flops_per_image"]["forward"] > 0 and spent["peak_bytes"]["process"] > 0
     assert no_curve(read_run(run)) == "Nothing of this method trains."

@@ -14,15 +14,15 @@ from small_run import config_for, write_data
 from pgpsam_jax import verify as program
 from pgpsam_jax.data import cache, dataset
 from pgpsam_jax.data.cache import read_case
-from pgpsam_jax.data.cases import Case
-from pgpsam_jax.data.grid import SourceGrid
-from pgpsam_jax.data.labels import LabelTable, load_label_table
-from pgpsam_jax.data.pairing import AWAY, Pairing, pair_grids
-from pgpsam_jax.data.pairing import LOST as ORIENTATION_LOST
+from pgpsam_jax.data.io.pairing import AWAY, Pairing, pair_grids
+from pgpsam_jax.data.io.pairing import LOST as ORIENTATION_LOST
+from pgpsam_jax.data.io.voxel_grid import SourceGrid
+from pgpsam_jax.data.layouts.cases import Case
+from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.evaluate import evaluate
-from pgpsam_jax.report import testset
-from pgpsam_jax.runs import Run
+from pgpsam_jax.report.figures import scored_volumes
+from pgpsam_jax.results.runs import Run
 
 SHAPE = (12, 10, 8)
 IDS = np.random.default_rng(0).choice([0, 1, 2], SHAPE).astype(np.uint8)
@@ -178,7 +178,7 @@ def test_training_evaluation_verify_and_report_pair_alike(tmp_path, codes, how):
         folder = workdir / "evaluation"
         summary = evaluate(Knows(), split.test, split.table, folder, **settings)
         run = Run(workdir, config, split.table.names, {}, {}, {}, [], [{"case": "b"}], None, None)
-        seen = testset.TestSet(run).read("b", [run])
+        seen = scored_volumes.TestSet(run).read("b", [run])
     assert np.mean(Knows()(volume) == truth) == 1
     assert at_organ[0][0] < 0.3 < at_organ[0][1] < at_organ[0][2]
     assert summary["strict"]["dice_class_mean"] == 1

@@ -16,9 +16,9 @@ import pytest
 from flax import nnx
 from small_pgpsam import TABLE_3, build, create, inputs_for, small
 
-from pgpsam_jax.models.initial import Draws
-from pgpsam_jax.models.lora import LoraConfig
-from pgpsam_jax.parameters import flat_paths, trainable
+from pgpsam_jax.models.initializers import Draws
+from pgpsam_jax.models.parameters import flat_paths, trainable
+from pgpsam_jax.models.sam.lora import LoraConfig
 
 # Relative L2 errors, about three times what was measured on CPU.
 FORWARD_TOLERANCE = 1e-5  # of logits

@@ -7,10 +7,10 @@ from flax import nnx
 from small_pgpsam import TABLE_3, small
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.pgpsam import PgpSam, PgpSamConfig
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.parameters import count, flat_paths, trainable
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.parameters import count, flat_paths, trainable
+from pgpsam_jax.models.pgpsam.model import PgpSam, PgpSamConfig
+from pgpsam_jax.models.sam.sam import SamConfig
 
 
 @pytest.mark.parametrize("name, taps", [("vit_b", (11, 2)), ("vit_l", (23, 5)), ("vit_h", (31, 7))])

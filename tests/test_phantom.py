@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pgpsam_jax.data import phantom
+from pgpsam_jax.data.phantom import generate
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import file_digest
+from pgpsam_jax.utils.files import file_digest
 
 SAMPLE = (1, 2, 6, 9)
 ANY = [*SAMPLE, *(pytest.param(number, marks=pytest.mark.slow) for number in (23, 40))]
@@ -32,7 +32,7 @@ MEDIAN_HU = dict(
 
 @functools.cache
 def case(number, seed=0):
-    return phantom.make_case(seed, number)
+    return generate.make_case(seed, number)
 
 
 @functools.cache
@@ -52,11 +52,11 @@ def centre(mask):
 
 
 def test_a_case_is_a_pure_function_of_seed_and_number():
-    image, label, affine = phantom.make_case(0, 2)
+    image, label, affine = generate.make_case(0, 2)
     for again, first in zip(case(2), (image, label, affine), strict=True):
         np.testing.assert_array_equal(again, first)
     assert image.dtype == np.int16 and label.dtype == np.uint8 and image.shape == label.shape
-    for other in (phantom.make_case(1, 2)[0], case(1)[0]):
+    for other in (generate.make_case(1, 2)[0], case(1)[0]):
         assert other.shape != image.shape or np.mean(other != image) > 0.5
 
 
@@ -169,7 +169,7 @@ def toy(monkeypatch):
         image = rng.integers(-1000, 1000, (4, 5, 3)).astype(np.int16)
         return image, rng.integers(0, 9, image.shape).astype(np.uint8), np.diag([-2.0, 3, 4, 1])
 
-    monkeypatch.setattr(phantom, "make_case", make_case)
+    monkeypatch.setattr(generate, "make_case", make_case)
 
 
 def tree(root):
@@ -182,8 +182,8 @@ def tree(root):
 
 def test_files_hold_the_case(tmp_path, monkeypatch):
     made = case(2)
-    monkeypatch.setattr(phantom, "make_case", lambda seed, number: made)
-    root = phantom.generate(tmp_path / "data", cases=[2], workers=1)
+    monkeypatch.setattr(generate, "make_case", lambda seed, number: made)
+    root = generate.generate(tmp_path / "data", cases=[2], workers=1)
     for kind, expected in zip(("img", "label"), case(2), strict=False):
         file = nib.load(root / f"RawData/Training/{kind}/{kind}0002.nii.gz")
         np.testing.assert_array_equal(np.asarray(file.dataobj), expected)
@@ -193,36 +193,36 @@ def test_files_hold_the_case(tmp_path, monkeypatch):
 
 
 def test_layout_is_btcv_and_workers_change_nothing(tmp_path, toy):
-    root = phantom.generate(tmp_path / "one", workers=1)
+    root = generate.generate(tmp_path / "one", workers=1)
     ids = [*range(1, 11), *range(21, 41)]
     names = {f"RawData/Training/{k}/{k}{i:04d}.nii.gz" for i in ids for k in ("img", "label")}
     assert tree(root).keys() == names | {"phantom.json"}
-    assert tree(phantom.generate(tmp_path / "three", workers=3)) == tree(root)
+    assert tree(generate.generate(tmp_path / "three", workers=3)) == tree(root)
     manifest = json.loads((root / "phantom.json").read_text())
-    assert manifest["version"] == phantom.VERSION and manifest["seed"] == 0
+    assert manifest["version"] == generate.VERSION and manifest["seed"] == 0
     image = "RawData/Training/img/img0021.nii.gz"
     assert manifest["sha256"]["0021"][0] == tree(root)[image]
     codes = set()
     for i in ids:
         header = nib.load(root / f"RawData/Training/img/img{i:04d}.nii.gz").header
         codes.add((int(header["qform_code"]), int(header["sform_code"])))
-    assert codes == set(phantom.FORM_CODES)
+    assert codes == set(generate.FORM_CODES)
 
 
 def test_a_complete_data_set_is_not_touched(tmp_path, toy, monkeypatch):
-    root = phantom.generate(tmp_path, cases=[1, 2, 3])
+    root = generate.generate(tmp_path, cases=[1, 2, 3])
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
-    monkeypatch.setattr(phantom, "make_case", None)
-    phantom.generate(tmp_path, cases=[1, 3])
+    monkeypatch.setattr(generate, "make_case", None)
+    generate.generate(tmp_path, cases=[1, 3])
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
 
 
 @pytest.mark.parametrize("survived", range(5))
 def test_an_interrupted_run_is_completed(tmp_path, toy, monkeypatch, survived):
     """Killed at each move in turn; 0 is before anything is in place."""
-    expected = tree(phantom.generate(tmp_path / "whole", cases=[1, 2]))
+    expected = tree(generate.generate(tmp_path / "whole", cases=[1, 2]))
     moves = iter(range(survived))
-    move = phantom.os.replace
+    move = generate.os.replace
 
     def killed(source, target):
         if next(moves, None) is None:
@@ -230,17 +230,17 @@ def test_an_interrupted_run_is_completed(tmp_path, toy, monkeypatch, survived):
         move(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(phantom.os, "replace", killed)
-        phantom.generate(tmp_path / "half", cases=[1, 2])
+        patch.setattr(generate.os, "replace", killed)
+        generate.generate(tmp_path / "half", cases=[1, 2])
     (tmp_path / "half/.tmp-phantom-left/RawData").mkdir(parents=True)  # as SIGKILL leaves it
     assert tree(tmp_path / "half") != expected
-    assert tree(phantom.generate(tmp_path / "half", cases=[1, 2])) == expected
+    assert tree(generate.generate(tmp_path / "half", cases=[1, 2])) == expected
     assert not list((tmp_path / "half").glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
 def test_damage_is_found_and_repaired(tmp_path, toy, damage):
-    root = phantom.generate(tmp_path, cases=[1, 2, 3])
+    root = generate.generate(tmp_path, cases=[1, 2, 3])
     expected = tree(root)
     victim = root / "RawData/Training/label/label0002.nii.gz"
     data = bytearray(victim.read_bytes())
@@ -253,18 +253,18 @@ def test_damage_is_found_and_repaired(tmp_path, toy, damage):
         victim.unlink()
     else:
         (root / "phantom.json").write_text('{"version": 1, "se')
-    phantom.generate(tmp_path, cases=[1])  # a listed case is repaired even if not asked for
-    phantom.generate(tmp_path, cases=[1, 2, 3])
+    generate.generate(tmp_path, cases=[1])  # a listed case is repaired even if not asked for
+    generate.generate(tmp_path, cases=[1, 2, 3])
     assert tree(root) == expected
 
 
 def test_another_seed_replaces_and_more_cases_add(tmp_path, toy):
-    phantom.generate(tmp_path / "a", seed=5, cases=[1, 2, 3])
-    assert tree(phantom.generate(tmp_path / "a", cases=[1])) == tree(
-        phantom.generate(tmp_path / "b", cases=[1])
+    generate.generate(tmp_path / "a", seed=5, cases=[1, 2, 3])
+    assert tree(generate.generate(tmp_path / "a", cases=[1])) == tree(
+        generate.generate(tmp_path / "b", cases=[1])
     )
-    phantom.generate(tmp_path / "a", cases=[4])
-    assert tree(tmp_path / "a") == tree(phantom.generate(tmp_path / "c", cases=[1, 4]))
+    generate.generate(tmp_path / "a", cases=[4])
+    assert tree(tmp_path / "a") == tree(generate.generate(tmp_path / "c", cases=[1, 4]))
 
 
 def test_other_data_is_never_overwritten(tmp_path, toy):
@@ -272,8 +272,8 @@ def test_other_data_is_never_overwritten(tmp_path, toy):
     image.parent.mkdir(parents=True)
     image.write_bytes(b"a patient")
     with pytest.raises(UserError, match="did not write"):
-        phantom.generate(tmp_path, cases=[1])
+        generate.generate(tmp_path, cases=[1])
     assert image.read_bytes() == b"a patient" and len(list(tmp_path.rglob("*"))) == 4
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the phantom"):
-        phantom.generate(tmp_path / "file", cases=[1])
+        generate.generate(tmp_path / "file", cases=[1])

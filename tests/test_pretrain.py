@@ -8,11 +8,11 @@ import pytest
 from flax import nnx
 
 from experiments import pretrain
-from pgpsam_jax.models.oracle import OracleSam
-from pgpsam_jax.models.sam import Sam, SamConfig
-from pgpsam_jax.parameters import flat_paths
-from pgpsam_jax.step import to_input
-from pgpsam_jax.weights import colors_of_base, load_base
+from pgpsam_jax.models.baselines.sam_oracle import OracleSam
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.models.sam.sam import Sam, SamConfig
+from pgpsam_jax.models.sam.weights import colors_of_base, load_base
+from pgpsam_jax.training.train_step import to_input
 
 SIZE, DRAWS = 32, 64
 

@@ -11,13 +11,15 @@ import launcher
 import pytest
 from launcher import SCRIPT, ends, free_port
 
+from pgpsam_jax.distributed.heartbeat import LOST
 from pgpsam_jax.errors import AGAIN
-from pgpsam_jax.peers import LOST
 
 
 @pytest.fixture(scope="module")
 def start():
-    with forks.starting("pgpsam_jax.session", "pgpsam_jax.sharding") as start:
+    with forks.starting(
+        "pgpsam_jax.distributed.initialize", "pgpsam_jax.sharding.device_mesh"
+    ) as start:
         yield start
 
 

@@ -16,12 +16,12 @@ from launcher import environment, start
 from places import REPOSITORY
 from worker_jobs import write_for_long
 
-from pgpsam_jax import compilation, lock
-from pgpsam_jax import config as configuration
+from pgpsam_jax.checkpointing import workdir_lock
+from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation import workers
-from pgpsam_jax.files import atomic_folder, atomic_path, local, refuse_foreign
-from pgpsam_jax.program import Parser, pair, positive
+from pgpsam_jax.runtime import compilation_cache, worker_pool
+from pgpsam_jax.runtime.cli import Parser, pair, positive
+from pgpsam_jax.utils.files import atomic_folder, atomic_path, local, refuse_foreign
 
 HEED = REPOSITORY / "tests" / "heed.py"
 
@@ -89,7 +89,7 @@ def test_workers_that_are_ended_remove_what_they_write(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(workers.in_order(write_for_long, jobs(), 1))
+        list(worker_pool.in_order(write_for_long, jobs(), 1))
     assert not list(tmp_path.iterdir())
 
 
@@ -127,7 +127,7 @@ def test_addresses_are_refused(address, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"^{field} {address} is an address"):
             configuration.check(config)
     for path in (address, Path(address)):
-        with pytest.raises(UserError, match="is an address"), lock.held(path, "training"):
+        with pytest.raises(UserError, match="is an address"), workdir_lock.held(path, "training"):
             pass
         with pytest.raises(UserError, match="is an address"):
             configuration.load_config(path)
@@ -156,7 +156,7 @@ def test_a_platform_that_is_not_there(error, said, monkeypatch):
     monkeypatch.setattr(jax, "devices", devices)
     monkeypatch.setenv("JAX_PLATFORMS", "x")
     with pytest.raises(UserError, match=said) as caught:
-        compilation.start()
+        compilation_cache.start()
     assert "cannot start the platform 'x'" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -168,38 +168,41 @@ def unlocked(monkeypatch, number):
     monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
 
 
-@pytest.mark.parametrize("number", sorted(lock.NO_LOCKS))
+@pytest.mark.parametrize("number", sorted(workdir_lock.NO_LOCKS))
 def test_a_file_system_without_locks(number, tmp_path, monkeypatch):
     unlocked(monkeypatch, number)
-    with pytest.warns(UserWarning, match="has no locks"), lock.held(tmp_path / "run", "training"):
-        assert (tmp_path / "run" / lock.HOLDER).is_file()
-    assert not (tmp_path / "run" / lock.HOLDER).exists()
+    with (
+        pytest.warns(UserWarning, match="has no locks"),
+        workdir_lock.held(tmp_path / "run", "training"),
+    ):
+        assert (tmp_path / "run" / workdir_lock.HOLDER).is_file()
+    assert not (tmp_path / "run" / workdir_lock.HOLDER).exists()
 
 
 def test_without_locks_a_process_of_this_host_is_still_seen(tmp_path, monkeypatch):
     process = start(HEED, "hold", tmp_path)
     assert process.stdout.readline() == "ready\n"
     unlocked(monkeypatch, errno.ENOLCK)
-    with pytest.raises(UserError, match="is in use"), lock.held(tmp_path, "training"):
+    with pytest.raises(UserError, match="is in use"), workdir_lock.held(tmp_path, "training"):
         pass
     process.kill()
     process.wait()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with lock.held(tmp_path, "training"):  # what it left says nothing
+        with workdir_lock.held(tmp_path, "training"):  # what it left says nothing
             pass
 
 
 def test_other_errors_of_a_lock_are_told(tmp_path, monkeypatch):
     unlocked(monkeypatch, errno.EIO)
-    with pytest.raises(UserError, match="disk"), lock.held(tmp_path, "training"):
+    with pytest.raises(UserError, match="disk"), workdir_lock.held(tmp_path, "training"):
         pass
 
 
 def test_a_folder_of_other_things_is_no_workdir(tmp_path):
     for name in ("slurm-1.out", "notes.txt", "cache"):
         (tmp_path / name).mkdir() if name == "cache" else (tmp_path / name).write_text("")
-    with lock.held(tmp_path, "training"):  # nothing would be lost
+    with workdir_lock.held(tmp_path, "training"):  # nothing would be lost
         pass
     for place, content in (("photos", None), ("labels.json", "{}"), ("evaluation", None)):
         folder = tmp_path / place / "home"
@@ -207,7 +210,7 @@ def test_a_folder_of_other_things_is_no_workdir(tmp_path):
         (folder / place).mkdir() if content is None else (folder / place).write_text(content)
         (folder / ".tmp-mine").write_text("")
         with pytest.raises(UserError, match=f"holds {place} but is no run"):
-            with lock.held(folder, "training"):
+            with workdir_lock.held(folder, "training"):
                 pass
         assert {p.name for p in folder.iterdir()} == {place, ".tmp-mine"}
         with pytest.raises(UserError, match="but is no grid"):

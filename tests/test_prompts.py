@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pgpsam_jax.models import prompts
+from pgpsam_jax.models.baselines import mask_prompts
 
 SHAPES = [(24, 24), (17, 40), (31, 9)]
 
@@ -25,8 +25,8 @@ def blobs(shape, seed):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_points_are_where_the_exact_distance_is_largest(shape):
     masks = blobs(shape, 0)
-    squared = np.asarray(jax.jit(prompts.squared_distances)(masks))
-    points = np.asarray(jax.jit(prompts.inner_points)(masks))
+    squared = np.asarray(jax.jit(mask_prompts.squared_distances)(masks))
+    points = np.asarray(jax.jit(mask_prompts.inner_points)(masks))
     for mask, found, (x, y) in zip(masks, squared, points.astype(int), strict=True):
         wanted = np.rint(ndimage.distance_transform_edt(mask) ** 2)
         np.testing.assert_array_equal(found, wanted)  # whole numbers: exactly
@@ -34,7 +34,7 @@ def test_points_are_where_the_exact_distance_is_largest(shape):
 
 
 def test_a_mask_without_an_outside_is_equally_deep_everywhere():
-    squared = np.asarray(prompts.squared_distances(np.ones((1, 6, 9), bool)))
+    squared = np.asarray(mask_prompts.squared_distances(np.ones((1, 6, 9), bool)))
     assert np.ptp(squared) == 0 and squared.min() > 6**2 + 9**2
 
 
@@ -44,7 +44,7 @@ def test_boxes_are_those_of_eroded_and_dilated_masks(shape, erosions, dilations)
     """By 5 x 5 squares, each takes or adds two pixels; what erosion leaves nothing of stays."""
     square, vanished = np.ones((5, 5), bool), 0
     masks = blobs(shape, 1)
-    found = jax.jit(prompts.bounding_boxes, static_argnames=("erosion", "growth"))(
+    found = jax.jit(mask_prompts.bounding_boxes, static_argnames=("erosion", "growth"))(
         masks, erosion=2 * erosions, growth=2 * dilations
     )
     for mask, box in zip(masks, np.asarray(found), strict=True):

@@ -14,12 +14,13 @@ from ready_run import ready_run
 from small_pgpsam import build, inputs_for, small
 from small_run import write_data
 
-from pgpsam_jax import runs
-from pgpsam_jax.data.geometry import Fit
-from pgpsam_jax.models.pgpsam import Pass
-from pgpsam_jax.models.ppr import PrototypeRefinement, select_inter
-from pgpsam_jax.report import prototype_charts, prototype_data, prototypes, style
-from pgpsam_jax.report.series import write_rows
+from pgpsam_jax.data.letterbox import Fit
+from pgpsam_jax.models.pgpsam.model import Pass
+from pgpsam_jax.models.pgpsam.ppr import PrototypeRefinement, select_inter
+from pgpsam_jax.report.figures import theme
+from pgpsam_jax.report.figures.csv_rows import write_rows
+from pgpsam_jax.report.prototypes import charts, collect, pictures
+from pgpsam_jax.results import runs
 
 SWITCHES = {
     "all": dict(alpha=3, k=5, stage_taps=(1,)),
@@ -91,7 +92,7 @@ def test_attention_sums_to_one_and_picks_are_the_nearest():
 
 def part(truth, size=16):
     image = np.zeros(truth.shape, np.float32)
-    return prototype_data.Slice("a", 3, image, truth, (1.0, 1.0), Fit.of(truth.shape, size))
+    return collect.Slice("a", 3, image, truth, (1.0, 1.0), Fit.of(truth.shape, size))
 
 
 def fake_look(truth, weights, picks):
@@ -109,7 +110,7 @@ def fake_look(truth, weights, picks):
     refined = first._replace(picks=picks, class_weights=weights, query_weights=weights)
     slices = [part(truth)] * n
     passes, mixing = [first, refined], [(0.4, 0.6)]
-    return prototype_data.Look(("background", "x"), slices, [0], passes, mixing, mix_start=0.5)
+    return collect.Look(("background", "x"), slices, [0], passes, mixing, mix_start=0.5)
 
 
 def one_hot_look():
@@ -123,20 +124,20 @@ def one_hot_look():
 
 
 def test_shares_count_the_tokens_that_touch_the_organ():
-    rows = prototype_data.share_rows(one_hot_look())
+    rows = collect.share_rows(one_hot_look())
     assert {(row["map"], row["class"]) for row in rows} == {("W_c", "x"), ("W_q", "x")}
     assert all(row["attention"] == 1 and row["tokens"] == 0.25 for row in rows)
 
 
 def test_pick_frequencies():
-    rows = prototype_data.pick_rows(one_hot_look())
+    rows = collect.pick_rows(one_hot_look())
     picked = {(row["class"], row["inter"]): row["picked"] for row in rows if row["picked"]}
     assert picked == {("background", 0): 1, ("x", 4): 0.5, ("x", 5): 0.5}
 
 
 def test_cosines_against_numpy():
     one = one_hot_look()
-    rows = prototype_data.similarity_rows(one)
+    rows = collect.similarity_rows(one)
     assert {row["prototypes"] for row in rows} == {"learned", "refined"}
     intra, inter = one.passes[0].intra, one.passes[0].inter
     for row in rows:
@@ -150,18 +151,18 @@ def test_cosines_against_numpy():
 
 def test_an_alarm_where_sparse_prompts_are_all_one(tmp_path):
     one = one_hot_look()
-    assert prototypes.alarm(tmp_path) is None  # nothing was looked at
+    assert pictures.alarm(tmp_path) is None  # nothing was looked at
     same = np.ones((2, 2, 5)) * [[[1.0], [3.0]]]  # of other lengths, which do not matter
     for sparse, alike in ((same, True), (np.random.default_rng(1).normal(size=(2, 2, 5)), False)):
         passes = [look._replace(sparse=sparse) for look in one.passes]
-        rows = prototype_data.prompt_rows(dataclasses.replace(one, passes=passes))
+        rows = collect.prompt_rows(dataclasses.replace(one, passes=passes))
         assert [(row["pass"], row["class"], row["other"]) for row in rows] == [
             (0, "background", "x"),
             (1, "background", "x"),
         ]
         assert (rows[-1]["cosine"] == 1) == alike
         write_rows(tmp_path / "prototype_prompts.csv", rows)
-        said = prototypes.alarm(tmp_path)
+        said = pictures.alarm(tmp_path)
         if alike:
             assert said.startswith("The sparse prompts of 1 of 1 pairs of classes are as good as")
             assert "of background and x" in said
@@ -170,9 +171,9 @@ def test_an_alarm_where_sparse_prompts_are_all_one(tmp_path):
 
 
 def test_tables_come_back_as_they_were_written(tmp_path):
-    rows = prototype_data.attention_rows(one_hot_look())
+    rows = collect.attention_rows(one_hot_look())
     write_rows(tmp_path / "t.csv", rows)
-    table = prototypes.read_table(tmp_path / "t.csv")
+    table = pictures.read_table(tmp_path / "t.csv")
     own = (table["class"] == "x") & (table["map"] == "W_c")
     grid = np.stack([table[f"c{i}"][own] for i in range(4)], axis=1)
     assert np.array_equal(grid, np.eye(16)[1].reshape(4, 4))
@@ -181,7 +182,7 @@ def test_tables_come_back_as_they_were_written(tmp_path):
 def test_order_of_the_picked():
     first = np.array([[0, 0, 1, 0, 0], [1, 0, 1, 0, 0]])
     second = np.array([[0, 0, 0, 0, 0.5], [0, 0, 0, 1, 0.5]])
-    assert prototype_charts.pick_order([first, second]) == [2, 0, 4, 3, 1]
+    assert charts.pick_order([first, second]) == [2, 0, 4, 3, 1]
 
 
 # The pictures of a run.
@@ -246,25 +247,27 @@ def pixels_only(figure, target, kind, dpi):
 
 
 def test_pictures_of_a_run(workdir, tmp_path, monkeypatch):
-    monkeypatch.setattr(style, "_save", pixels_only)
+    monkeypatch.setattr(theme, "_save", pixels_only)
     model = Prototypes()
-    monkeypatch.setattr("pgpsam_jax.trained.TrainedRun.model", model)
-    monkeypatch.setattr("pgpsam_jax.trained.TrainedRun.passes", lambda _, *of: model.passes(*of))
+    monkeypatch.setattr("pgpsam_jax.inference.trained_run.TrainedRun.model", model)
+    monkeypatch.setattr(
+        "pgpsam_jax.inference.trained_run.TrainedRun.passes", lambda _, *of: model.passes(*of)
+    )
     check_pictures(workdir, tmp_path)
 
 
 @pytest.mark.slow
 def test_pictures_of_a_trained_model(root, tmp_path, monkeypatch):
     for dots in ("_FILE_DPI", "_PAGE_DPI"):  # most of the time goes into them
-        monkeypatch.setattr(style, dots, 20)
+        monkeypatch.setattr(theme, dots, 20)
     settings = dict(model__alpha=2, model__k=2, model__stage_taps=(1,))
     workdir = ready_run(root, tmp_path / "run", predictor=Nothing(), **settings)
     check_pictures(workdir, tmp_path)
 
 
 def check_pictures(workdir, tmp_path):
-    pictures = prototypes.prototype_pictures(runs.read_run(workdir), tmp_path)
-    by_stem = {p.stem.removeprefix("prototype_"): p for p in pictures}
+    made = pictures.prototype_pictures(runs.read_run(workdir), tmp_path)
+    by_stem = {p.stem.removeprefix("prototype_"): p for p in made}
     assert list(by_stem) == [*RASTER, *CHARTS]
     for name, picture in by_stem.items():
         for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
@@ -273,9 +276,9 @@ def check_pictures(workdir, tmp_path):
         assert (picture.dark is None) == (name in RASTER)
     tables = {path.stem for path in tmp_path.glob("*.csv")}
     assert tables == {f"prototype_{name}" for name in ("dense", "attention", "prompts", *CHARTS)}
-    mixing = prototypes.read_table(tmp_path / "prototype_mixing.csv")
+    mixing = pictures.read_table(tmp_path / "prototype_mixing.csv")
     assert mixing["alpha"].tolist() == mixing["beta"].tolist() == [0.5]  # never trained
-    attention = prototypes.read_table(tmp_path / "prototype_attention.csv")
+    attention = pictures.read_table(tmp_path / "prototype_attention.csv")
     total = sum(attention[f"c{i}"].sum() for i in range(4))
     assert total == pytest.approx(2 * 3, rel=1e-2)  # both maps of 3 classes sum to one
 
@@ -291,12 +294,12 @@ def test_what_is_missing_is_said(missing, workdir, root, tmp_path, capsys):
         run.config.data.root = str(tmp_path / "gone")
     else:
         run = runs.dataclasses.replace(run, cases=[])
-    assert prototypes.prototype_pictures(run, tmp_path / "figures") == []
+    assert pictures.prototype_pictures(run, tmp_path / "figures") == []
     words = {"checkpoint": "no complete checkpoint", "data": "gone", "evaluation": "no evaluated"}
     assert f"{words[missing]}" in capsys.readouterr().out
     assert not (tmp_path / "figures").exists()
 
 
 def test_a_method_without_prototypes_has_no_pictures(workdir, tmp_path, capsys):
-    assert prototypes.prototype_pictures(runs.read_run(workdir), tmp_path) == []
+    assert pictures.prototype_pictures(runs.read_run(workdir), tmp_path) == []
     assert "no decoder passes" in capsys.readouterr().out

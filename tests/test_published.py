@@ -3,7 +3,7 @@
 import pytest
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.tables import published
+from pgpsam_jax.results.tables import published
 
 
 def test_published_tables_and_their_arithmetic():

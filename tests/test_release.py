@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgpsam_jax import build
 from pgpsam_jax.config import default_config, use_release_recipe
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.release.model import ReleaseConfig, ReleasePgpSam
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.parameters import count, flat_paths
-from pgpsam_jax.step import to_input
+from pgpsam_jax.methods import build
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.parameters import count, flat_paths
+from pgpsam_jax.models.pgpsam_release.model import ReleaseConfig, ReleasePgpSam
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.training.train_step import to_input
 
 ENCODER = dict(width=32, depth=1, heads=2, global_blocks=(0,), out_channels=32, window_size=4)
 

@@ -20,16 +20,17 @@ from safetensors.numpy import load_file, save_file
 from sam_official import assert_equal, save_pth
 from small_run import config_for, write_data
 
-from pgpsam_jax import build, train
-from pgpsam_jax import config as configuration
+from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.data.dataset import label_table
-from pgpsam_jax.data.labels import load_label_table
+from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import file_digest, write_json
-from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.methods import build
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.training import train
+from pgpsam_jax.utils.files import file_digest, write_json
 from weights_conversion import convert as program
 from weights_conversion import release
-from weights_conversion.mapping import read
+from weights_conversion.remap import read
 
 DEAD = ("cross_attn_token_to_image.alpha", "cross_attn_token_to_image.beta", "mask_norm")
 DEAD += ("cross_attn_token_to_image.linear", "mask_proj1", "mask_proj2")

@@ -15,7 +15,7 @@ from sam_official import assert_equal
 
 from pgpsam_jax.errors import UserError
 from weights_conversion import release
-from weights_conversion.mapping import read, write
+from weights_conversion.remap import read, write
 
 
 @pytest.mark.golden

@@ -28,13 +28,13 @@ import pytest
 import release_golden
 from flax import nnx
 
-from pgpsam_jax import losses
-from pgpsam_jax import step as steps
-from pgpsam_jax.data.augment import AugmentConfig
+from pgpsam_jax.data.augmentation.augment import AugmentConfig
+from pgpsam_jax.methods import losses
 from pgpsam_jax.models import layers
-from pgpsam_jax.models.mask_decoder import upsample_logits
-from pgpsam_jax.models.ppr import Refined
-from pgpsam_jax.parameters import count, flat_paths
+from pgpsam_jax.models.parameters import count, flat_paths
+from pgpsam_jax.models.pgpsam.ppr import Refined
+from pgpsam_jax.models.sam.mask_decoder import upsample_logits
+from pgpsam_jax.training import train_step as steps
 
 MODULE_TOLERANCE = 1e-4  # each module fed with recorded inputs; of the small set, with all before
 LOGITS_TOLERANCE = {"bootstrap": 1e-5, "final": 1e-3}

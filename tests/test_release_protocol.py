@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pgpsam_jax.evaluation import release_protocol
-from pgpsam_jax.evaluation.protocols import COLUMNS, METRICS, score_case
-from pgpsam_jax.evaluation.release_protocol import SLICE_COLUMNS, score_release, slice_dice
-from pgpsam_jax.evaluation.report import summarise
+from pgpsam_jax.metrics import release_protocol
+from pgpsam_jax.metrics.protocols import COLUMNS, METRICS, score_case
+from pgpsam_jax.metrics.release_protocol import SLICE_COLUMNS, score_release, slice_dice
+from pgpsam_jax.metrics.summary import summarise
 
 NAMES = ("background", "spleen", "liver", "aorta")
 NAN = float("nan")

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation.protocols import COLUMNS, METRICS, score_case
-from pgpsam_jax.evaluation.report import (
+from pgpsam_jax.metrics.protocols import COLUMNS, METRICS, score_case
+from pgpsam_jax.metrics.summary import (
     format_markdown,
     read_cases,
     read_slices,

@@ -12,23 +12,24 @@ from matplotlib import rc_context
 from report_page import Page, check_figures, check_self_contained
 from small_run import config_for, write_data
 
-from pgpsam_jax import config as configuration
+from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.cache import read_case
-from pgpsam_jax.data.fewshot import FewShotList
-from pgpsam_jax.data.nifti import write_label
+from pgpsam_jax.data.fewshot_list import FewShotList
+from pgpsam_jax.data.io.nifti import write_label
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation.protocols import score_case
-from pgpsam_jax.evaluation.report import write_evaluation
+from pgpsam_jax.metrics.protocols import score_case
+from pgpsam_jax.metrics.summary import write_evaluation
 from pgpsam_jax.report import __main__ as program
-from pgpsam_jax.report import charts, prototypes, style
-from pgpsam_jax.report.charts import CHARTS, cost_charts, redraw
-from pgpsam_jax.report.css import stylesheet
+from pgpsam_jax.report.figures import charts, theme
+from pgpsam_jax.report.figures.charts import CHARTS, cost_charts, redraw
+from pgpsam_jax.report.figures.csv_rows import groups_of
+from pgpsam_jax.report.figures.slices import failures
+from pgpsam_jax.report.figures.theme import DARK, LIGHT, Picture, draw, new_figure
+from pgpsam_jax.report.html.css import stylesheet
 from pgpsam_jax.report.page import write_report
-from pgpsam_jax.report.pictures import failures
-from pgpsam_jax.report.series import groups_of
-from pgpsam_jax.report.style import DARK, LIGHT, Picture, draw, new_figure
-from pgpsam_jax.runs import STATE, read_grid, read_run
+from pgpsam_jax.report.prototypes import pictures
+from pgpsam_jax.results.runs import STATE, read_grid, read_run
 
 HOSTILE = '<script>alert("x")</script> & $\\frac$ <b>'
 NAMES = ("background", "liver", "spleen")
@@ -38,17 +39,17 @@ NAMES = ("background", "liver", "spleen")
 def sparing():
     """No pictures that need a trained model, which have tests of their own; all others coarse."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prototypes, "prototype_pictures", lambda run, folder: [])
+        patch.setattr(pictures, "prototype_pictures", lambda run, folder: [])
         for name in ("_FILE_DPI", "_PAGE_DPI"):
-            patch.setattr(style, name, 40)
-        patch.setitem(style._SETTINGS, "pdf.fonttype", 3)  # 42 takes half a second of each
+            patch.setattr(theme, name, 40)
+        patch.setitem(theme._SETTINGS, "pdf.fonttype", 3)  # 42 takes half a second of each
         yield
 
 
 @pytest.fixture(scope="module")
 def rough():
     """Figures of which the PNG alone is drawn: the pages of `scored` and `draw` have them whole."""
-    save, stub = style._save, {"pdf": b"%PDF", "svg": b"<svg/>"}
+    save, stub = theme._save, {"pdf": b"%PDF", "svg": b"<svg/>"}
 
     def save_png(figure, target, kind, dpi):
         if kind == "png":
@@ -63,7 +64,7 @@ def rough():
 
 @pytest.fixture
 def sketched(rough, monkeypatch):
-    monkeypatch.setattr(style, "_save", rough)
+    monkeypatch.setattr(theme, "_save", rough)
 
 
 def write_scored(root, workdir, name="small", split="file"):
@@ -122,9 +123,9 @@ def test_charts_are_embedded_for_both_colour_schemes(scored):
     svg = [(a["src"], LIGHT, DARK) for a in page.of("img") if "svg" in a["src"][:20]]
     svg += [(a["srcset"], DARK, LIGHT) for a in page.of("source")]
     assert len(svg) == 8 and all("dark" in a["media"] for a in page.of("source"))
-    for address, theme, other in svg:
+    for address, shown, other in svg:
         text = base64.b64decode(address.partition("base64,")[2]).decode()
-        assert theme.surface.lower() in text and other.surface.lower() not in text
+        assert shown.surface.lower() in text and other.surface.lower() not in text
         for element in ElementTree.fromstring(text).iter():
             links = [v for k, v in element.attrib.items() if k.endswith("href")]
             assert all(link.startswith("#") for link in links)
@@ -134,7 +135,7 @@ def test_charts_come_from_their_csv_alone(scored, tmp_path):
     figures = scored / "report" / "figures"
     for stem in CHARTS.keys() & {path.stem for path in figures.iterdir()}:
         with rc_context(LIGHT.settings):
-            style._save(redraw(figures, stem, LIGHT), tmp_path / f"{stem}.png", "png", 40)
+            theme._save(redraw(figures, stem, LIGHT), tmp_path / f"{stem}.png", "png", 40)
         assert (tmp_path / f"{stem}.png").read_bytes() == (figures / f"{stem}.png").read_bytes()
     text = (figures / "timing.csv").read_text().replace("200.0", "100.0")
     (tmp_path / "timing.csv").write_text(text)
@@ -198,7 +199,7 @@ def half_finished(folder):
 def half(tmp_path_factory, rough):
     folder = half_finished(tmp_path_factory.mktemp("grid"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(style, "_save", rough)
+        patch.setattr(theme, "_save", rough)
         write_report(folder)
     return folder
 
@@ -302,11 +303,11 @@ def test_nothing_finished_yet(tmp_path, sketched):
 def test_prototype_pictures_are_shown(tmp_path, monkeypatch):
     asked = []
 
-    def pictures(run, folder):
+    def made(run, folder):
         asked.append(run.workdir)
         return [Picture("p", "Attention <i>", "Seen.", b"<svg/>", None, "image/svg+xml")]
 
-    monkeypatch.setattr(prototypes, "prototype_pictures", pictures)
+    monkeypatch.setattr(pictures, "prototype_pictures", made)
     for other in ("training", "timing"):
         monkeypatch.setattr(charts, f"{other}_charts", lambda *_: [])
     workdir = write_run(tmp_path / "r", None)
@@ -339,15 +340,15 @@ def contrast(first, second):
 def test_contrast_of_both_themes():
     """WCAG AA: 4.5 for text on every ground it stands on, 3 for the lines of charts."""
     sheets = re.findall(r":root \{(.*?)\}", stylesheet())
-    for theme, sheet in zip((LIGHT, DARK), sheets, strict=True):
+    for shown, sheet in zip((LIGHT, DARK), sheets, strict=True):
         colours = dict(re.findall(r"--(\w+): (#\w+)", sheet))
         for ground in ("surface", "tint", "notice"):
             assert contrast(colours["text"], colours[ground]) > 4.5
         for text in ("muted", "link"):
             assert min(contrast(colours[text], colours[g]) for g in ("surface", "tint")) > 4.5
-        assert colours["surface"] == theme.surface
-        assert min(contrast(colour, theme.surface) for colour in theme.series[:5]) > 3
-        assert len(set(theme.series)) == 7
+        assert colours["surface"] == shown.surface
+        assert min(contrast(colour, shown.surface) for colour in shown.series[:5]) > 3
+        assert len(set(shown.series)) == 7
 
 
 def test_draw_keeps_its_promises(tmp_path):

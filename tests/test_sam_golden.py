@@ -9,7 +9,7 @@ import sam_torch
 from places import shared
 from sam_torch import encode, predict, relative
 
-from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.models.sam.sam import SamConfig
 
 pytestmark = pytest.mark.golden
 WHOLE = 1e-5

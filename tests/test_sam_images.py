@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from PIL import Image
 from sam_torch import draw, first, last, relative
 
-from pgpsam_jax.models.image_encoder import PIXEL_MEAN, PIXEL_STD
-from pgpsam_jax.models.sam import postprocess, preprocess
+from pgpsam_jax.models.sam.image_encoder import PIXEL_MEAN, PIXEL_STD
+from pgpsam_jax.models.sam.sam import postprocess, preprocess
 
 TIGHT = 2e-6
 # (image, target): shrink, enlarge, one axis already right, and a target that is not square.

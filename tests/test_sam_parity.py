@@ -16,7 +16,7 @@ import torch
 from flax import nnx
 from sam_torch import SMALL, draw, encode, first, last, predict, relative
 
-from pgpsam_jax.models.sam import Sam, SamConfig
+from pgpsam_jax.models.sam.sam import Sam, SamConfig
 from weights_conversion.sam import from_huggingface, from_official
 
 BLOCK = 2e-6

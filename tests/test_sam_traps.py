@@ -17,9 +17,10 @@ from flax import nnx
 from sam_torch import SMALL, draw, encode, first, last, relative
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models import attention, layers
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.weights import fit_base, select_base
+from pgpsam_jax.models import layers
+from pgpsam_jax.models.sam import attention
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.models.sam.weights import fit_base, select_base
 from weights_conversion.sam import from_official, to_official
 
 TIGHT = 2e-6

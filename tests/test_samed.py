@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 from method_runs import CLASSES, SIZE, loss_falls, run_of, small_config
 
-from pgpsam_jax import build, recipes
-from pgpsam_jax.config import default_config
-from pgpsam_jax.parameters import count, flat_paths
-from pgpsam_jax.step import to_input
+from pgpsam_jax.config import default_config, method_recipes
+from pgpsam_jax.methods import build
+from pgpsam_jax.models.parameters import count, flat_paths
+from pgpsam_jax.training.train_step import to_input
 
 # Registered, and read by nothing, here as in the original.
 IDLE = r"mask_decoder/iou_head/|prompt_encoder/(point|not_a_point|mask_down)"
@@ -23,7 +23,7 @@ IDLE = r"mask_decoder/iou_head/|prompt_encoder/(point|not_a_point|mask_down)"
 def test_parameters_are_those_of_the_original():
     """ViT-b, 512 px, 9 classes: LoRA on q and v of 12 blocks, prompt encoder, decoder."""
     config = default_config()
-    recipes.use(config, "samed")
+    method_recipes.use(config, "samed")
     _, params, _ = build.abstract_model(config, 9)
     sizes = {path: math.prod(leaf.shape) for path, leaf in flat_paths(params).items()}
     lora = sum(size for path, size in sizes.items() if "/lora/" in path)

@@ -10,15 +10,16 @@ import pytest
 from flax import nnx
 from method_runs import CLASSES, loss_falls, run_of, small_config, squares
 
-from pgpsam_jax import backbone, build, recipes
-from pgpsam_jax.config import default_config
+from pgpsam_jax.checkpointing import frozen_weights
+from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.resnet import ResNet18
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.models.sam_lst import SamLst
-from pgpsam_jax.parameters import count, flat_paths, report
-from pgpsam_jax.step import make_predict_step
+from pgpsam_jax.methods import build
+from pgpsam_jax.models.baselines.resnet import ResNet18
+from pgpsam_jax.models.baselines.sam_lst import SamLst
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.parameters import count, flat_paths, report
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.training.train_step import make_predict_step
 from weights_conversion import convert, resnet
 
 SAM = SamConfig.preset(micro.NAME, (32, 48), 8)
@@ -42,7 +43,7 @@ def encoded():
 def test_parameters_of_the_original():
     """methods.md 5.3: the ResNet-18 to its third group, the gate and the decoder's upscaling."""
     config = default_config()
-    recipes.use(config, "samlst")
+    method_recipes.use(config, "samlst")
     _, params, frozen = build.abstract_model(config, 9)
     assert count(params) == 2_856_737 == 2_782_784 + 1 + 73_952
     # The averages, two for each of 2240 channels, are none of the parameters.
@@ -295,12 +296,12 @@ def test_drawn_weights_that_never_train_are_kept_with_a_given_sam(tmp_path):
     drawn = build.drawn(config.model, frozen)
     roots = {path.rsplit("/layers")[0] for path in drawn}
     assert roots == {f"mask_decoder/{n}" for n in ("mask_tokens", "hyper_mlps", "iou_head")}
-    backbone.settle_base(tmp_path, "sam", "0" * 64, frozen, drawn)
-    assert not backbone.holds_all(tmp_path)
+    frozen_weights.settle_base(tmp_path, "sam", "0" * 64, frozen, drawn)
+    assert not frozen_weights.holds_all(tmp_path)
     config.seed = 5
     _, _, other, _ = build.init_model(config, CLASSES)
     own = flat_paths(other)["image_encoder/pos_embed"][...]
-    backbone.settle_base(tmp_path, "sam", "0" * 64, other, build.drawn(config.model, other))
+    frozen_weights.settle_base(tmp_path, "sam", "0" * 64, other, build.drawn(config.model, other))
     for path, leaf in drawn.items():
         np.testing.assert_array_equal(leaf[...], flat_paths(other)[path][...], err_msg=path)
     np.testing.assert_array_equal(flat_paths(other)["image_encoder/pos_embed"][...], own)

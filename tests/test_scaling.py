@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from experiments.process import Failed
+from experiments.measurement.worker_process import Failed
 from experiments.scaling import __main__ as program
 from experiments.scaling import compiled, points, render, roofline, study
-from experiments.scaling import rows as table
+from experiments.scaling import csv_table as table
+from experiments.scaling.csv_table import COMPILED, FAILED, MEASURED, OK, TOO_LARGE
+from experiments.scaling.hlo_collectives import KINDS, Collective
 from experiments.scaling.points import Compiled, Measured
-from experiments.scaling.rows import COMPILED, FAILED, MEASURED, OK, TOO_LARGE
-from pgpsam_jax import chips, topology
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.hlo import KINDS, Collective
+from pgpsam_jax.profiling import accelerators, aot
 
 SMALL = ("--encoders", "vit_t", "--sizes", "64")
 
@@ -31,23 +31,21 @@ SMALL = ("--encoders", "vit_t", "--sizes", "64")
     ],
 )
 def test_names_of_slices(name, slice_name):
-    assert topology.slice_name(name) == slice_name
+    assert aot.slice_name(name) == slice_name
 
 
 def test_links():
     """Cloud TPU closes sides of 16 chips of v5e and v6e, and slices of whole cubes of v4, v5p."""
 
     def whole(name):
-        _, shape = topology.shape_of(name)
+        _, shape = aot.shape_of(name)
         x, y, z = (*shape, 1)[:3]
-        return topology.links(
-            name, [(i, j, k) for i in range(x) for j in range(y) for k in range(z)]
-        )
+        return aot.links(name, [(i, j, k) for i in range(x) for j in range(y) for k in range(z)])
 
     assert [whole(n) for n in ("v5e:1x1", "v5e:2x2", "v5e:8x16", "v6e:16x16")] == [0, 2, 3, 4]
     assert [whole(n) for n in ("v4:2x2x1", "v4:2x2x4", "v5p:4x4x8", "v5p:8x8x8")] == [2, 3, 6, 6]
-    assert topology.links("v5e:16x16", [(0, j, 0) for j in range(16)]) == 2
-    assert topology.links("v5e:16x16", [(0, j, 0) for j in range(4)]) == 1
+    assert aot.links("v5e:16x16", [(0, j, 0) for j in range(16)]) == 2
+    assert aot.links("v5e:16x16", [(0, j, 0) for j in range(4)]) == 1
 
 
 def test_meshes_in_words():
@@ -88,9 +86,9 @@ def test_search_of_the_largest_batch(limit, each, fixed, refused_unlike):
 RATE = st.floats(1.0, 1e15)
 
 
-@given(RATE, RATE, RATE, st.sampled_from(sorted(chips.CHIPS)))
+@given(RATE, RATE, RATE, st.sampled_from(sorted(accelerators.CHIPS)))
 def test_the_estimate_is_the_largest_term(flops, accessed, received, kind):
-    chip = chips.find(kind)
+    chip = accelerators.find(kind)
     term = roofline.estimate(chip, flops, accessed, received / 1e10)
     assert term.seconds == getattr(term, term.binds) == max(term)
     assert term.compute == pytest.approx(flops / chip.bf16_flops)
@@ -104,7 +102,7 @@ def test_the_estimate_is_the_largest_term(flops, accessed, received, kind):
 )
 def test_the_network_term_adds_up(found):
     """Over all sixteen chips of a 4x4 slice two links serve; a permutation has one."""
-    chip = chips.find("TPU v5e")
+    chip = accelerators.find("TPU v5e")
     group, places = tuple(range(16)), [(i // 4, i % 4, 0) for i in range(16)]
     exchanged = [Collective(kind, size, group, times, True) for kind, size, times in found]
     seconds = roofline.exchange_seconds(chip, "v5e:4x4", exchanged, places)
@@ -130,11 +128,11 @@ def fake(point: Compiled) -> dict:
     if point.image_size == 96:
         raise Failed("no answer in 1 s")
     count = 1
-    for side in topology.shape_of(point.topology)[1]:
+    for side in aot.shape_of(point.topology)[1]:
         count *= side
     total, limit = int(2e9 + 1e9 * point.batch), int(15e9)
     row = {
-        "slice": topology.slice_name(point.topology), "chips": count, "total_bytes": total,
+        "slice": aot.slice_name(point.topology), "chips": count, "total_bytes": total,
         "limit_bytes": limit, "compile_seconds": 2.0, "status": OK if total <= limit else TOO_LARGE,
         "global_batch": count * point.batch,
     }  # fmt: skip

@@ -19,12 +19,13 @@ from surface_oracle import oracle_surface
 from worker_jobs import echo, refuse
 
 from experiments.benchmark import scoring
-from pgpsam_jax.data.labels import load_label_table
-from pgpsam_jax.data.layouts import Case
+from pgpsam_jax.data.layouts.find import Case
+from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation import metrics, workers
 from pgpsam_jax.evaluation.evaluate import evaluate
-from pgpsam_jax.evaluation.protocols import overlaps
+from pgpsam_jax.metrics import surface
+from pgpsam_jax.metrics.protocols import overlaps
+from pgpsam_jax.runtime import worker_pool
 
 NAMES = ("a", "b", "c")
 
@@ -32,7 +33,7 @@ NAMES = ("a", "b", "c")
 @settings(max_examples=30, deadline=None)
 @given(hnp.arrays(np.uint8, (3, 4, 4), elements=st.integers(0, 2)))
 def test_surfaces_of_a_map_are_those_of_its_masks(ids):
-    points, classes = metrics.surface_points(ids)
+    points, classes = surface.surface_points(ids)
     for k in (1, 2):
         wanted = [tuple(map(int, point)) for point in oracle_surface(ids == k)]
         assert list(map(tuple, points[classes == k].tolist())) == wanted
@@ -56,11 +57,11 @@ def test_several_spacings_at_once_are_each_alone():
     first, second, spacing = scoring.synthetic_case(shape=(12, 48, 48))
     region = np.arange(12) > 4
     for k in range(1, len(scoring.NAMES)):
-        edges = [metrics.surface_points(ids == k)[0] for ids in (first, second)]
+        edges = [surface.surface_points(ids == k)[0] for ids in (first, second)]
         steps = spacing, (1.0, 1.0, 1.0), (5.0, 0.1, 2.0)
-        together = metrics.point_distances(*edges, steps, region)
+        together = surface.point_distances(*edges, steps, region)
         for step, found in zip(steps, together, strict=True):
-            alone = metrics.surface_distances(first == k, second == k, step, region)
+            alone = surface.surface_distances(first == k, second == k, step, region)
             for ours, theirs in zip(found, alone, strict=True):
                 np.testing.assert_array_equal(ours, theirs)
 
@@ -122,13 +123,13 @@ def test_an_error_is_the_same_sentence(cases, tmp_path, count):
 
 
 def test_an_error_in_a_process_is_the_same_sentence():
-    jobs = workers.in_order(refuse, ["case b: no"], 1)
+    jobs = worker_pool.in_order(refuse, ["case b: no"], 1)
     with pytest.raises(UserError, match=r"^case b: no"):
         list(jobs)
 
 
 def test_a_killed_process_gets_a_sentence():
-    jobs = workers.in_order(signal.raise_signal, [signal.SIGKILL], 1)
+    jobs = worker_pool.in_order(signal.raise_signal, [signal.SIGKILL], 1)
     with pytest.raises(UserError, match=r"killed \(signal 9\).*eval\.workers"):
         list(jobs)
 
@@ -143,11 +144,11 @@ def test_order_bound_and_end():
             yield job
 
     found = []
-    for job, process in workers.in_order(echo, jobs(), 2):
+    for job, process in worker_pool.in_order(echo, jobs(), 2):
         assert len(alive) <= job + 3 and process != os.getpid()
         found.append((job, process))
     assert [job for job, _ in found] == list(range(9))
-    left = workers.in_order(echo, range(9), 1)
+    left = worker_pool.in_order(echo, range(9), 1)
     _, process = next(left)
     left.close()
     with pytest.raises(ProcessLookupError):
@@ -164,7 +165,7 @@ def test_an_interrupt_ends_the_processes():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        seen.extend(process for _, process in workers.in_order(echo, jobs(), 1))
+        seen.extend(process for _, process in worker_pool.in_order(echo, jobs(), 1))
     for process in seen:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
@@ -174,19 +175,21 @@ def test_an_interrupt_ends_the_processes():
 def test_how_many_processes(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
     large = 120 * 512 * 512
-    assert workers.worker_count(-1, 12, 12 * large) == 3  # cores it may use, not those there are
-    assert workers.worker_count(-1, 2, 2 * large) == 2
-    assert workers.worker_count(-1, 1, large) == 0  # nothing to work beside
-    assert workers.worker_count(-1, 12, 12 * 50_000) == 0  # not worth a start
-    assert workers.worker_count(0, 12, 12 * large) == 0
-    assert workers.worker_count(5, 12, 12) == 5
+    assert (
+        worker_pool.worker_count(-1, 12, 12 * large) == 3
+    )  # cores it may use, not those there are
+    assert worker_pool.worker_count(-1, 2, 2 * large) == 2
+    assert worker_pool.worker_count(-1, 1, large) == 0  # nothing to work beside
+    assert worker_pool.worker_count(-1, 12, 12 * 50_000) == 0  # not worth a start
+    assert worker_pool.worker_count(0, 12, 12 * large) == 0
+    assert worker_pool.worker_count(5, 12, 12) == 5
     with pytest.raises(UserError, match=r"eval\.workers is -2; give"):
-        workers.worker_count(-2, 12, 12)
+        worker_pool.worker_count(-2, 12, 12)
 
 
 def test_reading_ahead_keeps_order_and_errors():
-    assert list(workers.ahead(str, [3, 1, 2])) == ["3", "1", "2"]
-    found = workers.ahead(int, ["4", "x"])
+    assert list(worker_pool.ahead(str, [3, 1, 2])) == ["3", "1", "2"]
+    found = worker_pool.ahead(int, ["4", "x"])
     assert next(found) == 4
     with pytest.raises(ValueError):
         next(found)
@@ -196,8 +199,8 @@ def test_workers_do_not_load_jax():
     """JAX takes time to start, and memory on the device; `verify` does without it, too."""
     code = """if True:
         import sys
-        import experiments.benchmark.scoring, pgpsam_jax.visual
-        import pgpsam_jax.evaluation.outputs, pgpsam_jax.evaluation.workers, pgpsam_jax.verify
+        import experiments.benchmark.scoring, pgpsam_jax.visualization.overlays
+        import pgpsam_jax.evaluation.outputs, pgpsam_jax.runtime.worker_pool, pgpsam_jax.verify
         heavy = "jax", "flax", "grain", "orbax", "torch"
         print([name for name in heavy if name in sys.modules])
     """
@@ -218,7 +221,7 @@ def test_the_synthetic_case_is_a_plausible_prediction():
     prediction, truth, spacing = scoring.synthetic_case(shape=(30, 128, 128))
     dice = {}
     for k, name in enumerate(scoring.NAMES[1:], start=1):
-        dice[name] = metrics.dice(prediction == k, truth == k)
+        dice[name] = surface.dice(prediction == k, truth == k)
         assert (truth == k).any()
     assert dice.pop("gallbladder") == 0 and all(0.6 < one < 0.99 for one in dice.values())
     litres = (truth == 1).sum() * np.prod(spacing) / 1e6
@@ -230,7 +233,11 @@ def test_what_an_error_leaves_behind_may_be_collected_anywhere(count):
     """The collector may run while a thread starts, which holds the lock that joining takes."""
 
     def left():
-        things = workers.in_order(echo, range(9), count) if count else workers.ahead(echo, range(9))
+        things = (
+            worker_pool.in_order(echo, range(9), count)
+            if count
+            else worker_pool.ahead(echo, range(9))
+        )
         next(things)
         return things
 

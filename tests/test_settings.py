@@ -8,8 +8,8 @@ import pytest
 from places import REPOSITORY
 from small_run import config_for
 
-from pgpsam_jax import exclusive, settings
-from pgpsam_jax.config import MOST, check, default_config, flat, from_json, to_json
+from pgpsam_jax.config import exclusive, overrides
+from pgpsam_jax.config.serialization import MOST, check, default_config, flat, from_json, to_json
 from pgpsam_jax.errors import UserError
 
 FIELDS = flat(default_config().to_dict())
@@ -17,10 +17,10 @@ FIELDS = flat(default_config().to_dict())
 
 def given(*flags, config=None):
     """A configuration after flags of a command line."""
-    rest, fields = settings.split_flags(flags)
+    rest, fields = overrides.split_flags(flags)
     assert not rest
     config = default_config() if config is None else config
-    settings.assign(config, fields, f"the flags {flags}")
+    overrides.assign(config, fields, f"the flags {flags}")
     return config
 
 
@@ -29,7 +29,7 @@ def value(config, field):
 
 
 def kind_of(field):
-    return settings._default(field)[1]
+    return overrides._default(field)[1]
 
 
 def samples(field):
@@ -109,7 +109,7 @@ def test_wrong_flags(flags, message):
 
 def test_other_flags_are_left_alone():
     flags = ["--config", "a.py", "--config.seed", "-1", "--workdir=x.config.y", "--", "--config.a"]
-    rest, fields = settings.split_flags(flags)
+    rest, fields = overrides.split_flags(flags)
     assert rest == ["--config", "a.py", "--workdir=x.config.y", "--", "--config.a"]
     assert fields == {"seed": "-1"}
 
@@ -131,7 +131,7 @@ def test_what_is_set_later_counts():
                 fields[size] = SIZES[size]
             if draw.random() < 0.2:
                 fields = {"file": "list.txt"}
-            settings.assign(config, {f"fewshot.{k}": v for k, v in fields.items()}, str(layer))
+            overrides.assign(config, {f"fewshot.{k}": v for k, v in fields.items()}, str(layer))
             assert all(config.fewshot[key] == value for key, value in fields.items())
             check(config)
             again = from_json(to_json(config))
@@ -143,7 +143,7 @@ def test_what_is_set_later_counts():
 def test_shipped_configurations_take_another_size(name, size, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     name, colon, variant = name.partition(":")
-    config = settings.load_file(f"configs/{name}.py{colon}{variant}")
+    config = overrides.load_file(f"configs/{name}.py{colon}{variant}")
     check(given(f"--config.fewshot.{size}={SIZES[size]}", config=config))
     assert {key: config.fewshot[key] for key in SIZES} == dict.fromkeys(SIZES) | {size: SIZES[size]}
     check(given("--config.fewshot.rule=all", config=config))
@@ -151,10 +151,10 @@ def test_shipped_configurations_take_another_size(name, size, monkeypatch):
 
 
 CODE = """
-from pgpsam_jax import settings
+from pgpsam_jax.config import overrides
 
 def get_config():
-    config = settings.load_file("configs/synapse.py")
+    config = overrides.load_file("configs/synapse.py")
     {line}
     return config
 """
@@ -168,7 +168,7 @@ def test_an_edit_within_the_same_second_counts(tmp_path, monkeypatch):
     for seed in (1, 2):
         path.write_text(f"{text}    c.seed = {seed}\n    return c\n")
         os.utime(path, (1e9, 1e9))
-        assert settings.load_file(str(path)).seed == seed
+        assert overrides.load_file(str(path)).seed == seed
     assert [file.name for file in tmp_path.iterdir()] == ["mine.py"]  # and leaves nothing there
 
 
@@ -178,7 +178,7 @@ def test_a_config_file_on_top_of_another(tmp_path, monkeypatch):
     def load(line):
         path = tmp_path / "mine.py"
         path.write_text(CODE.format(line=line))
-        config = settings.load_file(str(path))
+        config = overrides.load_file(str(path))
         check(config)
         return config
 

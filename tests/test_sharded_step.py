@@ -11,9 +11,10 @@ import tiny_method
 from method_runs import SIZE, small_config
 from small_run import config_for
 
-from pgpsam_jax import build, sharding
-from pgpsam_jax.distributed import place
-from pgpsam_jax.sharded import shard_step, sharding_of
+from pgpsam_jax.distributed.multihost import place
+from pgpsam_jax.methods import build
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training.sharded_step import shard_step, sharding_of
 
 CLASSES, BATCH = 3, 8
 
@@ -23,13 +24,13 @@ def run():
     """(step, its parameters and frozen weights, a batch on the mesh)."""
     with tiny_method.known():
         config = config_for(Path(), model__name=tiny_method.NAME)
-        mesh, size = sharding.make_mesh(), config.model.image_size
+        mesh, size = device_mesh.make_mesh(), config.model.image_size
         rng = np.random.default_rng(0)
         batch = {
             "image": jnp.asarray(rng.random((BATCH, size, size)), jnp.float32),
             "label": jnp.asarray(rng.integers(0, CLASSES, (BATCH, size, size)), jnp.uint8),
         }
-        batch = place(batch, sharding.batch_sharding(mesh))
+        batch = place(batch, device_mesh.batch_sharding(mesh))
         graphdef, params, frozen, _ = build.init_model(config, CLASSES)
         step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=10**6, seed=3)
         yield step, params, place(frozen, sharding_of(step.frozen)), batch
@@ -60,10 +61,12 @@ def test_the_seed_of_a_run_is_that_of_its_augmentation(run):
 def test_frozen_weights_lie_in_parts():
     """Every one that is large; by shapes alone. So do the trained ones and their moments."""
     config = small_config("samed")
-    mesh = sharding.make_mesh(data=1, fsdp=8)
+    mesh = device_mesh.make_mesh(data=1, fsdp=8)
     graphdef, *states = build.abstract_model(config, CLASSES)
     batch = {
-        name: jax.ShapeDtypeStruct((8, SIZE, SIZE), dtype, sharding=sharding.batch_sharding(mesh))
+        name: jax.ShapeDtypeStruct(
+            (8, SIZE, SIZE), dtype, sharding=device_mesh.batch_sharding(mesh)
+        )
         for name, dtype in (("image", jnp.float16), ("label", jnp.uint8))
     }
     step = shard_step(config, mesh, graphdef, *states, batch, epoch_size=8, seed=0)

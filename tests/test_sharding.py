@@ -16,18 +16,19 @@ from flax import nnx
 from golden import make_sharding
 from golden.make_sharding import abstract_leaves, configuration, golden_file, mesh_of
 
-from pgpsam_jax import build, methods, parameters, recipes, sharding
-from pgpsam_jax.config import default_config
+from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models import layers
-from pgpsam_jax.models.mask_decoder import DecoderConfig
-from pgpsam_jax.models.pgpsam import PgpSam, PgpSamConfig
-from pgpsam_jax.models.release.model import ReleaseConfig, ReleasePgpSam
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.sharded import shard_step
-from pgpsam_jax.step import split_model
+from pgpsam_jax.methods import build, registry
+from pgpsam_jax.models import layers, parameters
+from pgpsam_jax.models.pgpsam.model import PgpSam, PgpSamConfig
+from pgpsam_jax.models.pgpsam_release.model import ReleaseConfig, ReleasePgpSam
+from pgpsam_jax.models.sam.mask_decoder import DecoderConfig
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training.sharded_step import shard_step
+from pgpsam_jax.training.train_step import split_model
 
-METHODS = sorted(methods.METHODS)
+METHODS = sorted(registry.METHODS)
 PGPSAM = [method for method in METHODS if method[0] == "pgpsam"]
 # (method, mesh), the first with all three axes, of a method that compiles in a second. The others
 # are slow: what a table of shardings says wrong shows in the pinned ones, and the blocks of an
@@ -56,7 +57,7 @@ def tiny():
 
 
 def name_of(value):
-    return "x".join(map(str, value)) if isinstance(value[0], int) else methods.name_of(value)
+    return "x".join(map(str, value)) if isinstance(value[0], int) else registry.name_of(value)
 
 
 @pytest.mark.parametrize(
@@ -66,11 +67,11 @@ def test_meshes_that_do_not_fit_the_devices(sizes):
     with pytest.raises(
         UserError, match=r"does not fit 8 devices; .* each from 1, 2, 4 or 8, or -1"
     ):
-        sharding.make_mesh(*sizes)
+        device_mesh.make_mesh(*sizes)
 
 
 def test_the_rest_of_the_devices():
-    assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(device_mesh.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 @pytest.mark.parametrize(
@@ -87,15 +88,15 @@ def test_the_rest_of_the_devices():
 def test_meshes_that_do_not_fit_the_model_or_the_batch(sizes, encoder, batch, message):
     config = default_config()
     config.model.encoder, config.train.batch_size = encoder, batch
-    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    mesh = device_mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     with pytest.raises(UserError, match=message):
-        sharding.check(mesh, config)
+        device_mesh.check(mesh, config)
 
 
 def test_what_a_refusal_offers_is_taken():
     config = default_config()  # 12 heads, 12 slices
     for tensor in (2, 4):
-        sharding.check(sharding.make_mesh(-1, 1, tensor), config)
+        device_mesh.check(device_mesh.make_mesh(-1, 1, tensor), config)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
@@ -123,10 +124,10 @@ def test_nothing_large_is_replicated(method, encoder):
         mesh, ways = mesh_of(*sizes), sizes[1] * sizes[2]
         held, total, whole = 0, 0, 0
         for path, shape in leaves.items():
-            spec, size = sharding.spec_of(method, path, shape, mesh), math.prod(shape)
+            spec, size = device_mesh.spec_of(method, path, shape, mesh), math.prod(shape)
             split = [axis for axes in spec for axis in (axes if type(axes) is tuple else [axes])]
             shares = math.prod(mesh.shape[axis] for axis in split if axis)
-            assert shares > 1 or size <= sharding.SMALL, (path, shape)
+            assert shares > 1 or size <= device_mesh.SMALL, (path, shape)
             held, total = held + size / shares, total + size
             whole += size if shares == 1 else 0
         assert held - whole <= 1.002 * (total - whole) / ways
@@ -137,7 +138,7 @@ def test_nothing_large_is_replicated(method, encoder):
 def test_no_row_of_a_table_is_idle(method):
     leaves = make_sharding.leaves_of(method, "vit_b")
     adapted = any(path.endswith("lora/b") for path in leaves)
-    for pattern, spec in (*sharding.OWN.get(method, ()), *sharding.SAM):
+    for pattern, spec in (*device_mesh.OWN.get(method, ()), *device_mesh.SAM):
         if "lora" in pattern and not adapted:
             continue
         hits = [path for path, shape in leaves.items() if re.search(pattern, path)]
@@ -148,7 +149,7 @@ def test_moments_lie_where_their_parameter_does():
     config = configuration(("pgpsam", "paper"), "vit_b")
     graphdef, params, frozen = build.abstract_model(config, CLASSES)
     step = shard_step(
-        config, sharding.make_mesh(2, 2, 2), graphdef, params, frozen, {}, epoch_size=8, seed=0
+        config, device_mesh.make_mesh(2, 2, 2), graphdef, params, frozen, {}, epoch_size=8, seed=0
     )
     adam = step.state.opt_state[0][0]
     for path, leaf in parameters.flat_paths(step.state.params).items():
@@ -171,7 +172,7 @@ def small_model(method):
         if method == TINY:
             config.model.train_encoder = "full"
         else:
-            recipes.use(config, method[0])
+            method_recipes.use(config, method[0])
         size = 32 if method in (SAMED, TINY) else 64
         encoder = "vit_t" if method[0] == "hsam" else micro.NAME  # its bound was measured so
         config.model.update(encoder=encoder, patch_size=8, image_size=size)
@@ -196,7 +197,7 @@ def small_model(method):
         if block.attn.adapted:
             b = block.attn.lora.b
             b.set_value(jnp.asarray(0.3 * rng.standard_normal(b.shape), jnp.float32))
-    trains = config.model.train_encoder, methods.METHODS[method].frozen
+    trains = config.model.train_encoder, registry.METHODS[method].frozen
     return config, *split_model(model, *trains)
 
 
@@ -222,14 +223,14 @@ def batch_for(method):
 def real_step(method, sizes):
     """f(batch) -> (metrics, gradients by path) of the first step of a run on a mesh."""
     config, graphdef, params, frozen = small_model(method)
-    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-    placed = sharding.put_batch(batch_for(method), mesh)
+    mesh = device_mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    placed = device_mesh.put_batch(batch_for(method), mesh)
     step = shard_step(config, mesh, graphdef, params, frozen, placed, epoch_size=BATCH, seed=0)
     compiled = step.lower().compile()
     frozen = jax.device_put(frozen, jax.tree.map(lambda leaf: leaf.sharding, step.frozen))
 
     def run(batch):
-        state, metrics = compiled(step.start(params), frozen, sharding.put_batch(batch, mesh))
+        state, metrics = compiled(step.start(params), frozen, device_mesh.put_batch(batch, mesh))
         # The first moment after one step, from zero.
         moments = parameters.flat_paths(state.opt_state[0][0].mu)
         share = 1 - config.optim.beta1
@@ -296,8 +297,8 @@ def test_a_product_of_parts_has_the_gradients_of_the_whole(split):
 
         return jax.grad(loss, (0, 1))(x, kernel)
 
-    mesh = sharding.make_mesh(2, 2, 2)
-    parts = jax.jit(sharding.over_mesh(slopes, mesh))(x, kernel)
+    mesh = device_mesh.make_mesh(2, 2, 2)
+    parts = jax.jit(device_mesh.over_mesh(slopes, mesh))(x, kernel)
     outer = np.cos(x @ kernel)  # by hand: of the sine's sum to the product
     wanted = outer @ kernel.T, np.tensordot(x, outer, ((0, 1), (0, 1)))
     for found, value in zip(parts, wanted, strict=True):

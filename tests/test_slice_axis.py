@@ -11,11 +11,11 @@ from small_run import config_for, write_data
 
 from pgpsam_jax.config import default_config, from_json, to_json
 from pgpsam_jax.data import cache, dataset
-from pgpsam_jax.data.cases import Case
-from pgpsam_jax.data.grid import AXES, AXIAL, SourceGrid
-from pgpsam_jax.data.labels import LabelTable
-from pgpsam_jax.data.nibabel_image import from_nibabel
-from pgpsam_jax.data.nifti import read_grid, read_image, read_label, write_label
+from pgpsam_jax.data.io.nibabel_image import from_nibabel
+from pgpsam_jax.data.io.nifti import read_grid, read_image, read_label, write_label
+from pgpsam_jax.data.io.voxel_grid import AXES, AXIAL, SourceGrid
+from pgpsam_jax.data.layouts.cases import Case
+from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.errors import UserError
 
 THICK = {AXIAL: (1, 1, 5), "coronal": (1, 5, 1), "sagittal": (5, 1, 1)}  # mm, right, front, up

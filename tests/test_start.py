@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgpsam_jax import build, config, recipes
+from pgpsam_jax.config import method_recipes, serialization
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.methods import METHODS, colors_of, start_of
-from pgpsam_jax.models.sam import Sam, SamConfig
-from pgpsam_jax.parameters import flat_paths
-from pgpsam_jax.step import to_input
+from pgpsam_jax.methods import build
+from pgpsam_jax.methods.registry import METHODS, colors_of, start_of
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.models.sam.sam import Sam, SamConfig
+from pgpsam_jax.training.train_step import to_input
 from weights_conversion import sam as conversion
 
 CLASSES, SIZE = 9, 64
@@ -40,9 +41,9 @@ def base(tmp_path_factory):
 
 
 def configuration(base, name, preset="paper", **settings):
-    made = config.default_config()
-    config.use_small_encoder(made)
-    recipes.use(made, name)
+    made = serialization.default_config()
+    serialization.use_small_encoder(made)
+    method_recipes.use(made, name)
     made.model.encoder, made.model.stage_taps = micro.NAME, (1,)
     made.model.update(base=base, preset=preset, image_size=SIZE, train_encoder="lora", **settings)
     return made
@@ -152,7 +153,7 @@ def test_dense_prompts_start_as_the_no_mask_embedding(base, images):
 
 
 def conversion_tensor(base, name):
-    from pgpsam_jax.weights import load_base
+    from pgpsam_jax.models.sam.weights import load_base
 
     return load_base(base).tensors[name]
 
@@ -232,17 +233,17 @@ def test_a_run_keeps_what_was_decided(base):
 def test_runs_of_before_are_what_they_were():
     """Without these fields a stored configuration means colors, start and Eq 5 as they were."""
     for name, colors in (("pgpsam", "unit"), ("samed", "unit"), ("surgicalsam", "normalized")):
-        stored = config.to_json(config.default_config())
+        stored = serialization.to_json(serialization.default_config())
         stored["model"]["name"] = name
         for field in ("colors", "start", "start_scale", "ppr_norm"):
             del stored["model"][field]
-        model = config.from_json(stored).model
+        model = serialization.from_json(stored).model
         assert (model.colors, model.start, model.ppr_norm) == (colors, "drawn", False)
 
 
 def test_normalized_colors_are_those_of_sam_s_own_preprocessing(base, images):
     grey = np.round(255 * np.asarray(images)).astype(np.uint8)
-    from pgpsam_jax.models.sam import preprocess
+    from pgpsam_jax.models.sam.sam import preprocess
 
     paper = model_of(base, "pgpsam", start="sam")
 

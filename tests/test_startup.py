@@ -15,8 +15,8 @@ from faults import NOISE
 from places import QUICK_FLAGS, REPOSITORY
 from small_run import config_for, write_data
 
-from pgpsam_jax import compilation
-from pgpsam_jax import config as configuration
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.runtime import compilation_cache
 
 # What training imports nowhere, or where it is used.
 LATER = ("matplotlib", "scipy.ndimage", "scipy.stats", "scipy.interpolate", "grain", "torch")
@@ -69,8 +69,8 @@ def settings(monkeypatch, tmp_path):
 
 
 def test_default_folder(settings):
-    compilation.keep_compiled()
-    folder = compilation.cache_folder()
+    compilation_cache.keep_compiled()
+    folder = compilation_cache.cache_folder()
     assert settings.jax_compilation_cache_dir == str(folder)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert settings.jax_compilation_cache_max_size == 5 * 10**9
@@ -82,7 +82,7 @@ def test_default_folder(settings):
 def test_chosen_folder_stays(settings, chosen, tmp_path):
     jax.config.update("jax_compilation_cache_dir", chosen)
     size = settings.jax_compilation_cache_max_size
-    compilation.keep_compiled()
+    compilation_cache.keep_compiled()
     assert settings.jax_compilation_cache_dir == chosen
     assert settings.jax_compilation_cache_max_size == size
     assert settings.jax_persistent_cache_min_compile_time_secs == 0
@@ -94,7 +94,7 @@ def test_variables_of_jax_win(settings, monkeypatch):
     jax.config.update("jax_compilation_cache_max_size", 12345)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "3")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "12345")
-    compilation.keep_compiled()
+    compilation_cache.keep_compiled()
     assert settings.jax_persistent_cache_min_compile_time_secs == 3
     assert settings.jax_compilation_cache_max_size == 12345
 
@@ -103,7 +103,7 @@ def test_empty_variable_is_off():
     """JAX reads its variables when it is imported: only a fresh process shows it."""
     program = """
 import jax
-from pgpsam_jax.compilation import keep_compiled
+from pgpsam_jax.runtime.compilation_cache import keep_compiled
 keep_compiled()
 jax.numpy.ones(3) + 1
 print(repr(jax.config.jax_compilation_cache_dir))
@@ -127,7 +127,7 @@ def open_to_all(folder, _):
 
 def homeless(_, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(compilation.Path, "home", no_home)
+    monkeypatch.setattr(compilation_cache.Path, "home", no_home)
 
 
 @pytest.mark.parametrize(
@@ -139,23 +139,23 @@ def homeless(_, monkeypatch):
     ],
 )
 def test_folder_that_cannot_be_used(settings, monkeypatch, spoil, reason):
-    spoil(compilation.cache_folder(), monkeypatch)
+    spoil(compilation_cache.cache_folder(), monkeypatch)
     with pytest.warns(UserWarning, match=f"not kept.*{reason}.*JAX_COMPILATION_CACHE_DIR"):
-        compilation.keep_compiled()
+        compilation_cache.keep_compiled()
     assert settings.jax_compilation_cache_dir is None
 
 
 def test_torn_programs_are_removed(settings):
-    folder = compilation.cache_folder()
+    folder = compilation_cache.cache_folder()
     folder.mkdir(parents=True)
     for name in ("whole-cache", "whole-atime", "torn-cache"):
         (folder / name).write_bytes(b"12345678")
     with filelock.FileLock(folder / ".lockfile"):  # another process is writing that very one
-        compilation.keep_compiled()
+        compilation_cache.keep_compiled()
     assert settings.jax_compilation_cache_dir == str(folder)
     assert (folder / "torn-cache").is_file()
     jax.config.update("jax_compilation_cache_dir", None)
-    compilation.keep_compiled()
+    compilation_cache.keep_compiled()
     left = {path.name for path in folder.iterdir()}
     assert left - {".lockfile"} == {"whole-cache", "whole-atime"}
 
@@ -164,30 +164,31 @@ def test_place_and_kind_of_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says its specification
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5}, raising=False)
-    three = compilation.machine_kind()
-    assert compilation.cache_folder() == tmp_path / ".cache/pgpsam_jax/compiled" / three
+    three = compilation_cache.machine_kind()
+    assert compilation_cache.cache_folder() == tmp_path / ".cache/pgpsam_jax/compiled" / three
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
-    assert compilation.machine_kind() not in (three, "")
+    assert compilation_cache.machine_kind() not in (three, "")
     table = tmp_path / "cpuinfo"
     kinds = set()
     for model, clock in (("A", 1), ("A", 2), ("B", 1)):
         table.write_text(f"model name\t: {model}\ncpu MHz\t\t: {clock}\n\nmodel name\t: C\n")
-        monkeypatch.setattr(compilation, "Path", lambda _: table)
-        kinds.add(compilation.machine_kind())
+        monkeypatch.setattr(compilation_cache, "Path", lambda _: table)
+        kinds.add(compilation_cache.machine_kind())
     assert len(kinds) == 2
 
 
 # A start as the command does it: programs that were asked for, and those found ready.
 START = """
 import collections, json, sys
-import pgpsam_jax.train
+import pgpsam_jax.training.train
 modules = list(sys.modules)
 import micro, tiny_method
 import jax
 counts = collections.Counter()
 jax.monitoring.register_event_listener(lambda name, **_: counts.update([name]))
-from pgpsam_jax import config, train
-from pgpsam_jax.compilation import keep_compiled
+from pgpsam_jax import config
+from pgpsam_jax.training import train
+from pgpsam_jax.runtime.compilation_cache import keep_compiled
 keep_compiled()
 settings, workdir = sys.argv[1:]
 train.RunLog._draw = lambda self: None  # which takes its time
@@ -241,7 +242,7 @@ def test_second_start_compiles_nothing(model, tmp_path):
 
 
 def test_training_imports_nothing_early():
-    assert not imported("import pgpsam_jax.train").intersection(LATER)
+    assert not imported("import pgpsam_jax.training.train").intersection(LATER)
 
 
 def test_the_same_steps_again_compile_nothing(settings):
@@ -251,7 +252,7 @@ def test_the_same_steps_again_compile_nothing(settings):
     def count(name, **_):
         counts.update([name.removeprefix("/jax/compilation_cache/")])
 
-    compilation.keep_compiled()
+    compilation_cache.keep_compiled()
     jax.monitoring.register_event_listener(count)
     try:
         for _ in range(2):
@@ -272,7 +273,7 @@ def test_the_restart_for_large_pages_loses_nothing(tmp_path):
     """Arguments, standard input, options of the interpreter and the process id stay."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, sys\nfrom pgpsam_jax.hostmemory import keep_freed_memory\n"
+        "import os, sys\nfrom pgpsam_jax.runtime.malloc import keep_freed_memory\n"
         "print('once', os.getpid(), flush=True)\nkeep_freed_memory()\n"
         "print(os.getpid(), sys.argv[1:], sys.stdin.read(), sys.flags.optimize)\n"
     )

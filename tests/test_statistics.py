@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation.report import summarise
-from pgpsam_jax.evaluation.scores import gather, spread
-from pgpsam_jax.tables.statistics import (
+from pgpsam_jax.metrics.aggregate import gather, spread
+from pgpsam_jax.metrics.summary import summarise
+from pgpsam_jax.results.tables.statistics import (
     APPROXIMATE,
     EXACT,
     compare,

@@ -13,12 +13,14 @@ from faults import NOISE
 from flax import nnx
 from small_run import config_for
 
-from pgpsam_jax import build, methods, parameters, sharding
-from pgpsam_jax.models.image_encoder import ImageEncoder
-from pgpsam_jax.models.initial import kernel_init
-from pgpsam_jax.models.lora import LoraConfig
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.step import gradients_of, init_state, make_train_step
+from pgpsam_jax.methods import build, registry
+from pgpsam_jax.models import parameters
+from pgpsam_jax.models.initializers import kernel_init
+from pgpsam_jax.models.sam.image_encoder import ImageEncoder
+from pgpsam_jax.models.sam.lora import LoraConfig
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training.train_step import gradients_of, init_state, make_train_step
 
 CLASSES, SIZE, BATCH = 3, 32, 8
 
@@ -42,8 +44,8 @@ class Adapted(tiny_method.Tiny):
 
 @pytest.fixture(scope="module")
 def lora_config():
-    adapted = methods.Method("adapted", Adapted, {}, ())
-    with mock.patch.dict(methods.METHODS, {("adapted", ""): adapted}):
+    adapted = registry.Method("adapted", Adapted, {}, ())
+    with mock.patch.dict(registry.METHODS, {("adapted", ""): adapted}):
         own = {"model__name": "adapted", "model__patch_size": 4}
         yield config_for(Path(), model__train_encoder="lora", train__steps=40, **own, **NOISE)
 
@@ -79,12 +81,12 @@ def start(config):
 def lora_run(lora_config, batch):
     """(compiled step, makes a state, frozen, batch) on one device, with explicit shardings."""
     _, _, step, state, frozen = start(lora_config)
-    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    states = sharding.state_shardings(state, mesh), sharding.state_shardings(frozen, mesh)
+    mesh = device_mesh.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    states = device_mesh.state_shardings(state, mesh), device_mesh.state_shardings(frozen, mesh)
     compiled = jax.jit(
         step,
-        in_shardings=(*states, sharding.batch_sharding(mesh)),
-        out_shardings=(states[0], sharding.replicated(mesh)),
+        in_shardings=(*states, device_mesh.batch_sharding(mesh)),
+        out_shardings=(states[0], device_mesh.replicated(mesh)),
         donate_argnums=0,
     )
 
@@ -92,7 +94,7 @@ def lora_run(lora_config, batch):
         """A copy: the step takes its state over."""
         return jax.device_put(jax.tree.map(jnp.copy, state), states[0])
 
-    return compiled, fresh, jax.device_put(frozen, states[1]), sharding.put_batch(batch, mesh)
+    return compiled, fresh, jax.device_put(frozen, states[1]), device_mesh.put_batch(batch, mesh)
 
 
 def test_only_the_filter_trains_and_the_loss_falls(lora_run):

@@ -8,12 +8,12 @@ import pytest
 from flax import nnx
 from method_runs import CLASSES, run_of
 
-from pgpsam_jax import build, losses, recipes
-from pgpsam_jax.config import default_config
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.models.surgicalsam import SurgicalSam
-from pgpsam_jax.parameters import count, flat_paths
+from pgpsam_jax.config import default_config, method_recipes
+from pgpsam_jax.methods import build, losses
+from pgpsam_jax.models.baselines.surgicalsam import SurgicalSam
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.parameters import count, flat_paths
+from pgpsam_jax.models.sam.sam import SamConfig
 
 # Rows x columns, one block: the encoder plays no part in most tests.
 SAM = SamConfig.preset(micro.NAME, (32, 64), 8, depth=1, global_blocks=(0,))
@@ -38,7 +38,7 @@ def features(count=2, seed=0):
 )
 def test_trained_parameters(size, classes, tokens, wanted):
     config = default_config()
-    recipes.use(config, "surgicalsam")
+    method_recipes.use(config, "surgicalsam")
     config.model.image_size, config.model.prompt_tokens = size, tokens
     _, params, frozen = build.abstract_model(config, classes)
     decoder, foreground, cells = 4_058_340, classes - 1, (size // 16) ** 2

@@ -8,8 +8,8 @@ import subprocess
 import pytest
 from grid_folder import write_grid
 
-from pgpsam_jax.runs import read_grid
-from pgpsam_jax.tables.assemble import Table, grid_tables, to_html, to_latex, to_markdown
+from pgpsam_jax.results.runs import read_grid
+from pgpsam_jax.results.tables.assemble import Table, grid_tables, to_html, to_latex, to_markdown
 
 AWKWARD = Table(
     r"50 % of `a_b` & <c>",

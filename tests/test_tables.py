@@ -5,9 +5,9 @@ import json
 import pytest
 from grid_folder import CASES, case_rows, made_up, write_grid, write_run
 
-from pgpsam_jax.evaluation.report import summarise
-from pgpsam_jax.runs import read_grid, read_run
-from pgpsam_jax.tables.assemble import (
+from pgpsam_jax.metrics.summary import summarise
+from pgpsam_jax.results.runs import read_grid, read_run
+from pgpsam_jax.results.tables.assemble import (
     grid_tables,
     long_rows,
     run_tables,
@@ -16,7 +16,7 @@ from pgpsam_jax.tables.assemble import (
     to_latex,
     to_markdown,
 )
-from pgpsam_jax.tables.study import from_runs
+from pgpsam_jax.results.tables.study import from_runs
 
 OFF = {"model.cfm": False, "model.ppg": False, "model.ppr": False}
 TABLE3 = {"full": {}, "cfm_ppg": {"model.ppr": False}, "none": OFF}

@@ -8,33 +8,35 @@ import pytest
 from flax import nnx
 
 from experiments.scaling.compiled import compile_point
+from experiments.scaling.csv_table import OK
 from experiments.scaling.points import Compiled
-from experiments.scaling.rows import OK
-from pgpsam_jax import config, sharding, topology
+from pgpsam_jax.config import serialization
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.image_encoder import Attention
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.sam.image_encoder import Attention
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.profiling import aot
+from pgpsam_jax.sharding import device_mesh
 
 
 def chips(name="v5e:2x2"):
     """The mesh of a topology, or skip."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed (pip install '.[tpu]')")
-    return sharding.make_mesh(devices=topology.devices(name))
+    return device_mesh.make_mesh(devices=aot.devices(name))
 
 
 def test_without_libtpu_there_is_a_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"'v5e:2x2' needs libtpu's compiler; pip install"):
-        topology.devices("v5e:2x2")
+        aot.devices("v5e:2x2")
 
 
 @pytest.mark.tpu_backend
 def test_unknown_topology():
     chips()
     with pytest.raises(UserError, match=r"no TPU topology 'v99:2x2' .* as in v5e:2x2"):
-        topology.devices("v99:2x2")
+        aot.devices("v99:2x2")
 
 
 @pytest.mark.tpu_backend
@@ -56,14 +58,14 @@ def attention_temporaries(mesh, backend: str) -> int:
 
         return jax.grad(loss, (0, 1))(state, x)
 
-    lanes = sharding.batch_sharding(mesh)
+    lanes = device_mesh.batch_sharding(mesh)
     step = jax.jit(
-        sharding.over_mesh(gradients, mesh), in_shardings=(sharding.replicated(mesh), lanes)
+        device_mesh.over_mesh(gradients, mesh), in_shardings=(device_mesh.replicated(mesh), lanes)
     )
     x = jax.ShapeDtypeStruct((mesh.size, *sizes.grid, sizes.width), jnp.bfloat16)
     lowered = step.lower(state, x)
     assert ("tpu_custom_call" in lowered.as_text()) == (backend == "auto")
-    return topology.figures(lowered.compile()).temporaries
+    return aot.figures(lowered.compile()).temporaries
 
 
 @pytest.mark.slow
@@ -109,11 +111,11 @@ def test_step_takes_less_memory_with_splash():
     mesh = chips()
 
     def temporaries(backend):
-        settings = config.default_config()
+        settings = serialization.default_config()
         settings.model.encoder = "vit_t"
         settings.model.attention = backend
         settings.model.compute_dtype = "bfloat16"
         settings.train.batch_size = 4 * mesh.size
-        return topology.figures(topology.compile_step(settings, 9, mesh)).temporaries
+        return aot.figures(aot.compile_step(settings, 9, mesh)).temporaries
 
     assert temporaries("auto") < temporaries("naive")

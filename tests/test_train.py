@@ -14,11 +14,13 @@ from faults import NOISE, TINY, run
 from file_modes import modes, umask
 from small_run import config_for, hold_out, write_data
 
-from pgpsam_jax import checkpoint, predict, runlog, train
+from pgpsam_jax import predict
+from pgpsam_jax.checkpointing import checkpoint
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation.release_protocol import slice_dice
-from pgpsam_jax.evaluation.report import read_cases, read_slices
-from pgpsam_jax.parameters import flat_paths
+from pgpsam_jax.metrics.release_protocol import slice_dice
+from pgpsam_jax.metrics.summary import read_cases, read_slices
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.training import metric_logger, train
 
 SELECT = {"validation__every_epochs": 1}  # 7 slices in batches of 8: after every step
 
@@ -67,7 +69,7 @@ def method(request):
 @pytest.fixture
 def plain(method, monkeypatch):
     """The same settings, of which the pictures are no part: they are drawn for one run alone."""
-    monkeypatch.setattr(runlog.RunLog, "_draw", lambda self: None)
+    monkeypatch.setattr(metric_logger.RunLog, "_draw", lambda self: None)
     return method | {"eval__overlays": False}
 
 
@@ -148,7 +150,7 @@ def test_same_seed_same_losses_and_validation_changes_none(finished, root, tmp_p
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(finished, root, tmp_path, monkeypatch, plain):
-    workdir, write = tmp_path / "cut", runlog.RunLog.write
+    workdir, write = tmp_path / "cut", metric_logger.RunLog.write
 
     def stop_in_step_4(log, step, metrics):
         if step == 4:  # validated, but neither logged nor saved
@@ -156,7 +158,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, root, tmp_path, 
         write(log, step, metrics)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runlog.RunLog, "write", stop_in_step_4)
+        patch.setattr(metric_logger.RunLog, "write", stop_in_step_4)
         with pytest.raises(KeyboardInterrupt):
             train.train(config_for(root, **plain, **SELECT), workdir)
     assert [r["step"] for r in losses(workdir)] == [1, 2, 3]
@@ -270,10 +272,10 @@ def test_no_workdir_no_checkpoint(tmp_path, finished):
 def test_pauses_are_in_no_rate(tmp_path, monkeypatch):
     """5 steps of 8 images in 10 s, of which 4 went into saving and validating."""
     now = [0.0]
-    monkeypatch.setattr(runlog.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(runlog.RunLog, "_draw", lambda self: None)
+    monkeypatch.setattr(metric_logger.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(metric_logger.RunLog, "_draw", lambda self: None)
     settings = train.configuration.default_config().log
-    with runlog.RunLog(tmp_path, settings, 0, np.ones(10), 8) as log:
+    with metric_logger.RunLog(tmp_path, settings, 0, np.ones(10), 8) as log:
         for begin, end in ((2.0, 5.0), (8.0, 9.0)):
             now[0] = begin
             with log.paused():

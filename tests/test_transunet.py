@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from layout_data import layout_config, write_transunet
 
 from pgpsam_jax import verify as program
-from pgpsam_jax.data import dataset, volumes
-from pgpsam_jax.data.arrays import ArrayFiles
-from pgpsam_jax.data.labels import load_label_table
-from pgpsam_jax.data.layouts import detect, find_cases
-from pgpsam_jax.data.nifti import read_label, write_label
+from pgpsam_jax.data import dataset
+from pgpsam_jax.data.io import volumes
+from pgpsam_jax.data.io.array_files import ArrayFiles
+from pgpsam_jax.data.io.nifti import read_label, write_label
+from pgpsam_jax.data.layouts.find import detect, find_cases
+from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.evaluate import evaluate
 

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgpsam_jax import checkpoint, validation
+from pgpsam_jax.checkpointing import checkpoint
 from pgpsam_jax.config import default_config
 from pgpsam_jax.data.dataset import ValidationData
+from pgpsam_jax.training import model_selection
 
 LABELS = np.ones((1, 1, 10), np.uint8)
 
@@ -34,7 +35,7 @@ def selection(workdir, every=1, batch_size=4, epoch_size=4, total=100):
     config.validation.every_epochs = every
     config.train.batch_size = batch_size
     data = ValidationData("images", LABELS, 2, 1, "digest")
-    return validation.Selection(config, data, workdir, epoch_size, total)
+    return model_selection.Selection(config, data, workdir, epoch_size, total)
 
 
 def kept(workdir):
@@ -111,14 +112,14 @@ def test_resumed_before_the_best_step(tmp_path):
 
 def test_what_is_used_is_said(tmp_path):
     config = default_config()
-    assert validation.notice(config, tmp_path) is None
+    assert model_selection.notice(config, tmp_path) is None
     config.validation.every_epochs = 1
-    assert "chosen no parameters here" in validation.notice(config, tmp_path)
+    assert "chosen no parameters here" in model_selection.notice(config, tmp_path)
     assert not (tmp_path / "best").exists()  # looking leaves nothing behind
     one = selection(tmp_path)
     one.judge(Scripted(6), 12)
     one.close()
-    said = validation.notice(config, tmp_path)
+    said = model_selection.notice(config, tmp_path)
     assert "of step 12, which did best" in said and "slice Dice 0.7500" in said
     config.validation.every_epochs = 0
-    assert validation.notice(config, tmp_path) is None
+    assert model_selection.notice(config, tmp_path) is None

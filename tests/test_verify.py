@@ -17,11 +17,13 @@ from places import REPOSITORY, shared
 from small_run import config_for, write_data
 
 from pgpsam_jax import verify as program
-from pgpsam_jax.data import array_checks, dataset, verification
-from pgpsam_jax.data.labels import SYNAPSE8, load_label_table
-from pgpsam_jax.data.verification import ensure, findings_of
+from pgpsam_jax.data import dataset
+from pgpsam_jax.data.io import array_checks
+from pgpsam_jax.data.layouts.label_table import SYNAPSE8, load_label_table
+from pgpsam_jax.data.quality import verification
+from pgpsam_jax.data.quality.verification import ensure, findings_of
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation import workers
+from pgpsam_jax.runtime import worker_pool
 
 PAIRS = {"image_glob": "images/*.nii.gz", "label_glob": "labels/*.nii.gz"}
 
@@ -171,7 +173,7 @@ def test_the_program(root, capsys):
 
 
 def test_a_killed_process_speaks_of_the_program_s_own_setting():
-    kill = workers.in_order(signal.raise_signal, [signal.SIGKILL], 1, verification._CHECKING)
+    kill = worker_pool.in_order(signal.raise_signal, [signal.SIGKILL], 1, verification._CHECKING)
     with pytest.raises(UserError, match=r"checks cases was killed \(signal 9\).* set --workers to"):
         list(kill)
 

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from pgpsam_jax import visual
-from pgpsam_jax.visual import (
+from pgpsam_jax.visualization import overlays
+from pgpsam_jax.visualization.overlays import (
     overlay_slice,
     palette,
     slice_dice,
@@ -109,7 +109,7 @@ def test_overlays_are_named_by_slice_and_dice(tmp_path, monkeypatch):
         pixels = imread(path)
         assert pixels.shape[0] > 300 and pixels.shape[1] > 1000
     # Other scores, other names: the old pictures go, those of a case with a longer name stay.
-    monkeypatch.setattr(visual, "_save", unseen)
+    monkeypatch.setattr(overlays, "_save", unseen)
     (tmp_path / "img_00012_best_z1_dice0.97.png").touch()
     write_overlays(image, truth, truth, *arguments)
     names = {path.name for path in tmp_path.iterdir()}
@@ -118,7 +118,7 @@ def test_overlays_are_named_by_slice_and_dice(tmp_path, monkeypatch):
 
 
 def test_region_limits_the_choice_and_few_slices_give_few_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(visual, "_save", unseen)
+    monkeypatch.setattr(overlays, "_save", unseen)
     image, truth, prediction = phantom()
     arguments = (image, truth, prediction, SPACING, SYNAPSE, "c", tmp_path)
 
@@ -133,7 +133,7 @@ def test_region_limits_the_choice_and_few_slices_give_few_pictures(tmp_path, mon
 
 
 def test_among_failures_the_large_organ_comes_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(visual, "_save", unseen)
+    monkeypatch.setattr(overlays, "_save", unseen)
     _, truth, _ = phantom()
     image, prediction = truth / 8.0, truth * 0
     paths = write_overlays(image, truth, prediction, SPACING, SYNAPSE, "c", tmp_path)
@@ -203,8 +203,8 @@ def test_absent_maps_have_no_panel(drop, titles):
 
 def test_preview_shows_slices_with_organs(tmp_path, monkeypatch):
     figures = []
-    save = visual._save
-    monkeypatch.setattr(visual, "_save", lambda fig, path: figures.append(fig) or save(fig, path))
+    save = overlays._save
+    monkeypatch.setattr(overlays, "_save", lambda fig, path: figures.append(fig) or save(fig, path))
     image, _, prediction = phantom(depth=40)
     prediction[10:36, 12, 12] = 7
     path = write_preview(image, prediction, SPACING, SYNAPSE, tmp_path / "img0001.png")
@@ -233,7 +233,7 @@ def test_training_curve_at_any_length(tmp_path, count):
 
 def test_training_curve_draws_what_is_there(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(visual, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(overlays, "_save", lambda figure, path: figures.append(figure))
     records = [
         {"step": 1, "loss": 2.0, "final_ce": 1.0, "gradient_norm": 3.0},
         {"step": 2, "loss": float("nan"), "final_ce": 0.8, "final_weight": 0.6},
@@ -267,13 +267,13 @@ def test_pictures_of_odd_shapes_are_bounded(shape, spacing, tmp_path):
     labels[:, : -(-shape[1] // 2), : shape[2] // 2] = 1
     image = np.full(shape, 0.5, np.float32)
     names = ["background", "organ"]
-    paths = [visual.write_preview(image, labels, spacing, names, tmp_path / "sheet.png")]
-    paths += visual.write_overlays(image, labels, labels, spacing, names, "c", tmp_path)
+    paths = [overlays.write_preview(image, labels, spacing, names, tmp_path / "sheet.png")]
+    paths += overlays.write_overlays(image, labels, labels, spacing, names, "c", tmp_path)
     for path in paths:
         high, wide, _ = imread(path).shape
         assert 100 < high < 4000 and 300 < wide < 4000
         assert is_coloured(imread(path)).mean() > 0.02  # the organ is seen
-    assert visual.scale_note(shape[1:], spacing[1:]) == " (not to scale)"
+    assert overlays.scale_note(shape[1:], spacing[1:]) == " (not to scale)"
 
 
 def is_coloured(picture):
@@ -281,5 +281,5 @@ def is_coloured(picture):
 
 
 def test_usual_slices_are_to_scale():
-    assert visual.drawn_spacing((20, 512), (5.0, 0.7)) == pytest.approx((5.0, 0.7))
-    assert visual.scale_note((512, 512), (0.7, 0.7)) == ""
+    assert overlays.drawn_spacing((20, 512), (5.0, 0.7)) == pytest.approx((5.0, 0.7))
+    assert overlays.scale_note((512, 512), (0.7, 0.7)) == ""

@@ -13,9 +13,12 @@ from small_run import config_for, write_data
 
 from pgpsam_jax import predict
 from pgpsam_jax import verify as program
-from pgpsam_jax.data import dataset, layouts, verification, volumes
-from pgpsam_jax.data.nifti import write_label
-from pgpsam_jax.data.volume_files import find_inputs, passed_over, volumes_in
+from pgpsam_jax.data import dataset
+from pgpsam_jax.data.io import volumes
+from pgpsam_jax.data.io.nifti import write_label
+from pgpsam_jax.data.io.volume_files import find_inputs, passed_over, volumes_in
+from pgpsam_jax.data.layouts import find
+from pgpsam_jax.data.quality import verification
 from pgpsam_jax.errors import UserError
 
 AFFINE = np.array([[-2.0, 0, 0, 10], [0, 1.5, 0, -20], [0, 0, 4, 30], [0, 0, 0, 1]])
@@ -197,7 +200,7 @@ def test_layouts_find_the_same_entries(tmp_path, layout):
     first.rename(folder / first.name.replace(".nii.gz", ".NII.GZ"))
     (folder / f"._{second.name}").write_bytes(b"x")
     (folder / "readme.txt").write_text("x")
-    listing = layouts.scan(name, tmp_path, *globs)
+    listing = find.scan(name, tmp_path, *globs)
     assert len(listing.cases) == 2 and not listing.findings
     assert listing.passed_over == [
         f"2 entries of {folder.name} passed over: 1 hidden file (._{second.name}), "
@@ -205,9 +208,9 @@ def test_layouts_find_the_same_entries(tmp_path, layout):
     ]
     second.unlink()
     second.symlink_to("not fetched")
-    cases = layouts.find_cases(name, tmp_path, *globs)
+    cases = find.find_cases(name, tmp_path, *globs)
     assert len(cases) == 2  # not dropped: who needs it is told
-    table = layouts.label_table(name, tmp_path)
+    table = find.label_table(name, tmp_path)
     lines = []
     report = program.verify(
         tmp_path, name, image_glob=globs[0], label_glob=globs[1], table=table, say=lines.append

@@ -12,9 +12,9 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage, stats
 from scipy.interpolate import BSpline
 
-from pgpsam_jax.data import warp as module
-from pgpsam_jax.data.augment_config import RELEASE, AugmentConfig
-from pgpsam_jax.data.warp import resample
+from pgpsam_jax.config.augmentation import RELEASE, AugmentConfig
+from pgpsam_jax.data.augmentation import warp as module
+from pgpsam_jax.data.augmentation.warp import resample
 
 quick_resample = jax.jit(resample)
 

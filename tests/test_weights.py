@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sam_official import SMALL, random_state, save_pth
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import file_digest
-from pgpsam_jax.weights import fit_base, load_base, read_safetensors, select_base
+from pgpsam_jax.models.sam.weights import fit_base, load_base, read_safetensors, select_base
+from pgpsam_jax.utils.files import file_digest
 from weights_conversion.convert import convert
 from weights_conversion.sam import from_official
 

@@ -9,10 +9,11 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from pgpsam_jax import methods, sharding
-from pgpsam_jax.models.initial import kernel_init
-from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.methods import registry
+from pgpsam_jax.models.initializers import kernel_init
+from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.models.segmenter import Segmenter
+from pgpsam_jax.sharding import device_mesh
 
 NAME = "tiny"
 
@@ -48,20 +49,20 @@ def _make(settings, num_classes, dtype, rngs):
 
 # Weights that train and weights that do not are both stored in parts, as those of a real method.
 SPREAD = (
-    (r"patches/kernel$", PartitionSpec(None, None, None, sharding.PARTS)),
-    (r"(first|second)/kernel$", sharding.INPUTS),
+    (r"patches/kernel$", PartitionSpec(None, None, None, device_mesh.PARTS)),
+    (r"(first|second)/kernel$", device_mesh.INPUTS),
 )
 
 
 def known(**options):
     """Have the method, as `config.model.name` "tiny", inside the block; options of `Method`."""
-    tiny = methods.Method("tiny", _make, {}, (), **options)
-    return mock.patch.dict(methods.METHODS, {(NAME, ""): tiny})
+    tiny = registry.Method("tiny", _make, {}, (), **options)
+    return mock.patch.dict(registry.METHODS, {(NAME, ""): tiny})
 
 
 def spread():
     """Have `sharding` spread the weights inside the block, which else are whole everywhere."""
-    return mock.patch.dict(sharding.OWN, {(NAME, ""): SPREAD})
+    return mock.patch.dict(device_mesh.OWN, {(NAME, ""): SPREAD})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ def get_config():
     return config_for(Path({root!r}), **{settings!r})
 """
 GRID = """
-from experiments.plan import Plan, Row
+from experiments.grid.plan import Plan, Row
 
 def get_grid(variant="two"):
     rows = [Row("whole", "whole", {{}}), Row("odd", "odd", {{"optim.final_learning_rate": {rate}}})]

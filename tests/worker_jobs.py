@@ -4,7 +4,7 @@ import os
 import time
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import atomic_path
+from pgpsam_jax.utils.files import atomic_path
 
 
 def echo(job):

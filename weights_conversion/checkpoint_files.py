@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import atomic_path, file_digest
-from pgpsam_jax.weights import read_safetensors
+from pgpsam_jax.models.sam.weights import read_safetensors
+from pgpsam_jax.utils.files import atomic_path, file_digest
 from weights_conversion.torch_file import ZIP_MAGIC, TorchFile, read_torch_file
 
 

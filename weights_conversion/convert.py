@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import file_digest
-from pgpsam_jax.program import Parser, running
-from pgpsam_jax.weights import OFFICIAL, base_files, how_to_get, load_base
+from pgpsam_jax.models.sam.weights import OFFICIAL, base_files, how_to_get, load_base
+from pgpsam_jax.runtime.cli import Parser, running
+from pgpsam_jax.utils.files import file_digest
 from weights_conversion import resnet, sam
 from weights_conversion.checkpoint_files import check_suffix, read_checkpoint, write_checkpoint
 

@@ -14,19 +14,20 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 from safetensors import safe_open
 
-from pgpsam_jax import backbone, build
-from pgpsam_jax import config as configuration
+from pgpsam_jax.checkpointing import frozen_weights
+from pgpsam_jax.checkpointing.provenance import provenance
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config.overrides import assign, load_file, split_flags
 from pgpsam_jax.data.dataset import label_table
-from pgpsam_jax.data.grid import AXIAL
-from pgpsam_jax.data.labels import LabelTable
+from pgpsam_jax.data.io.voxel_grid import AXIAL
+from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import atomic_folder, file_digest, write_json
-from pgpsam_jax.models.sam import SamConfig
-from pgpsam_jax.parameters import flat_paths
-from pgpsam_jax.provenance import provenance
-from pgpsam_jax.settings import assign, load_file, split_flags
-from pgpsam_jax.trained import load_run
-from pgpsam_jax.weights import read_safetensors
+from pgpsam_jax.inference.trained_run import load_run
+from pgpsam_jax.methods import build
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.models.sam.weights import read_safetensors
+from pgpsam_jax.utils.files import atomic_folder, file_digest, write_json
 from weights_conversion import sam
 from weights_conversion.checkpoint_files import (
     check_suffix,
@@ -35,9 +36,9 @@ from weights_conversion.checkpoint_files import (
     write_weights,
     writing,
 )
-from weights_conversion.mapping import Tensors, absent, read, write
 from weights_conversion.release_table import TABLE
-from weights_conversion.rows import Layout
+from weights_conversion.remap import Tensors, absent, read, write
+from weights_conversion.tensor_layouts import Layout
 
 RELEASE = Layout("release", "PGP-SAM", tuple(TABLE))
 UNUSED = "unused/"  # how our names of weights without a place in the model begin
@@ -81,7 +82,7 @@ def convert(source, output, settings=(), *, log=print) -> None:
         write_json(folder / "labels.json", table.to_json())
         inputs = {"source": source.name, "source_sha256": digest, "source_epoch": epoch}
         write_json(folder / "provenance.json", provenance(**inputs))
-        backbone.settle_base(folder, source.name, None, frozen)
+        frozen_weights.settle_base(folder, source.name, None, frozen)
         write_weights(folder / KEPT, unused, {"names": json.dumps(list(tensors))})
         with ocp.training.Checkpointer(folder.absolute() / "checkpoints") as checkpoints:
             checkpoints.save_checkpointables(epoch or 0, {"params": params})

@@ -10,7 +10,7 @@ length; of joined sizes `H` is E + N, `I` is E + Q, `J` is Q + N.
 """
 
 from weights_conversion import sam_table
-from weights_conversion.rows import (
+from weights_conversion.tensor_layouts import (
     CONV,
     DECONV,
     DENSE,

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pgpsam_jax.cnn_base import FORMAT, HOW_TO_GET, cnn_file
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import file_digest
+from pgpsam_jax.models.baselines.resnet_weights import FORMAT, HOW_TO_GET, cnn_file
+from pgpsam_jax.utils.files import file_digest
 from weights_conversion.checkpoint_files import read_checkpoint, write_weights
-from weights_conversion.mapping import Tensors, read
-from weights_conversion.rows import CONV, SAME, Layout, Row
+from weights_conversion.remap import Tensors, read
+from weights_conversion.tensor_layouts import CONV, SAME, Layout, Row
 
 _IDLE = re.compile(r"(layer4\.|fc\.).*|.*\.num_batches_tracked")
 _PUBLISHED = re.compile(r"resnet18-([0-9a-f]{8})\.pth")  # begins the SHA-256 of such a file

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import write_json
-from pgpsam_jax.text_files import read_json
-from pgpsam_jax.weights import FORMAT, FORMAT_VERSION, base_files
+from pgpsam_jax.models.sam.weights import FORMAT, FORMAT_VERSION, base_files
+from pgpsam_jax.utils.files import write_json
+from pgpsam_jax.utils.untrusted_text import read_json
 from weights_conversion import sam_table
 from weights_conversion.checkpoint_files import write_weights, writing
-from weights_conversion.mapping import Tensors, read, write
-from weights_conversion.rows import Layout
+from weights_conversion.remap import Tensors, read, write
+from weights_conversion.tensor_layouts import Layout
 
 OFFICIAL = Layout("official", "SAM", sam_table.OFFICIAL)
 HUGGINGFACE = Layout(

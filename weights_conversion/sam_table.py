@@ -7,7 +7,7 @@ IoU-head width, `T` mask-prompt channels.
 
 from typing import NamedTuple
 
-from weights_conversion.rows import CONV, DECONV, DENSE, ROW, SAME, Row, Transform
+from weights_conversion.tensor_layouts import CONV, DECONV, DENSE, ROW, SAME, Row, Transform
 
 STACK = ("0", "1", "2", "3")  # point embeddings; hyper-MLPs, one for each mask token
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.text_files import shown
+from pgpsam_jax.utils.untrusted_text import shown
 from weights_conversion.torch_pickle import Tensor, interpret
 
 ZIP_MAGIC = b"PK\x03\x04"

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.text_files import shown
+from pgpsam_jax.utils.untrusted_text import shown
 
 _DTYPES = {
     "torch.DoubleStorage": np.dtype("<f8"),

@@ -20,7 +20,7 @@ from experiments.benchmark import table
 from experiments.benchmark.points import SUITES, Point, cross, with_ceilings
 from experiments.benchmark.runner import Effort, measure
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.program import Parser, running
+from pgpsam_jax.runtime.cli import Parser, running
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,8 +9,8 @@ import dataclasses
 import numpy as np
 
 from experiments.benchmark.points import STEPS, Point
-from experiments.process import Failed, Process
-from pgpsam_jax import chips
+from experiments.measurement.worker_process import Failed, Process
+from pgpsam_jax.profiling import accelerators
 
 _WORKER = "experiments.benchmark.worker"
 _FEWEST = 5  # timed steps of a point, or turns of a comparison
@@ -55,7 +55,7 @@ def describe(point: Point) -> dict:
     described = dataclasses.asdict(point) | {"settings": point.settings}
     if point.against:
         from experiments.benchmark.steps_jax import PATCH
-        from pgpsam_jax.models.sam import SamConfig
+        from pgpsam_jax.models.sam.sam import SamConfig
 
         config = SamConfig.preset(point.encoder, point.image_size, PATCH)
         described["sizes"] = dataclasses.asdict(config)
@@ -134,5 +134,5 @@ def rates(row: dict, point: Point) -> dict:
     return {
         "images_per_second": images,
         "flops_per_second": flops,
-        "mfu": chips.utilisation(flops, row["device"], point.dtype),
+        "mfu": accelerators.utilisation(flops, row["device"], point.dtype),
     }

@@ -10,17 +10,17 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.benchmark import weights
-from pgpsam_jax.losses import segmentation_loss
-from pgpsam_jax.models.initial import NoDraws
-from pgpsam_jax.models.lora import LoraConfig
-from pgpsam_jax.models.mask_decoder import upsample_logits
-from pgpsam_jax.models.sam import Sam, SamConfig
-from pgpsam_jax.parameters import flat_paths
+from experiments.benchmark import random_weights
+from pgpsam_jax.methods.losses import segmentation_loss
+from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.models.sam.lora import LoraConfig
+from pgpsam_jax.models.sam.mask_decoder import upsample_logits
+from pgpsam_jax.models.sam.sam import Sam, SamConfig
 from weights_conversion.sam import from_huggingface, to_huggingface
 
 CLASSES = 3
-LORA = LoraConfig(weights.RANK, weights.TARGETS)
+LORA = LoraConfig(random_weights.RANK, random_weights.TARGETS)
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 
 TRAINED = nnx.Any(
@@ -39,12 +39,12 @@ def build(config: SamConfig, dtype):
     graphdef, params, frozen = nnx.split(model, TRAINED, ...)
     leaves = flat_paths(params) | flat_paths(frozen)
     for path in [path for path, leaf in leaves.items() if isinstance(leaf, nnx.LoRAParam)]:
-        tensors = weights.lora_tensors(int(path.split("/")[2]), config.encoder.width)
+        tensors = random_weights.lora_tensors(int(path.split("/")[2]), config.encoder.width)
         leaves.pop(path).set_value(jnp.asarray(tensors["ab".index(path[-1])]))
     # Half precision only to say the shapes with little memory.
     empty = {path: np.broadcast_to(np.float16(0), leaf.shape) for path, leaf in leaves.items()}
     shapes = {name: tensor.shape for name, tensor in to_huggingface(empty).items()}
-    for path, tensor in from_huggingface(weights.sam_tensors(shapes)).items():
+    for path, tensor in from_huggingface(random_weights.sam_tensors(shapes)).items():
         leaves[path].set_value(jnp.asarray(tensor))
     return graphdef, params, frozen
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from experiments.benchmark import weights
+from experiments.benchmark import random_weights
 
 CLASSES = 3
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
@@ -20,7 +20,9 @@ class LoraQkv(nn.Module):
 
     def __init__(self, projection: nn.Linear, block: int):
         super().__init__()
-        a, b = (torch.from_numpy(x) for x in weights.lora_tensors(block, projection.in_features))
+        a, b = (
+            torch.from_numpy(x) for x in random_weights.lora_tensors(block, projection.in_features)
+        )
         self.projection, self.a, self.b = projection, nn.Parameter(a), nn.Parameter(b)
 
     def forward(self, x):
@@ -34,7 +36,7 @@ class LoraQkv(nn.Module):
 def load_tensors(sizes: dict) -> dict[str, torch.Tensor]:
     """The tensors of `weights`, by the names of `SamModel`."""
     shapes = {name: tuple(t.shape) for name, t in _empty(sizes, "eager").state_dict().items()}
-    return {name: torch.from_numpy(t) for name, t in weights.sam_tensors(shapes).items()}
+    return {name: torch.from_numpy(t) for name, t in random_weights.sam_tensors(shapes).items()}
 
 
 def build(sizes: dict, tensors: dict[str, torch.Tensor], attention: str):

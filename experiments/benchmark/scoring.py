@@ -9,9 +9,9 @@ import time
 import numpy as np
 from scipy import ndimage
 
-from pgpsam_jax.evaluation import metrics
-from pgpsam_jax.evaluation.protocols import overlaps, score_case
-from pgpsam_jax.evaluation.release_protocol import score_release
+from pgpsam_jax.metrics import surface
+from pgpsam_jax.metrics.protocols import overlaps, score_case
+from pgpsam_jax.metrics.release_protocol import score_release
 
 FIELD_MM = (360.0, 384.0, 384.0)
 # Centre as a share of the field and half axes in mm, along (D, H, W); later ones lie on top.
@@ -61,12 +61,12 @@ def _parts(prediction, truth, spacing):
         score_release(prediction, truth, NAMES, case_id="synthetic", min_pixels=100)
 
     def surfaces():
-        found["edges"] = [metrics.surface_points(ids) for ids in (prediction, truth)]
+        found["edges"] = [surface.surface_points(ids) for ids in (prediction, truth)]
 
     def distances(step):
         for class_id in range(1, len(NAMES)):
             edges = [points[ids == class_id] for points, ids in found["edges"]]
-            metrics.point_distances(*edges, (step,))
+            surface.point_distances(*edges, (step,))
 
     yield "total", whole
     yield "counts", lambda: overlaps(prediction, truth, len(NAMES))

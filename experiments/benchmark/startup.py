@@ -4,7 +4,10 @@ import statistics
 import subprocess
 import sys
 
-_IMPORTS = {"jax": "", "pgpsam_jax.train": "import jax"}  # what is timed, and what comes before it
+_IMPORTS = {
+    "jax": "",
+    "pgpsam_jax.training.train": "import jax",
+}  # what is timed, and what comes before it
 _PROGRAM = """
 {before}
 import time
@@ -15,7 +18,7 @@ print(time.perf_counter() - start)
 
 
 def startup_benchmark(repeats: int = 7) -> dict:
-    """Seconds (first quartile, median, third) to import `jax`, and `pgpsam_jax.train` beyond it.
+    """Seconds (first quartile, median, third) to import `jax`, and `training.train` beyond it.
 
     Every import is in a fresh interpreter, the two alternately. A round that is not counted comes
     first: it writes the byte code and fills the system's file cache.

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.benchmark import sam_jax, weights
-from pgpsam_jax import chips, flops
-from pgpsam_jax.models.sam import SamConfig
+from experiments.benchmark import random_weights, sam_jax
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.profiling import accelerators, flops
 
 CLASSES = 9  # eight organs and background, as Synapse
 SLICES = 221  # of the paper's few-shot list
@@ -57,7 +57,7 @@ def where(device) -> dict:
     return {
         "device": device.device_kind,
         "platform": device.platform,
-        "known_chip": chips.find(device.device_kind) is not None,
+        "known_chip": accelerators.find(device.device_kind) is not None,
         "versions": {
             "python": platform.python_version(),
             "jax": jax.__version__,
@@ -83,7 +83,7 @@ def _sam(point: dict):
     settings, size = point["settings"], point["image_size"]
     config = SamConfig.preset(point["encoder"], size, PATCH, **settings)
     graphdef, params, frozen = sam_jax.build(config, _DTYPES[point["dtype"]])
-    images, labels = weights.batch(point["batch_size"], size, sam_jax.CLASSES, channels=True)
+    images, labels = random_weights.batch(point["batch_size"], size, sam_jax.CLASSES, channels=True)
     if point["task"] == "encoder":
         counted = flops.encoder(config.encoder, sam_jax.LORA, "lora")
     else:
@@ -103,9 +103,14 @@ def _sam(point: dict):
 
 def _pgpsam(point: dict):
     # Here and not above: the model `sam` does without what a configuration needs.
-    from pgpsam_jax import build
     from pgpsam_jax.config import default_config
-    from pgpsam_jax.step import init_state, make_predict_step, make_train_step, to_input
+    from pgpsam_jax.methods import build
+    from pgpsam_jax.training.train_step import (
+        init_state,
+        make_predict_step,
+        make_train_step,
+        to_input,
+    )
 
     config, task = default_config(), point["task"]
     size, batch_size = point["image_size"], point["batch_size"]
@@ -119,7 +124,7 @@ def _pgpsam(point: dict):
     config.train.batch_size = batch_size
     model = build.make_model(config.model, CLASSES, nnx.Rngs(0))
     sizes = model.config
-    images, labels = weights.batch(batch_size, size, CLASSES, channels=False)
+    images, labels = random_weights.batch(batch_size, size, CLASSES, channels=False)
     if task == "encoder":
         graphdef, state = nnx.split(model.image_encoder)
         counted = flops.encoder(sizes.sam.encoder, sizes.lora, "lora")

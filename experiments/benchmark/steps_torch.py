@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 
-from experiments.benchmark import sam_torch, weights
+from experiments.benchmark import random_weights, sam_torch
 
 
 class Step:
@@ -26,7 +26,9 @@ class Step:
         self._device = torch.device("cuda" if self._cuda else "cpu")
         self._point, self._variant = point, variant
         size = point["image_size"]
-        images, labels = weights.batch(point["batch_size"], size, sam_torch.CLASSES, channels=True)
+        images, labels = random_weights.batch(
+            point["batch_size"], size, sam_torch.CLASSES, channels=True
+        )
         images = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
         self._images = images.to(self._device)
         self._labels = torch.from_numpy(labels).long().to(self._device)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import write_json, write_text
+from pgpsam_jax.utils.files import write_json, write_text
 
 ROWS, TABLE = "benchmark.json", "benchmark.md"
 _HEADS = (
@@ -12,7 +12,8 @@ _HEADS = (
     "MFU", "of matmul", "peak GiB", "temporary GiB", "compile s", "torch / jax",
 )  # fmt: skip
 _NOTE = """
-ms: median of a step. GFLOP/image: needed, by this project's own formula (`pgpsam_jax/flops.py`;
+ms: median of a step. GFLOP/image: needed, by this project's own formula
+(`pgpsam_jax/profiling/flops.py`;
 padding of windows after the +, not counted in the shares). MFU: share of the chip's dense bfloat16
 peak, where the chip is known; of matmul: of the rate of a large product in the same type, measured
 in the same run. peak: on an accelerator the allocator's, on a CPU the process's while it steps;

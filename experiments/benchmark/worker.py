@@ -1,4 +1,4 @@
-"""A process that runs the steps of one point on request (`experiments/process.py`).
+"""A process that runs the steps of one point on request (`measurement/worker_process.py`).
 
 Requests: {"prepare": point, "variant": ...}, {"steps": n}, {"memory": null}, {"forget": null},
 {"whole": point}.
@@ -8,9 +8,9 @@ import gc
 import sys
 import time
 
-from experiments.benchmark import memory
-from experiments.process import serve
-from pgpsam_jax.hostmemory import keep_freed_memory
+from experiments.measurement import peak_memory
+from experiments.measurement.worker_process import serve
+from pgpsam_jax.runtime.malloc import keep_freed_memory
 
 
 class Worker:
@@ -41,16 +41,16 @@ class Worker:
     def forget(self, _) -> dict:
         """Leave out of the peak what preparing took."""
         gc.collect()
-        before = memory.peak_resident()
-        memory.forget_peak()
+        before = peak_memory.peak_resident()
+        peak_memory.forget_peak()
         return {"prepare_peak_bytes": before}
 
     def memory(self, _) -> dict:
         own = self.step.peak_bytes()
-        return {"peak_bytes": memory.peak_resident() if own is None else own}
+        return {"peak_bytes": peak_memory.peak_resident() if own is None else own}
 
     def whole(self, point: dict) -> dict:
-        from experiments.benchmark.whole import measure
+        from experiments.benchmark.other_tasks import measure
 
         return measure(point)
 

@@ -3,8 +3,8 @@
 python -m experiments.run_grid --grid experiments/grids/alpha.py --workdir runs/alpha
 """
 
+from experiments.grid.plan import Plan, axis_rows
 from experiments.grids.targets import SYNAPSE, target
-from experiments.plan import Plan, axis_rows
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:

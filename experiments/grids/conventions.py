@@ -7,8 +7,8 @@ SAMed and H-SAM pass them, whatever SAM was trained on; and the other start of t
 their authors' (`model.start`).
 """
 
+from experiments.grid.plan import Plan, Row, method_rows
 from experiments.grids.targets import SYNAPSE, target
-from experiments.plan import Plan, Row, method_rows
 
 _UNIT, _NORMALIZED = {"model.colors": "unit"}, {"model.colors": "normalized"}
 _CHANGES = {

@@ -7,8 +7,8 @@ recipe. Only what a method is stays its own: which parts of the encoder train, i
 of its loss. The weights start as in `table1`; phantom: python -m experiments.pretrain
 """
 
+from experiments.grid.plan import Plan, method_rows
 from experiments.grids.targets import SYNAPSE, target
-from experiments.plan import Plan, method_rows
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:

@@ -3,8 +3,8 @@
 python -m experiments.run_grid --grid experiments/grids/image_size.py --workdir runs/image_size
 """
 
+from experiments.grid.plan import Plan, axis_rows
 from experiments.grids.targets import PHANTOM, SYNAPSE, target
-from experiments.plan import Plan, axis_rows
 
 SIZES = {SYNAPSE: (256, 384, 512, 1024), PHANTOM: (64, 96, 128, 160)}
 REFERENCE = {SYNAPSE: "image_size512", PHANTOM: "image_size128"}

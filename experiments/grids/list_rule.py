@@ -6,8 +6,8 @@ Two of 18 volumes hold about 10 % of the slices: the same labelling effort, spen
 instead of all. The area rule takes floor(10 %) + 1 slices, richest in each organ first.
 """
 
+from experiments.grid.plan import Plan, Row
 from experiments.grids.targets import SYNAPSE, target
-from experiments.plan import Plan, Row
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:

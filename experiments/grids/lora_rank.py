@@ -3,8 +3,8 @@
 python -m experiments.run_grid --grid experiments/grids/lora_rank.py --workdir runs/lora_rank
 """
 
+from experiments.grid.plan import Plan, axis_rows
 from experiments.grids.targets import SYNAPSE, target
-from experiments.plan import Plan, axis_rows
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:

@@ -6,8 +6,8 @@ At 0.5 the update of Eq 5 is longer than the prototype it is added to, and all c
 come out alike (docs/results/README.md); the authors' release starts its gains at 0.001.
 """
 
+from experiments.grid.plan import Plan, Row
 from experiments.grids.targets import SYNAPSE, target
-from experiments.plan import Plan, Row
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:

@@ -3,8 +3,8 @@
 python -m experiments.run_grid --grid experiments/grids/preset.py --workdir runs/preset
 """
 
+from experiments.grid.plan import Plan, method_rows
 from experiments.grids.targets import SYNAPSE, target
-from experiments.plan import Plan, method_rows
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:

@@ -3,8 +3,8 @@
 python -m experiments.run_grid --grid experiments/grids/release.py --workdir runs/release
 """
 
+from experiments.grid.plan import Plan, Row
 from experiments.grids.targets import SYNAPSE, target
-from experiments.plan import Plan, Row
 
 _RELEASE = {"model.preset": "release"}
 

@@ -6,8 +6,8 @@ Every row takes the same number of steps (on Synapse 3150, 300 epochs of 10 %), 
 mean more labels and not also more training.
 """
 
+from experiments.grid.plan import Plan, Row
 from experiments.grids.targets import SYNAPSE, target
-from experiments.plan import Plan, Row
 
 PERCENT = (1, 5, 10, 25, 100)
 

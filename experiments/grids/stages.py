@@ -3,8 +3,8 @@
 python -m experiments.run_grid --grid experiments/grids/stages.py --workdir runs/stages
 """
 
+from experiments.grid.plan import Plan, tap_rows
 from experiments.grids.targets import PHANTOM, SYNAPSE, target
-from experiments.plan import Plan, tap_rows
 
 TAPS = {
     SYNAPSE: ((11,), (11, 2), (11, 5, 2), (11, 8, 5, 2)),

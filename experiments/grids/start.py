@@ -6,8 +6,8 @@ The paper is silent on both. `choice` has phantoms of a seed of its own, which n
 scored on: with it `model.start_scale` and `model.ppr_norm` were chosen (docs/paper.md).
 """
 
+from experiments.grid.plan import Plan, Row
 from experiments.grids.targets import PHANTOM, SYNAPSE, target
-from experiments.plan import Plan, Row
 
 _SCALES = (0.3, 0.1, 0.03, 0.01)
 

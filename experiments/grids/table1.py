@@ -6,8 +6,8 @@ Each by its authors' recipe. `phantom` starts all of them from a small SAM that 
 phantoms, weights/sam_vit_t: python -m experiments.pretrain
 """
 
+from experiments.grid.plan import Plan, method_rows
 from experiments.grids.targets import SYNAPSE, target
-from experiments.plan import Plan, method_rows
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:

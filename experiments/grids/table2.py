@@ -7,8 +7,8 @@ no head phantom: `phantom` rehearses five classes and a split by fraction on fou
 from the small SAM of table1.
 """
 
+from experiments.grid.plan import Plan, method_rows
 from experiments.grids.targets import PHANTOM, SYNAPSE, target
-from experiments.plan import Plan, method_rows
 
 
 def get_grid(variant: str = "ventricle") -> Plan:

@@ -7,8 +7,8 @@ than SAMed; ours is this model with the three modules off (DESIGN: projection an
 of CFM, a learned default dense prompt instead of PPG, prototypes as they are instead of PPR).
 """
 
+from experiments.grid.plan import Plan, Row
 from experiments.grids.targets import SYNAPSE, target
-from experiments.plan import Plan, Row
 
 
 def switches(cfm: bool, ppg: bool, ppr: bool) -> dict:

@@ -20,13 +20,13 @@ import sys
 
 from experiments.benchmark.__main__ import numbers, words
 from experiments.benchmark.runner import Effort
-from experiments.process import Failed
+from experiments.measurement.worker_process import Failed
 from experiments.scaling import points
+from experiments.scaling.csv_table import COMPILED, FAILED, MEASURED
 from experiments.scaling.render import render, render_all
-from experiments.scaling.rows import COMPILED, FAILED, MEASURED
 from experiments.scaling.study import Study, compile_with, devices_at_hand, measure_with
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.program import Parser, running
+from pgpsam_jax.runtime.cli import Parser, running
 
 
 def main(arguments: list[str] | None = None) -> int:

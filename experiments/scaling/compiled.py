@@ -7,13 +7,14 @@ import time
 import jax
 from flax import nnx
 
-from experiments.scaling import roofline
+from experiments.scaling import hlo_collectives, roofline
+from experiments.scaling.csv_table import OK, TOO_LARGE
+from experiments.scaling.hlo_traffic import memory_traffic
 from experiments.scaling.points import CLASSES, SLICES, Compiled
-from experiments.scaling.rows import OK, TOO_LARGE
-from pgpsam_jax import chips, flops, hlo, sharding, topology
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.parameters import count
-from pgpsam_jax.traffic import memory_traffic
+from pgpsam_jax.models.parameters import count
+from pgpsam_jax.profiling import accelerators, aot, flops
+from pgpsam_jax.sharding import device_mesh
 
 # Left of a chip's memory for the runtime, a resident few-shot set and the next batch.
 RESERVE = 2**30
@@ -27,19 +28,22 @@ def compile_point(point: Compiled) -> dict:
     `accessed_bytes` is the compiler's count, the chip's fast memory included; `hbm_bytes` is not.
     """
     jax.config.update("jax_enable_compilation_cache", False)  # seconds of compiling, not reading
-    chips_there = topology.devices(point.topology)
-    chip = chips.find(chips_there[0].device_kind)
+    chips_there = aot.devices(point.topology)
+    chip = accelerators.find(chips_there[0].device_kind)
     if chip is None:
-        raise UserError(f"{chips_there[0].device_kind} is not in the table of pgpsam_jax/chips.py")
+        raise UserError(
+            f"{chips_there[0].device_kind} is not in the table of "
+            "pgpsam_jax/profiling/accelerators.py"
+        )
     config = point.config(len(chips_there))
-    mesh = sharding.make_mesh(**config.mesh, devices=chips_there)
-    sharding.check(mesh, config)
+    mesh = device_mesh.make_mesh(**config.mesh, devices=chips_there)
+    device_mesh.check(mesh, config)
     start = time.perf_counter()
-    model = topology.abstract_model(config, CLASSES, mesh)
-    lowered = topology.lower_step(config, mesh, model, SLICES)
+    model = aot.abstract_model(config, CLASSES, mesh)
+    lowered = aot.lower_step(config, mesh, model, SLICES)
     traced = time.perf_counter()
     row = {
-        **dict(zip(sharding.AXES, mesh.devices.shape, strict=True)),
+        **dict(zip(device_mesh.AXES, mesh.devices.shape, strict=True)),
         "chips": mesh.size,
         "global_batch": config.train.batch_size,
         "device": chips_there[0].device_kind,
@@ -66,7 +70,7 @@ def needed_bytes(message: str) -> int | None:
 
 
 def _figures(point, config, mesh, chip, model, compiled, limit) -> dict:
-    found = topology.figures(compiled)
+    found = aot.figures(compiled)
     needed = flops.total(flops.pgpsam(nnx.merge(*model).config, "lora", training=True))
     per_chip = needed.training * config.train.batch_size / mesh.size
     row = {
@@ -84,7 +88,7 @@ def _figures(point, config, mesh, chip, model, compiled, limit) -> dict:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:  # jaxlib may be older than libtpu's programs
         return row | {"reason": f"memory and FLOPs only, no text of the program: {error}"[:160]}
-    exchanged, moved = hlo.collectives(text), memory_traffic(text)
+    exchanged, moved = hlo_collectives.collectives(text), memory_traffic(text)
     coordinates = [tuple(device.coords) for device in mesh.devices.flat]
     term = roofline.estimate(
         chip,
@@ -106,7 +110,7 @@ def _figures(point, config, mesh, chip, model, compiled, limit) -> dict:
     }
     for kind, (times, size) in roofline.by_kind(exchanged).items():
         row[f"{kind}_count"], row[f"{kind}_bytes"] = times, size
-    row["ici_bytes"] = math.fsum(row[f"{kind}_bytes"] for kind in hlo.KINDS)
+    row["ici_bytes"] = math.fsum(row[f"{kind}_bytes"] for kind in hlo_collectives.KINDS)
     return row
 
 

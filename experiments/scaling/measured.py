@@ -6,11 +6,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.benchmark import memory
 from experiments.benchmark.steps_jax import where
+from experiments.measurement import peak_memory
 from experiments.scaling.points import CLASSES, SLICES, Measured
-from pgpsam_jax import build, flops, sharding
-from pgpsam_jax.sharded import shard_step, sharding_of
+from pgpsam_jax.methods import build
+from pgpsam_jax.profiling import flops
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training.sharded_step import shard_step, sharding_of
 
 
 class Step:
@@ -19,16 +21,16 @@ class Step:
     def __init__(self, point: Measured):
         devices = jax.devices()[: point.devices]
         config = point.config(point.devices)
-        mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        sharding.check(mesh, config)
+        mesh = device_mesh.make_mesh(**config.mesh, devices=devices)
+        device_mesh.check(mesh, config)
         size, images = config.model.image_size, config.train.batch_size
-        model = sharding.over_mesh(build.init_model, mesh)(config, CLASSES)[:3]
+        model = device_mesh.over_mesh(build.init_model, mesh)(config, CLASSES)[:3]
         rng = np.random.default_rng(0)
         batch = {
             "image": rng.random((images, size, size), np.float32).astype(np.float16),
             "label": rng.integers(0, CLASSES, (images, size, size), np.uint8),
         }
-        batch = sharding.put_batch(batch, mesh)
+        batch = device_mesh.put_batch(batch, mesh)
         step = shard_step(config, mesh, *model, batch, epoch_size=SLICES, seed=config.seed)
         start = time.perf_counter()
         lowered = step.run.lower(step.state, step.frozen, _shapes(batch))
@@ -42,7 +44,7 @@ class Step:
         needed = flops.total(flops.pgpsam(nnx.merge(*model).config, "lora", training=True))
         known = where(devices[0])
         self.facts = {
-            **dict(zip(sharding.AXES, mesh.devices.shape, strict=True)),
+            **dict(zip(device_mesh.AXES, mesh.devices.shape, strict=True)),
             "global_batch": images,
             "device": known["device"],
             "platform": known["platform"],
@@ -66,7 +68,7 @@ class Step:
         ]
         if None not in counts:
             return max(counts)
-        resident = memory.peak_resident()
+        resident = peak_memory.peak_resident()
         return None if resident is None else resident / len(self._devices)
 
 

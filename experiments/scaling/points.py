@@ -4,9 +4,9 @@ import dataclasses
 import itertools
 import re
 
-from pgpsam_jax import topology
 from pgpsam_jax.config import default_config
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.profiling import aot
 
 CLASSES = 9  # eight organs and background, as Synapse
 SLICES = 221  # of the paper's few-shot list
@@ -75,11 +75,11 @@ class Step:
 class Compiled(Step):
     """A step to be compiled for a topology, `v5e:2x2`."""
 
-    topology: str = "v5e:2x2"
+    aot: str = "v5e:2x2"
 
     def __post_init__(self):
         super().__post_init__()
-        topology.shape_of(self.topology)
+        aot.shape_of(self.topology)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import matplotlib
 
-from experiments.scaling import rows as table
+from experiments.scaling import csv_table as table
+from experiments.scaling.charts import CHARTS
 from experiments.scaling.compiled import RESERVE
-from experiments.scaling.figures import CHARTS
-from experiments.scaling.rows import COMPILED, FAILED, MEASURED, OK, Kind
-from pgpsam_jax import topology
+from experiments.scaling.csv_table import COMPILED, FAILED, MEASURED, OK, Kind
+from experiments.scaling.hlo_collectives import KINDS
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import atomic_path, write_text
-from pgpsam_jax.hlo import KINDS
-from pgpsam_jax.report.style import LIGHT
-from pgpsam_jax.tables.text import NONE, Table, number, percent, to_markdown
+from pgpsam_jax.profiling import aot
+from pgpsam_jax.report.figures.theme import LIGHT
+from pgpsam_jax.results.tables.text import NONE, Table, number, percent, to_markdown
+from pgpsam_jax.utils.files import atomic_path, write_text
 
 _ENCODERS = "vit_t vit_b vit_l vit_h"  # in order of size
 _SHORT = {
@@ -24,9 +24,10 @@ _SHORT = {
 _ESTIMATE = (
     "Estimates, not measurements: the largest of three lower bounds of a chip's time, with full "
     "rates, full overlap and no latency (`experiments/scaling/roofline.py`, "
-    "`pgpsam_jax/chips.py`). Compute: the larger of XLA's count and the formula's over the dense "
+    "`pgpsam_jax/profiling/accelerators.py`). Compute: the larger of XLA's count and the "
+    "formula's over the dense "
     "bfloat16 peak. HBM: bytes that the program's operations read and write in the chip's memory "
-    "(`pgpsam_jax/traffic.py`) over its bandwidth. ICI: bytes "
+    "(`experiments/scaling/hlo_traffic.py`) over its bandwidth. ICI: bytes "
     "a chip receives by ring algorithms, one collective after the other, over the links of the "
     "group's chips. MFU: the formula's FLOPs over the peak in the estimated time."
 )
@@ -37,7 +38,8 @@ _COLLECTIVES = (
 )
 _MEMORY = (
     "GiB of a chip as the compiler plans it: arguments, temporaries, all together (with outputs, "
-    "less those in place of arguments), and the limit: the memory in `pgpsam_jax/chips.py` less "
+    "less those in place of arguments), and the limit: the memory in "
+    "`pgpsam_jax/profiling/accelerators.py` less "
     f"{RESERVE / 2**30:g} GiB for the runtime, a resident few-shot set and the next batch. Where "
     "the compiler refused a program, the total is what it said the program needs. Images: of the "
     "chip's shard; (most): the largest number a search found to fit."
@@ -99,7 +101,7 @@ def _in_order(kind: Kind, rows) -> list[dict]:
         model = _ENCODERS.find(row["encoder"]), row["image_size"]
         if kind is MEASURED:
             return *model, row["mesh"], row["remat"], row["scaling"] != "weak", row["devices"]
-        chip, shape = topology.shape_of(row["topology"])
+        chip, shape = aot.shape_of(row["topology"])
         return *model, chip, math.prod(shape), row["mesh"], row["remat"], row["batch"]
 
     return sorted(rows, key=place)

@@ -1,18 +1,18 @@
 """The roofline estimate of a step on a TPU chip: three lower bounds on its time, never a time.
 
 compute: FLOPs over the dense bfloat16 peak; hbm: bytes to and from the chip's memory over its
-bandwidth (`pgpsam_jax/traffic.py`); ici: bytes received in collectives, one after the other, over
-the links of the group's chips. The estimate is the largest of them: full overlap, full rates, no
-latency. Rates: `pgpsam_jax/chips.py`; links: `topology.links`. A group's links are all taken to
+bandwidth (`hlo_traffic.py`); ici: bytes received in collectives, one after the other, over the
+links of the group's chips. The estimate is the largest of them: full overlap, full rates, no
+latency. Rates: `profiling/accelerators.py`; links: `aot.links`. A group's links are all taken to
 serve it, a permutation to need one.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from pgpsam_jax import topology
-from pgpsam_jax.chips import Chip
-from pgpsam_jax.hlo import KINDS, Collective
+from experiments.scaling.hlo_collectives import KINDS, Collective
+from pgpsam_jax.profiling import aot
+from pgpsam_jax.profiling.accelerators import Chip
 
 
 class Estimate(NamedTuple):
@@ -45,7 +45,7 @@ def exchange_seconds(
     for one in found:
         if one.size:
             group = [coordinates[place] for place in one.group]
-            count = 1 if one.kind == "collective-permute" else topology.links(name, group)
+            count = 1 if one.kind == "collective-permute" else aot.links(name, group)
             total += one.times * one.size / (count * chip.link_bandwidth)
     return total
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from experiments.benchmark import runner
-from experiments.process import Failed, Process, end_all
-from experiments.scaling import rows as table
+from experiments.measurement.worker_process import Failed, Process, end_all
+from experiments.scaling import csv_table as table
+from experiments.scaling.csv_table import FAILED, OK, Kind
 from experiments.scaling.points import Compiled, Measured
-from experiments.scaling.rows import FAILED, OK, Kind
-from pgpsam_jax import chips, topology
+from pgpsam_jax.profiling import accelerators, aot
 
 _WORKER = "experiments.scaling.worker"
 SIMULATION = "simulation: {} devices share these cores, says nothing about speed-up"
@@ -112,7 +112,7 @@ def compile_with(limit: float) -> Callable[[Compiled], dict]:
     def measure(point: Compiled) -> dict:
         with Process(_WORKER, environment=environment, patience=limit) as process:
             row = process.ask(compile_point=dataclasses.asdict(point))
-        return row | versions | {"slice": topology.slice_name(point.topology)}
+        return row | versions | {"slice": aot.slice_name(point.topology)}
 
     return measure
 
@@ -137,7 +137,7 @@ def measure_with(limit: float, effort: runner.Effort) -> Callable[[Measured], di
             "first_quartile_seconds": low,
             "third_quartile_seconds": high,
             "images_per_second": rate,
-            "mfu": chips.utilisation(per_device, row["device"], point.dtype),
+            "mfu": accelerators.utilisation(per_device, row["device"], point.dtype),
             "note": SIMULATION.format(point.devices) if point.simulated else None,
         }
 

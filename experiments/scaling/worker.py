@@ -1,11 +1,11 @@
-"""A process that compiles or runs one point on request (`experiments/process.py`).
+"""A process that compiles or runs one point on request (`measurement/worker_process.py`).
 
 Requests: {"devices": null}, {"compile_point": point}, {"prepare": point}, and {"steps": n},
 {"forget": null}, {"memory": null} as of the benchmark.
 """
 
 from experiments.benchmark import worker
-from experiments.process import serve
+from experiments.measurement.worker_process import serve
 
 
 class Worker(worker.Worker):

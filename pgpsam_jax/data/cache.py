@@ -17,16 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pgpsam_jax.data import appearance
-from pgpsam_jax.data.geometry import Fit, Percentiles, Window, ends_of, model_slices, to_model
-from pgpsam_jax.data.grid import AXES, AXIAL, to_source
-from pgpsam_jax.data.labels import LabelTable
-from pgpsam_jax.data.layouts import Case
-from pgpsam_jax.data.nifti import Volume
-from pgpsam_jax.data.pairing import LOST, pair_grids
-from pgpsam_jax.data.volumes import digest, files_of, read_grid, read_image, read_label
+from pgpsam_jax.data.io.nifti import Volume
+from pgpsam_jax.data.io.pairing import LOST, pair_grids
+from pgpsam_jax.data.io.volumes import digest, files_of, read_grid, read_image, read_label
+from pgpsam_jax.data.io.voxel_grid import AXES, AXIAL, to_source
+from pgpsam_jax.data.layouts.find import Case
+from pgpsam_jax.data.layouts.label_table import LabelTable
+from pgpsam_jax.data.letterbox import Fit, Percentiles, Window, ends_of, model_slices, to_model
+from pgpsam_jax.data.quality import appearance
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import atomic_path
+from pgpsam_jax.utils.files import atomic_path
 
 FORMAT = 1  # raise it whenever the content of a cache file would change
 _BLOCK = 16  # slices resized at a time

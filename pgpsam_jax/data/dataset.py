@@ -11,19 +11,22 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pgpsam_jax.data import appearance, array_checks, cache, fewshot, layouts, volumes
-from pgpsam_jax.data.geometry import Percentiles, Window
-from pgpsam_jax.data.grid import AXES, AXIAL
-from pgpsam_jax.data.labels import LabelTable, load_label_table
+from pgpsam_jax.data import cache, fewshot_list
+from pgpsam_jax.data.io import array_checks, volumes
+from pgpsam_jax.data.io.voxel_grid import AXES, AXIAL
+from pgpsam_jax.data.layouts import find
+from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
+from pgpsam_jax.data.letterbox import Percentiles, Window
+from pgpsam_jax.data.quality import appearance
 from pgpsam_jax.errors import UserError
 
 
 class Split(NamedTuple):
     """The cases of each part, no patient in two (see `layouts.split_cases`), and their labels."""
 
-    train: list[layouts.Case]
-    validation: list[layouts.Case]
-    test: list[layouts.Case]
+    train: list[find.Case]
+    validation: list[find.Case]
+    test: list[find.Case]
     table: LabelTable
 
 
@@ -37,7 +40,7 @@ class FewShotData:
 
     images: np.ndarray
     labels: np.ndarray
-    list: fewshot.FewShotList
+    list: fewshot_list.FewShotList
     summary: str
     digest: str
     looks: dict
@@ -61,7 +64,7 @@ def label_table(config: ConfigDict) -> LabelTable:
     """The label table of `config.data`; layouts without a built-in one need a file."""
     if config.data.label_table:
         return load_label_table(config.data.label_table)
-    table = layouts.label_table(config.data.layout, config.data.root)
+    table = find.label_table(config.data.layout, config.data.root)
     if table is not None:
         return table
     raise UserError(
@@ -70,7 +73,7 @@ def label_table(config: ConfigDict) -> LabelTable:
     )
 
 
-def find_cases(config: ConfigDict) -> list[layouts.Case]:
+def find_cases(config: ConfigDict) -> list[find.Case]:
     """The cases of `config.data`; the phantom is generated where it lacks."""
     array_checks.allow(config.data.max_gib)
     data = config.data
@@ -78,17 +81,17 @@ def find_cases(config: ConfigDict) -> list[layouts.Case]:
         raise UserError("data.root is empty; set --config.data.root to the folder of the data set")
     layout = data.layout
     if layout == "phantom":
-        from pgpsam_jax.data import phantom
+        from pgpsam_jax.data.phantom import generate
 
-        phantom.generate(data.root, seed=data.phantom_seed)
+        generate.generate(data.root, seed=data.phantom_seed)
         layout = "btcv"
-    return layouts.find_cases(layout, data.root, data.image_glob or None, data.label_glob or None)
+    return find.find_cases(layout, data.root, data.image_glob or None, data.label_glob or None)
 
 
 def find_split(config: ConfigDict) -> Split:
     """The cases of `config.data` by part."""
     data, table = config.data, label_table(config)
-    parts = layouts.split_cases(
+    parts = find.split_cases(
         find_cases(config),
         data.split,
         file=data.split_file or None,
@@ -141,9 +144,9 @@ def few_shot_data(
     if resume:
         chosen = stored_list(workdir, areas)
     elif file:
-        chosen = fewshot.read_list(file, areas)
+        chosen = fewshot_list.read_list(file, areas)
     else:
-        chosen = fewshot.make_list(areas, rule, **settings)
+        chosen = fewshot_list.make_list(areas, rule, **settings)
     images, labels = cache.gather_slices(cached, chosen.entries)
     looks = appearance.record_of(cached, window=window_of(config), layout=config.data.layout)
     summary = chosen.summary(areas, table.names)
@@ -159,7 +162,7 @@ def validation_data(config: ConfigDict, split: Split, workdir) -> ValidationData
     entries = [
         (case.case_id, int(index))
         for case in cached
-        for index in np.flatnonzero(fewshot.in_pool(case.areas, "valid", min_pixels))
+        for index in np.flatnonzero(fewshot_list.in_pool(case.areas, "valid", min_pixels))
     ]
     found = cache.gather_slices(cached, entries) if entries else None
     if found is None or not found[1].any():
@@ -197,9 +200,9 @@ def images_digest(cases) -> str:
     return hashlib.sha256(files.encode()).hexdigest()
 
 
-def stored_list(workdir, areas=None) -> fewshot.FewShotList:
+def stored_list(workdir, areas=None) -> fewshot_list.FewShotList:
     """The few-shot list a workdir was trained on."""
-    return fewshot.read_list(Path(workdir) / "fewshot.txt", areas)
+    return fewshot_list.read_list(Path(workdir) / "fewshot.txt", areas)
 
 
 def unseen_slices(config: ConfigDict, table: LabelTable, entries):
@@ -210,7 +213,7 @@ def unseen_slices(config: ConfigDict, table: LabelTable, entries):
 
     def region(case_id: str, truth: np.ndarray) -> np.ndarray:
         areas = cache.slice_areas(truth, table.num_classes)
-        mask = fewshot.in_pool(areas, config.fewshot.pool, config.fewshot.min_pixels)
+        mask = fewshot_list.in_pool(areas, config.fewshot.pool, config.fewshot.min_pixels)
         mask[trained.get(case_id, [])] = False
         return mask
 

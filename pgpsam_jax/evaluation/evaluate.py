@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pgpsam_jax import distributed
 from pgpsam_jax.data.cache import read_case
-from pgpsam_jax.data.grid import AXIAL
-from pgpsam_jax.data.labels import LabelTable
-from pgpsam_jax.data.layouts import Case
-from pgpsam_jax.data.pairing import LOST, pair_grids
-from pgpsam_jax.data.volumes import read_grid
-from pgpsam_jax.evaluation.inference import Predictor
+from pgpsam_jax.data.io.pairing import LOST, pair_grids
+from pgpsam_jax.data.io.volumes import read_grid
+from pgpsam_jax.data.io.voxel_grid import AXIAL
+from pgpsam_jax.data.layouts.find import Case
+from pgpsam_jax.data.layouts.label_table import LabelTable
+from pgpsam_jax.distributed import multihost
 from pgpsam_jax.evaluation.outputs import Predicted, score_and_write
-from pgpsam_jax.evaluation.report import write_evaluation
-from pgpsam_jax.evaluation.workers import ahead, in_order, worker_count
+from pgpsam_jax.inference.predictor import Predictor
+from pgpsam_jax.metrics.summary import write_evaluation
+from pgpsam_jax.runtime.worker_pool import ahead, in_order, worker_count
 
 
 def evaluate(
@@ -48,7 +48,7 @@ def evaluate(
     """
     folder, rows, slices = Path(folder), [], []
     notices = [*notices, *_doubtful_pairs(cases)]
-    count, cases = len(cases), distributed.own(cases)
+    count, cases = len(cases), multihost.own(cases)
     voxels = sum(math.prod(read_grid(case.image).shape) for case in cases)
     settings = {"nsd_tolerance_mm": nsd_tolerance_mm, "min_pixels": min_pixels}
     finish = functools.partial(
@@ -57,7 +57,7 @@ def evaluate(
 
     def predicted():
         reading = ahead(lambda case: read_case(case, table, axis), cases)
-        silent = not distributed.is_first()
+        silent = not multihost.is_first()
         progress = tqdm(cases, desc="evaluating", unit="case", disable=silent)
         for case, (volume, truth) in zip(progress, reading, strict=True):
             yield Predicted(
@@ -71,7 +71,7 @@ def evaluate(
             )
 
     scored = in_order(finish, predicted(), worker_count(workers, len(cases), voxels))
-    shares = distributed.gather(list(scored))
+    shares = multihost.gather(list(scored))
     for index in range(count):
         of_case, of_slices = shares[index % len(shares)][index // len(shares)]
         rows += of_case
@@ -82,9 +82,9 @@ def evaluate(
         "notices": list(notices),
     }
     summary = None
-    if distributed.is_first():
+    if multihost.is_first():
         summary = write_evaluation(rows, folder, table.names, meta, slices)
-    return distributed.gather(summary)[0]
+    return multihost.gather(summary)[0]
 
 
 def _doubtful_pairs(cases: Sequence[Case]) -> list[str]:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import csv_text, file_digest, write_json, write_text
-from pgpsam_jax.text_files import read_json, shown
+from pgpsam_jax.utils.files import csv_text, file_digest, write_json, write_text
+from pgpsam_jax.utils.untrusted_text import read_json, shown
 
 RECORD, LABELS, VOLUMES = "predictions.json", "labels.json", "volumes.csv"
 SCHEMA = 1

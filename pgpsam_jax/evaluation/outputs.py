@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pgpsam_jax.data.geometry import ends_of, rescale
-from pgpsam_jax.data.nifti import SourceGrid, write_label
-from pgpsam_jax.evaluation.protocols import score_case
-from pgpsam_jax.evaluation.release_protocol import score_release
-from pgpsam_jax.files import file_digest
+from pgpsam_jax.data.io.nifti import SourceGrid, write_label
+from pgpsam_jax.data.letterbox import ends_of, rescale
+from pgpsam_jax.metrics.protocols import score_case
+from pgpsam_jax.metrics.release_protocol import score_release
+from pgpsam_jax.utils.files import file_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ def score_and_write(
     of_volume, slices = score_release(*pair, names, min_pixels=min_pixels, **options)
     write_label(folder / "predictions" / f"{case.name}.nii.gz", case.prediction, case.source)
     if case.image is not None:
-        from pgpsam_jax.visual import write_overlays
+        from pgpsam_jax.visualization.overlays import write_overlays
 
         write_overlays(
             rescale(case.image, ends_of(window, case.image)),
@@ -62,7 +62,7 @@ def write_prediction(case: Predicted, *, folder: Path, names, window) -> tuple[s
     path = folder / f"{case.name}.nii.gz"
     write_label(path, case.prediction, case.source)
     if case.image is not None:
-        from pgpsam_jax.visual import write_preview
+        from pgpsam_jax.visualization.overlays import write_preview
 
         picture = folder / f"{case.name}.png"
         write_preview(

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models import placement
-from pgpsam_jax.models.initial import (
+from pgpsam_jax.models.initializers import (
     array,
     fan_in_normal,
     kernel_param,
@@ -21,7 +20,8 @@ from pgpsam_jax.models.initial import (
     zeros_init,
     zeros_param,
 )
-from pgpsam_jax.models.placement import gathered
+from pgpsam_jax.sharding import context
+from pgpsam_jax.sharding.context import gathered
 
 ENCODER_EPS = 1e-6  # image encoder and every channel LayerNorm of SAM ("LayerNorm2d")
 DECODER_EPS = 1e-5  # token LayerNorms of the two-way transformer (PyTorch's default)
@@ -57,24 +57,24 @@ def split_matmul(x, kernel, split: int, stored: int | None = None):
     split, stored: see `placement.gathering`. What is gathered is not kept for the backward pass:
     that gathers once more.
     """
-    steps = placement.gathering(kernel.shape, split, stored)
+    steps = context.gathering(kernel.shape, split, stored)
     if not steps:
         return matmul(x, kernel)
-    x = placement.split_batch(x) if split else x
+    x = context.split_batch(x) if split else x
     out = _matmul_of_parts(x, kernel, steps)
-    return out if split else placement.split_batch(out)  # the sum over devices
+    return out if split else context.split_batch(out)  # the sum over devices
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul_of_parts(x, kernel, steps):
-    return matmul(x, placement.in_steps(kernel, steps))
+    return matmul(x, context.in_steps(kernel, steps))
 
 
 def _matmul_forward(x, kernel, steps):
     kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
     # The compiler lets every later use of a value be one of its constrained copy. Behind a barrier
     # it is another value, and the one that is kept stays in parts.
-    kernel = placement.in_steps(jax.lax.optimization_barrier(kernel.value), steps)
+    kernel = context.in_steps(jax.lax.optimization_barrier(kernel.value), steps)
     return matmul(x.value, kernel), kept
 
 
@@ -85,7 +85,7 @@ def _matmul_backward(steps, kept, slope):
     by_x = by_kernel = None
     if kernel is not None:
         kernel, slope = jax.lax.optimization_barrier((kernel, slope))
-        kernel = placement.in_steps(kernel, steps)
+        kernel = context.in_steps(kernel, steps)
         outputs = tuple(range(1, outer + 1))
         by_x = jnp.tensordot(slope, kernel, (outputs, outputs)).reshape(*rows, -1)
     if x is not None:

@@ -6,11 +6,11 @@ Letters: B batch, S image side, H W token grid, C channels, K classes with backg
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models.image_encoder import ImageEncoder
-from pgpsam_jax.models.lora import LoraConfig
-from pgpsam_jax.models.mask_decoder import MaskDecoder
-from pgpsam_jax.models.prompt_encoder import PromptEncoder
-from pgpsam_jax.models.sam import SamConfig
+from pgpsam_jax.models.sam.image_encoder import ImageEncoder
+from pgpsam_jax.models.sam.lora import LoraConfig
+from pgpsam_jax.models.sam.mask_decoder import MaskDecoder
+from pgpsam_jax.models.sam.prompt_encoder import PromptEncoder
+from pgpsam_jax.models.sam.sam import SamConfig
 
 
 class Segmenter(nnx.Module):

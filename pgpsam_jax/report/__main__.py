@@ -1,6 +1,6 @@
 """`python -m pgpsam_jax.report RUN_OR_GRID`: write the report of a run or a grid."""
 
-from pgpsam_jax.program import Parser, running
+from pgpsam_jax.runtime.cli import Parser, running
 
 _TEXT = """
 Write one self-contained HTML page about a run or a grid, finished or not, with every figure also as

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from pgpsam_jax import config as configuration
-from pgpsam_jax.report.markup import escape, link, paragraph, text_table
-from pgpsam_jax.runs import DONE, FAILED, PENDING, RUNNING, Cell, Grid, Run
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.report.html.markup import escape, link, paragraph, text_table
+from pgpsam_jax.results.runs import DONE, FAILED, PENDING, RUNNING, Cell, Grid, Run
 
 _SIGNS = {DONE: "✓ done", FAILED: "✗ failed", RUNNING: "… running", PENDING: "pending"}
 

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from pgpsam_jax import methods
-from pgpsam_jax.evaluation.report import summarise
-from pgpsam_jax.evaluation.scores import spread
-from pgpsam_jax.report.markup import escape, paragraph
-from pgpsam_jax.report.series import Group, scores_of
+from pgpsam_jax.methods import registry
+from pgpsam_jax.metrics.aggregate import spread
+from pgpsam_jax.metrics.summary import summarise
+from pgpsam_jax.report.figures.csv_rows import Group, scores_of
+from pgpsam_jax.report.html.markup import escape, paragraph
 from pgpsam_jax.report.subject import Subject
-from pgpsam_jax.runs import DONE, Grid, Run
-from pgpsam_jax.tables.text import interval, percent
+from pgpsam_jax.results.runs import DONE, Grid, Run
+from pgpsam_jax.results.tables.text import interval, percent
 
 
 def header(subject: Subject) -> str:
@@ -35,15 +35,15 @@ def header(subject: Subject) -> str:
 
 def _run_line(run: Run) -> str:
     model, data = run.config.model, run.config.data
-    if methods.method_of(model).steps == 0:
+    if registry.method_of(model).steps == 0:
         step = "nothing trains"
     elif run.records:
         step = f"step {run.records[-1]['step']}"
     else:
         step = "no step recorded yet"
     return (
-        f"{methods.name_of(methods.key_of(model))}, {model.encoder} at {model.image_size} px, data "
-        f"{data.layout}, seed {run.config.seed}, {step}"
+        f"{registry.name_of(registry.key_of(model))}, {model.encoder} at {model.image_size} px, "
+        f"data {data.layout}, seed {run.config.seed}, {step}"
     )
 
 

@@ -6,19 +6,20 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from pgpsam_jax import methods
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.files import write_text
-from pgpsam_jax.report import charts, facts, pictures
-from pgpsam_jax.report.css import stylesheet
+from pgpsam_jax.methods import registry
+from pgpsam_jax.report import facts
+from pgpsam_jax.report.figures import charts, slices
+from pgpsam_jax.report.figures.theme import Picture
 from pgpsam_jax.report.headline import header
-from pgpsam_jax.report.markup import escape, figure, paragraph, section, tables
-from pgpsam_jax.report.style import Picture
+from pgpsam_jax.report.html.css import stylesheet
+from pgpsam_jax.report.html.markup import escape, figure, paragraph, section, tables
 from pgpsam_jax.report.subject import Subject
-from pgpsam_jax.runs import Run
-from pgpsam_jax.tables.assemble import run_tables, study_tables
-from pgpsam_jax.tables.cost_table import run_cost, study_cost
-from pgpsam_jax.tables.study import from_grid
+from pgpsam_jax.results.runs import Run
+from pgpsam_jax.results.tables.assemble import run_tables, study_tables
+from pgpsam_jax.results.tables.cost_table import run_cost, study_cost
+from pgpsam_jax.results.tables.study import from_grid
+from pgpsam_jax.utils.files import write_text
 
 _MADE = "Made by pgpsam_jax.report"
 _PAGE = """<!DOCTYPE html>
@@ -119,10 +120,8 @@ def _parts(subject: Subject, figures: Path) -> dict[str, list[str]]:
         curves = charts.training_charts(groups, figures)
         parts["Training"] = drawn(curves, "No step has been recorded yet.")
     if scored:
-        parts["Qualitative results"] = _tried(
-            lambda: drawn([pictures.qualitative(scored, figures)])
-        )
-        parts["Failures"] = _tried(lambda: drawn([pictures.failures(scored[-1], figures)]))
+        parts["Qualitative results"] = _tried(lambda: drawn([slices.qualitative(scored, figures)]))
+        parts["Failures"] = _tried(lambda: drawn([slices.failures(scored[-1], figures)]))
     parts["Prompts and prototypes"] = _tried(
         lambda: _with_alarm(drawn(_prototypes(groups, figures), _NO_PROTOTYPES), figures)
     )
@@ -141,7 +140,7 @@ _NO_PROTOTYPES = (
 
 def no_curve(run: Run | None) -> str:
     """What to say where a run has no training to show: nothing trains, or it is fitted at once."""
-    steps = run and methods.method_of(run.config.model).steps
+    steps = run and registry.method_of(run.config.model).steps
     if steps == 0:
         return "Nothing of this method trains."
     if steps == 1 and run.records:
@@ -177,7 +176,7 @@ def _tried(make: Callable[[], list[str]]) -> list[str]:
 
 def _with_alarm(shown: list[str], figures: Path) -> list[str]:
     """The section on prompts and prototypes, a warning first where there is something to see."""
-    from pgpsam_jax.report.prototypes import alarm
+    from pgpsam_jax.report.prototypes.pictures import alarm
 
     found = alarm(figures)
     return ([paragraph(found, "notice")] if found else []) + shown
@@ -185,7 +184,7 @@ def _with_alarm(shown: list[str], figures: Path) -> list[str]:
 
 def _prototypes(groups, figures: Path) -> list[Picture]:
     """Of the first finished run of the last row that has any."""
-    from pgpsam_jax.report.prototypes import prototype_pictures
+    from pgpsam_jax.report.prototypes.pictures import prototype_pictures
 
     for group in reversed(groups):
         if group.runs and (found := prototype_pictures(group.runs[0], figures)):

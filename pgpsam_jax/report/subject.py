@@ -3,11 +3,11 @@
 import dataclasses
 from pathlib import Path
 
-from pgpsam_jax import methods
-from pgpsam_jax.build import base_notice
 from pgpsam_jax.config import from_json, to_json
-from pgpsam_jax.report.series import Group, groups_of
-from pgpsam_jax.runs import Grid, Run, is_grid, read_grid, read_run
+from pgpsam_jax.methods import registry
+from pgpsam_jax.methods.build import base_notice
+from pgpsam_jax.report.figures.csv_rows import Group, groups_of
+from pgpsam_jax.results.runs import Grid, Run, is_grid, read_grid, read_run
 
 _PHANTOM = "The data are computed phantoms, not patients: no claim about real images."
 
@@ -62,6 +62,6 @@ class Subject:
         found = [text for run in self.runs for text in (run.summary or {}).get("notices", ())]
         for workdir, stored in self.configs.items():
             config = from_json(stored)
-            found += [base_notice(config.model, workdir), methods.notice(config.model)]
+            found += [base_notice(config.model, workdir), registry.notice(config.model)]
             found.append(_PHANTOM if config.data.layout == "phantom" else None)
         return [text for text in dict.fromkeys(found) if text]

@@ -15,7 +15,7 @@ import numpy as np
 
 from fuzz.program import Target, main
 
-MODULES = ("pgpsam_jax.data.nifti", "pgpsam_jax.data.grid")
+MODULES = ("pgpsam_jax.data.io.nifti", "pgpsam_jax.data.io.voxel_grid")
 GUIDES = ("nibabel.nifti1", "nibabel.wrapstruct", "nibabel.quaternions", "nibabel.analyze")
 
 
@@ -38,7 +38,7 @@ def file_of(dtype, shape=(3, 4, 2), kind=1, endianness="<", **fields) -> bytes:
 
 def target() -> Target:
     """Fuzz the readers of NIfTI files (see the module)."""
-    from pgpsam_jax.data.nifti import read_grid, read_image, read_label, write_label
+    from pgpsam_jax.data.io.nifti import read_grid, read_image, read_label, write_label
     from pgpsam_jax.errors import UserError
 
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))

@@ -8,11 +8,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from pgpsam_jax.data import phantom
-from pgpsam_jax.data.anatomy import describe
-from pgpsam_jax.data.labels import SYNAPSE8
-from pgpsam_jax.data.nibabel_image import from_nibabel
-from pgpsam_jax.files import write_text
+from pgpsam_jax.data.io.nibabel_image import from_nibabel
+from pgpsam_jax.data.layouts.label_table import SYNAPSE8
+from pgpsam_jax.data.phantom import generate
+from pgpsam_jax.data.quality.organ_priors import describe
+from pgpsam_jax.utils.files import write_text
 
 FILE = Path(__file__).with_name("phantom_anatomy.json")
 
@@ -30,7 +30,7 @@ def features_of(image, ids, spacing) -> dict:
 
 def of_phantom(case: int) -> dict:
     """The features of one phantom of seed 0."""
-    image, label, affine = phantom.make_case(0, case)
+    image, label, affine = generate.make_case(0, case)
     volume, ids = (from_nibabel(nib.Nifti1Image(a, affine)) for a in (image, label))
     return features_of(volume.array, ids.array.astype(np.int32), volume.spacing)
 
@@ -38,5 +38,5 @@ def of_phantom(case: int) -> dict:
 if __name__ == "__main__":
     import json
 
-    lines = [f'"{case}": {json.dumps(of_phantom(case))}' for case in phantom.CASES]
+    lines = [f'"{case}": {json.dumps(of_phantom(case))}' for case in generate.CASES]
     write_text(FILE, "{\n" + ",\n".join(lines) + "\n}\n")

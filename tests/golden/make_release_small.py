@@ -23,7 +23,7 @@ from autograd import value_and_grad
 from golden import golden_rule
 from release_state import RANK, release_shapes
 
-from pgpsam_jax.files import atomic_path, write_text
+from pgpsam_jax.utils.files import atomic_path, write_text
 
 SIZES = {
     "image_size": 64,

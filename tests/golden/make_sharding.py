@@ -10,16 +10,18 @@ from pathlib import Path
 import jax
 from jax.sharding import AbstractMesh
 
-from pgpsam_jax import build, methods, parameters, sharding
 from pgpsam_jax.config import default_config
-from pgpsam_jax.files import write_json
+from pgpsam_jax.methods import build, registry
+from pgpsam_jax.models import parameters
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.utils.files import write_json
 
 FOLDER = Path(__file__).parent
 
 
 def mesh_of(*sizes: int) -> AbstractMesh:
     """(data, fsdp, tensor) of devices that need not be there."""
-    return AbstractMesh(sizes, sharding.AXES)
+    return AbstractMesh(sizes, device_mesh.AXES)
 
 
 def configuration(method, encoder: str):
@@ -46,7 +48,7 @@ def table(method, encoder: str) -> dict:
     """What is split on a (2, 2, 2) mesh, path -> axes of every dimension; * is any number."""
     found = {}
     for path, shape in leaves_of(method, encoder).items():
-        spec = sharding.spec_of(method, path, shape, mesh_of(2, 2, 2))
+        spec = device_mesh.spec_of(method, path, shape, mesh_of(2, 2, 2))
         name = re.sub(r"(?<=/)\d+(?=/)", "*", path)
         assert found.setdefault(name, spec) == spec, f"{name} is not one row"
     split = {name: spec for name, spec in sorted(found.items()) if any(spec)}
@@ -62,5 +64,5 @@ def golden_file(method) -> Path:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    for method in methods.METHODS:
+    for method in registry.METHODS:
         write_json(golden_file(method), table(method, "vit_b"))

@@ -12,7 +12,7 @@ class _Tables(importlib.abc.MetaPathFinder):
     """Has the tables of methods and encoders, once they are made, complemented."""
 
     def find_spec(self, name, path, target=None):
-        if name not in ("pgpsam_jax.methods", "pgpsam_jax.models.sam"):
+        if name not in ("pgpsam_jax.methods.registry", "pgpsam_jax.models.sam.sam"):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         load = spec.loader.exec_module
@@ -21,7 +21,7 @@ class _Tables(importlib.abc.MetaPathFinder):
             load(module)
             import micro  # noqa: F401
 
-            if name == "pgpsam_jax.models.sam":
+            if name == "pgpsam_jax.models.sam.sam":
                 return
             import tiny_method
 

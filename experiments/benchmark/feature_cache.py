@@ -1,0 +1,116 @@
+"""What `train.encoded_copies` saves: the training step with the frozen encoder in it, and without.
+
+The step is that of a run, on random slices. Encoding the copies comes before the clock starts.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.benchmark.train_loop import CLASSES, config_of
+from pgpsam_jax.config import method_recipes
+from pgpsam_jax.data.batch_sampler import make_loader
+from pgpsam_jax.methods import build
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import feature_cache, step_cost
+from pgpsam_jax.training.device_batches import Feed
+from pgpsam_jax.training.sharded_step import shard_step, sharding_of
+from pgpsam_jax.training.train_step import init_state, make_train_step, to_input
+
+COPIES = {"whole": 0, "encoded": 2}  # by step
+SLICES, TURNS, STEPS = 24, 5, 3
+
+
+def encoded_benchmark(point: dict) -> dict:
+    """FLOPs and seconds of both steps, which take turns of `STEPS` steps; whole over encoded.
+
+    `ratio`: of wall time, in each of `TURNS` turns, their median and quartiles. `cpu_ratio`: of the
+    processor time of all threads, which other programs disturb less; on a CPU alone.
+    """
+    size, rng = _config(point, 0).model.image_size, np.random.default_rng(0)
+    images = rng.random((SLICES, size, size), np.float32).astype(np.float16)
+    labels = rng.integers(0, CLASSES, images.shape, np.uint8)
+    runs = {name: _Run(_config(point, n), images, labels) for name, n in COPIES.items()}
+    for run in runs.values():
+        run(STEPS)  # warm-up
+    turns = [[_seconds(run) for run in runs.values()] for _ in range(TURNS)]
+    wall, processor = np.moveaxis(np.array(turns), -1, 0)  # (turns, whole and encoded)
+    found = dict(zip(runs, np.median(wall, axis=0).tolist(), strict=True))
+    found = encoded_flops(point) | {"step_seconds": found, "ratio": _ratio(wall)}
+    if jax.default_backend() == "cpu":
+        found["cpu_ratio"] = _ratio(processor)
+    return found
+
+
+def _seconds(run) -> tuple[float, float]:
+    """Wall and processor seconds of a step."""
+    clocks = time.perf_counter, time.process_time
+    start = [clock() for clock in clocks]
+    run(STEPS)
+    return tuple((clock() - begun) / STEPS for clock, begun in zip(clocks, start, strict=True))
+
+
+def _ratio(seconds) -> dict[str, float]:
+    ratios = np.percentile(seconds[:, 0] / seconds[:, 1], (25, 50, 75)).tolist()
+    return dict(zip(("low", "median", "high"), ratios, strict=True))
+
+
+def encoded_flops(point: dict) -> dict:
+    """FLOPs per image of both steps as `cost.json` counts them; nothing is compiled or run."""
+    counted = {name: _flops(_config(point, copies)) for name, copies in COPIES.items()}
+    return {
+        "flops_per_image": counted,
+        "flops_ratio": counted["whole"] / counted["encoded"],
+    }
+
+
+def _config(point: dict, copies: int):
+    config = config_of(point)
+    method_recipes.use(config, point["model"])
+    config.train.batch_size, config.train.encoded_copies = point["batch_size"], copies
+    return config
+
+
+def _flops(config) -> float:
+    size, count = config.model.image_size, config.train.batch_size
+    graphdef, params, frozen = build.abstract_model(config, CLASSES)
+    optimizer = build.optimizer_of(config, SLICES)
+
+    def make(params, frozen, image):
+        state = init_state(params, optimizer, seed=0, epoch_size=SLICES)
+        return state, nnx.merge(graphdef, params, frozen).encode(to_input(image))
+
+    image = jax.ShapeDtypeStruct((count, size, size), jnp.float16)
+    state, encoded = jax.eval_shape(make, params, frozen, image)
+    batch = {"label": jax.ShapeDtypeStruct(image.shape, jnp.uint8)}
+    batch |= {"encoded": encoded} if config.train.encoded_copies else {"image": image}
+    step = make_train_step(graphdef, optimizer, build.step_config(config))
+    return step_cost.host_flops(step, state, frozen, batch) / count
+
+
+class _Run:
+    """The compiled step of a run, its state, and a batch that it is given again and again."""
+
+    def __init__(self, config, images, labels):
+        mesh, count = device_mesh.make_mesh(**config.mesh), config.train.batch_size
+        graphdef, params, frozen, _ = build.init_model(config, CLASSES)
+        slices = {"image": images, "label": labels}
+        if config.train.encoded_copies:
+            model = graphdef, params, frozen
+            slices = feature_cache.encoded_set(config, mesh, model, images, labels, seed=0)
+        loader = make_loader(SLICES, batch_size=count, seed=0)
+        feed = Feed(slices, loader, mesh, config.data.resident_gib * 2**30)
+        shapes = mesh, graphdef, params, frozen, feed.abstract(count)
+        step = shard_step(config, *shapes, epoch_size=SLICES, seed=0)
+        self._batch, _ = next(feed)
+        loader.close()
+        self._frozen = jax.device_put(frozen, sharding_of(step.frozen))
+        self._state, self._compiled = step.start(params), step.lower().compile()
+
+    def __call__(self, steps: int) -> None:
+        for _ in range(steps):
+            self._state, metrics = self._compiled(self._state, self._frozen, self._batch)
+        jax.block_until_ready((self._state, metrics))

@@ -1,0 +1,132 @@
+"""The training loop against its bare step, and a run of the paper's size from data to scores."""
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import nibabel as nib
+import numpy as np
+
+from experiments.benchmark.scoring import synthetic_case
+from pgpsam_jax.config import default_config, use_small_encoder
+from pgpsam_jax.data.batch_sampler import make_loader
+from pgpsam_jax.data.layouts.find import BTCV_TEST, BTCV_TRAIN
+from pgpsam_jax.data.layouts.label_table import SYNAPSE8
+from pgpsam_jax.methods import build
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training.device_batches import Feed
+from pgpsam_jax.training.metric_logger import RunLog
+from pgpsam_jax.training.sharded_step import shard_step, sharding_of
+from pgpsam_jax.training.train_loop import run_steps
+
+CLASSES = 9  # eight organs and background, as Synapse
+SLICES = 221  # of the paper's few-shot list
+TURNS = 8
+
+
+def loop_benchmark(point: dict, turn: int = 40) -> dict:
+    """Images/s of the loop (feed, log, progress bar) and of the bare step on a fixed batch.
+
+    The two take turns of `turn` steps each with the same compiled step; `ratio` is the median over
+    the turns, with its quartiles, of the loop's rate over the bare step's. Slices are random.
+    """
+    config = config_of(point)
+    size, batch_size = config.model.image_size, config.train.batch_size
+    config.train.steps = (2 * TURNS + 1) * turn
+    mesh = device_mesh.make_mesh(**config.mesh)
+    graphdef, params, frozen, _ = build.init_model(config, CLASSES)
+    rng = np.random.default_rng(0)
+    images = rng.random((SLICES, size, size), np.float32).astype(np.float16)
+    labels = rng.integers(0, CLASSES, images.shape, np.uint8)
+    loader = make_loader(SLICES, batch_size=batch_size, seed=0)
+    feed = Feed({"image": images, "label": labels}, loader, mesh, config.data.resident_gib * 2**30)
+    batch = feed.abstract(batch_size)
+    step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=SLICES, seed=0)
+    frozen, state = jax.device_put(frozen, sharding_of(step.frozen)), step.start(params)
+    compiled, (fixed, _) = step.lower().compile(), next(feed)
+    rates = build.learning_rates(config, SLICES)
+    seconds = {"bare": [], "loop": []}
+    with (
+        tempfile.TemporaryDirectory() as workdir,
+        RunLog(Path(workdir), config.log, 0, rates, batch_size) as log,
+    ):
+        done = turn
+        for _ in range(turn):  # warm-up
+            state, metrics = compiled(state, frozen, fixed)
+        jax.block_until_ready(metrics)
+        for _ in range(TURNS):
+            start = time.perf_counter()
+            for _ in range(turn):
+                state, metrics = compiled(state, frozen, fixed)
+            jax.block_until_ready(metrics)
+            middle = time.perf_counter()
+            state, _, metrics, rows = run_steps(
+                compiled, state, frozen, feed, done, done + turn, log.record
+            )
+            log.record(done + turn, metrics, rows)
+            done += turn
+            seconds["bare"].append((middle - start) / turn)
+            seconds["loop"].append((time.perf_counter() - middle) / turn)
+    loader.close()
+    ratios = [bare / loop for bare, loop in zip(*seconds.values(), strict=True)]
+    return {
+        "batch_size": batch_size,
+        "image_size": size,
+        "resident": feed.resident,
+        "images_per_second": {
+            name: batch_size / statistics.median(values) for name, values in seconds.items()
+        },
+        "ratio": statistics.quantiles(ratios, n=4, method="inclusive"),
+    }
+
+
+def config_of(point: dict):
+    """The configuration of a point: the small one's sizes for vit_t, else its own."""
+    config = default_config()
+    if point["encoder"] == "vit_t":
+        use_small_encoder(config)
+    else:
+        config.model.encoder, config.model.image_size = point["encoder"], point["image_size"]
+    config.model.compute_dtype = point["dtype"]
+    config.model.update(point["settings"])
+    config.train.batch_size = point["batch_size"]
+    return config
+
+
+def run_benchmark(point: dict, depth: int = 120, side: int = 512, epochs: int = 300) -> dict:
+    """Seconds, by activity, of a run of the paper's size: data, training, evaluation, pictures.
+
+    18 training volumes hold the 221 slices, 12 test volumes of `depth` slices of `side` pixels
+    are scored. The volumes are synthetic and written before the clock starts; reading them counts.
+    """
+    from pgpsam_jax.training.train import train
+
+    config = config_of(point)
+    config.data.layout, config.fewshot.pool = "btcv", "all"
+    config.fewshot.count, config.train.epochs = SLICES, epochs
+    with tempfile.TemporaryDirectory() as folder:
+        config.data.root = f"{folder}/data"
+        for case in (*BTCV_TRAIN, *BTCV_TEST):
+            write_volume(Path(config.data.root), case, depth if case in BTCV_TEST else 24, side)
+        start = time.perf_counter()
+        train(config, f"{folder}/run")
+        seconds = time.perf_counter() - start
+        parts = json.loads(Path(folder, "run", "timing.json").read_text())
+    return {"seconds": {"total": seconds} | parts, "epochs": epochs, "slices": SLICES}
+
+
+def write_volume(root: Path, case: int, depth: int, side: int) -> None:
+    """One synthetic case in the layout of BTCV: organs of even intensity, and noise."""
+    _, truth, spacing = synthetic_case(case, (depth, side, side))
+    source = np.array([0, *(entry["source"][0] for entry in SYNAPSE8.to_json()["classes"])])
+    noise = np.random.default_rng(case).integers(-40, 40, truth.shape, np.int16)
+    image = (noise - 60 + 25 * truth).astype(np.int16)
+    affine = np.diag([*spacing[::-1], 1.0])
+    folder = root / "RawData" / "Training"
+    for name, stem, array in (("img", "img", image), ("label", "label", source[truth])):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        picture = nib.Nifti1Image(array.astype(np.int16).transpose(2, 1, 0), affine)
+        nib.save(picture, folder / name / f"{stem}{case:04d}.nii.gz")

@@ -1,0 +1,247 @@
+"""Grid files and grid folders: from named overrides to one resolved configuration per cell.
+
+A grid file defines `get_grid(variant) -> Plan`. `--grid FILE:VARIANT` names one; the plan is kept
+in the grid folder as `grid.json`, which tables and reports read (`pgpsam_jax.results.runs`).
+"""
+
+import ast
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from pgpsam_jax.checkpointing.provenance import code_version
+from pgpsam_jax.config import identity
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config.overrides import assign, load_file, load_function
+from pgpsam_jax.data import dataset
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.results.runs import DONE, PENDING, PLAN, Cell, Grid, Row, read_grid, read_json
+from pgpsam_jax.utils.files import refuse_foreign, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A study: a config file, overrides for all cells, one line of its table per row, seeds.
+
+    config: a config file, its variant behind a colon. overrides: {"model.k": 4, ...} for every
+    cell; each row adds its own. seed_fields: the fields a seed is written to. published: key of
+    the paper's table, only where data, model and protocol are the paper's. axis: what the rows'
+    values count, if they form an axis.
+    """
+
+    title: str
+    config: str
+    rows: tuple[Row, ...]
+    overrides: dict = dataclasses.field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    seed_fields: tuple[str, ...] = ("seed",)
+    reference: str = ""  # empty = the first row
+    published: str | None = None
+    axis: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def axis_rows(field: str, values) -> tuple[Row, ...]:
+    """One row per value of a configuration field: `k4` for `model.k` = 4."""
+    name = field.rpartition(".")[2]
+    return tuple(
+        Row(f"{name}{value}", f"{name.replace('_', ' ')} {value}", {field: value}, value)
+        for value in values
+    )
+
+
+def tap_rows(taps) -> tuple[Row, ...]:
+    """One row per choice of encoder blocks, one block for each refinement stage."""
+    return tuple(
+        Row(
+            "taps" + "_".join(map(str, blocks)),
+            f"{len(blocks)} stage(s), blocks {', '.join(map(str, blocks))}",
+            {"model.stage_taps": tuple(blocks)},
+        )
+        for blocks in taps
+    )
+
+
+def method_rows(only: str = "", equal: bool = False) -> tuple[Row, ...]:
+    """One row per registered method (or preset of the method `only`), the paper's preset first.
+
+    Each is trained by its own recipe; with `equal`, all that are trained step by step by one.
+    """
+    from pgpsam_jax.config import method_recipes
+    from pgpsam_jax.methods import registry
+
+    keys = [key for key in registry.METHODS if not only or key[0] == only]
+    keys = [key for key in keys if not equal or registry.METHODS[key].steps is None]
+    recipe = method_recipes.equal if equal else method_recipes.of
+    return tuple(
+        Row(
+            "_".join(filter(None, key)),
+            registry.METHODS[key].label,
+            {"model.name": key[0], "model.preset": key[1] or "paper"} | recipe(key[0]),
+        )
+        for key in keys
+    )
+
+
+def load_plan(spec: str) -> tuple[str, str, Plan]:
+    """(name, variant, plan) of `FILE` or `FILE:VARIANT`."""
+    path, get_grid, variant = load_function(spec, "get_grid", "grid")
+    try:
+        plan = get_grid(variant) if variant else get_grid()
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return Path(path).stem, variant, plan
+
+
+def resolve(plan: Plan, row: Row, seed: int, settings: dict) -> ConfigDict:
+    """The configuration of one cell: file, plan, row, seed, then the user's own settings."""
+    config = load_file(plan.config)
+    assign(config, plan.overrides, "the grid")
+    assign(config, row.overrides, f"row {row.name}")
+    assign(config, {field: seed for field in plan.seed_fields}, "the seeds")
+    assign(config, settings, "--set")
+    configuration.check(config)
+    config.name = f"{row.name}-seed{seed}"
+    return config
+
+
+def parse_settings(pairs) -> dict:
+    """`--set FIELD=VALUE` strings; a value that is no Python literal is text."""
+    settings = {}
+    for pair in pairs:
+        field, equals, text = pair.partition("=")
+        if not (field and equals):
+            raise UserError(f"--set {pair!r} is not FIELD=VALUE, such as data.root=datasets/btcv")
+        try:
+            settings[field] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            settings[field] = text
+    return settings
+
+
+def make_grid(spec: str, folder, settings: dict) -> Grid:
+    """The grid as planned now; nothing is written."""
+    name, variant, plan = load_plan(spec)
+    names = [row.name for row in plan.rows]
+    if len(set(names)) < len(names) or not names or not plan.seeds:
+        raise UserError(f"{spec} needs rows with names of their own, and seeds")
+    reference = plan.reference or names[0]
+    if reference not in names:
+        raise UserError(f"{spec}: reference {reference!r} is none of the rows {', '.join(names)}")
+    cells = []
+    # Seeds outside: an unfinished grid has every row, and neighbours do not compile the same step.
+    for seed in plan.seeds:
+        for row in plan.rows:
+            config = resolve(plan, row, seed, settings)
+            key = identity.fingerprint(config)[:8]
+            cells.append(
+                {
+                    "name": config.name,
+                    "row": row.name,
+                    "seed": seed,
+                    "folder": f"{config.name}-{key}",
+                    "config": configuration.to_json(config),
+                    "contents": identity.contents(config),
+                }
+            )
+    rows = [dataclasses.asdict(row) for row in plan.rows]
+    fields = {f: getattr(plan, f) for f in ("title", "published", "axis")}
+    content = fields | {
+        "name": name,
+        "variant": variant,
+        "reference": reference,
+        "notes": list(plan.notes),
+        "code": code_version(),
+        "rows": rows,
+        "cells": cells,
+    }
+    return Grid.from_json(content, Path(folder))
+
+
+def settle(grid: Grid, mix: bool) -> Grid:
+    """Write the plan into its folder, unless results of other settings or code are there.
+
+    Returned is what was written: cells that are the same as before keep their folders.
+    With `mix` the new plan replaces the old one: changed cells run in folders of their own, done
+    ones stay, and tables say that code versions differ.
+    """
+    refuse_foreign(grid.path, (PLAN,), "grid")
+    if (grid.path / PLAN).is_file():
+        before = read_grid(grid.path)
+        planned = {cell.name: cell for cell in grid.cells}
+        olds = [old for old in before.cells if old.name in planned]
+        differ = {old.name: _differ(old, planned[old.name]) for old in olds}
+        folders = {old.name: _folder(old, planned[old.name], differ[old.name]) for old in olds}
+        cells = (dataclasses.replace(c, folder=folders.get(c.name, c.folder)) for c in grid.cells)
+        grid = dataclasses.replace(grid, cells=tuple(cells))
+        found = _changes(before, grid, differ)
+        if found and not mix:
+            raise UserError(
+                f"{grid.path} was begun differently: {'; '.join(found)}. Choose another --workdir, "
+                "or say --mix to go on with the new plan and keep what is done"
+            )
+    write_json(grid.path / PLAN, grid.to_json())
+    return grid
+
+
+def _folder(old: Cell, new: Cell, different: list[str]) -> Path:
+    """The folder of a cell that was planned before: the same one, unless it differs."""
+    if not different:
+        return old.folder
+    # Other images have no part in the name.
+    return new.folder if new.folder != old.folder else Path(f"{old.folder}-other")
+
+
+def _changes(before: Grid, now: Grid, differ: dict[str, list[str]]) -> list[str]:
+    """What would mix results of different plans or programs; new cells may join.
+
+    differ: how cells of both plans differ, by name.
+    """
+    found = []
+    for old in before.cells:
+        if old.name not in differ:
+            found.append(f"{old.name} is planned no longer")
+        elif different := differ[old.name]:
+            found.append(f"{old.name} has other settings ({', '.join(different)})")
+    started = any(cell.state["state"] != PENDING for cell in before.cells)
+    if started and before.code["code"] != now.code["code"]:
+        revisions = [(code["git"] or "no git")[:12] for code in (before.code, now.code)]
+        found.append("the code of pgpsam_jax changed ({} there, {} now)".format(*revisions))
+    return found[:5] + ([f"and {len(found) - 5} more"] if len(found) > 5 else [])
+
+
+def _differ(old: Cell, new: Cell) -> list[str]:
+    """What of two cells decides a result and differs, in words; files count by their content."""
+    found = identity.differences(old.config, new.config, identity.NO_IDENTITY)
+    for field in sorted(identity.given_files(old.config) ^ identity.given_files(new.config)):
+        found.append(f"{field}: given in one of them only")
+    held = old.contents, new.contents
+    for field in sorted(held[0].keys() & held[1].keys()):
+        then, now = (contents[field] for contents in held)
+        if then and now and then != now:  # not where it could not be read
+            found.append(f"{field}: its file holds something else now")
+    return found + _other_images(old, new)
+
+
+@functools.cache
+def _images(data: str) -> str:
+    """The digest of the test images of `config.data`, as JSON."""
+    config = configuration.from_json({"data": json.loads(data)})
+    return dataset.images_digest(dataset.find_split(config).test)
+
+
+def _other_images(old: Cell, new: Cell) -> list[str]:
+    """Whether a done cell was scored on other images than lie where the data are to be now."""
+    then, now = (
+        {field: configuration.flat(cell.config).get(field) for field in identity.DATA}
+        for cell in (old, new)
+    )
+    if then == now or old.state["state"] != DONE or not Path(now["data.root"]).is_dir():
+        return []
+    wanted = (read_json(old.folder / "provenance.json") or {}).get("test")
+    if wanted in (None, _images(json.dumps(new.config["data"]))):
+        return []
+    return [f"data.root: {now['data.root']!r} holds other test images than {then['data.root']!r}"]

@@ -1,0 +1,100 @@
+"""The frozen weights of a workdir, pinned at its first use so that later ones have the same.
+
+A converted SAM is pinned by path and SHA-256, and stays where it is. What is frozen and random (all
+of a random backbone; leaves that no SAM gives) is written into the workdir once, as
+`frozen.safetensors`. `base.json` says which, and has the file's SHA-256.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from pgpsam_jax.checkpointing import checkpoint
+from pgpsam_jax.distributed import multihost
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.models.sam.weights import read_safetensors
+from pgpsam_jax.utils.files import atomic_path, file_digest, write_json
+
+FROZEN = "frozen.safetensors"
+_RECORD = "base.json"
+
+
+def frozen_origin(workdir) -> str | None:
+    """Where a workdir's frozen weights come from: the path of a converted SAM, the name of a
+    converted checkpoint, "" for a random backbone; None where nothing is settled yet."""
+    record = _recorded(Path(workdir) / _RECORD)
+    return None if record is None else record["base"]
+
+
+def holds_all(workdir) -> bool:
+    """Whether all frozen weights of a workdir are in it, so that it needs no converted SAM."""
+    record = _recorded(Path(workdir) / _RECORD)
+    return record is not None and record["sha256"] is None
+
+
+def base_digest(workdir) -> str | None:
+    """SHA-256 of the converted SAM that a workdir hangs on; None where there is none."""
+    record = _recorded(Path(workdir) / _RECORD)
+    return None if record is None else record["sha256"]
+
+
+def settle_base(workdir, base: str, digest: str | None, frozen, drawn=None) -> None:
+    """Pin the frozen weights of a workdir at its first use, and hold later uses to them.
+
+    A converted SAM has a `digest`. A random backbone is read back from the workdir, so that the
+    run does not hang on a seed; and so are, with a converted SAM, the frozen leaves that it does
+    not give: `drawn`, by path.
+    """
+    with multihost.first_before_others("base"):  # the others read what it wrote
+        kept = flat_paths(frozen) if digest is None else drawn or {}
+        _settle(Path(workdir), base, digest, kept)
+
+
+def _settle(workdir: Path, base: str, digest: str | None, kept: dict) -> None:
+    path, file = workdir / _RECORD, workdir / FROZEN
+    record = _recorded(path)
+    if record is None:
+        if checkpoint.numbers(workdir):
+            raise UserError(f"{path} is missing; restore it from a copy or train again")
+        record = {"base": base, "sha256": digest}
+        if kept:
+            arrays = {name: np.asarray(leaf[...]) for name, leaf in kept.items()}
+            with atomic_path(file) as temporary:
+                save_file(arrays, temporary)
+            record["frozen"] = file_digest(file)
+        write_json(path, record)
+        return
+    if record["sha256"] != digest:
+        raise UserError(
+            f"{workdir} was trained on SAM weights with SHA-256 {record['sha256']}, but model.base "
+            f"({base or 'empty'}) has {digest}; give the weights of that run"
+        )
+    if kept:
+        _load(file, record.get("frozen"), kept)
+
+
+def _recorded(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"base": record["base"], "sha256": record["sha256"]} | record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it from a copy") from None
+
+
+def _load(path: Path, digest: str | None, leaves: dict) -> None:
+    """digest: None for a workdir that was begun before it was recorded."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; restore it from a copy or train again")
+    if digest is not None and file_digest(path) != digest:
+        raise UserError(f"{path} is not what was written; restore it from a copy or train again")
+    arrays = read_safetensors(path)
+    if {k: v.shape for k, v in arrays.items()} != {k: v.shape for k, v in leaves.items()}:
+        raise UserError(f"{path} does not fit this workdir's model; restore it or train again")
+    for name, leaf in leaves.items():
+        leaf.set_value(jax.device_put(arrays[name]))

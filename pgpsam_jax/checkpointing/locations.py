@@ -1,0 +1,156 @@
+"""Where the files of a run are now: its folder, its data, the repository or the machine may change.
+
+A path of the configuration is looked for as it is given, from here; where it is the one that the
+run was made with, also at its absolute place then, and as it lay from the workdir (`places.json`).
+Of label table, split and few-shot list the workdir has copies. What is found has to hold what it
+held: another content under the same name is refused.
+"""
+
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from pgpsam_jax.checkpointing import frozen_weights
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config.identity import PLACES, digest_of
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.models.baselines import resnet_weights
+from pgpsam_jax.models.sam import weights
+from pgpsam_jax.results.runs import read_json
+from pgpsam_jax.utils.files import write_json
+
+RECORD = "places.json"
+LABELS, LIST, SPLIT, ORIGIN = "labels.json", "fewshot.txt", "split.json", "provenance.json"
+PARTS = ("train", "validation", "test")
+_RECORDED = tuple(field for field in PLACES if not field.endswith("_glob"))
+_NAME_BASE = (
+    "name those with --base STEM (predict and report), --config.model.base=STEM (main) or "
+    "load_run(workdir, base=STEM)"
+)
+
+
+def found(config: ConfigDict, workdir, root_flag: str = "--config.data.root") -> ConfigDict:
+    """A copy of a configuration whose paths lead to the files of the run in `workdir`.
+
+    root_flag: how the caller lets users say where the data are. Raises `UserError` where data or
+    weights are nowhere, or something else lies in the place of a file.
+    """
+    config, workdir = config.copy_and_resolve_references(), Path(workdir)
+    if not (workdir / "config.json").is_file():
+        return config
+    data, fewshot = config.data, config.fewshot
+    candidates = _Candidates(config, workdir)
+    data.root = _root(candidates("data.root"), config, workdir, root_flag)
+    data.cache_dir = next(filter(os.path.isdir, candidates("data.cache_dir")), data.cache_dir)
+    data.label_table = _file(candidates, "data.label_table", workdir / LABELS)
+    if data.split == "file":
+        data.split_file = _file(candidates, "data.split_file", workdir / SPLIT)
+    fewshot.file = _file(candidates, "fewshot.file", workdir / LIST)
+    config.model.base = find_base(config, workdir)
+    config.model.cnn_base = _cnn(candidates("model.cnn_base"), workdir)
+    return config
+
+
+def find_base(config: ConfigDict, workdir) -> str:
+    """The stem of the converted SAM that a run was trained on; "" where it hangs on none.
+
+    Raises `UserError` where it is not where `config.model.base` leads.
+    """
+    given, wanted = config.model.base, frozen_weights.base_digest(workdir)
+    if not given or wanted is None:
+        return given
+    paths = _Candidates(config, Path(workdir))("model.base")
+    there = {path: digest for path in paths if (digest := weights.recorded_digest(path))}
+    for path, digest in there.items():
+        if digest == wanted:
+            return path
+    for path, digest in there.items():
+        raise UserError(
+            f"{workdir} was trained on SAM weights with SHA-256 {wanted}, but {path} has {digest}; "
+            f"{_NAME_BASE}"
+        )
+    raise UserError(
+        f"the SAM weights that {workdir} was trained on, with SHA-256 {wanted}, are not at "
+        f"{' or '.join(paths)}; {_NAME_BASE}"
+    )
+
+
+def record(workdir, config: ConfigDict) -> None:
+    """Keep where the files of a run that begins, or goes on, are; `config`: of `found`."""
+    places, workdir = _read(workdir), Path(os.path.abspath(workdir))
+    for field in _RECORDED:
+        path = _get(config, field)
+        absolute = os.path.abspath(path)
+        if path and Path(absolute).parent != workdir:  # but for its own copies
+            beside = os.path.relpath(absolute, workdir)
+            places[field] = {"absolute": absolute, "from_workdir": beside}
+    write_json(workdir / RECORD, places)
+
+
+class _Candidates:
+    """Paths at which a field's file may be, the likeliest first; none for an empty field."""
+
+    def __init__(self, config: ConfigDict, workdir: Path):
+        self._config, self._workdir = config, workdir
+        self._stored = configuration.load_config(workdir)
+        self._places = _read(workdir)
+
+    def __call__(self, field: str) -> list[str]:
+        given = _get(self._config, field)
+        if not given:
+            return []
+        paths, place = [given], self._places.get(field)
+        if given == _get(self._stored, field) and isinstance(place, dict):
+            paths.append(str(place.get("absolute", given)))
+            beside = self._workdir / str(place.get("from_workdir", "."))
+            paths.append(os.path.normpath(os.path.abspath(beside)))
+        return list(dict.fromkeys(paths))
+
+
+def _get(config: ConfigDict, field: str) -> str:
+    section, name = field.split(".")
+    return config[section][name]
+
+
+def _read(workdir) -> dict:
+    return read_json(Path(workdir) / RECORD) or {}
+
+
+def _root(paths: list[str], config: ConfigDict, workdir: Path, flag: str) -> str:
+    for path in filter(os.path.isdir, paths):
+        return path
+    if not paths or config.data.layout == "phantom":  # it is computed where it lacks
+        return config.data.root
+    raise UserError(f"the data of {workdir} are not at {' or '.join(paths)}; give {flag}=FOLDER")
+
+
+def _file(candidates, field: str, own: Path) -> str:
+    """The first file that holds what the workdir's own copy does, which stands in where none is."""
+    paths = candidates(field)
+    there = [path for path in paths if os.path.lexists(path)]
+    if not paths or not own.is_file():
+        return (there or paths or [""])[0]
+    if not there:
+        return str(own)
+    wanted = digest_of(field, own)
+    same = [path for path in there if digest_of(field, path) == wanted]
+    if field == "data.split_file":  # whose order counts in digests; `resumption.compare` tells more
+        return str(own) if same else there[0]
+    if same:
+        return same[0]
+    raise UserError(
+        f"{there[0]} ({field}) holds {_OTHER[field]} than the run in {own.parent} was begun with; "
+        f"give its own copy, --config.{field}={own}, or train in another --workdir"
+    )
+
+
+_OTHER = {"data.label_table": "other classes or source ids", "fewshot.file": "other slices"}
+
+
+def _cnn(paths: list[str], workdir: Path) -> str:
+    """Compared with the run's where training goes on; other uses do without."""
+    wanted = (read_json(workdir / ORIGIN) or {}).get("cnn_base")
+    there = [path for path in paths if resnet_weights.cnn_file(path).is_file()]
+    right = [path for path in there if resnet_weights.digests(path)["cnn_base"] == wanted]
+    return (right or there or paths or [""])[0]

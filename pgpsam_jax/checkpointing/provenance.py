@@ -1,0 +1,55 @@
+"""Where a result comes from: versions, git revision, source fingerprint, devices, input hashes."""
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+from pgpsam_jax import __version__
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "nibabel")
+_PACKAGE = Path(__file__).parents[1]
+# These draw and print what a run left behind; a change in them changes no result.
+_READERS = ("report/", "results/", "visualization/")
+
+
+def provenance(**inputs) -> dict:
+    """The record of one run; `inputs` are the hashes of what it read."""
+    import jax  # starts its backends: callers that only want the code's version do without
+
+    return {
+        "pgpsam_jax": __version__,
+        **code_version(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "processes": jax.process_count(),
+        **inputs,
+    }
+
+
+def code_version() -> dict:
+    """`git` (commit or None) and `code`, a hash of the sources that can change a result.
+
+    The hash tells two versions apart where there is no git, and does not change with a commit
+    that touches only tests, documents or pictures.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        name = path.relative_to(_PACKAGE).as_posix()
+        if not name.startswith(_READERS):
+            digest.update(f"{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return {"git": _git_revision(), "code": digest.hexdigest()}
+
+
+def _git_revision() -> str | None:
+    """Commit of the checkout this package runs from, with `+changes` if files differ from it."""
+    git = ["git", "-C", str(_PACKAGE)]
+    try:
+        run = dict(capture_output=True, text=True, check=True, timeout=10)
+        revision = subprocess.run([*git, "rev-parse", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **run).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision + ("+changes" if changed else "")

@@ -1,0 +1,19 @@
+"""What a run is told: every field with its default, files, flags, and what is stored."""
+
+from pgpsam_jax.config.serialization import (
+    default_config,
+    from_json,
+    load_config,
+    to_json,
+    use_release_recipe,
+    use_small_encoder,
+)
+
+__all__ = [
+    "default_config",
+    "from_json",
+    "load_config",
+    "to_json",
+    "use_release_recipe",
+    "use_small_encoder",
+]

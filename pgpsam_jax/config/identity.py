@@ -1,0 +1,153 @@
+"""Which fields of a configuration make a run this run, and which only say where things are.
+
+A path is no content: what it leads to is. Files are compared by what they hold, where a grid plans
+its cells (`contents`), and where a run goes on (`places`, `resumption`).
+"""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from pgpsam_jax.config import exclusive
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config.serialization import flat
+from pgpsam_jax.data.fewshot_list import read_list
+from pgpsam_jax.data.layouts.label_table import load_label_table
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.models.baselines import resnet_weights
+from pgpsam_jax.models.sam import weights
+from pgpsam_jax.utils.files import file_digest
+from pgpsam_jax.utils.untrusted_text import read_json
+
+# Lead to something; a run may find it elsewhere.
+DATA = ("data.root", "data.image_glob", "data.label_glob")
+PLACES = (
+    *DATA,
+    "data.label_table",
+    "data.split_file",
+    "data.cache_dir",
+    "fewshot.file",
+    "model.base",
+    "model.cnn_base",
+)
+SPLIT = ("data.split", "data.split_seed", "data.test_fraction", "data.validation_fraction")
+LIST = ("fewshot.rule", "fewshot.seed", *(f"fewshot.{size}" for size in exclusive.SIZES))
+LENGTH = ("train.epochs", "train.steps")
+
+# Change how or how often, not what.
+_MANNER = (
+    "deterministic",
+    "mesh.",
+    "log.",
+    "data.resident_gib",
+    "data.max_gib",
+    "data.verify",
+    "validation.dead_epochs",
+    "model.attention",
+    "model.remat",
+    "model.scan_blocks",
+)
+# May differ between a run and its resumption.
+FREE_ON_RESUME = (*_MANNER, *PLACES, "eval.")
+NO_IDENTITY = (*_MANNER, *PLACES, "name", "eval.overlays", "eval.workers")
+
+
+def contents(config: ConfigDict) -> dict[str, str | None]:
+    """Field -> SHA-256 of what its path leads to, None where that cannot be read from here.
+
+    The data set is none of them: it is compared, by its digest, with a run that goes on.
+    """
+    fields, found = flat(config.to_dict()), {}
+    for field in sorted(given_files(config.to_dict())):
+        try:
+            found[field] = digest_of(field, fields[field])
+        except (UserError, OSError):
+            found[field] = None
+    return found
+
+
+def given_files(config: dict) -> set[str]:
+    """The fields of a configuration (as JSON) that `contents` is about and that name a file."""
+    fields = flat(config)
+    return {field for field in _DIGESTS if fields.get(field)}
+
+
+def digest_of(field: str, path) -> str | None:
+    """SHA-256 of what a path holds, as the field means it; None of weights that are not there."""
+    return _DIGESTS[field](path)
+
+
+def _of_value(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _of_split(path) -> str:
+    value = read_json(path, "split file")
+    parts = value.items() if isinstance(value, dict) else ()
+    return _of_value({part: sorted(map(str, ids)) for part, ids in parts})
+
+
+def _of_cnn(path) -> str:
+    file = resnet_weights.cnn_file(path)
+    return _file(file, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache
+def _file(file: Path, _) -> str:
+    return file_digest(file)
+
+
+_DIGESTS = {
+    "data.label_table": lambda path: _of_value(load_label_table(path).to_json()),
+    "data.split_file": _of_split,
+    "fewshot.file": lambda path: read_list(path).hash,
+    "model.base": weights.recorded_digest,
+    "model.cnn_base": _of_cnn,
+}
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """SHA-256 of all that decides a result: two runs with the same one are one run."""
+    fields = flat(configuration.to_json(config))
+    held = {field: digest or fields[field] for field, digest in contents(config).items()}
+    fields = {k: v for k, v in fields.items() if not k.startswith(NO_IDENTITY)}
+    return _of_value(fields | held)
+
+
+def differences(stored: dict, ours: dict, free: tuple[str, ...] = PLACES) -> list[str]:
+    """Fields of two configurations (as JSON) that differ, in words; `free` prefixes may."""
+    stored, ours = flat(stored), flat(ours)
+    return [
+        f"{key}: {stored.get(key)!r} there, {ours.get(key)!r} now"
+        for key in sorted(stored.keys() | ours.keys())
+        if stored.get(key) != ours.get(key) and not key.startswith(free)
+    ]
+
+
+def check_same(stored: ConfigDict, ours: ConfigDict, workdir, free: tuple[str, ...] = ()) -> None:
+    """Refuse a configuration of another run than the one that a workdir holds.
+
+    The split is free where the workdir has a copy to compare it with, and the rule of the few-shot
+    list where a list is given. `free`: further fields that may differ.
+    """
+    free += FREE_ON_RESUME
+    if (Path(workdir) / "split.json").is_file():
+        kinds = {config.data.split == "within_volume" for config in (stored, ours)}
+        free += SPLIT if len(kinds) == 1 else SPLIT[1:]
+    else:
+        free = tuple(field for field in free if field != "data.split_file")
+    if ours.fewshot.file:
+        free += LIST
+    different = differences(*map(configuration.to_json, (stored, ours)), free)
+    for field in ("fewshot.file", "model.cnn_base"):  # there is no content to compare
+        section, name = field.split(".")
+        if stored[section][name] and not ours[section][name]:
+            different.append(f"{field}: {stored[section][name]!r} there, none now")
+    if different:
+        raise UserError(
+            f"{workdir} belongs to a run with another configuration ({'; '.join(different)}); "
+            "choose another --workdir or the same settings"
+        )

@@ -1,0 +1,200 @@
+"""Settings as users write them: config files, `--config.model.k=2`, `--set model.k=2`.
+
+A config file is Python with `get_config()`, or `get_config(variant)` for `FILE:VARIANT`. A value
+on the command line is read by the kind of its field: None unsets a field that may be unset, `()`
+is an empty tuple, text is taken as it stands.
+"""
+
+import ast
+import difflib
+import functools
+import importlib.machinery
+import importlib.util
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from pgpsam_jax.config import exclusive
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.utils.untrusted_text import shown
+
+_FLAG = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+_WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+
+
+def load_file(spec: str) -> ConfigDict:
+    """The configuration of `FILE` or `FILE:VARIANT`."""
+    path, get_config, variant = load_function(spec, "get_config", "config")
+    try:
+        return get_config(variant) if variant else get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's code does
+        raise UserError(f"config file {path}: {_reason(error)}") from None
+
+
+class _AsWritten(importlib.machinery.SourceFileLoader):
+    """Compiles a file as it is now.
+
+    Python's own cache tells two versions apart by size and second: too coarse for settings.
+    """
+
+    def get_code(self, fullname):
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def load_function(spec: str, name: str, what: str) -> tuple[str, Callable, str]:
+    """(file, its function `name`, variant) of `FILE` or `FILE:VARIANT`."""
+    path, _, variant = spec.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"{what} file {path} not found; run from the folder that holds it")
+    if Path(path).suffix != ".py":
+        raise UserError(f"{what} file {path} is no Python file; its name ends in .py")
+    title = f"_{what}_{Path(path).stem}"
+    module_spec = importlib.util.spec_from_loader(title, _AsWritten(title, path))
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's code does
+        raise UserError(f"{what} file {path} cannot be run: {_reason(error)}") from None
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"{what} file {path} defines no {name}()")
+    return path, getattr(module, name), variant
+
+
+def split_flags(argv: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Arguments without those that set a field, and the fields with their text."""
+    rest, fields, arguments = [], {}, iter(argv)
+    for argument in arguments:
+        if argument == "--":
+            rest += [argument, *arguments]
+        elif match := _FLAG.fullmatch(argument):
+            no, field, text = match.groups()
+            if no and text is not None:
+                raise UserError(f"{argument}: --noconfig.FIELD takes no value")
+            if text is None:
+                on_off = isinstance(_default(field)[0], bool)
+                if no and not on_off:
+                    raise UserError(f"{argument}: {field} is not a switch; set it to a value")
+                text = str(not no) if on_off else next(arguments, None)
+            if text is None:
+                raise UserError(f"{argument} has no value; write {argument}=VALUE")
+            fields[field] = text
+        else:
+            rest.append(argument)
+    return rest, fields
+
+
+def assign(config: ConfigDict, fields: dict, source: str) -> None:
+    """Set fields (`model.k` -> value, or its text) that a source gives together.
+
+    They unset what they exclude and another source has set; see `exclusive`.
+    """
+    if {"train.steps", "train.epochs"} <= fields.keys() and fields["train.steps"] not in (0, "0"):
+        raise UserError(f"train.steps and train.epochs exclude each other; give one ({source})")
+    with exclusive.source(source):
+        for field, value in fields.items():
+            _set(config, field, value)
+
+
+def _set(config: ConfigDict, field: str, value) -> None:
+    default, kind = _default(field)
+    if isinstance(value, str) and kind is not str:
+        value = _read(field, value, default, kind)
+    elif value == "None" and default == "":
+        value = ""
+    *parts, last = field.split(".")
+    section = config
+    for part in parts:
+        section = section[part]
+    value = tuple(value) if isinstance(value, list) else value
+    unset = value is None and default is not None
+    if unset or (kind in (int, float) and isinstance(value, bool)):
+        raise UserError(f"{field} cannot be {value!r}; {_wanted(default, kind)}")
+    try:
+        section[last] = value
+    except (TypeError, ValueError):
+        raise UserError(f"{field} cannot be {value!r:.60}; {_wanted(default, kind)}") from None
+
+
+@functools.cache
+def _defaults() -> ConfigDict:
+    return configuration.default_config()
+
+
+def _default(field: str) -> tuple:
+    """(default value, kind) of a field."""
+    value = defaults = _defaults()
+    section, _, last = field.rpartition(".")
+    try:
+        for part in section.split(".") if section else ():
+            value = value[part]
+        kind = value.get_type(last)
+        value = value[last]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        near = difflib.get_close_matches(field, configuration.flat(defaults.to_dict()), 1, 0.75)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"no such configuration field: {shown(field)}{hint}") from None
+    if isinstance(value, ConfigDict):
+        raise UserError(f"{field} is a section; set a field of it, as {field}.{next(iter(value))}")
+    return value, kind
+
+
+def _read(field: str, text: str, default, kind: type):
+    """The value that a text means for a field that is no text."""
+    word = text.strip()
+    try:
+        if default is None and word.lower() in ("none", ""):
+            return None
+        if kind is bool:
+            return _WORDS[word.lower()]
+        if kind is tuple:
+            return _tuple(word, default)
+        if kind is int and not re.fullmatch(r"[+-]?\d+", word):
+            number = float(word)  # 1e3
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        return kind(word)
+    except (KeyError, ValueError, OverflowError):
+        raise UserError(
+            f"{field} cannot be {shown(text, 60)!r}; {_wanted(default, kind)}"
+        ) from None
+
+
+def _tuple(word: str, default: tuple) -> tuple:
+    """`(0, 100)`, `0,100`, `7`, `()`, and words without quotes: `q,v`."""
+    try:
+        value = ast.literal_eval(word or "()")
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = [part.strip() for part in word.strip("()[]").split(",") if part.strip()]
+    value = tuple(value) if isinstance(value, list | tuple) else (value,)
+    kind = type(default[0]) if default else int
+    kinds = (int, float) if kind is float else (kind,)
+    if any(type(item) not in kinds for item in value):
+        raise ValueError
+    return tuple(kind(item) for item in value)
+
+
+def _wanted(default, kind: type) -> str:
+    """What to give for a field."""
+    if kind is tuple:
+        return f"give a list such as {default}" if default else "give a list such as (2, 5) or ()"
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+    return f"give {names.get(kind, kind.__name__)}" + (" or None" if default is None else "")
+
+
+def _reason(error: Exception) -> str:
+    """An error of a user's code in one line."""
+    if isinstance(error, AttributeError | KeyError) and error.args:
+        text = str(error.args[0])
+        if unknown := re.search(r'Key "([^"]*)" does not exist and cannot', text):
+            text = f"no such configuration field: {unknown[1]}"
+    else:
+        text = str(error)
+    return shown(" ".join(text.split()) or type(error).__name__, 300)

@@ -1,0 +1,64 @@
+"""Augmentation on the accelerator: one smooth warp, one resampling and noise per sample.
+
+Letters: `B` samples, `H W` image rows and columns. There are no flips: kidneys, liver and spleen
+have sides.
+"""
+
+import secrets
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from pgpsam_jax.config.augmentation import AugmentConfig
+from pgpsam_jax.data.augmentation.noise import add_noise
+from pgpsam_jax.data.augmentation.warp import bilinear, resample, warp_coordinates
+
+
+def augmentation_seed(seed: int, config: AugmentConfig) -> int:
+    """The seed of a run's augmentation: the run's own, or 31 bits from the operating system.
+
+    All processes of a run get the same. It must be kept with the run, or a resumed one differs.
+    """
+    if config.seeded:
+        return seed
+    return int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31))))
+
+
+def sample_keys(key, step, positions):
+    """(B,) keys from (seed key, step, position in the *global* batch).
+
+    The result does not depend on how many devices or processes share the batch. `step` may be
+    traced, so that a jitted train step is compiled once.
+    """
+    step_key = jax.random.fold_in(key, step)
+    return jax.vmap(lambda position: jax.random.fold_in(step_key, position))(positions)
+
+
+def augment(keys, images, labels, config: AugmentConfig):
+    """Warp each sample by its own random transform, then add noise where configured.
+
+    Args:
+      keys: (B,) PRNG keys, from `sample_keys`.
+      images: (B, H, W) floating point, 0 at the lower end of the intensity window.
+      labels: (B, H, W) integer class ids, 0 = background.
+
+    Returns:
+      images and labels of the same shapes and types.
+    """
+    return jax.vmap(lambda *sample: _augment_one(*sample, config))(keys, images, labels)
+
+
+def _augment_one(key, image, label, config):
+    warp_key, noise_key = jax.random.split(key)
+    if any(config.geometric):
+        coordinates, (_, deformed, _) = warp_coordinates(warp_key, image.shape, config)
+        ids = label
+        image, label = resample(image, ids, coordinates)
+        if config.label_warp == "linear" and config.elastic_probability:
+            blended = jnp.floor(bilinear(ids.astype(jnp.float32), coordinates) + 0.5)
+            label = jnp.where(deformed > 0, blended.astype(ids.dtype), label)
+    if any(config.noises):
+        image = add_noise(noise_key, image, config)
+    return image, label

@@ -1,0 +1,165 @@
+"""Volumes kept as plain arrays: `.npz` slices and HDF5 volumes, which carry no voxel grid.
+
+Array axes are taken for display orientation (slices, rows, columns) with voxels of 1 mm: nothing
+in such a file says otherwise. Files are untrusted: no pickle, types and sizes checked before memory
+is taken; for HDF5 see that module.
+"""
+
+import contextlib
+import hashlib
+import math
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from pgpsam_jax.data.findings import BadFile
+from pgpsam_jax.data.io import hdf5
+from pgpsam_jax.data.io.array_checks import check_size, check_type
+from pgpsam_jax.data.io.volume_files import check_entry
+from pgpsam_jax.data.io.volume_streams import told
+from pgpsam_jax.data.io.voxel_grid import SourceGrid
+from pgpsam_jax.utils.files import file_digest
+
+NO_GRID = (
+    "The files carry no voxel size and no orientation: every voxel counts as 1 mm, distances are "
+    "in voxels, and masks are written on such a grid with the arrays' own axes."
+)
+_UNIT_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_MAX_SIDE = 32767  # what a NIfTI header can say of a prediction
+
+
+@dataclass(frozen=True)
+class ArrayFiles:
+    """The array `key` of one `.npz` file per slice (H, W), or of one HDF5 file (D, H, W)."""
+
+    files: tuple[Path, ...]
+    key: str
+
+    def __str__(self) -> str:
+        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        return f"{self.files[0]}{more} ({self.key})"
+
+    @property
+    def name(self) -> str:
+        """Name of the first file."""
+        return self.files[0].name
+
+    def is_file(self) -> bool:
+        """Whether all files exist."""
+        return all(path.is_file() for path in self.files)
+
+    def digest(self) -> str:
+        """SHA-256 over the content of the files, in order, and the key."""
+        text = "".join(f"{file_digest(path)}\n" for path in self.files) + self.key
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_grid(source: ArrayFiles) -> SourceGrid:
+    """The unit grid of the volume, from the first file's header."""
+    with _array(source.files[0], source.key) as array:
+        return _grid(source, array.shape)
+
+
+def read_raw(source: ArrayFiles) -> tuple[np.ndarray, SourceGrid]:
+    """Voxels (W, H, D) in the files' own type, and the unit grid: as `nifti.read_raw` gives."""
+    with _array(source.files[0], source.key) as array:
+        grid, first = _grid(source, array.shape), array.read()
+    if first.ndim == 3:
+        return first.transpose(2, 1, 0), grid
+    volume = np.empty((len(source.files), *first.shape), first.dtype)
+    volume[0] = first
+    for index, path in enumerate(source.files[1:], 1):
+        with _array(path, source.key) as array:
+            if array.shape != first.shape or array.dtype != first.dtype:
+                raise BadFile(
+                    f"{path} has {source.key} {array.dtype} {array.shape}, its neighbour "
+                    f"{source.files[0].name} {first.dtype} {first.shape}; export the case again",
+                    "shape",
+                )
+            volume[index] = array.read()
+    return volume.transpose(2, 1, 0), grid
+
+
+def _grid(source: ArrayFiles, shape) -> SourceGrid:
+    path = Path(str(source))
+    volume = shape if len(shape) == 3 else (len(source.files), *shape)
+    if len(shape) not in (2, 3) or min(volume) < 1 or max(volume) > _MAX_SIDE:
+        raise BadFile(f"{path} has shape {shape}; expected one slice or one volume", "shape")
+    if len(shape) == 3 and len(source.files) > 1:
+        raise BadFile(f"{path} has shape {shape}; expected one slice per file", "shape")
+    check_size(path, volume)
+    header = nib.Nifti1Header()
+    header.set_data_shape(volume[::-1])
+    header.set_data_dtype(np.float32)
+    header.set_sform(_UNIT_LPS, 1)
+    return SourceGrid(path, header, _UNIT_LPS.copy(), (2, 1, 0), (False, False, False))
+
+
+@contextlib.contextmanager
+def _array(path: Path, key: str):
+    """An open array with `shape`, `dtype` and `read()`, all checked but not read yet."""
+    opened = _npz if path.suffix.lower() == ".npz" else hdf5.opened
+    with told(path):
+        check_entry(path)
+        with opened(path, key) as array:
+            yield array
+
+
+@dataclass(frozen=True)
+class _Npy:
+    """An array inside a zip, positioned behind its header."""
+
+    path: Path
+    stream: object
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    order: str
+
+    def read(self) -> np.ndarray:
+        array = np.empty(math.prod(self.shape), self.dtype)
+        view, done = memoryview(array.view(np.uint8)), 0
+        while done < array.nbytes and (count := self.stream.readinto(view[done:])):
+            done += count
+        if done < array.nbytes or self.stream.read(1):  # the last read checks the CRC
+            raise BadFile(f"{self.path} is not as long as it declares; get a new copy", "damaged")
+        return array.reshape(self.shape, order=self.order)
+
+
+@contextlib.contextmanager
+def _npz(path: Path, key: str):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            try:
+                entry = archive.getinfo(f"{key}.npy")
+            except KeyError:
+                held = ", ".join(sorted(archive.namelist())[:5]) or "nothing"
+                raise BadFile(f"{path} has no array {key!r} (it holds {held})", "key") from None
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise BadFile(f"{path} is compressed in an unusual way; save it anew", "header")
+            with archive.open(entry) as stream:
+                array = _Npy(path, stream, *_npy_header(path, stream))
+                check_type(path, key, array.shape, array.dtype)
+                yield array
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise BadFile(
+            f"{path} is damaged or no .npz ({error}); get a new copy", "damaged"
+        ) from None
+
+
+def _npy_header(path: Path, stream):
+    try:
+        if np.lib.format.read_magic(stream) != (1, 0):  # later ones are for what is no plain array
+            raise ValueError("its version is not 1.0")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # of the tokenizer, the parser or the data type
+        error = str(error).partition("\n")[0] or type(error).__name__
+        raise BadFile(
+            f"{path} has a broken array header ({error}); save it anew", "header"
+        ) from None
+    if any(n < 0 for n in shape):
+        raise BadFile(f"{path} declares the shape {shape}; save it anew", "shape")
+    return shape, dtype, "F" if fortran else "C"

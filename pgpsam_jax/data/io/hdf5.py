@@ -1,0 +1,123 @@
+"""Datasets of HDF5 files, which are untrusted: no plugin, no link to another file, no bomb."""
+
+import contextlib
+import itertools
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pgpsam_jax.data.findings import BadFile
+from pgpsam_jax.data.io.array_checks import check_size, check_type
+
+_DEFLATE, _SHUFFLE, _CHECKSUM, _LZF = 1, 2, 3, 32000
+_FILTERS = {_DEFLATE, _SHUFFLE, _CHECKSUM, _LZF}  # all built in
+_PACKING = {_DEFLATE: 1032, _LZF: 88}  # bytes that one stored byte can stand for
+_HARMLESS = 256 << 20  # bytes; a chunk that cannot unpack to more is left to the library
+_SLACK = 4096  # bytes that headers and checksums add to a chunk
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """An HDF5 dataset."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    dataset: object
+
+    def read(self) -> np.ndarray:
+        if self.dataset.chunks:
+            _check_chunks(self.path, self.dataset)
+        return self.dataset[()]
+
+
+@contextlib.contextmanager
+def opened(path: Path, key: str):
+    """An open dataset with `shape`, `dtype` and `read()`, all checked but not read yet."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            link = file.get(key, getlink=True)
+            if link is None:
+                held = ", ".join(sorted(file)[:5]) or "nothing"
+                raise BadFile(f"{path} has no array {key!r} (it holds {held})", "key")
+            dataset = file[key] if isinstance(link, h5py.HardLink) else None
+            if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
+                raise BadFile(f"{path} holds no plain array as {key!r}; save it anew", "key")
+            check_type(path, key, dataset.shape, dataset.dtype)
+            _check_storage(path, dataset)
+            yield _Dataset(path, dataset.shape, dataset.dtype, dataset)
+    except BadFile:
+        raise
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadFile(
+            f"{path} is damaged or no HDF5 ({reason}); get a new copy", "damaged"
+        ) from None
+
+
+def _check_storage(path: Path, dataset) -> None:
+    """All voxels lie in this file, packed by what the library itself unpacks."""
+    filters = _filters(dataset)
+    packers = sum(code in _PACKING for code in filters)
+    if dataset.is_virtual or dataset.external or set(filters) - _FILTERS or packers > 1:
+        raise BadFile(
+            f"{path} keeps its voxels in other files or packed by a plugin; save it anew with "
+            "gzip or without compression",
+            "storage",
+        )
+    if dataset.chunks:
+        check_size(path, dataset.chunks, dataset.dtype.itemsize)
+        wanted = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
+        complete = dataset.id.get_num_chunks() == wanted
+    else:
+        complete = dataset.id.get_storage_size() >= dataset.size * dataset.dtype.itemsize
+    if not complete:
+        raise BadFile(
+            f"{path} declares {dataset.shape} voxels but does not hold them all; get a new copy",
+            "damaged",
+        )
+
+
+def _filters(dataset) -> list[int]:
+    """Codes of what a chunk goes through when it is written, in order."""
+    plan = dataset.id.get_create_plist()
+    return [plan.get_filter(index)[0] for index in range(plan.get_nfilters())]
+
+
+def _check_chunks(path: Path, dataset) -> None:
+    """No chunk unpacks to more than it declares: the library would inflate whatever is there."""
+    filters = _filters(dataset)
+    plain = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    corners = [range(0, n, c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)]
+    for corner in itertools.product(*corners):
+        stored = dataset.id.get_chunk_info_by_coord(corner).size
+        sound = stored <= plain + plain // 100 + _SLACK
+        if sound and _LZF in filters:
+            sound = stored * _PACKING[_LZF] <= _HARMLESS
+        elif sound and _DEFLATE in filters and stored * _PACKING[_DEFLATE] > _HARMLESS:
+            skipped, data = dataset.id.read_direct_chunk(corner)
+            place = filters.index(_DEFLATE)
+            sound = skipped >> place & 1 or _inflated(data, plain + _SLACK) <= plain + _SLACK
+        if not sound:
+            raise BadFile(
+                f"{path} has a piece at {corner} that unpacks to more than it declares, or may; "
+                "save it anew with gzip or without compression",
+                "storage",
+            )
+
+
+def _inflated(data: bytes, limit: int) -> int:
+    """Bytes that a deflate stream holds, counted at most to a little over the limit."""
+    stream, count = zlib.decompressobj(), 0
+    try:
+        while data and not stream.eof and count <= limit:
+            count += len(stream.decompress(data, 1 << 20))
+            data = stream.unconsumed_tail
+    except zlib.error:
+        return 0  # the library will refuse it
+    return count

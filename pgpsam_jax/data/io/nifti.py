@@ -1,0 +1,215 @@
+"""NIfTI in and out: one display orientation inside the program, the file's own grid outside.
+
+Inside, a volume is `(D, H, W)`: slices, rows, columns; of axial slices, D goes from inferior to
+superior, H from anterior to posterior, W from the patient's right to left. A `SourceGrid` remembers
+how the file stored it, so that a prediction goes back voxel by voxel. Files are untrusted: sizes
+are checked before memory is taken, gzip streams are read to their end (that is where the checksum
+is) but never past the declared size.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from pgpsam_jax.data.findings import BadFile
+from pgpsam_jax.data.io.nifti_header import parse_header
+from pgpsam_jax.data.io.volume_streams import Opened, opened
+from pgpsam_jax.data.io.voxel_grid import AXIAL, SourceGrid, to_display, to_source
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.utils.files import atomic_path
+
+_CHUNK = 16 << 20
+_MAX_TRAILING = 1 << 20  # padding tolerated after the voxels before a gzip counts as a bomb
+_MAX_PACKING = 1032  # bytes that one byte of a deflate stream can stand for: 258 in two bits
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A volume in display orientation: array (D, H, W), spacing in mm (D, H, W), source grid."""
+
+    array: np.ndarray
+    spacing: tuple[float, float, float]
+    source: SourceGrid
+
+    def along(self, axis: str) -> "Volume":
+        """The same voxels with slices along another axis of the body, one of `grid.AXES`."""
+        grid = self.source.along(axis)
+        array = to_display(to_source(self.array, self.source), grid)
+        return Volume(np.ascontiguousarray(array), grid.spacing, grid)
+
+
+def read_image(path, axis: str = AXIAL) -> Volume:
+    """Intensities as float32; a `UserError` for anything but one intact, finite volume or slice.
+
+    axis: along which slices are cut, one of `grid.AXES`.
+    """
+    raw, grid, _ = read_raw(path)
+    return to_volume(raw, grid.along(axis), np.float32)
+
+
+def read_label(path, axis: str = AXIAL) -> Volume:
+    """Source label ids as int32, `_as_ids` says which floats count as such; axis as above."""
+    raw, grid, _ = read_raw(path)
+    return to_volume(raw, grid.along(axis), np.int32)
+
+
+def read_grid(path) -> SourceGrid:
+    """Header only: the grid that a prediction for this file has to be written on."""
+    path = Path(path)
+    with opened(path) as file:
+        return parse_header(file.header, path, paired=file.paired)
+
+
+def write_label(path, array: np.ndarray, source: SourceGrid) -> None:
+    """Write class ids (D, H, W) uint8 on the source's grid; affine, qform and sform unchanged."""
+    image = label_image(array, source)
+    if not str(path).endswith((".nii", ".nii.gz")):
+        raise UserError(f"cannot write {path}: name the file .nii or .nii.gz")
+    with atomic_path(path) as temporary:
+        nib.save(image, temporary)
+
+
+def label_image(array: np.ndarray, source: SourceGrid) -> nib.Nifti1Image:
+    """Class ids (D, H, W) uint8 as an image on the source's grid: what `write_label` writes."""
+    if array.dtype != np.uint8 or array.shape != source.display_shape:
+        raise ValueError(
+            f"need uint8 {source.display_shape}, got {array.dtype} {tuple(array.shape)}"
+        )
+    header = source.header.copy()
+    header.set_data_dtype(np.uint8)
+    for field in ("scl_slope", "scl_inter", "cal_min", "cal_max", "vox_offset"):
+        header[field] = 0
+    header["descrip"] = b""
+    header.set_intent("none")
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    stored = to_source(array, source).reshape(source.header.get_data_shape())
+    return kind(stored, source.affine, header)
+
+
+def to_volume(raw: np.ndarray, grid: SourceGrid, dtype) -> Volume:
+    """Stored voxels, scaled, in display orientation: float32 intensities or int32 label ids."""
+    array = np.ascontiguousarray(to_display(decode(raw, grid, dtype), grid))
+    return Volume(array, grid.spacing, grid)
+
+
+def read_raw(path) -> tuple[np.ndarray, SourceGrid, int]:
+    """Voxels (X, Y, Z) as stored, not scaled, of an intact file; its grid; bytes left over.
+
+    The whole file is read, a gzip to its checksum, but at most `_MAX_TRAILING` bytes too far.
+    """
+    path = Path(path)
+    with opened(path) as file:
+        grid = parse_header(file.header, path, paired=file.paired)
+        raw = _voxels(file, grid)
+        trailing = len(file.voxels.read(_MAX_TRAILING + 1))
+        if file.zipped and trailing > _MAX_TRAILING:
+            raise BadFile(
+                f"{path} inflates past the size its header declares; get a new copy", "trailing"
+            )
+    return raw, grid, trailing
+
+
+def _voxels(file: Opened, grid: SourceGrid) -> np.ndarray:
+    """Exactly the declared voxels, (X, Y, Z) in the file's own type.
+
+    A claim of more bytes than the file can hold, unpacked, takes no memory.
+    """
+    start, dtype = int(grid.header["vox_offset"]), grid.header.get_data_dtype()
+    start -= grid.header.single_vox_offset if file.paired else 0
+    room = file.size * _MAX_PACKING if file.zipped else file.size
+    need = math.prod(grid.shape) * dtype.itemsize
+    if start + need > room:
+        raise BadFile(
+            f"{grid.path} is cut off after at most {max(room - start, 0)} of {need} bytes of "
+            "voxels; get a new copy",
+            "damaged",
+        )
+    raw = np.empty(math.prod(grid.shape), dtype)
+    view, done = memoryview(raw.view(np.uint8)), 0
+    complete = file.voxels.seek(start) == start
+    while complete and done < raw.nbytes:
+        count = file.voxels.readinto(view[done : done + _CHUNK])
+        done, complete = done + count, count > 0
+    if not complete:
+        raise BadFile(
+            f"{grid.path} is cut off after {done} of {raw.nbytes} bytes of voxels; get a new copy",
+            "damaged",
+        )
+    return raw.reshape(grid.shape[:3], order="F")
+
+
+def decode(raw: np.ndarray, grid: SourceGrid, dtype) -> np.ndarray:
+    """Scale and convert slab by slab, so that no float64 copy of the volume is made."""
+    slope, inter = scale_of(grid)
+    if dtype == np.int32 and (slope, inter) != (1.0, 0.0) and raw.dtype.kind in "iu":
+        return _scaled_ids(raw, slope, inter, grid.path)
+    out = np.empty(raw.shape, dtype, order="F")
+    for z in range(raw.shape[2]):
+        slab = raw[..., z]
+        if (slope, inter) != (1.0, 0.0):
+            slab = slab.astype(np.float64) * slope + inter
+        if slab.dtype.kind == "f" and not _finite(slab):
+            raise BadFile(
+                f"{grid.path} holds NaN or infinite values; replace them first", "not_finite"
+            )
+        out[..., z] = _as_ids(slab, grid.path) if dtype == np.int32 else slab
+    return out
+
+
+def scale_of(grid: SourceGrid) -> tuple[float, float]:
+    """Slope and intercept that lead from stored values to those meant."""
+    slope, inter = grid.header.get_slope_inter()
+    return (1.0, 0.0) if slope is None else (float(slope), float(inter or 0.0))
+
+
+def _scaled_ids(raw: np.ndarray, slope: float, inter: float, path: Path) -> np.ndarray:
+    """Ids of a label that was saved in fractions of its largest one, as some tools do.
+
+    A stored code counts as the id next to it if it is the one code that comes nearest to that id:
+    then the rounding of the program that saved it is undone. Anything else is refused.
+    """
+    codes = functools.reduce(np.union1d, map(np.unique, raw.T))
+    values = codes * np.float64(slope) + inter
+    ids = np.rint(values)
+    off = np.abs(values - ids)
+    room = abs(slope) / 2 * (1 + 1e-6) if abs(slope) < 1 else 0.0
+    if off.max() > max(room, 1e-3) or len(np.unique(ids)) < len(ids):
+        raise BadFile(
+            f"{path} holds {values[off.argmax()]:.6g}, not a label id, by the scale factor "
+            f"{slope:.6g} of its header; save label ids as integers without a scale factor",
+            "not_integer",
+        )
+    _check_range(ids, path)
+    out = np.empty(raw.shape, np.int32, order="F")
+    for z in range(raw.shape[2]):
+        out[..., z] = ids[np.searchsorted(codes, raw[..., z])]
+    return out
+
+
+def _finite(slab: np.ndarray) -> bool:
+    """Whether float32 holds every value."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(slab.astype(np.float32, copy=False)).all())
+
+
+def _as_ids(slab: np.ndarray, path: Path) -> np.ndarray:
+    """Label ids; floats count as such within 1e-3 of an integer."""
+    ids = np.rint(slab) if slab.dtype.kind == "f" else slab
+    if slab.dtype.kind == "f" and np.abs(slab - ids).max() > 1e-3:
+        value = slab.flat[np.abs(slab - ids).argmax()]
+        raise BadFile(
+            f"{path} holds {value:g}, not a label id; is it an image or a soft mask?", "not_integer"
+        )
+    _check_range(ids, path)
+    return ids
+
+
+def _check_range(ids: np.ndarray, path: Path) -> None:
+    if ids.min() < -(2**31) or ids.max() >= 2**31:
+        raise BadFile(
+            f"{path} holds label ids beyond 32 bits; renumber its labels", "unknown_label"
+        )

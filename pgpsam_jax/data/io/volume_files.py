@@ -1,0 +1,256 @@
+"""Volume files by their names: one way to find them in a folder, for every layout and program.
+
+`.nii`, `.nii.gz` and the two halves of a pair, `.img` and `.hdr`, each perhaps gzipped, in any
+case. A pair is named by its `.img`. Hidden files, which tools leave behind, are no data.
+"""
+
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from pgpsam_jax.data.findings import BadFile
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.utils.untrusted_text import shown
+
+_VOLUME = re.compile(r"(.+?)(\.nii|\.img|\.hdr)(\.gz)?", re.DOTALL | re.IGNORECASE)
+_PARTNER = {".hdr": ".img", ".img": ".hdr"}
+_LONGEST_NAME = 255  # bytes, on every common file system
+_MASK = ".nii.gz"
+_FORMATS = {
+    ".dcm": "DICOM file",
+    ".mha": "MetaImage file",
+    ".mhd": "MetaImage file",
+    ".mgh": "FreeSurfer file",
+    ".mgz": "FreeSurfer file",
+    ".nrrd": "NRRD file",
+    ".nhdr": "NRRD file",
+}
+_LOOKED_AT = 20  # files of a folder, to see whether it is a DICOM series
+
+
+class Inputs(NamedTuple):
+    """What a folder holds to segment: volumes, what is wrong with others, and what was no volume.
+
+    `passed_over` is one line that counts the rest by kind, empty where there is none.
+    """
+
+    files: list[Path]
+    faults: list[BadFile]
+    passed_over: str = ""
+
+
+def stem_of(path: Path) -> str:
+    """File name without the suffix of a volume."""
+    match = _VOLUME.fullmatch(path.name)
+    return match[1] if match else path.name
+
+
+def volumes_in(folder: Path) -> list[Path]:
+    """Entries that are named like volumes, sorted, whatever they are: readers say what is wrong.
+
+    A pair counts once, by its `.img`; a `.hdr` without one stands for itself. No folder: none.
+    """
+    found = [path for path in entries(folder) if _kind(path)] if folder.is_dir() else []
+    images = {stem_of(path) for path in found if _kind(path) == ".img"}
+    return [path for path in found if _kind(path) != ".hdr" or stem_of(path) not in images]
+
+
+def named_alike(path: Path) -> Path:
+    """The path, or where it is not there, the volume of the same name.
+
+    Names are the same whatever the case of their suffixes, their letters composed or not.
+    """
+    if os.path.lexists(path) or not _kind(path):
+        return path
+    name = _plain(path)
+    return next((other for other in volumes_in(path.parent) if _plain(other) == name), path)
+
+
+def _plain(path: Path) -> str:
+    stem = stem_of(path)
+    return unicodedata.normalize("NFC", stem) + path.name.removeprefix(stem).lower()
+
+
+def halves(path: Path) -> tuple[Path, ...]:
+    """The files of a volume: header and voxels of a pair, else the one file.
+
+    Raises `BadFile` where the other half of a pair is not there.
+    """
+    kind = _kind(path)
+    if kind not in _PARTNER:
+        return (path,)
+    others = [path.with_name(stem_of(path) + _swapped(path.name.removeprefix(stem_of(path))))]
+    if not others[0].exists():  # a listing only where the halves are not named in the same way
+        beside = entries(path.parent) if path.parent.is_dir() else []
+        alike = [p for p in beside if stem_of(p) == stem_of(path)]
+        others = [p for p in alike if _kind(p) == _PARTNER[kind]]
+    if not others:
+        raise BadFile(
+            f"{path} is one half of a .hdr/.img pair, whose {_PARTNER[kind]} is not beside it; get "
+            "it, or convert both to a single .nii.gz",
+            "missing",
+        )
+    return (path, others[0]) if kind == ".hdr" else (others[0], path)
+
+
+def check_entry(path: Path) -> None:
+    """Refuse what is no regular file before it is opened: a pipe would be waited for forever."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if path.is_symlink():
+            raise BadFile(
+                f"{path} is not a file but a link to nothing ({error.strerror}); get the file "
+                "that it stands for, or remove the link",
+                "missing",
+            ) from None
+        if isinstance(error, FileNotFoundError):
+            raise BadFile(f"{path} is not a file; check the path", "missing") from None
+        raise
+    if stat.S_ISDIR(mode):
+        raise BadFile(
+            f"{path} is not a file but a folder named like one; rename it, or give what it holds",
+            "missing",
+        )
+    if not stat.S_ISREG(mode):
+        raise BadFile(
+            f"{path} is not a file but a pipe, a socket or a device; remove it", "missing"
+        )
+
+
+def find_inputs(path) -> Inputs:
+    """The file itself, or the volumes of a folder; a `UserError` where there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        if not _kind(path):
+            raise UserError(f"--input {path} is neither a NIfTI file nor a folder; check the path")
+        if fault := _fault(path):
+            raise UserError(f"--input {fault}")
+        return Inputs([halves(path)[-1]], [])
+    found = volumes_in(path)
+    faults = {file: fault for file in found if (fault := _fault(file))}
+    masks: dict[str, list[Path]] = {}
+    for file in found:
+        if file not in faults:
+            masks.setdefault(stem_of(file), []).append(file)
+    for alike in masks.values():
+        faults |= {file: _clash(file, alike) for file in alike if len(alike) > 1}
+    files = [file for file in found if file not in faults]
+    rest = passed_over(path, found)
+    if not found:
+        rest = f" ({rest})" if rest else ""
+        raise UserError(f"{path} holds no .nii or .nii.gz file{rest}; give a folder of volumes")
+    return Inputs(files, list(faults.values()), rest)
+
+
+def undecodable(path: Path) -> bool:
+    """Whether the name holds bytes that are no UTF-8, as archives of old systems leave them."""
+    return any("\ud800" <= character <= "\udfff" for character in path.name)
+
+
+def passed_over(folder: Path, used: Iterable[Path]) -> str:
+    """One line on the entries of a folder that are none of `used`: their number, by kind."""
+    used = set(used)
+    used |= {folder / half.name for path in used if _kind(path) for half in _known_halves(path)}
+    rest: dict[str, list[str]] = {}
+    for path in entries(folder) if folder.is_dir() else ():
+        if path not in used:
+            rest.setdefault(_described(path), []).append(shown(path.name, 40))
+    if not rest:
+        return ""
+    parts = [_counted(kind, names) for kind, names in sorted(rest.items())]
+    number = sum(map(len, rest.values()))
+    count = "1 entry" if number == 1 else f"{number} entries"
+    hint = "; dcm2niix converts DICOM" if any("DICOM" in kind for kind in rest) else ""
+    where = shown(folder.name or str(folder), 60)
+    return f"{count} of {where} passed over: {', '.join(parts)}{hint}"
+
+
+def _fault(path: Path) -> BadFile | None:
+    """What is wrong with an input before it is read."""
+    if undecodable(path):
+        what = f"{path} has a name that is no UTF-8; rename it"
+        return BadFile(what, "name")
+    if len(os.fsencode(stem_of(path) + _MASK)) > _LONGEST_NAME:
+        what = f"{path} has a name too long for its mask; shorten it to 200 bytes"
+        return BadFile(what, "name")
+    try:
+        for half in halves(path):
+            check_entry(half)
+    except BadFile as fault:
+        return fault
+    except OSError as error:
+        return BadFile(f"{path} cannot be read: {error.strerror or error}")
+    return None
+
+
+def _clash(path: Path, alike: list[Path]) -> BadFile:
+    others = ", ".join(other.name for other in alike if other != path)
+    return BadFile(
+        f"{path} would write the same mask as {others}: there is more than one volume of that "
+        "name; keep one of each, or rename them",
+        "name",
+    )
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted; a `UserError` where it cannot be read."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(
+            f"folder {folder} cannot be read: {error.strerror or error}; make it accessible"
+        ) from None
+
+
+def _kind(path: Path) -> str:
+    """`.nii`, `.img` or `.hdr`; empty for what is not named like a volume, and for hidden files."""
+    match = _VOLUME.fullmatch(path.name)
+    return match[2].lower() if match and path.name[0] != "." else ""
+
+
+def _known_halves(path: Path) -> tuple[Path, ...]:
+    try:
+        return halves(path)
+    except BadFile:
+        return (path,)
+
+
+def _swapped(suffix: str) -> str:
+    """`.hdr` for `.img` and back, `.GZ` and case kept."""
+    other = _PARTNER[suffix[:4].lower()]
+    return (other.upper() if suffix[:4].isupper() else other) + suffix[4:]
+
+
+def _described(path: Path) -> str:
+    if path.name[0] == ".":
+        return "hidden file"
+    if path.is_dir():
+        return "DICOM folder" if _is_series(path) else "folder"
+    return "other volume" if _kind(path) else _FORMATS.get(path.suffix.lower(), "other file")
+
+
+def _is_series(folder: Path) -> bool:
+    """Whether a folder holds DICOM files, by a suffix or by the mark in their first bytes."""
+    try:
+        files = [path for path in sorted(folder.iterdir())[:_LOOKED_AT] if path.is_file()]
+    except OSError:
+        return False
+    return any(path.suffix.lower() == ".dcm" or _has_mark(path) for path in files)
+
+
+def _has_mark(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _counted(kind: str, names: list[str]) -> str:
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} {kind}{'s' * (len(names) > 1)} ({', '.join(names[:3])}{more})"

@@ -1,0 +1,64 @@
+"""Open volume files: plain, gzip or the two files of a pair, whatever is wrong in one sentence."""
+
+import contextlib
+import gzip
+import zlib
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from pgpsam_jax.data.findings import BadFile
+from pgpsam_jax.data.io.volume_files import check_entry, halves
+
+
+class Opened(NamedTuple):
+    """Streams of header and voxels, the same one unless the file is a pair."""
+
+    header: BinaryIO
+    voxels: BinaryIO
+    zipped: bool
+    size: int  # bytes of the file with the voxels
+
+    @property
+    def paired(self) -> bool:
+        return self.header is not self.voxels
+
+
+@contextlib.contextmanager
+def opened(path: Path):
+    """Yield the open file, or both files of a pair."""
+    with told(path), contextlib.ExitStack() as stack:
+        streams = []
+        for half in halves(path):
+            check_entry(half)
+            file = stack.enter_context(open(half, "rb"))
+            zipped = _is_gzip(file, half)
+            streams.append(gzip.GzipFile(fileobj=file) if zipped else file)
+        yield Opened(streams[0], streams[-1], zipped, half.stat().st_size)
+
+
+def _is_gzip(file, path: Path) -> bool:
+    """Whether a file is gzip, which its name has to say too."""
+    named = path.name.lower().endswith(".gz")
+    zipped = file.peek(2)[:2] == b"\x1f\x8b"
+    if named and not zipped:
+        raise BadFile(f"{path} is named .gz but is not gzip; rename it or compress it", "name")
+    if zipped and not named:
+        raise BadFile(f"{path} is gzip but is not named .gz; rename it to {path.name}.gz", "name")
+    return zipped
+
+
+@contextlib.contextmanager
+def told(path: Path):
+    """Whatever goes wrong while a file is read becomes one sentence."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise BadFile(
+            f"{path} is damaged or cut off ({error}); get a new copy", "damaged"
+        ) from error
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read: {error.strerror or error}", "unreadable") from error
+    except MemoryError as error:
+        raise BadFile(
+            f"{path} does not fit into memory; crop it, or use a larger machine", "size"
+        ) from error

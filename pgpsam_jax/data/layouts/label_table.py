@@ -1,0 +1,213 @@
+"""Label tables: which number in a file is which organ, by name, and the remap to class ids."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.utils.untrusted_text import read_json
+
+_LONGEST = 80  # characters of a name; it stands in tables and figures
+_UNKNOWN = 255  # marks ids outside the table during a remap, hence at most 255 classes
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Class names, the class of every source id, and what becomes of ids not listed.
+
+    `names[0]` is "background"; `source_to_class` maps source ids to 0..num_classes-1 and always
+    holds 0 -> 0; `other` is "error" or "background".
+    """
+
+    names: tuple[str, ...]
+    source_to_class: Mapping[int, int]
+    other: str = "error"
+
+    def __post_init__(self):
+        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "source_to_class", {0: 0, **self.source_to_class})
+        _check(self)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, background included."""
+        return len(self.names)
+
+    def remap(self, array: np.ndarray, path) -> np.ndarray:
+        """Source ids (any shape, integers) -> class ids, uint8, by one gather.
+
+        `path` names the file in the error for ids outside the table.
+        """
+        top = max(self.source_to_class)
+        lookup = np.full(top + 2, _UNKNOWN if self.other == "error" else 0, np.uint8)
+        lookup[list(self.source_to_class)] = list(self.source_to_class.values())
+        if array.size and (array.min() < 0 or array.max() > top):
+            listed = (array >= 0) & (array <= top)
+            result = lookup[np.where(listed, array, top + 1)]
+        else:
+            result = lookup[array]
+        if self.other == "error" and (result == _UNKNOWN).any():
+            values = np.unique(array[result == _UNKNOWN]).tolist()
+            listing = ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
+            raise UserError(
+                f"{path} holds label values outside the label table ({listing}); "
+                'list them in the table or set its "other" to "background"'
+            )
+        return result
+
+    def to_json(self) -> dict:
+        """The value to store as JSON; `from_json` inverts it."""
+        classes = [
+            {"name": name, "source": sorted(s for s, c in self.source_to_class.items() if c == k)}
+            for k, name in enumerate(self.names)
+        ]
+        value = {"classes": classes[1:], "other": self.other}
+        ignored = [source for source in classes[0]["source"] if source != 0]
+        return value | ({"background": ignored} if ignored else {})
+
+    @classmethod
+    def from_json(cls, value, where="label table") -> "LabelTable":
+        """Build from `{"classes": [{"name", "source": [ids]}], "other", "background": [ids]}`.
+
+        The last two are optional; a class "background" may stand among the others, with id 0 too.
+        `{"1": "liver"}`, `{"liver": 1}` and `["background", "liver"]` are such tables in short, and
+        `{"labels": ...}` of a `dataset.json` holds one. `where` starts the error message (a file
+        name).
+        """
+        value = _in_full(value, where)
+        value = _fields(value, {"classes": list, "other": str, "background": list}, where)
+        table, names = {0: 0}, ["background"]
+        groups = [{"name": "background", "source": value.get("background", [])}]
+        for entry in value.get("classes", []):
+            group = _fields(entry, {"name": str, "source": object}, where)
+            groups.append(group)
+            if group.get("name") != "background":
+                names.append(group.get("name", ""))
+        place = 0
+        for group in groups:
+            background = group.get("name") == "background"
+            place += not background
+            class_id = 0 if background else place
+            sources = group.get("source", [])
+            for source in sources if isinstance(sources, list) else [sources]:
+                label = as_id(source)
+                if label == 0 and background:
+                    continue
+                if label is None or label in table:
+                    raise UserError(
+                        f"{where}: source id {source!r:.60} of class {names[class_id]!r:.60} must "
+                        "be an integer above 0 that no other class lists"
+                    )
+                table[label] = class_id
+        try:
+            return cls(tuple(names), table, value.get("other", "error"))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+
+
+def load_label_table(path) -> LabelTable:
+    """Read a label table from a JSON file; errors name the file."""
+    path = Path(path)
+    if not path.is_file():
+        what = "cannot be read: it is a folder" if path.is_dir() else "not found"
+        raise UserError(f"label table {path} {what}; write a file that names every class")
+    return LabelTable.from_json(read_json(path, "label table"), str(path))
+
+
+def as_id(value) -> int | None:
+    """The label id that a value of a JSON file means: 1, 1.0 and "1" are one; None for no id."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value.strip()):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
+
+
+def _in_full(value, where: str):
+    """A table in short as one with classes; anything else as it is."""
+    if isinstance(value, dict) and "classes" not in value:
+        inner = value.get("labels")
+        value = inner if isinstance(inner, dict | list) and inner else value
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        if value[0] != "background":
+            raise UserError(f'{where}: a list of names is by id, so that "background" comes first')
+        pairs = [(name, i) for i, name in enumerate(value)]
+    elif isinstance(value, dict) and value and not value.keys() & {"classes", "other"}:
+        if all(isinstance(i, str) and as_id(i) is None for i in value.values()) and all(
+            as_id(name) is not None for name in value
+        ):
+            pairs = [(name, i) for i, name in value.items()]
+        elif all(map(_ids, value.values())) and not all(as_id(name) for name in value):
+            pairs = list(value.items())
+        else:
+            return value
+    else:
+        return value
+    for name, ids in pairs:
+        if name == "ignore":
+            raise UserError(f"{where}: an ignore label is not supported; label those voxels")
+        if as_id(ids) == 0 and name != "background":
+            raise UserError(f'{where}: id 0 is always "background", not {name!r:.60}')
+    return {"classes": [{"name": name, "source": ids} for name, ids in pairs]}
+
+
+def _ids(value) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(as_id(item) is not None for item in values)
+
+
+def _fields(value, types: dict, where: str) -> dict:
+    """A JSON object with none but the expected keys, each of the expected type."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected an object with {', '.join(types)}, got {value!r:.60}")
+    for key, item in value.items():
+        if key not in types:
+            raise UserError(f"{where}: unknown key {key!r:.60}; known are {', '.join(types)}")
+        if not isinstance(item, types[key]):
+            raise UserError(f"{where}: {key!r} must be a {types[key].__name__}, got {item!r:.60}")
+    return value
+
+
+def _check(table: LabelTable) -> None:
+    names, mapping = table.names, table.source_to_class
+    if not 2 <= len(names) <= _UNKNOWN or names[0] != "background":
+        raise UserError(
+            f'needs "background" and 1 to {_UNKNOWN - 1} named classes, got {len(names)}'
+        )
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"every class needs a name, got {name!r:.60}")
+        if not name.isprintable() or len(name) > _LONGEST:
+            raise UserError(
+                f"the name {name!r:.60} has control characters or over {_LONGEST} characters"
+            )
+    if len(set(names)) < len(names):
+        raise UserError(f"class names must differ, got {sorted(names)!r:.400}")
+    for source, target in mapping.items():
+        if type(source) is not int or not 0 <= source < 1 << 16:
+            raise UserError(f"source ids must be integers in 0..65535, got {source!r:.60}")
+        if type(target) is not int or not 0 <= target < len(names):
+            raise UserError(f"source id {source} points to class {target!r}, which has no name")
+    if mapping[0] != 0:
+        raise UserError("source id 0 is always background")
+    missing = [name for k, name in enumerate(names) if k not in mapping.values()]
+    if missing:
+        raise UserError(f"no source id for {', '.join(missing)}")
+    if table.other not in ("error", "background"):
+        raise UserError(f'"other" must be "error" or "background", got {table.other!r}')
+
+
+SYNAPSE8 = LabelTable(
+    names=(
+        *("background", "spleen", "right_kidney", "left_kidney", "gallbladder", "liver"),
+        *("stomach", "aorta", "pancreas"),
+    ),
+    # BTCV ids: 5 oesophagus, 9 vena cava, 10 portal and splenic veins, 12 and 13 adrenal glands.
+    source_to_class={
+        **{1: 1, 2: 2, 3: 3, 4: 4, 6: 5, 7: 6, 8: 7, 11: 8},
+        **{5: 0, 9: 0, 10: 0, 12: 0, 13: 0},
+    },
+)

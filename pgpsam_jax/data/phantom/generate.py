@@ -1,0 +1,191 @@
+"""Abdominal CT phantoms in the BTCV/Synapse layout: the data set that needs no download.
+
+`make_case` is the pure function from (seed, case) to one volume; `generate` writes a data set
+and keeps it whole. The anatomy is in `phantom_body` and `phantom_organs`.
+"""
+
+import contextlib
+import gzip
+import json
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+from pgpsam_jax.data.phantom.body import Patient, draw_body
+from pgpsam_jax.data.phantom.organs import draw_organs
+from pgpsam_jax.data.phantom.shapes import Scene, smooth_field
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.utils.files import file_digest, write_json
+
+VERSION = 1  # raise it when the pictures change: data sets of another version are made anew
+CASES = (*range(1, 11), *range(21, 41))  # the 30 labelled BTCV cases of the 18/12 split
+MANIFEST = "phantom.json"
+PIXELS = 160
+# Axes as stored, and (qform code, sform code): every case is read by another path of a reader.
+ORIENTATIONS = ("LPS", "RAS", "LAS", "PSR", "RPI", "SAL")
+FORM_CODES = ((1, 1), (1, 0), (0, 2), (2, 1))
+
+
+def make_case(seed: int, case_id: int):
+    """One phantom; the same (seed, case_id) gives the same bytes on the same software.
+
+    Returns (image int16 HU, label uint8 BTCV ids, affine (4, 4) voxel -> RAS mm); the array axes
+    are those of the case's storage orientation.
+    """
+    rng = np.random.default_rng([seed, int(case_id)])
+    scene = _draw(rng)
+    image = _scan(scene, rng)
+    step = np.diag([-scene.spacing[2], -scene.spacing[1], scene.spacing[0], 1.0])  # LPS axes
+    tilt = np.radians(rng.uniform(2, 4)) if case_id % 6 == 0 else 0.0  # some scans are oblique
+    turn = np.eye(4)
+    turn[1:3, 1:3] = [[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]]
+    affine = turn @ step
+    corner = [PIXELS / 2 * scene.spacing[2], PIXELS / 2 * scene.spacing[1], -900.0]
+    affine[:3, 3] = rng.uniform((-20, -20, -300), (20, 20, 300)) + corner
+    affine = np.round(affine, 5)
+    wanted = nib.orientations.axcodes2ornt(ORIENTATIONS[case_id % len(ORIENTATIONS)])
+    change = nib.orientations.ornt_transform(nib.io_orientation(affine), wanted)
+    volumes = [v.transpose(2, 1, 0) for v in (image, scene.label)]
+    affine = affine @ nib.orientations.inv_ornt_aff(change, volumes[0].shape)
+    image, label = (nib.orientations.apply_orientation(v, change) for v in volumes)
+    return np.ascontiguousarray(image), np.ascontiguousarray(label), affine
+
+
+def _draw(rng) -> Scene:
+    """A patient on the table: noise-free HU and labels."""
+    patient = Patient.draw(rng)
+    # The field of view just holds the body, as a radiographer would set it.
+    width = 2 * (1.03 * patient.half_width + 1.2 * patient.fat + 12)
+    pixel = float(np.clip(width / PIXELS, 2.2, 2.6))
+    slice_mm = float(rng.uniform(4.1, 5.9))
+    slices = int(np.clip(round(rng.uniform(206, 216) / slice_mm), 36, 52))
+    shift = (rng.uniform(-8, -2), *rng.uniform(-5, 5, 2))
+    spacing = (round(slice_mm, 3), round(pixel, 4), round(pixel, 4))
+    shape = (slices, PIXELS, PIXELS)
+    tilt = float(rng.uniform(-7, 7))
+    scene = Scene(rng, shape, spacing, tilt_deg=tilt, shift=shift, warp_mm=3.5)
+    draw_body(scene, patient, rng)
+    draw_organs(scene, patient, rng)
+    return scene
+
+
+def _scan(scene: Scene, rng):
+    """Point spread, correlated noise and a slight shading; int16 HU."""
+    hu = ndimage.gaussian_filter(scene.hu, (0.3, 0.45, 0.45))
+    noise = rng.standard_normal(scene.shape, dtype=np.float32)
+    noise = ndimage.gaussian_filter(noise, (0.35, 0.75, 0.75))
+    hu += np.float32(rng.uniform(8, 13)) / noise.std() * noise
+    hu += 3 * smooth_field(rng, scene.shape, (1, 2, 2))
+    return np.clip(np.rint(hu), -1024, 3071).astype(np.int16)
+
+
+def generate(root, *, seed: int = 0, cases=None, workers: int | None = None) -> Path:
+    """Make sure that `root` holds the phantom data set; returns `root` as a Path.
+
+    Writes `RawData/Training/{img/imgNNNN,label/labelNNNN}.nii.gz` and `phantom.json` (version,
+    seed, SHA-256 of both files of each case). Cases that are there and match are kept; missing,
+    damaged or half-written ones, and those of another seed or version, are made anew. `cases`
+    (default: the 30 BTCV ids) and `workers` (threads; default: one per core, 8 at most) change no
+    byte of a case. Raises `UserError` where `root` cannot be written or holds other `RawData`.
+    """
+    root = Path(root)
+    cases = {int(case) for case in (CASES if cases is None else cases)}
+    if not _inspect(root, seed, cases)[1]:
+        return root
+    if (root / "RawData").exists() and not (root / MANIFEST).exists():
+        raise UserError(
+            f"{root} holds a RawData folder that the phantom generator did not write: "
+            "name another folder for the phantom."
+        )
+    try:
+        with _locked(root):
+            _complete(root, seed, cases, workers or min(os.cpu_count() or 1, 8))
+    except OSError as error:
+        raise UserError(
+            f"cannot write the phantom to {root} ({error.strerror or error}): "
+            "name a writable folder with 100 MB free."
+        ) from error
+    return root
+
+
+def _paths(case: int):
+    folder = Path("RawData") / "Training"
+    return folder / "img" / f"img{case:04d}.nii.gz", folder / "label" / f"label{case:04d}.nii.gz"
+
+
+def _inspect(root: Path, seed, cases):
+    """What is on disk: ({intact case: digests}, cases to make, cases of another seed/version)."""
+    try:
+        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        listed = {int(case): list(digests) for case, digests in manifest["sha256"].items()}
+        same = (manifest["version"], manifest["seed"]) == (VERSION, seed)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}, sorted(cases), []  # none, or not readable: all is made anew
+    if not same:
+        return {}, sorted(cases), sorted(listed)
+    intact = {case: digests for case, digests in listed.items() if _digests(root, case) == digests}
+    return intact, sorted((cases | listed.keys()) - intact.keys()), []
+
+
+def _digests(root: Path, case):
+    paths = [root / path for path in _paths(case)]
+    return [file_digest(path) if path.is_file() else None for path in paths]
+
+
+@contextlib.contextmanager
+def _locked(root: Path):
+    """One generator at a time per folder; the lock goes with the process that holds it."""
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / ".phantom.lock", "w") as file:
+        with contextlib.suppress(ImportError, OSError):  # not on every system or file system
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+            for left_over in root.glob(".tmp-phantom-*"):  # of a killed run: we hold the lock
+                shutil.rmtree(left_over, ignore_errors=True)
+        yield
+
+
+def _complete(root: Path, seed, cases, workers):
+    """Make what is missing in a temporary folder, list it, then move it into place.
+
+    The list is written before the files are moved: where a run is killed in between, they do not
+    match it and are made anew.
+    """
+    intact, missing, stale = _inspect(root, seed, cases)  # again: we may have waited for the lock
+    with tempfile.TemporaryDirectory(prefix=".tmp-phantom-", dir=root) as temporary:
+        folder = Path(temporary)
+        with ThreadPoolExecutor(workers) as pool:
+            jobs = pool.map(lambda case: _write_case(folder, seed, case), missing)
+            jobs = tqdm(jobs, "phantom", len(missing), leave=False, disable=None)
+            made = dict(zip(missing, jobs, strict=True))
+        for path in (path for case in stale for path in _paths(case)):
+            (root / path).unlink(missing_ok=True)
+        digests = {f"{case:04d}": digest for case, digest in sorted((intact | made).items())}
+        write_json(root / MANIFEST, {"version": VERSION, "seed": seed, "sha256": digests})
+        for path in (path for case in made for path in _paths(case)):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / path, root / path)
+
+
+def _write_case(folder: Path, seed, case):
+    """Write image and label of a case below `folder`; returns their SHA-256."""
+    image, label, affine = make_case(seed, case)
+    qform, sform = FORM_CODES[case % len(FORM_CODES)]
+    for path, data in zip(_paths(case), (image, label), strict=True):
+        nifti = nib.Nifti1Image(data, affine)
+        nifti.set_qform(affine, qform)
+        nifti.set_sform(affine, sform)
+        nifti.header.set_xyzt_units("mm")
+        nifti.header["descrip"] = f"pgpsam_jax phantom {VERSION}, seed {seed}".encode()
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        # No time stamp, so that the same case is the same file.
+        (folder / path).write_bytes(gzip.compress(nifti.to_bytes(), 1, mtime=0))
+    return _digests(folder, case)

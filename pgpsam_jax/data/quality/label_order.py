@@ -1,0 +1,174 @@
+"""Do the organs lie where their names say, and if not, which known order of label ids fits?
+
+Several orders of the same eight organs go around under the same file names. A data set read with
+the wrong one trains without complaint. The misfits of `anatomy` tell them apart.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from pgpsam_jax.data.quality.organ_priors import (
+    CERTAIN,
+    NAMES,
+    ORIENTATIONS,
+    PRIOR,
+    misfits,
+    organ_of,
+)
+
+_LOST = 10.0  # gain where an order has an organ that the table looks for in vain
+_FOUND = 2.0  # largest distance of such an organ
+_FAR = 4.0  # mean distance of an organ beyond which nothing fits; good data has 0.5
+
+# Source ids as data sets and code bases number them; None: a structure not described above.
+SAMED = ("spleen", "right_kidney", "left_kidney", "gallbladder", "liver", "stomach", "aorta")
+BTCV = ("spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach")
+ORDERS = {
+    "TransUNet/SAMed/H-SAM (1 spleen, ..., 5 liver, 8 pancreas)": (*SAMED, "pancreas"),
+    "alphabetical (1 aorta, ..., 5 liver, 8 stomach)": (
+        *("aorta", "gallbladder", "left_kidney", "right_kidney"),
+        *("liver", "pancreas", "spleen", "stomach"),
+    ),
+    "CASCADE (1 spleen, ..., 5 pancreas, 6 liver, 7 stomach, 8 aorta)": (
+        *("spleen", "right_kidney", "left_kidney", "gallbladder"),
+        *("pancreas", "liver", "stomach", "aorta"),
+    ),
+    "BTCV source ids (1 spleen, ..., 6 liver, 8 aorta, 11 pancreas)": (
+        *(*BTCV, "aorta", "vena_cava", "portal_splenic_vein", "pancreas"),
+        *("right_adrenal", "left_adrenal"),
+    ),
+    "AMOS (1 spleen, ..., 6 liver, 8 aorta, 10 pancreas)": (
+        *(*BTCV, "aorta", "vena_cava", "pancreas", "right_adrenal", "left_adrenal"),
+        *(None, None, None),
+    ),
+    "FLARE22 (1 liver, 2 right kidney, 3 spleen, 4 pancreas, ...)": (
+        *("liver", "right_kidney", "spleen", "pancreas", "aorta", "vena_cava", "right_adrenal"),
+        *("left_adrenal", "gallbladder", "esophagus", "stomach", None, "left_kidney"),
+    ),
+}
+
+
+def _of_organ(cases: list[dict], order: Mapping[int, str], ids, *, free: bool) -> float:
+    """Misfit of ids under an order, summed over ids and averaged over cases.
+
+    `free` lets every case lie in the orientation that suits the order best.
+    """
+    totals = []
+    for case in cases:
+        parts = [case[i][:, NAMES.index(order[i])] for i in ids if i in case]
+        if parts:
+            total = np.sum(parts, axis=0)
+            totals.append(float(total.min() if free else total[0]))
+    return float(np.mean(totals)) if totals else np.inf
+
+
+def _distance(cases: list[dict], order: Mapping[int, str], *, free: bool) -> float:
+    """How far a typical organ is from what is expected: 0.5 on good data, 20 at the most."""
+    ids = [i for i in order if any(i in case for case in cases)]
+    if not ids:
+        return np.inf
+    least = [np.log(PRIOR[NAMES.index(order[i]), :, 1]).sum() for i in ids]
+    return (_of_organ(cases, order, ids, free=free) - float(np.sum(least))) / len(ids)
+
+
+def _best_assignment(cases: list[dict], order: Mapping[int, str], *, free: bool) -> dict[int, str]:
+    """The organs of the order, dealt to its ids so that they fit best."""
+    from scipy.optimize import linear_sum_assignment
+
+    ids = [i for i in order if any(i in case for case in cases)]
+    columns = [NAMES.index(order[i]) for i in ids]
+    total = np.zeros((len(ids), len(ids)))
+    for case in cases:
+        cost = np.stack([case[i][:, columns] if i in case else _NOTHING[:, columns] for i in ids])
+        turns = range(cost.shape[1]) if free else (0,)
+        by_turn = [cost[:, turn] for turn in turns]
+        total += min(by_turn, key=lambda c: c[linear_sum_assignment(c)].sum())
+    _, chosen = linear_sum_assignment(total)
+    return {i: order[ids[column]] for i, column in zip(ids, chosen, strict=True)}
+
+
+_NOTHING = np.zeros((len(ORIENTATIONS), len(NAMES)))
+
+
+def known_orders() -> dict[str, dict[int, str]]:
+    """Name -> {id: organ} of `ORDERS`, without the structures that are not described."""
+    return {name: {i: o for i, o in enumerate(organs, 1) if o} for name, organs in ORDERS.items()}
+
+
+def judge(
+    described: list[Mapping[int, list[float]]],
+    names: Mapping[int, str] | None,
+    *,
+    has_grid: bool = True,
+) -> dict:
+    """What the anatomy says of the order of ids: the value that a report holds as JSON.
+
+    `described` has the features of every case, `names` what the label table calls each id (None:
+    there is no table). `verdict` is `consistent`, `mixed_up` (`likely` says which id looks like
+    which organ, `order` names a known order if one fits), `unclear` where fewer than three known
+    organs are named or nothing fits, or `guess` where there is no table. `gain` is how much
+    better `likely` fits, in units of log-likelihood; over `CERTAIN` counts, and a swap of the
+    kidneys gives 16, of spleen and left kidney 6.
+    """
+    cases = [misfits(features) for features in described if features]
+    present = {i for case in cases for i in case}
+    organs = {i: organ for i, name in (names or {}).items() if (organ := organ_of(name))}
+    table = {i: organ for i, organ in organs.items() if i in present}
+    answer = {"cases": len(cases), "order": None, "likely": {}, "gain": None, "distance": None}
+    possible = {
+        name: {i: o for i, o in order.items() if i in present}
+        for name, order in known_orders().items()
+        if max(present, default=0) <= len(ORDERS[name])
+    }
+    if names is None:
+        return {"verdict": "unclear", **answer, **_guess(cases, possible, free=not has_grid)}
+    if len(table) < 3 or len(set(table.values())) < len(table):
+        return {"verdict": "unclear", **answer}
+    lost = set(organs.values()) - set(table.values())
+    likely, order, gain = _better(cases, table, possible, lost, free=not has_grid)
+    distance = _distance(cases, likely, free=not has_grid)
+    certain = gain > CERTAIN
+    answer |= {"gain": round(gain, 1), "distance": round(distance, 2)}
+    if distance > _FAR:
+        return {"verdict": "unclear", **answer}
+    if not certain:
+        return {"verdict": "consistent", **answer}
+    return {"verdict": "mixed_up", **answer, "order": order, "likely": likely}
+
+
+def _better(cases, table, possible, lost: set, *, free: bool):
+    """(order, its name or None, gain) that fits the ids of the table best.
+
+    `lost` are organs of the table that no case has: an order that finds them, well in place, under
+    another id gains by that too.
+    """
+    own = _of_organ(cases, table, table, free=free)
+    likely, name = _best_assignment(cases, table, free=free), None
+    gain = own - _of_organ(cases, likely, likely, free=free)
+    for known, order in possible.items():
+        both = [i for i in table if i in order]
+        if len(both) < 3:
+            continue
+        better = _of_organ(cases, table, both, free=free)
+        better -= _of_organ(cases, order, both, free=free)
+        for i in order:
+            if order[i] in lost and _distance(cases, {i: order[i]}, free=free) < _FOUND:
+                better += _LOST
+        if better > max(CERTAIN, gain if name else gain - CERTAIN):
+            likely, name, gain = order, known, better
+    return likely, name, gain
+
+
+def _guess(cases, possible, *, free: bool) -> dict:
+    """The known order that fits best, where there is no table."""
+    fits = {
+        name: _distance(cases, order, free=free)
+        for name, order in possible.items()
+        if len(order) >= 3
+    }
+    name = min(fits, key=fits.get, default=None)
+    if name is None or fits[name] > _FAR:
+        return {}
+    distance = round(fits[name], 2)
+    return {"verdict": "guess", "order": name, "likely": possible[name], "distance": distance}

@@ -1,0 +1,181 @@
+"""The cases of a data set held against each other: which one is unlike the rest, and in what.
+
+An outlier lies further from the median than `_SPREADS` robust standard deviations (1.48 times the
+median absolute deviation) and than a floor, below which cases of one set differ anyway. It takes
+three cases to tell which one is odd.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from pgpsam_jax.data.findings import ERROR, WARNING, Finding
+from pgpsam_jax.data.layouts.label_table import LabelTable
+from pgpsam_jax.data.quality.appearance import QUANTILES
+
+_SPREADS = 5 * 1.4826
+_MEDIAN, _UPPER = QUANTILES.index(0.5), QUANTILES.index(0.75)
+_SHIFT = 0.25  # of the usual span of intensities
+_FEW = 0.15  # of the cases; more are no odd ones
+_SPAN, _PIXEL, _SLICES, _WIDTH, _ORGAN = 3.0, 2.0, 3.0, 1.7, 4.0  # factors
+
+
+def compare(
+    files: Sequence[dict], table: LabelTable | None, *, has_grid: bool
+) -> Iterable[Finding]:
+    """Findings about cases that are unlike the others; `files` as `verification.summarise` has."""
+    images = [f for f in files if f["kind"] == "image" and f.get("appearance")]
+    labels = {f["case"]: f for f in files if f["kind"] == "label" and "voxels" in f}
+    yield from _intensities(images)
+    if has_grid:
+        yield from _grids(images)
+        yield from _axes(images)
+        if table is not None:
+            yield from _organs(images, labels, table)
+    else:
+        yield from _rows_and_columns(images)
+
+
+def outliers(values: Mapping[str, float], floor: float) -> dict[str, tuple[float, float, float]]:
+    """Named values far from the rest: name -> the value, least and most of the rest."""
+    if len(values) < 3:
+        return {}
+    numbers = np.array(list(values.values()))
+    away = np.abs(numbers - np.median(numbers))
+    odd = away > max(_SPREADS * float(np.median(away)), floor)
+    rest = numbers[~odd]
+    return {
+        name: (float(value), float(rest.min()), float(rest.max()))
+        for name, value, is_odd in zip(values, numbers, odd, strict=True)
+        if is_odd
+    }
+
+
+def _tell(code: str, odd: Mapping[str, tuple], total: int, text: str) -> Iterable[Finding]:
+    """A finding for each odd case, or one for all where they are too many to be odd.
+
+    text: what differs, with places for the value and for the range of the rest.
+    """
+    if len(odd) <= max(_FEW * total, 1):
+        for file, numbers in odd.items():
+            message = text.format(*(f"{number:.4g}" for number in numbers))
+            yield Finding(WARNING, code, file, message)
+        return
+    values = [number for numbers in odd.values() for number in numbers]
+    what = text.split("{}")[0].removeprefix("has ").strip()
+    yield Finding(
+        WARNING,
+        code,
+        "",
+        f"the cases differ among themselves: {len(odd)} of {total} are far from the others ({what} "
+        f"{min(values):.4g} to {max(values):.4g} in all), such as {next(iter(odd))}",
+    )
+
+
+def _intensities(images) -> Iterable[Finding]:
+    spans = {i["file"]: _span(i["appearance"]["whole"]) for i in images}
+    if not spans:
+        return
+    usual = float(np.median(list(spans.values())))
+    labelled = all(image["appearance"]["foreground"] for image in images)
+    part, place = ("foreground", _MEDIAN) if labelled else ("whole", _UPPER)
+    places = {i["file"]: i["appearance"][part][place] for i in images}
+    far = outliers(places, _SHIFT * usual)
+    what = "labelled voxels with a median of" if labelled else "an upper quartile of"
+    text = f"has {what} {{}}, other cases of {{}} to {{}}; check its unit, scale and intercept"
+    yield from _tell("unlike", far, len(places), text)
+    wide = {f: v for f, v in _by_factor(spans, _SPAN).items() if f not in far}
+    text = "has intensities over a span of {}, other cases of {} to {}; check its unit and scale"
+    yield from _tell("unlike", wide, len(places), text)
+
+
+def _span(whole: Sequence[float]) -> float:
+    return max(whole[-1] - whole[0], 1e-6)
+
+
+def _by_factor(values: Mapping[str, float], factor: float) -> dict:
+    """`outliers` of positive values, judged by their ratio."""
+    found = outliers({name: math.log(value) for name, value in values.items()}, math.log(factor))
+    return {name: tuple(map(math.exp, numbers)) for name, numbers in found.items()}
+
+
+def _grids(images) -> Iterable[Finding]:
+    def width(image) -> float:
+        return max(n * s for n, s in zip(image["shape"][1:], image["spacing"][1:], strict=True))
+
+    stacks = [image for image in images if image["shape"][0] > 1]
+    for what, factor, values in (
+        ("pixels of {} mm", _PIXEL, {i["file"]: min(i["spacing"][1:]) for i in images}),
+        ("slices at a distance of {} mm", _SLICES, {i["file"]: i["spacing"][0] for i in stacks}),
+        ("slices with a width of {} mm", _WIDTH, {i["file"]: width(i) for i in images}),
+    ):
+        text = f"has {what}, other cases of {{}} to {{}}; check its voxel size"
+        yield from _tell("spacing", _by_factor(values, factor), len(values), text)
+
+
+def _axes(images) -> Iterable[Finding]:
+    """Cases whose slices were taken along another axis than those of most."""
+    known = {i["file"]: axis for i in images if (axis := i.get("thick_axis"))}
+    if len(set(known.values())) < 2:
+        return
+    usual = Counter(known.values()).most_common(1)[0][0]
+    for file, axis in known.items():
+        if axis != usual:
+            yield Finding(
+                WARNING,
+                "axis",
+                file,
+                f"has {axis} slices, most cases {usual} ones; all are cut along one axis "
+                "(data.axis): leave it out, or resample it",
+            )
+
+
+def _organs(images, labels, table: LabelTable) -> Iterable[Finding]:
+    litre = {i["case"]: np.prod(i["spacing"]) / 1e6 for i in images}
+    volumes: dict[str, dict[str, float]] = {name: {} for name in table.names[1:]}
+    for case, label in labels.items():
+        for source, count in label["voxels"].items():
+            organ = table.source_to_class.get(int(source), 0)
+            if organ and case in litre:
+                found = volumes[table.names[organ]]
+                millilitres = 1000 * litre[case] * count
+                found[label["file"]] = found.get(label["file"], 0.0) + millilitres
+    told: dict[str, list[str]] = {}
+    for name, values in volumes.items():
+        if len(values) < 4:
+            continue
+        for file, (value, least, most) in _by_factor(values, _ORGAN).items():
+            text = f"{name} of {value:.3g} ml, in the other cases {least:.3g} to {most:.3g}"
+            told.setdefault(file, []).append(text)
+    for file, texts in told.items():
+        message = f"has a {'; a '.join(texts)}; look at an overlay"
+        yield Finding(WARNING, "volume", file, message)
+
+
+def _rows_and_columns(images) -> Iterable[Finding]:
+    """Volumes of plain arrays whose axes are in another order than the training slices have."""
+    sizes = Counter(tuple(i["shape"][1:]) for i in images if i["part"] == "train")
+    if not sizes:
+        return
+    usual = sizes.most_common(1)[0][0]
+    for image in images:
+        shape = tuple(image["shape"])
+        if shape[1:] == usual:
+            continue
+        if usual in (shape[:2], shape[:2][::-1], shape[::2], shape[::2][::-1]):
+            yield Finding(
+                ERROR,
+                "shape",
+                image["file"],
+                f"has shape {shape}, but training slices have {usual}: its slices do not come "
+                "first; store it as slices, rows, columns",
+            )
+        else:
+            yield Finding(
+                WARNING,
+                "size",
+                image["file"],
+                f"has slices of {shape[1:]} pixels, most training slices have {usual}",
+            )

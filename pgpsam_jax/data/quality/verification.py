@@ -1,0 +1,266 @@
+"""A whole data set checked: every case, then what only shows across cases; nothing twice.
+
+The report is JSON: `schema` 2, `root`, `layout`, `label_table` (or null), `files` (a record per
+file, `checks.check_case`, with its `case` and `part`), `data_set` (findings about no single
+file), `order` (`label_order.judge`) and `counts` (files, cases, errors, warnings). A finding has
+`level` ("error" or "warning"), `code`, `file` and `message`. Codes of errors:
+- of a file: missing, unreadable, damaged (cut off, checksum), name, header, shape (4-D), dtype,
+  size, trailing (inflates past its header), affine (singular), key, storage, not_finite,
+  not_integer, unknown_label, window;
+- of a pair or the data set: missing_pair, shape_mismatch, affine_conflict, duplicate_id, duplicate
+  (the same voxels), both_splits, split, order, no_table, shape (of plain arrays: axes exchanged).
+Codes of warnings:
+- of a file or a pair: trailing (a little), no_orientation, two_affines, shear, scaled, intensity,
+  constant, empty, absent, affine_mismatch, orientation_lost, turned, cut (by the window);
+- across cases: duplicate (of labels), slices, count, unlike (intensities), spacing, axis, volume,
+  size.
+"""
+
+import functools
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from pgpsam_jax.data.dataset import window_of
+from pgpsam_jax.data.findings import ERROR, WARNING, Finding
+from pgpsam_jax.data.io import volumes
+from pgpsam_jax.data.layouts.cases import Case
+from pgpsam_jax.data.layouts.label_table import LabelTable
+from pgpsam_jax.data.letterbox import Window
+from pgpsam_jax.data.quality import outliers
+from pgpsam_jax.data.quality.case_checks import check_case
+from pgpsam_jax.data.quality.label_order import judge
+from pgpsam_jax.data.quality.organ_priors import organ_of
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.runtime.worker_pool import Work, in_order, worker_count
+from pgpsam_jax.utils.files import write_json
+
+SCHEMA = 2
+REPORT = "verify.json"
+_MANY = 1 << 40  # voxels: always worth the processes, where they are asked for
+_CHECKING = Work("checks cases", "--workers")
+_MEMORY = "verified.json"  # in the cache folder: records of cases that were checked before
+
+
+def check_cases(
+    cases: Sequence[Case],
+    table: LabelTable | None,
+    *,
+    window: Window | None = None,
+    workers: int = 0,
+) -> Iterable[dict]:
+    """The record of each case, in order; one case in memory per process, -1: one per core."""
+    count = worker_count(workers, len(cases), _MANY, _CHECKING)
+    check = functools.partial(check_case, table=table, window=window)
+    return in_order(check, iter(cases), count, _CHECKING)
+
+
+def summarise(
+    records: Sequence[dict],
+    table: LabelTable | None,
+    *,
+    findings: Iterable[Finding] = (),
+    has_grid: bool = True,
+    **about,
+) -> dict:
+    """The report of checked cases; `findings` are of the listing, `about` goes into the report."""
+    files = [
+        {"case": record["case"], "part": record["part"], **file}
+        for record in records
+        for file in record["files"]
+    ]
+    order = _order(records, table, has_grid=has_grid)
+    unlike = outliers.compare(files, table, has_grid=has_grid)
+    found = [*findings, *_duplicates(files), *unlike, *_order_findings(order, table)]
+    by_file = {file["file"]: file for file in files}
+    data_set = []
+    for finding in found:
+        place = by_file.get(finding.file)
+        (place["findings"] if place else data_set).append(finding.to_json())
+    every = [*data_set, *(f for file in files for f in file["findings"])]
+    levels = [finding["level"] for finding in every]
+    return {
+        "schema": SCHEMA,
+        **about,
+        "label_table": table and table.to_json(),
+        "files": files,
+        "data_set": data_set,
+        "order": order,
+        "counts": {
+            "files": len(files),
+            "cases": len(records),
+            "errors": levels.count(ERROR),
+            "warnings": levels.count(WARNING),
+        },
+    }
+
+
+def _duplicates(files: list[dict]) -> list[Finding]:
+    """The same voxels under two names: one patient twice, or a label copied to the wrong case."""
+    found, seen = [], {}
+    for file in files:
+        content = file.get("content")
+        empty = file["kind"] == "label" and set(file.get("voxels", {})) <= {"0"}
+        if content is None or empty:
+            continue
+        first = seen.setdefault((file["kind"], content), file)
+        if first is file:
+            continue
+        leak = first["part"] and file["part"] and first["part"] != file["part"]
+        parts = f", one in {first['part']} and one in {file['part']}" if leak else ""
+        image = file["kind"] == "image"
+        found.append(
+            Finding(
+                ERROR if image or leak else WARNING,
+                "duplicate",
+                file["file"],
+                f"holds the same voxels as {first['file']}{parts}; "
+                + ("keep one of the two" if image else "give each case its own label"),
+            )
+        )
+    return found
+
+
+def _order(records, table: LabelTable | None, *, has_grid: bool) -> dict:
+    described = [{int(i): f for i, f in record["features"].items()} for record in records]
+    names = table and {i: table.names[k] for i, k in table.source_to_class.items() if k}
+    return judge(described, names, has_grid=has_grid)
+
+
+def _order_findings(order: dict, table: LabelTable | None) -> list[Finding]:
+    if table is None:
+        known = f"; the organs look like {order['order']}" if order["order"] else ""
+        message = (
+            f"there is no label table, so ids have no names{known}; write a JSON file that names "
+            'every class, {"classes": [{"name": "spleen", "source": [1]}, ...]}, and give it as '
+            "data.label_table"
+        )
+        return [Finding(ERROR, "no_table", "", message)]
+    if order["verdict"] != "mixed_up":
+        return []
+    named = {i: table.names[k] for i, k in table.source_to_class.items() if k}
+    wrong = [
+        f"{i} looks like {organ}, not {named.get(i, 'background')}"
+        for i, organ in sorted(order["likely"].items())
+        if _differs(named.get(i), organ)
+    ]
+    likely = f"; they look like {order['order']}" if order["order"] else ""
+    message = (
+        f"by their places and sizes the label ids do not mean what the label table says{likely}: "
+        f"{', '.join(wrong)}; correct the table (or the affines, if the sides are wrong)"
+    )
+    return [Finding(ERROR, "order", "", message)]
+
+
+def _differs(name: str | None, organ: str) -> bool:
+    """Whether a class name means another organ."""
+    return name is None or organ_of(name) != organ
+
+
+def ensure(config, split, workdir, *, say: Callable[[str], None] = print) -> dict | None:
+    """Check the cases of a run before it trains; a data set with errors is refused.
+
+    Cases that were checked before, known by the content of their files, the label table and the
+    window, are not read again: their records lie in the cache folder. The report goes to
+    `<workdir>/verify.json`. Warnings are said where a case is new. `data.verify` False skips it.
+    """
+    if not config.data.get("verify", True):
+        return None
+    parts = {"train": split.train, "validation": split.validation, "test": split.test}
+    cases = {
+        case.case_id: Case(case.case_id, case.image, case.label, part)
+        for part, members in reversed(parts.items())
+        for case in members
+    }
+    window = window_of(config)
+    memory = Path(config.data.cache_dir or Path(workdir) / "cache") / _MEMORY
+    known, records, fresh = _recall(memory), [], []
+    for case in sorted(cases.values(), key=lambda case: case.case_id):
+        key = _key(case, split.table, window)
+        if key not in known:
+            known[key] = check_case(case, split.table, window)
+            fresh.append(case.case_id)
+        records.append(json.loads(json.dumps(known[key])) | {"part": case.part})
+    report = summarise(
+        records,
+        split.table,
+        has_grid=config.data.layout != "transunet",
+        root=str(config.data.root),
+        layout=config.data.layout,
+    )
+    if fresh:
+        _remember(memory, known)
+        write_json(Path(workdir) / REPORT, report)
+        _tell(report, fresh, say)
+    if report["counts"]["errors"]:
+        first = next(f for f in findings_of(report) if f["level"] == ERROR)
+        more = report["counts"]["errors"] - 1
+        rest = f" and {more} more" if more else ""
+        raise UserError(
+            f"the data of {config.data.root} cannot be trusted: {spoken(first)}{rest} (all in "
+            f"{Path(workdir) / REPORT}; set data.verify to False to train in spite of it)"
+        )
+    return report
+
+
+def findings_of(report: dict) -> list[dict]:
+    """All findings of a report."""
+    return [f for file in report["files"] for f in file["findings"]] + report["data_set"]
+
+
+def spoken(finding: dict) -> str:
+    """A finding in one line that names its file."""
+    return f"{finding['file']} {finding['message']}".strip()
+
+
+def _tell(report: dict, fresh: list[str], say) -> None:
+    counts = report["counts"]
+    say(
+        f"checked {len(fresh)} of {counts['cases']} cases: {counts['errors']} errors, "
+        f"{counts['warnings']} warnings"
+    )
+    of_fresh = [f for file in report["files"] if file["case"] in fresh for f in file["findings"]]
+    for finding in [*of_fresh, *report["data_set"]][:20]:
+        if finding["level"] == WARNING:
+            say(f"warning: {spoken(finding)}")
+
+
+def _key(case: Case, table: LabelTable, window) -> str:
+    sources = [source for source in (case.image, case.label) if source is not None]
+    try:
+        digests = [volumes.digest(source) for source in sources]
+    except OSError as error:
+        raise UserError(f"case {case.case_id} cannot be read: {error}; check the files") from error
+    value = [
+        SCHEMA,
+        case.case_id,
+        [str(s) for s in sources],
+        digests,
+        table.to_json(),
+        type(window).__name__,
+        window,
+    ]
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _recall(path: Path) -> dict:
+    """Records by key; none where the file is missing, damaged or of another schema."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        cases = value["cases"] if value["schema"] == SCHEMA else {}
+        whole = all(record.keys() >= {"case", "files", "features"} for record in cases.values())
+        return cases if whole else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        warnings.warn(f"{path} is damaged ({error}); checking the data anew", stacklevel=2)
+        return {}
+
+
+def _remember(path: Path, records: dict) -> None:
+    try:
+        write_json(path, {"schema": SCHEMA, "cases": records})
+    except OSError as error:  # a cache that cannot be written costs time, no more
+        warnings.warn(f"{path} cannot be written ({error})", stacklevel=2)

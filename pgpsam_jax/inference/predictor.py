@@ -1,0 +1,131 @@
+"""Whole volumes to class ids on their own grid; evaluation and prediction share it."""
+
+import copy
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pgpsam_jax.data.io.nifti import Volume
+from pgpsam_jax.data.letterbox import (
+    Fit,
+    ends_of,
+    logits_to_native,
+    to_model,
+    to_model_on_device,
+    windowed,
+)
+from pgpsam_jax.distributed import multihost
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training.train_step import make_predict_step
+
+
+class Predictor:
+    """A model ready to segment volumes: fixed-size batches, resize and argmax on the device.
+
+    The model is compiled once; a new in-plane shape compiles only the resizes from and to it. On a
+    mesh over several processes all of them ask for the same slices, and each gets all the answers.
+    An `oracle` (see `methods.Method`) is given the truth with every volume, any other never.
+    """
+
+    def __init__(
+        self,
+        graphdef,
+        params,
+        frozen,
+        *,
+        image_size,
+        window,
+        levels: int,
+        batch_size: int,
+        mesh,
+        oracle: bool = False,
+    ):
+        lanes = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch_size = -(-batch_size // lanes) * lanes
+        self.image_size, self.window, self.levels = image_size, window, levels
+        self.oracle = oracle
+        self._sharding = device_mesh.batch_sharding(mesh)
+        self._graphdef, self._states = graphdef, (params, frozen)
+        self._to_model = jax.jit(to_model_on_device, static_argnums=1, out_shardings=self._sharding)
+        self._predict = jax.jit(
+            device_mesh.over_mesh(make_predict_step(graphdef), mesh),
+            # Weights where they are.
+            in_shardings=(None, None, self._sharding, *[self._sharding] * oracle),
+            out_shardings=self._sharding,
+        )
+
+    @property
+    def model(self) -> nnx.Module:
+        """The module with its weights: a new object over the same arrays."""
+        return nnx.merge(self._graphdef, *self._states)
+
+    @property
+    def params(self):
+        """State of the trained weights."""
+        return self._states[0]
+
+    def with_params(self, params) -> "Predictor":
+        """The same compiled program with other trained weights."""
+        other = copy.copy(self)
+        other._states = params, self._states[1]
+        return other
+
+    def __call__(self, volume: Volume, truth=None) -> np.ndarray:
+        """Class ids (D, H, W) uint8 in the volume's display orientation.
+
+        truth: its true class ids (D, H, W), for an oracle only.
+        """
+
+        ends = ends_of(self.window, volume.array)
+
+        def prepare(part):
+            return windowed(part, ends, self.levels)
+
+        return self._segment(volume.array, prepare, truth)
+
+    def slices(self, images) -> np.ndarray:
+        """Class ids (N, S, S) uint8 of slices (N, S, S) that are as the network sees them."""
+        return self._segment(images, lambda part: part)
+
+    def _segment(self, images, prepare, truth=None) -> np.ndarray:
+        """Class ids of `images` (N, H, W); `prepare` gives a batch its intensities in [0, 1]."""
+        if self.oracle and truth is None:
+            raise UserError("an oracle takes its prompts from labels, and there are none")
+        if truth is not None and not self.oracle:
+            raise ValueError("labels are for an oracle only")
+        out = np.empty(images.shape, np.uint8)
+        shape = images.shape[1:]
+        fit = Fit.of(shape, self.image_size)
+        pending = None  # one batch in flight: the host prepares while the device computes
+        for start in range(0, len(images), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            batch = np.zeros((self.batch_size, *shape), np.float32)
+            batch[: len(images[part])] = prepare(images[part])
+            inputs = self._to_model(multihost.place(batch, self._sharding), fit)
+            labels = () if truth is None else (self._labels(truth[part], fit),)
+            ids = _class_ids(self._predict(*self._states, inputs, *labels), fit, shape)
+            if pending:
+                self._collect(out, *pending)
+            pending = part, ids
+        if pending:
+            self._collect(out, *pending)
+        return out
+
+    def _labels(self, ids, fit: Fit):
+        """A batch of class ids at the network's size, on the device."""
+        batch = np.zeros((self.batch_size, fit.size, fit.size), np.uint8)
+        batch[: len(ids)] = to_model(ids, fit, order=0)
+        return multihost.place(batch, self._sharding)
+
+    @staticmethod
+    def _collect(out, part, ids) -> None:
+        out[part] = jax.device_get(multihost.whole(ids))[: len(out[part])]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _class_ids(logits, fit: Fit, native: tuple[int, int]):
+    return jnp.argmax(logits_to_native(logits, fit, native), axis=-1).astype(jnp.uint8)

@@ -1,0 +1,171 @@
+"""Score one case under the protocols `strict` and `transunet`, and what all protocols share.
+
+Both use `metrics`; they differ in the rule for an organ that truth, prediction or both lack:
+
+| status       | truth | prediction | strict (mm)              | transunet (voxels)  |
+|--------------|-------|------------|--------------------------|---------------------|
+| both_empty   | -     | -          | all NaN                  | Dice 0, HD95 0      |
+| missed       | yes   | -          | Dice 0, NSD 0, HD95 NaN  | Dice 0, HD95 0      |
+| hallucinated | -     | yes        | Dice 0, NSD 0, HD95 NaN  | Dice 1, HD95 0      |
+| ok           | yes   | yes        | Dice, directed HD95, NSD | Dice, pooled HD95   |
+
+`transunet` is the convention behind the published tables of this family, kept with its flaws
+(a hallucinated organ scores Dice 1, a missed one HD95 0) so that its numbers can be compared with
+those tables; `strict` is the one to judge a model by. The third protocol that is always written,
+`release`, has a module of its own: `release_protocol`.
+"""
+
+import numpy as np
+
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.metrics import surface
+
+NAN = float("nan")
+COLUMNS = (
+    "case",
+    "class_id",
+    "class",
+    "protocol",
+    "metric",
+    "value",
+    "truth_voxels",
+    "predicted_voxels",
+    "status",
+)
+METRICS = {
+    "strict": ("dice", "hd95", "nsd"),
+    "transunet": ("dice", "hd95"),
+    "release": ("dice",),
+}
+DEFINITIONS = {
+    "strict": "distances in mm between voxel-centre surfaces (6-connected erosion); HD95 is the "
+    "larger of the two directed 95th percentiles; NSD is the share of surface voxels within the "
+    "tolerance; an organ absent from truth and prediction is left out, one absent from either has "
+    "Dice 0, NSD 0 and no HD95 (counted as missed or hallucinated)",
+    "transunet": "distances in voxels; HD95 is the 95th percentile of both directions pooled; an "
+    "organ absent from both or from the prediction has Dice 0 and HD95 0, one absent from the "
+    "truth only has Dice 1 and HD95 0 (the rule of the published tables, rewarding both failures)",
+    "release": "valid slices only (some organ has enough pixels in them), so that nothing found in "
+    "slices without organs counts; an item is such a slice, or a volume made of them; an organ "
+    "absent from truth and prediction of an item is left out, one absent from either has Dice 0; "
+    '"Dice" is the mean over items of their mean over organs (for volumes the case mean), "mcDice" '
+    "the mean over organs of their mean over items (the class mean)",
+}
+STATUSES = {  # (in the truth, in the prediction) -> status
+    (False, False): "both_empty",
+    (True, False): "missed",
+    (False, True): "hallucinated",
+    (True, True): "ok",
+}
+_EMPTY_VALUES = {
+    "strict": {
+        "both_empty": {"dice": NAN, "hd95": NAN, "nsd": NAN},
+        "missed": {"dice": 0.0, "hd95": NAN, "nsd": 0.0},
+        "hallucinated": {"dice": 0.0, "hd95": NAN, "nsd": 0.0},
+    },
+    "transunet": {
+        "both_empty": {"dice": 0.0, "hd95": 0.0},
+        "missed": {"dice": 0.0, "hd95": 0.0},
+        "hallucinated": {"dice": 1.0, "hd95": 0.0},
+    },
+}
+
+
+def score_case(
+    prediction, truth, spacing, names, *, case_id, nsd_tolerance_mm: float = 2.0, region=None
+) -> list[dict]:
+    """Long-form rows (one per organ, metric and protocol of the two) of one predicted volume.
+
+    prediction, truth: integer (D, H, W) label maps on the same grid. spacing: mm along (D, H, W).
+    names: K class names, index = id, background first (not scored). region: boolean (D,), slices to
+    score (see `metrics`), all by default; status and voxel counts then speak of those slices only.
+    Returns dicts with the keys `COLUMNS`. Pure and picklable: safe to map over a process pool.
+    Raises `UserError` where shapes differ or a label has no name.
+    """
+    _check(prediction, truth, names, case_id)
+    if region is not None:
+        region = np.asarray(region, bool)
+        if region.shape != truth.shape[:1]:
+            raise ValueError(f"region has shape {region.shape}, expected {truth.shape[:1]}")
+    counts = overlaps(prediction, truth, len(names))
+    counts = counts[:, slice(None) if region is None else region].sum(axis=1)
+    surfaces = [surface.surface_points(volume) for volume in (prediction, truth)]
+    rows = []
+    for class_id in range(1, len(names)):
+        edges = [points[ids == class_id] for points, ids in surfaces]
+        score = _score_organ(
+            counts[:, class_id - 1].tolist(), edges, spacing, nsd_tolerance_mm, region
+        )
+        rows += _rows(case_id, class_id, names[class_id], *score)
+    return rows
+
+
+def overlaps(prediction, truth, num_classes: int) -> np.ndarray:
+    """Pixels of each organ in both, in the prediction and in the truth, (3, N, K - 1).
+
+    prediction, truth: label maps (N, H, W).
+    """
+    counts = np.zeros((3, len(truth), num_classes - 1), np.int64)
+    for place, (ours, theirs) in enumerate(zip(prediction, truth, strict=True)):
+        organs = np.flatnonzero((ours != 0) | (theirs != 0))
+        pairs = ours.ravel()[organs].astype(np.int64) * num_classes + theirs.ravel()[organs]
+        table = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+        for kind, ids in enumerate((table.diagonal(), table.sum(axis=1), table.sum(axis=0))):
+            counts[kind, place] = ids[1:]
+    return counts
+
+
+def _check(prediction, truth, names, case_id) -> None:
+    if prediction.shape != truth.shape:
+        raise UserError(
+            f"case {case_id}: prediction {prediction.shape} and label {truth.shape} differ in "
+            "shape; predict on the grid of the label."
+        )
+    for what, volume in (("prediction", prediction), ("label", truth)):
+        low, high = (int(volume.min()), int(volume.max())) if volume.size else (0, 0)
+        if low < 0 or high >= len(names):
+            raise UserError(
+                f"case {case_id}: the {what} holds class {low if low < 0 else high}, but the label "
+                f"table has only ids 0 to {len(names) - 1}; use the label table of this data set."
+            )
+
+
+def _score_organ(counts, edges, spacing, tolerance_mm, region):
+    """Status, voxel counts (truth, predicted) and {protocol: {metric: value}} of one organ.
+
+    counts: voxels in both, in the prediction and in the truth. edges: surface voxels of the
+    prediction and of the truth.
+    """
+    both, predicted, true = counts
+    status = STATUSES[true > 0, predicted > 0]
+    if status != "ok":
+        values = {name: rule[status] for name, rule in _EMPTY_VALUES.items()}
+        return status, (true, predicted), values
+    overlap = 2.0 * both / (predicted + true)
+    spacings = spacing, (1.0, 1.0, 1.0)
+    in_mm, in_voxels = surface.point_distances(*edges, spacings, region)
+    values = {
+        "strict": {
+            "dice": overlap,
+            "hd95": surface.directed_percentile(*in_mm),
+            "nsd": surface.share_within(*in_mm, tolerance_mm),
+        },
+        "transunet": {"dice": overlap, "hd95": surface.pooled_percentile(*in_voxels)},
+    }
+    return status, (true, predicted), values
+
+
+def _rows(case_id, class_id, name, status, counts, values) -> list[dict]:
+    common = {"case": str(case_id), "class_id": class_id, "class": name}
+    ending = {"truth_voxels": counts[0], "predicted_voxels": counts[1], "status": status}
+    return [
+        {
+            **common,
+            "protocol": protocol,
+            "metric": metric,
+            "value": float(value),
+            **ending,
+        }
+        for protocol, found in values.items()
+        for metric, value in found.items()
+    ]

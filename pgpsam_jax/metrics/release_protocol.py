@@ -1,0 +1,77 @@
+"""Protocol `release`: the scores that the authors' code computes (methods.md 1.12).
+
+Only *valid* slices enter, those in which some organ has at least `min_pixels` pixels. They are
+scored in two modes: an *item* is a slice, or a volume made of its valid slices alone. Dice is
+defined for the classes in the item's prediction or truth, and everything follows from that:
+a missed organ scores 0, a false positive on an absent class adds a 0 to that class, and a
+prediction of background alone scores 0 in each class of the truth. The release's "Dice" is the
+mean over items of an item's mean over its classes; "mcDice" is the mean over classes of a class's
+mean over items. Items without any class in prediction and truth are skipped.
+
+Letters: N slices, K classes with the background as id 0.
+"""
+
+import numpy as np
+
+from pgpsam_jax.data.cache import slice_areas
+from pgpsam_jax.data.fewshot_list import in_pool
+from pgpsam_jax.metrics.aggregate import defined_mean
+from pgpsam_jax.metrics.protocols import COLUMNS, STATUSES, overlaps
+
+NAME = "release"
+SLICE_COLUMNS = ("case", "slice", "class", "dice")
+
+
+def valid_slices(truth, num_classes: int, min_pixels: int) -> np.ndarray:
+    """Which slices of a label map (N, H, W) are scored, boolean (N,)."""
+    return in_pool(slice_areas(truth, num_classes), "valid", min_pixels)
+
+
+def dice(counts) -> np.ndarray:
+    """Counts of `overlaps` (3, ...) to Dice (...); NaN for an organ in neither."""
+    both, predicted, true = counts
+    size = predicted + true
+    return np.where(size > 0, 2.0 * both / np.maximum(size, 1), np.nan)
+
+
+def item_mean(scores) -> float:
+    """The release's "Dice": items x organs to the mean over items of their means over organs."""
+    return float(defined_mean(defined_mean(scores, axis=1)))
+
+
+def organ_mean(scores) -> float:
+    """The release's "mcDice": items x organs to the mean over organs of their means over items."""
+    return float(defined_mean(defined_mean(scores, axis=0)))
+
+
+def slice_dice(prediction, truth, num_classes: int) -> float:
+    """The release's slice-level "Dice" of label maps (N, H, W), slices of any number of cases."""
+    return item_mean(dice(overlaps(prediction, truth, num_classes)))
+
+
+def score_release(
+    prediction, truth, names, *, case_id, min_pixels: int, region=None
+) -> tuple[list[dict], list[dict]]:
+    """Rows of `cases.csv` (volume mode, one per organ) and of `slices.csv` (slice x organ).
+
+    prediction, truth: integer (D, H, W) label maps on the same grid. names: K class names,
+    background first. region: boolean (D,), slices that may be scored, all by default. Status and
+    voxel counts speak of the scored slices only.
+    """
+    scored = valid_slices(truth, len(names), min_pixels)
+    if region is not None:
+        scored &= region
+    counts = overlaps(prediction[scored], truth[scored], len(names))
+    volume, rows = counts.sum(axis=1), []
+    for class_id, value in enumerate(dice(volume).tolist(), start=1):
+        _, predicted, true = volume[:, class_id - 1].tolist()
+        entries = (str(case_id), class_id, names[class_id], NAME, "dice", value, true, predicted)
+        status = STATUSES[true > 0, predicted > 0]
+        rows.append(dict(zip(COLUMNS, (*entries, status), strict=True)))
+    per_slice = zip(np.flatnonzero(scored).tolist(), dice(counts).tolist(), strict=True)
+    slices = [
+        dict(zip(SLICE_COLUMNS, (str(case_id), index, name, value), strict=True))
+        for index, values in per_slice
+        for name, value in zip(names[1:], values, strict=True)
+    ]
+    return rows, slices

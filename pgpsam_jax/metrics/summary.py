@@ -1,0 +1,255 @@
+"""Result files of an evaluation: `cases.csv` and `slices.csv`, then `summary.json`, `summary.md`.
+
+Everything but the run's own notes is computed from the rows of the two tables, so that summaries
+can be made again, or differently, without the volumes: `summarise(read_cases(path),
+read_slices(path))`. Protocols and slices that an older table does not have are left out.
+
+Two means are always given because published tables do not say which they print. The *class mean*
+averages the cases of a class first and the classes afterwards; the *case mean* averages the classes
+of a case first. They differ as soon as a class is undefined in some case. Undefined values (NaN)
+are left out of every mean and counted instead; a mean of nothing is null in JSON.
+"""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.metrics import release_protocol
+from pgpsam_jax.metrics.aggregate import (
+    INTERVAL,
+    SMALL,
+    SMALL_SAMPLE,
+    defined_mean,
+    score_arrays,
+    spread,
+)
+from pgpsam_jax.metrics.protocols import COLUMNS, DEFINITIONS, METRICS
+from pgpsam_jax.metrics.release_protocol import SLICE_COLUMNS
+from pgpsam_jax.results.tables.text import pipe
+from pgpsam_jax.utils.files import csv_text, write_json, write_text
+
+_TYPES = {"class_id": int, "truth_voxels": int, "predicted_voxels": int, "value": float}
+_TYPES |= {"slice": int, "dice": float}
+
+
+def write_evaluation(rows, out_dir, names, meta, slices=()) -> dict:
+    """Write the four files into `out_dir` and return the summary.
+
+    rows: from `score_case` and `score_release`, all cases. names: K class names, background first.
+    meta: notes added to `summary.json` (weights, definitions, ...); of them `summary.md` prints the
+    list `notices` at its top, `nsd_tolerance_mm` in the table head, and `valid_min_pixels`.
+    slices: rows of single slices from `score_release`. Each file is written atomically, the tables
+    first. Raises `UserError` if there is no case or a case occurs twice.
+    """
+    summary = summarise(rows, slices)
+    found = list(summary["strict"]["per_class"])
+    if found != list(names[1:]):
+        raise ValueError(f"rows score the classes {found}, the label table has {list(names[1:])}")
+    notes = {"interval": INTERVAL, "definitions": DEFINITIONS, "notices": [], **meta}
+    if clash := set(notes) & set(summary):
+        raise ValueError(f"meta may not replace {sorted(clash)}")
+    summary |= _jsonable(notes)
+    out_dir = Path(out_dir)
+    write_text(out_dir / "cases.csv", _format(rows, COLUMNS, "value"))
+    write_text(out_dir / "slices.csv", _format(slices, SLICE_COLUMNS, "dice"))
+    write_json(out_dir / "summary.json", summary)
+    write_text(out_dir / "summary.md", format_markdown(summary))
+    return summary
+
+
+def _format(rows, columns, score: str) -> str:
+    """Rows as CSV text; scores in full precision, undefined ones as `nan`."""
+    return csv_text(columns, ({**row, score: repr(float(row[score]))} for row in rows))
+
+
+def read_cases(path) -> list[dict]:
+    """Rows of a `cases.csv` as they were written; `UserError` if the file is not one."""
+    return _read(path, COLUMNS)
+
+
+def read_slices(path) -> list[dict]:
+    """Rows of a `slices.csv` as they were written; `UserError` if the file is not one."""
+    return _read(path, SLICE_COLUMNS)
+
+
+def _read(path, columns) -> list[dict]:
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != columns:
+                raise ValueError(f"the columns are not {', '.join(columns)}")
+            return [_typed(row, reader.line_num) for row in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{path}: not a readable evaluation table ({error}); run the evaluation again."
+        ) from error
+
+
+def _typed(row, line) -> dict:
+    if None in row or None in row.values():
+        raise ValueError(f"line {line} has not {len(row) - (None in row)} fields")
+    return {key: _TYPES.get(key, str)(text) for key, text in row.items()}
+
+
+def summarise(rows, slices=()) -> dict:
+    """Class means, case means and per-class statistics of each protocol; null where undefined.
+
+    With rows of single slices, `release` also has `slice_dice`, `slice_mcdice` and their counts.
+    """
+    if not rows:
+        raise UserError("no case was evaluated; check that the evaluation list is not empty.")
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    classes = dict(sorted({row["class_id"]: row["class"] for row in rows}.items()))
+    written = {row["protocol"] for row in rows}
+    summary = {
+        protocol: _summarise_protocol(rows, protocol, cases, classes)
+        for protocol in METRICS
+        if protocol in written
+    }
+    if slices:
+        _add_slices(summary["release"], slices)
+    return _jsonable(summary | {"n_cases": len(cases)})
+
+
+def _add_slices(release: dict, slices) -> None:
+    """Add the slice mode to the summary of the protocol, and of each of its classes."""
+    items = {key: i for i, key in enumerate(dict.fromkeys(map(_slice_key, slices)))}
+    per_class = release["per_class"]
+    columns = {name: j for j, name in enumerate(per_class)}
+    scores = np.full((len(items), len(columns)), np.nan)
+    for row in slices:
+        scores[items[_slice_key(row)], columns[row["class"]]] = row["dice"]
+    release["slice_dice"] = release_protocol.item_mean(scores)
+    release["slice_mcdice"] = release_protocol.organ_mean(scores)
+    release["n_slices"] = len(items)
+    for name, column in columns.items():
+        per_class[name]["slice_dice"] = defined_mean(scores[:, column])
+        per_class[name]["n_slices"] = int(np.isfinite(scores[:, column]).sum())
+
+
+def _slice_key(row) -> tuple[str, int]:
+    return row["case"], row["slice"]
+
+
+def _summarise_protocol(rows, protocol, cases, classes) -> dict:
+    values, status = score_arrays(rows, protocol, cases, classes)
+    means = {}
+    for metric, table in values.items():
+        means[f"{metric}_class_mean"] = defined_mean(defined_mean(table, axis=0))
+        means[f"{metric}_case_mean"] = defined_mean(defined_mean(table, axis=1))
+    means |= _spread(defined_mean(values["dice"], axis=1), "dice_case")
+    per_class = {}
+    for column, name in enumerate(classes.values()):
+        scores = {metric: table[:, column] for metric, table in values.items()}
+        entry = {metric: defined_mean(score) for metric, score in scores.items()}
+        entry["n"] = int(np.isfinite(scores["dice"]).sum())
+        for kind in ("both_empty", "missed", "hallucinated"):
+            entry[f"n_{kind}"] = int((status[:, column] == kind).sum())
+        if "hd95" in scores:
+            entry["n_hd95"] = int(np.isfinite(scores["hd95"]).sum())
+        for metric, score in scores.items():
+            entry |= _spread(score, metric)
+        per_class[name] = entry
+    return means | {"per_class": per_class}
+
+
+def _spread(values, label) -> dict:
+    return dict(zip((f"{label}_sd", f"{label}_ci95"), spread(values), strict=True))
+
+
+def _jsonable(value):
+    """Plain Python values only; NaN and infinity become null, which JSON has a token for."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _jsonable(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, int | float | str | bool | None) else str(value)
+
+
+def format_markdown(summary) -> str:
+    """The summary as a page: notices, tables (an organ a row), and what the numbers mean."""
+    strict, transunet = summary["strict"], summary["transunet"]
+    tolerance = summary.get("nsd_tolerance_mm")
+    at = "" if tolerance is None else f" at {tolerance:g} mm"
+    head = ["organ", "n", "Dice", "SD", "95 % CI", "HD95 (mm)", f"NSD{at}", "missed"]
+    head += ["hallucinated", "absent", "Dice (transunet)", "HD95 (transunet, voxels)"]
+    lines = [f"# Evaluation of {summary['n_cases']} case(s)", ""]
+    for notice in summary.get("notices", ()):
+        lines += [f"> **Note:** {' '.join(str(notice).split())}", ""]
+    lines += [_row(head), _row(["---"] + ["---:"] * (len(head) - 1))]
+    for name, entry in strict["per_class"].items():
+        counts = [entry[f"n_{kind}"] for kind in ("missed", "hallucinated", "both_empty")]
+        label, other = pipe(name), transunet["per_class"][name]
+        lines.append(_table_row(label, entry["n"], entry, "dice", counts, other))
+    for kind in ("class", "case"):
+        means, others = (
+            {metric: part[f"{metric}_{kind}_mean"] for metric in METRICS[protocol]}
+            for protocol, part in (("strict", strict), ("transunet", transunet))
+        )
+        label = f"**{kind} mean**"
+        lines.append(
+            _table_row(label, summary["n_cases"], strict | means, f"dice_{kind}", [""] * 3, others)
+        )
+    if "slice_dice" in summary.get("release", {}):
+        lines += ["", *_release_table(summary)]
+    return "\n".join([*lines, "", *_explanations(summary)]) + "\n"
+
+
+def _release_table(summary) -> list[str]:
+    """Both modes of `release`; its "Dice" and "mcDice" are our case mean and class mean."""
+    release, n = summary["release"], summary["n_cases"]
+    head = ["organ (`release`)", "n volumes", "Dice of volumes", "n slices", "Dice of slices"]
+    keys = "n", "dice", "n_slices", "slice_dice"
+    rows = [
+        [pipe(name), *(entry[key] for key in keys)] for name, entry in release["per_class"].items()
+    ]
+    of_slices = release["n_slices"], release["slice_mcdice"], release["slice_dice"]
+    rows.append(["**mcDice**", n, release["dice_class_mean"], *of_slices[:2]])
+    rows.append(["**Dice**", n, release["dice_case_mean"], *of_slices[::2]])
+    lines = [_row(head), _row(["---"] + ["---:"] * (len(head) - 1))]
+    return lines + [_row([*row[:2], _number(row[2]), row[3], _number(row[4])]) for row in rows]
+
+
+def _table_row(label, n, strict, spread, counts, transunet) -> str:
+    """One line of the table; `spread` names the SD and interval, blank where there is none."""
+    sd, ends = (strict.get(f"{spread}_{part}", "") for part in ("sd", "ci95"))
+    cells = [label, n, _number(strict["dice"]), _number(sd), _interval(ends)]
+    cells += [_number(strict["hd95"], 2), _number(strict["nsd"]), *counts]
+    return _row([*cells, _number(transunet["dice"]), _number(transunet["hd95"], 2)])
+
+
+def _explanations(summary) -> list[str]:
+    definitions = summary.get("definitions", DEFINITIONS)
+    lines = [
+        "- Columns without a protocol are `strict`; n is the number of cases in which Dice is "
+        "defined, and HD95 averages the cases in which truth and prediction both have the organ.",
+        "- Class mean: mean over organs of their mean over cases. Case mean: mean over cases of "
+        "the mean over the organs defined in the case.",
+        f"- Interval: {summary.get('interval', INTERVAL)}.",
+    ]
+    if "valid_min_pixels" in summary:
+        least = summary["valid_min_pixels"]
+        lines.append(f"- A slice is valid if some organ has {least} pixels or more in it.")
+    if summary["n_cases"] < SMALL:
+        lines.append(f"- {SMALL_SAMPLE}.")
+    return lines + [f"- `{name}`: {text}." for name, text in definitions.items()]
+
+
+def _row(cells) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def _number(value, digits: int = 3) -> str:
+    """Undefined (None) reads n/a; a cell that means nothing here ("") stays blank."""
+    return value if value == "" else "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(ends) -> str:
+    return " to ".join(_number(end) for end in ends) if ends else _number(ends)

@@ -1,0 +1,96 @@
+"""AutoSAM: SAM's encoder as it is, its decoder once for every class, no prompt (Hu et al. 2023).
+
+Letters: B batch, H W token grid, C channels, K classes with background.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from pgpsam_jax.models import initializers, layers
+from pgpsam_jax.models.sam.image_encoder import ImageEncoder
+from pgpsam_jax.models.sam.lora import LoraConfig
+from pgpsam_jax.models.sam.mask_decoder import DecoderConfig, Upscaling, token_products
+from pgpsam_jax.models.sam.prompt_encoder import FourierPositions
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.models.sam.two_way_transformer import TwoWayTransformer
+from pgpsam_jax.models.segmenter import Segmenter
+
+MASKS = 2  # mask tokens of a class; the first one's mask is the class's
+
+
+class ClassDecoder(nnx.Module):
+    """SAM's mask decoder, shared by the classes; each has a quality and two mask tokens of its own.
+
+    Nothing is read from the quality token; like all that is named iou, it stays as it was drawn.
+    """
+
+    def __init__(self, config: DecoderConfig, classes: int, *, dtype, rngs: nnx.Rngs):
+        d, common = config.width, dict(dtype=dtype, rngs=rngs)
+        self.transformer = TwoWayTransformer(
+            d, config.depth, config.heads, config.mlp_dim, config.downsample, **common
+        )
+        self.upscaling = Upscaling(d, **common)
+        self.hyper_mlps = layers.ParallelMlp(MASKS, (d, d, d, d // 8), **common)
+        self.mask_tokens = initializers.normal_param(rngs, classes, MASKS, d)
+        self.iou_token = initializers.normal_param(rngs, classes, 1, d)
+
+    def __call__(self, image, image_pe):
+        """image (B, H, W, C), image_pe (H, W, C) to logits (B, 4H, 4W, K), float32.
+
+        All classes of all images are one batch (B K): they know nothing of each other.
+        """
+        b, h, w, d = image.shape
+        own = jnp.concatenate([self.iou_token[...], self.mask_tokens[...]], axis=1)
+        k, t, _ = own.shape
+        tokens = jnp.broadcast_to(own.astype(image.dtype), (b, k, t, d)).reshape(b * k, t, d)
+        source = jnp.broadcast_to(image[:, None], (b, k, h, w, d)).reshape(b * k, h * w, d)
+        tokens, source = self.transformer(source, image_pe.reshape(1, h * w, d), tokens)
+        up = self.upscaling(source.reshape(b * k, h, w, d))
+        weights = self.hyper_mlps(tokens[:, 1:])[:, :1]
+        return jnp.moveaxis(token_products(up, weights).reshape(b, k, 4 * h, 4 * w), 1, -1)
+
+
+class AutoSam(Segmenter):
+    """Images (B, S, S, 3) to `final` logits (B, 4H, 4W, K); trains the decoder.
+
+    Its position encoding is a random one of its own, not SAM's.
+    """
+
+    def __init__(
+        self,
+        sam: SamConfig,
+        classes: int,
+        *,
+        lora: LoraConfig | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        common = dict(dtype=dtype, rngs=rngs)
+        self.image_encoder = ImageEncoder(sam.encoder, lora, **common)
+        self.pe_layer = FourierPositions(sam.decoder.width, rngs=rngs)
+        self.mask_decoder = ClassDecoder(sam.decoder, classes, **common)
+        self.grid = sam.encoder.grid
+
+    def encode(self, images):
+        return self.image_encoder(images)[0]
+
+    def segment(self, feature, keys=None):
+        positions = self.pe_layer.grid(self.grid).astype(feature.dtype)
+        return {"final": self.mask_decoder(feature, positions)}
+
+
+# Of a converted SAM: all of the decoder that has a place here, of its four hypernetworks the first.
+BASE_TENSORS = {
+    "image_encoder": "image_encoder",
+    "mask_decoder/transformer": "mask_decoder/transformer",
+    "mask_decoder/upscaling": "mask_decoder/upscaling",
+    "mask_decoder/hyper_mlps": "mask_decoder/hyper_mlps",
+}
+BASE_ROWS = {"mask_decoder/hyper_mlps": MASKS}
+BASE_UNUSED = (
+    "prompt_encoder",
+    "mask_decoder/iou_token",
+    "mask_decoder/mask_tokens",
+    "mask_decoder/iou_head",
+)
+FROZEN = ("mask_decoder/iou_token",)

@@ -1,0 +1,27 @@
+"""SAM as it is, prompted by the true masks: what prompts without any error would give.
+
+No method, as it needs the labels it is scored by: an upper row of a table, and marked as such.
+Letters: B batch, S image side, H W token grid, K classes with background.
+"""
+
+import jax.numpy as jnp
+
+from pgpsam_jax.models.baselines.prompted_sam import PromptedSam, check_prompt
+from pgpsam_jax.models.sam.sam import SamConfig
+
+
+class OracleSam(PromptedSam):
+    """Images and labels to logits; nothing trains.
+
+    prompt: "point", the pixel deepest inside the true mask of a class; "box", its bounding box;
+    "both".
+    """
+
+    def __init__(self, sam: SamConfig, num_classes: int, *, prompt: str, **options):
+        self.classes, self.prompt = num_classes, check_prompt(prompt)
+        super().__init__(sam, **options)
+
+    def predict(self, images, labels):
+        """Logits (B, 4H, 4W, K) for images (B, S, S, 3) and their true class ids (B, S, S)."""
+        masks = labels[..., None] == jnp.arange(1, self.classes)
+        return self.ask_by_masks(self.encode(images), masks, self.prompt)

@@ -1,0 +1,104 @@
+"""Segment Anything, whole: presets, module, and the image pre- and post-processing around it.
+
+Letters: B prompts, H W token grid, C channels. Source: Kirillov et al. 2023.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.models.sam.image_encoder import EncoderConfig, ImageEncoder, normalize
+from pgpsam_jax.models.sam.lora import LoraConfig
+from pgpsam_jax.models.sam.mask_decoder import DecoderConfig, MaskDecoder
+from pgpsam_jax.models.sam.prompt_encoder import PromptEncoder
+
+_VIT = {
+    "vit_b": dict(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11)),
+    "vit_l": dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)),
+    "vit_h": dict(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
+    # Small enough to train from scratch on two CPU cores: tests and the phantom.
+    "vit_t": dict(width=96, depth=4, heads=3, global_blocks=(1, 3), window_size=8, out_channels=64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamConfig:
+    """Sizes of a SAM: encoder, decoder and the input it is built for (pixels, rows x columns)."""
+
+    image_size: tuple[int, int]
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+
+    @classmethod
+    def preset(cls, name: str, image_size=1024, patch_size: int = 16, **encoder):
+        """`vit_t`, `vit_b`, `vit_l` or `vit_h` at a square size or (rows, columns)."""
+        if name not in _VIT:
+            raise UserError(f"unknown SAM encoder {name!r}; choose one of {', '.join(_VIT)}")
+        size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+        if any(s <= 0 or s % patch_size for s in size):
+            raise UserError(
+                f"image size {image_size} is not divisible by the patch size {patch_size}; "
+                f"choose a multiple of {patch_size}"
+            )
+        grid = (size[0] // patch_size, size[1] // patch_size)
+        sizes = EncoderConfig(grid=grid, patch_size=patch_size, **{**_VIT[name], **encoder})
+        width = sizes.out_channels
+        return cls(size, sizes, DecoderConfig(width=width, mlp_dim=8 * width))
+
+
+class Sam(nnx.Module):
+    """The complete promptable model; `encode_image` once, then `predict` for any prompts."""
+
+    def __init__(
+        self,
+        config: SamConfig,
+        *,
+        lora: LoraConfig | None = None,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.image_encoder = ImageEncoder(config.encoder, lora, dtype=dtype, rngs=rngs)
+        self.prompt_encoder = PromptEncoder(
+            config.decoder.width, config.encoder.grid, config.image_size, dtype=dtype, rngs=rngs
+        )
+        self.mask_decoder = MaskDecoder(config.decoder, 4, iou_head=True, dtype=dtype, rngs=rngs)
+
+    def encode_image(self, images):
+        """Images (B, rows, columns, 3) to embeddings (B, H, W, C): normalized by `preprocess`, or
+        in [0, 1] for an encoder that normalizes them itself (`EncoderConfig.colors`)."""
+        return self.image_encoder(images)[0]
+
+    def predict(self, embedding, *, multimask: bool = True, **prompts):
+        """Low-resolution logits (B, 4H, 4W, M) and IoU (B, M) for prompts of `PromptEncoder`.
+
+        `embedding` is (1, H, W, C), one image for all prompts, or (B, H, W, C).
+        """
+        sparse, dense = self.prompt_encoder(batch=embedding.shape[0], **prompts)
+        grid = self.prompt_encoder.pe_layer.grid(self.prompt_encoder.grid)
+        return self.mask_decoder(embedding, grid, sparse, dense, multimask=multimask)
+
+
+def preprocess(image: np.ndarray, size: tuple[int, int]):
+    """uint8 RGB (h, w, 3) to SAM's input (1, *size, 3) and the resized shape before padding.
+
+    The longer side is scaled to fit, pixel mean and std are applied, the rest is zero.
+    """
+    scale = min(size[0] / image.shape[0], size[1] / image.shape[1])
+    shape = tuple(int(n * scale + 0.5) for n in image.shape[:2])
+    x = jax.image.resize(jnp.asarray(image, jnp.float32), (*shape, 3), "bilinear")
+    x = normalize(x)
+    return jnp.pad(x, ((0, size[0] - shape[0]), (0, size[1] - shape[1]), (0, 0)))[None], shape
+
+
+def postprocess(logits, size: tuple[int, int], resized: tuple[int, int], original: tuple[int, int]):
+    """Low-resolution logits (B, h, w, M) to the original image, (B, *original, M)."""
+    logits = jax.image.resize(
+        logits, (logits.shape[0], *size, logits.shape[-1]), "bilinear", antialias=False
+    )
+    logits = logits[:, : resized[0], : resized[1]]
+    shape = (logits.shape[0], *original, logits.shape[-1])
+    return jax.image.resize(logits, shape, "bilinear", antialias=False)

@@ -1,0 +1,203 @@
+"""FLOPs a model needs, in closed form from its sizes: what model FLOP utilisation divides.
+
+Two FLOPs for a multiply-add; products alone (linear layers, convolutions, attention), no
+elementwise work, nothing that is computed twice to save memory. Per image.
+
+A product costs its forward pass once more for each of its operands that needs a gradient: one
+time more for a frozen weight (none where no gradient goes further back), two times for a weight
+that trains and for the two activations of an attention product. So the encoder with LoRA costs
+about 2.1x its forward pass in training, what trains 3x.
+
+Window padding is apart: a window that overhangs the grid needs its real cells, the rest of it is
+`padding`. Letters as in models/: L grid cells, D encoder width, C decoder width, K classes, Q inter
+prototypes, r rank.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from pgpsam_jax.models.pgpsam.model import PgpSamConfig
+from pgpsam_jax.models.sam.image_encoder import EncoderConfig
+from pgpsam_jax.models.sam.lora import LoraConfig
+from pgpsam_jax.models.sam.mask_decoder import DecoderConfig
+
+
+class Product(NamedTuple):
+    """FLOPs of a kind of product: forward, forward on padded cells, operands with a gradient."""
+
+    forward: float
+    gradients: int = 2
+    padding: float = 0.0
+
+
+class Flops(NamedTuple):
+    """Per image: needed by the forward pass and by a training step, and both on padded cells."""
+
+    forward: float
+    training: float
+    forward_padding: float
+    training_padding: float
+
+
+def total(products: Iterable[Product]) -> Flops:
+    """The sum over products."""
+    products = list(products)
+    return Flops(
+        sum(p.forward for p in products),
+        sum(p.forward * (1 + p.gradients) for p in products),
+        sum(p.padding for p in products),
+        sum(p.padding * (1 + p.gradients) for p in products),
+    )
+
+
+def encoder(
+    config: EncoderConfig, lora: LoraConfig | None, train: str, *, pad_projections: bool = False
+) -> list[Product]:
+    """The image encoder; `train` is `lora`, `full` or `frozen`.
+
+    pad_projections: windows are padded before the qkv projection and cut after the output
+    projection, as the published SAM does, not between the two, as this package does.
+    """
+    (h, w), d, out = config.grid, config.width, config.out_channels
+    tokens, full = h * w, train == "full"
+    products = [Product(2 * tokens * d * 3 * config.patch_size**2, int(full))]
+    adapted = len(lora.targets) if lora and train == "lora" else 0
+    for i in range(config.depth):
+        below = full or (adapted > 0 and i > 0)  # something trains under this block's input
+        within = full or adapted > 0
+        window = 0 if i in config.global_blocks else config.window_size
+        products += _attention_products(config, window, within, full)
+        more = _padded_cells(config.grid, window) - tokens if window and pad_projections else 0
+        products.append(_linear(tokens, d, 3 * d, below, full, more))
+        products.append(_linear(tokens, d, d, within, full, more))
+        products.append(_linear(tokens, d, 8 * d, within, full))  # both layers of the MLP
+        if adapted:
+            products.append(_linear(tokens, d, adapted * lora.rank, below, True))
+            products.append(_linear(tokens, lora.rank, adapted * d, True, True))
+    inside = full or adapted > 0
+    return [
+        *products,
+        _linear(tokens, d, out, inside, full),
+        _linear(tokens, 9 * out, out, inside, full),
+    ]
+
+
+def _linear(rows, dim, out, input_gradient=True, trained=True, padded_rows=0) -> Product:
+    """(rows, dim) @ (dim, out), with so many rows of padding besides."""
+    flops = 2 * dim * out
+    return Product(flops * rows, int(input_gradient) + int(trained), flops * padded_rows)
+
+
+def _attention_products(config: EncoderConfig, window: int, gradient: bool, tables: bool):
+    """q k^T, weights v and q R of one block."""
+    h, w = config.grid
+    rows, columns = (_windows(h, window), _windows(w, window)) if window else ([h], [w])
+    size_h, size_w = (window, window) if window else (h, w)
+    needed = sum((a * b) ** 2 for a in rows for b in columns)
+    computed = len(rows) * len(columns) * (size_h * size_w) ** 2
+    # Every cell's query meets one row of R_h for each row of keys, and so with the columns.
+    places = sum(a * b * (a + b) for a in rows for b in columns)
+    all_places = len(rows) * len(columns) * size_h * size_w * (size_h + size_w)
+    d = config.width
+    scores = Product(4 * d * needed, 2 * int(gradient), 4 * d * (computed - needed))
+    position = Product(2 * d * places, int(gradient) + int(tables), 2 * d * (all_places - places))
+    return [scores, position]
+
+
+def _windows(length: int, size: int) -> list[int]:
+    """Real cells along one axis of each window."""
+    return [min(size, length - start) for start in range(0, length, size)]
+
+
+def _padded_cells(grid, size: int) -> int:
+    return math.prod(-(-n // size) * size for n in grid)
+
+
+def two_way_transformer(config: DecoderConfig, cells: int, tokens: int) -> list[Product]:
+    """The decoder's transformer, all of it trained."""
+    d, inner = config.width, config.width // config.downsample
+
+    def attention(queries, keys, width):
+        projections = 2 * d * width * (2 * queries + 2 * keys)
+        return Product(projections + 4 * queries * keys * width)
+
+    block = [
+        attention(tokens, tokens, d),
+        attention(tokens, cells, inner),
+        _linear(tokens, d, 2 * config.mlp_dim),
+        attention(cells, tokens, inner),
+    ]
+    return [*(block * config.depth), attention(tokens, cells, inner)]
+
+
+def masks(config: DecoderConfig, cells: int, count: int) -> list[Product]:
+    """Upscaling, hypernetworks and their product with the image: `count` masks at 4H x 4W."""
+    d = config.width
+    return [
+        _linear(cells, d, d),
+        _linear(4 * cells, d // 4, d // 2),
+        _linear(count, d, 2 * d + d // 8),
+        _linear(16 * cells, d // 8, count),
+    ]
+
+
+def sam(
+    encoder_config: EncoderConfig, decoder: DecoderConfig, lora: LoraConfig | None, train: str
+) -> list[Product]:
+    """Encoder and SAM's decoder without a prompt: four mask tokens and the quality token."""
+    cells = math.prod(encoder_config.grid)
+    return [
+        *encoder(encoder_config, lora, train),
+        *two_way_transformer(decoder, cells, 5),
+        *masks(decoder, cells, 4),
+    ]
+
+
+def pgpsam(config: PgpSamConfig, train: str, *, training: bool) -> list[Product]:
+    """Preset `paper`. In training the bootstrap's masks are needed too (deep supervision)."""
+    sizes, decoder = config.sam.encoder, config.sam.decoder
+    cells, c = math.prod(sizes.grid), decoder.width
+    classes, inter = config.num_classes, config.inter
+    stages = len(config.stage_taps)
+    # Without PPR nothing of the bootstrap goes on: it is needed for its own loss alone.
+    passes = 1 + (stages if config.ppr else training)
+    tokens = classes * (1 + config.ppg)
+    adapts = train == "full" or (train == "lora" and config.lora.rank > 0)
+    products = encoder(sizes, config.lora if config.lora.rank else None, train)
+    products += [_linear(cells, sizes.width, c, adapts)] * stages
+    if config.cfm:
+        products += [_linear(1, c, c)] * stages
+    if config.ppg:
+        products += _prompts(cells, c, classes, inter) * passes
+    products += two_way_transformer(decoder, cells, tokens) * passes
+    products += masks(decoder, cells, classes) * (2 if training else 1)
+    if config.ppr:
+        products += [_linear(cells, c, classes), *_refinement(config)] * stages
+    return products
+
+
+def _prompts(cells: int, c: int, classes: int, inter: int) -> list[Product]:
+    """PPG: affinities, joins, the two attentions and the two MLPs (Eq 6 and 7)."""
+    return [
+        Product(4 * classes * inter * c),
+        _linear(inter, c + classes, c),
+        _linear(classes, c + inter, c),
+        Product(4 * cells * inter * c),
+        Product(4 * cells * classes * c),
+        _linear(cells, c, c),
+        _linear(classes, c, c),
+    ]
+
+
+def _refinement(config: PgpSamConfig) -> list[Product]:
+    """PPR of one stage: fusion, choice of prototypes, class and query attention (Eq 3 to 5)."""
+    (h, w), c = config.sam.encoder.grid, config.sam.decoder.width
+    classes, cells = config.num_classes, h * w
+    tokens = classes * (config.k + 1)
+    return [
+        _linear(cells, c + classes, c),
+        Product(2 * classes * config.inter * c, 0),  # the choice has no gradient
+        Product(2 * cells * (c + classes + h + w + tokens)),
+        Product(4 * tokens * cells * c),
+    ]

@@ -1,0 +1,179 @@
+"""From runs to the rows of the CSV files that charts are drawn from.
+
+A run is treated as a grid of one row: everything here takes `Group`s. Rows are flat dictionaries;
+each file holds all that its chart shows, so that the figure can be made again from it alone.
+"""
+
+import csv
+import dataclasses
+import math
+
+import numpy as np
+
+from pgpsam_jax.metrics.aggregate import Scores, defined_mean, gather
+from pgpsam_jax.results.runs import Grid, Run
+from pgpsam_jax.results.tables.cost_table import COLUMNS, quantities
+from pgpsam_jax.utils.files import csv_text, write_text
+
+_MAX_RECORDS = 400  # of a curve: more points than pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ by their seed alone: one row of a grid, or a single run."""
+
+    label: str
+    runs: tuple[Run, ...]
+    value: float | None = None
+    reference: bool = False
+
+
+def groups_of(source: Run | Grid) -> list[Group]:
+    """The rows of a grid with their finished runs, or a run as the only group."""
+    if isinstance(source, Run):
+        return [Group(source.config.name, (source,))]
+    runs = source.runs()
+    labels = [row.label for row in source.rows]
+    return [
+        Group(
+            row.label if labels.count(row.label) == 1 else f"{row.label} ({row.name})",
+            tuple(runs[row.name]),
+            row.value,
+            row.name == source.reference,
+        )
+        for row in source.rows
+    ]
+
+
+def scores_of(group: Group, metric: str = "dice") -> Scores | None:
+    """The group's strict scores; None where no run of it was evaluated."""
+    return gather({run.config.seed: run.cases for run in group.runs}, "strict", metric)
+
+
+def score_rows(groups, metric: str) -> list[dict]:
+    """The metric per organ and case, mean over the seeds in which it is defined."""
+    rows = []
+    for group in groups:
+        scores = scores_of(group, metric)
+        if scores is None:
+            continue
+        ids = {row["class"]: row["class_id"] for run in group.runs for row in run.cases}
+        means = scores.per_case()
+        rows += [
+            {"label": group.label, "class_id": ids[organ], "class": organ, "case": case}
+            | {"metric": metric, "value": means[i, j], "seeds": len(scores.seeds)}
+            for j, organ in enumerate(scores.organs)
+            for i, case in enumerate(scores.cases)
+        ]
+    return rows
+
+
+def seed_rows(groups, axis: str | None) -> list[dict]:
+    """Class mean of Dice for every seed."""
+    rows = []
+    for group in groups:
+        scores = scores_of(group)
+        if scores is None:
+            continue
+        means = defined_mean(defined_mean(scores.values, axis=1), axis=1)
+        rows += [
+            {"label": group.label, "seed": seed, "dice_class_mean": mean}
+            | {"axis": axis or "", "value": group.value, "reference": int(group.reference)}
+            for seed, mean in zip(scores.seeds, means, strict=True)
+        ]
+    return rows
+
+
+def paired_rows(groups) -> list[dict]:
+    """Per case: its Dice (mean over organs, then seeds) minus that of the reference row.
+
+    Over the seeds, cases and organs that both have, as in `statistics.compare`.
+    """
+    base = next((group for group in groups if group.reference), None)
+    theirs = scores_of(base) if base else None
+    rows = []
+    for group in groups if theirs else ():
+        ours = None if group.reference else scores_of(group)
+        if ours is None:
+            continue
+        axes = ("seeds", "cases", "organs")
+        common = [[k for k in getattr(ours, a) if k in getattr(theirs, a)] for a in axes]
+        if not all(common):
+            continue
+        first, second = (scores.select(*common).case_scores() for scores in (ours, theirs))
+        rows += [
+            {"label": group.label, "against": base.label, "case": case}
+            | {"difference": difference, "seeds": len(common[0])}
+            for case, difference in zip(common[1], first - second, strict=True)
+        ]
+    return rows
+
+
+def curve_rows(groups) -> list[dict]:
+    """Numbers of `metrics.jsonl`, long form; each curve is thinned to 400 points."""
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            curves: dict[str, list[dict]] = {}
+            for record in run.records:
+                for key, value in record.items():
+                    if key != "step" and isinstance(value, int | float):
+                        point = {"step": record["step"], "key": key, "value": value}
+                        curves.setdefault(key, []).append(point)
+            origin = {"label": group.label, "seed": run.config.seed}
+            for points in curves.values():
+                rows += [origin | p for p in points[:: math.ceil(len(points) / _MAX_RECORDS)]]
+    return rows
+
+
+def timing_rows(groups) -> list[dict]:
+    """Seconds by activity, mean over the runs of a group that recorded them."""
+    rows = []
+    for group in groups:
+        timings = [run.timing for run in group.runs if run.timing]
+        for activity in dict.fromkeys(key for timing in timings for key in timing):
+            seconds = [t.get(activity, 0.0) for t in timings]
+            row = {"label": group.label, "activity": activity}
+            rows.append(row | {"seconds": float(np.mean(seconds)), "runs": len(seconds)})
+    return rows
+
+
+def cost_rows(groups) -> list[dict]:
+    """Class mean of Dice and what it cost, for every seed with scores and a record of cost."""
+    rows = []
+    for group in groups:
+        costs = {run.config.seed: quantities(run) for run in group.runs if run.cost}
+        rows += [
+            {key: row[key] for key in ("label", "seed", "dice_class_mean")} | costs[row["seed"]]
+            for row in seed_rows([group], None)
+            if row["seed"] in costs
+        ]
+    return rows
+
+
+def write_rows(path, rows) -> None:
+    """Rows as CSV, floats in full precision, None and NaN as empty fields."""
+    filled = (
+        {key: "" if value is None or value != value else value for key, value in row.items()}
+        for row in rows
+    )
+    write_text(path, csv_text(list(rows[0]), filled))
+
+
+def read_rows(path) -> list[dict]:
+    """Rows of such a file; the columns of `_NUMBERS` as floats, NaN where they are empty."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            {key: _number(text) if key in _NUMBERS else text for key, text in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+_NUMBERS = COLUMNS.keys() | set(
+    "class_id value seeds seed dice_class_mean reference difference step seconds runs z dice "
+    "organ_dice organ_pixels".split()
+)
+
+
+def _number(text: str) -> float:
+    return float(text) if text else math.nan

@@ -1,0 +1,90 @@
+"""The test volumes of a run with truth and predictions, and single slices of them to draw."""
+
+import dataclasses
+
+import numpy as np
+from scipy import ndimage
+
+from pgpsam_jax.checkpointing import locations
+from pgpsam_jax.data import dataset
+from pgpsam_jax.data.cache import read_case
+from pgpsam_jax.data.io.nifti import read_label
+from pgpsam_jax.data.letterbox import ends_of, rescale
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.results.runs import Run
+from pgpsam_jax.visualization.overlays import drawn_spacing
+
+_AIR = 0.1  # of the window: below it is no body
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slice:
+    """A slice cropped to the body: image (H, W) in [0, 1], class ids, mm along (H, W)."""
+
+    image: np.ndarray
+    truth: np.ndarray
+    predictions: list[np.ndarray]
+    spacing: tuple[float, float]
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Millimetres along (H, W)."""
+        return tuple(n * mm for n, mm in zip(self.image.shape, self.spacing, strict=True))
+
+
+class TestSet:
+    """Volumes, truth and predictions of the test cases that a run was scored on.
+
+    Raises `UserError` where the data set of the run's configuration is not there (any more).
+    """
+
+    def __init__(self, run: Run):
+        config = run.config.copy_and_resolve_references()
+        config.data.root = run.given.get("data.root", config.data.root)
+        if config.data.layout == "phantom":
+            config.data.layout = "btcv"  # what it was written as: a report generates nothing
+        config.model.base = config.fewshot.file = ""  # of no use here
+        config = locations.found(config, run.workdir, root_flag="--data")
+        cases = dataset.find_cases(config)
+        self.table = dataset.label_table(config)
+        if self.table.names != run.names:
+            raise UserError(f"the label table of {config.data.root} is no longer the run's")
+        scored = {row["case"] for row in run.cases}
+        self.cases = {c.case_id: c for c in cases if c.case_id in scored}
+        self.window, self.axis = dataset.window_of(config), config.data.axis
+        self.region_of = lambda case_id, truth: np.ones(len(truth), bool)
+        if config.data.split == "within_volume":
+            entries = dataset.stored_list(run.workdir).entries
+            self.region_of = dataset.unseen_slices(config, self.table, entries)
+
+    def read(self, case_id: str, runs):
+        """Image (D, H, W) in [0, 1], truth, one prediction per run, spacing (H, W), scored (D,)."""
+        if case_id not in self.cases:
+            raise UserError(f"case {case_id} is no longer in the data set")
+        volume, truth = read_case(self.cases[case_id], self.table, self.axis)
+        predictions = []
+        for run in runs:
+            path = run.workdir / "evaluation" / "predictions" / f"{case_id}.nii.gz"
+            predictions.append(read_label(path, self.axis).array)
+            if predictions[-1].shape != truth.shape:
+                raise UserError(f"{path} has another shape than the volume; evaluate again")
+        region = self.region_of(case_id, truth)
+        image = rescale(volume.array, ends_of(self.window, volume.array))
+        return image, truth, predictions, volume.spacing[1:], region
+
+
+def crop(image, truth, predictions, spacing) -> Slice:
+    """Cut a slice (H, W) to the largest body in it and all labels, with a small rim."""
+    parts, count = ndimage.label(image > _AIR)
+    sizes = np.bincount(parts.ravel())[1:]
+    keep = parts == 1 + sizes.argmax() if count else np.ones(image.shape, bool)
+    for labels in (truth, *predictions):
+        keep = keep | (labels > 0)
+    box = []
+    for axis in (1, 0):
+        inside = np.flatnonzero(keep.any(axis=axis))
+        rim = max(2, round(0.02 * len(inside)))
+        box.append(slice(max(0, inside[0] - rim), inside[-1] + rim + 1))
+    box = tuple(box)
+    spacing = drawn_spacing(image[box].shape, spacing)
+    return Slice(image[box], truth[box], [labels[box] for labels in predictions], spacing)

@@ -1,0 +1,235 @@
+"""CT pictures of the report: methods side by side as in the paper's Figure 1, and the failures."""
+
+import math
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.report.figures.csv_rows import read_rows, scores_of, write_rows
+from pgpsam_jax.report.figures.scored_volumes import TestSet, crop
+from pgpsam_jax.report.figures.theme import Picture, draw
+from pgpsam_jax.utils.untrusted_text import shown
+from pgpsam_jax.visualization import overlays
+
+_CASES, _METHODS = 4, 6  # most rows and methods of the comparison
+_FAILURES, _PER_CASE, _APART = 12, 2, 3  # pictures, of one case, slices between those
+_WIDE = 9.5  # inches of all panels of a full-width figure
+
+
+def qualitative(groups, folder) -> Picture:
+    """Cases as rows; image, methods (first finished seed of each group) and truth as columns."""
+    groups = [group for group in groups if scores_of(group) is not None]
+    if len(groups) > _METHODS:
+        places = np.linspace(0, len(groups) - 1, _METHODS).round().astype(int)
+        groups = [groups[place] for place in places]
+    runs = [next(run for run in group.runs if run.cases) for group in groups]
+    labels = [group.label for group in groups] if len(groups) > 1 else ["prediction"]
+    tests, names = TestSet(runs[0]), runs[0].names
+    slices, rows, left_out = [], [], []
+    cases = _by_rank(scores_of(groups[-1]))
+    for case_id, found in _readable(tests, cases, runs, left_out):
+        image, truth, predictions, spacing, region = found
+        z = _fullest(truth, region, len(names))
+        slices.append(crop(image[z], truth[z], [p[z] for p in predictions], spacing))
+        for label, prediction in zip(labels, slices[-1].predictions, strict=True):
+            dice = _mean_dice(prediction, slices[-1].truth, names)
+            rows.append({"case": case_id, "z": z, "label": label, "dice": dice})
+    rows = _stored(folder, "qualitative", rows)
+    return draw(
+        lambda theme: _comparison(slices, rows, labels, names),
+        folder,
+        "qualitative",
+        "Predictions beside the ground truth",
+        "Cases by rank of their Dice, from the worst (top) to the best (bottom); of each the slice "
+        "with most organs. The number is the mean Dice over the organs of that slice. Contours "
+        "lie on the image; R, L, A, P: the patient's right, left, front and back."
+        + _without(left_out),
+        raster=True,
+        alt=f"CT slices of {len(slices)} test cases with the organs outlined in colour: image, "
+        f"{', '.join(labels)}, ground truth",
+    )
+
+
+def _readable(tests, cases, runs, left_out: list[str]):
+    """Each case and what `tests.read` gives of it; why another cannot be read goes to `left_out`.
+
+    Raises the `UserError` of the last one where none can be read.
+    """
+    count = 0
+    for case_id in cases:
+        try:
+            found = tests.read(case_id, runs)
+        except UserError as error:
+            print(f"left out: {shown(str(error), 1000)}", file=sys.stderr, flush=True)
+            left_out.append(f"case {case_id} ({error})")
+            last = error
+        else:
+            count += 1
+            yield case_id, found
+    if left_out and not count:
+        raise last
+
+
+def _without(left_out: list[str]) -> str:
+    return f" Left out: {'; '.join(left_out)}." if left_out else ""
+
+
+def _by_rank(scores) -> list[str]:
+    """Up to four cases from the lowest to the highest Dice, evenly spread in rank."""
+    values = scores.case_scores()
+    ranked = [scores.cases[i] for i in np.argsort(values, kind="stable") if values[i] == values[i]]
+    places = np.linspace(0, len(ranked) - 1, min(_CASES, len(ranked))).round().astype(int)
+    return [ranked[place] for place in dict.fromkeys(places.tolist())]
+
+
+def _fullest(truth, region, num_classes: int) -> int:
+    """The scored slice with most organs, among equals the one with the largest organ area."""
+    organs = sum((truth == k).any(axis=(1, 2)).astype(int) for k in range(1, num_classes))
+    area = np.count_nonzero(truth, axis=(1, 2))
+    return int(np.lexsort((area, np.where(region, organs, -1)))[-1])
+
+
+def _comparison(slices, rows, labels, names):
+    width = len(labels) + 2
+    size = _panel_width(width)
+    titles = [
+        textwrap.fill(title, int(11 * size), max_lines=2, placeholder=" …")
+        for title in ("image", *labels, "ground truth")
+    ]
+    figure, axes = _sheet(
+        slices, (len(slices), width), names, 0.0, top=0.3 + 0.14 * ("\n" in "".join(titles))
+    )
+    for ax, title in zip(axes, titles, strict=False):
+        ax.set_title(title, loc="center", fontsize=9, pad=4)
+    for line, part in enumerate(slices):
+        own = rows[line * len(labels) : (line + 1) * len(labels)]
+        here = axes[line * width : (line + 1) * width]
+        corner = f"{own[0]['case']}\nz = {own[0]['z']:.0f}"
+        _panel(here[0], part, None, names, corner, letters=True)
+        for ax, row, prediction in zip(here[1:], own, part.predictions, strict=False):
+            _panel(ax, part, prediction, names, f"{100 * row['dice']:.0f} %")
+        _panel(here[-1], part, part.truth, names)
+    return figure
+
+
+def failures(group, folder) -> Picture:
+    """The worst organ-bearing slices over the test cases of the group's first finished run."""
+    run = next(run for run in group.runs if run.cases)
+    tests, names = TestSet(run), run.names
+    found, left_out = [], []
+    cases = dict.fromkeys(row["case"] for row in run.cases)
+    for case_id, volumes in _readable(tests, cases, [run], left_out):
+        found += _worst_slices(case_id, *volumes, names)
+    if not found:
+        raise UserError("there is no slice with an organ that is not perfect")
+    found.sort(key=lambda entry: entry[0])
+    found = found[:_FAILURES]
+    rows = _stored(folder, "failures", [row for _, row, _ in found])
+    slices = [part for _, _, part in found]
+    return draw(
+        lambda theme: _gallery(slices, rows, names),
+        folder,
+        "failures",
+        "The worst slices",
+        "Slices by their mean Dice over the organs in truth or prediction, the worst first and "
+        f"of equal ones the largest; at most {_PER_CASE} of a case, those at least {_APART} slices "
+        f"apart. Run: {group.label}, seed {run.config.seed}.{_without(left_out)}",
+        raster=True,
+        alt=f"{len(rows)} CT slices where the prediction is worst: image, truth, prediction",
+    )
+
+
+def _worst_slices(case_id, image, truth, predictions, spacing, region, names):
+    """Up to two (sort key, CSV row, Slice) of a case."""
+    prediction = predictions[0]
+    scores = overlays.slice_dice(prediction, truth, len(names))
+    bearing = np.flatnonzero(np.isfinite(scores).any(axis=1) & region)
+    area = np.count_nonzero((truth > 0) | (prediction > 0), axis=(1, 2))
+    ranked = sorted((float(np.nanmean(scores[z])), -int(area[z]), int(z)) for z in bearing)
+    kept: list[tuple] = []
+    for key in (key for key in ranked if key[0] < 1):
+        if len(kept) < _PER_CASE and all(abs(key[2] - other[2]) >= _APART for other in kept):
+            kept.append(key)
+    result = []
+    for mean, size, z in kept:
+        row = {"case": case_id, "z": z, "dice": mean, "organ_pixels": -size}
+        row |= _worst_organ(scores[z], truth[z], prediction[z], names)
+        part = crop(image[z], truth[z], [prediction[z]], spacing)
+        result.append(((mean, size, case_id, z), row, part))
+    return result
+
+
+def _worst_organ(scores, truth, prediction, names) -> dict:
+    """The organ of lowest Dice, among equals the largest, and what is wrong with it."""
+    sizes = [[np.count_nonzero(m == k) for m in (truth, prediction)] for k in range(1, len(names))]
+    known = np.flatnonzero(np.isfinite(scores))
+    worst = min(known, key=lambda k: (scores[k], -sum(sizes[k])))
+    true, predicted = sizes[worst]
+    error = "missed" if not predicted else "hallucinated" if not true else "inaccurate"
+    return {"organ": names[worst + 1], "organ_dice": float(scores[worst]), "error": error}
+
+
+def _gallery(slices, rows, names):
+    across = min(2, len(slices))
+    grid = math.ceil(len(slices) / across), 3 * across
+    figure, axes = _sheet(slices, grid, names, 0.24, top=0.1)
+    for place, ax in enumerate(axes):  # a gap between the two halves
+        box = ax.get_position(original=True)
+        shift = (0.08 if place % grid[1] >= 3 else -0.04) / figure.get_figwidth()
+        ax.set_position((box.x0 + shift, box.y0, box.width, box.height))
+    for place, (part, row) in enumerate(zip(slices, rows, strict=True)):
+        here = axes[3 * place : 3 * place + 3]
+        organ, z = row["organ"].replace("_", " "), int(row["z"])
+        score = f"{100 * row['organ_dice']:.0f} %" if row["error"] == "inaccurate" else row["error"]
+        text = f"{row['case']}, z = {z}: Dice {100 * row['dice']:.0f} % (worst: {organ}, {score})"
+        here[0].set_title(text, loc="left", fontsize=9, pad=4)
+        for ax, labels in zip(here, (None, part.truth, part.predictions[0]), strict=True):
+            _panel(ax, part, labels, names)
+    for ax, what in zip(axes, ["image", "truth", "prediction"] * across, strict=False):
+        ax.text(
+            0.5, 0.02, what, transform=ax.transAxes, ha="center", va="bottom", **overlays.note(8)
+        )
+    for ax in axes[3 * len(slices) :]:
+        ax.set_visible(False)
+    return figure
+
+
+def _sheet(slices, grid, names, head, top):
+    """Figure and axes for `grid` panels, all of the tallest slice's shape, with a legend."""
+    tallest = max(part.size[0] / part.size[1] for part in slices)
+    maps = [labels for part in slices for labels in (part.truth, *part.predictions)]
+    legend = {k: names[k] for k in overlays.present(names, *maps)}
+    width = _panel_width(grid[1])
+    return overlays.panels(grid, (tallest, 1.0), (1.0, 1.0), width, legend, names, "", head, top)
+
+
+def _panel_width(columns: int) -> float:
+    return min(2.6, _WIDE / columns)
+
+
+def _panel(ax, part, labels, names, corner="", letters=False) -> None:
+    """One slice on black, so that slices of other shapes fill the same panel."""
+    overlays.draw_slice(ax, part.image, labels, part.spacing, names, letters)
+    box, (wide, high) = ax.get_position(original=True), ax.figure.get_size_inches()
+    ratio = box.height * high / (box.width * wide)
+    height, width = part.size
+    x = max(0.0, (height / ratio - width) / 2)
+    y = max(0.0, (width * ratio - height) / 2)
+    ax.set(xlim=(-x, width + x), ylim=(height + y, -y), facecolor="black")
+    style = {"ha": "left", "va": "top", **overlays.note(8)}
+    ax.text(0.03, 0.97, corner, transform=ax.transAxes, **style)
+
+
+def _mean_dice(prediction, truth, names) -> float:
+    """Mean Dice over the organs in either map (H, W), NaN where there is none."""
+    scores = overlays.slice_dice(prediction[None], truth[None], len(names))[0]
+    return float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
+
+
+def _stored(folder, stem, rows) -> list[dict]:
+    path = Path(folder) / f"{stem}.csv"
+    write_rows(path, rows)
+    return read_rows(path)

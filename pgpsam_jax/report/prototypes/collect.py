@@ -1,0 +1,244 @@
+"""What a trained PGP-SAM does inside, on a few test slices, as the CSV files of its pictures.
+
+Letters: N slices, K classes, Q inter prototypes, C channels, h w token grid. A *pass* is one of
+the decoder: 0 is the bootstrap, pass i > 0 follows stage i of PPR.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from pgpsam_jax.data.cache import read_case
+from pgpsam_jax.data.letterbox import Fit, ends_of, rescale, to_model
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.inference.trained_run import load_run
+from pgpsam_jax.report.figures.csv_rows import write_rows
+from pgpsam_jax.report.figures.scored_volumes import TestSet
+from pgpsam_jax.results.runs import Run
+from pgpsam_jax.visualization.overlays import drawn_spacing
+
+_CASES, _PER_CASE = 3, 8  # a slice of each case is drawn, all count in shares and frequencies
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slice:
+    """A test slice: image (H, W) in [0, 1], class ids, mm along (H, W), place in the network."""
+
+    case: str
+    z: int
+    image: np.ndarray
+    truth: np.ndarray
+    spacing: tuple[float, float]
+    fit: Fit
+
+    @property
+    def key(self) -> dict:
+        return {"case": self.case, "z": self.z}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Look:
+    """N slices (`shown`: those to draw), every pass over them, (alpha, beta) of PPR per stage.
+
+    mix_start: what alpha and beta started at.
+    """
+
+    names: tuple[str, ...]
+    slices: list[Slice]
+    shown: list[int]
+    passes: list
+    mixing: list[tuple[float, float]]
+    mix_start: float
+
+    @property
+    def stages(self) -> range:
+        """The passes that follow a stage of PPR; none where it is off."""
+        return range(1, len(self.passes) if self.passes[-1].picks is not None else 1)
+
+
+def look_into(run: Run) -> Look:
+    """Run the newest checkpoint on up to 24 slices of 3 scored cases; `UserError` if it cannot."""
+    tests, trained = TestSet(run), load_run(run.workdir, run.given.get("model.base"))
+    if not tests.cases:
+        raise UserError(f"{run.workdir} has no evaluated test case")
+    places = np.linspace(0, len(tests.cases) - 1, min(_CASES, len(tests.cases)))
+    slices, shown, batches = [], [], []
+    for case in [list(tests.cases.values())[place] for place in places.round().astype(int)]:
+        volume, truth = read_case(case, tests.table, tests.axis)
+        chosen = _bearing(truth, tests.region_of(case.case_id, truth))
+        if not chosen:
+            continue
+        batches.append(trained.passes(volume, chosen))
+        shown.append(len(slices) + _fullest(truth[chosen]))
+        fit = Fit.of(truth.shape[1:], run.config.model.image_size)
+        ends = ends_of(tests.window, volume.array)
+        for z in chosen:
+            image = rescale(volume.array[z], ends)
+            spacing = drawn_spacing(image.shape, volume.spacing[1:])
+            slices.append(Slice(case.case_id, z, image, truth[z], spacing, fit))
+    if not batches:
+        raise UserError("no test slice bears an organ")
+    passes = [
+        type(parts[0])(*(None if x[0] is None else np.concatenate(x) for x in zip(*parts)))  # noqa: B905
+        for parts in zip(*batches, strict=True)
+    ]
+    if passes[0].intra is None:
+        raise UserError(f"{run.workdir} was trained without prototypes (model.ppg is off)")
+    stages = trained.model.ppr if passes[-1].picks is not None else ()
+    mixing = [tuple(float(np.mean(weight)) for weight in stage.mixing) for stage in stages]
+    start = float(stages[0].mix_start) if stages else float("nan")
+    return Look(run.names, slices, shown, passes, mixing, start)
+
+
+def _bearing(truth, region) -> list[int]:
+    """Up to 8 slices with an organ, evenly spread."""
+    slices = np.flatnonzero((truth > 0).any(axis=(1, 2)) & region)
+    places = np.linspace(0, len(slices) - 1, min(_PER_CASE, len(slices))).round().astype(int)
+    return [int(z) for z in slices[places]]
+
+
+def _fullest(truth) -> int:
+    """Place of the slice with most organs, among equals with the largest organ area."""
+    return max(range(len(truth)), key=lambda i: (len(np.unique(truth[i])), (truth[i] > 0).sum()))
+
+
+def write_tables(look: Look, folder) -> None:
+    """`prototype_{dense,attention,shares,similarity,prompts,picks,mixing}.csv`; the last two only
+    with PPR."""
+    tables = {"dense": dense_rows, "similarity": similarity_rows, "prompts": prompt_rows}
+    if look.stages:
+        tables |= {"attention": attention_rows, "shares": share_rows}
+        tables |= {"picks": pick_rows, "mixing": mixing_rows}
+    for name, rows in tables.items():
+        write_rows(Path(folder) / f"prototype_{name}.csv", rows(look))
+
+
+def dense_rows(look: Look) -> list[dict]:
+    """Dense prompt D per token: its norm and first three principal components.
+
+    The components are those of all drawn slices of a pass together, so colours compare.
+    """
+    rows = []
+    for number, one in enumerate(look.passes):
+        dense = one.dense[look.shown].astype(np.float64)
+        flat = dense.reshape(-1, dense.shape[-1])
+        centred = flat - flat.mean(axis=0)
+        axes = np.linalg.svd(centred, full_matrices=False)[2][:3]
+        axes *= np.where(axes.sum(axis=1, keepdims=True) < 0, -1, 1)  # svd leaves the sign open
+        parts = (centred @ axes.T).reshape(*dense.shape[:-1], -1)
+        norms = np.linalg.norm(dense, axis=-1)
+        for place, index in enumerate(look.shown):
+            key = {**look.slices[index].key, "pass": number}
+            for row, column in np.ndindex(norms.shape[1:]):
+                values = dict(zip(("pc1", "pc2", "pc3"), parts[place, row, column], strict=True))
+                values["norm"] = norms[place, row, column]
+                rows.append({**key, "row": row, "column": column, **_short(values)})
+    return rows
+
+
+def own_weights(look: Look, number: int) -> dict[str, np.ndarray]:
+    """W_c and W_q of every class's own token in a pass, (N, K, h, w); W where there is only one."""
+    one = look.passes[number]
+    n, h, w, _ = one.feature.shape
+    step = one.picks.shape[-1] + 1
+    maps = {"W": one.query_weights}
+    if one.class_weights is not None:
+        maps = {"W_c": one.class_weights, "W_q": one.query_weights}
+    return {name: weights[:, ::step].reshape(n, -1, h, w) for name, weights in maps.items()}
+
+
+def attention_rows(look: Look) -> list[dict]:
+    """One line per row of a map: columns c0, c1, ... hold its weights (a map sums to one)."""
+    rows = []
+    for number in look.stages:
+        for name, weights in own_weights(look, number).items():
+            for index in look.shown:
+                for k, line in np.ndindex(weights.shape[1:3]):
+                    key = {**look.slices[index].key, "pass": number, "map": name}
+                    values = {f"c{i}": x for i, x in enumerate(weights[index, k, line])}
+                    rows.append({**key, "class": look.names[k], "row": line, **_short(values)})
+    return rows
+
+
+def share_rows(look: Look) -> list[dict]:
+    """Per slice and organ in it: attention on the tokens that touch it, and their share."""
+    rows = []
+    for number in look.stages:
+        for name, weights in own_weights(look, number).items():
+            for index, part in enumerate(look.slices):
+                touched = _touched(part, len(look.names), weights.shape[2:])
+                for k in np.flatnonzero(touched[1:].any(axis=(1, 2))) + 1:
+                    on_organ = float(weights[index, k][touched[k]].sum())
+                    values = {"attention": on_organ, "tokens": float(touched[k].mean())}
+                    key = {**part.key, "pass": number, "map": name, "class": look.names[k]}
+                    rows.append(key | _short(values))
+    return rows
+
+
+def _touched(part: Slice, num_classes: int, grid) -> np.ndarray:
+    """Which tokens (K, h, w) hold a pixel of each class."""
+    labels = to_model(part.truth[None], part.fit, order=0)[0]
+    one_hot = np.arange(num_classes)[:, None, None] == labels
+    h, w = grid
+    cells = one_hot.reshape(num_classes, h, labels.shape[0] // h, w, labels.shape[1] // w)
+    return cells.any(axis=(2, 4))
+
+
+def similarity_rows(look: Look) -> list[dict]:
+    """Cosines of class prototypes with each other and with inter prototypes, and their length.
+
+    `learned`: as stored; `refined`: after the last stage, mean over the slices. `length`: norm of
+    the class prototype.
+    """
+    moments = {"learned": look.passes[0]} | ({"refined": look.passes[-1]} if look.stages else {})
+    rows = []
+    for moment, one in moments.items():
+        intra, inter = (
+            x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (one.intra, one.inter)
+        )
+        length = np.linalg.norm(one.intra, axis=-1).mean(axis=0)
+        for kind, others in (("intra", intra), ("inter", inter)):
+            cosine = np.einsum("nkc,nqc->kq", intra, others) / len(intra)
+            for k, q in np.ndindex(cosine.shape):
+                key = {"prototypes": moment, "class": look.names[k], "with": kind, "index": q}
+                rows.append(key | _short({"cosine": cosine[k, q], "length": length[k]}))
+    return rows
+
+
+def prompt_rows(look: Look) -> list[dict]:
+    """Cosines of the sparse prompts of every two classes in every pass, mean over the slices."""
+    rows = []
+    for number, one in enumerate(look.passes):
+        length = np.linalg.norm(one.sparse, axis=-1, keepdims=True)
+        unit = one.sparse / np.maximum(length, 1e-12)
+        cosine = np.einsum("nkc,nqc->kq", unit, unit) / len(unit)
+        for k, q in zip(*np.triu_indices(len(cosine), 1), strict=True):
+            key = {"pass": number, "class": look.names[k], "other": look.names[q]}
+            rows.append(key | _short({"cosine": cosine[k, q]}))
+    return rows
+
+
+def pick_rows(look: Look) -> list[dict]:
+    """How often each class picked each inter prototype in a stage, over the slices."""
+    rows = []
+    for number in look.stages:
+        picks, count = look.passes[number].picks, look.passes[0].inter.shape[1]
+        for k, name in enumerate(look.names):
+            share = np.bincount(picks[:, k].ravel(), minlength=count) / len(picks)
+            for q in range(count):
+                key = {"pass": number, "class": name, "inter": q}
+                rows.append(key | _short({"picked": share[q]}))
+    return rows
+
+
+def mixing_rows(look: Look) -> list[dict]:
+    return [
+        {"pass": i, "alpha": alpha, "beta": beta, "start": look.mix_start}
+        for i, (alpha, beta) in enumerate(look.mixing, 1)
+    ]
+
+
+def _short(values: dict) -> dict:
+    """Four digits: more than a picture shows, and small files."""
+    return {key: float(f"{value:.4g}") for key, value in values.items()}

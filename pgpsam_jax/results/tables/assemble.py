@@ -1,0 +1,251 @@
+"""Tables of a run and of a grid, as text: Dice, comparisons with a reference row, distances.
+
+Dice and NSD in %, HD95 in mm (`strict`) or voxels (`transunet`). "-" stands where there is no
+result yet, "n/a" where there are results but the number is undefined.
+"""
+
+from pgpsam_jax.metrics.aggregate import INTERVAL, defined_mean, gather, spread
+from pgpsam_jax.metrics.protocols import METRICS
+from pgpsam_jax.metrics.summary import summarise
+from pgpsam_jax.results.runs import Grid, Run
+from pgpsam_jax.results.tables import published, study
+from pgpsam_jax.results.tables.comparison import comparison_table, organ_table
+from pgpsam_jax.results.tables.cost_table import run_cost, study_cost
+from pgpsam_jax.results.tables.statistics import data_notes, sample_notes
+from pgpsam_jax.results.tables.study import Line, Study, tolerance
+from pgpsam_jax.results.tables.text import (
+    NONE,
+    Table,
+    interval,
+    number,
+    percent,
+    plus_minus,
+    spoken,
+    to_html,
+    to_latex,
+    to_markdown,
+)
+
+__all__ = ["Table", "grid_tables", "long_rows", "run_tables", "study_tables"]
+__all__ += ["to_html", "to_latex", "to_markdown"]
+
+RULES = {
+    "strict": "an organ absent from truth and prediction is left out, one absent from either has "
+    "Dice 0 and no HD95",
+    "transunet": "the rule of the published tables: an organ absent from both or from the "
+    "prediction has Dice 0 and HD95 0, one absent from the truth only Dice 1 and HD95 0",
+    "release": "the authors' scores on valid slices alone, those with enough of some organ; absent "
+    "organs as in `strict`; here of volumes: case mean = its Dice, class mean = its mcDice",
+}
+MEANS = (
+    "Class mean: mean over organs of their mean over cases; case mean: mean over cases of their "
+    "mean over organs"
+)
+
+
+def run_tables(run: Run) -> list[Table]:
+    """Each protocol of one run, an organ a row ("-" throughout if not evaluated), and its cost."""
+    return [_run_table(run, protocol) for protocol in _protocols(run.cases)] + run_cost(run)
+
+
+def grid_tables(grid: Grid) -> list[Table]:
+    """All tables of a grid, finished or not; see `study_tables`."""
+    return study_tables(study.from_grid(grid))
+
+
+def long_rows(grid: Grid) -> list[dict]:
+    """Every score of the finished runs, for a CSV: row, seed and the columns of `cases.csv`."""
+    return study.long_rows(study.from_grid(grid))
+
+
+def study_tables(of: Study) -> list[Table]:
+    """Dice of each protocol, comparisons with the reference row, distances, cost, the paper's.
+
+    Comparisons are left out where there is no second row, organ by organ where nothing is scored,
+    cost where no run has a record of it.
+    """
+    scored = [row for line in of.lines for rows in line.cases.values() for row in rows]
+    organs = list(dict.fromkeys(row["class"] for row in scored))
+    tables = [_dice_table(of, protocol, organs) for protocol in _protocols(scored)]
+    tables[0].notes.extend(of.notes)
+    if len(of.lines) > 1:
+        tables.append(comparison_table(of))
+        tables += [organ_table(of, organs)] if organs else []
+    tables.append(_distance_table(of))
+    tables += study_cost(of)
+    return tables + ([_published_table(of.published)] if of.published else [])
+
+
+def _protocols(rows) -> list[str]:
+    """The protocols of these rows of `cases.csv`, all of them where nothing is scored yet."""
+    written = {row["protocol"] for row in rows} or METRICS.keys()
+    return [protocol for protocol in METRICS if protocol in written]
+
+
+def _dice_table(of: Study, protocol, organs) -> Table:
+    head = ["row", "seeds", "n", *map(spoken, organs)]
+    head += ["class mean", "case mean", "95 % CI of case mean"]
+    rows = [_dice_cells(line, protocol, organs) for line in of.lines]
+    notes = [
+        f"Dice in %. `{protocol}`: {RULES[protocol]}.",
+        f"{MEANS}; all averaged over seeds, ± is the sample SD over seeds; seeds: done/planned.",
+        f"Interval: {INTERVAL}, a case's score averaged over seeds.",
+    ]
+    if protocol == "release":
+        head += ["slice Dice", "slice mcDice"]
+        rows = [row + _slice_cells(line) for row, line in zip(rows, of.lines, strict=True)]
+        notes.append("Slice Dice, slice mcDice: the same with slices in place of volumes.")
+    if of.published:
+        head.append("paper")
+        for row, line in zip(rows, of.lines, strict=True):
+            printed = published.find(of.published, line.config)
+            row.append(NONE if printed is None else f"{printed.mean:.2f}")
+        notes += published.notes(of.published)[:1] + _other_data(of)
+    lines = {line.label: line.cases for line in of.lines if line.runs}
+    found = [gather(cases, protocol, "dice") for cases in lines.values()]
+    found = [one for one in found if one is not None]
+    if sum(len(one.seeds) for one in found) < sum(map(len, lines.values())):
+        notes.append(
+            "Warning: some runs were evaluated before this protocol was added and have no scores "
+            "of it; --mode evaluate makes them."
+        )
+    counts = [len(one.cases) for one in found], [len(one.seeds) for one in found]
+    notes += sample_notes(*counts) + data_notes(lines)
+    return Table(f"{of.title}: Dice (`{protocol}`)", head, rows, notes)
+
+
+def _dice_cells(line: Line, protocol, organs) -> list[str]:
+    scores = gather(line.cases, protocol, "dice")
+    start = [line.label, f"{0 if scores is None else len(scores.seeds)}/{line.planned}"]
+    if scores is None:
+        return start + [NONE] * (len(organs) + 4)
+    means = dict(zip(scores.organs, scores.organ_means(), strict=True))
+    cells = [percent(means[organ]) if organ in means else NONE for organ in organs]
+    cells += [plus_minus(*scores.over_seeds(kind), percent) for kind in ("class", "case")]
+    ends = spread(scores.case_scores())[1]
+    return [*start, str(len(scores.cases)), *cells, interval(ends, percent)]
+
+
+def _slice_cells(line: Line) -> list[str]:
+    """The slice mode of `release`, as the summaries of the runs have it, over their seeds."""
+    parts = [(run.summary or {}).get("release", {}) for run in line.runs.values()]
+    cells = []
+    for key in ("slice_dice", "slice_mcdice"):
+        found = [part[key] for part in parts if part.get(key) is not None]
+        mean = float(defined_mean(found))
+        cells.append(plus_minus(mean, spread(found)[0], percent) if found else NONE)
+    return cells
+
+
+def _other_data(of: Study) -> list[str]:
+    """Whether the runs beside the paper's numbers are on other data, as far as it can be told."""
+    layouts = {line.config.get("data", {}).get("layout") for line in of.lines}
+    data = published.published_table(of.published).data
+    if "phantom" in layouts:
+        return [f"Warning: these runs are on phantoms, the paper's on {data}: not comparable."]
+    return []
+
+
+def _distance_table(of: Study) -> Table:
+    tolerances = {line.label: {tolerance(run) for run in line.runs.values()} for line in of.lines}
+    known = set().union(*tolerances.values())
+    at = f" at {min(known):g} mm" if len(known) == 1 else ""
+    head = ["row", "seeds", "n", "HD95 (mm)", f"NSD{at} (%)", "missed", "hallucinated", "absent"]
+    head.append("HD95 (transunet, voxels)")
+    rows = [_distance_cells(line, tolerances[line.label]) for line in of.lines]
+    notes = [
+        "Class means (± SD over seeds), `strict` where no protocol is named. HD95 leaves out what "
+        "was missed or hallucinated, so read it with these counts (sums over seeds, cases and "
+        "organs); absent: from truth and prediction."
+    ]
+    if len(known) > 1:
+        listed = "; ".join(
+            f"{label} {', '.join(f'{value:g}' for value in sorted(values))}"
+            for label, values in tolerances.items()
+            if values
+        )
+        notes.append(
+            f"Warning: NSD was scored with different tolerances (mm: {listed}); rows are not "
+            "comparable in it, and where the seeds of a row differ none is printed."
+        )
+    return Table(f"{of.title}: distances and failures", head, rows, notes)
+
+
+def _distance_cells(line: Line, tolerances) -> list[str]:
+    start = [line.label, f"{len(line.runs)}/{line.planned}"]
+    strict = gather(line.cases, "strict", "hd95")
+    if strict is None:
+        return start + [NONE] * 7
+    nsd = gather(line.cases, "strict", "nsd").over_seeds("class")
+    statuses = [
+        row["status"]
+        for rows in line.cases.values()
+        for row in rows
+        if (row["protocol"], row["metric"]) == ("strict", "dice")
+    ]
+    cells = [str(len(strict.cases)), plus_minus(*strict.over_seeds("class"))]
+    cells.append(plus_minus(*nsd, percent) if len(tolerances) == 1 else NONE)
+    cells += [str(statuses.count(kind)) for kind in ("missed", "hallucinated", "both_empty")]
+    voxels = gather(line.cases, "transunet", "hd95").over_seeds("class")
+    return [*start, *cells, plus_minus(*voxels)]
+
+
+def _published_table(key: str) -> Table:
+    table = published.published_table(key)
+    head = ["method", *map(spoken, table.organs), "printed mean"]
+    head += ["mean of organs", "difference"] if table.organs else []
+    rows = []
+    for row in table.rows.values():
+        cells = [row.method, *(f"{value:.2f}" for value in row.organs), f"{row.mean:.2f}"]
+        if table.organs:
+            cells += [f"{row.computed:.2f}", f"{row.mean - row.computed:+.2f}"]
+        rows.append(cells)
+    title = f"The paper's Table {table.number} as printed: {table.caption}, Dice (%)"
+    return Table(title, head, rows, published.notes(key))
+
+
+def _run_table(run: Run, protocol) -> Table:
+    recorded = (run.summary or {}).get(protocol, {})
+    head = ["organ", "n", "Dice (%)", "SD", "95 % CI"]
+    head += {
+        "strict": ["HD95 (mm)", f"NSD at {tolerance(run):g} mm (%)"],
+        "transunet": ["HD95 (voxels)"],
+        "release": ["slice Dice (%)"],
+    }[protocol]
+    head += ["missed", "hallucinated", "absent"]
+    title = f"{run.config.name}: per organ, `{protocol}`"
+    labels = [*map(spoken, run.names[1:]), "class mean", "case mean"]
+    if not run.cases:
+        rows = [[label] + [NONE] * (len(head) - 1) for label in labels]
+        return Table(title, head, rows, ["Not evaluated yet."])
+    summary = summarise(run.cases)
+    part, n = summary[protocol], summary["n_cases"]
+    organs = recorded.get("per_class", {})  # which knows the slices too
+    rows = [
+        _organ_cells(spoken(organ), organs.get(organ, {}) | entry, protocol)
+        for organ, entry in part["per_class"].items()
+    ]
+    for kind, of_slices in (("class", "slice_mcdice"), ("case", "slice_dice")):
+        entry = {metric: part[f"{metric}_{kind}_mean"] for metric in METRICS[protocol]} | {"n": n}
+        entry |= {key: part.get(f"dice_{kind}_{key[5:]}", "") for key in ("dice_sd", "dice_ci95")}
+        entry["slice_dice"] = recorded.get(of_slices)
+        rows.append(_organ_cells(f"{kind} mean", entry, protocol))
+    notes = [
+        f"`{protocol}`: {RULES[protocol]}. n: cases in which Dice is defined; SD over cases.",
+        f"{MEANS}. Interval: {INTERVAL}.",
+        *sample_notes([n], []),
+    ]
+    notices = dict.fromkeys((run.summary or {}).get("notices", ()))
+    return Table(title, head, rows, notes + [f"Note: {notice}" for notice in notices])
+
+
+def _organ_cells(label: str, entry: dict, protocol) -> list[str]:
+    """A line of a run's table; a mean has no counts, and the class mean no spread: left blank."""
+    sd, ends = entry["dice_sd"], entry["dice_ci95"]
+    cells = [label, str(entry["n"]), percent(entry["dice"])]
+    cells += ["" if sd == "" else percent(sd), "" if ends == "" else interval(ends, percent)]
+    cells += [number(entry["hd95"])] if "hd95" in entry else []
+    cells += [percent(entry["nsd"])] if "nsd" in entry else []
+    cells += [percent(entry.get("slice_dice"))] if protocol == "release" else []
+    counts = [entry.get(f"n_{kind}", "") for kind in ("missed", "hallucinated", "both_empty")]
+    return cells + [str(count) for count in counts]

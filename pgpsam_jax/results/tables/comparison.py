@@ -1,0 +1,105 @@
+"""Tables of a study's rows against its reference row: the mean over organs, and organ by organ.
+
+Differences are row minus reference in Dice points (hundredths), protocol `strict`.
+"""
+
+import math
+
+from pgpsam_jax.metrics.aggregate import gather
+from pgpsam_jax.results.tables.statistics import (
+    DIFFERENCE_INTERVAL,
+    Comparison,
+    compare,
+    comparison_notes,
+    data_notes,
+    holm,
+    sample_notes,
+)
+from pgpsam_jax.results.tables.study import Study
+from pgpsam_jax.results.tables.text import NONE, Table, interval, percent, spoken
+
+PROTOCOL, METRIC = "strict", "dice"
+
+
+def comparison_table(study: Study) -> Table:
+    """Every row but the reference: difference of the case means, its interval, p and Holm p."""
+    head = ["row", "seeds", "n", "row mean", "reference mean", "difference", "by seed", "95 % CI"]
+    head += ["p", "Holm p", "better / worse / same"]
+    found = _compared(study, [None])
+    adjusted = holm([math.nan if one is None else one.p for one in found.values()])
+    rows = []
+    for ((label, _), one), p in zip(found.items(), adjusted, strict=True):
+        if one is None:
+            rows.append([label] + [NONE] * (len(head) - 1))
+            continue
+        cells = [label, str(len(one.seeds)), str(one.n), percent(one.row), percent(one.reference)]
+        cells += [_signed(one.difference), ", ".join(map(_signed, one.by_seed))]
+        cells += [interval(one.interval, _signed), _p(one.p), _p(p)]
+        rows.append([*cells, f"{one.better} / {one.worse} / {one.same}"])
+    notes = [
+        "A case's score is its mean over organs (case mean), averaged over the seeds that row and "
+        "reference both have; difference: row minus reference in Dice points, over the n cases "
+        f"both have; by seed: the difference of each seed alone. Interval: {DIFFERENCE_INTERVAL}."
+    ]
+    return Table(_title(study, "case mean"), head, rows, notes + _notes(study, found))
+
+
+def organ_table(study: Study, organs) -> Table:
+    """Rows x organs: the difference and its Holm p, all cells one family."""
+    found = _compared(study, organs)
+    adjusted = holm([math.nan if one is None else one.p for one in found.values()])
+    cells = {
+        key: NONE if one is None else f"{_signed(one.difference)} ({_p(p)})"
+        for (key, one), p in zip(found.items(), adjusted, strict=True)
+    }
+    labels = dict.fromkeys(label for label, _ in found)
+    rows = [[label, *(cells[label, organ] for organ in organs)] for label in labels]
+    notes = ["Each cell: difference in Dice points (Holm p over all rows and organs together)."]
+    counts = sorted({one.n for one in found.values() if one is not None})
+    if counts:
+        each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        notes.append(f"n = {each} cases, those in which row and reference both define the organ.")
+    head = ["row", *(spoken(organ) for organ in organs)]
+    return Table(_title(study, "per organ"), head, rows, notes + _notes(study, found))
+
+
+def _compared(study: Study, organs) -> dict[tuple, Comparison | None]:
+    """{(row label, organ or None = mean over organs): comparison}; None without results."""
+    scores = {line.name: gather(line.cases, PROTOCOL, METRIC) for line in study.lines}
+    reference = scores.get(study.reference)
+    return {
+        (line.label, organ): compare(scores[line.name], reference, organ)
+        for line in study.lines
+        if line.name != study.reference
+        for organ in organs
+    }
+
+
+def _notes(study: Study, found) -> list[str]:
+    lines = {line.label: line.cases for line in study.lines if line.runs}
+    comparisons = [one for one in found.values() if one is not None]
+    if not any(line.name == study.reference for line in study.lines if line.runs):
+        return ["The reference row has no results yet, so nothing can be compared."]
+    counts = [one.n for one in comparisons], [len(one.seeds) for one in comparisons]
+    apart = {label for label, _ in found if label in lines}
+    apart -= {label for (label, _), one in found.items() if one is not None}
+    notes = [
+        f"Warning: {label} shares no seed and case with the reference."
+        for label in lines
+        if label in apart
+    ]
+    return comparison_notes(comparisons) + notes + sample_notes(*counts) + data_notes(lines)
+
+
+def _title(study: Study, what: str) -> str:
+    labels = {line.name: line.label for line in study.lines}
+    reference = labels.get(study.reference, study.reference)
+    return f"{study.title}: rows against “{reference}”, Dice (`{PROTOCOL}`), {what}"
+
+
+def _signed(value) -> str:
+    return percent(value, sign=True)
+
+
+def _p(value: float) -> str:
+    return "<0.0001" if value < 1e-4 else f"{value:.4f}"

@@ -1,0 +1,203 @@
+"""What runs cost, as tables: the rows of a study beside each other, and one run in full."""
+
+import math
+import statistics
+
+from pgpsam_jax.metrics.aggregate import gather
+from pgpsam_jax.results.runs import Run
+from pgpsam_jax.results.tables.study import Line, Study
+from pgpsam_jax.results.tables.text import NONE, Table, percent, plus_minus
+
+# Key of `quantities` -> (head of its column, significant digits).
+COLUMNS = {
+    "trained_millions": ("trained (M)", 4),
+    "parameters_millions": ("parameters (M)", 4),
+    "forward_gflop": ("forward pass (GFLOP)", 4),
+    "training_gflop": ("training step (GFLOP)", 4),
+    "step_seconds": ("s per step", 3),
+    "step_mib": ("step memory (MiB)", 3),
+    "evaluation_seconds": ("evaluation (s per volume)", 3),
+}
+_TITLE = "parameters, operations, time and memory"
+_FLOPS = (
+    "GFLOP: 1e9 operations for one image, as XLA counts them before it optimises the program (a "
+    "multiply-add is two); forward pass: slice to logits; training step: augmentation, forward, "
+    "backward and update"
+)
+_TIME = "median over the logged intervals of a run, without compiling, saving and validating"
+_EVALUATION = (
+    "Evaluation: wall time from reading a volume to its scores and pictures, with what had to be "
+    "compiled for it"
+)
+
+
+TRAINING, FIT, NO_STEP = "training", "fit", "none"  # what a step is, of `cost.json`
+# Why numbers of a training step are missing.
+_WHY = {
+    FIT: "Fitted in one step, to all slices of the few-shot list at once; its operations depend "
+    "on how many iterations it takes and are not counted",
+    NO_STEP: "Nothing trains, so that there is no training step",
+}
+
+
+def quantities(run: Run) -> dict[str, float | None]:
+    """What `COLUMNS` show of a run with a record of cost; None where that is not known."""
+    counts, flops = run.cost["parameters"], run.cost["flops_per_image"]
+    volumes = len({row["case"] for row in run.cases})
+    evaluating = run.timing.get("evaluate")
+    return {
+        "trained_millions": counts["trained"] / 1e6,
+        "parameters_millions": (counts["trained"] + counts["frozen"]) / 1e6,
+        "forward_gflop": _giga(flops["forward"]),
+        "training_gflop": _giga(flops["training"]),
+        "step_seconds": run.cost.get("step_seconds", {}).get("median"),
+        "step_mib": _step_mib(run),
+        "evaluation_seconds": evaluating / volumes if evaluating and volumes else None,
+    }
+
+
+def study_cost(study: Study) -> list[Table]:
+    """A line per row, median over its seeds; no table where no run has a record of cost."""
+    recorded = [[run for run in line.runs.values() if run.cost] for line in study.lines]
+    if not any(recorded):
+        return []
+    rows = []
+    for line, runs in zip(study.lines, recorded, strict=True):
+        known = [quantities(run) for run in runs]
+        cells = [_over_seeds([one[key] for one in known], COLUMNS[key][1]) for key in COLUMNS]
+        rows.append([line.label, f"{len(runs)}/{line.planned}", _dice(line), *cells])
+    notes = [
+        "Dice: class mean (`strict`), ± SD over seeds. Parameters in millions: those that train, "
+        f"and all of the model. {_FLOPS}.",
+        f"s per step: {_TIME}. Step memory: arguments, outputs and temporaries of a training step "
+        f"on each device, as the compiler plans them. {_EVALUATION}.",
+        "Of several seeds the median stands, with (smallest to largest) where they differ; seeds: "
+        "with a record of cost/planned.",
+        *_dash_notes([line.label for line in study.lines], recorded),
+        *_setting_notes([line.label for line in study.lines], recorded),
+    ]
+    head = ["row", "seeds", "Dice (%)", *(head for head, _ in COLUMNS.values())]
+    return [Table(f"{study.title}: {_TITLE}", head, rows, notes)]
+
+
+def run_cost(run: Run) -> list[Table]:
+    """One run, a quantity a line; no table where it has no record of cost."""
+    if not run.cost:
+        return []
+    known = quantities(run)
+    each = {key: significant(known[key], digits) for key, (_, digits) in COLUMNS.items()}
+    counts, parts, kind = run.cost["parameters"], run.cost["step_bytes"], _kind(run)
+    step = "the fit" if kind == FIT else "a step"
+    rows = [
+        ["parameters that train", f"{counts['trained']:,}"],
+        ["parameters of the model", f"{counts['trained'] + counts['frozen']:,}"],
+    ]
+    for key, what in (("forward_gflop", "forward pass"), ("training_gflop", "training step")):
+        if known[key] is not None:
+            rows.append([f"{what}, per image", f"{each[key]} GFLOP"])
+    if time := run.cost.get("step_seconds"):
+        low, high = map(significant, time["quartiles"])
+        rows.append([f"time of {step}", f"{each['step_seconds']} s"])
+        if kind != FIT:  # of which there is one
+            rows.append([f"its quartiles, {time['intervals']} intervals", f"{low} to {high} s"])
+        rows.append(["images per s", significant(run.cost["batch_size"] / time["median"])])
+    if parts:
+        rows += [
+            [f"memory of {step}, per device", f"{each['step_mib']} MiB"],
+            ["of it arguments", _mib(parts["arguments"])],
+            ["of it temporaries", _mib(parts["temporaries"])],
+        ]
+    peaks = run.cost.get("peak_bytes", {})
+    for key, what in (("process", "the process"), ("device", "a device")):
+        if peaks.get(key):
+            rows.append([f"peak memory of {what}", _mib(peaks[key])])
+    if known["evaluation_seconds"]:
+        rows.append(["evaluation, per volume", f"{each['evaluation_seconds']} s"])
+    notes = [f"Measured with {_setting(run)}.", f"{_FLOPS}, divided by the batch."]
+    notes += [f"{_WHY[kind]}."] if kind in _WHY else []
+    if kind == NO_STEP:
+        notes += [f"{_EVALUATION}; peaks: measured from the start to the end of it."]
+    else:
+        notes += [
+            f"Time of {step}: {_TIME}. {_EVALUATION}.",
+            f"Memory of {step}: as the compiler plans it, outputs that take the place of arguments "
+            "counted once; peaks: measured during training, compiling included.",
+        ]
+    return [Table(f"{run.config.name}: {_TITLE}", ["quantity", "value"], rows, notes)]
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """So many digits that count, without an exponent; `NONE` for None."""
+    if value is None:
+        return NONE
+    places = digits - 1 - (math.floor(math.log10(abs(value))) if value else 0)
+    return f"{value:,.{max(0, places)}f}"
+
+
+def _dice(line: Line) -> str:
+    scores = gather(line.cases, "strict", "dice")
+    return NONE if scores is None else plus_minus(*scores.over_seeds("class"), percent)
+
+
+def _over_seeds(values, digits: int) -> str:
+    values = sorted(value for value in values if value is not None)
+    if not values:
+        return NONE
+    low, high = significant(values[0], digits), significant(values[-1], digits)
+    middle = significant(statistics.median(values), digits)
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def _setting(run: Run) -> str:
+    cost, devices = run.cost, run.cost["devices"]
+    setting = (
+        f"{devices['count']} x {devices['kind']}, {cost['compute_dtype']}, {cost['image_size']} px"
+    )
+    return setting + (f", batch {cost['batch_size']}" if _kind(run) == TRAINING else "")
+
+
+def _kind(run: Run) -> str:
+    return run.cost.get("kind", TRAINING)  # as all were before there was another
+
+
+def _dash_notes(labels, recorded) -> list[str]:
+    """Which rows have no numbers for a training step, and why."""
+    notes = []
+    for kind, why in _WHY.items():
+        names = [
+            label
+            for label, runs in zip(labels, recorded, strict=True)
+            if any(_kind(run) == kind for run in runs)
+        ]
+        notes += [f"{', '.join(names)}: {why[0].lower()}{why[1:]}."] if names else []
+    absent = [label for label, runs in zip(labels, recorded, strict=True) if not runs]
+    return notes + ([f"No record of cost yet: {', '.join(absent)}."] if absent else [])
+
+
+def _setting_notes(labels, recorded) -> list[str]:
+    """Where the runs were measured, and a warning where that was not the same for all."""
+    settings: dict[str, dict] = {}
+    for label, runs in zip(labels, recorded, strict=True):
+        for run in runs:
+            settings.setdefault(_setting(run), {})[label] = None
+    for setting in [one for one in settings if any(o.startswith(f"{one}, ") for o in settings)]:
+        del settings[setting]  # without a training step, and otherwise as another
+    if len(settings) == 1:
+        return [f"Measured with {next(iter(settings))}."]
+    listed = "; ".join(f"{setting}: {', '.join(names)}" for setting, names in settings.items())
+    return [f"Warning: times and memory were measured in different settings ({listed})."]
+
+
+def _step_mib(run: Run) -> float | None:
+    if not (parts := run.cost["step_bytes"]):
+        return None
+    held = parts["arguments"] + parts["outputs"] + parts["temporaries"] - parts["aliased"]
+    return held / 2**20
+
+
+def _giga(flops: float | None) -> float | None:
+    return None if flops is None else flops / 1e9
+
+
+def _mib(count: int) -> str:
+    return f"{significant(count / 2**20)} MiB"

@@ -1,0 +1,225 @@
+"""Paired comparisons of the rows of a table over its test cases, and what to warn about.
+
+The test is over cases, not seeds: five seeds cannot reach p < 0.05 in a two-sided signed-rank test,
+twelve cases can. Its p-value therefore speaks about other cases for the models that were trained;
+what another training run would give is shown by the SD over seeds.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from scipy import stats
+
+from pgpsam_jax.metrics.aggregate import SMALL, SMALL_SAMPLE, Scores, defined_mean, spread
+
+LEVEL = 0.05
+EXACT, APPROXIMATE = "exact", "normal approximation"
+DIFFERENCE_INTERVAL = (
+    "two-sided 95 % Student t interval of the mean of the paired differences (n cases)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A row minus the reference over the n cases in which both are defined.
+
+    Scores in the unit of the rows (Dice 0..1). interval: 95 % of the mean difference, None for
+    n < 2. better, worse, same: cases; the test drops those that are the same. by_seed: the mean
+    difference of each seed alone, which shows whether another training run would agree.
+    """
+
+    seeds: tuple[int, ...]
+    n: int
+    row: float
+    reference: float
+    difference: float
+    interval: list[float] | None
+    p: float
+    method: str
+    better: int
+    worse: int
+    same: int
+    by_seed: tuple[float, ...]
+
+    @property
+    def seeds_disagree(self) -> bool:
+        """Whether the difference has another sign for another seed."""
+        return min(self.by_seed) < 0 < max(self.by_seed)
+
+
+def compare(row: Scores | None, reference: Scores | None, organ=None) -> Comparison | None:
+    """Paired comparison in one organ, or by default of the mean over organs of each case.
+
+    Both are averaged over the seeds both have, in the cases and organs both have. None where
+    nothing can be paired.
+    """
+    if row is None or reference is None:
+        return None
+    axes = ("seeds", "cases", "organs")
+    common = [[k for k in getattr(row, a) if k in getattr(reference, a)] for a in axes]
+    seeds, cases, organs = common
+    if organ is not None:
+        organs = [name for name in organs if name == organ]
+    both = [scores.select(seeds, cases, organs) for scores in (row, reference)]
+    pairs = np.stack([scores.case_scores() for scores in both])
+    each = np.stack([defined_mean(scores.values, axis=2) for scores in both])
+    by_seed = defined_mean(each[0] - each[1], axis=1).tolist()
+    pairs = pairs[:, np.isfinite(pairs).all(axis=0)]
+    if not pairs.size:
+        return None
+    differences = pairs[0] - pairs[1]
+    p, method = signed_rank(differences)
+    signs = [int(np.count_nonzero(np.sign(differences) == sign)) for sign in (1, -1, 0)]
+    means = [float(mean) for mean in (*pairs.mean(axis=1), differences.mean())]
+    interval = spread(differences)[1]
+    counts = tuple(seeds), pairs.shape[1]
+    return Comparison(*counts, *means, interval, p, method, *signs, tuple(by_seed))
+
+
+def signed_rank(differences) -> tuple[float, str]:
+    """Two-sided p of Wilcoxon's signed-rank test and how it was found.
+
+    Zero differences are dropped (Wilcoxon's rule), those equal in size share a rank; p is 1 if none
+    is left. Exact up to 50 differences, the normal approximation beyond.
+    """
+    differences = np.asarray(differences, float)
+    differences = differences[differences != 0]
+    if differences.size == 0:
+        return 1.0, EXACT
+    if differences.size > 50:
+        return float(stats.wilcoxon(differences, method="asymptotic").pvalue), APPROXIMATE
+    # The chance of every sum of ranks, doubled so that shared ones are whole: each is in it or not.
+    ranks = np.rint(2 * stats.rankdata(np.abs(differences))).astype(int)
+    chance = np.ones(1)
+    for rank in ranks:
+        chance = (np.pad(chance, (0, rank)) + np.pad(chance, (rank, 0))) / 2
+    positive = ranks[differences > 0].sum()
+    tail = min(chance[: positive + 1].sum(), chance[positive:].sum())
+    return min(1.0, 2 * float(tail)), EXACT
+
+
+def smallest_p(n: int) -> float:
+    """The smallest p that n untied differences can reach: all of one sign, two-sided."""
+    return min(1.0, 2.0 ** (1 - n))
+
+
+def holm(p_values) -> list[float]:
+    """Holm's step-down adjustment of a family of p-values; undefined ones (NaN) are no members.
+
+    The i-th smallest of m (i = 0..m-1) becomes the largest of (m - j) p_(j), j <= i, at most 1;
+    rejecting what is <= 0.05 keeps the chance of any false rejection in the family at 5 %.
+    """
+    adjusted = [math.nan] * len(p_values)
+    members = sorted(
+        (i for i, p in enumerate(p_values) if not math.isnan(p)), key=p_values.__getitem__
+    )
+    largest = 0.0
+    for rank, place in enumerate(members):
+        largest = max(largest, min(1.0, (len(members) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def comparison_notes(comparisons) -> list[str]:
+    """How the p-values of one family were found, and where n is too small for a claim.
+
+    comparisons: of one table, without None.
+    """
+    if not comparisons:
+        return []
+    m, dropped = len(comparisons), sum(one.same for one in comparisons)
+    methods = {
+        method: sum(one.method == method for one in comparisons) for method in (EXACT, APPROXIMATE)
+    }
+    how = ", ".join(f"{method} ({count})" for method, count in methods.items() if count)
+    notes = [
+        f"p: two-sided Wilcoxon signed-rank test over cases, {how}; {dropped} zero difference(s) "
+        f"dropped. Holm p: corrected for the {m} comparison(s) of this table that have results.",
+        "p and interval are about other cases for these trained models; what retraining changes is "
+        "not in them (see the SD over seeds).",
+    ]
+    torn = sum(one.seeds_disagree for one in comparisons if one.p <= LEVEL)
+    if torn:
+        notes.append(
+            f"Warning: {torn} comparison(s) with p <= {LEVEL} change sign from seed to seed: they "
+            "are no evidence that the row is better or worse when trained again."
+        )
+    pairs = [one.n - one.same for one in comparisons]
+    if short := [used for used in pairs if smallest_p(used) > LEVEL]:
+        notes.append(
+            f"Warning: {len(short)} of {m} comparison(s) have too few differing pairs for the test "
+            f"to reach {LEVEL} whatever the effect (with {max(short)} the smallest possible p is "
+            f"{smallest_p(max(short)):.3g})."
+        )
+    if m * smallest_p(max(pairs)) > LEVEL:
+        notes.append(
+            f"Warning: with {max(pairs)} differing pairs and {m} comparison(s) no Holm p can be "
+            f"below {min(1, m * smallest_p(max(pairs))):.3g}, so none can reach {LEVEL}."
+        )
+    return notes
+
+
+def sample_notes(n_cases, n_seeds) -> list[str]:
+    """Warnings about few cases and few seeds; each a list with one count per row with results."""
+    notes = []
+    if n_cases and min(n_cases) < SMALL:
+        notes.append(f"Warning: n = {_range(n_cases)} cases. {SMALL_SAMPLE}.")
+    if n_seeds and min(n_seeds) == 1:
+        notes.append(
+            "Warning: rows with one seed have no SD over seeds; their differences may be luck of "
+            "the seed."
+        )
+    elif n_seeds and min(n_seeds) < 3:
+        notes.append("Warning: fewer than 3 seeds; the SD over seeds is itself very uncertain.")
+    return notes
+
+
+def data_notes(lines) -> list[str]:
+    """Warnings where runs were not scored on the same cases, organs or reference masks.
+
+    lines: {row label: {seed: rows of cases.csv}}, rows without results left out.
+    """
+    notes, kept = [], {}
+    for label, by_seed in lines.items():
+        for key, what in (("case", "cases"), ("class", "organs")):
+            names = {seed: {row[key] for row in rows} for seed, rows in by_seed.items()}
+            common, union = set.intersection(*names.values()), set.union(*names.values())
+            kept[label, key] = common
+            if common != union:
+                notes.append(
+                    f"Warning: the seeds of {label} were scored on different {what}; only the "
+                    f"{len(common)} that all share are used (of {len(union)})."
+                )
+    for key, what in (("case", "cases"), ("class", "organs")):
+        sets = {label: kept[label, key] for label in lines}
+        if len({frozenset(names) for names in sets.values()}) > 1:
+            counts = ", ".join(f"{label}: {len(names)}" for label, names in sets.items())
+            notes.append(
+                f"Warning: rows were scored on different {what} ({counts}); each row's means are "
+                f"over its own, comparisons over the shared ones."
+            )
+    return notes + _mask_notes(lines)
+
+
+def _mask_notes(lines) -> list[str]:
+    """The same case id with another reference mask is another test: found by its voxel counts."""
+    masks: dict = {}
+    for by_seed in lines.values():
+        for rows in by_seed.values():
+            for row in rows:
+                key = row["protocol"], row["case"], row["class"]
+                masks.setdefault(key, set()).add(row["truth_voxels"])
+    differing = sorted({case for (_, case, _), counts in masks.items() if len(counts) > 1})
+    if not differing:
+        return []
+    return [
+        f"Warning: the reference masks of {len(differing)} case(s) ({', '.join(differing[:3])}"
+        f"{', ...' if len(differing) > 3 else ''}) differ between runs, by other data or other "
+        "slices scored: these runs did not take the same test."
+    ]
+
+
+def _range(counts) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"

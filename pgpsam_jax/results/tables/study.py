@@ -1,0 +1,155 @@
+"""What tables are made from: lines of runs, taken from a grid or from single run folders."""
+
+import dataclasses
+import json
+from collections import Counter
+
+from pgpsam_jax.config import identity
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.metrics.protocols import COLUMNS
+from pgpsam_jax.results.runs import DONE, Grid, Run
+
+# `row_value` is the row's place on the grid's axis; the rest from "case" on is a line of cases.csv.
+LONG_COLUMNS = ("grid", "row", "label", "row_value", "seed", *COLUMNS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A row of the tables: {seed: run} of its evaluated runs, out of `planned` ones."""
+
+    name: str
+    label: str
+    value: float | None
+    planned: int
+    runs: dict
+    config: dict  # resolved, as plain JSON; of its first seed
+
+    @property
+    def cases(self) -> dict:
+        """{seed: rows of cases.csv}."""
+        return {seed: run.cases for seed, run in self.runs.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Lines in the order of the plan; `reference` names the line others are compared with."""
+
+    name: str
+    title: str
+    lines: tuple[Line, ...]
+    reference: str
+    published: str | None
+    notes: tuple[str, ...]
+
+
+def from_grid(grid: Grid) -> Study:
+    """The lines of a grid, finished or not."""
+    lines, states = [], Counter()
+    for row in grid.rows:
+        cells = [cell for cell in grid.cells if cell.row == row.name]
+        runs = {cell.seed: (cell.state["state"], cell.run()) for cell in cells}
+        for state, run in runs.values():
+            evaluated = run is not None and run.cases
+            states[state if evaluated or state != DONE else "done but not evaluated"] += 1
+        evaluated = {seed: run for seed, (_, run) in runs.items() if run and run.cases}
+        config = cells[0].config if cells else {}
+        lines.append(Line(row.name, row.label, row.value, len(cells), evaluated, config))
+    notes = list(grid.notes)
+    if states[DONE] < states.total():
+        counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+        notes.append(f"Unfinished: of {states.total()} runs {counts}; rows without results show -.")
+    variant = f" ({grid.variant})" if grid.variant and grid.variant not in grid.title else ""
+    notes += _run_notes(lines)
+    title = grid.title + variant
+    return Study(grid.name, title, tuple(lines), grid.reference, grid.published, tuple(notes))
+
+
+def from_runs(runs: list[Run]) -> Study:
+    """Run folders: those whose configurations differ in seeds only are the seeds of one line."""
+    groups: list[tuple[str, dict]] = []
+    for run in runs:
+        key, seed = _apart_from_seed(run), _seed(run)
+        for other, members in groups:
+            if other == key and seed not in members:
+                members[seed] = run
+                break
+        else:
+            groups.append((key, {seed: run}))
+    labels = _labels([next(iter(members.values())) for _, members in groups])
+    lines = []
+    for label, (_, members) in zip(labels, groups, strict=True):
+        evaluated = {seed: run for seed, run in members.items() if run.cases}
+        config = configuration.to_json(next(iter(members.values())).config)
+        lines.append(Line(label, label, None, len(members), evaluated, config))
+    notes = tuple(_run_notes(lines))
+    return Study("runs", "Runs", tuple(lines), lines[0].name, None, notes)
+
+
+def long_rows(study: Study) -> list[dict]:
+    """Every score there is, one a row: dictionaries with the keys `LONG_COLUMNS`."""
+    rows = []
+    for line in study.lines:
+        value = "" if line.value is None else line.value
+        for seed, run in line.runs.items():
+            origin = (study.name, line.name, line.label, value, seed)
+            start = dict(zip(LONG_COLUMNS, origin, strict=False))
+            rows += [start | row for row in run.cases]
+    return rows
+
+
+def tolerance(run: Run) -> float:
+    """The NSD tolerance in mm the run was scored with."""
+    recorded = (run.summary or {}).get("nsd_tolerance_mm")
+    return float(run.config.eval.nsd_tolerance_mm if recorded is None else recorded)
+
+
+def _run_notes(lines) -> list[str]:
+    """What the evaluations gave notice of, and what the runs of the tables do not share."""
+    runs = [run for line in lines for run in line.runs.values()]
+    notices = Counter(
+        " ".join(str(notice).split())
+        for run in runs
+        for notice in dict.fromkeys((run.summary or {}).get("notices", ()))
+    )
+    notes = [
+        f"Note{'' if count == len(runs) else f' ({count} of {len(runs)} runs)'}: {notice}"
+        for notice, count in notices.items()
+    ]
+    # The hash of what can change a result; old runs have only the commit, which may change nothing.
+    versions = {run.provenance.get("code") or run.provenance.get("git") for run in runs}
+    if len(versions) > 1:
+        names = ", ".join(sorted(str(version)[:7] for version in versions))
+        notes.append(f"Warning: the runs come from {len(versions)} versions of the code ({names}).")
+    lists = [{run.list_hash for run in line.runs.values()} for line in lines if len(line.runs) > 1]
+    lists = [hashes for hashes in lists if None not in hashes]
+    if lists and all(len(hashes) == 1 for hashes in lists):
+        notes.append("The seeds of a row share its few-shot list: SD over seeds is of training.")
+    elif lists:
+        notes.append(
+            "Seeds of a row have few-shot lists of their own: SD over seeds is of slices and "
+            "training together."
+        )
+    return notes
+
+
+def _apart_from_seed(run: Run) -> str:
+    """What decides the results of a run, but for seeds: settings, and its inputs by content."""
+    apart = (*identity.NO_IDENTITY, "seed", "fewshot.seed", "eval.")
+    fields = configuration.flat(configuration.to_json(run.config))
+    fields = {key: value for key, value in fields.items() if not key.startswith(apart)}
+    inputs = {key: run.provenance.get(key) for key in ("data", "test", "base", "cnn_base")}
+    return json.dumps([fields, run.names, inputs], sort_keys=True)
+
+
+def _seed(run: Run):
+    """The seed, with that of the few-shot list where it is set apart."""
+    seed, of_list = run.config.seed, run.config.fewshot.seed
+    return seed if of_list is None else f"{seed}/{of_list}"
+
+
+def _labels(runs) -> list[str]:
+    """The shortest of configuration name, folder name and path that tells the runs apart."""
+    for names in ([run.config.name for run in runs], [run.workdir.name for run in runs]):
+        if len(set(names)) == len(runs):
+            return names
+    return [f"{run.workdir}" for run in runs]

@@ -1,0 +1,79 @@
+"""What all commands share: how they read their arguments, heed signals and end."""
+
+import argparse
+import contextlib
+import math
+import re
+import threading
+
+from pgpsam_jax.errors import UserError, exit_on_user_error
+from pgpsam_jax.runtime import preemption
+from pgpsam_jax.utils.files import local
+
+
+@contextlib.contextmanager
+def running():
+    """The whole of a command that cannot go on where it was: signals and mistakes end it."""
+    with exit_on_user_error():
+        if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+            yield
+            return
+        with preemption.listening(resumes=False):
+            yield
+
+
+def positive(text: str) -> float:
+    """A number above 0, for `add_argument(type=...)`."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def pair(text: str) -> tuple[float, float]:
+    """Two numbers such as -125,275, the lower first, for `add_argument(type=...)`."""
+    low, high = (float(part) for part in text.strip("()[] ").split(","))
+    if not -math.inf < low < high < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a lower and a higher number")
+    return low, high
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written; the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or action.default in ("", []):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """The arguments of a command; its module's documentation is the help, examples at the end.
+
+    module: name behind `python -m`. text: what it does, then perhaps "Examples:" and these. An
+    address such as gs://bucket/x is refused wherever a folder or file may stand.
+    """
+
+    def __init__(self, module: str = "", text: str = "", prog: str | None = None, **options):
+        described, examples, rest = text.strip().partition("\nExamples:\n")
+        super().__init__(
+            prog=prog or f"python -m {module}",  # argparse names commands within a command itself
+            description=described,
+            epilog=(examples + rest).strip() or None,
+            formatter_class=_Help,
+            allow_abbrev=False,
+            **options,
+        )
+        self._negative_number_matcher = re.compile(r"-[\d.]")  # else -125,275 would be a flag
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, str):
+                    local(item, (action.option_strings or [action.metavar or action.dest])[-1])
+        return found, rest

@@ -1,0 +1,55 @@
+"""What the step takes, batch after batch: rows of a set that lives on the device, or slices."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pgpsam_jax.distributed import multihost
+from pgpsam_jax.sharding import device_mesh
+
+
+class Feed:
+    """Iterator of (batch, rows) over the few-shot set: see `step.make_train_step` for `batch`.
+
+    A set of up to `resident_bytes` is put on every device once, and a batch is no more than the
+    numbers of its rows; a larger one stays on the host, and its slices are sent batch by batch,
+    by each process those of its devices. `data` (a tree of arrays, slices first) is the same on
+    all processes; `loader` yields the rows (B,) of the global batch.
+    """
+
+    def __init__(self, data: dict, loader: Iterator[np.ndarray], mesh: Mesh, resident_bytes: float):
+        self._set, self._loader, self._mesh = data, loader, mesh
+        self.resident = sum(array.nbytes for array in jax.tree.leaves(data)) <= resident_bytes
+        if self.resident:
+            whole = device_mesh.replicated(mesh)
+            self._set = multihost.place(self._set, whole)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        rows, lanes = next(self._loader), device_mesh.batch_sharding(self._mesh)
+        if self.resident:
+            return self._set | {"rows": multihost.place(rows, lanes)}, rows
+        return jax.tree.map(lambda array: _chosen(array, rows, lanes), self._set), rows
+
+    def abstract(self, batch_size: int) -> dict:
+        """Shapes and shardings of a batch of `batch_size` over all processes, to compile for."""
+        lanes, shape = device_mesh.batch_sharding(self._mesh), (batch_size,)
+        if self.resident:
+            rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=lanes)
+            whole = jax.tree.map(lambda array: _like(array, array.shape, array.sharding), self._set)
+            return whole | {"rows": rows}
+        return jax.tree.map(lambda array: _like(array, shape + array.shape[1:], lanes), self._set)
+
+
+def _chosen(array, rows, lanes):
+    """The rows of an array of the host, one after the other over the lanes."""
+    shape = rows.shape + array.shape[1:]
+    return jax.make_array_from_callback(shape, lanes, lambda index: array[rows[index[0]]])
+
+
+def _like(array, shape, placed):
+    return jax.ShapeDtypeStruct(shape, array.dtype, sharding=placed)

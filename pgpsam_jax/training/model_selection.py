@@ -1,0 +1,123 @@
+"""Selection of the parameters to keep: by the Dice of the validation cases during training.
+
+The release's rule (methods.md 1.12): after an epoch all valid slices of the validation cases are
+segmented, and the parameters with the highest slice-level Dice of protocol `release` are kept.
+Slices are scored at network size, where the release's argmax is taken too.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from pgpsam_jax.checkpointing import checkpoint
+from pgpsam_jax.data.dataset import Split, ValidationData
+from pgpsam_jax.distributed import multihost
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.inference.predictor import Predictor
+from pgpsam_jax.results.runs import read_metrics
+from pgpsam_jax.training.dead_classes import SilentClasses
+
+
+def is_on(config: ConfigDict) -> bool:
+    """Whether a run keeps the best parameters instead of the last."""
+    return config.validation.every_epochs != 0
+
+
+def check(config: ConfigDict, split: Split) -> None:
+    """Refuse, before anything is computed, a validation that cannot take place."""
+    every = config.validation.every_epochs
+    if every < 0:
+        raise UserError(f"validation.every_epochs is {every}; give a number of epochs, or 0 (off)")
+    if (dead := config.validation.dead_epochs) < 0:
+        raise UserError(f"validation.dead_epochs is {dead}; give a number of epochs, or 0 (never)")
+    if every and not split.validation:
+        raise UserError(
+            f"validation.every_epochs is {every} but data.split {config.data.split!r} holds no "
+            "validation case; use btcv_18_6_6, or fraction with data.validation_fraction, or name "
+            '"validation" in data.split_file, or set validation.every_epochs to 0'
+        )
+
+
+class Selection:
+    """When to validate, the best parameters so far, in `<workdir>/best`, and who is silent.
+
+    epoch_size: few-shot slices. total: steps of the run. names: of the K classes, for alarms.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        data: ValidationData,
+        workdir,
+        epoch_size: int,
+        total: int,
+        names: Sequence[str] = (),
+    ):
+        self._data, self._total, self._workdir = data, total, Path(workdir)
+        self._batch_size, self._epoch_size = config.train.batch_size, epoch_size
+        self._slices = config.validation.every_epochs * epoch_size  # seen between two validations
+        self._best = checkpoint.Best(workdir)
+        names = names or [f"class_{i}" for i in range(data.num_classes)]
+        self._silent = SilentClasses(names, data.labels, config.validation.dead_epochs)
+        self._fresh = True
+
+    def due(self, step: int) -> bool:
+        """Whether a validation's worth of epochs is complete with this step, or the run is."""
+        done, before = (n * self._batch_size // self._slices for n in (step, step - 1))
+        return done > before or step == self._total
+
+    def judge(self, predictor: Predictor, step: int) -> float:
+        """The score of the predictor's parameters; they are kept if it is the highest so far."""
+        from pgpsam_jax.metrics.release_protocol import slice_dice
+
+        prediction = predictor.slices(self._data.images)  # by all devices, whole on all processes
+        if self._fresh:
+            self._go_on(step)
+        alarms = self._silent.see(prediction, self._epoch(step))
+        score = slice_dice(prediction, self._data.labels, self._data.num_classes)
+        best = self._best.record
+        if best is None or score > best["score"]:
+            self._best.save(predictor.params, step, score)
+            standing = "the best so far"
+        else:
+            standing = f"best {best['score']:.4f} at step {best['step']}"
+        if multihost.is_first():
+            for line in (f"step {step}: validation Dice {score:.4f}, {standing}", *alarms):
+                tqdm.write(line)
+        return score
+
+    @property
+    def silent(self) -> dict[str, float]:
+        """After `judge`: for how many epochs which classes were not predicted, to be recorded."""
+        return self._silent.record
+
+    def _epoch(self, step: int) -> float:
+        return step * self._batch_size / self._epoch_size
+
+    def _go_on(self, step: int) -> None:
+        """Take up the alarms where the run that goes on before `step` had them."""
+        self._fresh = False
+        validated = [r for r in read_metrics(self._workdir / "metrics.jsonl") if r["step"] < step]
+        for record in reversed(validated):
+            if "validation_score" in record:
+                self._silent.go_on(record, self._epoch(record["step"]))
+                return
+
+    def close(self) -> None:
+        """Release the folder."""
+        self._best.close()
+
+
+def notice(config: ConfigDict, workdir) -> str | None:
+    """Which parameters of a workdir are used, where that is not simply the newest."""
+    if not is_on(config):
+        return None
+    best = checkpoint.best_record(workdir)
+    if best is None:
+        return "Validation has chosen no parameters here: the newest checkpoint is used."
+    return (
+        f"The parameters are those of step {best['step']}, which did best on the validation cases: "
+        f"slice Dice {best['score']:.4f} (protocol release, at network size)."
+    )

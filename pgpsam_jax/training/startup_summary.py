@@ -1,0 +1,71 @@
+"""What a run prints before its first step."""
+
+import jax
+
+from pgpsam_jax.methods import build, registry
+from pgpsam_jax.models.parameters import report
+
+
+def run(config, workdir, mesh, kernels, data, held_out, table, params, frozen, total: int) -> str:
+    """What a run is, before it starts: devices, precision, batch, data, labels, parameters."""
+    devices = mesh.devices.ravel()
+    notices = build.base_notice(config.model, workdir), registry.notice(config.model)
+    lines = [
+        f"devices    {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
+        f"mesh {dict(mesh.shape)}, {jax.process_count()} process(es)",
+        f"precision  {config.model.compute_dtype} compute, float32 parameters and losses"
+        + (", deterministic" if config.deterministic else ""),
+        f"attention  {kernels}",
+        _conventions(config.model),
+        _steps(config, len(data.list), total),
+        f"few-shot   {data.summary}" + ("" if total else " (not used)"),
+        f"           {config.data.axis} slices",
+        f"           hash {data.list.hash[:16]}, rule {data.list.rule}",
+        f"labels     {', '.join(f'{i} {name}' for i, name in enumerate(table.names))}",
+        report(params, frozen),
+    ]
+    if held_out and total:
+        lines[-1:-1] = [
+            f"validation {len(held_out.images)} slices of {held_out.cases} case(s) every "
+            f"{config.validation.every_epochs} epoch(s); the best parameters are kept"
+        ]
+    return "\n".join([*(f"!!! {notice}" for notice in notices if notice), *lines])
+
+
+def _conventions(settings) -> str:
+    """What the encoder sees, and where the method starts."""
+    colors, start = registry.colors_of(settings), registry.start_of(settings)
+    line = f"colors     {colors}; the method's additions to SAM start: {start}"
+    own = settings.base and registry.colors_of_base(settings.base)
+    if own and own != colors:
+        line += f" (the base was trained on {own} colors)"
+    return line
+
+
+def _steps(config, slices: int, total: int) -> str:
+    """How what trains is trained, on so many slices."""
+    size, batch = config.model.image_size, config.train.batch_size
+    match registry.method_of(config.model).steps:
+        case 0:
+            return f"training   none: nothing of this method trains; slices have {size} px"
+        case 1:
+            return (
+                f"fit        once, to all {slices} slices of {size} px; the encoder takes {batch} "
+                "at a time over all devices"
+            )
+    epochs = total * batch / slices
+    return (
+        f"batch      {batch} slices of {size} px over all devices, {total} steps = "
+        f"{epochs:.1f} epochs"
+    )
+
+
+def step(compiled, seconds: float, flops: float | None, *, fit: bool = False) -> str:
+    """What a step costs, once it is compiled; flops: of a device, None where they are not known."""
+    memory, gib = compiled.memory_analysis(), 2**30
+    told = "" if flops is None else f"{flops / 1e9:.1f} GFLOP per device, "
+    return (
+        f"{'fit        ' if fit else 'step       '}{told}expected memory "
+        f"{(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / gib:.2f} GiB per device "
+        f"({memory.temp_size_in_bytes / gib:.2f} temporary), compiled in {seconds:.1f} s"
+    )

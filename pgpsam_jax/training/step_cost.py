@@ -1,0 +1,205 @@
+"""What a run costs: parameters, FLOPs, memory and time, kept in `<workdir>/cost.json`.
+
+FLOPs are XLA's count of the program it is given, before it optimizes it for a device, so that
+device and mesh do not change them: a multiply-add is two, any elementwise operation one. Of a loop
+XLA counts one round; the products of the others are added. (What XLA counts afterwards differs by
+2 % on CPU and leaves out the products of cuBLAS on GPU, JAX issue 22249.) Bytes of a step are what
+the compiler plans for one device; peaks are measured, of this process (of several, the first).
+
+`kind` says what a step is: of "training"; a "fit", all of it at once, whose FLOPs depend on how
+often its loops run and are not told; or "none" where nothing trains, and only inference costs.
+"""
+
+import inspect
+import json
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxprs_in_params
+from ml_collections import ConfigDict
+
+from pgpsam_jax.distributed import multihost
+from pgpsam_jax.methods import registry
+from pgpsam_jax.models.parameters import count
+from pgpsam_jax.sharding.context import Placement, traced_for
+from pgpsam_jax.training.train_step import make_predict_step
+from pgpsam_jax.utils.files import write_json
+
+try:
+    import resource
+except ImportError:  # no such count on this system
+    resource = None
+
+FILE = "cost.json"
+_SETTING = ("devices", "compute_dtype", "image_size", "batch_size", "flops_per_image")
+
+
+def of_step(
+    config: ConfigDict,
+    mesh,
+    graphdef,
+    train_step,
+    arguments,
+    traced,
+    lowered,
+    compiled,
+    slices: int,
+) -> dict:
+    """What is known before the first step.
+
+    `train_step` is the jitted step, `arguments` the shapes of its (state, frozen, batch), `traced`,
+    `lowered` and `compiled` its stages for them. A step augments, runs forward and back and
+    updates; its FLOPs are divided by the images of a step, `slices`. The forward pass ends with
+    the logits.
+    """
+    state, frozen, _ = arguments
+    record = _of_model(config, mesh, graphdef, state.params, frozen)
+    memory = compiled.memory_analysis()
+    if record["kind"] == "training":
+        counted = flops_of(traced, lowered)
+        if counted is None:  # devices behind a plugin have none
+            counted = host_flops(inspect.unwrap(train_step), *arguments)
+        record["flops_per_image"]["training"] = None if counted is None else counted / slices
+    return record | {
+        "batch_size": slices,
+        "step_bytes": {
+            "arguments": memory.argument_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "aliased": memory.alias_size_in_bytes,  # outputs that take the place of arguments
+        },
+    }
+
+
+def of_inference(config: ConfigDict, mesh, graphdef, params, frozen) -> dict:
+    """The same of a method of which nothing trains: there is no step."""
+    return _of_model(config, mesh, graphdef, params, frozen)
+
+
+def _of_model(config: ConfigDict, mesh, graphdef, params, frozen) -> dict:
+    """What does not depend on the step."""
+    size, device = config.model.image_size, mesh.devices.flat[0]
+    method = registry.method_of(config.model)
+    image = jax.ShapeDtypeStruct((1, size, size), jnp.float32)
+    given = [jax.ShapeDtypeStruct((1, size, size), jnp.uint8)] if method.oracle else []
+    forward = host_flops(make_predict_step(graphdef), params, frozen, image, *given)
+    return {
+        "kind": {None: "training", 1: "fit", 0: "none"}[method.steps],
+        "devices": {
+            "count": mesh.devices.size,
+            "kind": device.device_kind,
+            "platform": device.platform,
+        },
+        "compute_dtype": config.model.compute_dtype,
+        "image_size": size,
+        "batch_size": None,
+        "parameters": {"trained": count(params), "frozen": count(frozen)},
+        "flops_per_image": {"forward": forward, "training": None},
+        "step_bytes": None,
+    }
+
+
+def host_flops(function, *arguments) -> float | None:
+    """FLOPs of a pure function of arrays or shapes, lowered for the CPU but never compiled.
+
+    None where JAX is kept from the CPU (`JAX_PLATFORMS`).
+    """
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+    with jax.default_device(host), traced_for(Placement("cpu")):
+        traced = jax.jit(function).trace(*shapes)
+        return flops_of(traced, traced.lower())
+
+
+def flops_of(traced, lowered) -> float | None:
+    """XLA's count of a program, which has one round of a loop, and the products of the others.
+
+    Loops are microbatches, `model.scan_blocks`, and attention in chunks.
+    """
+    counted = (lowered.cost_analysis() or {}).get("flops")
+    return None if counted is None else counted + _further_rounds(traced.jaxpr.jaxpr)
+
+
+def _further_rounds(jaxpr, rounds: int = 1) -> float:
+    """FLOPs of the matrix products in loops of known length, without each loop's first round."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general" and rounds > 1:
+            contracted = equation.params["dimension_numbers"][0][0]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * (rounds - 1) * math.prod(equation.outvars[0].aval.shape) * depth
+        length = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for inner in jaxprs_in_params(equation.params):
+            total += _further_rounds(inner, rounds * length)
+    return total
+
+
+def of_loop(records: list[dict], batch_size: int, first: int = 0) -> dict:
+    """Seconds per step over the intervals between records after step `first`, and memory peaks.
+
+    The rates of `metrics.jsonl` leave out saving and validating; compiling comes before them.
+    """
+    rates = [record["images_per_second"] for record in records if record["step"] > first]
+    seconds = [batch_size / rate for rate in rates if rate > 0]
+    spent = {"peak_bytes": {"process": _process_peak(), "device": _device_peak()}}
+    if seconds:
+        low, median, high = np.percentile(seconds, (25, 50, 75)).tolist()
+        spent["step_seconds"] = {
+            "median": median,
+            "quartiles": [low, high],
+            "intervals": len(seconds),
+        }
+    return spent
+
+
+def begin(workdir, record: dict, step: int) -> None:
+    """Keep a record of `of_step` for a run that starts, or goes on, after `step`.
+
+    Steps are timed from there; from where an earlier start began if its setting was the same.
+    """
+    earlier, timed_from = read(workdir), step
+    if all(earlier.get(key) == record[key] for key in _SETTING):
+        timed_from = earlier["timed_from"]
+    _store(workdir, record | {"timed_from": timed_from})
+
+
+def update(workdir, records: list[dict]) -> None:
+    """Add what the steps took so far to the record that `begin` left."""
+    if record := read(workdir):
+        spent = of_loop(records, record["batch_size"], record["timed_from"])
+        _store(workdir, record | spent)
+
+
+def read(workdir) -> dict:
+    """The record of a workdir; {} where there is none or it cannot be read."""
+    try:
+        record = json.loads((Path(workdir) / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _store(workdir, record: dict) -> None:
+    if multihost.is_first():
+        write_json(Path(workdir) / FILE, record)
+
+
+def _process_peak() -> int | None:
+    """Largest resident size of this process so far, compiling and reading data included."""
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _device_peak() -> int | None:
+    """Most bytes ever in use on one local device; None where devices keep no count."""
+    counts = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((c["peak_bytes_in_use"] for c in counts if "peak_bytes_in_use" in c), default=None)

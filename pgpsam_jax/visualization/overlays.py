@@ -1,0 +1,301 @@
+"""Pictures for people: overlays of good and bad slices, prediction sheets, the training curve.
+
+Volumes are `(D, H, W)` in display orientation: row 0 anterior, column 0 the patient's right.
+Figures are drawn with matplotlib's object interface (no display, no global state) and written
+atomically.
+"""
+
+import glob
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from scipy.ndimage import uniform_filter1d
+
+from pgpsam_jax.data.layouts.cases import safe_case_id
+from pgpsam_jax.metrics.protocols import overlaps
+from pgpsam_jax.metrics.release_protocol import dice
+from pgpsam_jax.utils.files import atomic_path
+from pgpsam_jax.utils.untrusted_text import shown
+
+# Okabe and Ito's colour-blind-safe set without black, and a violet: eight that also stand out from
+# the greys of CT. Neighbouring organs are far apart in it.
+_CYCLE = ("#CC79A7", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#F0E442", "#D55E00", "#9933FF")
+_ORGANS = "spleen right_kidney left_kidney gallbladder liver stomach aorta pancreas".split()
+_VENTRICLES = "left_ventricle right_ventricle third_ventricle fourth_ventricle".split()
+_KNOWN = dict(zip(_ORGANS, _CYCLE, strict=True)) | dict(
+    zip(_VENTRICLES, (_CYCLE[2], _CYCLE[1], _CYCLE[0], _CYCLE[3]), strict=True)
+)
+_OUTLINE = [patheffects.withStroke(linewidth=2, foreground="black")]
+_DPI = 110
+_SIDES = ("validation_score", "lr", "learning_rate", "gradient_norm", "images_per_second")
+_GAP = 0.08  # inches between panels
+_MARGIN = 0.15
+_LONGEST = 4.0  # times the shorter side of a slice; a picture of its true shape could be a line
+_FINEST = 1024  # voxels drawn along a side: more than there are pixels
+
+
+def palette(names) -> dict[str, str]:
+    """Hex colour of every class but the background; a known organ has the same one everywhere.
+
+    names: K class names, background first. Other names take the colours that are still free, in
+    order of class id, then lighter and darker rounds of the same eight.
+    """
+    colours = {name: _KNOWN[_plain(name)] for name in names[1:] if _plain(name) in _KNOWN}
+    rounds = [*_CYCLE, *(_mix(c, 1.0, 0.55) for c in _CYCLE), *(_mix(c, 0.0, 0.4) for c in _CYCLE)]
+    free = [colour for colour in rounds if colour not in colours.values()]
+    others = [name for name in names[1:] if name not in colours]
+    colours |= {name: free[place % len(free)] for place, name in enumerate(others)}
+    return {name: colours[name] for name in names[1:]}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", "_", name.strip().lower()).replace("lateral_", "")
+
+
+def _mix(colour, level: float, share: float) -> str:
+    return to_hex([(1 - share) * part + share * level for part in to_rgb(colour)]).upper()
+
+
+def overlay_slice(image, truth, prediction, spacing, names, title: str) -> Figure:
+    """Figure of one slice: image | ground truth | prediction, with the slice's Dice per organ.
+
+    image: (H, W) in [0, 1]. truth, prediction: (H, W) class ids, either may be None (no panel).
+    spacing: mm along (H, W).
+    """
+    title += scale_note(image.shape, spacing)
+    spacing = drawn_spacing(image.shape, spacing)
+    maps = {"ground truth": truth, "prediction": prediction}
+    maps = {what: labels for what, labels in maps.items() if labels is not None}
+    legend = {k: names[k] for k in present(names, *maps.values())}
+    if len(maps) == 2:
+        scores = slice_dice(prediction[None], truth[None], len(names))[0]
+        legend = {k: f"{name}  {scores[k - 1]:.2f}" for k, name in legend.items()}
+    grid = 1, 1 + len(maps)
+    figure, axes = panels(grid, image.shape, spacing, 3.6, legend, names, title, 0.22)
+    for ax, (what, labels) in zip(axes, {"image": None, **maps}.items(), strict=True):
+        draw_slice(ax, image, labels, spacing, names)
+        ax.set_title(what, fontsize=10, pad=4)
+    return figure
+
+
+def slice_dice(prediction, truth, num_classes: int) -> np.ndarray:
+    """Dice (D, K - 1) of every class in every slice of two (D, H, W) maps; NaN where absent."""
+    return dice(overlaps(prediction, truth, num_classes))
+
+
+def write_overlays(
+    image, truth, prediction, spacing, names, case_id, out_dir, region=None
+) -> list[Path]:
+    """Write the worst, median and best organ-bearing slice of a case, named by slice and Dice.
+
+    image: (D, H, W) in [0, 1]; truth, prediction: class ids of that shape; spacing: mm along
+    (D, H, W); region: boolean (D,), the slices to choose from. Slices are ranked by the mean Dice
+    over the organs present in either map, among equals by the organs' area, so that a failure on
+    a large organ comes before one on its last voxels. Earlier pictures of the case are replaced.
+    """
+    scores = slice_dice(prediction, truth, len(names))
+    bearing = np.isfinite(scores).any(axis=1) & (True if region is None else region)
+    chosen = _worst_median_best(scores, bearing, truth, prediction)
+    out_dir, stem = Path(out_dir), safe_case_id(str(case_id))
+    if out_dir.is_dir():
+        for kind in ("worst", "median", "best"):
+            for old in out_dir.glob(f"{glob.escape(stem)}_{kind}_z*_dice*.png"):
+                old.unlink()
+    paths = []
+    for kind, z in chosen.items():
+        mean = np.nanmean(scores[z])
+        title = f"{case_id}, {kind} slice: z = {z} (0 to {len(truth) - 1}), Dice {mean:.2f}"
+        figure = overlay_slice(image[z], truth[z], prediction[z], spacing[1:], names, title)
+        paths.append(_save(figure, out_dir / f"{stem}_{kind}_z{z}_dice{mean:.2f}.png"))
+    return paths
+
+
+def _worst_median_best(scores, bearing, truth, prediction) -> dict[str, int]:
+    """{"worst", "median", "best": slice index}, fewer where there are not three such slices."""
+    slices = np.flatnonzero(bearing)
+    if not slices.size:
+        return {}
+    mean = np.nanmean(scores[slices], axis=1)
+    area = np.count_nonzero((truth > 0) | (prediction > 0), axis=(1, 2))[slices]
+    rising, n = slices[np.lexsort((-area, mean))], len(slices)
+    picks = {"best": int(slices[np.lexsort((area, mean))][-1])}
+    if n > 1:
+        picks["worst"] = int(rising[0])
+    middle = int(rising[n // 2])
+    return picks if middle in picks.values() else picks | {"median": middle}
+
+
+def write_preview(image, prediction, spacing, names, path) -> Path:
+    """Contact sheet of a prediction without truth: up to 12 slices spread over the organs.
+
+    image: (D, H, W) in [0, 1]; prediction: class ids of that shape; spacing: mm along (D, H, W).
+    Where nothing was found, the sheet shows slices of the whole volume and says so.
+    """
+    path = Path(path)
+    organs = np.flatnonzero((prediction > 0).any(axis=(1, 2)))
+    pool = organs if organs.size else np.arange(len(prediction))
+    chosen = pool[np.unique(np.linspace(0, len(pool) - 1, min(12, len(pool))).round().astype(int))]
+    legend = {k: names[k] for k in present(names, prediction[chosen])}
+    title = path.name.removesuffix(path.suffix) + ("" if organs.size else ": no organ found")
+    title += scale_note(image.shape[1:], spacing[1:])
+    spacing = drawn_spacing(image.shape[1:], spacing[1:])
+    columns = min(4, len(chosen))
+    grid = math.ceil(len(chosen) / columns), columns
+    figure, axes = panels(grid, image.shape[1:], spacing, 2.7, legend, names, title, 0.0)
+    for ax, z in zip(axes, chosen, strict=False):
+        draw_slice(ax, image[z], prediction[z], spacing, names)
+        ax.text(0.98, 0.98, f"z = {z}", transform=ax.transAxes, ha="right", va="top", **note(8))
+    for ax in axes[len(chosen) :]:
+        ax.set_visible(False)
+    return _save(figure, path)
+
+
+def drawn_spacing(shape, spacing) -> tuple[float, float]:
+    """The spacing, or a longer one along the shorter side of a slice that would be a line.
+
+    shape: (H, W); spacing: mm along them.
+    """
+    sides = [count * mm for count, mm in zip(shape, spacing, strict=True)]
+    least = max(sides) / _LONGEST
+    return tuple(max(side, least) / count for side, count in zip(sides, shape, strict=True))
+
+
+def scale_note(shape, spacing) -> str:
+    """What the title says where `drawn_spacing` is another one."""
+    drawn = drawn_spacing(shape, spacing)
+    return "" if np.allclose(drawn, spacing) else " (not to scale)"
+
+
+def present(names, *maps) -> list[int]:
+    """Ids of the classes, background aside, that occur in any of the maps."""
+    ids = np.unique(np.concatenate([np.unique(labels) for labels in maps] or [[]]))
+    return [k for k in range(1, len(names)) if k in ids]
+
+
+def panels(grid, shape, spacing, width, legend, names, title, head, top=0.35):
+    """Figure with a grid of axes of the slice's true aspect, a title, and a legend below.
+
+    grid: (rows, columns). legend: {class id: text}. In inches, width: of a panel; head: room above
+    each row for panel titles; top: above them all. Returns the figure and its axes, row by row.
+    """
+    rows, columns = grid
+    ratio = (shape[0] * spacing[0]) / (shape[1] * spacing[1])
+    height = width * min(max(ratio, 1 / _LONGEST), _LONGEST)
+    total = columns * width + (columns - 1) * _GAP + 2 * _MARGIN
+    across = max(1, int(total / (0.7 + 0.085 * max(map(len, legend.values()), default=1))))
+    bottom = _MARGIN + 0.05 + 0.215 * math.ceil(len(legend) / across)
+    tall = bottom + rows * (height + head + _GAP) + top
+    figure, axes = Figure(figsize=(total, tall), dpi=_DPI), []
+    for place in range(rows * columns):
+        row, column = divmod(place, columns)
+        low = bottom + (rows - 1 - row) * (height + head + _GAP)
+        left = _MARGIN + column * (width + _GAP)
+        axes.append(figure.add_axes((left / total, low / tall, width / total, height / tall)))
+    size = min(
+        12, 120 * total / max(1, len(title))
+    )  # a long case name must not run off a narrow sheet
+    style = {"ha": "center", "va": "center", "fontsize": size, "parse_math": False}
+    figure.text(0.5, 1 - 0.2 / tall, shown(title, 1000), **style)
+    colours = palette(names)
+    handles = [
+        Patch(color=colours[names[k]], label=text.replace("_", " ")) for k, text in legend.items()
+    ]
+    style = {"frameon": False, "handlelength": 1.2, "columnspacing": 1.4, "borderaxespad": 0.2}
+    if handles:
+        columns = min(across, len(handles))
+        below = figure.legend(handles=handles, ncols=columns, loc="lower center", **style)
+        for text in below.get_texts():  # a name may hold dollar signs
+            text.set_parse_math(False)
+    return figure, axes
+
+
+def draw_slice(ax, image, labels, spacing, names, letters=True) -> None:
+    """One slice in mm with the organs of `labels` (or none) and the orientation letters.
+
+    image: (H, W) in [0, 1]; labels: class ids of that shape; spacing: mm along (H, W).
+    """
+    height, width = (n * s for n, s in zip(image.shape, spacing, strict=True))
+    thin = tuple(slice(None, None, -(-n // _FINEST)) for n in image.shape)
+    image, labels = image[thin], labels if labels is None else labels[thin]
+    spacing = height / image.shape[0], width / image.shape[1]
+    ax.imshow(
+        image, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0), interpolation="bilinear"
+    )
+    colours = palette(names)
+    for k in present(names, labels) if labels is not None else ():
+        # A rim of zeros closes the contour of an organ that touches the border.
+        mask = np.pad(labels == k, 1).astype(np.float32)
+        y, x = ((np.arange(n) - 0.5) * s for n, s in zip(mask.shape, spacing, strict=True))
+        ax.contourf(x, y, mask, levels=[0.5, 1.5], colors=[colours[names[k]]], alpha=0.3)
+        ax.contour(x, y, mask, levels=[0.5], colors=[colours[names[k]]], linewidths=1.1)
+    ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    sides = ("R", 0.03, 0.5), ("L", 0.97, 0.5), ("A", 0.5, 0.96), ("P", 0.5, 0.04)
+    for letter, x, y in sides if letters else ():
+        ax.text(x, y, letter, transform=ax.transAxes, ha="center", va="center", **note(9))
+
+
+def note(size) -> dict:
+    """Style of text that stays readable on any grey: white with a black rim."""
+    return {"color": "white", "fontsize": size, "path_effects": _OUTLINE}
+
+
+def training_curve(records, path) -> None:
+    """Refresh the picture of a run: losses, validation, learning rate, gradient, throughput.
+
+    records: dictionaries of `metrics.jsonl` with `step` and numbers; only what is there is drawn.
+    Faint lines are the records, strong ones a running mean over a fiftieth of them.
+    """
+    if not records:
+        return
+    keys = dict.fromkeys(key for record in records for key in record)
+    losses = [key for key in keys if re.search(r"(^|_)(loss|ce|dice)($|_)", key)]
+    sides = [key for key in _SIDES if key in keys]
+    figure = Figure(figsize=(10, 4.5), dpi=_DPI)
+    # Fixed margins: a layout engine would draw everything twice.
+    gap = 0.55 if len(sides) < 4 else 0.9
+    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.11, top=0.93, wspace=0.3, hspace=gap)
+    grid = figure.add_gridspec(max(1, len(sides)), 3)
+    main = figure.add_subplot(grid[:, :2] if sides else grid[:, :])
+    for place, key in enumerate(losses):
+        strong = key == "loss"
+        _line(main, records, key, "black" if strong else _CYCLE[place % 8], 2 if strong else 1.2)
+    main.set(xlabel="step", title=f"training loss up to step {records[-1]['step']}")
+    if losses:
+        main.legend(frameon=False, fontsize=9)
+    for place, key in enumerate(sides):
+        ax = figure.add_subplot(grid[place, 2])
+        _line(ax, records, key, _CYCLE[4], 1.5)
+        ax.set_title(key.replace("lr", "learning rate").replace("_", " "), fontsize=10)
+    for ax in figure.axes:
+        ax.grid(alpha=0.25)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        low, high = ax.get_ylim()
+        ax.set(xlim=(0, None), ylim=(min(0, low), high + 0.05 * abs(high)))
+    _save(figure, Path(path))
+
+
+def _line(ax, records, key, colour, width) -> None:
+    pairs = [(r["step"], r[key]) for r in records if math.isfinite(r.get(key, math.nan))]
+    pairs = pairs[:: max(1, len(pairs) // 2000)]  # more points than pixels only cost time
+    steps, values = np.array(pairs, float).reshape(-1, 2).T
+    window = max(1, len(values) // 50)
+    marker = "." if len(values) < 30 else None
+    if window > 1:
+        ax.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
+        values = uniform_filter1d(values, window, mode="nearest")
+    label = key.replace("_", " ")
+    ax.plot(steps, values, color=colour, linewidth=width, marker=marker, label=label)
+
+
+def _save(figure, path: Path) -> Path:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return path
