@@ -21,6 +21,7 @@ from flax import nnx
 
 from pgpsam_jax.config import default_config, use_small_encoder
 from pgpsam_jax.config.augmentation import AugmentConfig
+from pgpsam_jax.config.optimizer import OptimConfig
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.augmentation.augment import augment, sample_keys
 from pgpsam_jax.data.batch_sampler import make_loader
@@ -29,11 +30,11 @@ from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam.mask_decoder import upsample_logits
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
 from pgpsam_jax.models.sam.weights import base_files, load_base
+from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.runtime.cli import Parser, running
 from pgpsam_jax.runtime.compilation_cache import start
 from pgpsam_jax.runtime.malloc import keep_freed_memory
-from pgpsam_jax.training.optimizer import OptimConfig, make_optimizer
-from pgpsam_jax.training.train_step import to_input
+from pgpsam_jax.training.optimizer import make_optimizer
 from weights_conversion import sam
 
 SEED = 1000  # of the phantoms; those of configs/phantom.py have 0

@@ -2,8 +2,9 @@
 
 import sys
 
-__version__ = "0.1.0"
-__all__ = ["load_run"]
+from pgpsam_jax.version import __version__
+
+__all__ = ["__version__", "load_run"]
 
 if sys.argv[:1] == ["-m"]:  # while Python looks for the command that it was asked to start
     from pgpsam_jax.runtime.startup import begin

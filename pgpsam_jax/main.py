@@ -94,6 +94,7 @@ def main(arguments):
         # JAX: not before the mistakes that show without it
         config = _configuration(dict(arguments[1:]))
         from pgpsam_jax.distributed import initialize
+        from pgpsam_jax.evaluation import workdirs
         from pgpsam_jax.profiling import out_of_memory
         from pgpsam_jax.runtime.compilation_cache import keep_compiled, start
         from pgpsam_jax.training import train
@@ -103,7 +104,7 @@ def main(arguments):
         with initialize.joined(place), out_of_memory.explained(config, workdir):
             start()
             if evaluate:
-                train.evaluate_workdir(workdir, config)
+                workdirs.evaluate_workdir(workdir, config)
             else:
                 train.train(config, workdir)
 

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 
+from pgpsam_jax.config import defaults
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.metrics.protocols import COLUMNS, METRICS
 from pgpsam_jax.metrics.summary import write_evaluation
@@ -164,7 +165,7 @@ def read_csv(text):
 
 
 def _config(settings):
-    config = configuration.default_config()
+    config = defaults.default_config()
     config.data.layout = "phantom"
     config.model.encoder = "vit_t"
     for name, value in settings.items():

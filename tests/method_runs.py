@@ -13,7 +13,9 @@ from flax import nnx
 from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.methods import build
 from pgpsam_jax.models.parameters import flat_paths
-from pgpsam_jax.training.train_step import init_state, make_train_step
+from pgpsam_jax.training import from_config
+from pgpsam_jax.training.train_state import init_state
+from pgpsam_jax.training.train_step import make_train_step
 
 SIZE, CLASSES = 32, 3
 
@@ -82,8 +84,8 @@ def _run_of(name: str, steps: int, **settings) -> Run:
     config, batch = small_config(name, train__steps=steps, **settings), squares()
     graphdef, params, frozen, _ = build.init_model(config, CLASSES)
     # Over one vector: Adam for each of a hundred leaves took a third of the compilation.
-    optimizer = optax.flatten(build.optimizer_of(config, len(batch["label"])))
-    step = jax.jit(make_train_step(graphdef, optimizer, build.step_config(config)))
+    optimizer = optax.flatten(from_config.optimizer_of(config, len(batch["label"])))
+    step = jax.jit(make_train_step(graphdef, optimizer, from_config.step_config(config)))
     state = init_state(params, optimizer, seed=0, epoch_size=len(batch["label"]))
     states, losses = [state], []
     for _ in range(steps):

@@ -3,11 +3,14 @@
 from small_run import config_for
 
 from pgpsam_jax.checkpointing import checkpoint, frozen_weights
+from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.data import dataset, fewshot_list
 from pgpsam_jax.data.batch_sampler import make_loader
+from pgpsam_jax.evaluation import workdirs
+from pgpsam_jax.inference import restore
 from pgpsam_jax.methods import build
-from pgpsam_jax.training import train
-from pgpsam_jax.training.train_step import init_state
+from pgpsam_jax.training import from_config
+from pgpsam_jax.training.train_state import init_state
 from pgpsam_jax.utils.files import write_json
 
 
@@ -25,9 +28,9 @@ def ready_run(root, workdir, *, predictor=None, evaluated=True, **settings):
         workdir / "fewshot.txt"
     )
     write_json(workdir / "labels.json", table.to_json())
-    train.configuration.store(config, workdir)
+    configuration.store(config, workdir)
     frozen_weights.settle_base(workdir, config.model.base, digest, frozen)
-    state = init_state(params, build.optimizer_of(config, 2), seed=0, epoch_size=2)
+    state = init_state(params, from_config.optimizer_of(config, 2), seed=0, epoch_size=2)
     loader = make_loader(8, batch_size=8, seed=0)
     state.step += config.train.steps
     checkpoints = checkpoint.Checkpoints(workdir)
@@ -35,6 +38,6 @@ def ready_run(root, workdir, *, predictor=None, evaluated=True, **settings):
     checkpoints.close()
     loader.close()
     if evaluated:
-        predictor = predictor or train.load_predictor(config, workdir, table.num_classes)
-        train.run_evaluation(config, workdir, predictor, split)
+        predictor = predictor or restore.load_predictor(config, workdir, table.num_classes)
+        workdirs.run_evaluation(config, workdir, predictor, split)
     return workdir

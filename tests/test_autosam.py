@@ -20,6 +20,7 @@ from pgpsam_jax.models.initializers import NoDraws
 from pgpsam_jax.models.parameters import count, flat_paths
 from pgpsam_jax.models.sam import weights
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
+from pgpsam_jax.training import from_config
 from pgpsam_jax.utils.files import file_digest, write_json
 
 SAM = SamConfig.preset(micro.NAME, (32, 48), 8)
@@ -139,7 +140,7 @@ def test_starts_from_sams_decoder_without_tokens_and_positions(tmp_path):
 
 @jax.jit
 def judge(logits, labels):
-    step = build.step_config(small_config("autosam"))
+    step = from_config.step_config(small_config("autosam"))
     return losses.entropy_and_foreground_dice({"final": logits}, labels, 0, step)
 
 
@@ -172,10 +173,10 @@ def test_the_loss_is_taken_at_the_size_of_the_labels():
 
 def test_the_optimiser_is_plain_adam_at_a_constant_rate():
     config = small_config("autosam")
-    rates = build.learning_rates(config, 126)
+    rates = from_config.learning_rates(config, 126)
     np.testing.assert_array_equal(rates, np.float32(5e-4))
     params = {"a": np.ones(3, np.float32)}
-    optimizer = build.optimizer_of(config, 126)
+    optimizer = from_config.optimizer_of(config, 126)
     update = jax.jit(lambda slope, p: optimizer.update(slope, optimizer.init(p), p)[0])
     updates = update({"a": np.zeros(3, np.float32)}, params)
     np.testing.assert_array_equal(updates["a"], 0)  # no weight decay

@@ -89,7 +89,7 @@ def test_a_workdir_keeps_its_base(config, sam, tmp_path):
 
 def test_a_random_backbone_is_kept_as_a_file_and_announced(config, tmp_path):
     config.model.base = ""
-    assert "RANDOM AND FROZEN" in build.base_notice(config.model, tmp_path)
+    assert "RANDOM AND FROZEN" in frozen_weights.base_notice(config.model, tmp_path)
     _, _, frozen, _ = build.init_model(config, 3)
     frozen_weights.settle_base(tmp_path, "", None, frozen)
     config.seed = 99

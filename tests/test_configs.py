@@ -13,10 +13,13 @@ from places import REPOSITORY
 from pgpsam_jax.config import serialization
 from pgpsam_jax.data.dataset import label_table
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.inference.predictor import make_predict_step
 from pgpsam_jax.methods import build, registry
 from pgpsam_jax.models import parameters
 from pgpsam_jax.models.sam.sam import SamConfig
-from pgpsam_jax.training.train_step import init_state, make_predict_step, make_train_step
+from pgpsam_jax.training import from_config
+from pgpsam_jax.training.train_state import init_state
+from pgpsam_jax.training.train_step import make_train_step
 
 CONFIGS = [
     ("synapse", ()),
@@ -75,9 +78,9 @@ def test_a_config_makes_model_optimizer_and_settings_of_a_step(name, arguments, 
         sizes.update(SMALL)
     made = synapse()[1] if name == "synapse" else build.abstract_model(settings, classes)
     graphdef, params, _ = made
-    optimizer = build.optimizer_of(settings, 126)
+    optimizer = from_config.optimizer_of(settings, 126)
     jax.eval_shape(lambda p: init_state(p, optimizer, seed=0, epoch_size=126), params)
-    make_train_step(graphdef, optimizer, build.step_config(settings))
+    make_train_step(graphdef, optimizer, from_config.step_config(settings))
 
 
 STEPS = [("autosam", (), SMALL)]
@@ -91,14 +94,14 @@ def test_one_step_by_shapes(name, arguments, model, monkeypatch):
     settings.model.update(model)
     classes = label_table(settings).num_classes
     graphdef, params, frozen = build.abstract_model(settings, classes)
-    optimizer = build.optimizer_of(settings, 126)
+    optimizer = from_config.optimizer_of(settings, 126)
     state = jax.eval_shape(lambda p: init_state(p, optimizer, seed=0, epoch_size=126), params)
     size, batch = settings.model.image_size, settings.train.batch_size
     slices = jax.ShapeDtypeStruct((batch, size, size), jnp.float16)
     labels = jax.ShapeDtypeStruct((batch, size, size), jnp.uint8)
     oracle = registry.method_of(settings.model).oracle
     if not oracle:
-        step = make_train_step(graphdef, optimizer, build.step_config(settings))
+        step = make_train_step(graphdef, optimizer, from_config.step_config(settings))
         after, metrics = jax.eval_shape(step, state, frozen, {"image": slices, "label": labels})
         assert jax.tree.structure(after) == jax.tree.structure(state)
         assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
@@ -114,7 +117,7 @@ def test_the_synapse_config_is_the_paper_run():
     assert settings.optim.learning_rate == 3e-3 and settings.optim.weight_decay == 0.1
     assert settings.train.batch_size == 12 and settings.train.epochs == 300
     assert settings.model.image_size == 512 and settings.model.lora_rank == 4
-    assert build.total_steps(settings, 126) == 3150
+    assert from_config.total_steps(settings, 126) == 3150
     paths = parameters.flat_paths(params)
     encoder = [p for p in paths if p.startswith("image_encoder")]
     assert encoder and all("/lora/" in p for p in encoder)

@@ -14,12 +14,13 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from pgpsam_jax.config import default_config, method_recipes, use_small_encoder
+from pgpsam_jax.inference.predictor import make_predict_step
 from pgpsam_jax.methods import build, registry
 from pgpsam_jax.models.sam import attention
 from pgpsam_jax.models.segmenter import Segmenter
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import step_cost
-from pgpsam_jax.training.train_step import init_state, make_predict_step
+from pgpsam_jax.training.train_state import init_state
 
 SIZE, BATCH, MIDDLE, CLASSES = 16, 8, 5, 2
 

@@ -13,13 +13,14 @@ from faults import NOISE, TINY, again, copied, newest, prepare
 from safetensors.numpy import save_file
 from small_run import config_for
 
-from pgpsam_jax.checkpointing import checkpoint, resumption
+from pgpsam_jax.checkpointing import best_parameters, checkpoint, resumption
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.baselines import resnet_weights
-from pgpsam_jax.training import train
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import from_config, train
 from pgpsam_jax.utils.files import file_digest
 
 pytestmark = pytest.mark.faults
@@ -71,9 +72,9 @@ def abstract(root, finished):
     config = config_for(root, **TINY | NOISE)
     with tiny_method.known():
         graphdef, params, frozen, _ = train.build.init_model(config, 3)
-        mesh = train.make_run_mesh(config)
+        mesh = from_config.mesh_of(config)
         batch = {"image": np.zeros((8, 32, 32)), "label": np.zeros((8, 32, 32), np.int32)}
-        lanes = train.sharding.batch_sharding(mesh)
+        lanes = device_mesh.batch_sharding(mesh)
         batch = {
             k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=lanes) for k, v in batch.items()
         }
@@ -136,7 +137,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
 def test_damaged_parameters_of_the_best_step_are_not_passed_over(every, tmp_path):
     """They are not the newest: where they cannot be read, nothing takes their place unsaid."""
     params, draw, told = {"w": jax.numpy.arange(1000.0)}, random.Random(0), 0
-    with checkpoint.Best(tmp_path) as best:
+    with best_parameters.Best(tmp_path) as best:
         best.save(params, 3, 0.5)
     abstract = {"w": jax.ShapeDtypeStruct((1000,), np.float32, sharding=params["w"].sharding)}
     folder, spare = tmp_path / "best" / "0", tmp_path / "spare"
@@ -146,8 +147,8 @@ def test_damaged_parameters_of_the_best_step_are_not_passed_over(every, tmp_path
         for kind in KINDS if every else some_of(KINDS, at):
             if damage(folder / name, kind, draw):
                 try:
-                    record = checkpoint.best_record(tmp_path)
-                    found = checkpoint.restore_params(tmp_path, abstract, best=True)
+                    record = best_parameters.best_record(tmp_path)
+                    found = best_parameters.restore_params(tmp_path, abstract, best=True)
                     assert record["step"] == 3 and np.array_equal(found["w"], params["w"])
                 except UserError as error:
                     told += 1

@@ -16,13 +16,14 @@ from places import QUICK_FLAGS, REPOSITORY
 
 from pgpsam_jax.config import default_config
 from pgpsam_jax.config.augmentation import RELEASE
+from pgpsam_jax.config.optimizer import OptimConfig
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime import determinism
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import train_step
+from pgpsam_jax.training import train_state, train_step
 from pgpsam_jax.training.device_batches import Feed
-from pgpsam_jax.training.optimizer import OptimConfig, make_optimizer
+from pgpsam_jax.training.optimizer import make_optimizer
 
 FLAG = "--xla_gpu_deterministic_ops"
 DEADLINE = 500  # seconds for a process on a busy machine
@@ -89,7 +90,7 @@ def seen_on(devices, resident, monkeypatch):
     monkeypatch.setattr(train_step, "gradients_of", show)
     mesh = device_mesh.make_mesh(data=devices, devices=jax.devices()[:devices])
     optimizer = make_optimizer(OptimConfig(), 10)
-    state = train_step.init_state(
+    state = train_state.init_state(
         nnx.State({"w": nnx.Param(jnp.ones(2))}), optimizer, seed=5, epoch_size=SLICES
     )
     run = jax.jit(train_step.make_train_step(None, optimizer, train_step.StepConfig(ALL)))

@@ -19,6 +19,7 @@ from small_run import config_for, write_data
 
 from pgpsam_jax.checkpointing import checkpoint, checksums
 from pgpsam_jax.distributed.heartbeat import LOST
+from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.methods import build, registry
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import train
@@ -183,7 +184,7 @@ def test_two_processes_evaluate_what_one_does(shared, tmp_path):
     workdir, ours = shared[0], shared[0] / "evaluation"
     again = tmp_path / "again"
     shutil.copytree(workdir, again, ignore=shutil.ignore_patterns("evaluation", "cache"))
-    train.evaluate_workdir(again)
+    workdirs.evaluate_workdir(again)
     assert len(contents(ours)) == 4 + 2
     assert contents(again / "evaluation") == contents(ours)
 

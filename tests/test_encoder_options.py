@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgpsam_jax.config import serialization
+from pgpsam_jax.config import defaults, serialization
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import build
 from pgpsam_jax.models.initializers import NoDraws
@@ -136,7 +136,7 @@ def test_options_that_cannot_be(options, message):
 
 
 def test_backend_that_cannot_run_here_is_refused_before_anything_is_built():
-    settings = serialization.default_config()
+    settings = defaults.default_config()
     settings.model.attention = "cudnn"
     with pytest.raises(UserError, match=r"'cudnn' needs an NVIDIA GPU .* here are cpu"):
         build.abstract_model(settings, 9)
@@ -144,7 +144,7 @@ def test_backend_that_cannot_run_here_is_refused_before_anything_is_built():
 
 @pytest.mark.parametrize(("stored", "name"), [(False, "none"), (True, "blocks")])
 def test_stored_remat_of_before_it_had_names(stored, name):
-    value = serialization.to_json(serialization.default_config())
+    value = serialization.to_json(defaults.default_config())
     value["model"]["remat"] = stored
     assert serialization.from_json(value).model.remat == name
 

@@ -17,7 +17,7 @@ from pgpsam_jax.data.augmentation.augment import augment, sample_keys
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import build
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import feature_cache
+from pgpsam_jax.training import feature_cache, from_config, train_state
 from pgpsam_jax.training import train_step as steps
 from pgpsam_jax.training.device_batches import Feed
 
@@ -69,9 +69,11 @@ def step_on(configuration, model):
     @functools.cache
     def compiled(copies):
         config = configuration(copies, False)
-        optimizer = optax.flatten(build.optimizer_of(config, SLICES))  # compiles in half the time
-        state = steps.init_state(model[1], optimizer, seed=SEED, epoch_size=SLICES)
-        settings = build.step_config(config)
+        optimizer = optax.flatten(
+            from_config.optimizer_of(config, SLICES)
+        )  # compiles in half the time
+        state = train_state.init_state(model[1], optimizer, seed=SEED, epoch_size=SLICES)
+        settings = from_config.step_config(config)
         return state, jax.jit(steps.make_train_step(model[0], optimizer, settings))
 
     def run(copies, given, rows, number=0):
@@ -113,7 +115,7 @@ def test_copies_are_the_augmented_slices(configuration, few_shot_set, model):
         mesh = device_mesh.make_mesh(devices=devices)
         found.append(feature_cache.encoded_set(config, mesh, model, images, labels, seed=SEED))
     assert found[0]["label"].shape == (2 * SLICES, SIDE, SIDE)
-    settings = build.step_config(config).augment
+    settings = from_config.step_config(config).augment
     augmented = jax.jit(lambda *arguments: augment(*arguments, settings))
     for copy in range(2):
         keys = sample_keys(jax.random.key(SEED), copy, jnp.arange(SLICES))

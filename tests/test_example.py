@@ -20,7 +20,7 @@ import pgpsam_jax
 from pgpsam_jax.data import dataset
 from pgpsam_jax.inference.trained_run import TrainedRun
 from pgpsam_jax.methods import build
-from pgpsam_jax.training.train_step import to_input
+from pgpsam_jax.models.segmenter import to_input
 
 NOTEBOOK = REPOSITORY / "examples" / "segment_volume.ipynb"
 

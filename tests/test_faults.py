@@ -18,8 +18,12 @@ from places import REPOSITORY
 
 from pgpsam_jax import errors
 from pgpsam_jax.checkpointing import checkpoint, workdir_lock
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.data import dataset
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.errors import Interrupted, UserError
+from pgpsam_jax.evaluation import workdirs
+from pgpsam_jax.inference import restore
 from pgpsam_jax.runtime import preemption
 from pgpsam_jax.training import metric_logger, train
 from pgpsam_jax.utils.files import atomic_path, write_text
@@ -113,8 +117,8 @@ def test_a_read_only_workdir(root, finished, small_disk):
         with pytest.raises(UserError, match=r"Read-only file system; make it accessible"):
             again(root, workdir)
     with tiny_method.known():  # reading takes nothing away
-        config = train.configuration.load_config(place / "run")
-        assert train.load_predictor(config, place / "run", 3) is not None
+        config = configuration.load_config(place / "run")
+        assert restore.load_predictor(config, place / "run", 3) is not None
 
 
 def test_a_workdir_that_is_a_file(root, tmp_path):
@@ -145,13 +149,13 @@ def test_one_writer_at_a_time(root, finished, tmp_path):
     under_way = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
     under_way.mkdir()
     with tiny_method.known():
-        config = train.configuration.load_config(workdir)
+        config = configuration.load_config(workdir)
         said = rf"in use: process {holder.pid} on \S+ has been training there since \d+-"
         with pytest.raises(UserError, match=said):
             train.train(config, workdir)
         with pytest.raises(UserError, match=said):
-            train.evaluate_workdir(workdir)
-        assert train.load_predictor(config, workdir, 3) is not None
+            workdirs.evaluate_workdir(workdir)
+        assert restore.load_predictor(config, workdir, 3) is not None
     assert under_way.is_dir()
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
@@ -184,7 +188,7 @@ def test_a_loss_that_is_no_number_stops_at_its_step(root, tmp_path, monkeypatch)
     order = make_loader(9, batch_size=8, seed=0)
     batches = [next(order).tolist() for _ in range(2)]
     [row, *_] = set(batches[1]) - set(batches[0])
-    make, found = train.dataset.few_shot_data, []
+    make, found = dataset.few_shot_data, []
 
     def with_a_bad_slice(*args, **kwargs):
         data = make(*args, **kwargs)
@@ -192,7 +196,7 @@ def test_a_loss_that_is_no_number_stops_at_its_step(root, tmp_path, monkeypatch)
         found.append(data.list.entries)
         return data
 
-    monkeypatch.setattr(train.dataset, "few_shot_data", with_a_bad_slice)
+    monkeypatch.setattr(dataset, "few_shot_data", with_a_bad_slice)
     with pytest.raises(UserError, match=r"the loss is nan at step 2, whose batch is ") as told:
         again(root, tmp_path, **settings)
     wanted = {f"{case} {index}" for case, index in (found[0][r] for r in batches[1])}
@@ -207,7 +211,7 @@ def test_a_loss_that_is_no_number_stops_at_its_step(root, tmp_path, monkeypatch)
 
 
 def test_a_gradient_that_is_no_number_is_said(tmp_path):
-    settings, rows = train.configuration.default_config().log, np.array([1, 0])
+    settings, rows = configuration.default_config().log, np.array([1, 0])
     slices = [("a", 4), ("b", 7)]
     with metric_logger.RunLog(tmp_path, settings, 0, np.ones(10), 2, slices) as log:
         with pytest.raises(

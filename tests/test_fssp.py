@@ -19,6 +19,7 @@ from small_run import config_for, write_data
 from pgpsam_jax.checkpointing.checkpoint import Checkpoints
 from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.methods import build, losses, registry
 from pgpsam_jax.models.baselines.fssp_sam import Fssp
 from pgpsam_jax.models.parameters import count, flat_paths
@@ -251,7 +252,10 @@ def test_a_run_fits_once_and_goes_on_like_any(small_or_whole, tmp_path, capsys):
     assert no_curve(read_run(tmp_path / "run")).startswith(said)
     seconds = 7 / record["images_per_second"]
     assert spent["step_seconds"]["median"] == pytest.approx(seconds, rel=1e-3)
-    for again in (train.train(config, tmp_path / "run"), train.evaluate_workdir(tmp_path / "run")):
+    for again in (
+        train.train(config, tmp_path / "run"),
+        workdirs.evaluate_workdir(tmp_path / "run"),
+    ):
         assert again["strict"] == summary["strict"]
 
 

@@ -19,10 +19,11 @@ from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.data.letterbox import Fit
 from pgpsam_jax.inference.predictor import _class_ids
 from pgpsam_jax.methods import build, losses
-from pgpsam_jax.methods.registry import METHODS, RELEASE, name_of
+from pgpsam_jax.methods.registry import METHODS, RELEASE, Training, name_of
 from pgpsam_jax.models.baselines.hsam import Hsam
 from pgpsam_jax.models.sam.sam import postprocess
 from pgpsam_jax.models.segmenter import Segmenter
+from pgpsam_jax.training import from_config
 
 # Cells of 4 pixels, as at 512 px; the discs do not know how large the rest of the image is.
 SIZE, PATCH = 128, 16
@@ -91,14 +92,14 @@ LATER = ("samed", "hsam", "autosam", "samlst", "surgicalsam")
 TRAINED = [
     pytest.param(key, id=name_of(key), marks=[pytest.mark.slow] * (key[0] in LATER))
     for key, method in METHODS.items()
-    if method.steps is None and key != RELEASE
+    if method.training is Training.SGD and key != RELEASE
 ]
 
 
 @pytest.mark.parametrize("key", TRAINED)
 def test_what_is_perfect_for_the_loss_is_perfect_for_the_labels(key):
     config, shapes = abstract_outputs(key)
-    settings, labels = build.step_config(config), discs()
+    settings, labels = from_config.step_config(config), discs()
 
     def loss(logits):
         rest = {k: jnp.ones(v.shape) for k, v in shapes.items() if k not in logits}

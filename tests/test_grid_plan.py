@@ -12,7 +12,7 @@ from small_run import write_data
 
 from experiments.grid.plan import _images, load_plan, make_grid, parse_settings, settle
 from experiments.run_cell import write_state
-from pgpsam_jax.config import identity
+from pgpsam_jax.checkpointing import identity
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError

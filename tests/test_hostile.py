@@ -23,6 +23,7 @@ import pytest
 import torch
 from fuzz.nifti import file_of
 from fuzz.torch_file import archive, state, tensor
+from launcher import environment
 from refusal import image_of, refuse
 from small_run import write_data
 
@@ -233,7 +234,8 @@ def test_small_files_take_no_memory_and_no_time(tmp_path):
         make(tmp_path / name)
     asked = json.dumps([[reader, str(tmp_path / name)] for name, (reader, *_) in BOMBS.items()])
     command = [sys.executable, str(Path(__file__).with_name("bounded.py"))]
-    ended = subprocess.run(command, input=asked, capture_output=True, text=True, check=True)
+    options = {"capture_output": True, "text": True, "check": True, "env": environment(1)}
+    ended = subprocess.run(command, input=asked, **options)
     for name, (said, mib, seconds) in zip(BOMBS, json.loads(ended.stdout), strict=True):
         assert BOMBS[name][2] in said, (name, said)
         assert mib < MIB + 100 * (name == "header.safetensors"), (name, mib)

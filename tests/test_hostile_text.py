@@ -13,6 +13,7 @@ from refusal import refuse
 from small_run import TABLE, write_data
 
 from pgpsam_jax import verify as program
+from pgpsam_jax.config import defaults
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.data import fewshot_list
 from pgpsam_jax.data.io.nifti import read_image
@@ -302,7 +303,7 @@ def test_long_names_in_lists_are_refused(tmp_path):
     ids=str,
 )
 def test_a_stored_configuration_of_other_types(tmp_path, field, value):
-    stored = configuration.to_json(configuration.default_config())
+    stored = configuration.to_json(defaults.default_config())
     *parts, name = field.split(".")
     place = stored
     for part in parts:

@@ -18,8 +18,8 @@ from pgpsam_jax.data.io.nibabel_image import from_nibabel
 from pgpsam_jax.data.io.nifti import read_image
 from pgpsam_jax.data.letterbox import Fit, logits_to_native
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.models.sam.mask_decoder import upsample_logits
-from pgpsam_jax.training import train
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def run(root, tmp_path_factory):
     workdir = ready_run(root, tmp_path_factory.mktemp("run"), evaluated=False, **less)
     run = pgpsam_jax.load_run(workdir)
     # By the program that is compiled already; `test_train` has the evaluation of a workdir.
-    train.run_evaluation(run.config, workdir, run.predictor, dataset.find_split(run.config))
+    workdirs.run_evaluation(run.config, workdir, run.predictor, dataset.find_split(run.config))
     return run
 
 

@@ -21,10 +21,9 @@ from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.methods import build
+from pgpsam_jax.models.parameters import split_model
 from pgpsam_jax.profiling import aot, out_of_memory
-from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import metric_logger, train
-from pgpsam_jax.training.train_step import split_model
+from pgpsam_jax.training import from_config, metric_logger, train
 
 MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9876543210 bytes.\n(a dump)"
 GIB = 2**30
@@ -57,7 +56,7 @@ def test_every_candidate_is_a_run_that_could_be_started(count, parts, sizes, rem
     lanes, changed = math.prod(sizes), []
     for remedy in out_of_memory.candidates(config):
         other = remedy.applied(config)
-        device_mesh.check(device_mesh.make_mesh(**other.mesh), other)
+        from_config.mesh_of(other)
         assert other.train.batch_size % (other.train.microbatches * lanes) == 0
         assert other.train.microbatches >= parts and other.train.batch_size <= batch
         assert all(config[a][b] != v for (a, b), v in pairs(remedy)) or "mesh.data" in remedy[0]

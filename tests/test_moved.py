@@ -13,10 +13,11 @@ from safetensors.numpy import save_file
 from small_run import config_for, write_data
 
 import pgpsam_jax
-from pgpsam_jax.checkpointing import locations, resumption
-from pgpsam_jax.config import identity, serialization
+from pgpsam_jax.checkpointing import identity, locations, resumption
+from pgpsam_jax.config import serialization
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.inference import trained_run
 from pgpsam_jax.methods import build
 from pgpsam_jax.models.sam import weights
@@ -67,7 +68,7 @@ def evaluate(workdir, settings=None, **fields):
         for name, value in fields.items():
             section, field = name.split("__")
             settings[section][field] = str(value)
-    return train.evaluate_workdir(workdir, settings)
+    return workdirs.evaluate_workdir(workdir, settings)
 
 
 def test_everything_moved_together(project, moved):

@@ -17,6 +17,7 @@ from pgpsam_jax.methods import build
 from pgpsam_jax.models.pgpsam.ppr import select_inter
 from pgpsam_jax.models.sam.attention import attention
 from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import from_config
 from pgpsam_jax.training import train_step as steps
 from pgpsam_jax.training.sharded_step import shard_step
 
@@ -30,7 +31,7 @@ WIDE = frozenset(
 # Let off are functions of one number at a time: their result is rounded to bfloat16 whatever it was
 # computed in, and nothing was added up for it. GELU, whose exponential is its derivative, and the
 # sigmoid gates of CFM, which scale a feature as the authors' code does under mixed precision.
-ACTIVATIONS, GATES = {"gelu"}, ("logistic", "models/cfm.py")
+ACTIVATIONS, GATES = {"gelu"}, ("logistic", "pgpsam/cfm.py")
 
 
 def equations(jaxpr):
@@ -79,7 +80,7 @@ def test_softmaxes_norms_and_losses_are_float32(preset):
     where its rules are our own, those of attention, which are below."""
     config = configuration(preset)
     graphdef, params, frozen = build.abstract_model(config, CLASSES)
-    step = build.step_config(config)
+    step = from_config.step_config(config)
     jaxpr = jax.make_jaxpr(lambda *arrays: steps.loss_of(graphdef, *arrays, 0, step))(
         params,
         frozen,
@@ -92,7 +93,7 @@ def test_softmaxes_norms_and_losses_are_float32(preset):
     assert half.count("dot_general") > 100 and {"erfc", "logistic"} <= set(half)
     assert sum(e.primitive.name == "exp" for e in seen) > 10
     assert {v.aval.dtype for v in jaxpr.outvars} == {jnp.dtype("float32")}
-    state = params, frozen, jax.eval_shape(build.optimizer_of(config, 4).init, params)
+    state = params, frozen, jax.eval_shape(from_config.optimizer_of(config, 4).init, params)
     floats = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert set(floats) == {jnp.dtype("float32")}  # parameters and moments
 

@@ -9,13 +9,9 @@ import optax
 import pytest
 import torch
 
+from pgpsam_jax.config.optimizer import OptimConfig
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.training.optimizer import (
-    OptimConfig,
-    learning_rate_schedule,
-    make_optimizer,
-    warmup_steps,
-)
+from pgpsam_jax.training.optimizer import learning_rate_schedule, make_optimizer, warmup_steps
 
 PEAK, FINAL = 3e-3, 1e-6
 

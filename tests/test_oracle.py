@@ -19,6 +19,7 @@ from pgpsam_jax import predict
 from pgpsam_jax.config import method_recipes
 from pgpsam_jax.data.io.nifti import Volume
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.inference.trained_run import load_run
 from pgpsam_jax.methods import build, registry
@@ -163,7 +164,7 @@ def test_a_run_says_what_it_is_and_predicts_nothing(small_or_whole, tmp_path, ca
     (table,) = run_cost(read_run(run))
     assert "Nothing trains, so that there is no training step." in table.notes
     stored = json.loads((run / "evaluation/summary.json").read_text())
-    assert train.evaluate_workdir(run)["strict"] == summary["strict"] == stored["strict"]
+    assert workdirs.evaluate_workdir(run)["strict"] == summary["strict"] == stored["strict"]
     image = str(tmp_path / "data/images/c.nii.gz")
     with pytest.raises(UserError, match="takes its prompts from the labels"):
         load_run(run).segment(image)

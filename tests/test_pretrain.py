@@ -12,7 +12,7 @@ from pgpsam_jax.models.baselines.sam_oracle import OracleSam
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
 from pgpsam_jax.models.sam.weights import colors_of_base, load_base
-from pgpsam_jax.training.train_step import to_input
+from pgpsam_jax.models.segmenter import to_input
 
 SIZE, DRAWS = 32, 64
 

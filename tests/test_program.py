@@ -17,6 +17,7 @@ from places import REPOSITORY
 from worker_jobs import write_for_long
 
 from pgpsam_jax.checkpointing import workdir_lock
+from pgpsam_jax.config import defaults
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime import compilation_cache, worker_pool
@@ -121,7 +122,7 @@ def test_addresses_are_refused(address, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="is an address, and only local paths"):
             parser.parse_args(arguments)
     for field in ("data.root", "data.cache_dir", "model.base", "fewshot.file"):
-        config = configuration.default_config()
+        config = defaults.default_config()
         section, name = field.split(".")
         config[section][name] = address
         with pytest.raises(UserError, match=f"^{field} {address} is an address"):

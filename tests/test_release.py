@@ -18,7 +18,7 @@ from pgpsam_jax.models.initializers import NoDraws
 from pgpsam_jax.models.parameters import count, flat_paths
 from pgpsam_jax.models.pgpsam_release.model import ReleaseConfig, ReleasePgpSam
 from pgpsam_jax.models.sam.sam import SamConfig
-from pgpsam_jax.training.train_step import to_input
+from pgpsam_jax.models.segmenter import to_input
 
 ENCODER = dict(width=32, depth=1, heads=2, global_blocks=(0,), out_channels=32, window_size=4)
 

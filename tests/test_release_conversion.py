@@ -24,6 +24,7 @@ from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.data.dataset import label_table
 from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.methods import build
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.training import train
@@ -140,7 +141,7 @@ def test_a_converted_workdir_is_ready_to_be_evaluated(evaluated, state, monkeypa
     """All that goes before the compiled program, with the weights that it gets."""
     given = []
     monkeypatch.setattr(train, "run_evaluation", lambda *arguments: given.extend(arguments))
-    train.evaluate_workdir(evaluated)
+    workdirs.evaluate_workdir(evaluated)
     config, folder, predictor, split = given
     assert (config.model.preset, folder) == ("release", evaluated)
     assert [case.case_id for case in split.test] == ["c"]
@@ -151,7 +152,7 @@ def test_a_converted_workdir_is_ready_to_be_evaluated(evaluated, state, monkeypa
 
 @pytest.mark.slow
 def test_a_converted_workdir_is_evaluated(evaluated, root):
-    summary = train.evaluate_workdir(evaluated)
+    summary = workdirs.evaluate_workdir(evaluated)
     assert (evaluated / "evaluation" / "cases.csv").is_file() and summary
     mask = nib.load(evaluated / "evaluation" / "predictions" / "c.nii.gz")
     assert mask.shape == nib.load(root / "images" / "c.nii.gz").shape
@@ -206,7 +207,7 @@ def test_a_failed_conversion_leaves_nothing(source, config, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(release, "_states", lambda *_: ({}, {}))
-    monkeypatch.setattr(release.backbone, "settle_base", full_disk)
+    monkeypatch.setattr(release.frozen_weights, "settle_base", full_disk)
     message = fail(capsys, source, tmp_path / "w", f"--config={config}")
     assert "cannot be written" in message and "No space left" in message
     assert list(tmp_path.iterdir()) == []

@@ -30,10 +30,11 @@ from flax import nnx
 
 from pgpsam_jax.data.augmentation.augment import AugmentConfig
 from pgpsam_jax.methods import losses
-from pgpsam_jax.models import layers
+from pgpsam_jax.models import layers, parameters, segmenter
 from pgpsam_jax.models.parameters import count, flat_paths
 from pgpsam_jax.models.pgpsam.ppr import Refined
 from pgpsam_jax.models.sam.mask_decoder import upsample_logits
+from pgpsam_jax.training import train_state
 from pgpsam_jax.training import train_step as steps
 
 MODULE_TOLERANCE = 1e-4  # each module fed with recorded inputs; of the small set, with all before
@@ -108,7 +109,7 @@ def check(got, expected):
 def test_encoder_gives_the_recorded_neck_and_taps(name):
     golden = release_golden.load(name)
     encoder = golden.model().image_encoder
-    neck, taps = encoder(steps.to_input(golden.images), golden.config.stage_taps)
+    neck, taps = encoder(segmenter.to_input(golden.images), golden.config.stage_taps)
     expected = [golden[f"image_encoder.{part}"] for part in ("neck", "tap_last", "tap_first")]
     check([neck, *taps], expected)
 
@@ -205,7 +206,7 @@ def traced(name):
     """`everything` of a set's image, traced, and its arguments."""
     golden = release_golden.load(name)
     graphdef, state = nnx.split(golden.model())
-    program = jax.jit(lambda s, x: everything(nnx.merge(graphdef, s), steps.to_input(x)))
+    program = jax.jit(lambda s, x: everything(nnx.merge(graphdef, s), segmenter.to_input(x)))
     return program.trace(state, golden.images), (state, golden.images)
 
 
@@ -250,7 +251,7 @@ def test_gradients_are_not_stopped():
     hand but for the attention of the encoder, whose are in `test_gradients`."""
     assert jaxprs.own_gradients(traced("small")[0].jaxpr.jaxpr) == {
         ("stop_gradient", "ppr.py", "select_inter"),
-        ("stop_gradient", "deform.py", "_neighbours"),
+        ("stop_gradient", "deformable_conv.py", "_neighbours"),
         ("stop_gradient", "attention.py", "attend"),  # the largest score
         ("custom_vjp_call", "attention.py", "lean"),
     }
@@ -303,11 +304,11 @@ def updates(name):
     one for all tensors, one after the other, which compiles faster.
     """
     golden = release_golden.load(name)
-    graphdef, params, frozen = steps.split_model(golden.model(), "lora")
+    graphdef, params, frozen = parameters.split_model(golden.model(), "lora")
     recipe = golden.meta["adamw"]
     keys = ("b1", "b2", "eps", "weight_decay")
     optimizer = optax.flatten(optax.adamw(recipe["lr"], **{key: recipe[key] for key in keys}))
-    state = steps.init_state(params, optimizer, seed=0, epoch_size=100)
+    state = train_state.init_state(params, optimizer, seed=0, epoch_size=100)
     state.step += 100 * EPOCH  # so that each of the three steps is one of epoch 10
     step = jax.jit(steps.make_train_step(graphdef, optimizer, CONFIG))
     losses, moment, batch = [], None, {"image": golden.images, "label": golden.labels}
@@ -329,7 +330,7 @@ def gradients(name):
     golden = release_golden.load(name)
     if name != "recorded":
         return golden.theirs(updates(name)[1])
-    graphdef, params, frozen = steps.split_model(anchored(golden), "lora")
+    graphdef, params, frozen = parameters.split_model(anchored(golden), "lora")
     differentiate = jax.jit(jax.grad(steps.loss_of, argnums=1, has_aux=True), static_argnums=(0, 6))
     found, _ = differentiate(graphdef, params, frozen, golden.images, golden.labels, EPOCH, CONFIG)
     leaves = flat_paths(found).items()
@@ -376,7 +377,7 @@ def test_what_never_gets_a_gradient_has_no_place_in_the_model(name):
 @BOTH
 def test_the_same_tensors_train(name):
     golden = release_golden.load(name)
-    _, params, frozen = steps.split_model(golden.model(), "lora")
+    _, params, frozen = parameters.split_model(golden.model(), "lora")
     marked = {path: np.ones(leaf.shape) for path, leaf in flat_paths(params).items()}
     marked |= {path: np.zeros(leaf.shape) for path, leaf in flat_paths(frozen).items()}
     marked |= {path: np.ones(a.shape) for path, a in golden.weights.items() if "unused/" in path}

@@ -14,7 +14,7 @@ from method_runs import CLASSES, SIZE, loss_falls, run_of, small_config
 from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.methods import build
 from pgpsam_jax.models.parameters import count, flat_paths
-from pgpsam_jax.training.train_step import to_input
+from pgpsam_jax.models.segmenter import to_input
 
 # Registered, and read by nothing, here as in the original.
 IDLE = r"mask_decoder/iou_head/|prompt_encoder/(point|not_a_point|mask_down)"

@@ -13,13 +13,14 @@ from method_runs import CLASSES, loss_falls, run_of, small_config, squares
 from pgpsam_jax.checkpointing import frozen_weights
 from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.methods import build
+from pgpsam_jax.inference.predictor import make_predict_step
+from pgpsam_jax.methods import build, pretrained
+from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.models.baselines.resnet import ResNet18
 from pgpsam_jax.models.baselines.sam_lst import SamLst
 from pgpsam_jax.models.initializers import NoDraws
 from pgpsam_jax.models.parameters import count, flat_paths, report
 from pgpsam_jax.models.sam.sam import SamConfig
-from pgpsam_jax.training.train_step import make_predict_step
 from weights_conversion import convert, resnet
 
 SAM = SamConfig.preset(micro.NAME, (32, 48), 8)
@@ -178,24 +179,26 @@ def test_a_run_starts_from_the_converted_file(checkpoint_file, tmp_path, capsys)
     kernel = torch.load(checkpoint_file, weights_only=True)["layer3.1.conv2.weight"].numpy()
     found = flat_paths(params)["cnn/groups/2/1/conv2/kernel"]
     np.testing.assert_array_equal(found[...], kernel.transpose(2, 3, 1, 0))
-    assert "CNN" not in build.base_notice(config.model, tmp_path)
+    assert "CNN" not in frozen_weights.base_notice(config.model, tmp_path)
 
 
 def test_a_random_cnn_is_said_loudly(tmp_path):
     config = small_config("samlst")
-    assert "CNN BESIDE THE ENCODER STARTED AT RANDOM" in build.base_notice(config.model, tmp_path)
-    assert "CNN" not in build.base_notice(small_config("samed").model, tmp_path)
+    assert "CNN BESIDE THE ENCODER STARTED AT RANDOM" in frozen_weights.base_notice(
+        config.model, tmp_path
+    )
+    assert "CNN" not in frozen_weights.base_notice(small_config("samed").model, tmp_path)
 
 
 def test_files_that_are_no_resnet(checkpoint_file, tmp_path):
     wide = small_config("samlst", model__cnn_base=str(tmp_path / "wide"))
     wide.model.encoder = "vit_b"
     with pytest.raises(UserError, match=r"wide.safetensors .* does not exist; download .*resnet18"):
-        build.apply_cnn(wide.model, *build.abstract_model(wide, CLASSES)[1:])
+        pretrained.apply_cnn(wide.model, *build.abstract_model(wide, CLASSES)[1:])
     resnet.convert(checkpoint_file, tmp_path / "cnn", log=lambda text: None)
     shapes = {"conv1/kernel": (7, 7, 3, 64)}
     with pytest.raises(UserError, match="does not fit the CNN beside this encoder"):
-        build.cnn_base.load_cnn(tmp_path / "cnn", shapes)
+        resnet_weights.load_cnn(tmp_path / "cnn", shapes)
     with pytest.raises(UserError, match="which samed lacks; leave it empty"):
         build.init_model(small_config("samed", model__cnn_base=str(tmp_path / "cnn")), CLASSES)
     renamed = tmp_path / "resnet18-0123abcd.pth"
@@ -293,7 +296,7 @@ def test_an_answer_does_not_depend_on_the_rest_of_the_batch():
 def test_drawn_weights_that_never_train_are_kept_with_a_given_sam(tmp_path):
     """Mask tokens and hypernetworks are random and frozen: a run does not hang on its seed."""
     config, frozen = small_config("samlst"), run_of("samlst").frozen
-    drawn = build.drawn(config.model, frozen)
+    drawn = pretrained.drawn(config.model, frozen)
     roots = {path.rsplit("/layers")[0] for path in drawn}
     assert roots == {f"mask_decoder/{n}" for n in ("mask_tokens", "hyper_mlps", "iou_head")}
     frozen_weights.settle_base(tmp_path, "sam", "0" * 64, frozen, drawn)
@@ -301,7 +304,9 @@ def test_drawn_weights_that_never_train_are_kept_with_a_given_sam(tmp_path):
     config.seed = 5
     _, _, other, _ = build.init_model(config, CLASSES)
     own = flat_paths(other)["image_encoder/pos_embed"][...]
-    frozen_weights.settle_base(tmp_path, "sam", "0" * 64, other, build.drawn(config.model, other))
+    frozen_weights.settle_base(
+        tmp_path, "sam", "0" * 64, other, pretrained.drawn(config.model, other)
+    )
     for path, leaf in drawn.items():
         np.testing.assert_array_equal(leaf[...], flat_paths(other)[path][...], err_msg=path)
     np.testing.assert_array_equal(flat_paths(other)["image_encoder/pos_embed"][...], own)

@@ -9,7 +9,8 @@ from places import REPOSITORY
 from small_run import config_for
 
 from pgpsam_jax.config import exclusive, overrides
-from pgpsam_jax.config.serialization import MOST, check, default_config, flat, from_json, to_json
+from pgpsam_jax.config.defaults import default_config
+from pgpsam_jax.config.serialization import MOST, check, flat, from_json, to_json
 from pgpsam_jax.errors import UserError
 
 FIELDS = flat(default_config().to_dict())

@@ -20,13 +20,14 @@ from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import build, registry
 from pgpsam_jax.models import layers, parameters
+from pgpsam_jax.models.parameters import split_model
 from pgpsam_jax.models.pgpsam.model import PgpSam, PgpSamConfig
 from pgpsam_jax.models.pgpsam_release.model import ReleaseConfig, ReleasePgpSam
 from pgpsam_jax.models.sam.mask_decoder import DecoderConfig
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import from_config
 from pgpsam_jax.training.sharded_step import shard_step
-from pgpsam_jax.training.train_step import split_model
 
 METHODS = sorted(registry.METHODS)
 PGPSAM = [method for method in METHODS if method[0] == "pgpsam"]
@@ -88,15 +89,16 @@ def test_the_rest_of_the_devices():
 def test_meshes_that_do_not_fit_the_model_or_the_batch(sizes, encoder, batch, message):
     config = default_config()
     config.model.encoder, config.train.batch_size = encoder, batch
-    mesh = device_mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    config.mesh.update(dict(zip(device_mesh.AXES, sizes, strict=True)))
     with pytest.raises(UserError, match=message):
-        device_mesh.check(mesh, config)
+        from_config.mesh_of(config, jax.devices()[: math.prod(sizes)])
 
 
 def test_what_a_refusal_offers_is_taken():
     config = default_config()  # 12 heads, 12 slices
     for tensor in (2, 4):
-        device_mesh.check(device_mesh.make_mesh(-1, 1, tensor), config)
+        config.mesh.tensor = tensor
+        from_config.mesh_of(config)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name_of)

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgpsam_jax.config import method_recipes, serialization
+from pgpsam_jax.config import defaults, method_recipes, serialization
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.methods import build
+from pgpsam_jax.methods import build, pretrained
 from pgpsam_jax.methods.registry import METHODS, colors_of, start_of
 from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.models.sam import weights
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
-from pgpsam_jax.training.train_step import to_input
+from pgpsam_jax.models.segmenter import to_input
 from weights_conversion import sam as conversion
 
 CLASSES, SIZE = 9, 64
@@ -41,8 +42,8 @@ def base(tmp_path_factory):
 
 
 def configuration(base, name, preset="paper", **settings):
-    made = serialization.default_config()
-    serialization.use_small_encoder(made)
+    made = defaults.default_config()
+    defaults.use_small_encoder(made)
     method_recipes.use(made, name)
     made.model.encoder, made.model.stage_taps = micro.NAME, (1,)
     made.model.update(base=base, preset=preset, image_size=SIZE, train_encoder="lora", **settings)
@@ -190,13 +191,13 @@ def test_with_nothing_added_the_decoder_gets_what_samed_s_gets(base, images):
 
 
 def test_every_pattern_of_a_start_from_sam_finds_its_tensors(base):
-    tensors = build.weights.load_base(base).tensors
+    tensors = weights.load_base(base).tensors
     for (name, preset), method in METHODS.items():
         if not method.sam_start:
             continue
         made = configuration(base, name, preset or "paper", start="sam")
         graphdef, *state = build.abstract_model(made, CLASSES)
-        build.apply_base(made.model, nnx.merge(graphdef, *state).image_encoder.config, *state)
+        pretrained.apply_base(made.model, nnx.merge(graphdef, *state).image_encoder.config, *state)
         leaves = flat_paths(state[0]) | flat_paths(state[1])
         for pattern, source in method.sam_start.items():
             found = {p: m for p in leaves if (m := re.fullmatch(pattern, p))}
@@ -233,7 +234,7 @@ def test_a_run_keeps_what_was_decided(base):
 def test_runs_of_before_are_what_they_were():
     """Without these fields a stored configuration means colors, start and Eq 5 as they were."""
     for name, colors in (("pgpsam", "unit"), ("samed", "unit"), ("surgicalsam", "normalized")):
-        stored = serialization.to_json(serialization.default_config())
+        stored = serialization.to_json(defaults.default_config())
         stored["model"]["name"] = name
         for field in ("colors", "start", "start_scale", "ppr_norm"):
             del stored["model"][field]

@@ -20,7 +20,9 @@ from pgpsam_jax.models.sam.image_encoder import ImageEncoder
 from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training.train_step import gradients_of, init_state, make_train_step
+from pgpsam_jax.training import from_config
+from pgpsam_jax.training.train_state import init_state
+from pgpsam_jax.training.train_step import gradients_of, make_train_step
 
 CLASSES, SIZE, BATCH = 3, 32, 8
 
@@ -72,7 +74,7 @@ def batch():
 def start(config):
     """(graphdef, settings of the step, step, state, frozen) of a model as it is drawn."""
     graphdef, params, frozen, _ = build.init_model(config, CLASSES)
-    optimizer, settings = build.optimizer_of(config, BATCH), build.step_config(config)
+    optimizer, settings = from_config.optimizer_of(config, BATCH), from_config.step_config(config)
     step = make_train_step(graphdef, optimizer, settings)
     return graphdef, settings, step, init_state(params, optimizer, seed=0, epoch_size=BATCH), frozen
 

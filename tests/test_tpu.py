@@ -10,7 +10,6 @@ from flax import nnx
 from experiments.scaling.compiled import compile_point
 from experiments.scaling.csv_table import OK
 from experiments.scaling.points import Compiled
-from pgpsam_jax.config import serialization
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.initializers import NoDraws
 from pgpsam_jax.models.sam.image_encoder import Attention
@@ -102,20 +101,3 @@ def test_the_training_step(name):
         row["xla_flops"] > 0
         and row["arguments_bytes"] / 2 < row["hbm_bytes"] < row["accessed_bytes"]
     )
-
-
-@pytest.mark.slow
-@pytest.mark.tpu_backend
-def test_step_takes_less_memory_with_splash():
-    """The whole training step of vit_t at 512 px; two minutes of compiling each."""
-    mesh = chips()
-
-    def temporaries(backend):
-        settings = serialization.default_config()
-        settings.model.encoder = "vit_t"
-        settings.model.attention = backend
-        settings.model.compute_dtype = "bfloat16"
-        settings.train.batch_size = 4 * mesh.size
-        return aot.figures(aot.compile_step(settings, 9, mesh)).temporaries
-
-    assert temporaries("auto") < temporaries("naive")

@@ -15,12 +15,17 @@ from file_modes import modes, umask
 from small_run import config_for, hold_out, write_data
 
 from pgpsam_jax import predict
-from pgpsam_jax.checkpointing import checkpoint
+from pgpsam_jax.checkpointing import best_parameters, checkpoint
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation import workdirs
+from pgpsam_jax.inference import restore
 from pgpsam_jax.metrics.release_protocol import slice_dice
 from pgpsam_jax.metrics.summary import read_cases, read_slices
 from pgpsam_jax.models.parameters import flat_paths
-from pgpsam_jax.training import metric_logger, train
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import from_config, metric_logger, train
 
 SELECT = {"validation__every_epochs": 1}  # 7 slices in batches of 8: after every step
 
@@ -34,10 +39,10 @@ def losses(workdir, but=("images_per_second",)):
 
 def numbers(workdir, folder):
     """Every value of the parameters in a folder of checkpoints, as Orbax wrote them."""
-    config = train.configuration.load_config(workdir)
-    mesh = train.make_run_mesh(config)
+    config = configuration.load_config(workdir)
+    mesh = from_config.mesh_of(config)
     _, params, _ = train.build.abstract_model(config, 3)
-    shardings = train.sharding.state_shardings(params, mesh)
+    shardings = device_mesh.state_shardings(params, mesh)
     kept = folder(workdir)
     params = kept.restore_params(checkpoint.abstract_like(params, shardings))
     kept.close()
@@ -122,18 +127,18 @@ def test_evaluation_files(finished):
 def test_the_best_parameters_are_kept_and_used(finished):
     workdir, summary = finished
     scores = [record["validation_score"] for record in losses(workdir)]
-    best = checkpoint.best_record(workdir)
+    best = best_parameters.best_record(workdir)
     assert best == {"step": 1 + int(np.argmax(scores)), "score": max(scores)}
     assert len({path.name for path in (workdir / "best").iterdir()}) == 1
     assert any(f"those of step {best['step']}," in notice for notice in summary["notices"])
-    kept = numbers(workdir, checkpoint.Best)
+    kept = numbers(workdir, best_parameters.Best)
     assert same(kept, numbers(workdir, checkpoint.Checkpoints)) == (best["step"] == 6)
-    config = train.configuration.load_config(workdir)
-    split = train.dataset.find_split(config)
-    predictor = train.load_predictor(config, workdir, 3)
+    config = configuration.load_config(workdir)
+    split = dataset.find_split(config)
+    predictor = restore.load_predictor(config, workdir, 3)
     used = {k: np.asarray(leaf[...]) for k, leaf in flat_paths(predictor.params).items()}
     assert same(used, kept)
-    held_out = train.dataset.validation_data(config, split, workdir)
+    held_out = dataset.validation_data(config, split, workdir)
     again = slice_dice(predictor.slices(held_out.images), held_out.labels, 3)
     assert again == best["score"]
 
@@ -165,8 +170,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, root, tmp_path, 
     summary = train.train(config_for(root, **plain, **SELECT), workdir)
     assert losses(workdir) == losses(finished[0])
     assert summary == finished[1]
-    assert checkpoint.best_record(workdir) == checkpoint.best_record(finished[0])
-    assert same(numbers(workdir, checkpoint.Best), numbers(finished[0], checkpoint.Best))
+    assert best_parameters.best_record(workdir) == best_parameters.best_record(finished[0])
+    assert same(numbers(workdir, best_parameters.Best), numbers(finished[0], best_parameters.Best))
 
 
 def test_a_finished_run_only_evaluates_again(finished, root, tmp_path, plain):
@@ -176,7 +181,7 @@ def test_a_finished_run_only_evaluates_again(finished, root, tmp_path, plain):
     assert train.train(config_for(root, **plain, **SELECT), workdir) == summary
     assert (workdir / "metrics.jsonl").read_text() == before
     (workdir / "fewshot.txt").unlink()  # a converted run has none
-    assert train.evaluate_workdir(workdir) == summary
+    assert workdirs.evaluate_workdir(workdir) == summary
 
 
 def test_another_configuration_is_refused(finished, root, method):
@@ -217,8 +222,8 @@ def test_settings_that_cannot_run_claim_no_folder(root, tmp_path, settings, mess
 
 def test_predict_equals_evaluation(finished, root, tmp_path):
     workdir, _ = finished
-    config = train.configuration.load_config(workdir)
-    predictor = train.load_predictor(config, workdir, 3)
+    config = configuration.load_config(workdir)
+    predictor = restore.load_predictor(config, workdir, 3)
     names = ["background", "liver", "spleen"]
     inputs = predict.find_inputs(root / "images" / "c.nii.gz")
     options = dict(run={"workdir": "run", "parameters": "0"}, overlay=True)
@@ -240,12 +245,12 @@ def test_a_truncated_checkpoint_is_said(finished, root, tmp_path):
     for path in workdir.glob("*/*/params/**/*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:7])
-    config = train.configuration.load_config(workdir)
+    config = configuration.load_config(workdir)
     with pytest.raises(UserError, match=r"best/\d cannot be read"):
-        train.load_predictor(config, workdir, 3)
+        restore.load_predictor(config, workdir, 3)
     shutil.rmtree(workdir / "best")
     with pytest.raises(UserError, match=r"checkpoints/6 cannot be read"):
-        train.load_predictor(config, workdir, 3)
+        restore.load_predictor(config, workdir, 3)
 
 
 def test_validation_without_validation_cases_is_said(root, tmp_path):
@@ -257,16 +262,16 @@ def test_validation_without_validation_cases_is_said(root, tmp_path):
         train.train(config, tmp_path / "run")
     config = config_for(root, fewshot__min_pixels=10_000, data__axis="axial", **SELECT)
     with pytest.raises(UserError, match=r"no validation slice has an organ of 10000 pixels"):
-        train.dataset.validation_data(config, train.dataset.find_split(config), tmp_path / "run")
+        dataset.validation_data(config, dataset.find_split(config), tmp_path / "run")
 
 
 def test_no_workdir_no_checkpoint(tmp_path, finished):
     with pytest.raises(UserError, match=r"config.json not found"):
-        train.evaluate_workdir(tmp_path)
+        workdirs.evaluate_workdir(tmp_path)
     for path in filter(Path.is_file, finished[0].iterdir()):
         shutil.copy(path, tmp_path)
     with pytest.raises(UserError, match=r"holds no complete checkpoint"):
-        train.evaluate_workdir(tmp_path)
+        workdirs.evaluate_workdir(tmp_path)
 
 
 def test_pauses_are_in_no_rate(tmp_path, monkeypatch):
@@ -274,7 +279,7 @@ def test_pauses_are_in_no_rate(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metric_logger.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(metric_logger.RunLog, "_draw", lambda self: None)
-    settings = train.configuration.default_config().log
+    settings = configuration.default_config().log
     with metric_logger.RunLog(tmp_path, settings, 0, np.ones(10), 8) as log:
         for begin, end in ((2.0, 5.0), (8.0, 9.0)):
             now[0] = begin

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgpsam_jax.checkpointing import checkpoint
+from pgpsam_jax.checkpointing import best_parameters
 from pgpsam_jax.config import default_config
 from pgpsam_jax.data.dataset import ValidationData
 from pgpsam_jax.training import model_selection
@@ -41,8 +41,8 @@ def selection(workdir, every=1, batch_size=4, epoch_size=4, total=100):
 def kept(workdir):
     """(record, value of the parameters) in the folder."""
     abstract = {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=jnp.zeros(3).sharding)}
-    params = checkpoint.restore_params(workdir, abstract, best=True)
-    return checkpoint.best_record(workdir), float(params["w"][0])
+    params = best_parameters.restore_params(workdir, abstract, best=True)
+    return best_parameters.best_record(workdir), float(params["w"][0])
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +112,14 @@ def test_resumed_before_the_best_step(tmp_path):
 
 def test_what_is_used_is_said(tmp_path):
     config = default_config()
-    assert model_selection.notice(config, tmp_path) is None
+    assert best_parameters.notice(config, tmp_path) is None
     config.validation.every_epochs = 1
-    assert "chosen no parameters here" in model_selection.notice(config, tmp_path)
+    assert "chosen no parameters here" in best_parameters.notice(config, tmp_path)
     assert not (tmp_path / "best").exists()  # looking leaves nothing behind
     one = selection(tmp_path)
     one.judge(Scripted(6), 12)
     one.close()
-    said = model_selection.notice(config, tmp_path)
+    said = best_parameters.notice(config, tmp_path)
     assert "of step 12, which did best" in said and "slice Dice 0.7500" in said
     config.validation.every_epochs = 0
-    assert model_selection.notice(config, tmp_path) is None
+    assert best_parameters.notice(config, tmp_path) is None

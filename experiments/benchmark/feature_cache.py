@@ -14,11 +14,13 @@ from experiments.benchmark.train_loop import CLASSES, config_of
 from pgpsam_jax.config import method_recipes
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.methods import build
+from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import feature_cache, step_cost
+from pgpsam_jax.training import feature_cache, from_config, step_cost
 from pgpsam_jax.training.device_batches import Feed
 from pgpsam_jax.training.sharded_step import shard_step, sharding_of
-from pgpsam_jax.training.train_step import init_state, make_train_step, to_input
+from pgpsam_jax.training.train_state import init_state
+from pgpsam_jax.training.train_step import make_train_step
 
 COPIES = {"whole": 0, "encoded": 2}  # by step
 SLICES, TURNS, STEPS = 24, 5, 3
@@ -77,7 +79,7 @@ def _config(point: dict, copies: int):
 def _flops(config) -> float:
     size, count = config.model.image_size, config.train.batch_size
     graphdef, params, frozen = build.abstract_model(config, CLASSES)
-    optimizer = build.optimizer_of(config, SLICES)
+    optimizer = from_config.optimizer_of(config, SLICES)
 
     def make(params, frozen, image):
         state = init_state(params, optimizer, seed=0, epoch_size=SLICES)
@@ -87,7 +89,7 @@ def _flops(config) -> float:
     state, encoded = jax.eval_shape(make, params, frozen, image)
     batch = {"label": jax.ShapeDtypeStruct(image.shape, jnp.uint8)}
     batch |= {"encoded": encoded} if config.train.encoded_copies else {"image": image}
-    step = make_train_step(graphdef, optimizer, build.step_config(config))
+    step = make_train_step(graphdef, optimizer, from_config.step_config(config))
     return step_cost.host_flops(step, state, frozen, batch) / count
 
 

@@ -17,6 +17,7 @@ from pgpsam_jax.data.layouts.find import BTCV_TEST, BTCV_TRAIN
 from pgpsam_jax.data.layouts.label_table import SYNAPSE8
 from pgpsam_jax.methods import build
 from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import from_config
 from pgpsam_jax.training.device_batches import Feed
 from pgpsam_jax.training.metric_logger import RunLog
 from pgpsam_jax.training.sharded_step import shard_step, sharding_of
@@ -47,7 +48,7 @@ def loop_benchmark(point: dict, turn: int = 40) -> dict:
     step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=SLICES, seed=0)
     frozen, state = jax.device_put(frozen, sharding_of(step.frozen)), step.start(params)
     compiled, (fixed, _) = step.lower().compile(), next(feed)
-    rates = build.learning_rates(config, SLICES)
+    rates = from_config.learning_rates(config, SLICES)
     seconds = {"bare": [], "loop": []}
     with (
         tempfile.TemporaryDirectory() as workdir,

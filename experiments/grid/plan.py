@@ -12,14 +12,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from pgpsam_jax.checkpointing import identity
 from pgpsam_jax.checkpointing.provenance import code_version
-from pgpsam_jax.config import identity
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.config.overrides import assign, load_file, load_function
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.results.runs import DONE, PENDING, PLAN, Cell, Grid, Row, read_grid, read_json
-from pgpsam_jax.utils.files import refuse_foreign, write_json
+from pgpsam_jax.results.runs import DONE, PENDING, PLAN, Cell, Grid, Row, read_grid
+from pgpsam_jax.utils.files import read_json, refuse_foreign, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,8 @@ def method_rows(only: str = "", equal: bool = False) -> tuple[Row, ...]:
     from pgpsam_jax.methods import registry
 
     keys = [key for key in registry.METHODS if not only or key[0] == only]
-    keys = [key for key in keys if not equal or registry.METHODS[key].steps is None]
+    if equal:
+        keys = [key for key in keys if registry.METHODS[key].training is registry.Training.SGD]
     recipe = method_recipes.equal if equal else method_recipes.of
     return tuple(
         Row(

@@ -12,9 +12,11 @@ from tqdm import tqdm
 from experiments.grid.device_assignment import places
 from experiments.run_cell import BUSY, DIED, standing, write_state
 from pgpsam_jax.checkpointing.provenance import code_version
+from pgpsam_jax.config import defaults
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.errors import AGAIN, SIGNALED, Interrupted
-from pgpsam_jax.results.runs import DONE, FAILED, PENDING, RUNNING, Cell, Grid, read_metrics
+from pgpsam_jax.results.runs import DONE, FAILED, PENDING, RUNNING, Cell, Grid
+from pgpsam_jax.utils.files import read_metrics
 
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 30.0  # for the step under way and its checkpoint
@@ -137,7 +139,7 @@ def _share_done(cell: Cell) -> float:
         return 0.0
     lines = (cell.folder / "fewshot.txt").read_text(encoding="utf-8").splitlines()
     slices = sum(not line.startswith("#") for line in lines)
-    total = configuration.total_steps(configuration.from_json(cell.config), slices)
+    total = defaults.total_steps(configuration.from_json(cell.config), slices)
     return 0.9 * min(1.0, records[-1]["step"] / total)  # the rest is evaluation
 
 

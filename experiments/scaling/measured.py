@@ -12,6 +12,7 @@ from experiments.scaling.points import CLASSES, SLICES, Measured
 from pgpsam_jax.methods import build
 from pgpsam_jax.profiling import flops
 from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import from_config
 from pgpsam_jax.training.sharded_step import shard_step, sharding_of
 
 
@@ -21,8 +22,7 @@ class Step:
     def __init__(self, point: Measured):
         devices = jax.devices()[: point.devices]
         config = point.config(point.devices)
-        mesh = device_mesh.make_mesh(**config.mesh, devices=devices)
-        device_mesh.check(mesh, config)
+        mesh = from_config.mesh_of(config, devices)
         size, images = config.model.image_size, config.train.batch_size
         model = device_mesh.over_mesh(build.init_model, mesh)(config, CLASSES)[:3]
         rng = np.random.default_rng(0)

@@ -75,7 +75,7 @@ class Step:
 class Compiled(Step):
     """A step to be compiled for a topology, `v5e:2x2`."""
 
-    aot: str = "v5e:2x2"
+    topology: str = "v5e:2x2"
 
     def __post_init__(self):
         super().__post_init__()

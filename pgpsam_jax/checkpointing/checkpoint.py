@@ -22,7 +22,6 @@ from absl import logging
 from pgpsam_jax.checkpointing import checksums
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import Interrupted, UserError, explained
-from pgpsam_jax.training.train_step import TrainState
 
 KEEP = 2
 CHECKPOINTS = "checkpoints"
@@ -165,7 +164,7 @@ class Checkpoints(_Folder):
     def __init__(self, workdir, *, reading: bool = False):
         super().__init__(Path(workdir) / CHECKPOINTS, KEEP, reading=reading)
 
-    def save(self, state: TrainState, iterator) -> None:
+    def save(self, state, iterator) -> None:
         """Save in the background; the state may be donated right after the call."""
         parts = {
             "params": state.params,
@@ -174,7 +173,7 @@ class Checkpoints(_Folder):
         }
         self._save(int(state.step), parts)
 
-    def restore(self, abstract: TrainState, iterator) -> TrainState:
+    def restore(self, abstract, iterator):
         """The newest state, placed as `abstract` (with shardings) says; moves the iterator."""
         parts = self._load(
             {
@@ -183,7 +182,7 @@ class Checkpoints(_Folder):
                 "data": _Position(iterator),
             }
         )
-        return TrainState(params=parts["params"], **parts["progress"])
+        return dataclasses.replace(abstract, params=parts["params"], **parts["progress"])
 
 
 class _Position:
@@ -213,37 +212,6 @@ class _Position:
         return read()
 
 
-class Best(_Folder):
-    """The `best` folder of a workdir: the parameters that did best on the validation cases.
-
-    Numbered by improvement, not by step: a run that goes on from an older checkpoint may find a
-    better state at an earlier step than that of the last one kept.
-    """
-
-    def __init__(self, workdir, *, reading: bool = False):
-        super().__init__(Path(workdir) / BEST, 1, reading=reading)
-
-    @property
-    def record(self) -> dict | None:
-        """What was saved with them: their `step` and `score`."""
-        if self._newest is None:
-            return None
-        record = self._newest.metrics
-        if not (isinstance(record, dict) and record.keys() >= {"step", "score"}):
-            raise UserError(
-                f"checkpoint {self.folder / str(self.latest)} is damaged (it has no record of its "
-                "step and score); delete that folder to go on without it"
-            )
-        return record
-
-    def save(self, params, step: int, score: float) -> None:
-        """Replace the parameters; they and the record appear together or not at all."""
-        number = 0 if self.latest is None else self.latest + 1
-        record = {"step": step, "score": score}
-        self._save(number, {"params": params}, metrics=record)
-        self._settle()
-
-
 def numbers(workdir) -> list[int]:
     """Of the checkpoints that a workdir holds, damaged ones too, from the oldest on."""
     return _numbers(Path(workdir) / CHECKPOINTS)
@@ -254,28 +222,7 @@ def _numbers(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def best_record(workdir) -> dict | None:
-    """The record of the `best` folder; None where validation has chosen nothing."""
-    best = Best(workdir, reading=True)
-    record = best.record
-    best.close()
-    return record
-
-
-def restore_params(workdir, abstract_params, *, best: bool):
-    """The trained parameters of a workdir: the newest, or with `best` those validation chose.
-
-    Where it has chosen none yet, they are the newest too. Of a model that does not train, none.
-    """
-    if not jax.tree.leaves(abstract_params):
-        return abstract_params
-    folder = (Best if best and best_record(workdir) else Checkpoints)(workdir, reading=True)
-    params = folder.restore_params(abstract_params)
-    folder.close()
-    return params
-
-
-def _progress(state: TrainState) -> dict:
+def _progress(state) -> dict:
     """Every field but the parameters, which prediction reads alone."""
     fields = dataclasses.fields(state)
     return {field.name: getattr(state, field.name) for field in fields if field.name != "params"}

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from pgpsam_jax.checkpointing import checkpoint
+from pgpsam_jax.checkpointing import checkpoint, frozen_weights
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.methods.registry import method_of
+from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.models.parameters import flat_paths
+from pgpsam_jax.models.sam import weights
 from pgpsam_jax.models.sam.weights import read_safetensors
 from pgpsam_jax.utils.files import atomic_path, file_digest, write_json
 
@@ -98,3 +102,27 @@ def _load(path: Path, digest: str | None, leaves: dict) -> None:
         raise UserError(f"{path} does not fit this workdir's model; restore it or train again")
     for name, leaf in leaves.items():
         leaf.set_value(jax.device_put(arrays[name]))
+
+
+def base_notice(settings: ConfigDict, workdir) -> str | None:
+    """The warning that every print and report of a run with a random backbone, or CNN, carries."""
+    notices = [_backbone_notice(settings, workdir)]
+    if method_of(settings).cnn and not settings.cnn_base:
+        notices.append(
+            "THE CNN BESIDE THE ENCODER STARTED AT RANDOM (model.cnn_base is empty), not from "
+            f"ImageNet as the method's authors have it; {resnet_weights.HOW_TO_GET}"
+        )
+    return " ".join(filter(None, notices)) or None
+
+
+def _backbone_notice(settings: ConfigDict, workdir) -> str | None:
+    if settings.base or frozen_weights.frozen_origin(workdir):
+        return None
+    if settings.train_encoder == "full":
+        return "The backbone was initialised at random and trained from scratch: no SAM weights."
+    official = weights.OFFICIAL.get(settings.encoder)
+    where = f" Official weights: {official.url}" if official else ""
+    return (
+        "THE BACKBONE IS RANDOM AND FROZEN (model.base is empty): scores say nothing about "
+        f"{method_of(settings).label.partition(',')[0]} on SAM weights.{where}"
+    )

@@ -12,13 +12,12 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from pgpsam_jax.checkpointing import frozen_weights
+from pgpsam_jax.checkpointing.identity import PLACES, digest_of
 from pgpsam_jax.config import serialization as configuration
-from pgpsam_jax.config.identity import PLACES, digest_of
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.models.sam import weights
-from pgpsam_jax.results.runs import read_json
-from pgpsam_jax.utils.files import write_json
+from pgpsam_jax.utils.files import read_json, write_json
 
 RECORD = "places.json"
 LABELS, LIST, SPLIT, ORIGIN = "labels.json", "fewshot.txt", "split.json", "provenance.json"

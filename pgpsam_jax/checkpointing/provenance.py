@@ -6,7 +6,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from pgpsam_jax import __version__
+from pgpsam_jax.version import __version__
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "nibabel")
 _PACKAGE = Path(__file__).parents[1]

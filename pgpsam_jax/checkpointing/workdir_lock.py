@@ -11,6 +11,10 @@ from pathlib import Path
 
 import filelock
 
+from pgpsam_jax.checkpointing import (
+    workdir_lock,
+)
+from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError, explained
 from pgpsam_jax.utils.files import local, refuse_foreign, remove_temporaries, write_json
 
@@ -90,3 +94,8 @@ def _taken(workdir: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):  # it has only just begun
         by = "another process writes to it"
     return f"{workdir} is in use: {by}; wait until that has ended, or choose another --workdir"
+
+
+def locked(workdir, doing: str):
+    """The workdir's lock, which the first of several processes holds for all."""
+    return workdir_lock.held(workdir, doing) if multihost.is_first() else contextlib.nullcontext()

@@ -1,13 +1,7 @@
 """What a run is told: every field with its default, files, flags, and what is stored."""
 
-from pgpsam_jax.config.serialization import (
-    default_config,
-    from_json,
-    load_config,
-    to_json,
-    use_release_recipe,
-    use_small_encoder,
-)
+from pgpsam_jax.config.defaults import default_config, use_release_recipe, use_small_encoder
+from pgpsam_jax.config.serialization import from_json, load_config, to_json
 
 __all__ = [
     "default_config",

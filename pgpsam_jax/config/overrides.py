@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from pgpsam_jax.config import exclusive
+from pgpsam_jax.config import defaults, exclusive
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.untrusted_text import shown
@@ -124,12 +124,12 @@ def _set(config: ConfigDict, field: str, value) -> None:
 
 @functools.cache
 def _defaults() -> ConfigDict:
-    return configuration.default_config()
+    return defaults.default_config()
 
 
 def _default(field: str) -> tuple:
     """(default value, kind) of a field."""
-    value = defaults = _defaults()
+    value = every = _defaults()
     section, _, last = field.rpartition(".")
     try:
         for part in section.split(".") if section else ():
@@ -137,7 +137,7 @@ def _default(field: str) -> tuple:
         kind = value.get_type(last)
         value = value[last]
     except (AttributeError, KeyError, TypeError, ValueError):
-        near = difflib.get_close_matches(field, configuration.flat(defaults.to_dict()), 1, 0.75)
+        near = difflib.get_close_matches(field, configuration.flat(every.to_dict()), 1, 0.75)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"no such configuration field: {shown(field)}{hint}") from None
     if isinstance(value, ConfigDict):

@@ -19,8 +19,10 @@ from pgpsam_jax.data.letterbox import (
 )
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training.train_step import make_predict_step
+
+pass
 
 
 class Predictor:
@@ -129,3 +131,15 @@ class Predictor:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _class_ids(logits, fit: Fit, native: tuple[int, int]):
     return jnp.argmax(logits_to_native(logits, fit, native), axis=-1).astype(jnp.uint8)
+
+
+def make_predict_step(graphdef):
+    """Pure function (params, frozen, images (B, S, S)) -> logits (B, h, w, K).
+
+    Of an oracle it takes the true class ids (B, S, S), too.
+    """
+
+    def predict_step(params, frozen, images, *labels):
+        return nnx.merge(graphdef, params, frozen).predict(to_input(images), *labels)
+
+    return predict_step

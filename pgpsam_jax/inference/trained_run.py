@@ -22,11 +22,11 @@ from pgpsam_jax.data.quality import appearance
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.inference.predictor import Predictor
+from pgpsam_jax.inference.restore import load_predictor
 from pgpsam_jax.methods import registry
+from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.results import runs
 from pgpsam_jax.runtime.compilation_cache import keep_compiled, start
-from pgpsam_jax.training.train import load_predictor
-from pgpsam_jax.training.train_step import to_input
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """The registered methods: what `config.model.name` builds, trains with, and takes from SAM."""
 
 import dataclasses
+import enum
 from collections.abc import Callable
 
 from flax import nnx
@@ -24,11 +25,17 @@ from pgpsam_jax.models.pgpsam_release import model as release
 from pgpsam_jax.models.sam.lora import TARGETS, LoraConfig
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.models.sam.weights import colors_of_base
-from pgpsam_jax.training.lbfgs_step import make_fit_step
-from pgpsam_jax.training.train_step import make_train_step
 
 STARTS = ("auto", "sam", "drawn")  # what a method's additions to SAM start as
 RELEASE = ("pgpsam", "release")
+
+
+class Training(enum.Enum):
+    """How the parameters of a method are found."""
+
+    SGD = "training"  # steps over batches, by the optimizer of `config.optim`
+    LBFGS = "fit"  # one full-batch fit to the whole few-shot list
+    NONE = "none"  # there are none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +46,10 @@ class Method:
     prefix here -> prefix in the converted SAM; base_unused: tensors of SAM that have no place here.
     loss: see `losses`. frozen: path prefixes outside the encoder that never train.
     base_rows: prefix in the converted SAM -> so many rows of its first axis are taken. cnn: prefix
-    of a ResNet-18 that `config.model.cnn_base` may give its start. make_step: what a step of the
-    run is, see `step.make_train_step`. start: "sam" or "drawn", what `model.start=auto` is.
-    sam_start: what "sam" takes from SAM besides, pattern of paths here -> path there. steps: of a
-    run, whatever `config.train` says: 1 of a fit to the whole few-shot list, 0 where nothing
-    trains. oracle: it is given the labels of the volumes that it is scored on; its label and
-    `notice` say so.
+    of a ResNet-18 that `config.model.cnn_base` may give its start. training: how its parameters
+    are found. start: "sam" or "drawn", what `model.start=auto` is. sam_start: what "sam" takes from
+    SAM besides, pattern of paths here -> path there. oracle: it is given the labels of the volumes
+    that it is scored on; its label and `notice` say so.
     """
 
     label: str
@@ -55,10 +60,9 @@ class Method:
     frozen: tuple[str, ...] = ()
     base_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     cnn: str = ""
-    make_step: Callable = make_train_step
+    training: Training = Training.SGD
     start: str = "drawn"
     sam_start: dict[str, str] = dataclasses.field(default_factory=dict)
-    steps: int | None = None
     oracle: bool = False
 
 
@@ -261,8 +265,7 @@ METHODS = {
         (),
         losses.one_against_rest,
         frozen=("prompt_encoder", "mask_decoder"),
-        make_step=make_fit_step,
-        steps=1,
+        training=Training.LBFGS,
     ),
     ("sam", ""): Method(
         "SAM, true boxes (ORACLE)",
@@ -270,7 +273,7 @@ METHODS = {
         prompted_sam.BASE_TENSORS,
         (),
         frozen=("prompt_encoder", "mask_decoder"),
-        steps=0,
+        training=Training.NONE,
         oracle=True,
     ),
 }

@@ -74,3 +74,8 @@ def report(params, frozen) -> str:
     lines = [f"{'parameters':<{width}} {'trained':>13} {'frozen':>13}"]
     lines += [f"{name:<{width}} {a:>13,} {b:>13,}" for name, (a, b) in rows.items()]
     return "\n".join(lines)
+
+
+def split_model(model: nnx.Module, encoder_mode: str, frozen: tuple[str, ...] = ()):
+    """(graphdef, params, frozen): the model apart, by the one filter of what trains."""
+    return nnx.split(model, trainable(encoder_mode, frozen), ...)

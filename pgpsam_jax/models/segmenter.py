@@ -6,6 +6,7 @@ Letters: B batch, S image side, H W token grid, C channels, K classes with backg
 import jax.numpy as jnp
 from flax import nnx
 
+from pgpsam_jax.models.layers import wide
 from pgpsam_jax.models.sam.image_encoder import ImageEncoder
 from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.mask_decoder import MaskDecoder
@@ -91,3 +92,8 @@ BASE_TENSORS = {
     "mask_decoder/iou_token": "mask_decoder/iou_token",
 }
 BASE_UNUSED = ("mask_decoder/mask_tokens", "mask_decoder/hyper_mlps", "mask_decoder/iou_head")
+
+
+def to_input(images):
+    """Grey slices (B, H, W) in [0, 1] to the three equal channels SAM takes, (B, H, W, 3)."""
+    return jnp.repeat(images.astype(wide(images.dtype))[..., None], 3, axis=-1)

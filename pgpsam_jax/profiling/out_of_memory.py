@@ -25,6 +25,7 @@ from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.profiling import accelerators, aot
 from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training import from_config
 
 SECONDS = 240  # after which no other setting is compiled
 ENOUGH = 3  # settings that fit are as many as anybody reads
@@ -196,7 +197,7 @@ def _mesh(config: ConfigDict):
 
 def _runs(config: ConfigDict) -> bool:
     try:
-        device_mesh.check(_mesh(config), config)
+        from_config.mesh_of(config)
     except UserError:
         return False
     return True

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from pgpsam_jax.config import defaults
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.report.html.markup import escape, link, paragraph, text_table
 from pgpsam_jax.results.runs import DONE, FAILED, PENDING, RUNNING, Cell, Grid, Run
@@ -50,7 +51,7 @@ def configuration_tables(configs: list[dict]) -> str:
     configs: stored configurations, of all cells for a grid.
     """
     ours = merged(flat(config) for config in configs)
-    default = flat(configuration.to_json(configuration.default_config()))
+    default = flat(configuration.to_json(defaults.default_config()))
     groups: dict[str, list[str]] = {}
     for key in ours:
         groups.setdefault(key.rpartition(".")[0], []).append(key)

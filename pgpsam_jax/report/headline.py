@@ -35,7 +35,7 @@ def header(subject: Subject) -> str:
 
 def _run_line(run: Run) -> str:
     model, data = run.config.model, run.config.data
-    if registry.method_of(model).steps == 0:
+    if registry.method_of(model).training is registry.Training.NONE:
         step = "nothing trains"
     elif run.records:
         step = f"step {run.records[-1]['step']}"

@@ -140,10 +140,10 @@ _NO_PROTOTYPES = (
 
 def no_curve(run: Run | None) -> str:
     """What to say where a run has no training to show: nothing trains, or it is fitted at once."""
-    steps = run and registry.method_of(run.config.model).steps
-    if steps == 0:
+    training = run and registry.method_of(run.config.model).training
+    if training is registry.Training.NONE:
         return "Nothing of this method trains."
-    if steps == 1 and run.records:
+    if training is registry.Training.LBFGS and run.records:
         last = run.records[-1]
         return (
             f"Fitted once, to all slices of the few-shot list: loss {last['loss']:.4g} after "

@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+from pgpsam_jax.checkpointing.frozen_weights import base_notice
 from pgpsam_jax.config import from_json, to_json
 from pgpsam_jax.methods import registry
-from pgpsam_jax.methods.build import base_notice
 from pgpsam_jax.report.figures.csv_rows import Group, groups_of
 from pgpsam_jax.results.runs import Grid, Run, is_grid, read_grid, read_run
 

@@ -4,7 +4,6 @@ A *run* is a workdir of `pgpsam_jax.main`. A *grid* is a folder with `grid.json`
 a table, seeds, one cell per run) and one run folder per cell; `experiments/run_grid.py` fills it.
 """
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.utils.files import read_json, read_metrics
 
 PLAN = "grid.json"
 STATE = "state.json"
@@ -138,7 +138,7 @@ def read_run(workdir) -> Run:
         read_json(workdir / "provenance.json") or {},
         read_json(workdir / "timing.json") or {},
         read_json(workdir / "cost.json") or {},
-        _records(workdir / "metrics.jsonl"),
+        read_metrics(workdir / "metrics.jsonl"),
         read_cases(cases) if cases.is_file() else [],
         read_json(evaluation / "summary.json"),
         _list_hash(workdir / "fewshot.txt"),
@@ -158,35 +158,6 @@ def read_grid(path) -> Grid:
         return Grid.from_json(plan, path)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / PLAN} is damaged ({error!r}); restore it from a copy") from None
-
-
-def read_metrics(path) -> list[dict]:
-    """Records of a `metrics.jsonl`, but for lines that are none, such as a killed run's last."""
-    return _records(Path(path))
-
-
-def _records(path: Path) -> list[dict]:
-    records = []
-    if path.is_file():
-        for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    records.append(record)
-    return records
-
-
-def read_json(path: Path) -> dict | None:
-    """The object in a JSON file that a run wrote; None where there is no file."""
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it holds no JSON object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it from a copy") from None
-    return value
 
 
 def _list_hash(path: Path) -> str | None:

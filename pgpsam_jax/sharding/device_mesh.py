@@ -13,10 +13,8 @@ import re
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.sharding.context import Placement, traced_for
 
 AXES = ("data", "fsdp", "tensor")
@@ -97,21 +95,28 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def check(mesh: Mesh, config: ConfigDict) -> None:
-    """Refuse a mesh that the encoder's heads, its width, or the batch do not divide over."""
+def check(mesh: Mesh, encoder: str, heads: int, width: int, batch: int) -> None:
+    """Checks that a model divides over a mesh.
+
+    Args:
+      encoder: its name, for messages.
+      heads, width: of its attention; over `tensor` and over `fsdp` x `tensor`.
+      batch: rows of the global batch; over `data` x `fsdp`.
+
+    Raises:
+      UserError: names the sizes that do.
+    """
     data, fsdp, tensor = (mesh.shape[name] for name in AXES)
-    settings, batch = config.model, config.train.batch_size
-    encoder = SamConfig.preset(settings.encoder, settings.image_size, settings.patch_size).encoder
-    tensors = [n for n in _divisors(mesh.size) if encoder.heads % n == 0]
+    tensors = [n for n in _divisors(mesh.size) if heads % n == 0]
     if tensor not in tensors:
         raise UserError(
-            f"config.mesh.tensor is {tensor}, but the {encoder.heads} heads of {settings.encoder} "
+            f"config.mesh.tensor is {tensor}, but the {heads} heads of {encoder} "
             f"and {mesh.size} devices divide over {_listed(tensors)} only; choose one of these"
         )
-    if encoder.width % (fsdp * tensor):
-        choices = [n for n in _divisors(mesh.size // tensor) if encoder.width % (n * tensor) == 0]
+    if width % (fsdp * tensor):
+        choices = [n for n in _divisors(mesh.size // tensor) if width % (n * tensor) == 0]
         raise UserError(
-            f"config.mesh.fsdp is {fsdp}, but the width {encoder.width} of {settings.encoder} does "
+            f"config.mesh.fsdp is {fsdp}, but the width {width} of {encoder} does "
             f"not divide over fsdp x tensor = {fsdp * tensor}; choose fsdp from {_listed(choices)}"
         )
     lanes = data * fsdp

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from pgpsam_jax.data.augmentation.augment import augment, sample_keys
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.methods import build
 from pgpsam_jax.models.layers import wide
+from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training.train_step import to_input
+from pgpsam_jax.training import from_config
 
 
 def encoded_set(
@@ -33,7 +33,7 @@ def encoded_set(
     copies, count = config.train.encoded_copies, len(images)
     lanes = mesh.shape["data"] * mesh.shape["fsdp"]
     size = math.ceil(config.eval.batch_size / lanes) * lanes
-    settings, rows = build.step_config(config).augment, device_mesh.batch_sharding(mesh)
+    settings, rows = from_config.step_config(config).augment, device_mesh.batch_sharding(mesh)
     graphdef, *states = model
 
     def encode(states, images, labels, copy, places):

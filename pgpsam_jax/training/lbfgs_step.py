@@ -16,8 +16,10 @@ from flax import nnx
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods.losses import class_shares
 from pgpsam_jax.models.layers import wide
+from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.sharding.context import split_batch
-from pgpsam_jax.training.train_step import StepConfig, TrainState, loss_of, to_input
+from pgpsam_jax.training.train_state import TrainState
+from pgpsam_jax.training.train_step import StepConfig, loss_of
 
 ITERATIONS, TOLERANCE = 1000, 1e-4  # scikit-learn's for FSSP: the largest slope of the mean loss
 UNKNOWN = -1  # share of a class in what fills up the last part of the list

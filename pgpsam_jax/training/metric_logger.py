@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.results.runs import read_metrics
-from pgpsam_jax.utils.files import naming, write_text
+from pgpsam_jax.utils.files import naming, read_metrics, write_text
 
 _CURVE_SECONDS = 30
 

@@ -11,18 +11,13 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from pgpsam_jax.checkpointing import checkpoint
+from pgpsam_jax.checkpointing import best_parameters
 from pgpsam_jax.data.dataset import Split, ValidationData
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.inference.predictor import Predictor
-from pgpsam_jax.results.runs import read_metrics
 from pgpsam_jax.training.dead_classes import SilentClasses
-
-
-def is_on(config: ConfigDict) -> bool:
-    """Whether a run keeps the best parameters instead of the last."""
-    return config.validation.every_epochs != 0
+from pgpsam_jax.utils.files import read_metrics
 
 
 def check(config: ConfigDict, split: Split) -> None:
@@ -58,7 +53,7 @@ class Selection:
         self._data, self._total, self._workdir = data, total, Path(workdir)
         self._batch_size, self._epoch_size = config.train.batch_size, epoch_size
         self._slices = config.validation.every_epochs * epoch_size  # seen between two validations
-        self._best = checkpoint.Best(workdir)
+        self._best = best_parameters.Best(workdir)
         names = names or [f"class_{i}" for i in range(data.num_classes)]
         self._silent = SilentClasses(names, data.labels, config.validation.dead_epochs)
         self._fresh = True
@@ -108,16 +103,3 @@ class Selection:
     def close(self) -> None:
         """Release the folder."""
         self._best.close()
-
-
-def notice(config: ConfigDict, workdir) -> str | None:
-    """Which parameters of a workdir are used, where that is not simply the newest."""
-    if not is_on(config):
-        return None
-    best = checkpoint.best_record(workdir)
-    if best is None:
-        return "Validation has chosen no parameters here: the newest checkpoint is used."
-    return (
-        f"The parameters are those of step {best['step']}, which did best on the validation cases: "
-        f"slice Dice {best['score']:.4f} (protocol release, at network size)."
-    )

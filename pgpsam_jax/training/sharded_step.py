@@ -8,9 +8,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pgpsam_jax.methods import build, registry
+from pgpsam_jax.methods import registry
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training.train_step import init_state
+from pgpsam_jax.training import from_config
+from pgpsam_jax.training.train_state import init_state
 
 
 class ShardedStep(NamedTuple):
@@ -41,13 +42,12 @@ def shard_step(
 
     epoch_size: slices of the few-shot set. seed: of augmentation.
     """
-    optimizer = build.optimizer_of(config, epoch_size)
+    optimizer = from_config.optimizer_of(config, epoch_size)
     start = functools.partial(init_state, optimizer=optimizer, seed=seed, epoch_size=epoch_size)
     method = registry.key_of(config.model)
     state = _placed(jax.eval_shape(start, params), mesh, method)
     frozen = _placed(frozen, mesh, method)
-    make_step = registry.METHODS[method].make_step
-    step = make_step(graphdef, optimizer, build.step_config(config))
+    step = from_config.make_step(config, graphdef, optimizer)
     shardings = [sharding_of(tree) for tree in (state, frozen, batch)]
     run = jax.jit(
         device_mesh.over_mesh(step, mesh),

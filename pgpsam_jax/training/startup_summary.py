@@ -2,14 +2,15 @@
 
 import jax
 
-from pgpsam_jax.methods import build, registry
+from pgpsam_jax.checkpointing import frozen_weights
+from pgpsam_jax.methods import registry
 from pgpsam_jax.models.parameters import report
 
 
 def run(config, workdir, mesh, kernels, data, held_out, table, params, frozen, total: int) -> str:
     """What a run is, before it starts: devices, precision, batch, data, labels, parameters."""
     devices = mesh.devices.ravel()
-    notices = build.base_notice(config.model, workdir), registry.notice(config.model)
+    notices = frozen_weights.base_notice(config.model, workdir), registry.notice(config.model)
     lines = [
         f"devices    {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
         f"mesh {dict(mesh.shape)}, {jax.process_count()} process(es)",
@@ -45,10 +46,10 @@ def _conventions(settings) -> str:
 def _steps(config, slices: int, total: int) -> str:
     """How what trains is trained, on so many slices."""
     size, batch = config.model.image_size, config.train.batch_size
-    match registry.method_of(config.model).steps:
-        case 0:
+    match registry.method_of(config.model).training:
+        case registry.Training.NONE:
             return f"training   none: nothing of this method trains; slices have {size} px"
-        case 1:
+        case registry.Training.LBFGS:
             return (
                 f"fit        once, to all {slices} slices of {size} px; the encoder takes {batch} "
                 "at a time over all devices"

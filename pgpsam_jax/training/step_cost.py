@@ -23,10 +23,10 @@ from jax.extend.core import jaxprs_in_params
 from ml_collections import ConfigDict
 
 from pgpsam_jax.distributed import multihost
+from pgpsam_jax.inference.predictor import make_predict_step
 from pgpsam_jax.methods import registry
 from pgpsam_jax.models.parameters import count
 from pgpsam_jax.sharding.context import Placement, traced_for
-from pgpsam_jax.training.train_step import make_predict_step
 from pgpsam_jax.utils.files import write_json
 
 try:
@@ -88,7 +88,7 @@ def _of_model(config: ConfigDict, mesh, graphdef, params, frozen) -> dict:
     given = [jax.ShapeDtypeStruct((1, size, size), jnp.uint8)] if method.oracle else []
     forward = host_flops(make_predict_step(graphdef), params, frozen, image, *given)
     return {
-        "kind": {None: "training", 1: "fit", 0: "none"}[method.steps],
+        "kind": method.training.value,
         "devices": {
             "count": mesh.devices.size,
             "kind": device.device_kind,

@@ -6,7 +6,6 @@ step. Gradients are taken with respect to `params` only, so no dW of a frozen we
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +15,10 @@ from flax import nnx
 from pgpsam_jax.data.augmentation.augment import AugmentConfig, augment, sample_keys
 from pgpsam_jax.methods.losses import deep_supervision
 from pgpsam_jax.models.layers import wide
-from pgpsam_jax.models.parameters import trainable
+from pgpsam_jax.models.segmenter import to_input
+from pgpsam_jax.training.train_state import TrainState
 
 _MODEL = 1 << 20  # what a sample's key is folded with for the model's own draws
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class TrainState:
-    """What a step changes: parameters that train, their optimiser state, the step counter.
-
-    `seed` and `epoch_size` (few-shot slices) stay as they are. They are carried, not compiled in,
-    so that another seed or list reuses the compiled step.
-    """
-
-    params: nnx.State
-    opt_state: Any
-    step: jax.Array
-    seed: jax.Array
-    epoch_size: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +38,6 @@ class StepConfig:
     microbatches: int = 1
     loss: Callable = deep_supervision
     encoded: int = 0
-
-
-def split_model(model: nnx.Module, encoder_mode: str, frozen: tuple[str, ...] = ()):
-    """(graphdef, params, frozen): the model apart, by the one filter of what trains."""
-    return nnx.split(model, trainable(encoder_mode, frozen), ...)
-
-
-def init_state(
-    params, optimizer: optax.GradientTransformation, *, seed: int, epoch_size: int
-) -> TrainState:
-    """A fresh training state around `params`."""
-    step, seed, epoch_size = (jnp.array(n, jnp.int32) for n in (0, seed, epoch_size))
-    return TrainState(params, optimizer.init(params), step, seed, epoch_size)
-
-
-def to_input(images):
-    """Grey slices (B, H, W) in [0, 1] to the three equal channels SAM takes, (B, H, W, 3)."""
-    return jnp.repeat(images.astype(wide(images.dtype))[..., None], 3, axis=-1)
 
 
 def loss_of(graphdef, params, frozen, inputs, labels, epoch, config: StepConfig, keys=None):
@@ -147,15 +113,3 @@ def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: S
         return state, metrics
 
     return train_step
-
-
-def make_predict_step(graphdef):
-    """Pure function (params, frozen, images (B, S, S)) -> logits (B, h, w, K).
-
-    Of an oracle it takes the true class ids (B, S, S), too.
-    """
-
-    def predict_step(params, frozen, images, *labels):
-        return nnx.merge(graphdef, params, frozen).predict(to_input(images), *labels)
-
-    return predict_step

@@ -149,3 +149,28 @@ def file_digest(path, algorithm: str = "sha256") -> str:
     """Hex digest of a file's bytes, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def read_metrics(path) -> list[dict]:
+    """Returns the records of a `metrics.jsonl`, without lines cut off when a run was killed."""
+    path, records = Path(path), []
+    if path.is_file():
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    records.append(record)
+    return records
+
+
+def read_json(path: Path) -> dict | None:
+    """The object in a JSON file that a run wrote; None where there is no file."""
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it from a copy") from None
+    return value

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 
-from pgpsam_jax.config import identity
+from pgpsam_jax.checkpointing import identity
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.metrics.protocols import COLUMNS
 from pgpsam_jax.results.runs import DONE, Grid, Run

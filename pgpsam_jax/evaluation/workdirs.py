@@ -1,0 +1,76 @@
+"""Evaluates a workdir: `--mode evaluate`, and the end of training."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from pgpsam_jax.checkpointing import (
+    best_parameters,
+    frozen_weights,
+    identity,
+    locations,
+    resumption,
+)
+from pgpsam_jax.checkpointing.workdir_lock import locked
+from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.data import dataset
+from pgpsam_jax.data.io import array_files
+from pgpsam_jax.distributed import multihost
+from pgpsam_jax.inference.restore import load_predictor
+from pgpsam_jax.methods import build, registry
+from pgpsam_jax.runtime import determinism
+
+
+def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
+    """Score a workdir's parameters, newest or best, again: `--mode evaluate`."""
+    stored = configuration.load_config(workdir)
+    determinism.demand(config or stored)
+    multihost.check_shared(workdir)
+    with locked(workdir, "evaluating"):
+        return _evaluate(config, stored, workdir)
+
+
+def _evaluate(config: ConfigDict | None, stored: ConfigDict, workdir) -> dict:
+    config = locations.found(stored if config is None else config, workdir)
+    config = build.settled(config)
+    split = dataset.find_split(config)
+    config = dataset.with_axis(config, split.train)
+    identity.check_same(stored, config, workdir, free=identity.LENGTH)
+    resumption.compare(workdir, split)
+    predictor = load_predictor(config, workdir, split.table.num_classes)
+    return run_evaluation(config, workdir, predictor, split)
+
+
+def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split) -> dict:
+    """Write `<workdir>/evaluation` and print its table."""
+    from pgpsam_jax.evaluation.evaluate import evaluate  # brings what draws and scores
+
+    notices = [frozen_weights.base_notice(config.model, workdir), registry.notice(config.model)]
+    notices += [best_parameters.notice(config, workdir), resumption.notice(workdir, split)]
+    options = {"axis": config.data.axis}
+    if config.data.layout == "transunet":
+        notices.append(array_files.NO_GRID)
+    if config.data.split == "within_volume":
+        notices.append(
+            "Training and scored slices come from the same volumes: no claim of generalisation. "
+            f'Scored are the slices of the few-shot pool ("{config.fewshot.pool}") that were not '
+            "trained on."
+        )
+        entries = dataset.stored_list(workdir).entries
+        options["region_of"] = dataset.unseen_slices(config, split.table, entries)
+    folder = Path(workdir) / "evaluation"
+    summary = evaluate(
+        predictor,
+        split.test,
+        split.table,
+        folder,
+        nsd_tolerance_mm=config.eval.nsd_tolerance_mm,
+        min_pixels=config.fewshot.min_pixels,
+        overlays=config.eval.overlays,
+        workers=config.eval.workers,
+        oracle=predictor.oracle,
+        notices=[notice for notice in notices if notice],
+        **options,
+    )
+    multihost.say((folder / "summary.md").read_text(encoding="utf-8"))
+    return summary

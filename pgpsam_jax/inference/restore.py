@@ -1,0 +1,58 @@
+"""Restores a predictor from a workdir."""
+
+import jax
+from ml_collections import ConfigDict
+
+from pgpsam_jax.checkpointing import (
+    best_parameters,
+    checkpoint,
+    frozen_weights,
+    locations,
+)
+from pgpsam_jax.data import dataset
+from pgpsam_jax.distributed import multihost
+from pgpsam_jax.inference.predictor import Predictor
+from pgpsam_jax.methods import build, pretrained, registry
+from pgpsam_jax.sharding import device_mesh
+
+
+def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
+    """The trained parameters of a workdir, newest or best, ready for volumes."""
+    config = config.copy_and_resolve_references()
+    config.model.cnn_base = ""  # where training started; what trained comes from the workdir
+    no_base = frozen_weights.holds_all(workdir)
+    config.model.base = "" if no_base else locations.find_base(config, workdir)
+    new = frozen_weights.frozen_origin(workdir) is None
+    graphdef, params, frozen, digest = build.init_model(config, num_classes, drawn=new)
+    drawn = pretrained.drawn(config.model, frozen)
+    frozen_weights.settle_base(workdir, config.model.base, digest, frozen, drawn)
+    everywhere = device_mesh.replicated(device_mesh.make_mesh())
+    abstract = checkpoint.abstract_like(params, jax.tree.map(lambda _: everywhere, params))
+    params = best_parameters.restore_params(workdir, abstract, best=best_parameters.is_on(config))
+    if notice := best_parameters.notice(config, workdir):
+        multihost.say(notice)
+    return local_predictor(config, graphdef, params, frozen)
+
+
+def local_predictor(config: ConfigDict, graphdef, params, frozen) -> Predictor:
+    """A predictor on all devices of this process, whatever mesh the run was trained on."""
+    mesh = device_mesh.make_mesh(devices=jax.local_devices())
+    params, frozen = (
+        multihost.place(multihost.whole(tree), device_mesh.replicated(mesh))
+        for tree in (params, frozen)
+    )
+    return make_predictor(config, graphdef, params, frozen, mesh)
+
+
+def make_predictor(config: ConfigDict, graphdef, params, frozen, mesh) -> Predictor:
+    return Predictor(
+        graphdef,
+        params,
+        frozen,
+        image_size=config.model.image_size,
+        window=dataset.window_of(config),
+        levels=config.data.levels,
+        batch_size=config.eval.batch_size,
+        mesh=mesh,
+        oracle=registry.method_of(config.model).oracle,
+    )

@@ -1,0 +1,69 @@
+"""Copies converted SAM and ResNet weights into the parameters of a model."""
+
+import re
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.methods.registry import key_of, method_of, name_of, start_of
+from pgpsam_jax.models.baselines import resnet_weights
+from pgpsam_jax.models.parameters import flat_paths, under
+from pgpsam_jax.models.sam import weights
+from pgpsam_jax.models.sam.image_encoder import EncoderConfig
+
+
+def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> str:
+    """Overwrite leaves of the states by the converted SAM of `settings.base`; its SHA-256."""
+    method, base = method_of(settings), weights.load_base(settings.base)
+    tensors = weights.fit_base(base.tensors, encoder.grid, global_blocks=encoder.global_blocks)
+    tensors |= {
+        name: tensor[:rows]
+        for prefix, rows in method.base_rows.items()
+        for name, tensor in tensors.items()
+        if under(name, (prefix,))
+    }
+    leaves = flat_paths(params) | flat_paths(frozen)
+    taken = dict(method.base_tensors)
+    if start_of(settings) == "sam":
+        taken |= {
+            path: match.expand(source)
+            for path in leaves
+            for pattern, source in method.sam_start.items()
+            if (match := re.fullmatch(pattern, path))
+        }
+    shapes = {
+        path: leaf.shape
+        for path, leaf in leaves.items()
+        if not isinstance(leaf, nnx.LoRAParam) and under(path, taken)
+    }
+    chosen = weights.select_base(tensors, shapes, taken, method.base_unused)
+    for path, value in chosen.items():
+        leaves[path].set_value(jax.device_put(value))
+    return base.digest
+
+
+def drawn(settings: ConfigDict, frozen) -> dict:
+    """The frozen leaves, by path, that no converted SAM gives: random numbers of this run."""
+    given = method_of(settings).base_tensors
+    return {path: leaf for path, leaf in flat_paths(frozen).items() if not under(path, given)}
+
+
+def apply_cnn(settings: ConfigDict, params, frozen) -> None:
+    """Overwrite the leaves of the CNN beside the encoder by the file `settings.cnn_base`."""
+    cnn = method_of(settings).cnn
+    if not cnn:
+        raise UserError(
+            f"model.cnn_base is for a method with a CNN, which {name_of(key_of(settings))} lacks; "
+            "leave it empty"
+        )
+    leaves = flat_paths(params) | flat_paths(frozen)
+    ours = {
+        path.removeprefix(f"{cnn}/"): leaf for path, leaf in leaves.items() if under(path, (cnn,))
+    }
+    tensors = resnet_weights.load_cnn(
+        settings.cnn_base, {path: leaf.shape for path, leaf in ours.items()}
+    )
+    for path, leaf in ours.items():
+        leaf.set_value(jax.device_put(tensors[path]))

@@ -1,0 +1,33 @@
+"""The state of a training run."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """What a step changes: parameters that train, their optimiser state, the step counter.
+
+    `seed` and `epoch_size` (few-shot slices) stay as they are. They are carried, not compiled in,
+    so that another seed or list reuses the compiled step.
+    """
+
+    params: nnx.State
+    opt_state: Any
+    step: jax.Array
+    seed: jax.Array
+    epoch_size: jax.Array
+
+
+def init_state(
+    params, optimizer: optax.GradientTransformation, *, seed: int, epoch_size: int
+) -> TrainState:
+    """A fresh training state around `params`."""
+    step, seed, epoch_size = (jnp.array(n, jnp.int32) for n in (0, seed, epoch_size))
+    return TrainState(params, optimizer.init(params), step, seed, epoch_size)
