@@ -29,7 +29,7 @@ from pgpsam_jax.methods.registry import method_of
 from pgpsam_jax.metrics import surface
 from pgpsam_jax.metrics.aggregate import defined_mean
 from pgpsam_jax.models.parameters import flat_paths
-from pgpsam_jax.results.runs import is_grid, read_grid
+from pgpsam_jax.results.grid import is_grid, read_grid
 from pgpsam_jax.runtime.cli import Parser, running
 from pgpsam_jax.utils.files import csv_text, write_text
 

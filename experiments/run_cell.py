@@ -22,7 +22,7 @@ from pgpsam_jax.checkpointing import workdir_lock
 from pgpsam_jax.checkpointing.provenance import code_version
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.errors import AGAIN, Interrupted, UserError, exit_on_user_error
-from pgpsam_jax.results.runs import DONE, FAILED, PENDING, RUNNING, STATE, Cell, read_grid
+from pgpsam_jax.results.grid import DONE, FAILED, PENDING, RUNNING, STATE, Cell, read_grid
 from pgpsam_jax.runtime import preemption
 from pgpsam_jax.runtime.malloc import keep_freed_memory
 from pgpsam_jax.utils.files import write_json

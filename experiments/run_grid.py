@@ -18,7 +18,7 @@ from experiments.grid.plan import make_grid, parse_settings, settle
 from experiments.grid.scheduler import Driver
 from experiments.run_cell import standing
 from pgpsam_jax.errors import UserError, exit_on_user_error
-from pgpsam_jax.results.runs import DONE, RUNNING, Cell, Grid
+from pgpsam_jax.results.grid import DONE, RUNNING, Cell, Grid
 from pgpsam_jax.runtime.cli import Parser
 from pgpsam_jax.utils.files import write_text
 

@@ -10,7 +10,7 @@ from pgpsam_jax.config import defaults
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.metrics.protocols import COLUMNS, METRICS
 from pgpsam_jax.metrics.summary import write_evaluation
-from pgpsam_jax.results.runs import DONE, PLAN, STATE
+from pgpsam_jax.results.grid import DONE, PLAN, STATE
 
 ORGANS = ("liver", "spleen")
 CASES = tuple(f"{number:04d}" for number in range(1, 13))

@@ -3,7 +3,8 @@
 import pytest
 from grid_folder import CASES, cost_record, write_grid, write_run
 
-from pgpsam_jax.results.runs import read_grid, read_run
+from pgpsam_jax.results.grid import read_grid
+from pgpsam_jax.results.runs import read_run
 from pgpsam_jax.results.tables.assemble import grid_tables, run_tables, study_tables
 from pgpsam_jax.results.tables.cost_table import significant
 from pgpsam_jax.results.tables.study import from_runs

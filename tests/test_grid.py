@@ -24,7 +24,7 @@ from experiments.grid.plan import make_grid, settle
 from experiments.grid.slurm import script
 from experiments.run_cell import BUSY, DIED, run, standing, write_state
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.results.runs import DONE, FAILED, PENDING, RUNNING, read_grid
+from pgpsam_jax.results.grid import DONE, FAILED, PENDING, RUNNING, read_grid
 from pgpsam_jax.utils.files import read_metrics
 
 

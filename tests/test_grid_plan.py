@@ -16,7 +16,7 @@ from pgpsam_jax.checkpointing import identity
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.results.runs import DONE, PENDING, read_grid
+from pgpsam_jax.results.grid import DONE, PENDING, read_grid
 from pgpsam_jax.utils.files import write_json
 
 GRIDS = sorted(

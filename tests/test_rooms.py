@@ -34,7 +34,6 @@ LONG = {
     "experiments/scaling/charts.py",
     "pgpsam_jax/methods/registry.py",
     "pgpsam_jax/models/sam/attention.py",
-    "pgpsam_jax/visualization/overlays.py",
 }
 UP = {
     ("metrics/summary.py", "pgpsam_jax.results.tables.text.pipe"),

@@ -29,7 +29,8 @@ from pgpsam_jax.report.figures.theme import DARK, LIGHT, Picture, draw, new_figu
 from pgpsam_jax.report.html.css import stylesheet
 from pgpsam_jax.report.page import write_report
 from pgpsam_jax.report.prototypes import pictures
-from pgpsam_jax.results.runs import STATE, read_grid, read_run
+from pgpsam_jax.results.grid import STATE, read_grid
+from pgpsam_jax.results.runs import read_run
 
 HOSTILE = '<script>alert("x")</script> & $\\frac$ <b>'
 NAMES = ("background", "liver", "spleen")

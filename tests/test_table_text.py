@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from grid_folder import write_grid
 
-from pgpsam_jax.results.runs import read_grid
+from pgpsam_jax.results.grid import read_grid
 from pgpsam_jax.results.tables.assemble import Table, grid_tables, to_html, to_latex, to_markdown
 
 AWKWARD = Table(

@@ -6,7 +6,8 @@ import pytest
 from grid_folder import CASES, case_rows, made_up, write_grid, write_run
 
 from pgpsam_jax.metrics.summary import summarise
-from pgpsam_jax.results.runs import read_grid, read_run
+from pgpsam_jax.results.grid import read_grid
+from pgpsam_jax.results.runs import read_run
 from pgpsam_jax.results.tables.assemble import (
     grid_tables,
     long_rows,

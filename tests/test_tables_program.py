@@ -6,7 +6,7 @@ from grid_folder import CASES, ORGANS, made_up, read_csv, write_grid, write_run
 from experiments import tables as program
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.metrics.protocols import COLUMNS
-from pgpsam_jax.results.runs import read_grid
+from pgpsam_jax.results.grid import read_grid
 from pgpsam_jax.results.tables.assemble import grid_tables, long_rows
 
 ROWS = {"full": {}, "none": {"model.cfm": False}}

@@ -8,12 +8,11 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from pgpsam_jax.visualization import overlays
+from pgpsam_jax.visualization import overlays, training_curve
 from pgpsam_jax.visualization.overlays import (
     overlay_slice,
     palette,
     slice_dice,
-    training_curve,
     write_overlays,
     write_preview,
 )
@@ -109,7 +108,7 @@ def test_overlays_are_named_by_slice_and_dice(tmp_path, monkeypatch):
         pixels = imread(path)
         assert pixels.shape[0] > 300 and pixels.shape[1] > 1000
     # Other scores, other names: the old pictures go, those of a case with a longer name stay.
-    monkeypatch.setattr(overlays, "_save", unseen)
+    monkeypatch.setattr(overlays, "save", unseen)
     (tmp_path / "img_00012_best_z1_dice0.97.png").touch()
     write_overlays(image, truth, truth, *arguments)
     names = {path.name for path in tmp_path.iterdir()}
@@ -118,7 +117,7 @@ def test_overlays_are_named_by_slice_and_dice(tmp_path, monkeypatch):
 
 
 def test_region_limits_the_choice_and_few_slices_give_few_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(overlays, "_save", unseen)
+    monkeypatch.setattr(overlays, "save", unseen)
     image, truth, prediction = phantom()
     arguments = (image, truth, prediction, SPACING, SYNAPSE, "c", tmp_path)
 
@@ -133,7 +132,7 @@ def test_region_limits_the_choice_and_few_slices_give_few_pictures(tmp_path, mon
 
 
 def test_among_failures_the_large_organ_comes_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(overlays, "_save", unseen)
+    monkeypatch.setattr(overlays, "save", unseen)
     _, truth, _ = phantom()
     image, prediction = truth / 8.0, truth * 0
     paths = write_overlays(image, truth, prediction, SPACING, SYNAPSE, "c", tmp_path)
@@ -203,8 +202,8 @@ def test_absent_maps_have_no_panel(drop, titles):
 
 def test_preview_shows_slices_with_organs(tmp_path, monkeypatch):
     figures = []
-    save = overlays._save
-    monkeypatch.setattr(overlays, "_save", lambda fig, path: figures.append(fig) or save(fig, path))
+    save = overlays.save
+    monkeypatch.setattr(overlays, "save", lambda fig, path: figures.append(fig) or save(fig, path))
     image, _, prediction = phantom(depth=40)
     prediction[10:36, 12, 12] = 7
     path = write_preview(image, prediction, SPACING, SYNAPSE, tmp_path / "img0001.png")
@@ -226,20 +225,20 @@ def test_training_curve_at_any_length(tmp_path, count):
         {"step": s, "loss": 1 / (s + 1), "final_dice": 0.5, "lr": 1e-3, "images_per_second": 9.0}
         for s in range(count)
     ]
-    training_curve(records, tmp_path / "curve.png")
+    training_curve.training_curve(records, tmp_path / "curve.png")
     assert imread(tmp_path / "curve.png").shape == (495, 1100, 4)
     assert [p.name for p in tmp_path.iterdir()] == ["curve.png"]
 
 
 def test_training_curve_draws_what_is_there(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(overlays, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(training_curve, "save", lambda figure, path: figures.append(figure))
     records = [
         {"step": 1, "loss": 2.0, "final_ce": 1.0, "gradient_norm": 3.0},
         {"step": 2, "loss": float("nan"), "final_ce": 0.8, "final_weight": 0.6},
         {"step": 3, "loss": 1.0, "lr": 1e-3, "final_ce": 0.7},
     ]
-    training_curve(records, tmp_path / "curve.png")
+    training_curve.training_curve(records, tmp_path / "curve.png")
     main, *sides = figures[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in main.lines}
     assert lines == {
@@ -248,7 +247,7 @@ def test_training_curve_draws_what_is_there(tmp_path, monkeypatch):
     }
     assert [ax.get_title() for ax in sides] == ["learning rate", "gradient norm"]
     assert sides[0].lines[0].get_xydata().tolist() == [[3, 1e-3]]
-    training_curve([], tmp_path / "none.png")
+    training_curve.training_curve([], tmp_path / "none.png")
     assert len(figures) == 1  # nothing to draw yet
 
 

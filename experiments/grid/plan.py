@@ -1,7 +1,7 @@
 """Grid files and grid folders: from named overrides to one resolved configuration per cell.
 
 A grid file defines `get_grid(variant) -> Plan`. `--grid FILE:VARIANT` names one; the plan is kept
-in the grid folder as `grid.json`, which tables and reports read (`pgpsam_jax.results.runs`).
+in the grid folder as `grid.json`, which tables and reports read (`pgpsam_jax.results.grid`).
 """
 
 import ast
@@ -18,7 +18,7 @@ from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.config.overrides import assign, load_file, load_function
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.results.runs import DONE, PENDING, PLAN, Cell, Grid, Row, read_grid
+from pgpsam_jax.results.grid import DONE, PENDING, PLAN, Cell, Grid, Row, read_grid
 from pgpsam_jax.utils.files import read_json, refuse_foreign, write_json
 
 

@@ -15,7 +15,7 @@ from pgpsam_jax.checkpointing.provenance import code_version
 from pgpsam_jax.config import defaults
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.errors import AGAIN, SIGNALED, Interrupted
-from pgpsam_jax.results.runs import DONE, FAILED, PENDING, RUNNING, Cell, Grid
+from pgpsam_jax.results.grid import DONE, FAILED, PENDING, RUNNING, Cell, Grid
 from pgpsam_jax.utils.files import read_metrics
 
 _POLL_SECONDS = 1.0

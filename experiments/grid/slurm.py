@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.results.runs import Cell, Grid
+from pgpsam_jax.results.grid import Cell, Grid
 
 _SCRIPT = """#!/bin/bash
 # {title}

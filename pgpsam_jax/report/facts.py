@@ -6,7 +6,8 @@ from pathlib import Path
 from pgpsam_jax.config import defaults
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.report.html.markup import escape, link, paragraph, text_table
-from pgpsam_jax.results.runs import DONE, FAILED, PENDING, RUNNING, Cell, Grid, Run
+from pgpsam_jax.results.grid import DONE, FAILED, PENDING, RUNNING, Cell, Grid
+from pgpsam_jax.results.runs import Run
 
 _SIGNS = {DONE: "✓ done", FAILED: "✗ failed", RUNNING: "… running", PENDING: "pending"}
 

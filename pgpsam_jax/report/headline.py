@@ -8,7 +8,8 @@ from pgpsam_jax.metrics.summary import summarise
 from pgpsam_jax.report.figures.csv_rows import Group, scores_of
 from pgpsam_jax.report.html.markup import escape, paragraph
 from pgpsam_jax.report.subject import Subject
-from pgpsam_jax.results.runs import DONE, Grid, Run
+from pgpsam_jax.results.grid import DONE, Grid
+from pgpsam_jax.results.runs import Run
 from pgpsam_jax.results.tables.text import interval, percent
 
 

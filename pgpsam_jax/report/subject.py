@@ -7,7 +7,8 @@ from pgpsam_jax.checkpointing.frozen_weights import base_notice
 from pgpsam_jax.config import from_json, to_json
 from pgpsam_jax.methods import registry
 from pgpsam_jax.report.figures.csv_rows import Group, groups_of
-from pgpsam_jax.results.runs import Grid, Run, is_grid, read_grid, read_run
+from pgpsam_jax.results.grid import Grid, is_grid, read_grid
+from pgpsam_jax.results.runs import Run, read_run
 
 _PHANTOM = "The data are computed phantoms, not patients: no claim about real images."
 

@@ -118,7 +118,7 @@ class RunLog:
                 self._draw()
 
     def _draw(self) -> None:
-        from pgpsam_jax.visualization.overlays import training_curve
+        from pgpsam_jax.visualization.training_curve import training_curve
 
         if len(self._rates) < 2:  # a fit has no curve
             return

@@ -1,4 +1,4 @@
-"""Pictures for people: overlays of good and bad slices, prediction sheets, the training curve.
+"""Pictures for people: overlays of good and bad slices, and contact sheets of predictions.
 
 Volumes are `(D, H, W)` in display orientation: row 0 anterior, column 0 the patient's right.
 Figures are drawn with matplotlib's object interface (no display, no global state) and written
@@ -15,7 +15,6 @@ from matplotlib import patheffects
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from scipy.ndimage import uniform_filter1d
 
 from pgpsam_jax.data.layouts.cases import safe_case_id
 from pgpsam_jax.metrics.protocols import overlaps
@@ -25,15 +24,14 @@ from pgpsam_jax.utils.untrusted_text import shown
 
 # Okabe and Ito's colour-blind-safe set without black, and a violet: eight that also stand out from
 # the greys of CT. Neighbouring organs are far apart in it.
-_CYCLE = ("#CC79A7", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#F0E442", "#D55E00", "#9933FF")
+CYCLE = ("#CC79A7", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#F0E442", "#D55E00", "#9933FF")
 _ORGANS = "spleen right_kidney left_kidney gallbladder liver stomach aorta pancreas".split()
 _VENTRICLES = "left_ventricle right_ventricle third_ventricle fourth_ventricle".split()
-_KNOWN = dict(zip(_ORGANS, _CYCLE, strict=True)) | dict(
-    zip(_VENTRICLES, (_CYCLE[2], _CYCLE[1], _CYCLE[0], _CYCLE[3]), strict=True)
+_KNOWN = dict(zip(_ORGANS, CYCLE, strict=True)) | dict(
+    zip(_VENTRICLES, (CYCLE[2], CYCLE[1], CYCLE[0], CYCLE[3]), strict=True)
 )
 _OUTLINE = [patheffects.withStroke(linewidth=2, foreground="black")]
-_DPI = 110
-_SIDES = ("validation_score", "lr", "learning_rate", "gradient_norm", "images_per_second")
+DPI = 110
 _GAP = 0.08  # inches between panels
 _MARGIN = 0.15
 _LONGEST = 4.0  # times the shorter side of a slice; a picture of its true shape could be a line
@@ -47,7 +45,7 @@ def palette(names) -> dict[str, str]:
     order of class id, then lighter and darker rounds of the same eight.
     """
     colours = {name: _KNOWN[_plain(name)] for name in names[1:] if _plain(name) in _KNOWN}
-    rounds = [*_CYCLE, *(_mix(c, 1.0, 0.55) for c in _CYCLE), *(_mix(c, 0.0, 0.4) for c in _CYCLE)]
+    rounds = [*CYCLE, *(_mix(c, 1.0, 0.55) for c in CYCLE), *(_mix(c, 0.0, 0.4) for c in CYCLE)]
     free = [colour for colour in rounds if colour not in colours.values()]
     others = [name for name in names[1:] if name not in colours]
     colours |= {name: free[place % len(free)] for place, name in enumerate(others)}
@@ -112,7 +110,7 @@ def write_overlays(
         mean = np.nanmean(scores[z])
         title = f"{case_id}, {kind} slice: z = {z} (0 to {len(truth) - 1}), Dice {mean:.2f}"
         figure = overlay_slice(image[z], truth[z], prediction[z], spacing[1:], names, title)
-        paths.append(_save(figure, out_dir / f"{stem}_{kind}_z{z}_dice{mean:.2f}.png"))
+        paths.append(save(figure, out_dir / f"{stem}_{kind}_z{z}_dice{mean:.2f}.png"))
     return paths
 
 
@@ -153,7 +151,7 @@ def write_preview(image, prediction, spacing, names, path) -> Path:
         ax.text(0.98, 0.98, f"z = {z}", transform=ax.transAxes, ha="right", va="top", **note(8))
     for ax in axes[len(chosen) :]:
         ax.set_visible(False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def drawn_spacing(shape, spacing) -> tuple[float, float]:
@@ -191,7 +189,7 @@ def panels(grid, shape, spacing, width, legend, names, title, head, top=0.35):
     across = max(1, int(total / (0.7 + 0.085 * max(map(len, legend.values()), default=1))))
     bottom = _MARGIN + 0.05 + 0.215 * math.ceil(len(legend) / across)
     tall = bottom + rows * (height + head + _GAP) + top
-    figure, axes = Figure(figsize=(total, tall), dpi=_DPI), []
+    figure, axes = Figure(figsize=(total, tall), dpi=DPI), []
     for place in range(rows * columns):
         row, column = divmod(place, columns)
         low = bottom + (rows - 1 - row) * (height + head + _GAP)
@@ -247,55 +245,7 @@ def note(size) -> dict:
     return {"color": "white", "fontsize": size, "path_effects": _OUTLINE}
 
 
-def training_curve(records, path) -> None:
-    """Refresh the picture of a run: losses, validation, learning rate, gradient, throughput.
-
-    records: dictionaries of `metrics.jsonl` with `step` and numbers; only what is there is drawn.
-    Faint lines are the records, strong ones a running mean over a fiftieth of them.
-    """
-    if not records:
-        return
-    keys = dict.fromkeys(key for record in records for key in record)
-    losses = [key for key in keys if re.search(r"(^|_)(loss|ce|dice)($|_)", key)]
-    sides = [key for key in _SIDES if key in keys]
-    figure = Figure(figsize=(10, 4.5), dpi=_DPI)
-    # Fixed margins: a layout engine would draw everything twice.
-    gap = 0.55 if len(sides) < 4 else 0.9
-    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.11, top=0.93, wspace=0.3, hspace=gap)
-    grid = figure.add_gridspec(max(1, len(sides)), 3)
-    main = figure.add_subplot(grid[:, :2] if sides else grid[:, :])
-    for place, key in enumerate(losses):
-        strong = key == "loss"
-        _line(main, records, key, "black" if strong else _CYCLE[place % 8], 2 if strong else 1.2)
-    main.set(xlabel="step", title=f"training loss up to step {records[-1]['step']}")
-    if losses:
-        main.legend(frameon=False, fontsize=9)
-    for place, key in enumerate(sides):
-        ax = figure.add_subplot(grid[place, 2])
-        _line(ax, records, key, _CYCLE[4], 1.5)
-        ax.set_title(key.replace("lr", "learning rate").replace("_", " "), fontsize=10)
-    for ax in figure.axes:
-        ax.grid(alpha=0.25)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        low, high = ax.get_ylim()
-        ax.set(xlim=(0, None), ylim=(min(0, low), high + 0.05 * abs(high)))
-    _save(figure, Path(path))
-
-
-def _line(ax, records, key, colour, width) -> None:
-    pairs = [(r["step"], r[key]) for r in records if math.isfinite(r.get(key, math.nan))]
-    pairs = pairs[:: max(1, len(pairs) // 2000)]  # more points than pixels only cost time
-    steps, values = np.array(pairs, float).reshape(-1, 2).T
-    window = max(1, len(values) // 50)
-    marker = "." if len(values) < 30 else None
-    if window > 1:
-        ax.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
-        values = uniform_filter1d(values, window, mode="nearest")
-    label = key.replace("_", " ")
-    ax.plot(steps, values, color=colour, linewidth=width, marker=marker, label=label)
-
-
-def _save(figure, path: Path) -> Path:
+def save(figure, path: Path) -> Path:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
     return path

@@ -11,7 +11,8 @@ import math
 import numpy as np
 
 from pgpsam_jax.metrics.aggregate import Scores, defined_mean, gather
-from pgpsam_jax.results.runs import Grid, Run
+from pgpsam_jax.results.grid import Grid
+from pgpsam_jax.results.runs import Run
 from pgpsam_jax.results.tables.cost_table import COLUMNS, quantities
 from pgpsam_jax.utils.files import csv_text, write_text
 

@@ -7,7 +7,8 @@ result yet, "n/a" where there are results but the number is undefined.
 from pgpsam_jax.metrics.aggregate import INTERVAL, defined_mean, gather, spread
 from pgpsam_jax.metrics.protocols import METRICS
 from pgpsam_jax.metrics.summary import summarise
-from pgpsam_jax.results.runs import Grid, Run
+from pgpsam_jax.results.grid import Grid
+from pgpsam_jax.results.runs import Run
 from pgpsam_jax.results.tables import published, study
 from pgpsam_jax.results.tables.comparison import comparison_table, organ_table
 from pgpsam_jax.results.tables.cost_table import run_cost, study_cost

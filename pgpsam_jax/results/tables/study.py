@@ -7,7 +7,8 @@ from collections import Counter
 from pgpsam_jax.checkpointing import identity
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.metrics.protocols import COLUMNS
-from pgpsam_jax.results.runs import DONE, Grid, Run
+from pgpsam_jax.results.grid import DONE, Grid
+from pgpsam_jax.results.runs import Run
 
 # `row_value` is the row's place on the grid's axis; the rest from "case" on is a line of cases.csv.
 LONG_COLUMNS = ("grid", "row", "label", "row_value", "seed", *COLUMNS)
