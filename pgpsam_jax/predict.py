@@ -25,7 +25,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.masks import VOLUMES, Masks
 from pgpsam_jax.runtime.cli import Parser, positive, running
 from pgpsam_jax.runtime.malloc import keep_freed_memory
-from pgpsam_jax.runtime.worker_pool import ahead, check, in_order, worker_count
+from pgpsam_jax.runtime.worker_pool import check, map_ahead, map_in_order, worker_count
 from pgpsam_jax.utils.untrusted_text import shown
 
 _LONGEST = 2000  # characters of a line
@@ -71,7 +71,7 @@ def predict(
 
     def predicted():
         progress = tqdm(inputs, desc="predicting", unit="volume")
-        for path, volume in zip(progress, ahead(read, inputs), strict=True):
+        for path, volume in zip(progress, map_ahead(read, inputs), strict=True):
             if isinstance(volume, UserError):
                 _say(f"error: {volume}")
                 failed.append(path)
@@ -87,7 +87,7 @@ def predict(
     size = sum(path.stat().st_size for path in inputs)  # a compressed CT takes a byte per voxel
     count = worker_count(workers, len(inputs), size)
     try:
-        for stem, facts in in_order(write, predicted(), count):
+        for stem, facts in map_in_order(write, predicted(), count):
             _say(f"{stem}: {_said(facts['ml'])}")
             masks.add(stem, facts, warned[stem])
     finally:

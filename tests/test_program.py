@@ -90,7 +90,7 @@ def test_workers_that_are_ended_remove_what_they_write(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(worker_pool.in_order(write_for_long, jobs(), 1))
+        list(worker_pool.map_in_order(write_for_long, jobs(), 1))
     assert not list(tmp_path.iterdir())
 
 

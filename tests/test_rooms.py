@@ -37,7 +37,6 @@ LONG = {
 }
 UP = {
     ("metrics/summary.py", "pgpsam_jax.results.tables.text.pipe"),
-    ("runtime/worker_pool.py", "pgpsam_jax.data.io.array_checks"),
 }
 
 

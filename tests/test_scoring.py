@@ -123,13 +123,13 @@ def test_an_error_is_the_same_sentence(cases, tmp_path, count):
 
 
 def test_an_error_in_a_process_is_the_same_sentence():
-    jobs = worker_pool.in_order(refuse, ["case b: no"], 1)
+    jobs = worker_pool.map_in_order(refuse, ["case b: no"], 1)
     with pytest.raises(UserError, match=r"^case b: no"):
         list(jobs)
 
 
 def test_a_killed_process_gets_a_sentence():
-    jobs = worker_pool.in_order(signal.raise_signal, [signal.SIGKILL], 1)
+    jobs = worker_pool.map_in_order(signal.raise_signal, [signal.SIGKILL], 1)
     with pytest.raises(UserError, match=r"killed \(signal 9\).*eval\.workers"):
         list(jobs)
 
@@ -144,11 +144,11 @@ def test_order_bound_and_end():
             yield job
 
     found = []
-    for job, process in worker_pool.in_order(echo, jobs(), 2):
+    for job, process in worker_pool.map_in_order(echo, jobs(), 2):
         assert len(alive) <= job + 3 and process != os.getpid()
         found.append((job, process))
     assert [job for job, _ in found] == list(range(9))
-    left = worker_pool.in_order(echo, range(9), 1)
+    left = worker_pool.map_in_order(echo, range(9), 1)
     _, process = next(left)
     left.close()
     with pytest.raises(ProcessLookupError):
@@ -165,7 +165,7 @@ def test_an_interrupt_ends_the_processes():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        seen.extend(process for _, process in worker_pool.in_order(echo, jobs(), 1))
+        seen.extend(process for _, process in worker_pool.map_in_order(echo, jobs(), 1))
     for process in seen:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
@@ -188,8 +188,8 @@ def test_how_many_processes(monkeypatch):
 
 
 def test_reading_ahead_keeps_order_and_errors():
-    assert list(worker_pool.ahead(str, [3, 1, 2])) == ["3", "1", "2"]
-    found = worker_pool.ahead(int, ["4", "x"])
+    assert list(worker_pool.map_ahead(str, [3, 1, 2])) == ["3", "1", "2"]
+    found = worker_pool.map_ahead(int, ["4", "x"])
     assert next(found) == 4
     with pytest.raises(ValueError):
         next(found)
@@ -234,9 +234,9 @@ def test_what_an_error_leaves_behind_may_be_collected_anywhere(count):
 
     def left():
         things = (
-            worker_pool.in_order(echo, range(9), count)
+            worker_pool.map_in_order(echo, range(9), count)
             if count
-            else worker_pool.ahead(echo, range(9))
+            else worker_pool.map_ahead(echo, range(9))
         )
         next(things)
         return things

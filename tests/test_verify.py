@@ -173,7 +173,9 @@ def test_the_program(root, capsys):
 
 
 def test_a_killed_process_speaks_of_the_program_s_own_setting():
-    kill = worker_pool.in_order(signal.raise_signal, [signal.SIGKILL], 1, verification._CHECKING)
+    kill = worker_pool.map_in_order(
+        signal.raise_signal, [signal.SIGKILL], 1, verification._CHECKING
+    )
     with pytest.raises(UserError, match=r"checks cases was killed \(signal 9\).* set --workers to"):
         list(kill)
 

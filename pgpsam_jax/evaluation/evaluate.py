@@ -18,7 +18,7 @@ from pgpsam_jax.distributed import multihost
 from pgpsam_jax.evaluation.outputs import Predicted, score_and_write
 from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.metrics.summary import write_evaluation
-from pgpsam_jax.runtime.worker_pool import ahead, in_order, worker_count
+from pgpsam_jax.runtime.worker_pool import map_ahead, map_in_order, worker_count
 
 
 def evaluate(
@@ -56,7 +56,7 @@ def evaluate(
     )
 
     def predicted():
-        reading = ahead(lambda case: read_case(case, table, axis), cases)
+        reading = map_ahead(lambda case: read_case(case, table, axis), cases)
         silent = not multihost.is_first()
         progress = tqdm(cases, desc="evaluating", unit="case", disable=silent)
         for case, (volume, truth) in zip(progress, reading, strict=True):
@@ -70,7 +70,7 @@ def evaluate(
                 region=region_of(case.case_id, truth),
             )
 
-    scored = in_order(finish, predicted(), worker_count(workers, len(cases), voxels))
+    scored = map_in_order(finish, predicted(), worker_count(workers, len(cases), voxels))
     shares = multihost.gather(list(scored))
     for index in range(count):
         of_case, of_slices = shares[index % len(shares)][index // len(shares)]

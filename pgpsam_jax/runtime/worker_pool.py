@@ -1,38 +1,33 @@
-"""Host work beside the device's: processes that score while it predicts, a thread that reads ahead.
+"""Worker processes that score while the device predicts, and a thread that reads ahead.
 
-The processes are started afresh (a fork after JAX has threads may hang) and get their jobs over
-pipes. Unlike those of `multiprocessing` they do not import the program's main module, and so no
-JAX; they end when their pipe closes, even if this process is killed.
+The processes are spawned (a fork after JAX has started threads may hang) by loky, whose workers
+do not import the main module of the program and thus no JAX.
 """
 
 import collections
 import contextlib
 import os
-import pickle
+import re
 import signal
-import subprocess
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
-from pgpsam_jax.data.io import array_checks
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime.preemption import SIGNALS
 
-# Starting two processes (1.1 s of a core each) takes as long as scoring and drawing so many voxels.
+# Starting two processes (1.1 s of a core each) takes as long as scoring and drawing these voxels.
 _WORTHWHILE = 20_000_000
-# Asks a process to end, with the file that it writes removed; none that a terminal or scheduler
-# sends, or the parent would have to know who meant whom.
-_END = getattr(signal, "SIGUSR2", signal.SIGTERM)
-_PATIENCE = 5.0  # seconds until it is killed
+# Tells a worker to abandon its job and remove its temporary file. Terminals and schedulers never
+# send this signal.
+_STOP = getattr(signal, "SIGUSR2", signal.SIGTERM)
+_PATIENCE = 5.0  # seconds until a worker is killed
 
 
 class Work(NamedTuple):
-    """What the processes do, and the setting that says how many, for messages."""
+    """What the workers do and the setting for their number, for error messages."""
 
     does: str
     setting: str
@@ -42,7 +37,7 @@ SCORING = Work("scores or writes predictions", "eval.workers")
 
 
 def check(setting: int, work: Work = SCORING) -> None:
-    """Refuse a number of processes that means nothing."""
+    """Raises a `UserError` for an invalid number of workers."""
     if setting < -1:
         raise UserError(
             f"{work.setting} is {setting}; give a number of processes, 0 to work in this one, or "
@@ -51,10 +46,14 @@ def check(setting: int, work: Work = SCORING) -> None:
 
 
 def worker_count(setting: int, jobs: int, voxels: int, work: Work = SCORING) -> int:
-    """Processes for so many volumes of so many voxels in all; 0 where they would not pay.
+    """Returns the number of worker processes, at most one per job.
 
-    setting: -1 is one per core that this process may use, a number is taken as it is; there are
-    never more than jobs.
+    Args:
+        setting: number of workers, or -1 for one per core available to this process unless the
+            jobs are too small to be worth starting processes for.
+        jobs: number of volumes.
+        voxels: number of voxels of all volumes together.
+        work: names the setting in the error message.
     """
     check(setting, work)
     if setting != -1:
@@ -65,32 +64,51 @@ def worker_count(setting: int, jobs: int, voxels: int, work: Work = SCORING) -> 
     return min(len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1, jobs)
 
 
-def in_order(function: Callable, jobs: Iterable, workers: int, work: Work = SCORING) -> Iterator:
-    """`function(job)` of every job in the order of the jobs, worked off by processes.
+def map_in_order(
+    function: Callable,
+    jobs: Iterable,
+    workers: int,
+    work: Work = SCORING,
+    initializer: Callable[[], None] = int,
+) -> Iterator:
+    """Yields `function(job)` for each job in order, computed by worker processes.
 
-    jobs: a generator that makes a job while earlier ones are worked on; at most `workers` + 1
-    exist at a time. 0 workers: each is done here before the next is made. The function belongs to
-    a module without JAX; its errors come back as they are. `UserError` where a process is killed.
+    Args:
+        function: from a module that does not import JAX; its exceptions are raised here.
+        jobs: may be a generator, which runs while the workers do; at most `workers` + 1 jobs exist
+            at a time.
+        workers: 0 computes each result in this process.
+        work: names the work and its setting in the error message.
+        initializer: called once in each worker.
+
+    Raises:
+        UserError: a worker was killed.
     """
     if not workers:
         yield from map(function, jobs)
         return
-    pool = _Pool(workers, work)
+    from loky import ProcessPoolExecutor  # imported late: 0.1 s
+
+    pool = ProcessPoolExecutor(workers, initializer=_initialize, initargs=(initializer,))
+    pending = collections.deque()
     try:
-        pending = collections.deque()
         for job in jobs:
-            pending.append(pool.submit(function, job))
-            del job  # else it would stay until the next one is complete
+            pending.append(pool.submit(_work, function, job))
+            del job  # frees its memory before the next one is made
             while pending and (len(pending) > workers or pending[0].done()):
-                yield pending.popleft().result()
+                yield pending[0].result()
+                pending.popleft()
         while pending:
-            yield pending.popleft().result()
+            yield pending[0].result()
+            pending.popleft()
+    except BrokenExecutor as error:
+        raise _killed(error, work) from error
     finally:
-        pool.close()
+        _shut_down(pool, pending)
 
 
-def ahead(function: Callable, items: Iterable) -> Iterator:
-    """`function(item)` of every item in order; a thread is one item ahead of the caller."""
+def map_ahead(function: Callable, items: Iterable) -> Iterator:
+    """Yields `function(item)` for each item in order; a thread works one item ahead."""
     pending, thread = collections.deque(), ThreadPoolExecutor(1)
     try:
         for item in items:
@@ -100,92 +118,62 @@ def ahead(function: Callable, items: Iterable) -> Iterator:
         while pending:
             yield pending.popleft().result()
     finally:
-        # Never joined: where an error leaves the generator to the garbage collector, that may run
-        # while a thread starts, with the lock in hand that joining takes.
+        # Not joined: the garbage collector may close the generator while a thread starts, holding
+        # the lock that joining needs.
         thread.shutdown(wait=False, cancel_futures=True)
 
 
-class _Pool:
-    """Threads that each hold one process, started when there is more work than idle threads."""
-
-    def __init__(self, workers: int, work: Work):
-        self._threads, self._work = ThreadPoolExecutor(workers), work
-        self._local, self._processes = threading.local(), []
-
-    def submit(self, function, job):
-        return self._threads.submit(self._run, function, job)
-
-    def _run(self, function, job):
-        if not hasattr(self._local, "process"):
-            self._local.process = _start()
-            self._processes.append(self._local.process)
-        process = self._local.process
-        try:
-            pickle.dump((function, job), process.stdin, pickle.HIGHEST_PROTOCOL)
-            process.stdin.flush()
-            done, answer = pickle.load(process.stdout)
-        except (EOFError, BrokenPipeError) as error:
-            raise UserError(_obituary(process.wait(), self._work)) from error
-        if not done:
-            raise answer
-        return answer
-
-    def close(self) -> None:
-        """End all processes, with or without work."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for process in self._processes:
-            process.send_signal(_END)
-        deadline = time.monotonic() + _PATIENCE
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-            process.kill()
-        for process in self._processes:  # its thread ends with it, and is not joined: see `ahead`
-            process.wait()
-            process.stdout.close()
-            try:
-                process.stdin.close()
-            except BrokenPipeError:  # part of a job was still in its buffer
-                pass
+def _shut_down(pool, pending: Iterable[Future]) -> None:
+    """Ends all workers; interrupted jobs get time to remove their temporary files."""
+    processes = list(pool._processes.values())
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, _STOP)
+    wait(pending, _PATIENCE)
+    pool.shutdown(wait=False, kill_workers=True)  # not joined: see `map_ahead`
+    for process in processes:
+        process.join(_PATIENCE)
 
 
-def _start() -> subprocess.Popen:
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; "
-    code += f"_serve({array_checks.allowed()})"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", code], **pipes)
-
-
-def _obituary(code: int, work: Work) -> str:
-    how = f"was killed (signal {-code})" if code < 0 else f"ended with code {code} (see above)"
-    return (
-        f"a process that {work.does} {how}; if memory is short, set {work.setting} to fewer, or to "
-        "0 for none"
+def _killed(error: Exception, work: Work) -> UserError:
+    code = re.search(r"\((-?\d+)\)", str(error))
+    how = f" (signal {code[1][1:]})" if code and code[1].startswith("-") else ""
+    return UserError(
+        f"a process that {work.does} was killed{how}; if memory is short, set {work.setting} to "
+        "fewer, or to 0 for none"
     )
 
 
-def _ended(*_):
-    raise SystemExit
+class _Worker:
+    """State of a worker process."""
+
+    busy = stopped = False
 
 
-def _serve(max_gib: float) -> None:
-    """A worker's life: a job in, an answer out, until the pipe closes."""
-    array_checks.allow(max_gib)
-    for number in SIGNALS:  # they reach the whole group; the parent acts
+def _initialize(initializer: Callable[[], None]) -> None:
+    for number in SIGNALS:  # sent to the whole process group; the parent handles them
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(_END, _ended)
-    jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what is printed must not get among the answers
-    while True:
-        try:
-            function, job = pickle.load(jobs)
-        except EOFError:
-            return
-        try:
-            answer = True, function(job)
-        except Exception as error:
-            error.add_note(traceback.format_exc())
-            answer = False, error
-        del job
-        pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
-        answers.flush()
+    signal.signal(_STOP, _stop)
+    threading.Thread(target=_exit_with_parent, args=[os.getppid()], daemon=True).start()
+    initializer()
+
+
+def _stop(*_):
+    _Worker.stopped = True
+    if _Worker.busy:
+        raise SystemExit
+
+
+def _exit_with_parent(parent: int) -> None:
+    """Ends this process if its parent is killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _work(function: Callable, job):
+    _Worker.busy = True
+    try:
+        return None if _Worker.stopped else function(job)
+    finally:
+        _Worker.busy = False

@@ -1,29 +1,31 @@
-"""What an array in an untrusted file may be, checked before memory is taken."""
+"""Size and dtype limits of arrays in untrusted files, checked before memory is allocated."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from pgpsam_jax.data.findings import BadFile
 
-MAX_GIB = 2.0  # a 512 x 512 x 2048 volume in float32; more is taken for a broken header
+MAX_GIB = 2.0  # a 512 x 512 x 2048 volume in float32; anything larger suggests a broken header
 _COPIES = 3  # the voxels as stored, scaled, and in display orientation
 _allowed = MAX_GIB
 
 
 def allow(gib: float) -> None:
-    """Let this process, and the processes that it starts to work, read volumes of up to `gib`."""
+    """Sets the largest volume, as float32, that this process reads."""
     global _allowed
     _allowed = gib
 
 
-def allowed() -> float:
-    """GiB that a volume may have as float32."""
-    return _allowed
+def worker_initializer() -> Callable[[], None]:
+    """Returns a function that sets the limit of this process in a worker process."""
+    return functools.partial(allow, _allowed)
 
 
 def check_size(path, shape, itemsize: int = 4) -> None:
-    """Refuse an array of the file `path` that would take more memory than is `allowed`."""
+    """Raises `BadFile` if an array of the file `path` exceeds the limit."""
     need = math.prod(int(n) for n in shape) * max(itemsize, 4) / 2**30
     if need > _allowed:
         wanted = math.ceil(need)
@@ -37,7 +39,7 @@ def check_size(path, shape, itemsize: int = 4) -> None:
 
 
 def check_type(path, key: str, shape, dtype: np.dtype) -> None:
-    """Refuse what is no plain array of numbers, or too large."""
+    """Raises `BadFile` unless the array is a plain one of numbers and within the limit."""
     if dtype.kind not in "iufb" or dtype.itemsize > 8 or dtype.subdtype or dtype.names:
         raise BadFile(
             f"{path} holds {key} of type {dtype}; store plain integers or floats", "dtype"

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from pgpsam_jax.data.dataset import window_of
 from pgpsam_jax.data.findings import ERROR, WARNING, Finding
-from pgpsam_jax.data.io import volumes
+from pgpsam_jax.data.io import array_checks, volumes
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.data.letterbox import Window
@@ -34,7 +34,7 @@ from pgpsam_jax.data.quality.case_checks import check_case
 from pgpsam_jax.data.quality.label_order import judge
 from pgpsam_jax.data.quality.organ_priors import organ_of
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.runtime.worker_pool import Work, in_order, worker_count
+from pgpsam_jax.runtime.worker_pool import Work, map_in_order, worker_count
 from pgpsam_jax.utils.files import write_json
 
 SCHEMA = 2
@@ -54,7 +54,8 @@ def check_cases(
     """The record of each case, in order; one case in memory per process, -1: one per core."""
     count = worker_count(workers, len(cases), _MANY, _CHECKING)
     check = functools.partial(check_case, table=table, window=window)
-    return in_order(check, iter(cases), count, _CHECKING)
+    limit = array_checks.worker_initializer()
+    return map_in_order(check, iter(cases), count, _CHECKING, limit)
 
 
 def summarise(
