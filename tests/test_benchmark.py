@@ -23,7 +23,7 @@ from experiments.benchmark import (
     table,
 )
 from experiments.benchmark.points import STEPS, SUITES, Point, cross, with_ceilings
-from experiments.measurement import worker_process
+from experiments.measurement import timing, worker_process
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam.sam import SamConfig
@@ -129,7 +129,7 @@ def knowing(monkeypatch):
 @pytest.fixture
 def one_process(monkeypatch, knowing):
     """All points of a command line are asked of one process, which has to be started only once."""
-    with runner.Process(runner._WORKER, "jax", environment=runner.ENVIRONMENT) as worker_process:
+    with runner.Process(runner._WORKER, "jax", environment=timing.ENVIRONMENT) as worker_process:
         monkeypatch.setattr(
             runner, "Process", lambda *_, **__: contextlib.nullcontext(worker_process)
         )
@@ -218,7 +218,7 @@ class Scripted:
 def test_turns_on_a_cpu():
     """Two steps each, after one that is not timed; a slow moment hits both sides of a ratio."""
     ours, theirs = Scripted(9.0, 1.0, 3.0, 9.0, 4.0, 4.0), Scripted(9.0, 4.0, 4.0, 9.0, 6.0, 10.0)
-    own, other, ratios = runner.take_turns(ours, theirs, "cpu", runner.Effort(3, 1e9))
+    own, other, ratios = runner.take_turns(ours, theirs, "cpu", timing.Effort(3, 1e9))
     assert (own, other, ratios) == ([1.0, 3.0, 4.0, 4.0], [4.0, 4.0, 6.0, 10.0], [2.0, 2.0])
     assert ours.asked == theirs.asked == [1, 2, 1, 2]
 
@@ -227,7 +227,7 @@ def test_turns_on_a_cpu():
 def test_turns_end_with_the_budget_of_a_cpu(budget, turns):
     """Four timed seconds a turn; five turns in any case."""
     ours, theirs = Scripted(*[1.0] * 99), Scripted(*[1.0] * 99)
-    effort = runner.Effort(50, budget)
+    effort = timing.Effort(50, budget)
     assert len(runner.take_turns(ours, theirs, "cpu", effort)[2]) == turns
 
 
@@ -235,7 +235,7 @@ def test_turns_on_an_accelerator():
     """Five steps each, after one that is not timed."""
     ours = Scripted(9.0, *[1.0] * 5, 9.0, *[2.0] * 5)
     theirs = Scripted(9.0, *[3.0] * 5, 9.0, *[4.0] * 5)
-    own, other, ratios = runner.take_turns(ours, theirs, "gpu", runner.Effort(10, 0.0))
+    own, other, ratios = runner.take_turns(ours, theirs, "gpu", timing.Effort(10, 0.0))
     assert own == [1.0] * 5 + [2.0] * 5 and other == [3.0] * 5 + [4.0] * 5
     assert ratios == [3.0, 2.0] and ours.asked == [1, 5, 1, 5]
 
@@ -304,7 +304,7 @@ def test_markdown_by_hand():
     ("arguments", "message"),
     [
         (["--tasks", "walk"], "task 'walk' unknown"),
-        (["--batches", "1,x"], "no list of numbers"),
+        (["--batches", "1,x"], "not a list of numbers"),
         (["--batches", "0"], "numbers from 1"),
         (["--steps", "0"], "--steps"),
         (["--against", "torch", "--models", "pgpsam"], "no counterpart"),
@@ -349,7 +349,7 @@ def test_encoding_beforehand_saves_the_encoder():
 
 def test_a_process_that_dies_is_a_failed_point(monkeypatch):
     monkeypatch.setattr(worker_process.sys, "executable", "/bin/false")
-    row = runner.measure(Point("scoring"), runner.Effort())
+    row = runner.measure(Point("scoring"), timing.Effort())
     assert row["error"].startswith("the process ended with code 1")
 
 

@@ -22,7 +22,7 @@ from pgpsam_jax.utils.files import write_json
 GRIDS = sorted(
     path.stem
     for path in (REPOSITORY / "experiments" / "grids").glob("*.py")
-    if path.stem not in ("__init__", "targets")
+    if not path.stem.startswith("_")
 )
 
 

@@ -31,7 +31,6 @@ FILES = sorted(
 )
 # To be cut.
 LONG = {
-    "experiments/scaling/charts.py",
     "pgpsam_jax/methods/registry.py",
     "pgpsam_jax/models/sam/attention.py",
 }

@@ -18,7 +18,9 @@ from argparse import Namespace
 
 from experiments.benchmark import table
 from experiments.benchmark.points import SUITES, Point, cross, with_ceilings
-from experiments.benchmark.runner import Effort, measure
+from experiments.benchmark.runner import measure
+from experiments.measurement.flags import numbers, words
+from experiments.measurement.timing import Effort
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime.cli import Parser, running
 
@@ -61,17 +63,6 @@ def points_of(options: Namespace) -> list[Point]:
         batch_size=numbers("--batches", options.batches),
         against=[options.against],
     )
-
-
-def words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",")]
-
-
-def numbers(flag: str, text: str) -> list[int]:
-    try:
-        return [int(word) for word in words(text)]
-    except ValueError:
-        raise UserError(f"{flag} {text!r} is no list of numbers; write for example 1,2,4") from None
 
 
 def _parser() -> Parser:

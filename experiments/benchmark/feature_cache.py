@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.benchmark.train_loop import CLASSES, config_of
+from experiments.benchmark.train_loop import config_of
+from experiments.measurement.points import CLASSES
+from experiments.measurement.synthetic_step import SyntheticStep, random_slices
 from pgpsam_jax.config import method_recipes
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.methods import build
@@ -18,7 +20,6 @@ from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import feature_cache, from_config, step_cost
 from pgpsam_jax.training.device_batches import Feed
-from pgpsam_jax.training.sharded_step import shard_step, sharding_of
 from pgpsam_jax.training.train_state import init_state
 from pgpsam_jax.training.train_step import make_train_step
 
@@ -32,10 +33,8 @@ def encoded_benchmark(point: dict) -> dict:
     `ratio`: of wall time, in each of `TURNS` turns, their median and quartiles. `cpu_ratio`: of the
     processor time of all threads, which other programs disturb less; on a CPU alone.
     """
-    size, rng = _config(point, 0).model.image_size, np.random.default_rng(0)
-    images = rng.random((SLICES, size, size), np.float32).astype(np.float16)
-    labels = rng.integers(0, CLASSES, images.shape, np.uint8)
-    runs = {name: _Run(_config(point, n), images, labels) for name, n in COPIES.items()}
+    slices = random_slices(SLICES, _config(point, 0).model.image_size)
+    runs = {name: _step_of(_config(point, n), slices) for name, n in COPIES.items()}
     for run in runs.values():
         run(STEPS)  # warm-up
     turns = [[_seconds(run) for run in runs.values()] for _ in range(TURNS)]
@@ -93,26 +92,16 @@ def _flops(config) -> float:
     return step_cost.host_flops(step, state, frozen, batch) / count
 
 
-class _Run:
-    """The compiled step of a run, its state, and a batch that it is given again and again."""
+def _step_of(config, slices: dict) -> SyntheticStep:
+    mesh = device_mesh.make_mesh(**config.mesh)
 
-    def __init__(self, config, images, labels):
-        mesh, count = device_mesh.make_mesh(**config.mesh), config.train.batch_size
-        graphdef, params, frozen, _ = build.init_model(config, CLASSES)
-        slices = {"image": images, "label": labels}
+    def batch_of(model):
+        data = slices
         if config.train.encoded_copies:
-            model = graphdef, params, frozen
-            slices = feature_cache.encoded_set(config, mesh, model, images, labels, seed=0)
-        loader = make_loader(SLICES, batch_size=count, seed=0)
-        feed = Feed(slices, loader, mesh, config.data.resident_gib * 2**30)
-        shapes = mesh, graphdef, params, frozen, feed.abstract(count)
-        step = shard_step(config, *shapes, epoch_size=SLICES, seed=0)
-        self._batch, _ = next(feed)
+            data = feature_cache.encoded_set(config, mesh, model, *slices.values(), seed=0)
+        loader = make_loader(SLICES, batch_size=config.train.batch_size, seed=0)
+        batch, _ = next(Feed(data, loader, mesh, config.data.resident_gib * 2**30))
         loader.close()
-        self._frozen = jax.device_put(frozen, sharding_of(step.frozen))
-        self._state, self._compiled = step.start(params), step.lower().compile()
+        return batch
 
-    def __call__(self, steps: int) -> None:
-        for _ in range(steps):
-            self._state, metrics = self._compiled(self._state, self._frozen, self._batch)
-        jax.block_until_ready((self._state, metrics))
+    return SyntheticStep(config, mesh, batch_of, SLICES)

@@ -7,10 +7,10 @@ PRODUCTS = 8
 _TASKS = {  # module, function, whether it takes the point
     "scoring": ("scoring", "scoring_benchmark", False),
     "startup": ("startup", "startup_benchmark", False),
-    "loop": ("loop", "loop_benchmark", True),
-    "run": ("loop", "run_benchmark", True),
-    "encoded": ("encoded", "encoded_benchmark", True),
-    "encoded_flops": ("encoded", "encoded_flops", True),
+    "loop": ("train_loop", "loop_benchmark", True),
+    "run": ("train_loop", "run_benchmark", True),
+    "encoded": ("feature_cache", "encoded_benchmark", True),
+    "encoded_flops": ("feature_cache", "encoded_flops", True),
 }
 
 
@@ -28,7 +28,7 @@ def _matmul(dtype: str) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from experiments.benchmark.steps_jax import where
+    from experiments.measurement.device_info import device_info
 
     device = jax.devices()[0]
     size, repeats = (1024, 5) if device.platform == "cpu" else (8192, 20)
@@ -46,4 +46,4 @@ def _matmul(dtype: str) -> dict:
         jax.block_until_ready(chain(x, w))
         seconds.append(time.perf_counter() - start)
     rate = PRODUCTS * 2 * size**3 / min(seconds)
-    return {**where(device), "size": size, "flops_per_second": rate}
+    return {**device_info(device), "size": size, "flops_per_second": rate}

@@ -1,8 +1,9 @@
 """What is measured: a point is one task at one size; lists of them are cross products or suites."""
 
 import dataclasses
-import itertools
+import functools
 
+from experiments.measurement import points
 from pgpsam_jax.errors import UserError
 
 STEPS = ("encoder", "inference", "training")
@@ -75,20 +76,13 @@ class Point:
         return " ".join(map(str, words + [f"against {self.against}"] * bool(self.against)))
 
 
-def cross(**lists) -> list[Point]:
-    """Every combination of the values of the fields of `Point`, the last field fastest."""
-    values = itertools.product(*lists.values())
-    return _once(Point(**dict(zip(lists, row, strict=True))) for row in values)
+cross = functools.partial(points.cross, Point)
 
 
-def with_ceilings(points: list[Point]) -> list[Point]:
-    """`points` after the matmul rate of every type their steps compute in."""
-    dtypes = dict.fromkeys(p.dtype for p in points if p.task in STEPS)
-    return _once([*(Point("matmul", dtype=dtype) for dtype in dtypes), *points])
-
-
-def _once(points) -> list[Point]:
-    return list({point.key: point for point in points}.values())
+def with_ceilings(steps: list[Point]) -> list[Point]:
+    """`steps` after the matmul rate of every type their steps compute in."""
+    dtypes = dict.fromkeys(p.dtype for p in steps if p.task in STEPS)
+    return points.unique([*(Point("matmul", dtype=dtype) for dtype in dtypes), *steps])
 
 
 def cpu_suite() -> list[Point]:
@@ -106,7 +100,7 @@ def gpu_suite() -> list[Point]:
     """Everything that is asked of one GPU, the most telling first."""
     bf16 = {"dtype": ["bfloat16"]}
     torch = dict(model=["sam"], against=["torch"], **bf16)
-    return _once(
+    return points.unique(
         [
             *cross(task=["training"], batch_size=[8], **bf16),
             *cross(task=["training"], batch_size=[8], **torch),

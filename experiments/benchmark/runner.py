@@ -9,25 +9,11 @@ import dataclasses
 import numpy as np
 
 from experiments.benchmark.points import STEPS, Point
+from experiments.measurement.timing import ENVIRONMENT, Effort, quartiles, time_steps, warm_up
 from experiments.measurement.worker_process import Failed, Process
 from pgpsam_jax.profiling import accelerators
 
 _WORKER = "experiments.benchmark.worker"
-_FEWEST = 5  # timed steps of a point, or turns of a comparison
-WARM_UP = {"cpu": 3}  # steps, by platform; 10 elsewhere
-ENVIRONMENT = {
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # else the peak is what was set aside
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # else the seconds of compiling are those of reading
-    "TF_CPP_MIN_LOG_LEVEL": "2",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Effort:
-    """How many timed steps, at most; and, on a CPU, the seconds after which fewer do."""
-
-    steps: int = 50
-    budget: float = 30.0
 
 
 def measure(point: Point, effort: Effort) -> dict:
@@ -39,11 +25,11 @@ def measure(point: Point, effort: Effort) -> dict:
                 return row | {"record": process.ask(whole=describe(point))}
             row |= process.ask(prepare=describe(point), variant="")
             platform = row["platform"]
-            warm(process, row, platform)
+            warm_up(process, row, platform)
             if point.against:
                 row["torch"] = against(point, process, row, effort)
             else:
-                row["seconds"] = timed(process, platform, effort)
+                row["seconds"] = time_steps(process, platform, effort)
             row |= process.ask(memory=None)
         return row | rates(row, point)
     except Failed as failure:
@@ -62,30 +48,6 @@ def describe(point: Point) -> dict:
     return described
 
 
-def warm(process: Process, row: dict, platform: str) -> None:
-    """Steps that are not timed; then the mark of the memory begins anew."""
-    process.ask(steps=WARM_UP.get(platform, 10))
-    row |= process.ask(forget=None)
-
-
-def timed(process: Process, platform: str, effort: Effort) -> dict:
-    """Median and quartiles of the seconds of a step."""
-    seconds = []
-    while len(seconds) < effort.steps and not _enough(len(seconds), sum(seconds), platform, effort):
-        seconds += process.ask(steps=1 if platform == "cpu" else effort.steps)["seconds"]
-    return spread(seconds)
-
-
-def _enough(turns: int, seconds: float, platform: str, effort: Effort) -> bool:
-    return platform == "cpu" and turns >= _FEWEST and seconds > effort.budget
-
-
-def spread(values) -> dict:
-    """Median, quartiles and number of values."""
-    low, median, high = np.percentile(values, (25, 50, 75)).tolist()
-    return {"median": median, "quartiles": [low, high], "count": len(values)}
-
-
 def against(point: Point, ours: Process, row: dict, effort: Effort) -> dict:
     """PyTorch's rows by variant, each with its ratio to us; `row` gets our seconds."""
     rows = {}
@@ -93,17 +55,17 @@ def against(point: Point, ours: Process, row: dict, effort: Effort) -> dict:
         try:
             with Process(_WORKER, "torch", environment=ENVIRONMENT) as theirs:
                 found = theirs.ask(prepare=describe(point), variant=variant)
-                warm(theirs, found, row["platform"])
+                warm_up(theirs, found, row["platform"])
                 own, other, ratios = take_turns(ours, theirs, row["platform"], effort)
-                found |= {"seconds": spread(other), "ratio": spread(ratios)}
+                found |= {"seconds": quartiles(other), "ratio": quartiles(ratios)}
                 found |= theirs.ask(memory=None)
-            row.setdefault("seconds", spread(own))
+            row.setdefault("seconds", quartiles(own))
         except Failed as failure:
             found = {"error": str(failure)}
         rows[variant] = found
     row.setdefault("seconds", None)
     if row["seconds"] is None:  # no counterpart ran: ours are still worth having
-        row["seconds"] = timed(ours, row["platform"], effort)
+        row["seconds"] = time_steps(ours, row["platform"], effort)
     return rows
 
 
@@ -114,8 +76,8 @@ def take_turns(ours: Process, theirs: Process, platform: str, effort: Effort):
     was idle in between, and the system may have taken its memory or the device its clock.
     """
     own, other, ratios, turn = [], [], [], 2 if platform == "cpu" else 5
-    while len(own) < effort.steps and not _enough(
-        len(ratios), sum(own) + sum(other), platform, effort
+    while len(own) < effort.steps and not effort.suffices(
+        len(ratios), sum(own) + sum(other), platform
     ):
         pair = []
         for process, seconds in ((ours, own), (theirs, other)):

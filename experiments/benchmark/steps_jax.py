@@ -1,21 +1,18 @@
 """A step of a point in JAX, compiled ahead of time, with what the compiler knows of it."""
 
-import platform
 import time
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from experiments.benchmark import random_weights, sam_jax
+from experiments.measurement.device_info import device_info
+from experiments.measurement.points import CLASSES, SLICES
 from pgpsam_jax.models.sam.sam import SamConfig
-from pgpsam_jax.profiling import accelerators, flops
+from pgpsam_jax.profiling import flops
 
-CLASSES = 9  # eight organs and background, as Synapse
-SLICES = 221  # of the paper's few-shot list
 PATCH = 16
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -33,7 +30,7 @@ class Step:
         self._compiled = lowered.compile()
         memory = self._compiled.memory_analysis()
         self.facts = {
-            **where(device),
+            **device_info(device),
             "trace_seconds": traced - start,
             "compile_seconds": time.perf_counter() - traced,
             "flops_per_image": _of_task(counted, point["task"]),
@@ -50,22 +47,6 @@ class Step:
     def peak_bytes(self) -> int | None:
         """Most bytes in use on the device; None on a CPU, whose memory is the process's."""
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-def where(device) -> dict:
-    """Device and versions of a row."""
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "known_chip": accelerators.find(device.device_kind) is not None,
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-            "optax": optax.__version__,
-            "backend": device.client.platform_version.splitlines()[0],
-        },
-    }
 
 
 def _of_task(counted, task: str) -> dict:

@@ -6,25 +6,22 @@ import tempfile
 import time
 from pathlib import Path
 
-import jax
 import nibabel as nib
 import numpy as np
 
 from experiments.benchmark.scoring import synthetic_case
+from experiments.measurement.points import SLICES
+from experiments.measurement.synthetic_step import SyntheticStep, random_slices
 from pgpsam_jax.config import default_config, use_small_encoder
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.data.layouts.find import BTCV_TEST, BTCV_TRAIN
 from pgpsam_jax.data.layouts.label_table import SYNAPSE8
-from pgpsam_jax.methods import build
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import from_config
 from pgpsam_jax.training.device_batches import Feed
 from pgpsam_jax.training.metric_logger import RunLog
-from pgpsam_jax.training.sharded_step import shard_step, sharding_of
 from pgpsam_jax.training.train_loop import run_steps
 
-CLASSES = 9  # eight organs and background, as Synapse
-SLICES = 221  # of the paper's few-shot list
 TURNS = 8
 
 
@@ -38,16 +35,9 @@ def loop_benchmark(point: dict, turn: int = 40) -> dict:
     size, batch_size = config.model.image_size, config.train.batch_size
     config.train.steps = (2 * TURNS + 1) * turn
     mesh = device_mesh.make_mesh(**config.mesh)
-    graphdef, params, frozen, _ = build.init_model(config, CLASSES)
-    rng = np.random.default_rng(0)
-    images = rng.random((SLICES, size, size), np.float32).astype(np.float16)
-    labels = rng.integers(0, CLASSES, images.shape, np.uint8)
     loader = make_loader(SLICES, batch_size=batch_size, seed=0)
-    feed = Feed({"image": images, "label": labels}, loader, mesh, config.data.resident_gib * 2**30)
-    batch = feed.abstract(batch_size)
-    step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=SLICES, seed=0)
-    frozen, state = jax.device_put(frozen, sharding_of(step.frozen)), step.start(params)
-    compiled, (fixed, _) = step.lower().compile(), next(feed)
+    feed = Feed(random_slices(SLICES, size), loader, mesh, config.data.resident_gib * 2**30)
+    step = SyntheticStep(config, mesh, lambda model: next(feed)[0])
     rates = from_config.learning_rates(config, SLICES)
     seconds = {"bare": [], "loop": []}
     with (
@@ -55,17 +45,13 @@ def loop_benchmark(point: dict, turn: int = 40) -> dict:
         RunLog(Path(workdir), config.log, 0, rates, batch_size) as log,
     ):
         done = turn
-        for _ in range(turn):  # warm-up
-            state, metrics = compiled(state, frozen, fixed)
-        jax.block_until_ready(metrics)
+        step(turn)  # warm-up
         for _ in range(TURNS):
             start = time.perf_counter()
-            for _ in range(turn):
-                state, metrics = compiled(state, frozen, fixed)
-            jax.block_until_ready(metrics)
+            step(turn)
             middle = time.perf_counter()
-            state, _, metrics, rows = run_steps(
-                compiled, state, frozen, feed, done, done + turn, log.record
+            step.state, _, metrics, rows = run_steps(
+                step.compiled, step.state, step.frozen, feed, done, done + turn, log.record
             )
             log.record(done + turn, metrics, rows)
             done += turn

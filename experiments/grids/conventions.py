@@ -8,7 +8,7 @@ their authors' (`model.start`).
 """
 
 from experiments.grid.plan import Plan, Row, method_rows
-from experiments.grids.targets import SYNAPSE, target
+from experiments.grids._targets import SYNAPSE, target
 
 _UNIT, _NORMALIZED = {"model.colors": "unit"}, {"model.colors": "normalized"}
 _CHANGES = {

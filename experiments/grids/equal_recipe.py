@@ -8,7 +8,7 @@ of its loss. The weights start as in `table1`; phantom: python -m experiments.pr
 """
 
 from experiments.grid.plan import Plan, method_rows
-from experiments.grids.targets import SYNAPSE, target
+from experiments.grids._targets import SYNAPSE, target
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:

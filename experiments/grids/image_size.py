@@ -4,7 +4,7 @@ python -m experiments.run_grid --grid experiments/grids/image_size.py --workdir 
 """
 
 from experiments.grid.plan import Plan, axis_rows
-from experiments.grids.targets import PHANTOM, SYNAPSE, target
+from experiments.grids._targets import PHANTOM, SYNAPSE, target
 
 SIZES = {SYNAPSE: (256, 384, 512, 1024), PHANTOM: (64, 96, 128, 160)}
 REFERENCE = {SYNAPSE: "image_size512", PHANTOM: "image_size128"}

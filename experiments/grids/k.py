@@ -4,7 +4,7 @@ python -m experiments.run_grid --grid experiments/grids/k.py --workdir runs/k
 """
 
 from experiments.grid.plan import Plan, axis_rows
-from experiments.grids.targets import SYNAPSE, target
+from experiments.grids._targets import SYNAPSE, target
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:

@@ -7,7 +7,7 @@ instead of all. The area rule takes floor(10 %) + 1 slices, richest in each orga
 """
 
 from experiments.grid.plan import Plan, Row
-from experiments.grids.targets import SYNAPSE, target
+from experiments.grids._targets import SYNAPSE, target
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:

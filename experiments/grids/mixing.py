@@ -7,7 +7,7 @@ come out alike (docs/results/README.md); the authors' release starts its gains a
 """
 
 from experiments.grid.plan import Plan, Row
-from experiments.grids.targets import SYNAPSE, target
+from experiments.grids._targets import SYNAPSE, target
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:

@@ -4,7 +4,7 @@ python -m experiments.run_grid --grid experiments/grids/preset.py --workdir runs
 """
 
 from experiments.grid.plan import Plan, method_rows
-from experiments.grids.targets import SYNAPSE, target
+from experiments.grids._targets import SYNAPSE, target
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:

@@ -4,7 +4,7 @@ python -m experiments.run_grid --grid experiments/grids/release.py --workdir run
 """
 
 from experiments.grid.plan import Plan, Row
-from experiments.grids.targets import SYNAPSE, target
+from experiments.grids._targets import SYNAPSE, target
 
 _RELEASE = {"model.preset": "release"}
 

@@ -7,7 +7,7 @@ mean more labels and not also more training.
 """
 
 from experiments.grid.plan import Plan, Row
-from experiments.grids.targets import SYNAPSE, target
+from experiments.grids._targets import SYNAPSE, target
 
 PERCENT = (1, 5, 10, 25, 100)
 

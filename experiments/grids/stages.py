@@ -4,7 +4,7 @@ python -m experiments.run_grid --grid experiments/grids/stages.py --workdir runs
 """
 
 from experiments.grid.plan import Plan, tap_rows
-from experiments.grids.targets import PHANTOM, SYNAPSE, target
+from experiments.grids._targets import PHANTOM, SYNAPSE, target
 
 TAPS = {
     SYNAPSE: ((11,), (11, 2), (11, 5, 2), (11, 8, 5, 2)),

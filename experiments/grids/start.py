@@ -7,7 +7,7 @@ scored on: with it `model.start_scale` and `model.ppr_norm` were chosen (docs/pa
 """
 
 from experiments.grid.plan import Plan, Row
-from experiments.grids.targets import PHANTOM, SYNAPSE, target
+from experiments.grids._targets import PHANTOM, SYNAPSE, target
 
 _SCALES = (0.3, 0.1, 0.03, 0.01)
 

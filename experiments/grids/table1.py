@@ -7,7 +7,7 @@ phantoms, weights/sam_vit_t: python -m experiments.pretrain
 """
 
 from experiments.grid.plan import Plan, method_rows
-from experiments.grids.targets import SYNAPSE, target
+from experiments.grids._targets import SYNAPSE, target
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:

@@ -8,7 +8,7 @@ from the small SAM of table1.
 """
 
 from experiments.grid.plan import Plan, method_rows
-from experiments.grids.targets import PHANTOM, SYNAPSE, target
+from experiments.grids._targets import PHANTOM, SYNAPSE, target
 
 
 def get_grid(variant: str = "ventricle") -> Plan:

@@ -8,7 +8,7 @@ of CFM, a learned default dense prompt instead of PPG, prototypes as they are in
 """
 
 from experiments.grid.plan import Plan, Row
-from experiments.grids.targets import SYNAPSE, target
+from experiments.grids._targets import SYNAPSE, target
 
 
 def switches(cfm: bool, ppg: bool, ppr: bool) -> dict:

@@ -7,7 +7,7 @@ attention (ViT-b: 11 and 2 of 12; the phantom's encoder: 3 and 1 of 4).
 """
 
 from experiments.grid.plan import Plan, tap_rows
-from experiments.grids.targets import PHANTOM, SYNAPSE, target
+from experiments.grids._targets import PHANTOM, SYNAPSE, target
 
 TAPS = {
     SYNAPSE: ((11, 2), (11, 5), (11, 8), (2, 11)),

@@ -18,8 +18,9 @@ Examples:
 
 import sys
 
-from experiments.benchmark.__main__ import numbers, words
-from experiments.benchmark.runner import Effort
+from experiments.measurement.flags import numbers, words
+from experiments.measurement.points import cross
+from experiments.measurement.timing import Effort
 from experiments.measurement.worker_process import Failed
 from experiments.scaling import points
 from experiments.scaling.csv_table import COMPILED, FAILED, MEASURED
@@ -70,7 +71,7 @@ def _measured(options) -> list[dict]:
 
 def _compiled(options) -> list[dict]:
     lists = _lists(options, options.dtype or "bfloat16") | {"topology": words(options.topologies)}
-    chosen = points.cross(points.Compiled, **lists | ({"batch": [1]} if options.fit else {}))
+    chosen = cross(points.Compiled, **lists | ({"batch": [1]} if options.fit else {}))
     study = Study(options.output, COMPILED, compile_with(options.limit), options.retry)
     return study.each(study.fit if options.fit else study.row, chosen, options.workers)
 

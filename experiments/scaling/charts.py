@@ -1,17 +1,25 @@
-"""The charts of a study: each draws the rows of one CSV file in the colours of a theme."""
+"""Charts of a study: each draws the rows of one CSV file in the colors of a theme."""
 
 import math
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
+from experiments.scaling.chart_parts import (
+    DASHES,
+    chip_of,
+    grouped,
+    legend,
+    line_style,
+    marker_style,
+    outer_labels,
+    panels,
+    plain_numbers,
+    unique,
+)
 from experiments.scaling.csv_table import COMPILED, MEASURED, series
 from pgpsam_jax.report.figures.theme import Theme, new_figure
 
-_CHIPS = ("v4", "v5e", "v5p", "v6e")  # in order of the theme's colours
-_DASHES = ("-", (0, (5, 1.5)), (0, (2, 1)), (0, (4, 1, 1, 1)))
-_FILLS = ("full", "none", "left", "top")  # of markers, by mesh like the dashes: a point has no line
 _TERMS = {"compute": "compute", "hbm": "memory (HBM)", "ici": "network (ICI)"}
 _MARKERS = "osD"
 
@@ -29,28 +37,28 @@ def efficiency(rows, theme: Theme) -> Figure:
 
 
 def _against_chips(rows, theme, column, label, ideal=False) -> Figure:
-    meshes = _unique(row["mesh"] for row in rows)
-    figure, panels = _panels(rows, theme)
-    for axes, chosen in panels:
+    meshes = unique(row["mesh"] for row in rows)
+    figure, parts = panels(rows, theme)
+    for axes, chosen in parts:
         for line in _longest(chosen):
             first = line[0]
             x, y = [row["chips"] for row in line], [row[column] for row in line]
             mesh = meshes.index(first["mesh"])
-            axes.plot(_beside(x, mesh), y, **_style(_chip(first), mesh, theme))
+            axes.plot(_beside(x, mesh), y, **line_style(chip_of(first), mesh, theme))
             if ideal and len(line) > 1:
                 ends = [y[0], y[0] * x[-1] / x[0]]
                 axes.plot([x[0], x[-1]], ends, color=theme.muted, linewidth=0.9, linestyle=":")
         axes.set_xscale("log", base=2)
-        _plain(axes.xaxis)
+        plain_numbers(axes.xaxis)
         axes.grid(True)
         if ideal:
             axes.set_yscale("log")
-            _plain(axes.yaxis, decades=True)
+            plain_numbers(axes.yaxis, decades=True)
         else:
             axes.set_ylim(0, 1.08 * max([1.0, *(line.get_ydata().max() for line in axes.lines)]))
-    _outer(figure, "chips", label)
+    outer_labels(figure, "chips", label)
     extra = [Line2D([], [], color=theme.muted, linestyle=":", label="ideal")] if ideal else []
-    _legend(figure, rows, meshes, theme, extra)
+    legend(figure, rows, meshes, theme, extra)
     return figure
 
 
@@ -58,7 +66,7 @@ def _longest(rows) -> list[list[dict]]:
     """For every chip and mesh the series over most slices, then with the largest batch."""
     found = {}
     for line in series(COMPILED, rows):
-        key = _chip(line[0]), line[0]["mesh"]
+        key = chip_of(line[0]), line[0]["mesh"]
         size = len(line), line[0]["batch"]
         if key not in found or size > found[key][0]:
             found[key] = size, line
@@ -67,11 +75,11 @@ def _longest(rows) -> list[list[dict]]:
 
 def memory(rows, theme: Theme) -> Figure:
     """Bytes of a chip against its batch, on the smallest slice of each chip and mesh."""
-    meshes = _unique(row["mesh"] for row in rows)
-    figure, panels = _panels(rows, theme)
-    for axes, chosen in panels:
+    meshes = unique(row["mesh"] for row in rows)
+    figure, parts = panels(rows, theme)
+    for axes, chosen in parts:
         known = [row for row in chosen if row["total_bytes"] is not None]
-        for key in _unique(map(_setting, known)):
+        for key in unique(map(_setting, known)):
             alike = [row for row in known if _setting(row) == key]
             smallest = min(row["chips"] for row in alike)
             alike = sorted(
@@ -79,20 +87,20 @@ def memory(rows, theme: Theme) -> Figure:
             )
             mesh = meshes.index(key[1])
             x, y = [row["batch"] for row in alike], [row["total_bytes"] / 2**30 for row in alike]
-            axes.plot(_beside(x, mesh), y, **_style(key[0], mesh, theme))
-        for chip in _unique(map(_chip, known)):
-            limit = next(row["limit_bytes"] for row in known if _chip(row) == chip)
-            colour = _style(chip, 0, theme)["color"]
-            axes.axhline(limit / 2**30, color=colour, linewidth=1, linestyle=":")
+            axes.plot(_beside(x, mesh), y, **line_style(key[0], mesh, theme))
+        for chip in unique(map(chip_of, known)):
+            limit = next(row["limit_bytes"] for row in known if chip_of(row) == chip)
+            color = line_style(chip, 0, theme)["color"]
+            axes.axhline(limit / 2**30, color=color, linewidth=1, linestyle=":")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_ylim(bottom=2 ** math.floor(math.log2(0.9 * axes.dataLim.y0)))  # a labelled line
-        _plain(axes.xaxis)
-        _plain(axes.yaxis)
+        plain_numbers(axes.xaxis)
+        plain_numbers(axes.yaxis)
         axes.grid(True)
-    _outer(figure, "images of a chip", "GiB of a chip")
+    outer_labels(figure, "images of a chip", "GiB of a chip")
     limit = Line2D([], [], color=theme.muted, linestyle=":", label="limit of the chip")
-    _legend(figure, rows, meshes, theme, [limit])
+    legend(figure, rows, meshes, theme, [limit])
     return figure
 
 
@@ -102,14 +110,14 @@ def _beside(x, mesh: int) -> list[float]:
 
 
 def _setting(row) -> tuple:
-    return _chip(row), *(row[name] for name in ("mesh", "remat", "attention", "scan", "dtype"))
+    return chip_of(row), *(row[name] for name in ("mesh", "remat", "attention", "scan", "dtype"))
 
 
 def split(rows, theme: Theme) -> Figure:
     """The three bounds on the time of a step for each slice; the rightmost is the estimate."""
-    lanes = max(len(_split_lanes(chosen)) for chosen in _grouped(rows).values())
-    figure, panels = _panels(rows, theme, height=0.6 + 0.19 * lanes, sharex=False)
-    for axes, chosen in panels:
+    lanes = max(len(_split_lanes(chosen)) for chosen in grouped(rows).values())
+    figure, parts = panels(rows, theme, height=0.6 + 0.19 * lanes, sharex=False)
+    for axes, chosen in parts:
         found = _split_lanes(chosen)
         for place, row in enumerate(found):
             values = [1e3 * row[f"estimate_{term}_seconds"] for term in _TERMS]
@@ -120,19 +128,19 @@ def split(rows, theme: Theme) -> Figure:
                 linewidth=2,
                 zorder=1,
             )
-            for value, mark, colour in zip(values, _MARKERS, theme.series, strict=False):
+            for value, mark, color in zip(values, _MARKERS, theme.series, strict=False):
                 if value > 0:
-                    axes.plot(value, place, **_mark(mark, colour, theme))
+                    axes.plot(value, place, **marker_style(mark, color, theme))
         axes.set_yticks(range(len(found)), _split_names(found))
         axes.tick_params(axis="y", length=0, labelsize=8)
         axes.set_ylim(len(found) - 0.4, -0.6)
         axes.set_xscale("log")
-        _plain(axes.xaxis)
+        plain_numbers(axes.xaxis)
         axes.grid(axis="x")
-    _outer(figure, "ms of a step, at least (estimate)", "")
+    outer_labels(figure, "ms of a step, at least (estimate)", "")
     handles = [
-        Line2D([], [], linestyle="none", label=name, **_mark(mark, colour, theme))
-        for name, mark, colour in zip(_TERMS.values(), _MARKERS, theme.series, strict=False)
+        Line2D([], [], linestyle="none", label=name, **marker_style(mark, color, theme))
+        for name, mark, color in zip(_TERMS.values(), _MARKERS, theme.series, strict=False)
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=3)
     return figure
@@ -146,7 +154,7 @@ def _split_names(rows) -> list[str]:
     """The slice of each row, with mesh and the batch of a chip where they differ."""
     names = [row["slice"] for row in rows]
     for field, text in (("mesh", "{}"), ("batch", "batch {}")):
-        if len(_unique(row[field] for row in rows)) > 1:
+        if len(unique(row[field] for row in rows)) > 1:
             told = (text.format(row[field]) for row in rows)
             names = [f"{name}, {more}" for name, more in zip(names, told, strict=True)]
     return names
@@ -161,10 +169,10 @@ def measured(rows, theme: Theme) -> Figure:
     names = [_measured_name(line[0]) for line in lines]
     for line in lines:
         what, scaling = _measured_name(line[0]), line[0]["scaling"]
-        colour = theme.series[_unique(names).index(what) % len(theme.series)]
+        color = theme.series[unique(names).index(what) % len(theme.series)]
         style = dict(
-            color=colour,
-            linestyle="-" if scaling == "weak" else _DASHES[1],
+            color=color,
+            linestyle="-" if scaling == "weak" else DASHES[1],
             marker="o" if scaling == "weak" else "s",
             markersize=5,
             linewidth=1.8,
@@ -194,14 +202,14 @@ def measured(rows, theme: Theme) -> Figure:
     for axes in (speed, share, memory_axes):
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({row["devices"] for row in rows}))
-        _plain(axes.xaxis)
+        plain_numbers(axes.xaxis)
         axes.set_xlabel("devices")
         axes.grid(True)
-    _plain(speed.yaxis, decades=True)
+    plain_numbers(speed.yaxis, decades=True)
     handles, labels = share.get_legend_handles_labels()
     handles.append(Line2D([], [], color=theme.muted, linestyle=":"))
     figure.legend(handles, [*labels, "ideal"], loc="outside upper left", ncols=3, handlelength=3)
-    notes = _unique(row["note"].partition(":")[0] for row in rows if row["note"])
+    notes = unique(row["note"].partition(":")[0] for row in rows if row["note"])
     if notes:
         figure.supxlabel(
             "Simulation: the devices share the cores of one machine; says nothing about speed-up.",
@@ -214,94 +222,6 @@ def measured(rows, theme: Theme) -> Figure:
 def _measured_name(row) -> str:
     words = [row["encoder"], f"{row['image_size']} px", row["mesh"]]
     return " ".join(words + [row["remat"]] * (row["remat"] != "none"))
-
-
-def _grouped(rows) -> dict[tuple, list[dict]]:
-    """Rows by (encoder, image size): the panels of a figure."""
-    found: dict[tuple, list[dict]] = {}
-    for row in rows:
-        found.setdefault((row["encoder"], row["image_size"]), []).append(row)
-    return {key: found[key] for key in sorted(found, key=lambda k: _unique(found).index(k))}
-
-
-def _panels(rows, theme, height: float = 2.5, sharex: bool = True):
-    """(figure, [(axes, its rows)]): a line of panels per encoder, a column per image size."""
-    groups = _grouped(rows)
-    encoders, sizes = _unique(key[0] for key in groups), sorted({key[1] for key in groups})
-    width = 9.9 if len(sizes) > 1 else 6.4
-    figure = new_figure(width, 0.7 + height * len(encoders), theme)
-    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
-    axes = figure.subplots(len(encoders), len(sizes), squeeze=False, sharex=sharex, sharey=False)
-    panels = []
-    for i, encoder in enumerate(encoders):
-        for j, size in enumerate(sizes):
-            chosen = groups.get((encoder, size), [])
-            axes[i, j].set_visible(bool(chosen))
-            axes[i, j].set_title(f"{encoder}, {size} px")
-            if chosen:
-                panels.append((axes[i, j], chosen))
-    return figure, panels
-
-
-def _chip(row) -> str:
-    return row["topology"].split(":")[0]
-
-
-def _style(chip: str, mesh: int, theme: Theme) -> dict:
-    """Colour and marker by chip, dashes and filling by mesh."""
-    place = _CHIPS.index(chip) if chip in _CHIPS else len(_CHIPS)
-    return {
-        "color": theme.series[place],
-        "marker": "osD^v"[place],
-        "markersize": 4.5,
-        "linewidth": 1.6,
-        "linestyle": _DASHES[mesh % len(_DASHES)],
-        "fillstyle": _FILLS[mesh % len(_FILLS)],
-    }
-
-
-def _mark(mark: str, colour: str, theme: Theme) -> dict:
-    return {
-        "marker": mark,
-        "markersize": 6,
-        "color": colour,
-        "markeredgecolor": theme.rim,
-        "markeredgewidth": 0.5,
-        "zorder": 3,
-    }
-
-
-def _legend(figure, rows, meshes, theme, extra) -> None:
-    chips = _unique(map(_chip, rows))
-    handles = [Line2D([], [], label=chip, **_style(chip, 0, theme)) for chip in sorted(chips)]
-    if len(meshes) > 1:
-        handles += [
-            Line2D(
-                [], [], label=mesh, **_style("", i, theme) | {"color": theme.text, "marker": "o"}
-            )
-            for i, mesh in enumerate(meshes)
-        ]
-    figure.legend(
-        handles=[*handles, *extra], loc="outside upper left", ncols=min(8, len(handles) + 1)
-    )
-
-
-def _outer(figure, x: str, y: str) -> None:
-    figure.supxlabel(x, fontsize=9.5)
-    figure.supylabel(y, fontsize=9.5)
-
-
-def _plain(axis, decades: bool = False) -> None:
-    """Numbers as they are, not as powers; `decades`: with 1, 2 and 5 of each power of ten."""
-    axis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1e6 else f"{value:.0e}")
-    axis.set_minor_formatter(NullFormatter())
-    if decades:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_minor_locator(NullLocator())
-
-
-def _unique(values) -> list:
-    return list(dict.fromkeys(values))
 
 
 CHARTS = {

@@ -7,10 +7,11 @@ import time
 import jax
 from flax import nnx
 
+from experiments.measurement.points import CLASSES, SLICES
 from experiments.scaling import hlo_collectives, roofline
 from experiments.scaling.csv_table import OK, TOO_LARGE
 from experiments.scaling.hlo_traffic import memory_traffic
-from experiments.scaling.points import CLASSES, SLICES, Compiled
+from experiments.scaling.points import Compiled
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.parameters import count
 from pgpsam_jax.profiling import accelerators, aot, flops

@@ -9,22 +9,9 @@ loop's body counts as often as the loop runs, once where that is unknown.
 
 import math
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
 
-from experiments.scaling.hlo_collectives import (
-    CALLED,
-    HEAD,
-    OPCODE,
-    array_bytes,
-    closing,
-    elements,
-    loop_lengths,
-    trips_of,
-)
+from experiments.scaling.hlo import Instruction, Program, array_bytes, elements, parse
 
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
-_OPERAND = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"[a-z]+\d*\w*\[[^\]]*\](?:\{[^}]*\})?")
 _ELSEWHERE = re.compile(r"S\([1-9]\d*\)")
 _SLICES = ("slice", "dynamic-slice", "gather")
@@ -37,76 +24,23 @@ _NOTHING = (
 )  # fmt: skip
 
 
-class _Line(NamedTuple):
-    """One instruction, `name = type opcode(rest`; types are those of results."""
-
-    name: str
-    opcode: str
-    type: str
-    rest: str
-
-    @property
-    def operands(self) -> list[str]:
-        """Their names, in order."""
-        return _OPERAND.findall(self.rest[: closing("(" + self.rest) - 1])
-
-
-class _Program(NamedTuple):
-    """Computations by name, the type of every instruction, lengths of loops by condition."""
-
-    computations: dict[str, list[_Line]]
-    types: dict[str, str]
-    lengths: dict[str, int]
-
-
-class _Operation(NamedTuple):
-    """Its own bytes, and (computation, times it runs) for those it enters."""
-
-    size: float
-    entered: tuple[tuple[str, int], ...]
-
-
 def memory_traffic(text: str) -> float:
-    """Bytes read and written in main memory by a program (`Compiled.as_text()`)."""
-    entry, program = None, _Program({}, {}, loop_lengths(text))
-    for line in text.splitlines():
-        if line.startswith("HloModule"):
-            continue
-        if line and not line[0].isspace() and (head := HEAD.match(line)):
-            found = program.computations.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif start := _INSTRUCTION.match(line):
-            body = line[start.end() :]
-            end = closing(body) if body.startswith("(") else body.find(" ")
-            program.types[start[1]] = body[:end]
-            if opcode := OPCODE.match(body, end):
-                found.append(_Line(start[1], opcode[1], body[:end], body[opcode.end() :]))
+    """Returns the bytes that a program (`Compiled.as_text()`) reads and writes in main memory."""
+    program = parse(text)
 
     def total(name: str) -> float:
-        return math.fsum(
-            one.size + sum(times * total(called) for called, times in one.entered)
-            for one in _operations(program, name)
-        )
+        return math.fsum(map(moved, program.computations.get(name, ())))
 
-    return total(entry)
-
-
-def _operations(program: _Program, computation: str) -> Iterator[_Operation]:
-    for line in program.computations.get(computation, ()):
+    def moved(line: Instruction) -> float:
         if line.opcode in _ENTERED:
-            trips = trips_of(line.rest, program.lengths) if line.opcode == "while" else None
-            called = [
-                (one.strip().lstrip("%"), trips or 1)
-                for word, several, single in CALLED.findall(line.rest)
-                for one in (several or single).split(",")
-                if word != "condition"
-            ]
-            yield _Operation(0.0, tuple(called))
-        elif line.opcode not in _NOTHING and not line.opcode.endswith(("-done", "-update")):
-            yield _Operation(_size(line, program), ())
+            bodies = (call for call in line.calls if call.attribute != "condition")
+            return sum((call.trips or 1) * total(call.computation) for call in bodies)
+        return 0.0 if line.opcode in _NOTHING or line.ends else _size(line, program)
+
+    return total(program.entry)
 
 
-def _size(line: _Line, program: _Program) -> float:
+def _size(line: Instruction, program: Program) -> float:
     result, types, name = line.type, program.types, line.opcode
     given = [types.get(operand, "") for operand in line.operands]
     if name == "copy-start":  # (where to, where from, context)
@@ -119,12 +53,12 @@ def _size(line: _Line, program: _Program) -> float:
         return taken * (not _ELSEWHERE.search(given[0] if given else "")) + _here(result)
     if name == _UPDATE:
         return _here(given[1]) + array_bytes(given[1]) * bool(_here(result))
-    if name == "fusion" and (called := re.search(r"\bcalls=%?([\w.\-]+)", line.rest)):
-        return _fused(line, program.computations.get(called[1], []), types)
+    if name == "fusion" and line.calls:
+        return _fused(line, program.computations.get(line.calls[0].computation, []), types)
     return _here(result) + sum(_here(types.get(one, "")) for one in set(line.operands))
 
 
-def _fused(line: _Line, inside: list[_Line], types: dict[str, str]) -> float:
+def _fused(line: Instruction, inside: list[Instruction], types: dict[str, str]) -> float:
     """Bytes of a fusion that computes the lines `inside`."""
     parameters, same = {}, {}  # number -> name; what a bitcast is another name of
     for one in inside:

@@ -4,12 +4,11 @@ import dataclasses
 import itertools
 import re
 
+from experiments.measurement.points import cross
 from pgpsam_jax.config import default_config
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.profiling import aot
 
-CLASSES = 9  # eight organs and background, as Synapse
-SLICES = 221  # of the paper's few-shot list
 # From one host to the largest slice of v5e and v6e and to 512 chips of v4 and v5p.
 TOPOLOGIES = (
     *("v4:2x2x1", "v4:4x4x4", "v4:8x8x8"),
@@ -114,13 +113,6 @@ def mesh_sizes(words: str) -> dict[str, int]:
     if list(sizes.values()).count(-1) > 1:
         raise UserError(f"mesh {words!r} gives the rest to several axes; give all but one a size")
     return {name: size or 1 for name, size in sizes.items()}
-
-
-def cross(kind, **lists) -> list:
-    """Every combination of the values of a point's fields, the last field fastest."""
-    rows = itertools.product(*lists.values())
-    points = (kind(**dict(zip(lists, row, strict=True))) for row in rows)
-    return list({point.key: point for point in points}.values())
 
 
 def measured_points(devices: int, counts, scalings, simulated: bool, **lists) -> list[Measured]:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from experiments.benchmark import runner
+from experiments.measurement import timing
 from experiments.measurement.worker_process import Failed, Process, end_all
 from experiments.scaling import csv_table as table
 from experiments.scaling.csv_table import FAILED, OK, Kind
@@ -107,7 +107,7 @@ def next_batch(known: dict[int, tuple[bool, int, int]], most: int) -> int | None
 def compile_with(limit: float) -> Callable[[Compiled], dict]:
     """A function that compiles a point in at most so many seconds."""
     versions = {name: _version(name) for name in ("jax", "libtpu")}
-    environment = runner.ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
+    environment = timing.ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
 
     def measure(point: Compiled) -> dict:
         with Process(_WORKER, environment=environment, patience=limit) as process:
@@ -117,14 +117,14 @@ def compile_with(limit: float) -> Callable[[Compiled], dict]:
     return measure
 
 
-def measure_with(limit: float, effort: runner.Effort) -> Callable[[Measured], dict]:
+def measure_with(limit: float, effort: timing.Effort) -> Callable[[Measured], dict]:
     """A function that runs a point; no single answer of it may take longer than the limit."""
 
     def measure(point: Measured) -> dict:
         with _devices_process(point.devices if point.simulated else 0, limit) as process:
             row = process.ask(prepare=dataclasses.asdict(point))
-            runner.warm(process, row, row["platform"])
-            spent = runner.timed(process, row["platform"], effort)
+            timing.warm_up(process, row, row["platform"])
+            spent = timing.time_steps(process, row["platform"], effort)
             row |= process.ask(memory=None)
         rate = row["global_batch"] / spent["median"]
         low, high = spent["quartiles"]
@@ -152,7 +152,7 @@ def devices_at_hand(simulate: int, limit: float) -> dict:
 
 def _devices_process(simulate: int, limit: float) -> Process:
     """A worker with that many simulated devices; with the machine's own for 0."""
-    environment = dict(runner.ENVIRONMENT)
+    environment = dict(timing.ENVIRONMENT)
     if simulate:
         name = "--xla_force_host_platform_device_count"
         flags = re.sub(rf"{name}=\d+", "", os.environ.get("XLA_FLAGS", ""))
