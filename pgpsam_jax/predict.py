@@ -111,7 +111,7 @@ def by_stem(inputs: Iterable[Path]) -> dict[str, Path]:
 
 
 def _said(volumes: Mapping[str, float]) -> str:
-    """The organs found, with their millilitres."""
+    """The organs found, with their milliliters."""
     found = (
         f"{name} {ml:.0f} ml" if ml >= 100 else f"{name} {ml:.3g} ml"
         for name, ml in volumes.items()

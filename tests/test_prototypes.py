@@ -17,8 +17,8 @@ from small_run import write_data
 from pgpsam_jax.data.letterbox import Fit
 from pgpsam_jax.models.pgpsam.model import Pass
 from pgpsam_jax.models.pgpsam.ppr import PrototypeRefinement, select_inter
-from pgpsam_jax.report.figures import theme
-from pgpsam_jax.report.figures.csv_rows import write_rows
+from pgpsam_jax.report.figures import picture as drawing
+from pgpsam_jax.report.figures.csv_rows import read_columns, write_rows
 from pgpsam_jax.report.prototypes import charts, collect, pictures
 from pgpsam_jax.results import runs
 
@@ -173,7 +173,7 @@ def test_an_alarm_where_sparse_prompts_are_all_one(tmp_path):
 def test_tables_come_back_as_they_were_written(tmp_path):
     rows = collect.attention_rows(one_hot_look())
     write_rows(tmp_path / "t.csv", rows)
-    table = pictures.read_table(tmp_path / "t.csv")
+    table = read_columns(tmp_path / "t.csv")
     own = (table["class"] == "x") & (table["map"] == "W_c")
     grid = np.stack([table[f"c{i}"][own] for i in range(4)], axis=1)
     assert np.array_equal(grid, np.eye(16)[1].reshape(4, 4))
@@ -237,7 +237,7 @@ RASTER = {"dense": "dense", "class_attention": "attention", "query_attention": "
 
 
 def pixels_only(figure, target, kind, dpi):
-    """In the place of `style._save`: vectors, which take most of the time, are left out."""
+    """In the place of `drawing._save`: vectors, which take most of the time, are left out."""
     if kind == "png":
         figure.savefig(target, format=kind, dpi=20)
     elif hasattr(target, "write"):
@@ -247,7 +247,7 @@ def pixels_only(figure, target, kind, dpi):
 
 
 def test_pictures_of_a_run(workdir, tmp_path, monkeypatch):
-    monkeypatch.setattr(theme, "_save", pixels_only)
+    monkeypatch.setattr(drawing, "_save", pixels_only)
     model = Prototypes()
     monkeypatch.setattr("pgpsam_jax.inference.trained_run.TrainedRun.model", model)
     monkeypatch.setattr(
@@ -259,7 +259,7 @@ def test_pictures_of_a_run(workdir, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_pictures_of_a_trained_model(root, tmp_path, monkeypatch):
     for dots in ("_FILE_DPI", "_PAGE_DPI"):  # most of the time goes into them
-        monkeypatch.setattr(theme, dots, 20)
+        monkeypatch.setattr(drawing, dots, 20)
     settings = dict(model__alpha=2, model__k=2, model__stage_taps=(1,))
     workdir = ready_run(root, tmp_path / "run", predictor=Nothing(), **settings)
     check_pictures(workdir, tmp_path)
@@ -276,9 +276,9 @@ def check_pictures(workdir, tmp_path):
         assert (picture.dark is None) == (name in RASTER)
     tables = {path.stem for path in tmp_path.glob("*.csv")}
     assert tables == {f"prototype_{name}" for name in ("dense", "attention", "prompts", *CHARTS)}
-    mixing = pictures.read_table(tmp_path / "prototype_mixing.csv")
+    mixing = read_columns(tmp_path / "prototype_mixing.csv")
     assert mixing["alpha"].tolist() == mixing["beta"].tolist() == [0.5]  # never trained
-    attention = pictures.read_table(tmp_path / "prototype_attention.csv")
+    attention = read_columns(tmp_path / "prototype_attention.csv")
     total = sum(attention[f"c{i}"].sum() for i in range(4))
     assert total == pytest.approx(2 * 3, rel=1e-2)  # both maps of 3 classes sum to one
 

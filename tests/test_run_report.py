@@ -21,16 +21,19 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.metrics.protocols import score_case
 from pgpsam_jax.metrics.summary import write_evaluation
 from pgpsam_jax.report import __main__ as program
-from pgpsam_jax.report.figures import charts, theme
+from pgpsam_jax.report.figures import charts
+from pgpsam_jax.report.figures import picture as drawing
 from pgpsam_jax.report.figures.charts import CHARTS, cost_charts, redraw
 from pgpsam_jax.report.figures.csv_rows import groups_of
+from pgpsam_jax.report.figures.picture import Picture, draw
 from pgpsam_jax.report.figures.slices import failures
-from pgpsam_jax.report.figures.theme import DARK, LIGHT, Picture, draw, new_figure
 from pgpsam_jax.report.html.css import stylesheet
 from pgpsam_jax.report.page import write_report
 from pgpsam_jax.report.prototypes import pictures
 from pgpsam_jax.results.grid import STATE, read_grid
 from pgpsam_jax.results.runs import read_run
+from pgpsam_jax.visualization import theme
+from pgpsam_jax.visualization.theme import DARK, LIGHT, new_figure
 
 HOSTILE = '<script>alert("x")</script> & $\\frac$ <b>'
 NAMES = ("background", "liver", "spleen")
@@ -42,7 +45,7 @@ def sparing():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "prototype_pictures", lambda run, folder: [])
         for name in ("_FILE_DPI", "_PAGE_DPI"):
-            patch.setattr(theme, name, 40)
+            patch.setattr(drawing, name, 40)
         patch.setitem(theme._SETTINGS, "pdf.fonttype", 3)  # 42 takes half a second of each
         yield
 
@@ -50,7 +53,7 @@ def sparing():
 @pytest.fixture(scope="module")
 def rough():
     """Figures of which the PNG alone is drawn: the pages of `scored` and `draw` have them whole."""
-    save, stub = theme._save, {"pdf": b"%PDF", "svg": b"<svg/>"}
+    save, stub = drawing._save, {"pdf": b"%PDF", "svg": b"<svg/>"}
 
     def save_png(figure, target, kind, dpi):
         if kind == "png":
@@ -65,7 +68,7 @@ def rough():
 
 @pytest.fixture
 def sketched(rough, monkeypatch):
-    monkeypatch.setattr(theme, "_save", rough)
+    monkeypatch.setattr(drawing, "_save", rough)
 
 
 def write_scored(root, workdir, name="small", split="file"):
@@ -119,7 +122,7 @@ def test_page_of_a_run(scored):
     assert len(page.of("img")) == len(want) and len(page.of("source")) == len(want) - 2
 
 
-def test_charts_are_embedded_for_both_colour_schemes(scored):
+def test_charts_are_embedded_for_both_color_schemes(scored):
     page = Page(scored / "report" / "report.html")
     svg = [(a["src"], LIGHT, DARK) for a in page.of("img") if "svg" in a["src"][:20]]
     svg += [(a["srcset"], DARK, LIGHT) for a in page.of("source")]
@@ -136,7 +139,7 @@ def test_charts_come_from_their_csv_alone(scored, tmp_path):
     figures = scored / "report" / "figures"
     for stem in CHARTS.keys() & {path.stem for path in figures.iterdir()}:
         with rc_context(LIGHT.settings):
-            theme._save(redraw(figures, stem, LIGHT), tmp_path / f"{stem}.png", "png", 40)
+            drawing._save(redraw(figures, stem, LIGHT), tmp_path / f"{stem}.png", "png", 40)
         assert (tmp_path / f"{stem}.png").read_bytes() == (figures / f"{stem}.png").read_bytes()
     text = (figures / "timing.csv").read_text().replace("200.0", "100.0")
     (tmp_path / "timing.csv").write_text(text)
@@ -149,7 +152,7 @@ def test_pictures_show_the_failures_that_were_made(scored):
     rows = read_csv((folder / "failures.csv").read_text())
     found = [(row["case"], row["z"], row["organ"], row["error"]) for row in rows]
     assert found[0] == ("b", "5", "spleen", "missed") and rows[0]["dice"] == "0.5"
-    assert [one[:2] for one in found] == [("b", "5"), ("c", "5")]  # neighbours are left out
+    assert [one[:2] for one in found] == [("b", "5"), ("c", "5")]  # neighbors are left out
     assert 0.5 < float(rows[1]["dice"]) < 1
     rows = read_csv((folder / "qualitative.csv").read_text())
     assert [row["case"] for row in rows] == ["b", "c"]  # from the worst case to the best
@@ -200,7 +203,7 @@ def half_finished(folder):
 def half(tmp_path_factory, rough):
     folder = half_finished(tmp_path_factory.mktemp("grid"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(theme, "_save", rough)
+        patch.setattr(drawing, "_save", rough)
         write_report(folder)
     return folder
 
@@ -327,8 +330,8 @@ def test_program(tmp_path, capsys, monkeypatch, sketched):
     assert "is no training workdir" in capsys.readouterr().err
 
 
-def luminance(colour):
-    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+def luminance(color):
+    parts = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
     return linear @ (0.2126, 0.7152, 0.0722)
 
@@ -342,13 +345,13 @@ def test_contrast_of_both_themes():
     """WCAG AA: 4.5 for text on every ground it stands on, 3 for the lines of charts."""
     sheets = re.findall(r":root \{(.*?)\}", stylesheet())
     for shown, sheet in zip((LIGHT, DARK), sheets, strict=True):
-        colours = dict(re.findall(r"--(\w+): (#\w+)", sheet))
+        colors = dict(re.findall(r"--(\w+): (#\w+)", sheet))
         for ground in ("surface", "tint", "notice"):
-            assert contrast(colours["text"], colours[ground]) > 4.5
+            assert contrast(colors["text"], colors[ground]) > 4.5
         for text in ("muted", "link"):
-            assert min(contrast(colours[text], colours[g]) for g in ("surface", "tint")) > 4.5
-        assert colours["surface"] == shown.surface
-        assert min(contrast(colour, shown.surface) for colour in shown.series[:5]) > 3
+            assert min(contrast(colors[text], colors[g]) for g in ("surface", "tint")) > 4.5
+        assert colors["surface"] == shown.surface
+        assert min(contrast(color, shown.surface) for color in shown.series[:5]) > 3
         assert len(set(shown.series)) == 7
 
 

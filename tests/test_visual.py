@@ -32,7 +32,7 @@ SPACING = (5.0, 0.8, 0.8)
 
 
 def test_palette_is_stable():
-    """Pinned: readers learn the colours, and pictures of different runs are laid side by side."""
+    """Pinned: readers learn the colors, and pictures of different runs are laid side by side."""
     want = ["#CC79A7", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#F0E442", "#D55E00", "#9933FF"]
     assert list(palette(SYNAPSE).values()) == want
     assert list(palette(SYNAPSE)) == list(SYNAPSE[1:])
@@ -45,15 +45,15 @@ def test_palette_is_stable():
 
 def test_palette_is_distinct_up_to_24_classes_and_then_repeats():
     names = ("background", "tumour", *SYNAPSE[1:], *(f"organ{i}" for i in range(20)))
-    colours = palette(names)
-    assert {name: colours[name] for name in SYNAPSE[1:]} == palette(SYNAPSE)
-    assert len({colours[name] for name in names[1:25]}) == 24
-    assert len(colours) == 29 and set(colours.values()) == {colours[n] for n in names[1:25]}
+    colors = palette(names)
+    assert {name: colors[name] for name in SYNAPSE[1:]} == palette(SYNAPSE)
+    assert len({colors[name] for name in names[1:25]}) == 24
+    assert len(colors) == 29 and set(colors.values()) == {colors[n] for n in names[1:25]}
 
 
-def test_organ_colours_differ_for_dichromats_too():
+def test_organ_colors_differ_for_dichromats_too():
     """No two organs come close in sRGB, as seen normally and with simulated deuteranopia."""
-    linear = np.array([to_rgb(colour) for colour in palette(SYNAPSE).values()]) ** 2.2
+    linear = np.array([to_rgb(color) for color in palette(SYNAPSE).values()]) ** 2.2
     # Machado et al. 2009, deuteranopia at full severity.
     matrix = [
         [0.367322, 0.860646, -0.227968],
@@ -108,7 +108,7 @@ def test_overlays_are_named_by_slice_and_dice(tmp_path, monkeypatch):
         pixels = imread(path)
         assert pixels.shape[0] > 300 and pixels.shape[1] > 1000
     # Other scores, other names: the old pictures go, those of a case with a longer name stay.
-    monkeypatch.setattr(overlays, "save", unseen)
+    monkeypatch.setattr(overlays, "save_png", unseen)
     (tmp_path / "img_00012_best_z1_dice0.97.png").touch()
     write_overlays(image, truth, truth, *arguments)
     names = {path.name for path in tmp_path.iterdir()}
@@ -117,7 +117,7 @@ def test_overlays_are_named_by_slice_and_dice(tmp_path, monkeypatch):
 
 
 def test_region_limits_the_choice_and_few_slices_give_few_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(overlays, "save", unseen)
+    monkeypatch.setattr(overlays, "save_png", unseen)
     image, truth, prediction = phantom()
     arguments = (image, truth, prediction, SPACING, SYNAPSE, "c", tmp_path)
 
@@ -132,7 +132,7 @@ def test_region_limits_the_choice_and_few_slices_give_few_pictures(tmp_path, mon
 
 
 def test_among_failures_the_large_organ_comes_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(overlays, "save", unseen)
+    monkeypatch.setattr(overlays, "save_png", unseen)
     _, truth, _ = phantom()
     image, prediction = truth / 8.0, truth * 0
     paths = write_overlays(image, truth, prediction, SPACING, SYNAPSE, "c", tmp_path)
@@ -165,14 +165,14 @@ def test_overlay_panels_orientation_aspect_and_legend():
     assert box[1] / box[0] == pytest.approx(60 / 20)
 
 
-def test_overlay_draws_an_organ_where_it_is_in_its_colour(tmp_path):
+def test_overlay_draws_an_organ_where_it_is_in_its_color(tmp_path):
     """One organ in the patient's right anterior corner: upper left quarter of its panel."""
     truth = np.zeros((1, 40, 40), np.uint8)
     truth[0, 2:18, 2:18] = 7
     write_overlays(np.zeros((1, 40, 40)), truth, truth, (1.0, 1.0, 1.0), SYNAPSE, "c", tmp_path)
     pixels = imread(next(tmp_path.iterdir()))[..., :3]
-    colour = np.array(to_rgb(palette(SYNAPSE)["aorta"]))
-    hits = np.argwhere(np.abs(pixels - 0.3 * colour).max(axis=-1) < 0.02)  # the fill on black
+    color = np.array(to_rgb(palette(SYNAPSE)["aorta"]))
+    hits = np.argwhere(np.abs(pixels - 0.3 * color).max(axis=-1) < 0.02)  # the fill on black
     hits = hits[hits[:, 1] < 2 * pixels.shape[1] // 3]  # of the truth panel
     panel = overlay_slice(truth[0] * 0.0, truth[0], truth[0], (1, 1), SYNAPSE, "t").axes[1]
     box = panel.get_position()
@@ -202,8 +202,9 @@ def test_absent_maps_have_no_panel(drop, titles):
 
 def test_preview_shows_slices_with_organs(tmp_path, monkeypatch):
     figures = []
-    save = overlays.save
-    monkeypatch.setattr(overlays, "save", lambda fig, path: figures.append(fig) or save(fig, path))
+    save = overlays.save_png
+    kept = lambda figure, path: figures.append(figure) or save(figure, path)  # noqa: E731
+    monkeypatch.setattr(overlays, "save_png", kept)
     image, _, prediction = phantom(depth=40)
     prediction[10:36, 12, 12] = 7
     path = write_preview(image, prediction, SPACING, SYNAPSE, tmp_path / "img0001.png")
@@ -222,32 +223,38 @@ def test_preview_shows_slices_with_organs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("count", [1, 2, 40, 5000])
 def test_training_curve_at_any_length(tmp_path, count):
     records = [
-        {"step": s, "loss": 1 / (s + 1), "final_dice": 0.5, "lr": 1e-3, "images_per_second": 9.0}
+        {
+            "step": s,
+            "loss": 1 / (s + 1),
+            "final_dice": 0.5,
+            "learning_rate": 1e-3,
+            "images_per_second": 9.0,
+        }
         for s in range(count)
     ]
-    training_curve.training_curve(records, tmp_path / "curve.png")
-    assert imread(tmp_path / "curve.png").shape == (495, 1100, 4)
+    training_curve.write_training_curve(records, tmp_path / "curve.png")
+    assert imread(tmp_path / "curve.png").shape == (484, 1089, 4)
     assert [p.name for p in tmp_path.iterdir()] == ["curve.png"]
 
 
 def test_training_curve_draws_what_is_there(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(training_curve, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(training_curve, "save_png", lambda figure, path: figures.append(figure))
     records = [
         {"step": 1, "loss": 2.0, "final_ce": 1.0, "gradient_norm": 3.0},
         {"step": 2, "loss": float("nan"), "final_ce": 0.8, "final_weight": 0.6},
-        {"step": 3, "loss": 1.0, "lr": 1e-3, "final_ce": 0.7},
+        {"step": 3, "loss": 1.0, "learning_rate": 1e-3, "final_ce": 0.7},
     ]
-    training_curve.training_curve(records, tmp_path / "curve.png")
+    training_curve.write_training_curve(records, tmp_path / "curve.png")
     main, *sides = figures[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in main.lines}
     assert lines == {
         "loss": [[1, 2], [3, 1]],
-        "final ce": [[1, 1], [2, 0.8], [3, 0.7]],
+        "final cross-entropy": [[1, 1], [2, 0.8], [3, 0.7]],
     }
     assert [ax.get_title() for ax in sides] == ["learning rate", "gradient norm"]
     assert sides[0].lines[0].get_xydata().tolist() == [[3, 1e-3]]
-    training_curve.training_curve([], tmp_path / "none.png")
+    training_curve.write_training_curve([], tmp_path / "none.png")
     assert len(figures) == 1  # nothing to draw yet
 
 
@@ -271,11 +278,11 @@ def test_pictures_of_odd_shapes_are_bounded(shape, spacing, tmp_path):
     for path in paths:
         high, wide, _ = imread(path).shape
         assert 100 < high < 4000 and 300 < wide < 4000
-        assert is_coloured(imread(path)).mean() > 0.02  # the organ is seen
+        assert is_colored(imread(path)).mean() > 0.02  # the organ is seen
     assert overlays.scale_note(shape[1:], spacing[1:]) == " (not to scale)"
 
 
-def is_coloured(picture):
+def is_colored(picture):
     return np.ptp(picture[..., :3], axis=-1) > 0.05
 
 

@@ -18,7 +18,7 @@ from experiments.scaling.chart_parts import (
     unique,
 )
 from experiments.scaling.csv_table import COMPILED, MEASURED, series
-from pgpsam_jax.report.figures.theme import Theme, new_figure
+from pgpsam_jax.visualization.theme import Theme, new_figure
 
 _TERMS = {"compute": "compute", "hbm": "memory (HBM)", "ici": "network (ICI)"}
 _MARKERS = "osD"

@@ -12,9 +12,9 @@ from experiments.scaling.csv_table import COMPILED, FAILED, MEASURED, OK, Kind
 from experiments.scaling.hlo_collectives import KINDS
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.profiling import aot
-from pgpsam_jax.report.figures.theme import LIGHT
 from pgpsam_jax.results.tables.text import NONE, Table, number, percent, to_markdown
 from pgpsam_jax.utils.files import atomic_path, write_text
+from pgpsam_jax.visualization.theme import LIGHT
 
 _ENCODERS = "vit_t vit_b vit_l vit_h"  # in order of size
 _SHORT = {

@@ -2,8 +2,8 @@
 
 `predictions.json` says it: `schema` 1; `runs`, {digest of the parameters: {"workdir", "labels"}};
 `files`, {name of a mask: {"run", "input", "warnings", "voxels", "ml", "sha256"}}, the last three
-once it is written: voxels and millilitres by organ, and the digest of the file. `volumes.csv` has
-the millilitres as a table, `labels.json` the id of every name.
+once it is written: voxels and milliliters by organ, and the digest of the file. `volumes.csv` has
+the milliliters as a table, `labels.json` the id of every name.
 """
 
 import os

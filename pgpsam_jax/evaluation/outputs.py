@@ -57,7 +57,7 @@ def score_and_write(
 def write_prediction(case: Predicted, *, folder: Path, names, window) -> tuple[str, dict]:
     """`<folder>/<name>.nii.gz`, and a sheet of slices beside it where the image is given.
 
-    Returns the name and the facts that `Masks` keeps: voxels and millilitres by organ, SHA-256.
+    Returns the name and the facts that `Masks` keeps: voxels and milliliters by organ, SHA-256.
     """
     path = folder / f"{case.name}.nii.gz"
     write_label(path, case.prediction, case.source)

@@ -10,7 +10,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import registry
 from pgpsam_jax.report import facts
 from pgpsam_jax.report.figures import charts, slices
-from pgpsam_jax.report.figures.theme import Picture
+from pgpsam_jax.report.figures.picture import Picture
 from pgpsam_jax.report.headline import header
 from pgpsam_jax.report.html.css import stylesheet
 from pgpsam_jax.report.html.markup import escape, figure, paragraph, section, tables

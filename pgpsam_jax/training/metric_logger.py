@@ -118,11 +118,11 @@ class RunLog:
                 self._draw()
 
     def _draw(self) -> None:
-        from pgpsam_jax.visualization.training_curve import training_curve
+        from pgpsam_jax.visualization.training_curve import write_training_curve
 
         if len(self._rates) < 2:  # a fit has no curve
             return
-        training_curve(self.records, self.workdir / "training.png")
+        write_training_curve(self.records, self.workdir / "training.png")
 
     @contextlib.contextmanager
     def paused(self):

@@ -19,19 +19,18 @@ from matplotlib.patches import Patch
 from pgpsam_jax.data.layouts.cases import safe_case_id
 from pgpsam_jax.metrics.protocols import overlaps
 from pgpsam_jax.metrics.release_protocol import dice
-from pgpsam_jax.utils.files import atomic_path
 from pgpsam_jax.utils.untrusted_text import shown
+from pgpsam_jax.visualization.theme import save_png
 
-# Okabe and Ito's colour-blind-safe set without black, and a violet: eight that also stand out from
-# the greys of CT. Neighbouring organs are far apart in it.
-CYCLE = ("#CC79A7", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#F0E442", "#D55E00", "#9933FF")
+# Okabe and Ito's color-blind-safe set without black, and a violet: eight that also stand out from
+# the grays of CT. Neighboring organs are far apart in it.
+_CYCLE = ("#CC79A7", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#F0E442", "#D55E00", "#9933FF")
 _ORGANS = "spleen right_kidney left_kidney gallbladder liver stomach aorta pancreas".split()
 _VENTRICLES = "left_ventricle right_ventricle third_ventricle fourth_ventricle".split()
-_KNOWN = dict(zip(_ORGANS, CYCLE, strict=True)) | dict(
-    zip(_VENTRICLES, (CYCLE[2], CYCLE[1], CYCLE[0], CYCLE[3]), strict=True)
+_KNOWN = dict(zip(_ORGANS, _CYCLE, strict=True)) | dict(
+    zip(_VENTRICLES, (_CYCLE[2], _CYCLE[1], _CYCLE[0], _CYCLE[3]), strict=True)
 )
 _OUTLINE = [patheffects.withStroke(linewidth=2, foreground="black")]
-DPI = 110
 _GAP = 0.08  # inches between panels
 _MARGIN = 0.15
 _LONGEST = 4.0  # times the shorter side of a slice; a picture of its true shape could be a line
@@ -39,25 +38,25 @@ _FINEST = 1024  # voxels drawn along a side: more than there are pixels
 
 
 def palette(names) -> dict[str, str]:
-    """Hex colour of every class but the background; a known organ has the same one everywhere.
+    """Hex color of every class but the background; a known organ has the same one everywhere.
 
-    names: K class names, background first. Other names take the colours that are still free, in
+    names: K class names, background first. Other names take the colors that are still free, in
     order of class id, then lighter and darker rounds of the same eight.
     """
-    colours = {name: _KNOWN[_plain(name)] for name in names[1:] if _plain(name) in _KNOWN}
-    rounds = [*CYCLE, *(_mix(c, 1.0, 0.55) for c in CYCLE), *(_mix(c, 0.0, 0.4) for c in CYCLE)]
-    free = [colour for colour in rounds if colour not in colours.values()]
-    others = [name for name in names[1:] if name not in colours]
-    colours |= {name: free[place % len(free)] for place, name in enumerate(others)}
-    return {name: colours[name] for name in names[1:]}
+    colors = {name: _KNOWN[_plain(name)] for name in names[1:] if _plain(name) in _KNOWN}
+    rounds = [*_CYCLE, *(_mix(c, 1.0, 0.55) for c in _CYCLE), *(_mix(c, 0.0, 0.4) for c in _CYCLE)]
+    free = [color for color in rounds if color not in colors.values()]
+    others = [name for name in names[1:] if name not in colors]
+    colors |= {name: free[place % len(free)] for place, name in enumerate(others)}
+    return {name: colors[name] for name in names[1:]}
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", "_", name.strip().lower()).replace("lateral_", "")
 
 
-def _mix(colour, level: float, share: float) -> str:
-    return to_hex([(1 - share) * part + share * level for part in to_rgb(colour)]).upper()
+def _mix(color, level: float, share: float) -> str:
+    return to_hex([(1 - share) * part + share * level for part in to_rgb(color)]).upper()
 
 
 def overlay_slice(image, truth, prediction, spacing, names, title: str) -> Figure:
@@ -110,7 +109,7 @@ def write_overlays(
         mean = np.nanmean(scores[z])
         title = f"{case_id}, {kind} slice: z = {z} (0 to {len(truth) - 1}), Dice {mean:.2f}"
         figure = overlay_slice(image[z], truth[z], prediction[z], spacing[1:], names, title)
-        paths.append(save(figure, out_dir / f"{stem}_{kind}_z{z}_dice{mean:.2f}.png"))
+        paths.append(save_png(figure, out_dir / f"{stem}_{kind}_z{z}_dice{mean:.2f}.png"))
     return paths
 
 
@@ -151,7 +150,7 @@ def write_preview(image, prediction, spacing, names, path) -> Path:
         ax.text(0.98, 0.98, f"z = {z}", transform=ax.transAxes, ha="right", va="top", **note(8))
     for ax in axes[len(chosen) :]:
         ax.set_visible(False)
-    return save(figure, path)
+    return save_png(figure, path)
 
 
 def drawn_spacing(shape, spacing) -> tuple[float, float]:
@@ -189,7 +188,12 @@ def panels(grid, shape, spacing, width, legend, names, title, head, top=0.35):
     across = max(1, int(total / (0.7 + 0.085 * max(map(len, legend.values()), default=1))))
     bottom = _MARGIN + 0.05 + 0.215 * math.ceil(len(legend) / across)
     tall = bottom + rows * (height + head + _GAP) + top
-    figure, axes = Figure(figsize=(total, tall), dpi=DPI), []
+    figure, axes = (
+        Figure(
+            figsize=(total, tall),
+        ),
+        [],
+    )
     for place in range(rows * columns):
         row, column = divmod(place, columns)
         low = bottom + (rows - 1 - row) * (height + head + _GAP)
@@ -200,9 +204,9 @@ def panels(grid, shape, spacing, width, legend, names, title, head, top=0.35):
     )  # a long case name must not run off a narrow sheet
     style = {"ha": "center", "va": "center", "fontsize": size, "parse_math": False}
     figure.text(0.5, 1 - 0.2 / tall, shown(title, 1000), **style)
-    colours = palette(names)
+    colors = palette(names)
     handles = [
-        Patch(color=colours[names[k]], label=text.replace("_", " ")) for k, text in legend.items()
+        Patch(color=colors[names[k]], label=text.replace("_", " ")) for k, text in legend.items()
     ]
     style = {"frameon": False, "handlelength": 1.2, "columnspacing": 1.4, "borderaxespad": 0.2}
     if handles:
@@ -225,13 +229,13 @@ def draw_slice(ax, image, labels, spacing, names, letters=True) -> None:
     ax.imshow(
         image, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0), interpolation="bilinear"
     )
-    colours = palette(names)
+    colors = palette(names)
     for k in present(names, labels) if labels is not None else ():
         # A rim of zeros closes the contour of an organ that touches the border.
         mask = np.pad(labels == k, 1).astype(np.float32)
         y, x = ((np.arange(n) - 0.5) * s for n, s in zip(mask.shape, spacing, strict=True))
-        ax.contourf(x, y, mask, levels=[0.5, 1.5], colors=[colours[names[k]]], alpha=0.3)
-        ax.contour(x, y, mask, levels=[0.5], colors=[colours[names[k]]], linewidths=1.1)
+        ax.contourf(x, y, mask, levels=[0.5, 1.5], colors=[colors[names[k]]], alpha=0.3)
+        ax.contour(x, y, mask, levels=[0.5], colors=[colors[names[k]]], linewidths=1.1)
     ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     for spine in ax.spines.values():
         spine.set_visible(False)
@@ -241,11 +245,5 @@ def draw_slice(ax, image, labels, spacing, names, letters=True) -> None:
 
 
 def note(size) -> dict:
-    """Style of text that stays readable on any grey: white with a black rim."""
+    """Style of text that stays readable on any gray: white with a black rim."""
     return {"color": "white", "fontsize": size, "path_effects": _OUTLINE}
-
-
-def save(figure, path: Path) -> Path:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
-    return path

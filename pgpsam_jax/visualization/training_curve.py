@@ -1,61 +1,92 @@
-"""The training curve of a run as one PNG file."""
+"""The training curve of a run: losses beside validation score, learning rate and throughput."""
 
 import math
-import re
+from collections.abc import Mapping
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.ndimage import uniform_filter1d
 
-from pgpsam_jax.visualization.overlays import CYCLE, DPI, save
+from pgpsam_jax.visualization.theme import LIGHT, Theme, new_figure, save_png
 
-_SIDES = ("validation_score", "lr", "learning_rate", "gradient_norm", "images_per_second")
+_SIDE_PANELS = ("validation_score", "learning_rate", "gradient_norm", "images_per_second")
+_MAX_POINTS = 400  # of a curve: more than a reader can tell apart
+_WORDS = {"ce": "cross-entropy", "dice": "Dice loss"}
 
 
-def training_curve(records, path) -> None:
-    """Refresh the picture of a run: losses, validation, learning rate, gradient, throughput.
+def write_training_curve(records, path) -> None:
+    """Writes the curve of the records of `metrics.jsonl` as PNG; nothing while there are none."""
+    if records:
+        with matplotlib.rc_context(LIGHT.settings):
+            save_png(training_figure(curves_of(records), LIGHT), Path(path))
 
-    records: dictionaries of `metrics.jsonl` with `step` and numbers; only what is there is drawn.
-    Faint lines are the records, strong ones a running mean over a fiftieth of them.
+
+def curves_of(records) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) pairs of every number in records of `metrics.jsonl`, at most 400 per curve."""
+    curves: dict[str, list] = {}
+    for record in records:
+        for key, value in record.items():
+            if key != "step" and isinstance(value, int | float):
+                curves.setdefault(key, []).append((record["step"], value))
+    return {key: points[:: math.ceil(len(points) / _MAX_POINTS)] for key, points in curves.items()}
+
+
+def training_figure(curves: Mapping, theme: Theme) -> Figure:
+    """Figure of the curves of one run; keys without a panel are left out.
+
+    curves: {key of `metrics.jsonl`: (step, value) pairs}. Faint lines are the records, strong ones
+    their running mean over a fiftieth of them.
     """
-    if not records:
-        return
-    keys = dict.fromkeys(key for record in records for key in record)
-    losses = [key for key in keys if re.search(r"(^|_)(loss|ce|dice)($|_)", key)]
-    sides = [key for key in _SIDES if key in keys]
-    figure = Figure(figsize=(10, 4.5), dpi=DPI)
+    losses = [key for key in curves if key == "loss" or key.endswith(("_ce", "_dice"))]
+    losses.sort(key=lambda key: key != "loss")
+    sides = [key for key in _SIDE_PANELS if key in curves]
+    figure = new_figure(9.9, 4.4, theme)
     # Fixed margins: a layout engine would draw everything twice.
-    gap = 0.55 if len(sides) < 4 else 0.9
-    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.11, top=0.93, wspace=0.3, hspace=gap)
-    grid = figure.add_gridspec(max(1, len(sides)), 3)
-    main = figure.add_subplot(grid[:, :2] if sides else grid[:, :])
+    figure.subplots_adjust(left=0.05, right=0.985, bottom=0.11, top=0.93, wspace=0.28, hspace=0.45)
+    cells = figure.add_gridspec(max(1, len(sides)), 3)
+    main = figure.add_subplot(cells[:, :2] if sides else cells[:, :])
+    colors = [*theme.series[:4], *theme.series[5:]]
     for place, key in enumerate(losses):
-        strong = key == "loss"
-        _line(main, records, key, "black" if strong else CYCLE[place % 8], 2 if strong else 1.2)
-    main.set(xlabel="step", title=f"training loss up to step {records[-1]['step']}")
+        color, width = (theme.text, 2.4) if key == "loss" else (colors[place % 6], 1.4)
+        _smooth_line(main, curves[key], key, color, width)
+    main.set(title="losses", xlabel="step")
     if losses:
-        main.legend(frameon=False, fontsize=9)
+        main.legend(loc="upper right")
     for place, key in enumerate(sides):
-        ax = figure.add_subplot(grid[place, 2])
-        _line(ax, records, key, CYCLE[4], 1.5)
-        ax.set_title(key.replace("lr", "learning rate").replace("_", " "), fontsize=10)
-    for ax in figure.axes:
-        ax.grid(alpha=0.25)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        low, high = ax.get_ylim()
-        ax.set(xlim=(0, None), ylim=(min(0, low), high + 0.05 * abs(high)))
-    save(figure, Path(path))
+        ax = figure.add_subplot(cells[place, 2])
+        _smooth_line(ax, curves[key], key, theme.series[0], 1.6)
+        ax.set_title(curve_title(key))
+        if place < len(sides) - 1:
+            ax.tick_params(labelbottom=False)
+    figure.axes[-1].set_xlabel("step")
+    start_at_zero(figure)
+    return figure
 
 
-def _line(ax, records, key, colour, width) -> None:
-    pairs = [(r["step"], r[key]) for r in records if math.isfinite(r.get(key, math.nan))]
-    pairs = pairs[:: max(1, len(pairs) // 2000)]  # more points than pixels only cost time
-    steps, values = np.array(pairs, float).reshape(-1, 2).T
+def _smooth_line(ax, points, key: str, color, width: float) -> None:
+    steps, values = np.array([p for p in points if math.isfinite(p[1])], float).reshape(-1, 2).T
     window = max(1, len(values) // 50)
-    marker = "." if len(values) < 30 else None
     if window > 1:
-        ax.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
+        ax.plot(steps, values, color=color, linewidth=0.7, alpha=0.3)
         values = uniform_filter1d(values, window, mode="nearest")
-    label = key.replace("_", " ")
-    ax.plot(steps, values, color=colour, linewidth=width, marker=marker, label=label)
+    style = point_style(len(values))
+    ax.plot(steps, values, color=color, linewidth=width, label=curve_title(key), **style)
+
+
+def point_style(count: int) -> dict:
+    """Line style that also marks the points of a short curve."""
+    return {"marker": ".", "markersize": 5} if count < 30 else {}
+
+
+def start_at_zero(figure: Figure) -> None:
+    """Adds grid lines and lets every axis include zero."""
+    for ax in figure.axes:
+        ax.grid(True)
+        low, high = ax.get_ylim()
+        ax.set(xlim=(0, None), ylim=(min(0, low), high))
+
+
+def curve_title(key: str) -> str:
+    return " ".join(_WORDS.get(word, word) for word in key.split("_"))

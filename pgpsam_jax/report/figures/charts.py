@@ -6,7 +6,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from pgpsam_jax.report.figures import comparison, cost, csv_rows, training_curves
-from pgpsam_jax.report.figures.theme import Picture, Theme, draw
+from pgpsam_jax.report.figures.picture import Picture, draw
+from pgpsam_jax.visualization.theme import Theme
 
 # Every chart by the stem of its files: rows of the CSV and a theme to a figure.
 CHARTS: dict[str, Callable[[list[dict], Theme], Figure]] = {

@@ -1,4 +1,4 @@
-"""The charts of the report: each draws the rows of one CSV file in the colours of a theme."""
+"""The charts of the report: each draws the rows of one CSV file in the colors of a theme."""
 
 import math
 import textwrap
@@ -9,8 +9,8 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from pgpsam_jax.metrics.aggregate import spread
-from pgpsam_jax.report.figures.theme import Theme, new_figure
 from pgpsam_jax.visualization.overlays import palette
+from pgpsam_jax.visualization.theme import Theme, new_figure
 
 _WIDTH = 9.9  # inches of a full-width figure
 _NAMES = {"dice": "Dice (%)", "hd95": "HD95 (mm)", "nsd": "NSD (%)"}
@@ -20,13 +20,13 @@ def distribution(rows, theme: Theme) -> Figure:
     """Every case a point per organ, quartile box and median behind; rows of `score_rows`."""
     labels, organs = _unique(rows, "label"), _unique(rows, "class")
     order = sorted({(int(row["class_id"]), row["class"]) for row in rows})
-    colours = palette(["background", *(name for _, name in order)])
+    colors = palette(["background", *(name for _, name in order)])
     if len(labels) > 1:
-        return _organ_panels(rows, labels, [name for _, name in order], colours, theme)
+        return _organ_panels(rows, labels, [name for _, name in order], colors, theme)
     figure, ax = _strip_axes([name.replace("_", " ") for _, name in order], theme)
     for y, (_, name) in enumerate(order):
         values = _scores(row for row in rows if row["class"] == name)
-        _strip(ax, y, values, colours[name], theme)
+        _strip(ax, y, values, colors[name], theme)
         _aside(ax, y, (_mean(values), len(values)), theme.text)
     _aside(ax, -0.75, ("mean", "n"), theme.muted)
     ax.set(xlabel=_NAMES[rows[0]["metric"]], ylim=(len(organs) - 0.5, -0.6))
@@ -34,7 +34,7 @@ def distribution(rows, theme: Theme) -> Figure:
     return figure
 
 
-def _organ_panels(rows, labels, organs, colours, theme) -> Figure:
+def _organ_panels(rows, labels, organs, colors, theme) -> Figure:
     columns = min(4, len(organs))
     lines = math.ceil(len(organs) / columns)
     figure = new_figure(_WIDTH, 0.4 + lines * (0.75 + 0.3 * len(labels)), theme)
@@ -46,7 +46,7 @@ def _organ_panels(rows, labels, organs, colours, theme) -> Figure:
             chosen = [r for r in rows if r["class"] == organ and r["label"] == label]
             values = _scores(chosen)
             counts.append(len(values))
-            _strip(ax, y, values, colours[organ], theme, size=17)
+            _strip(ax, y, values, colors[organ], theme, size=17)
         count = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else counts[0]
         ax.set_title(f"{organ.replace('_', ' ')}  (n = {count})", fontsize=9.5)
         ax.grid(axis="x")
@@ -71,11 +71,11 @@ def comparison(rows, theme: Theme) -> Figure:
         if not values.size:
             continue
         mean, interval = values.mean(), spread(values)[1]
-        colour = theme.muted if label in reference else theme.series[0]
+        color = theme.muted if label in reference else theme.series[0]
         if interval is not None:
-            ax.errorbar(mean, y, xerr=interval[1] - mean, color=colour, capsize=4, linewidth=2)
-        ax.plot([mean, mean], [y - 0.22, y + 0.22], color=colour, linewidth=3)
-        _points(ax, values, y, colour, theme)
+            ax.errorbar(mean, y, xerr=interval[1] - mean, color=color, capsize=4, linewidth=2)
+        ax.plot([mean, mean], [y - 0.22, y + 0.22], color=color, linewidth=3)
+        _points(ax, values, y, color, theme)
         _aside(ax, y, (f"{mean:.2f}", len(values)), theme.text)
     _aside(ax, -0.75, ("mean", "n"), theme.muted)
     ax.set(xlabel="Dice (%), class mean", ylim=(len(labels) - 0.5, -0.6))
@@ -89,8 +89,8 @@ def differences(rows, theme: Theme) -> Figure:
     ax.axvline(0, color=theme.text, linewidth=1)
     for y, label in enumerate(labels):
         values = _finite(100 * row["difference"] for row in rows if row["label"] == label)
-        colour = theme.series[2] if np.median(values) >= 0 else theme.series[1]
-        _strip(ax, y, values, colour, theme)
+        color = theme.series[2] if np.median(values) >= 0 else theme.series[1]
+        _strip(ax, y, values, color, theme)
         better = f"{np.count_nonzero(values > 0)} of {len(values)}"
         _aside(ax, y, (f"{np.median(values):+.2f}", better), theme.text, wide=True)
     _aside(ax, -0.75, ("median", "better"), theme.muted, wide=True)
@@ -110,10 +110,10 @@ def axis_curve(rows, theme: Theme) -> Figure:
     sd = np.array([np.std(found[v], ddof=1) if len(found[v]) > 1 else math.nan for v in x])
     figure = new_figure(7.2, 3.6, theme)
     figure.set_layout_engine("constrained")
-    ax, colour = figure.add_subplot(), theme.series[0]
-    ax.errorbar(x, mean, yerr=sd, color=colour, linewidth=2, elinewidth=1.2, capsize=4)
+    ax, color = figure.add_subplot(), theme.series[0]
+    ax.errorbar(x, mean, yerr=sd, color=color, linewidth=2, elinewidth=1.2, capsize=4)
     for value in x:
-        ax.scatter([value] * len(found[value]), found[value], **_dot(colour, theme), zorder=3)
+        ax.scatter([value] * len(found[value]), found[value], **_dot(color, theme), zorder=3)
     if x[0] > 0 and x[-1] / x[0] >= 20:
         ax.set_xscale("log")
         ax.minorticks_off()
@@ -131,19 +131,19 @@ def timing(rows, theme: Theme) -> Figure:
     unit, scale = ("min", 60) if max(totals.values()) > 180 else ("s", 1)
     figure, ax = _strip_axes(labels, theme)
     left = dict.fromkeys(labels, 0.0)
-    colours = theme.series[:4] + theme.series[5:] + (theme.muted,)
+    colors = theme.series[:4] + theme.series[5:] + (theme.muted,)
     for place, activity in enumerate(activities):
         for y, label in enumerate(labels):
             chosen = (r for r in rows if r["label"] == label and r["activity"] == activity)
             width = sum(row["seconds"] for row in chosen) / scale
-            colour = colours[place % len(colours)]
+            color = colors[place % len(colors)]
             edge = {"edgecolor": theme.surface, "linewidth": 0.8}
-            ax.barh(y, width, left=left[label], height=0.6, color=colour, **edge)
+            ax.barh(y, width, left=left[label], height=0.6, color=color, **edge)
             left[label] += width
     for y, label in enumerate(labels):
         _aside(ax, y, (f"{totals[label] / scale:.1f} {unit}",), theme.text)
     handles = [
-        Patch(color=colours[place % len(colours)], label=name.replace("_", " "))
+        Patch(color=colors[place % len(colors)], label=name.replace("_", " "))
         for place, name in enumerate(activities)
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=min(6, len(handles)))
@@ -164,30 +164,30 @@ def _strip_axes(names, theme) -> tuple[Figure, object]:
     return figure, ax
 
 
-def _strip(ax, y, values, colour, theme, size=22) -> None:
+def _strip(ax, y, values, color, theme, size=22) -> None:
     """Quartile box, median line and all points of one lane."""
     if not values.size:
         return
     low, middle, high = np.percentile(values, (25, 50, 75))
-    ax.add_patch(Rectangle((low, y - 0.28), high - low, 0.56, color=colour, alpha=0.25, lw=0))
+    ax.add_patch(Rectangle((low, y - 0.28), high - low, 0.56, color=color, alpha=0.25, lw=0))
     ax.plot([middle, middle], [y - 0.28, y + 0.28], color=theme.text, linewidth=1.6)
-    _points(ax, values, y, colour, theme, size)
+    _points(ax, values, y, color, theme, size)
 
 
-def _points(ax, values, y, colour, theme, size=22) -> None:
+def _points(ax, values, y, color, theme, size=22) -> None:
     """Points spread over the lane by a fixed low-discrepancy rule, so equal values stay visible."""
     offsets = (np.arange(1, len(values) + 1) * 0.618034) % 1 - 0.5
-    ax.scatter(values, y + 0.4 * offsets, **_dot(colour, theme, size), zorder=3)
+    ax.scatter(values, y + 0.4 * offsets, **_dot(color, theme, size), zorder=3)
 
 
-def _dot(colour, theme, size=22) -> dict:
-    return {"s": size, "color": colour, "edgecolors": theme.rim, "linewidths": 0.5}
+def _dot(color, theme, size=22) -> dict:
+    return {"s": size, "color": color, "edgecolors": theme.rim, "linewidths": 0.5}
 
 
-def _aside(ax, y, cells, colour, wide=False) -> None:
+def _aside(ax, y, cells, color, wide=False) -> None:
     """Right-aligned columns of text beside a lane."""
     for x, cell in zip((1.07, 1.15 if wide else 1.11), cells, strict=False):
-        style = {"fontsize": 9, "va": "center", "ha": "right", "color": colour}
+        style = {"fontsize": 9, "va": "center", "ha": "right", "color": color}
         ax.text(x, y, str(cell), transform=ax.get_yaxis_transform(), **style)
 
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pgpsam_jax.metrics.aggregate import spread
-from pgpsam_jax.report.figures.theme import Theme, new_figure
+from pgpsam_jax.visualization.theme import Theme, new_figure
 
 _PANELS = {
     "forward_gflop": "forward pass (GFLOP per image)",
@@ -47,15 +47,15 @@ def dice_against_cost(rows, theme: Theme) -> Figure:
 def _row(ax, costs, scores, style, theme) -> None:
     """Small: seeds; large: their mean at the median of what they cost."""
     sd, x, y = spread(scores)[0], np.median(costs), scores.mean()
-    colour = style["color"]
+    color = style["color"]
     if sd is not None:
-        ax.errorbar(x, y, yerr=sd, color=colour, elinewidth=1.2, capsize=3)
-        ax.scatter(costs, scores, s=10, color=colour, alpha=0.45, linewidths=0)
+        ax.errorbar(x, y, yerr=sd, color=color, elinewidth=1.2, capsize=3)
+        ax.scatter(costs, scores, s=10, color=color, alpha=0.45, linewidths=0)
     ax.plot(x, y, markersize=8, zorder=3, **style)
 
 
 def _style(place: int, theme: Theme) -> dict:
-    """Colour and shape by the row's place, so that neither has to tell rows apart alone."""
+    """Color and shape by the row's place, so that neither has to tell rows apart alone."""
     kinds = len(_MARKERS)
     return {
         "color": theme.series[place % len(theme.series)],

@@ -6,17 +6,21 @@ each file holds all that its chart shows, so that the figure can be made again f
 
 import csv
 import dataclasses
-import math
 
 import numpy as np
 
 from pgpsam_jax.metrics.aggregate import Scores, defined_mean, gather
 from pgpsam_jax.results.grid import Grid
 from pgpsam_jax.results.runs import Run
-from pgpsam_jax.results.tables.cost_table import COLUMNS, quantities
+from pgpsam_jax.results.tables.cost_table import quantities
 from pgpsam_jax.utils.files import csv_text, write_text
+from pgpsam_jax.visualization.training_curve import curves_of
 
-_MAX_RECORDS = 400  # of a curve: more points than pixels
+# Columns of text; all others hold numbers.
+_TEXT = frozenset(
+    "label class case metric axis against key activity organ error map other prototypes "
+    "with".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +119,9 @@ def curve_rows(groups) -> list[dict]:
     rows = []
     for group in groups:
         for run in group.runs:
-            curves: dict[str, list[dict]] = {}
-            for record in run.records:
-                for key, value in record.items():
-                    if key != "step" and isinstance(value, int | float):
-                        point = {"step": record["step"], "key": key, "value": value}
-                        curves.setdefault(key, []).append(point)
             origin = {"label": group.label, "seed": run.config.seed}
-            for points in curves.values():
-                rows += [origin | p for p in points[:: math.ceil(len(points) / _MAX_RECORDS)]]
+            for key, points in curves_of(run.records).items():
+                rows += [origin | {"step": s, "key": key, "value": value} for s, value in points]
     return rows
 
 
@@ -162,19 +160,18 @@ def write_rows(path, rows) -> None:
 
 
 def read_rows(path) -> list[dict]:
-    """Rows of such a file; the columns of `_NUMBERS` as floats, NaN where they are empty."""
+    """Rows of a file of `write_rows`: text where `_TEXT` says so, else floats, NaN for empty."""
     with open(path, newline="", encoding="utf-8") as file:
         return [
-            {key: _number(text) if key in _NUMBERS else text for key, text in row.items()}
+            {key: text if key in _TEXT else float(text or "nan") for key, text in row.items()}
             for row in csv.DictReader(file)
         ]
 
 
-_NUMBERS = COLUMNS.keys() | set(
-    "class_id value seeds seed dice_class_mean reference difference step seconds runs z dice "
-    "organ_dice organ_pixels".split()
-)
-
-
-def _number(text: str) -> float:
-    return float(text) if text else math.nan
+def read_columns(path) -> dict[str, np.ndarray]:
+    """Columns of such a file by name, dtype object for text."""
+    rows = read_rows(path)
+    return {
+        key: np.array([row[key] for row in rows], object if key in _TEXT else float)
+        for key in rows[0]
+    }

@@ -28,7 +28,7 @@ class Slice:
 
     @property
     def size(self) -> tuple[float, float]:
-        """Millimetres along (H, W)."""
+        """Millimeters along (H, W)."""
         return tuple(n * mm for n, mm in zip(self.image.shape, self.spacing, strict=True))
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.report.figures.csv_rows import read_rows, scores_of, write_rows
+from pgpsam_jax.report.figures.picture import Picture, draw
 from pgpsam_jax.report.figures.scored_volumes import TestSet, crop
-from pgpsam_jax.report.figures.theme import Picture, draw
 from pgpsam_jax.utils.untrusted_text import shown
 from pgpsam_jax.visualization import overlays
 
@@ -48,7 +48,7 @@ def qualitative(groups, folder) -> Picture:
         "lie on the image; R, L, A, P: the patient's right, left, front and back."
         + _without(left_out),
         raster=True,
-        alt=f"CT slices of {len(slices)} test cases with the organs outlined in colour: image, "
+        alt=f"CT slices of {len(slices)} test cases with the organs outlined in color: image, "
         f"{', '.join(labels)}, ground truth",
     )
 

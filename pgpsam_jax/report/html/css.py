@@ -1,6 +1,6 @@
-"""The style sheet of the page, in the colours of the figures' themes."""
+"""The style sheet of the page, in the colors of the figures' themes."""
 
-from pgpsam_jax.report.figures.theme import DARK, LIGHT, Theme
+from pgpsam_jax.visualization.theme import DARK, LIGHT, Theme
 
 _MORE = {  # tint, link, notice background, notice edge, shade at a scrolled edge
     "light": ("#F6F8FA", "#0B5CAD", "#FFF6DD", "#9A6700", "#C4CCD4"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from unicodedata import category
 from urllib.parse import quote
 
-from pgpsam_jax.report.figures.theme import Picture
+from pgpsam_jax.report.figures.picture import Picture
 from pgpsam_jax.results.tables.assemble import Table, to_html
 
 _CSS_PIXELS = 96 / 144  # of a pixel of the pictures that `style.draw` embeds
@@ -69,7 +69,7 @@ def text_table(head, rows, label: str, marked=()) -> str:
 def figure(picture: Picture, folder: Path) -> str:
     """A picture with title, caption and links to its files, which lie in `folder` by the page.
 
-    Where it has twins, the reader's colour scheme chooses between them.
+    Where it has twins, the reader's color scheme chooses between them.
     """
     light = _data(picture.light, picture.mime)
     alt = escape(picture.alt or picture.title)

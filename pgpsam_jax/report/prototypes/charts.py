@@ -5,7 +5,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pgpsam_jax.report.figures.theme import Theme, new_figure
+from pgpsam_jax.visualization.theme import Theme, new_figure
 
 _WIDE = 9.2  # inches of a full-width figure
 _MOMENTS = {"learned": "as learned", "refined": "after the last stage"}
@@ -164,8 +164,8 @@ def _margin(names) -> float:
 
 
 def _diverging(theme: Theme) -> LinearSegmentedColormap:
-    colours = [theme.series[0], theme.surface, theme.series[1]]
-    return LinearSegmentedColormap.from_list("cosine", colours)
+    colors = [theme.series[0], theme.surface, theme.series[1]]
+    return LinearSegmentedColormap.from_list("cosine", colors)
 
 
 def _inches(figure, left, bottom, width, height) -> tuple[float, float, float, float]:

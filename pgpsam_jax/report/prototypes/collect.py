@@ -117,16 +117,16 @@ def write_tables(look: Look, folder) -> None:
 def dense_rows(look: Look) -> list[dict]:
     """Dense prompt D per token: its norm and first three principal components.
 
-    The components are those of all drawn slices of a pass together, so colours compare.
+    The components are those of all drawn slices of a pass together, so colors compare.
     """
     rows = []
     for number, one in enumerate(look.passes):
         dense = one.dense[look.shown].astype(np.float64)
         flat = dense.reshape(-1, dense.shape[-1])
-        centred = flat - flat.mean(axis=0)
-        axes = np.linalg.svd(centred, full_matrices=False)[2][:3]
+        centered = flat - flat.mean(axis=0)
+        axes = np.linalg.svd(centered, full_matrices=False)[2][:3]
         axes *= np.where(axes.sum(axis=1, keepdims=True) < 0, -1, 1)  # svd leaves the sign open
-        parts = (centred @ axes.T).reshape(*dense.shape[:-1], -1)
+        parts = (centered @ axes.T).reshape(*dense.shape[:-1], -1)
         norms = np.linalg.norm(dense, axis=-1)
         for place, index in enumerate(look.shown):
             key = {**look.slices[index].key, "pass": number}

@@ -14,7 +14,7 @@ _GLOW = LinearSegmentedColormap.from_list(
 
 
 def dense_figure(look: Look, table: dict):
-    """Rows: slices. Columns: CT with the organs, then norm and colours of D for every pass.
+    """Rows: slices. Columns: CT with the organs, then norm and colors of D for every pass.
 
     table: the columns of `prototype_dense.csv`.
     """
@@ -47,12 +47,12 @@ def _dense_maps(table, part: Slice, number: int):
     of_pass = table["pass"] == number
     own = of_pass & (table["case"] == part.case) & (table["z"] == part.z)
     shape = int(table["row"][own].max()) + 1, int(table["column"][own].max()) + 1
-    colours = []
+    colors = []
     for key in ("pc1", "pc2", "pc3"):
         low, high = np.percentile(table[key][of_pass], (2, 98))
         scaled = (table[key][own] - low) / max(high - low, 1e-9)
-        colours.append(scaled.clip(0, 1).reshape(shape))
-    return table["norm"][own].reshape(shape), np.stack(colours, axis=-1)
+        colors.append(scaled.clip(0, 1).reshape(shape))
+    return table["norm"][own].reshape(shape), np.stack(colors, axis=-1)
 
 
 def attention_figure(look: Look, table: dict, shares: dict, name: str):
@@ -145,12 +145,12 @@ def _overlay(ax, part: Slice, image, **style) -> None:
 
 
 def _outline(ax, part: Slice, classes, names) -> None:
-    colours = overlays.palette(names)
+    colors = overlays.palette(names)
     for k in classes:
         mask = np.pad(part.truth == k, 1).astype(np.float32)
         if mask.any():
             y, x = ((np.arange(n) - 0.5) * s for n, s in zip(mask.shape, part.spacing, strict=True))
-            ax.contour(x, y, mask, levels=[0.5], colors=[colours[names[k]]], linewidths=0.9)
+            ax.contour(x, y, mask, levels=[0.5], colors=[colors[names[k]]], linewidths=0.9)
 
 
 def _corner(ax, text: str, right: bool = False) -> None:

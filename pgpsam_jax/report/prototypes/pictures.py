@@ -4,20 +4,18 @@ Everything is drawn from the CSV files that `prototype_data.py` writes beside th
 under the maps comes from the test volumes.
 """
 
-import csv
 import functools
 from pathlib import Path
 
 import numpy as np
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.report.figures.theme import Picture, draw
-from pgpsam_jax.report.prototypes import charts as charts
-from pgpsam_jax.report.prototypes import maps as maps
+from pgpsam_jax.report.figures.csv_rows import read_columns
+from pgpsam_jax.report.figures.picture import Picture, draw
+from pgpsam_jax.report.prototypes import charts, maps
 from pgpsam_jax.report.prototypes.collect import Look, look_into, own_weights, write_tables
 from pgpsam_jax.results.runs import Run
 
-_TEXT = ("case", "map", "class", "other", "prototypes", "with")  # columns that are no numbers
 _ALIKE = 0.99  # cosine of the sparse prompts of two classes that are as good as one
 
 
@@ -62,18 +60,8 @@ def alarm(folder) -> str | None:
     )
 
 
-def read_table(path) -> dict[str, np.ndarray]:
-    """Columns of a CSV file by name: text where `_TEXT` says so, else floats."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {
-        key: np.array([row[key] for row in rows], object if key in _TEXT else float)
-        for key in rows[0]
-    }
-
-
 def _table(folder: Path, name: str) -> dict[str, np.ndarray]:
-    return read_table(folder / f"prototype_{name}.csv")
+    return read_columns(folder / f"prototype_{name}.csv")
 
 
 def _dense(look: Look, folder: Path) -> Picture:
@@ -85,10 +73,10 @@ def _dense(look: Look, folder: Path) -> Picture:
         "Dense prompts",
         "The dense prompt D of every pass (0 is the bootstrap) on its token grid, with the true "
         "organs outlined. Size: the norm of D, bright is large, one scale per pass. Content: its "
-        "first three principal components as red, green and blue; tokens of one colour tell the "
-        "decoder the same, and colours compare within a pass only.",
+        "first three principal components as red, green and blue; tokens of one color tell the "
+        "decoder the same, and colors compare within a pass only.",
         raster=True,
-        alt="Colour maps of the dense prompts over CT slices, one pair per decoder pass",
+        alt="Color maps of the dense prompts over CT slices, one pair per decoder pass",
     )
 
 

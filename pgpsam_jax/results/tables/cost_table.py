@@ -20,7 +20,7 @@ COLUMNS = {
 }
 _TITLE = "parameters, operations, time and memory"
 _FLOPS = (
-    "GFLOP: 1e9 operations for one image, as XLA counts them before it optimises the program (a "
+    "GFLOP: 1e9 operations for one image, as XLA counts them before it optimizes the program (a "
     "multiply-add is two); forward pass: slice to logits; training step: augmentation, forward, "
     "backward and update"
 )

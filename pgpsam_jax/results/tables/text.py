@@ -78,7 +78,7 @@ def to_latex(table: Table) -> str:
                 rf"\caption{{{_latex(table.title)}}}",
                 r"\scriptsize" if len(table.head) > 10 else r"\footnotesize",
                 r"\setlength{\tabcolsep}{3pt}",
-                r"\makebox[\linewidth][c]{%",  # centred even where it is wider than the text
+                r"\makebox[\linewidth][c]{%",  # centered even where it is wider than the text
                 rf"\begin{{tabular}}{{{columns}}}",
                 r"\toprule",
                 body[0],

@@ -1,0 +1,78 @@
+"""Figures drawn into files and into the page.
+
+A chart is a function of a `Theme`. `draw` calls it for the files (light) and for what the page
+embeds: charts as SVG in both themes, CT images once as PNG on the dark surface, as films are read.
+Nothing here depends on the clock, so the same data give the same bytes.
+"""
+
+import dataclasses
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from pgpsam_jax.utils.files import atomic_path
+from pgpsam_jax.visualization.theme import DARK, LIGHT, Theme
+
+_FILE_DPI, _PAGE_DPI = 200, 144  # of the PNG beside the page, of the PNG inside it
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure as the page shows it; `<stem>.png` and `.pdf` lie in the folder it was drawn to.
+
+    `light`, `dark`: bytes of type `mime`; `dark` is None where one picture serves both themes.
+    `alt` says what is to be seen, for those who cannot see it; the title where it is empty.
+    """
+
+    stem: str
+    title: str
+    caption: str
+    light: bytes
+    dark: bytes | None
+    mime: str
+    alt: str = ""
+
+
+def draw(
+    make: Callable[[Theme], Figure],
+    folder,
+    stem: str,
+    title: str,
+    caption: str,
+    *,
+    raster: bool = False,
+    alt: str = "",
+) -> Picture:
+    """Write `<folder>/<stem>.png` and `.pdf` in the light theme and return what the page embeds.
+
+    `make(theme)` is called under the theme's matplotlib settings: text, axes and ticks take its
+    colors by themselves. `raster` is for pictures of CT: the page then gets one PNG (dark).
+    """
+    folder = Path(folder)
+    page = {"format": "png", "dpi": _PAGE_DPI} if raster else {"format": "svg"}
+    with matplotlib.rc_context(LIGHT.settings):
+        figure = make(LIGHT)
+        for kind in ("png", "pdf"):
+            with atomic_path(folder / f"{stem}.{kind}") as temporary:
+                _save(figure, temporary, kind, _FILE_DPI)
+        light = None if raster else _bytes(figure, **page)
+    with matplotlib.rc_context(DARK.settings):
+        dark = _bytes(make(DARK), **page)
+    if raster:
+        return Picture(stem, title, caption, dark, None, "image/png", alt)
+    return Picture(stem, title, caption, light, dark, "image/svg+xml", alt)
+
+
+def _bytes(figure: Figure, format: str, dpi=_PAGE_DPI) -> bytes:
+    file = io.BytesIO()
+    _save(figure, file, format, dpi)
+    return file.getvalue()
+
+
+def _save(figure: Figure, target, kind: str, dpi: int) -> None:
+    """Save without the date that matplotlib would put in."""
+    clock = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+    figure.savefig(target, format=kind, dpi=dpi, metadata=clock)
