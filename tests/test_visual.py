@@ -252,7 +252,7 @@ def test_training_curve_draws_what_is_there(tmp_path, monkeypatch):
         "loss": [[1, 2], [3, 1]],
         "final cross-entropy": [[1, 1], [2, 0.8], [3, 0.7]],
     }
-    assert [ax.get_title() for ax in sides] == ["learning rate", "gradient norm"]
+    assert [ax.get_title("left") for ax in sides] == ["learning rate", "gradient norm"]
     assert sides[0].lines[0].get_xydata().tolist() == [[3, 1e-3]]
     training_curve.write_training_curve([], tmp_path / "none.png")
     assert len(figures) == 1  # nothing to draw yet

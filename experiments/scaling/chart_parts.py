@@ -3,7 +3,7 @@
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from pgpsam_jax.report.figures.theme import Theme, new_figure
+from pgpsam_jax.visualization.theme import Theme, new_figure
 
 _CHIPS = ("v4", "v5e", "v5p", "v6e")  # in order of the theme's colors
 DASHES = ("-", (0, (5, 1.5)), (0, (2, 1)), (0, (4, 1, 1, 1)))
