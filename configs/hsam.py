@@ -2,7 +2,7 @@
 
 Command:  python -m pgpsam_jax.main --config configs/hsam.py --workdir runs/hsam
 Data:     as configs/synapse.py.
-Weights:  sam_vit_b_01ec64.pth, converted to weights/sam_vit_b (README, "SAM weights"): encoder,
+Weights:  sam_vit_b_01ec64.pth, converted to weights/sam_vit_b (docs/weights.md): encoder,
           prompts and first decoder. The second decoder starts at random, as in the original.
 Recipe:   the authors': LoRA of rank 5, AdamW at 2.5e-3, 0.1 CE + 0.9 Dice, warm-up, polynomial
           decay (0.9), 300 epochs. Adapted to the common protocol: batch 12 (16 on two devices),

@@ -2,7 +2,7 @@
 
 Command:  python -m pgpsam_jax.main --config configs/samed.py --workdir runs/samed
 Data:     as configs/synapse.py.
-Weights:  sam_vit_b_01ec64.pth, converted to weights/sam_vit_b (README, "SAM weights"): encoder,
+Weights:  sam_vit_b_01ec64.pth, converted to weights/sam_vit_b (docs/weights.md): encoder,
           prompt encoder, the decoder's transformer and upscaling.
 Recipe:   the authors': LoRA of rank 4 on q and v, AdamW at 5e-3, weight decay 0.1, warm-up of 250
           steps, polynomial decay (0.9) over 1.25 times the run (theirs: over 200 epochs, stopped at

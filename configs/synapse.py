@@ -3,7 +3,7 @@
 Command:  python -m pgpsam_jax.main --config configs/synapse.py --workdir runs/synapse
 Data:     BTCV RawData (30 abdominal CTs with labels, Synapse project syn3193805) unpacked so that
           datasets/btcv/RawData/Training/{img,label} exist; or --config.data.root=FOLDER.
-Weights:  sam_vit_b_01ec64.pth, converted to weights/sam_vit_b (README, "SAM weights").
+Weights:  sam_vit_b_01ec64.pth, converted to weights/sam_vit_b (docs/weights.md).
 Expected: the paper prints 78.75 mean Dice (its own organ columns average 79.40) and does not say
           which slices, cases and empty-mask rule gave it. Not measured here: neither the data nor
           the weights could be had when this was written.

@@ -3,7 +3,7 @@
 Command:  python -m pgpsam_jax.main --config configs/ventricle_release.py --workdir runs/ventricle
 Data:     as configs/ventricle.py; by seed, an eighth of the patients validates and an eighth tests
           (the authors split 800 volumes by index into 600, 100 and 100).
-List:     the authors' rule, 5 % of the slices as their README runs it (the paper says 10 %).
+List:     the authors' rule, 5 % of the slices as their code runs it (the paper says 10 %).
 Recipe:   that of configs/synapse_release.py with the ventricles' HU window, learning rate and
           batch. Their crop around the head is not applied: volumes are taken as they are.
 Expected: the paper prints 76.39 mean Dice on private data. Not measured here.

@@ -2,7 +2,7 @@
 
 from pgpsam_jax.data.layouts.label_table import LabelTable
 
-TOTAL = {  # shared/data/README.md: class -> (id in seg104, voxels)
+TOTAL = {  # class -> (id in seg104, voxels) of the recorded CT
     "spleen": (1, 9677),
     "right_kidney": (2, 6993),
     "left_kidney": (3, 5144),

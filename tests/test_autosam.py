@@ -49,7 +49,7 @@ def segment(model, feature):
 
 
 def test_parameters_of_the_original():
-    """methods.md 5.2: the decoder but what is named iou, and two mask tokens a class."""
+    """docs/methods.md#autosam: the decoder without its quality head, two mask tokens per class."""
     config = default_config()
     method_recipes.use(config, "autosam")
     for classes in (5, 9):

@@ -255,7 +255,7 @@ def test_gather_slices(tmp_path):
 
 @pytest.mark.golden
 def test_real_ct(tmp_path):
-    """Voxel counts of shared/data/README.md, at native size and within a few % at 256 px."""
+    """Voxel counts of the recorded CT, at native size and within a few % at 256 px."""
     root = shared("data/abdomen_ct")
     (case,) = find_cases("pairs", root, "ct.nii.gz", "seg104.nii.gz")
     assert case.case_id == "abdomen_ct"

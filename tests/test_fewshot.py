@@ -31,7 +31,7 @@ VALID = [(c, i) for c, a in AREAS.items() for i in range(len(a)) if a[i, 1:].max
 
 
 def release_rule(areas, scale, classes, seed=42):
-    """The authors' script as methods.md 1.3 describes it, over mask names in sorted order."""
+    """The authors' script of docs/release_code.md#few-shot-list, over sorted mask names."""
     masks = sorted(f"case{c}_slice{i:03d}" for c, i in VALID if c in areas)
     total = len(masks)
     target = int(np.floor(total * scale)) + 1

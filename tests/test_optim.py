@@ -17,7 +17,7 @@ PEAK, FINAL = 3e-3, 1e-6
 
 
 def plain_rate(step, total):
-    """The schedule of methods.md 1.12 in plain Python."""
+    """The schedule of docs/release_code.md#loss-schedule-and-selection in plain Python."""
     warm = min(total // 10, 250)
     if step < warm:
         return PEAK * (step + 1) / warm

@@ -76,7 +76,7 @@ def test_parameter_counts_are_those_of_the_release_without_its_dead_weights():
         assert count(frozen) == 87_278_848
     lora = sum(np.prod(leaf.shape) for path, leaf in alone.items() if "/lora/" in path)
     assert lora == 184_320
-    # methods.md 1.12: 17,123,004 and 16,504,336 with the weights that get no gradient, which are
+    # docs/release_code.md#parameters: 17,123,004 and 16,504,336 with the unused weights, which are
     # 2 x 128 + 128^2 + 128 in both blocks, 2 x 1024 of an LN, N + 1 and 2 of two projections.
     dead = {n: 2 * (2 * 128 + 128**2 + 128) + 2 * 1024 + (n + 1) + 2 for n in (9, 5)}
     assert trained == {9: 17_123_004 - dead[9], 5: 16_504_336 - dead[5]}

@@ -386,7 +386,7 @@ def test_the_same_tensors_train(name):
         golden.meta["trainable"]
     )
     unused = sum(a.size for path, a in golden.weights.items() if path.startswith("unused/"))
-    if name == "recorded":  # methods.md 1.12: 17,123,004 trainable, 35,596 of them without gradient
+    if name == "recorded":  # docs/release_code.md#parameters: 17,123,004 with the unused ones
         assert (count(params), unused, count(frozen)) == (17_087_408, 35_596, 87_278_848)
 
 

@@ -42,7 +42,7 @@ def encoded():
 
 
 def test_parameters_of_the_original():
-    """methods.md 5.3: the ResNet-18 to its third group, the gate and the decoder's upscaling."""
+    """docs/methods.md#sam-lst: the ResNet-18 to its third group, the gate, the upscaling."""
     config = default_config()
     method_recipes.use(config, "samlst")
     _, params, frozen = build.abstract_model(config, 9)

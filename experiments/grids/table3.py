@@ -3,8 +3,8 @@
 python -m experiments.run_grid --grid experiments/grids/table3.py --workdir runs/table3
 
 The paper's baseline (71.92) is below its own SAMed row (73.91), so its first row is another model
-than SAMed; ours is this model with the three modules off (DESIGN: projection and addition instead
-of CFM, a learned default dense prompt instead of PPG, prototypes as they are instead of PPR).
+than SAMed. Ours is this model with the three modules off (docs/paper.md): projection and addition
+instead of CFM, SAM's no-mask embedding instead of PPG, unrefined prototypes instead of PPR.
 """
 
 from experiments.grid.plan import Plan, Row

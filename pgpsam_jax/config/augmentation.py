@@ -17,7 +17,8 @@ class AugmentConfig:
     """How often and how strongly a training slice is warped; hashable, so a static argument.
 
     The paper names elastic deformation, rotation and scaling and gives no figures; frequencies
-    and the rotation range are the release's (methods.md 1.4), all of whose figures are `RELEASE`.
+    and the rotation range are the release's (docs/release_code.md#augmentation), all of whose
+    figures are `RELEASE`.
     `exclusive=True` draws at most one of the three per sample, as the release does; `False` draws
     each on its own, so that they combine. Probabilities of 0 leave samples bit for bit as they
     were.

@@ -2,7 +2,7 @@
 
 Common to all: data, few-shot list, augmentation, image size, evaluation, and the steps of a run.
 What is a method's own: optimiser, schedule, loss weights, batch, and what of the encoder trains
-(methods.md 3 to 5). Each recipe's comment says what of the original is left out, and why.
+(docs/methods.md). Each recipe's comment says what of the original is left out, and why.
 """
 
 from ml_collections import ConfigDict

@@ -69,9 +69,9 @@ def make_list(
     """Draw a few-shot list from per-slice areas.
 
     `pool` "valid" keeps the slices where some organ has at least `min_pixels` native pixels.
-    Rules: `random`, a `fraction` or `count` of the pool; `area`, the authors' rule (methods.md
-    1.3; seed 42 unless given); `volumes`, the pool of that many random cases; `every`, each
-    n-th slice of the pool of every case, from its first; `all`.
+    Rules: `random`, a `fraction` or `count` of the pool; `area`, the authors' rule
+    (docs/release_code.md#few-shot-list; seed 42 unless given); `volumes`, the pool of that many
+    random cases; `every`, each n-th slice of the pool of every case, from its first; `all`.
     """
     if rule not in RULES:
         raise UserError(f"unknown few-shot rule {rule!r}; known are {', '.join(RULES)}")
@@ -182,7 +182,7 @@ def _size(total: int, fraction, count, extra: int = 0) -> int:
 
 
 def _by_area(areas: Areas, slices, fraction, count, draw: random.Random):
-    """The slices richest in each organ, thinned or topped up to the target (methods.md 1.3)."""
+    """The slices richest in each organ, thinned or topped up to the target."""
     target = _size(len(slices), fraction, count, extra=1)
     organs = next(iter(areas.values())).shape[1] - 1
     chosen: dict[tuple[str, int], None] = {}  # keeps the order of first appearance

@@ -27,8 +27,9 @@ def cross_entropy(logits, labels):
 
 
 def soft_dice_loss(logits, labels):
-    """1 - soft Dice, averaged over all K classes, background included (methods.md 1.12).
+    """1 - soft Dice, averaged over all K classes, background included.
 
+    Source: docs/release_code.md#loss-schedule-and-selection.
     Dice_k = 2 sum(p y) / (sum p^2 + sum y^2 + 1e-5), sums over batch and pixels together. A class
     that the batch lacks has Dice 0, hence adds 1 / K to the loss with next to no gradient.
 

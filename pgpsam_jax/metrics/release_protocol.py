@@ -1,4 +1,4 @@
-"""Protocol `release`: the scores that the authors' code computes (methods.md 1.12).
+"""Protocol `release`: the scores of the authors' code (docs/release_code.md#scores).
 
 Only *valid* slices enter, those in which some organ has at least `min_pixels` pixels. They are
 scored in two modes: an *item* is a slice, or a volume made of its valid slices alone. Dice is

@@ -1,7 +1,8 @@
 """Selection of the parameters to keep: by the Dice of the validation cases during training.
 
-The release's rule (methods.md 1.12): after an epoch all valid slices of the validation cases are
-segmented, and the parameters with the highest slice-level Dice of protocol `release` are kept.
+The release's rule (docs/release_code.md#loss-schedule-and-selection): after an epoch all valid
+slices of the validation cases are segmented, and the parameters with the highest slice-level Dice
+of protocol `release` are kept.
 Slices are scored at network size, where the release's argmax is taken too.
 """
 

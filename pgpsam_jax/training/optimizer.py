@@ -1,4 +1,7 @@
-"""AdamW or Adam, linear warm-up and a decay by name, stepped per iteration (methods.md 1.12, 3)."""
+"""AdamW or Adam with linear warm-up and a named decay, updated every step.
+
+Source: docs/release_code.md#loss-schedule-and-selection, docs/methods.md#samed.
+"""
 
 import math
 

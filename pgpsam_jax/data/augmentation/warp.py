@@ -11,8 +11,8 @@ import numpy as np
 from pgpsam_jax.config.augmentation import AugmentConfig
 from pgpsam_jax.data.augmentation.sampling import between, one_of
 
-# Figures of the release's elastic deformation (methods.md 1.4), as fractions of the side. It warps
-# stored slices of 512 px, where its smoothed noise is multiplied by 2 x 512.
+# Figures of the release's elastic deformation (docs/release_code.md#augmentation), as fractions of
+# the side. It warps stored slices of 512 px, where its smoothed noise is multiplied by 2 x 512.
 _JITTER = 0.08
 _SIGMA = 0.08
 _AMPLITUDE = 2 / 512

@@ -1,7 +1,7 @@
 """Feature refinement of preset `release`: channel semantics, context modulation, gated FFN.
 
 Letters: B batch, H W token grid, D encoder width, C feature channels. Channels last.
-Source: methods.md 1.7-1.8 (the authors' code), not the paper's Eq 1-2 alone.
+Source: the authors' code (docs/release_code.md#feature-refinement), not Eq 1-2 of the paper alone.
 """
 
 import jax

@@ -1,7 +1,7 @@
 """Mask decoder of preset `release`: SAM's two-way transformer reordered, gated and skipped into.
 
 Letters: B batch, H W token grid, L = H*W, C width, K classes with background, T = 2K tokens.
-Source: methods.md 1.11.
+Source: docs/release_code.md#mask-decoder.
 """
 
 import jax

@@ -1,7 +1,7 @@
 """PGP-SAM, preset `release`: what the authors' code computes, at any size.
 
 Letters: B batch, H W token grid, C channels, K classes with background, Q inter prototypes, S
-stages. Source: methods.md section 1; equal to the recorded outputs of that code tensor by tensor.
+stages. Source: docs/release_code.md; equal to the recorded outputs of that code tensor by tensor.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Prompt generator of preset `release`: dense prompts by a deformable block, sparse by an adapter.
 
 Letters: B batch, H W token grid, L = H*W, C channels, K classes with background, Q inter
-prototypes. Source: methods.md 1.10.
+prototypes. Source: docs/release_code.md#prompt-generator.
 """
 
 import jax

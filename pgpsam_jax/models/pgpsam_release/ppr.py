@@ -1,7 +1,8 @@
 """Prototype refinement of preset `release`: one gated softmax, mask prototypes, feed-forward.
 
 Letters: B batch, H W token grid, L = H*W, C channels, K classes with background, Q inter
-prototypes, k of them per class, n = K*(k+1) tokens, N heads. Source: methods.md 1.9.
+prototypes, k of them per class, n = K*(k+1) tokens, N heads.
+Source: docs/release_code.md#prototype-refinement.
 """
 
 import jax
