@@ -14,7 +14,8 @@ from method_runs import CLASSES, loss_falls, run_of, small_config
 from safetensors.numpy import save_file
 
 from pgpsam_jax.config import default_config, method_recipes
-from pgpsam_jax.methods import build, losses
+from pgpsam_jax.methods import build
+from pgpsam_jax.models import losses
 from pgpsam_jax.models.baselines.autosam import AutoSam
 from pgpsam_jax.models.initializers import NoDraws
 from pgpsam_jax.models.parameters import count, flat_paths

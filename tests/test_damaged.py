@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from unittest import mock
 
 import jax
 import kept_steps
@@ -219,7 +220,7 @@ def test_another_file_of_the_cnn_is_another_run(root, tmp_path, monkeypatch):
         tensors = {"kernel": np.full((16, 3), value), "bias": np.zeros(3)}
         tensors = {name: np.float32(array) for name, array in tensors.items()}
         save_file(tensors, tmp_path / "cnn.safetensors", {"format": resnet_weights.FORMAT})
-        with tiny_method.known(cnn="first"):
+        with tiny_method.known(), mock.patch.object(tiny_method.Tiny, "cnn_prefix", "first"):
             return train.train(config, tmp_path / "run")
 
     assert begin(0.1) == "evaluated"

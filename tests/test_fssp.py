@@ -1,6 +1,5 @@
 """FSSP-SAM: the regression against SciPy, its prompts, a fit as a step of a run, any mesh."""
 
-import dataclasses
 import functools
 import json
 
@@ -20,7 +19,8 @@ from pgpsam_jax.checkpointing.checkpoint import Checkpoints
 from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import workdirs
-from pgpsam_jax.methods import build, losses, registry
+from pgpsam_jax.methods import build, registry
+from pgpsam_jax.models import losses
 from pgpsam_jax.models.baselines.fssp_sam import Fssp
 from pgpsam_jax.models.parameters import count, flat_paths
 from pgpsam_jax.models.sam.sam import SamConfig
@@ -208,6 +208,12 @@ def test_prompts_of_a_rough_mask_are_sams_own(model, prompt):
 class Fitted(tiny_method.Tiny):
     """The smallest model with this method's outputs for its loss."""
 
+    label, loss, training = Fssp.label, staticmethod(Fssp.loss), Fssp.training
+    frozen = ("second",)
+
+    def __init__(self, sam, num_classes, **options):
+        super().__init__(sam, num_classes - 1, **options)
+
     def segment(self, features, keys=None):
         return {"coarse": self.first(features), "kernel": self.first.kernel[...]}
 
@@ -215,18 +221,11 @@ class Fitted(tiny_method.Tiny):
         return jnp.pad(self.first(self.encode(images)), [(0, 0)] * 3 + [(1, 0)])
 
 
-def make_fitted(settings, num_classes, dtype, rngs):
-    sam = SamConfig.preset(settings.encoder, settings.image_size, settings.patch_size)
-    return Fitted(sam.encoder, num_classes - 1, rngs)
-
-
 @pytest.fixture(params=["small", pytest.param("whole", marks=pytest.mark.slow)])
 def small_or_whole(request, monkeypatch):
     """This method as it is, or with the smallest model in place of SAM's."""
     if request.param == "small":
-        whole = registry.METHODS["fssp", ""]
-        small = dict(make=make_fitted, base_tensors={}, frozen=("second",))
-        monkeypatch.setitem(registry.METHODS, ("fssp", ""), dataclasses.replace(whole, **small))
+        monkeypatch.setitem(registry.METHODS, ("fssp", ""), Fitted)
 
 
 def test_a_run_fits_once_and_goes_on_like_any(small_or_whole, tmp_path, capsys):

@@ -18,8 +18,9 @@ from experiments import pretrain
 from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.data.letterbox import Fit
 from pgpsam_jax.inference.predictor import _class_ids
-from pgpsam_jax.methods import build, losses
+from pgpsam_jax.methods import build
 from pgpsam_jax.methods.registry import METHODS, RELEASE, Training, name_of
+from pgpsam_jax.models import losses
 from pgpsam_jax.models.baselines.hsam import Hsam
 from pgpsam_jax.models.sam.sam import postprocess
 from pgpsam_jax.models.segmenter import Segmenter

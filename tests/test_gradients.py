@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgpsam_jax.methods import losses
+from pgpsam_jax.models import losses
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.pgpsam import cfm, ppg, ppr
 from pgpsam_jax.models.pgpsam_release import cfm as release_cfm

@@ -22,7 +22,8 @@ from release_numpy import resize
 from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.data.augmentation.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.methods import build, losses
+from pgpsam_jax.methods import build
+from pgpsam_jax.models import losses
 from pgpsam_jax.models.baselines import hsam
 from pgpsam_jax.models.initializers import Draws
 from pgpsam_jax.models.parameters import count, flat_paths

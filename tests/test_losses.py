@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pgpsam_jax.methods import losses
+from pgpsam_jax.models import losses
 
 K = 9
 

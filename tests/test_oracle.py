@@ -1,6 +1,5 @@
 """SAM with the true prompts: what it is told, who else is not, and that all it writes says so."""
 
-import dataclasses
 import json
 import sys
 
@@ -23,6 +22,7 @@ from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.inference.trained_run import load_run
 from pgpsam_jax.methods import build, registry
+from pgpsam_jax.models.baselines.sam_oracle import OracleSam
 from pgpsam_jax.models.initializers import NoDraws
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam import weights
@@ -121,25 +121,21 @@ def test_all_of_a_converted_sam_is_loaded(name, tmp_path):
 
 
 class Small(tiny_method.Tiny):
-    """The smallest model that is told the labels."""
+    """The smallest model that is given the labels."""
+
+    label, training, oracle = OracleSam.label, OracleSam.training, True
+    frozen = ("first", "second")
 
     def predict(self, images, labels):
         logits = self.first(self.encode(images))
         return logits + 9 * jax.nn.one_hot(labels[:, ::4, ::4], logits.shape[-1])
 
 
-def make_small(settings, num_classes, dtype, rngs):
-    sam = SamConfig.preset(settings.encoder, settings.image_size, settings.patch_size)
-    return Small(sam.encoder, num_classes, rngs)
-
-
 @pytest.fixture(params=["small", pytest.param("whole", marks=pytest.mark.slow)])
 def small_or_whole(request, monkeypatch):
     """The oracle as it is, or with the smallest model in place of SAM."""
     if request.param == "small":
-        whole = registry.METHODS["sam", ""]
-        small = dict(make=make_small, base_tensors={}, frozen=("first", "second"))
-        monkeypatch.setitem(registry.METHODS, ("sam", ""), dataclasses.replace(whole, **small))
+        monkeypatch.setitem(registry.METHODS, ("sam", ""), Small)
 
 
 def test_a_run_says_what_it_is_and_predicts_nothing(small_or_whole, tmp_path, capsys, monkeypatch):

@@ -29,8 +29,7 @@ import release_golden
 from flax import nnx
 
 from pgpsam_jax.data.augmentation.augment import AugmentConfig
-from pgpsam_jax.methods import losses
-from pgpsam_jax.models import layers, parameters, segmenter
+from pgpsam_jax.models import layers, losses, parameters, segmenter
 from pgpsam_jax.models.parameters import count, flat_paths
 from pgpsam_jax.models.pgpsam.ppr import Refined
 from pgpsam_jax.models.sam.mask_decoder import upsample_logits

@@ -31,7 +31,6 @@ FILES = sorted(
 )
 # To be cut.
 LONG = {
-    "pgpsam_jax/methods/registry.py",
     "pgpsam_jax/models/sam/attention.py",
 }
 UP = {

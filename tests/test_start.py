@@ -20,7 +20,7 @@ from flax import nnx
 from pgpsam_jax.config import defaults, method_recipes, serialization
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import build, pretrained
-from pgpsam_jax.methods.registry import METHODS, colors_of, start_of
+from pgpsam_jax.methods.registry import METHODS, method_of
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam import weights
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
@@ -55,8 +55,8 @@ def model_of(base, name, preset="paper", **settings):
     """A model that says nothing of its start any more: one compiled program serves all starts."""
     made = configuration(base, name, preset, **settings)
     model = nnx.merge(*build.init_model(made, CLASSES)[:3])
-    if hasattr(getattr(model, "config", None), "start_small"):
-        model.config = dataclasses.replace(model.config, start_small=None)
+    if hasattr(getattr(model, "config", None), "start_scale"):
+        model.config = dataclasses.replace(model.config, start_scale=None)
     return model
 
 
@@ -206,17 +206,22 @@ def test_every_pattern_of_a_start_from_sam_finds_its_tensors(base):
                 np.testing.assert_array_equal(leaves[path][...], tensors[match.expand(source)])
 
 
+def resolved(settings):
+    method = method_of(settings)
+    return method.resolve_start(settings), method.resolve_colors(settings)
+
+
 def test_which_start_and_which_colors(base):
     def chosen(name, preset="paper", **settings):
         settings = configuration(base, name, preset, **settings).model
-        return start_of(settings), colors_of(settings)
+        return resolved(settings)
 
     assert chosen("pgpsam") == ("sam", "normalized")
     assert chosen("pgpsam", "release") == ("drawn", "unit")
     assert chosen("samed") == ("drawn", "normalized")
     assert chosen("pgpsam", start="drawn", colors="unit") == ("drawn", "unit")
     scratch = configuration("", "pgpsam").model  # there is no SAM to start from
-    assert (start_of(scratch), colors_of(scratch)) == ("drawn", "unit")
+    assert resolved(scratch) == ("drawn", "unit")
     with pytest.raises(UserError, match=r"model\.start is 'none'; choose from auto, sam, drawn"):
         chosen("pgpsam", start="none")
     with pytest.raises(UserError, match=r"model\.colors 'grey' unknown; choose auto or unit or"):

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,10 @@ from faults import NOISE
 from flax import nnx
 from small_run import config_for
 
-from pgpsam_jax.methods import build, registry
+from pgpsam_jax.methods import build
 from pgpsam_jax.models import parameters
 from pgpsam_jax.models.initializers import kernel_init
 from pgpsam_jax.models.sam.image_encoder import ImageEncoder
-from pgpsam_jax.models.sam.lora import LoraConfig
-from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import from_config
 from pgpsam_jax.training.train_state import init_state
@@ -30,10 +27,8 @@ CLASSES, SIZE, BATCH = 3, 32, 8
 class Adapted(tiny_method.Tiny):
     """SAM's encoder with LoRA under the tiny method's heads: the step is the same."""
 
-    def __init__(self, settings, num_classes, dtype, rngs):
-        sam = SamConfig.preset(settings.encoder, settings.image_size, settings.patch_size)
-        super().__init__(sam.encoder, num_classes, rngs)
-        lora = LoraConfig(4) if settings.train_encoder == "lora" else None
+    def __init__(self, sam, num_classes, *, lora, dtype, rngs):
+        super().__init__(sam, num_classes, rngs=rngs)
         self.image_encoder = ImageEncoder(sam.encoder, lora, rngs=rngs)
         self.first, self.second = (
             nnx.Linear(sam.encoder.out_channels, num_classes, kernel_init=kernel_init, rngs=rngs)
@@ -46,8 +41,7 @@ class Adapted(tiny_method.Tiny):
 
 @pytest.fixture(scope="module")
 def lora_config():
-    adapted = registry.Method("adapted", Adapted, {}, ())
-    with mock.patch.dict(registry.METHODS, {("adapted", ""): adapted}):
+    with tiny_method.known(Adapted, ("adapted", "")):
         own = {"model__name": "adapted", "model__patch_size": 4}
         yield config_for(Path(), model__train_encoder="lora", train__steps=40, **own, **NOISE)
 

@@ -9,7 +9,8 @@ from flax import nnx
 from method_runs import CLASSES, run_of
 
 from pgpsam_jax.config import default_config, method_recipes
-from pgpsam_jax.methods import build, losses
+from pgpsam_jax.methods import build
+from pgpsam_jax.models import losses
 from pgpsam_jax.models.baselines.surgicalsam import SurgicalSam
 from pgpsam_jax.models.initializers import NoDraws
 from pgpsam_jax.models.parameters import count, flat_paths

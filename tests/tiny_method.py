@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec
 
 from pgpsam_jax.methods import registry
 from pgpsam_jax.models.initializers import kernel_init
-from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.models.segmenter import Segmenter
 from pgpsam_jax.sharding import device_mesh
 
@@ -29,8 +28,10 @@ class _Encoder(nnx.Module):
 class Tiny(Segmenter):
     """Images (B, S, S, 3) to logits (B, S / 4, S / 4, K), twice."""
 
-    def __init__(self, config, num_classes, rngs):
-        self.image_encoder = _Encoder(config, rngs)
+    label = NAME
+
+    def __init__(self, sam, num_classes, *, lora=None, dtype=None, rngs):
+        self.image_encoder = _Encoder(sam.encoder, rngs)
         self.first, self.second = (
             nnx.Linear(16, num_classes, kernel_init=kernel_init, rngs=rngs) for _ in range(2)
         )
@@ -42,11 +43,6 @@ class Tiny(Segmenter):
         return {"bootstrap": self.first(features), "final": self.second(features)}
 
 
-def _make(settings, num_classes, dtype, rngs):
-    sam = SamConfig.preset(settings.encoder, settings.image_size, settings.patch_size)
-    return Tiny(sam.encoder, num_classes, rngs)
-
-
 # Weights that train and weights that do not are both stored in parts, as those of a real method.
 SPREAD = (
     (r"patches/kernel$", PartitionSpec(None, None, None, device_mesh.PARTS)),
@@ -54,10 +50,9 @@ SPREAD = (
 )
 
 
-def known(**options):
-    """Have the method, as `config.model.name` "tiny", inside the block; options of `Method`."""
-    tiny = registry.Method("tiny", _make, {}, (), **options)
-    return mock.patch.dict(registry.METHODS, {(NAME, ""): tiny})
+def known(method=Tiny, key=(NAME, "")):
+    """Registers the method, as `config.model.name` "tiny", inside the block."""
+    return mock.patch.dict(registry.METHODS, {key: method})
 
 
 def spread():

@@ -11,8 +11,8 @@ import optax
 from flax import nnx
 
 from experiments.benchmark import random_weights
-from pgpsam_jax.methods.losses import segmentation_loss
 from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.losses import segmentation_loss
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.mask_decoder import upsample_logits

@@ -107,7 +107,7 @@ def _load(path: Path, digest: str | None, leaves: dict) -> None:
 def base_notice(settings: ConfigDict, workdir) -> str | None:
     """The warning that every print and report of a run with a random backbone, or CNN, carries."""
     notices = [_backbone_notice(settings, workdir)]
-    if method_of(settings).cnn and not settings.cnn_base:
+    if method_of(settings).cnn_prefix and not settings.cnn_base:
         notices.append(
             "THE CNN BESIDE THE ENCODER STARTED AT RANDOM (model.cnn_base is empty), not from "
             f"ImageNet as the method's authors have it; {resnet_weights.HOW_TO_GET}"

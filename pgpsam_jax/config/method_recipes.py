@@ -73,15 +73,16 @@ _SAMLST = {
     "optim.final_learning_rate": 0.0,
 }
 
+# One per method, in the order of tables.
 RECIPES: dict[str, dict] = {
     "pgpsam": {},
     "samed": _SAMED,
     "hsam": _HSAM,
+    "autosam": _AUTOSAM,
+    "samlst": _SAMLST,
     "surgicalsam": _SURGICALSAM,
     "fssp": _FSSP,
     "sam": _SAM,
-    "autosam": _AUTOSAM,
-    "samlst": _SAMLST,
 }
 
 

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods.pretrained import apply_base, apply_cnn
-from pgpsam_jax.methods.registry import colors_of, method_of, start_of
+from pgpsam_jax.methods.registry import method_of
 from pgpsam_jax.models.initializers import Draws, NoDraws
 from pgpsam_jax.models.parameters import split_model
 from pgpsam_jax.models.sam.image_encoder import attention_report
@@ -21,7 +21,7 @@ def make_model(settings: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> nnx.Mo
             f"model.compute_dtype {settings.compute_dtype!r} unknown; choose {' or '.join(DTYPES)}"
         )
     dtype = DTYPES[settings.compute_dtype]
-    model = method_of(settings).make(settings, num_classes, dtype, rngs)
+    model = method_of(settings).from_settings(settings, num_classes, dtype=dtype, rngs=rngs)
     attention_report(model.image_encoder.config, dtype)  # refuses what cannot run here
     return model
 
@@ -32,7 +32,9 @@ def settled(config: ConfigDict, like: ConfigDict | None = None) -> ConfigDict:
     like: the same configuration, settled where its files were found.
     """
     config, like = config.copy_and_resolve_references(), like or config
-    config.model.colors, config.model.start = colors_of(like.model), start_of(like.model)
+    method = method_of(like.model)
+    config.model.colors = method.resolve_colors(like.model)
+    config.model.start = method.resolve_start(like.model)
     return config
 
 

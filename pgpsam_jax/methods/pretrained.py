@@ -7,7 +7,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.methods.registry import key_of, method_of, name_of, start_of
+from pgpsam_jax.methods.registry import key_of, method_of, name_of
 from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.models.parameters import flat_paths, under
 from pgpsam_jax.models.sam import weights
@@ -26,7 +26,7 @@ def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> 
     }
     leaves = flat_paths(params) | flat_paths(frozen)
     taken = dict(method.base_tensors)
-    if start_of(settings) == "sam":
+    if method.resolve_start(settings) == "sam":
         taken |= {
             path: match.expand(source)
             for path in leaves
@@ -52,7 +52,7 @@ def drawn(settings: ConfigDict, frozen) -> dict:
 
 def apply_cnn(settings: ConfigDict, params, frozen) -> None:
     """Overwrite the leaves of the CNN beside the encoder by the file `settings.cnn_base`."""
-    cnn = method_of(settings).cnn
+    cnn = method_of(settings).cnn_prefix
     if not cnn:
         raise UserError(
             f"model.cnn_base is for a method with a CNN, which {name_of(key_of(settings))} lacks; "

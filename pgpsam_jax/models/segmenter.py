@@ -1,49 +1,175 @@
-"""What every method is to the training step and the predictor, and SAM's parts that many share.
+"""`Segmenter`: what every method is to training and prediction; `register` gives it a name.
 
 Letters: B batch, S image side, H W token grid, C channels, K classes with background.
 """
 
+import enum
+from collections.abc import Callable, Mapping
+
 import jax.numpy as jnp
 from flax import nnx
 
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.models import losses
 from pgpsam_jax.models.layers import wide
 from pgpsam_jax.models.sam.image_encoder import ImageEncoder
-from pgpsam_jax.models.sam.lora import LoraConfig
+from pgpsam_jax.models.sam.lora import TARGETS, LoraConfig
 from pgpsam_jax.models.sam.mask_decoder import MaskDecoder
 from pgpsam_jax.models.sam.prompt_encoder import PromptEncoder
 from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.models.sam.weights import colors_of_base
+
+STARTS = ("auto", "sam", "drawn")  # how the modules that a method adds to SAM are initialized
+
+
+class Training(enum.Enum):
+    """How the parameters of a method are found."""
+
+    SGD = "training"  # steps over batches, by the optimizer of `config.optim`
+    LBFGS = "fit"  # one full-batch fit to the whole few-shot list
+    NONE = "none"  # there are none
 
 
 class Segmenter(nnx.Module):
-    """Images (B, S, S, 3) in [0, 1] to a dictionary of outputs that the method's loss takes.
+    """Base class of the methods: maps images (B, S, S, 3) in [0, 1] to a dictionary of outputs.
 
-    `final` are logits (B, h, w, K), of any size. A subclass has `encode` and `segment`, or a call
-    of its own.
+    The outputs are what `loss` takes; `final`, if any, are logits (B, h, w, K) of any size. A
+    subclass implements `encode` and `segment`, or `__call__`.
+
+    Attributes:
+      label: name in tables.
+      loss: (outputs, labels (B, H, W), epoch, `StepConfig`) -> (scalar, metrics), see `losses`.
+      training: how the parameters are found.
+      base_tensors: path prefix of this model -> path prefix in a converted SAM that it is loaded
+        from.
+      base_unused: path prefixes of a converted SAM without a counterpart in this model.
+      base_rows: path prefix in a converted SAM -> number of leading rows that are loaded.
+      frozen: path prefixes outside the image encoder that are never trained.
+      cnn_prefix: path prefix of the ResNet-18 that `model.cnn_base` initializes; "" without one.
+      start: what `model.start=auto` means where there is a base, "sam" or "drawn".
+      sam_start: regex of paths of this model -> path in a converted SAM, loaded besides
+        `base_tensors` where the start is "sam".
+      auto_colors: what `model.colors=auto` means; None for the colors the base was trained on.
+      oracle: whether it is given the labels of the volumes that it is scored on.
     """
 
+    label: str = ""
+    loss: Callable = staticmethod(losses.deep_supervision)
+    training: Training = Training.SGD
+    base_tensors: Mapping[str, str] = {}
+    base_unused: tuple[str, ...] = ()
+    base_rows: Mapping[str, int] = {}
+    frozen: tuple[str, ...] = ()
+    cnn_prefix: str = ""
+    start: str = "drawn"
+    sam_start: Mapping[str, str] = {}
+    auto_colors: str | None = None
+    oracle: bool = False
+
+    @classmethod
+    def from_settings(cls, settings, num_classes: int, *, dtype, rngs: nnx.Rngs) -> "Segmenter":
+        """Builds the model of `settings` (the fields of `config.model`) for K = num_classes."""
+        options = cls.options(settings)
+        return cls(cls.sam_config(settings), num_classes, **options, dtype=dtype, rngs=rngs)
+
+    @classmethod
+    def options(cls, settings) -> dict:
+        """Returns the keyword arguments of the constructor that `settings` decides."""
+        return {"lora": lora_config(settings)}
+
+    @classmethod
+    def sam_config(cls, settings) -> SamConfig:
+        """Returns the sizes of the SAM of `settings`."""
+        return SamConfig.preset(
+            settings.encoder,
+            settings.image_size,
+            settings.patch_size,
+            attention=settings.attention,
+            remat=settings.remat,
+            scan_blocks=settings.scan_blocks,
+            colors=cls.resolve_colors(settings),
+        )
+
+    @classmethod
+    def resolve_colors(cls, settings) -> str:
+        """Returns `model.colors`, with `auto` resolved: the colors of the base, or `auto_colors`.
+
+        Without a base the encoder is trained from scratch, on images in [0, 1].
+        """
+        if settings.colors != "auto":
+            return settings.colors
+        if cls.auto_colors or not settings.base:
+            return cls.auto_colors or "unit"
+        return colors_of_base(settings.base)
+
+    @classmethod
+    def resolve_start(cls, settings) -> str:
+        """Returns `model.start`, "sam" or "drawn", with `auto` resolved to `start`."""
+        if settings.start not in STARTS:
+            raise UserError(f"model.start is {settings.start!r}; choose from {', '.join(STARTS)}")
+        if settings.start != "auto":
+            return settings.start
+        return cls.start if settings.base else "drawn"
+
+    @classmethod
+    def resolve_start_scale(cls, settings) -> float | None:
+        """Returns the factor on what is first added to SAM's features; None if that is random."""
+        return settings.start_scale if cls.resolve_start(settings) == "sam" else None
+
     def encode(self, images):
-        """What the encoder makes of images, with no random draw: it may be kept for good."""
+        """Returns the encoder's features, without random numbers: they may be cached."""
         raise NotImplementedError
 
     def segment(self, encoded, keys=None):
-        """Outputs for what `encode` returned; keys (B,), one a sample, are given in training."""
+        """Returns the outputs for what `encode` returned; keys (B,) are given in training only."""
         raise NotImplementedError
 
     def __call__(self, images, keys=None):
         return self.segment(self.encode(images), keys)
 
     def predict(self, images):
-        """Logits (B, h, w, K) that class ids are read from."""
+        """Returns logits (B, h, w, K), of which the argmax is the class id."""
         return self(images)["final"]
 
 
-class SamSegmenter(Segmenter):
-    """SAM's encoder and decoder with no prompt but its no-mask embedding, a mask token a class.
+# (config.model.name, config.model.preset) -> class; a method with one preset has "" there.
+METHODS: dict[tuple[str, str], type[Segmenter]] = {}
 
-    Holds all of SAM's prompt encoder, as SAMed does: the rest of it has no gradient.
+
+def register(name: str, preset: str = ""):
+    """Class decorator that makes a `Segmenter` the method `config.model.name` (and preset)."""
+
+    def add(method: type[Segmenter]) -> type[Segmenter]:
+        METHODS[name, preset] = method
+        return method
+
+    return add
+
+
+def lora_config(settings) -> LoraConfig:
+    """Returns the adapters of the encoder; of rank 0 unless `model.train_encoder` is "lora"."""
+    if unknown := set(settings.lora_targets) - set(TARGETS):
+        raise UserError(f"model.lora_targets {sorted(unknown)} unknown; choose from {TARGETS}")
+    adapted = settings.train_encoder == "lora"
+    return LoraConfig(settings.lora_rank if adapted else 0, tuple(settings.lora_targets))
+
+
+class SamSegmenter(Segmenter):
+    """SAM's encoder and decoder, prompted by its no-mask embedding alone, one mask token per class.
+
+    It has all of SAM's prompt encoder, as SAMed does: the rest of it gets no gradient. Mask tokens,
+    their hypernetworks and the quality head, one per class here, start at random.
     """
 
     decoder = MaskDecoder
+    base_tensors = {
+        "image_encoder": "image_encoder",
+        "prompt_encoder": "prompt_encoder",
+        "mask_decoder/transformer": "mask_decoder/transformer",
+        "mask_decoder/upscaling": "mask_decoder/upscaling",
+        "mask_decoder/iou_token": "mask_decoder/iou_token",
+    }
+    base_unused = ("mask_decoder/mask_tokens", "mask_decoder/hyper_mlps", "mask_decoder/iou_head")
 
     def __init__(
         self,
@@ -66,9 +192,9 @@ class SamSegmenter(Segmenter):
         return self.image_encoder(images)[0]
 
     def transform(self, feature, sparse=None, dense=None):
-        """Mask tokens (B, M, C) and image tokens (B, H, W, C) of one pass of the decoder.
+        """Returns mask tokens (B, M, C) and image tokens (B, H, W, C) of one pass of the decoder.
 
-        Prompts are those of no prompt unless given.
+        sparse (B, T, C) and dense (B, H, W, C) prompts default to those of "no prompt".
         """
         default, no_mask = self.prompt_encoder(batch=feature.shape[0])
         sparse, dense = (
@@ -82,18 +208,6 @@ class SamSegmenter(Segmenter):
         return tokens, image
 
 
-# Where the tensors of `SamSegmenter` come from in a converted SAM; mask tokens, their
-# hypernetworks and the quality head are one for each class here, and start at random.
-BASE_TENSORS = {
-    "image_encoder": "image_encoder",
-    "prompt_encoder": "prompt_encoder",
-    "mask_decoder/transformer": "mask_decoder/transformer",
-    "mask_decoder/upscaling": "mask_decoder/upscaling",
-    "mask_decoder/iou_token": "mask_decoder/iou_token",
-}
-BASE_UNUSED = ("mask_decoder/mask_tokens", "mask_decoder/hyper_mlps", "mask_decoder/iou_head")
-
-
 def to_input(images):
-    """Grey slices (B, H, W) in [0, 1] to the three equal channels SAM takes, (B, H, W, 3)."""
+    """Repeats gray slices (B, H, W) in [0, 1] as SAM's three channels, (B, H, W, 3)."""
     return jnp.repeat(images.astype(wide(images.dtype))[..., None], 3, axis=-1)

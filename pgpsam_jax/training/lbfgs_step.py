@@ -14,8 +14,8 @@ import optax
 from flax import nnx
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.methods.losses import class_shares
 from pgpsam_jax.models.layers import wide
+from pgpsam_jax.models.losses import class_shares
 from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.sharding.context import split_batch
 from pgpsam_jax.training.train_state import TrainState

@@ -5,6 +5,7 @@ import jax
 from pgpsam_jax.checkpointing import frozen_weights
 from pgpsam_jax.methods import registry
 from pgpsam_jax.models.parameters import report
+from pgpsam_jax.models.sam.weights import colors_of_base
 
 
 def run(config, workdir, mesh, kernels, data, held_out, table, params, frozen, total: int) -> str:
@@ -35,9 +36,10 @@ def run(config, workdir, mesh, kernels, data, held_out, table, params, frozen, t
 
 def _conventions(settings) -> str:
     """What the encoder sees, and where the method starts."""
-    colors, start = registry.colors_of(settings), registry.start_of(settings)
+    method = registry.method_of(settings)
+    colors, start = method.resolve_colors(settings), method.resolve_start(settings)
     line = f"colors     {colors}; the method's additions to SAM start: {start}"
-    own = settings.base and registry.colors_of_base(settings.base)
+    own = settings.base and colors_of_base(settings.base)
     if own and own != colors:
         line += f" (the base was trained on {own} colors)"
     return line

@@ -13,8 +13,8 @@ import optax
 from flax import nnx
 
 from pgpsam_jax.data.augmentation.augment import AugmentConfig, augment, sample_keys
-from pgpsam_jax.methods.losses import deep_supervision
 from pgpsam_jax.models.layers import wide
+from pgpsam_jax.models.losses import deep_supervision
 from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.training.train_state import TrainState
 

@@ -6,14 +6,14 @@ Letters: B batch, H W token grid, C channels, K classes with background.
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models import initializers, layers
+from pgpsam_jax.models import initializers, layers, losses
 from pgpsam_jax.models.sam.image_encoder import ImageEncoder
 from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.mask_decoder import DecoderConfig, Upscaling, token_products
 from pgpsam_jax.models.sam.prompt_encoder import FourierPositions
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.models.sam.two_way_transformer import TwoWayTransformer
-from pgpsam_jax.models.segmenter import Segmenter
+from pgpsam_jax.models.segmenter import Segmenter, register
 
 MASKS = 2  # mask tokens of a class; the first one's mask is the class's
 
@@ -50,11 +50,29 @@ class ClassDecoder(nnx.Module):
         return jnp.moveaxis(token_products(up, weights).reshape(b, k, 4 * h, 4 * w), 1, -1)
 
 
+@register("autosam")
 class AutoSam(Segmenter):
     """Images (B, S, S, 3) to `final` logits (B, 4H, 4W, K); trains the decoder.
 
     Its position encoding is a random one of its own, not SAM's.
     """
+
+    label = "AutoSAM"
+    loss = staticmethod(losses.entropy_and_foreground_dice)
+    base_tensors = {
+        "image_encoder": "image_encoder",
+        "mask_decoder/transformer": "mask_decoder/transformer",
+        "mask_decoder/upscaling": "mask_decoder/upscaling",
+        "mask_decoder/hyper_mlps": "mask_decoder/hyper_mlps",
+    }
+    base_rows = {"mask_decoder/hyper_mlps": MASKS}  # of SAM's four hypernetworks, the first
+    base_unused = (
+        "prompt_encoder",
+        "mask_decoder/iou_token",
+        "mask_decoder/mask_tokens",
+        "mask_decoder/iou_head",
+    )
+    frozen = ("mask_decoder/iou_token",)
 
     def __init__(
         self,
@@ -77,20 +95,3 @@ class AutoSam(Segmenter):
     def segment(self, feature, keys=None):
         positions = self.pe_layer.grid(self.grid).astype(feature.dtype)
         return {"final": self.mask_decoder(feature, positions)}
-
-
-# Of a converted SAM: all of the decoder that has a place here, of its four hypernetworks the first.
-BASE_TENSORS = {
-    "image_encoder": "image_encoder",
-    "mask_decoder/transformer": "mask_decoder/transformer",
-    "mask_decoder/upscaling": "mask_decoder/upscaling",
-    "mask_decoder/hyper_mlps": "mask_decoder/hyper_mlps",
-}
-BASE_ROWS = {"mask_decoder/hyper_mlps": MASKS}
-BASE_UNUSED = (
-    "prompt_encoder",
-    "mask_decoder/iou_token",
-    "mask_decoder/mask_tokens",
-    "mask_decoder/iou_head",
-)
-FROZEN = ("mask_decoder/iou_token",)

@@ -8,21 +8,27 @@ one organ, here each class has a classifier of its own against all the rest.
 import jax.numpy as jnp
 import numpy as np
 
-from pgpsam_jax.models import layers
-from pgpsam_jax.models.baselines.prompted_sam import PromptedSam, check_prompt
+from pgpsam_jax.models import layers, losses
+from pgpsam_jax.models.baselines.prompted_sam import MaskPromptedSam, check_prompt
 from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.models.segmenter import Training, register
 
 # In sides of a token, 16 px in the original: three erosions and five dilations by 5 x 5 pixels take
 # off 6 and add 10; the box then grows by 0 to 19 px at random on every side, here by their mean.
 EROSION, DILATION, GROWTH = 6 / 16, 10 / 16, 9.5 / 16
 
 
-class Fssp(PromptedSam):
+@register("fssp")
+class Fssp(MaskPromptedSam):
     """Images (B, S, S, 3) to `coarse` logits (B, H, W, K - 1), whose classifier alone trains.
 
     A rough mask are the tokens of a class whose logit is above 0. prompt: "point", the pixel
     deepest inside it, "box" about it, or "both".
     """
+
+    label = "FSSP-SAM"
+    loss = staticmethod(losses.one_against_rest)
+    training = Training.LBFGS
 
     def __init__(self, sam: SamConfig, num_classes: int, *, prompt: str, rngs, **options):
         self.prompt = check_prompt(prompt)

@@ -21,7 +21,7 @@ from pgpsam_jax.models.sam.mask_decoder import (
 )
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.models.sam.two_way_transformer import Attention, TwoWayBlock, TwoWayTransformer
-from pgpsam_jax.models.segmenter import SamSegmenter
+from pgpsam_jax.models.segmenter import SamSegmenter, register
 
 # What the second decoder makes of its map of where to look, one channel. The authors' code takes
 # a softmax over that channel, which is 1 everywhere: the image tokens are merely doubled. What is
@@ -190,6 +190,7 @@ class SecondDecoder(nnx.Module):
         return token_products(up, self.hyper_mlps(tokens))
 
 
+@register("hsam")
 class Hsam(SamSegmenter):
     """Images (B, S, S, 3) to logits `bootstrap` (B, 4H, 4W, K) and `final` (B, 16H, 16W, K).
 
@@ -197,6 +198,19 @@ class Hsam(SamSegmenter):
     """
 
     decoder = FirstDecoder
+    label = "H-SAM"
+    sam_start = {  # what the second decoder has in the shape of SAM's
+        rf"second/({part}/.*)": r"mask_decoder/\1"
+        for part in (
+            "upscaling",
+            r"transformer/layers/\d+/(?:self_attn|mlp|norm\d)",
+            "transformer/(?:final_attn_token_to_image|norm_final_attn)",
+        )
+    }
+
+    @classmethod
+    def options(cls, settings):
+        return super().options(settings) | {"mask_gate": settings.mask_gate}
 
     def __init__(
         self,
@@ -264,14 +278,3 @@ def drop_out(x, keys, stream: int):
 def _draw(distribution, keys, stream: int, *arguments):
     """Draws (B, ...), every sample's by its own key alone: the same on any number of devices."""
     return jax.vmap(lambda key: distribution(jax.random.fold_in(key, stream), *arguments))(keys)
-
-
-# Tensors of the second decoder that SAM's has in the same shape, for a start from SAM (`pgpsam`).
-SAM_START = {
-    rf"second/({part}/.*)": r"mask_decoder/\1"
-    for part in (
-        "upscaling",
-        r"transformer/layers/\d+/(?:self_attn|mlp|norm\d)",
-        "transformer/(?:final_attn_token_to_image|norm_final_attn)",
-    )
-}

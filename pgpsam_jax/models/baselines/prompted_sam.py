@@ -14,12 +14,13 @@ from pgpsam_jax.models.segmenter import SamSegmenter
 PROMPTS = ("point", "box", "both")
 NO_MASK = -1e4  # logit of a class that nothing was asked for
 
-# All of a converted SAM has its place.
-BASE_TENSORS = {name: name for name in ("image_encoder", "prompt_encoder", "mask_decoder")}
-
 
 class PromptedSam(SamSegmenter):
     """SAM with its own four mask tokens, of which the first is the mask of a clear prompt."""
+
+    base_tensors = {name: name for name in ("image_encoder", "prompt_encoder", "mask_decoder")}
+    base_unused = ()
+    frozen = ("prompt_encoder",)
 
     def __init__(self, sam: SamConfig, **options):
         super().__init__(sam, 4, **options)
@@ -54,6 +55,21 @@ class PromptedSam(SamSegmenter):
         sparse, dense = (x.reshape(b, m, *x.shape[1:]) for x in self.prompt_encoder(**given))
         there = jnp.any(masks, axis=(1, 2), keepdims=True)
         return with_background(jnp.where(there, self.ask(feature, sparse, dense), NO_MASK))
+
+
+class MaskPromptedSam(PromptedSam):
+    """SAM unchanged, prompted by a mask per class: `prompt` is one of `PROMPTS`."""
+
+    frozen = ("prompt_encoder", "mask_decoder")
+
+    @classmethod
+    def options(cls, settings):
+        if settings.train_encoder == "full":
+            raise UserError(
+                f"method {settings.name} takes SAM's encoder as it is; set "
+                "model.train_encoder=frozen"
+            )
+        return {"prompt": settings.prompt}
 
 
 def with_background(logits):

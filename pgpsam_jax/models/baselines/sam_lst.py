@@ -7,18 +7,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models import initializers
+from pgpsam_jax.models import initializers, losses
 from pgpsam_jax.models.baselines.resnet import ResNet18
 from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.sam import SamConfig
-from pgpsam_jax.models.segmenter import SamSegmenter
+from pgpsam_jax.models.segmenter import SamSegmenter, register
 
 
+@register("samlst")
 class SamLst(SamSegmenter):
     """Images (B, S, S, 3) to `final` logits (B, 4H, 4W, K); trains CNN, gate and upscaling.
 
     The decoder sees g * SAM's feature + (1 - g) * the CNN's, with g = sigmoid(a) of a scalar a.
     """
+
+    label = "SAM-LST"
+    loss = staticmethod(losses.final_only)
+    cnn_prefix = "cnn"
+    frozen = (  # with the mask tokens and their hypernetworks, one per class and random
+        "prompt_encoder",
+        "mask_decoder/transformer",
+        "mask_decoder/mask_tokens",
+        "mask_decoder/hyper_mlps",
+        "mask_decoder/iou_token",
+        "mask_decoder/iou_head",
+    )
 
     def __init__(
         self,
@@ -44,15 +57,3 @@ class SamLst(SamSegmenter):
         share = jax.nn.sigmoid(self.gate[...]).astype(feature.dtype)
         mixed = share * feature + (1 - share) * beside
         return {"final": self.mask_decoder.masks(*self.transform(mixed))}
-
-
-CNN = "cnn"  # what the weights of `model.cnn_base` are for
-# Mask tokens and their hypernetworks, one for each class, stay as they were drawn.
-FROZEN = (
-    "prompt_encoder",
-    "mask_decoder/transformer",
-    "mask_decoder/mask_tokens",
-    "mask_decoder/hyper_mlps",
-    "mask_decoder/iou_token",
-    "mask_decoder/iou_head",
-)

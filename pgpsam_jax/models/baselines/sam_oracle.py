@@ -6,16 +6,22 @@ Letters: B batch, S image side, H W token grid, K classes with background.
 
 import jax.numpy as jnp
 
-from pgpsam_jax.models.baselines.prompted_sam import PromptedSam, check_prompt
+from pgpsam_jax.models.baselines.prompted_sam import MaskPromptedSam, check_prompt
 from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.models.segmenter import Training, register
 
 
-class OracleSam(PromptedSam):
+@register("sam")
+class OracleSam(MaskPromptedSam):
     """Images and labels to logits; nothing trains.
 
     prompt: "point", the pixel deepest inside the true mask of a class; "box", its bounding box;
     "both".
     """
+
+    label = "SAM, true boxes (ORACLE)"
+    training = Training.NONE
+    oracle = True
 
     def __init__(self, sam: SamConfig, num_classes: int, *, prompt: str, **options):
         self.classes, self.prompt = num_classes, check_prompt(prompt)

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models import initializers, layers
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.models import initializers, layers, losses
 from pgpsam_jax.models.baselines.prompted_sam import PromptedSam, with_background
 from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.models.segmenter import register
 
 _HIDDEN = 128
 
@@ -36,14 +38,28 @@ class Prompter(nnx.Module):
         return dense, sparse.swapaxes(2, 3)
 
 
+@register("surgicalsam")
 class SurgicalSam(PromptedSam):
     """Images (B, S, S, 3) to `final` logits (B, 4H, 4W, K), background 0; every class is asked for.
 
     Trains prototypes, prompter and decoder. A class is asked for by its own dense prompt and the
     sparse ones of all classes, its own marked as points inside, the others' as outside. Which
     classes an image shows is never given. The loss also takes `features` and `prototypes`.
-    start_small: as of `pgpsam.PgpSamConfig`.
+    start_scale: see `pgpsam.model.PrototypeConfig`.
     """
+
+    label = "SurgicalSAM"
+    loss = staticmethod(losses.prototype_prompts)
+    sam_start = {"prompter/dense2/bias": "prompt_encoder/no_mask_embed"}  # as in PGP-SAM
+
+    @classmethod
+    def options(cls, settings):
+        if settings.prompt_tokens < 1:
+            raise UserError(f"model.prompt_tokens is {settings.prompt_tokens}; give 1 or more")
+        own = dict(
+            prompt_tokens=settings.prompt_tokens, start_scale=cls.resolve_start_scale(settings)
+        )
+        return super().options(settings) | own
 
     def __init__(
         self,
@@ -51,7 +67,7 @@ class SurgicalSam(PromptedSam):
         num_classes: int,
         *,
         prompt_tokens: int = 4,
-        start_small: float | None = None,
+        start_scale: float | None = None,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
         **options,
@@ -60,9 +76,9 @@ class SurgicalSam(PromptedSam):
         width = sam.decoder.width
         self.prototypes = initializers.normal_param(rngs, num_classes - 1, width)
         self.prompter = Prompter(width, sam.encoder.grid, prompt_tokens, dtype=dtype, rngs=rngs)
-        if start_small is not None:
+        if start_scale is not None:
             initializers.scale(self.prompter.dense2.kernel, 0)
-            initializers.scale(self.prompter.sparse2.kernel, start_small)
+            initializers.scale(self.prompter.sparse2.kernel, start_scale)
 
     def segment(self, feature, keys=None):
         prototypes = self.prototypes[...]
@@ -77,6 +93,3 @@ class SurgicalSam(PromptedSam):
         marks = jnp.where(jnp.eye(m, dtype=bool)[..., None], inside, outside)  # asked, of, C
         tokens = sparse[:, None] + marks[:, :, None].astype(sparse.dtype)
         return tokens.reshape(b, m, m * t, c)
-
-
-SAM_START = {"prompter/dense2/bias": "prompt_encoder/no_mask_embed"}  # as in `pgpsam`

@@ -21,7 +21,7 @@ from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.mask_decoder import MaskDecoder, class_features
 from pgpsam_jax.models.sam.prompt_encoder import FourierPositions
 from pgpsam_jax.models.sam.sam import SamConfig
-from pgpsam_jax.models.segmenter import Segmenter
+from pgpsam_jax.models.segmenter import Segmenter, lora_config, register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,8 @@ class PrototypeConfig:
     """Sizes that every preset has; one refinement stage per entry of `stage_taps` (block indices).
 
     alpha: inter prototypes per class; k: those matched to each class. Empty `stage_taps` means the
-    paper's two: the last and the first global-attention block of the encoder.
+    paper's two: the last and the first global-attention block of the encoder. start_scale: factor
+    on what is first added to SAM's features; None leaves the initialization as it is.
     """
 
     sam: SamConfig
@@ -39,6 +40,7 @@ class PrototypeConfig:
     k: int = 4
     strip_kernel: int = 5
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    start_scale: float | None = None
 
     def __post_init__(self):
         encoder = self.sam.encoder
@@ -72,12 +74,11 @@ class PgpSamConfig(PrototypeConfig):
     """Preset `paper`: with the switches of Table 3.
 
     mix_start: value of the learned alpha and beta of Eq 5 at the start; ppr_norm: LayerNorm on P^
-    and F^ there. start_small: None, or what the first additions to SAM's features are scaled by.
+    and F^ there.
     """
 
     mix_start: float = 0.5
     ppr_norm: bool = True
-    start_small: float | None = None
     cfm: bool = True
     ppr: bool = True
     ppg: bool = True
@@ -112,8 +113,62 @@ class Pass(NamedTuple):
     class_feature: jax.Array
 
 
-class PgpSam(Segmenter):
-    """Images (B, rows, columns, 3) in [0, 1] to `bootstrap` and `final` logits (B, 4H, 4W, K)."""
+class PrototypeSegmenter(Segmenter):
+    """Base of both presets; `switches` are the fields of `config_class` that are its own."""
+
+    config_class = PrototypeConfig
+    switches: tuple[str, ...] = ()
+
+    @classmethod
+    def from_settings(cls, settings, num_classes: int, *, dtype, rngs: nnx.Rngs):
+        config = cls.config_class(
+            sam=cls.sam_config(settings),
+            num_classes=num_classes,
+            stage_taps=tuple(settings.stage_taps),
+            alpha=settings.alpha,
+            k=settings.k,
+            lora=lora_config(settings),
+            start_scale=cls.resolve_start_scale(settings),
+            **{name: getattr(settings, name) for name in cls.switches},
+        )
+        return cls(config, dtype=dtype, rngs=rngs)
+
+    def passes(self, images) -> list[Pass]:
+        """Returns every pass of the decoder, the bootstrap first, with its inputs."""
+        raise NotImplementedError
+
+    def __call__(self, images, keys=None):
+        passes = self.passes(images)
+        return {"bootstrap": passes[0].logits, "final": passes[-1].logits}
+
+
+@register("pgpsam", "paper")
+class PgpSam(PrototypeSegmenter):
+    """Images (B, rows, columns, 3) in [0, 1] to `bootstrap` and `final` logits (B, 4H, 4W, K).
+
+    SAM's own prompts, mask tokens, hypernetworks and quality head have no place here: prompts come
+    from prototypes, and there is one mask token and one hypernetwork per class.
+    """
+
+    label = "PGP-SAM, paper"
+    base_tensors = {
+        "image_encoder": "image_encoder",
+        "pe_layer": "prompt_encoder/pe_layer",
+        "mask_decoder/transformer": "mask_decoder/transformer",
+        "mask_decoder/upscaling": "mask_decoder/upscaling",
+        "default_dense": "prompt_encoder/no_mask_embed",
+    }
+    base_unused = (
+        "prompt_encoder",
+        "mask_decoder/iou_token",
+        "mask_decoder/mask_tokens",
+        "mask_decoder/hyper_mlps",
+        "mask_decoder/iou_head",
+    )
+    start = "sam"
+    sam_start = {r"ppg/\d+/dense/mlp/lin2/bias": "prompt_encoder/no_mask_embed"}
+    config_class = PgpSamConfig
+    switches = ("mix_start", "ppr_norm", "cfm", "ppr", "ppg")
 
     def __init__(self, config: PgpSamConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         encoder, c = config.sam.encoder, config.sam.decoder.width
@@ -151,9 +206,9 @@ class PgpSam(Segmenter):
                 )
                 for _ in config.stage_taps
             )
-        if config.start_small is not None:
+        if config.start_scale is not None:
             for module in (*self.cfm, *(self.ppg if config.ppg else ())):
-                module.start_small(config.start_small)
+                module.start_small(config.start_scale)
         self.config = config
 
     def prompts(self, i: int, feature, intra, inter):
@@ -171,7 +226,6 @@ class PgpSam(Segmenter):
         return logits, class_features(mask_tokens, image_tokens)
 
     def passes(self, images) -> list[Pass]:
-        """Every pass of the decoder, the bootstrap first, with all that led to it."""
         feature, taps = self.image_encoder(images, self.config.stage_taps)
         refined = Refined()
         if self.config.ppg:
@@ -191,28 +245,3 @@ class PgpSam(Segmenter):
     def _pass(self, i: int, feature, refined: Refined) -> Pass:
         sparse, dense = self.prompts(i, feature, refined.intra, refined.inter)
         return Pass(feature, *refined, sparse, dense, *self.decode(feature, sparse, dense))
-
-    def __call__(self, images, keys=None):
-        passes = self.passes(images)
-        return {"bootstrap": passes[0].logits, "final": passes[-1].logits}
-
-
-# Which tensors of a converted SAM this model starts from: path prefix here -> prefix there.
-BASE_TENSORS = {
-    "image_encoder": "image_encoder",
-    "pe_layer": "prompt_encoder/pe_layer",
-    "mask_decoder/transformer": "mask_decoder/transformer",
-    "mask_decoder/upscaling": "mask_decoder/upscaling",
-    "default_dense": "prompt_encoder/no_mask_embed",
-}
-# What is SAM's only where the model starts from SAM: pattern of paths here -> path there.
-SAM_START = {r"ppg/\d+/dense/mlp/lin2/bias": "prompt_encoder/no_mask_embed"}
-# SAM's own prompts, mask tokens, hypernetworks and quality head have no place here: prompts come
-# from prototypes, and there is one mask token and one hypernetwork per class.
-BASE_UNUSED = (
-    "prompt_encoder",
-    "mask_decoder/iou_token",
-    "mask_decoder/mask_tokens",
-    "mask_decoder/hyper_mlps",
-    "mask_decoder/iou_head",
-)

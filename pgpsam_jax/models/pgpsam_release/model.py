@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pgpsam_jax.models import initializers, layers
-from pgpsam_jax.models.pgpsam.model import Pass, PrototypeConfig
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.models import initializers, layers, losses
+from pgpsam_jax.models.pgpsam.model import Pass, PrototypeConfig, PrototypeSegmenter
 from pgpsam_jax.models.pgpsam.ppr import Refined
 from pgpsam_jax.models.pgpsam_release.cfm import ChannelSemantics, ContextualFeatureModulation
 from pgpsam_jax.models.pgpsam_release.mask_decoder import MaskDecoder
 from pgpsam_jax.models.pgpsam_release.ppg import PromptGenerator
 from pgpsam_jax.models.pgpsam_release.ppr import PrototypeRefinement
 from pgpsam_jax.models.sam.image_encoder import ImageEncoder
-from pgpsam_jax.models.segmenter import Segmenter
+from pgpsam_jax.models.segmenter import register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +27,10 @@ class ReleaseConfig(PrototypeConfig):
     """dcn: `deformable`, the release's, or `plain`, dilated convolutions without gathers.
 
     token_order: how the decoder reads its image tokens before upscaling, see `TOKEN_ORDERS`.
-    start_small: None, the release's own start, or what additions to SAM's features are scaled by.
     """
 
     dcn: str = "deformable"
     token_order: str = "released"
-    start_small: float | None = None
 
 
 class PrePrompt(nnx.Module):
@@ -44,8 +43,41 @@ class PrePrompt(nnx.Module):
         self.ppg = PromptGenerator(channels, classes, inter, dcn=dcn, **common)
 
 
-class ReleasePgpSam(Segmenter):
-    """Images (B, rows, columns, 3) in [0, 1] to `bootstrap` and `final` logits (B, 4H, 4W, K)."""
+@register("pgpsam", "release")
+class ReleasePgpSam(PrototypeSegmenter):
+    """Images (B, rows, columns, 3) in [0, 1] to `bootstrap` and `final` logits (B, 4H, 4W, K).
+
+    Of a converted SAM the release loads the encoder and the two-way transformer; the LayerNorms of
+    the reordered blocks keep SAM's names and so land behind another sub-layer than in SAM.
+    """
+
+    label = "PGP-SAM, release"
+    loss = staticmethod(losses.released_deep_supervision)
+    base_tensors = {
+        "image_encoder": "image_encoder",
+        "mask_decoder/transformer": "mask_decoder/transformer",
+    }
+    base_unused = (
+        "prompt_encoder",
+        "mask_decoder/iou_token",
+        "mask_decoder/mask_tokens",
+        "mask_decoder/upscaling",
+        "mask_decoder/hyper_mlps",
+        "mask_decoder/iou_head",
+    )
+    sam_start = {r"(ppg/\d+|pre_prompt/ppg)/dense/mlp/lin2/bias": "prompt_encoder/no_mask_embed"}
+    auto_colors = "unit"
+    config_class = ReleaseConfig
+    switches = ("dcn", "token_order")
+
+    @classmethod
+    def from_settings(cls, settings, num_classes: int, *, dtype, rngs: nnx.Rngs):
+        if not (settings.cfm and settings.ppr and settings.ppg):
+            raise UserError(
+                "model.cfm, model.ppr and model.ppg switch off parts of preset paper, release has "
+                "no such switches; set model.preset=paper or all three to True"
+            )
+        return super().from_settings(settings, num_classes, dtype=dtype, rngs=rngs)
 
     def __init__(self, config: ReleaseConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         encoder, c = config.sam.encoder, config.sam.decoder.width
@@ -73,11 +105,11 @@ class ReleasePgpSam(Segmenter):
         )
         self.image_level = initializers.normal_param(rngs, stages, c)
         self.class_level = initializers.normal_param(rngs, stages, classes)
-        if config.start_small is not None:
-            self._start_small(config.start_small)
+        if config.start_scale is not None:
+            self._scale_start(config.start_scale)
         self.config = config
 
-    def _start_small(self, factor: float) -> None:
+    def _scale_start(self, factor: float) -> None:
         """Make X_s nearly the neck, dense prompts nearly their last bias, sparse ones small."""
         for added in (self.pre_prompt.mask_embed, self.image_level):
             initializers.scale(added, factor)
@@ -93,7 +125,6 @@ class ReleasePgpSam(Segmenter):
         return refined.intra + self.intra_embed[...], refined.inter + self.inter_embed[...]
 
     def passes(self, images) -> list[Pass]:
-        """Every pass of the decoder, the pre-prompt pass first, with all that led to it."""
         neck, taps = self.image_encoder(images, self.config.stage_taps)
         raw = (self.intra[...], self.inter[...])
         refined = Refined(*(jnp.broadcast_to(p, (len(neck), *p.shape)) for p in raw))
@@ -114,26 +145,3 @@ class ReleasePgpSam(Segmenter):
                 Pass(feature, *refined, *prompts, *self.mask_decoder(feature, *prompts, stage))
             )
         return passes
-
-    def __call__(self, images, keys=None):
-        passes = self.passes(images)
-        return {"bootstrap": passes[0].logits, "final": passes[-1].logits}
-
-
-# Of a converted SAM the release loads the encoder and the two-way transformer; the LayerNorms of
-# the reordered blocks keep SAM's names and so land behind another sub-layer than in SAM.
-BASE_TENSORS = {
-    "image_encoder": "image_encoder",
-    "mask_decoder/transformer": "mask_decoder/transformer",
-}
-SAM_START = {
-    r"(ppg/\d+|pre_prompt/ppg)/dense/mlp/lin2/bias": "prompt_encoder/no_mask_embed"
-}  # as in `pgpsam`
-BASE_UNUSED = (
-    "prompt_encoder",
-    "mask_decoder/iou_token",
-    "mask_decoder/mask_tokens",
-    "mask_decoder/upscaling",
-    "mask_decoder/hyper_mlps",
-    "mask_decoder/iou_head",
-)
