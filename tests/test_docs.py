@@ -64,9 +64,12 @@ def test_links_resolve(page):
     assert not broken
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CONTRIBUTING.md"])
 def test_named_paths_exist(page):
-    """Paths of the repository in text, commands and tables; file names between backticks."""
+    """Paths of the repository in text, commands and tables; file names between backticks.
+
+    CONTRIBUTING.md names a file that its reader is to write.
+    """
     text, names = read(page), {name.rsplit("/", 1)[-1] for name in FILES}
     paths = [path.rstrip("/") for path in _PATH.findall(text) if "NAME" not in path]
     wrong = [path for path in paths if not list(REPOSITORY.glob(path))]
