@@ -14,7 +14,6 @@ from ready_run import ready_run
 from small_pgpsam import build, inputs_for, small
 from small_run import write_data
 
-from pgpsam_jax.data.letterbox import Fit
 from pgpsam_jax.models.pgpsam.model import Pass
 from pgpsam_jax.models.pgpsam.ppr import PrototypeRefinement, select_inter
 from pgpsam_jax.report.figures import picture as drawing
@@ -90,9 +89,9 @@ def test_attention_sums_to_one_and_picks_are_the_nearest():
 # What the pictures are drawn from.
 
 
-def part(truth, size=16):
+def part(truth):
     image = np.zeros(truth.shape, np.float32)
-    return collect.Slice("a", 3, image, truth, (1.0, 1.0), Fit.of(truth.shape, size))
+    return collect.Slice("a", 3, image, truth, (1.0, 1.0))
 
 
 def fake_look(truth, weights, picks):
@@ -110,7 +109,9 @@ def fake_look(truth, weights, picks):
     refined = first._replace(picks=picks, class_weights=weights, query_weights=weights)
     slices = [part(truth)] * n
     passes, mixing = [first, refined], [(0.4, 0.6)]
-    return collect.Look(("background", "x"), slices, [0], passes, mixing, mix_start=0.5)
+    return collect.Look(
+        ("background", "x"), slices, [0], passes, mixing, mix_start=0.5, image_size=16
+    )
 
 
 def one_hot_look():

@@ -287,5 +287,5 @@ def is_colored(picture):
 
 
 def test_usual_slices_are_to_scale():
-    assert overlays.drawn_spacing((20, 512), (5.0, 0.7)) == pytest.approx((5.0, 0.7))
+    assert overlays.display_spacing((20, 512), (5.0, 0.7)) == pytest.approx((5.0, 0.7))
     assert overlays.scale_note((512, 512), (0.7, 0.7)) == ""

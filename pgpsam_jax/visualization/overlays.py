@@ -66,15 +66,15 @@ def overlay_slice(image, truth, prediction, spacing, names, title: str) -> Figur
     spacing: mm along (H, W).
     """
     title += scale_note(image.shape, spacing)
-    spacing = drawn_spacing(image.shape, spacing)
+    spacing = display_spacing(image.shape, spacing)
     maps = {"ground truth": truth, "prediction": prediction}
     maps = {what: labels for what, labels in maps.items() if labels is not None}
     legend = {k: names[k] for k in present(names, *maps.values())}
     if len(maps) == 2:
         scores = slice_dice(prediction[None], truth[None], len(names))[0]
         legend = {k: f"{name}  {scores[k - 1]:.2f}" for k, name in legend.items()}
-    grid = 1, 1 + len(maps)
-    figure, axes = panels(grid, image.shape, spacing, 3.6, legend, names, title, 0.22)
+    layout = 1, 1 + len(maps)
+    figure, axes = panels(layout, image.shape, spacing, 3.6, legend, names, title, 0.22)
     for ax, (what, labels) in zip(axes, {"image": None, **maps}.items(), strict=True):
         draw_slice(ax, image, labels, spacing, names)
         ax.set_title(what, fontsize=10, pad=4)
@@ -137,23 +137,30 @@ def write_preview(image, prediction, spacing, names, path) -> Path:
     path = Path(path)
     organs = np.flatnonzero((prediction > 0).any(axis=(1, 2)))
     pool = organs if organs.size else np.arange(len(prediction))
-    chosen = pool[np.unique(np.linspace(0, len(pool) - 1, min(12, len(pool))).round().astype(int))]
+    chosen = pool[evenly_spaced(len(pool), 12)]
     legend = {k: names[k] for k in present(names, prediction[chosen])}
     title = path.name.removesuffix(path.suffix) + ("" if organs.size else ": no organ found")
     title += scale_note(image.shape[1:], spacing[1:])
-    spacing = drawn_spacing(image.shape[1:], spacing[1:])
+    spacing = display_spacing(image.shape[1:], spacing[1:])
     columns = min(4, len(chosen))
-    grid = math.ceil(len(chosen) / columns), columns
-    figure, axes = panels(grid, image.shape[1:], spacing, 2.7, legend, names, title, 0.0)
+    layout = math.ceil(len(chosen) / columns), columns
+    figure, axes = panels(layout, image.shape[1:], spacing, 2.7, legend, names, title, 0.0)
     for ax, z in zip(axes, chosen, strict=False):
         draw_slice(ax, image[z], prediction[z], spacing, names)
-        ax.text(0.98, 0.98, f"z = {z}", transform=ax.transAxes, ha="right", va="top", **note(8))
+        ax.text(
+            0.98, 0.98, f"z = {z}", transform=ax.transAxes, ha="right", va="top", **text_style(8)
+        )
     for ax in axes[len(chosen) :]:
         ax.set_visible(False)
     return save_png(figure, path)
 
 
-def drawn_spacing(shape, spacing) -> tuple[float, float]:
+def evenly_spaced(count: int, most: int) -> np.ndarray:
+    """Up to `most` of the indices 0 to count - 1, ends included."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
+
+
+def display_spacing(shape, spacing) -> tuple[float, float]:
     """The spacing, or a longer one along the shorter side of a slice that would be a line.
 
     shape: (H, W); spacing: mm along them.
@@ -164,8 +171,8 @@ def drawn_spacing(shape, spacing) -> tuple[float, float]:
 
 
 def scale_note(shape, spacing) -> str:
-    """What the title says where `drawn_spacing` is another one."""
-    drawn = drawn_spacing(shape, spacing)
+    """What the title says where `display_spacing` is another one."""
+    drawn = display_spacing(shape, spacing)
     return "" if np.allclose(drawn, spacing) else " (not to scale)"
 
 
@@ -175,13 +182,13 @@ def present(names, *maps) -> list[int]:
     return [k for k in range(1, len(names)) if k in ids]
 
 
-def panels(grid, shape, spacing, width, legend, names, title, head, top=0.35):
-    """Figure with a grid of axes of the slice's true aspect, a title, and a legend below.
+def panels(layout, shape, spacing, width, legend, names, title, head, top=0.35):
+    """Figure with rows and columns of axes of the slice's true aspect, a title, and a legend below.
 
-    grid: (rows, columns). legend: {class id: text}. In inches, width: of a panel; head: room above
+    layout: (rows, columns). legend: {class id: text}. In inches, width: of a panel; head: room above
     each row for panel titles; top: above them all. Returns the figure and its axes, row by row.
     """
-    rows, columns = grid
+    rows, columns = layout
     ratio = (shape[0] * spacing[0]) / (shape[1] * spacing[1])
     height = width * min(max(ratio, 1 / _LONGEST), _LONGEST)
     total = columns * width + (columns - 1) * _GAP + 2 * _MARGIN
@@ -231,19 +238,25 @@ def draw_slice(ax, image, labels, spacing, names, letters=True) -> None:
     )
     colors = palette(names)
     for k in present(names, labels) if labels is not None else ():
-        # A rim of zeros closes the contour of an organ that touches the border.
-        mask = np.pad(labels == k, 1).astype(np.float32)
-        y, x = ((np.arange(n) - 0.5) * s for n, s in zip(mask.shape, spacing, strict=True))
-        ax.contourf(x, y, mask, levels=[0.5, 1.5], colors=[colors[names[k]]], alpha=0.3)
-        ax.contour(x, y, mask, levels=[0.5], colors=[colors[names[k]]], linewidths=1.1)
+        draw_outline(ax, labels == k, spacing, colors[names[k]], 1.1, fill=0.3)
     ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     for spine in ax.spines.values():
         spine.set_visible(False)
     sides = ("R", 0.03, 0.5), ("L", 0.97, 0.5), ("A", 0.5, 0.96), ("P", 0.5, 0.04)
     for letter, x, y in sides if letters else ():
-        ax.text(x, y, letter, transform=ax.transAxes, ha="center", va="center", **note(9))
+        ax.text(x, y, letter, transform=ax.transAxes, ha="center", va="center", **text_style(9))
 
 
-def note(size) -> dict:
+def draw_outline(ax, mask, spacing, color, width: float, fill: float = 0.0) -> None:
+    """Draws the contour of a mask (H, W), filled with opacity `fill`; spacing: mm along (H, W)."""
+    # A rim of zeros closes the contour of an organ that touches the border.
+    mask = np.pad(mask, 1).astype(np.float32)
+    y, x = ((np.arange(n) - 0.5) * s for n, s in zip(mask.shape, spacing, strict=True))
+    if fill:
+        ax.contourf(x, y, mask, levels=[0.5, 1.5], colors=[color], alpha=fill)
+    ax.contour(x, y, mask, levels=[0.5], colors=[color], linewidths=width)
+
+
+def text_style(size) -> dict:
     """Style of text that stays readable on any gray: white with a black rim."""
     return {"color": "white", "fontsize": size, "path_effects": _OUTLINE}

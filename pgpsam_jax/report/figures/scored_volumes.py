@@ -1,9 +1,6 @@
-"""The test volumes of a run with truth and predictions, and single slices of them to draw."""
-
-import dataclasses
+"""The test volumes of a run with their truth and predictions."""
 
 import numpy as np
-from scipy import ndimage
 
 from pgpsam_jax.checkpointing import locations
 from pgpsam_jax.data import dataset
@@ -12,24 +9,6 @@ from pgpsam_jax.data.io.nifti import read_label
 from pgpsam_jax.data.letterbox import ends_of, rescale
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.results.runs import Run
-from pgpsam_jax.visualization.overlays import drawn_spacing
-
-_AIR = 0.1  # of the window: below it is no body
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Slice:
-    """A slice cropped to the body: image (H, W) in [0, 1], class ids, mm along (H, W)."""
-
-    image: np.ndarray
-    truth: np.ndarray
-    predictions: list[np.ndarray]
-    spacing: tuple[float, float]
-
-    @property
-    def size(self) -> tuple[float, float]:
-        """Millimeters along (H, W)."""
-        return tuple(n * mm for n, mm in zip(self.image.shape, self.spacing, strict=True))
 
 
 class TestSet:
@@ -73,18 +52,11 @@ class TestSet:
         return image, truth, predictions, volume.spacing[1:], region
 
 
-def crop(image, truth, predictions, spacing) -> Slice:
-    """Cut a slice (H, W) to the largest body in it and all labels, with a small rim."""
-    parts, count = ndimage.label(image > _AIR)
-    sizes = np.bincount(parts.ravel())[1:]
-    keep = parts == 1 + sizes.argmax() if count else np.ones(image.shape, bool)
-    for labels in (truth, *predictions):
-        keep = keep | (labels > 0)
-    box = []
-    for axis in (1, 0):
-        inside = np.flatnonzero(keep.any(axis=axis))
-        rim = max(2, round(0.02 * len(inside)))
-        box.append(slice(max(0, inside[0] - rim), inside[-1] + rim + 1))
-    box = tuple(box)
-    spacing = drawn_spacing(image[box].shape, spacing)
-    return Slice(image[box], truth[box], [labels[box] for labels in predictions], spacing)
+def fullest_slice(truth, num_classes: int, region=True) -> int:
+    """The slice of (D, H, W) with most organs, among equals the one with the largest organ area.
+
+    region: boolean (D,), the slices to choose from.
+    """
+    organs = sum((truth == k).any(axis=(1, 2)).astype(int) for k in range(1, num_classes))
+    area = np.count_nonzero(truth, axis=(1, 2))
+    return int(np.lexsort((area, np.where(region, organs, -1)))[-1])

@@ -10,7 +10,8 @@ import numpy as np
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.report.figures.csv_rows import read_rows, scores_of, write_rows
 from pgpsam_jax.report.figures.picture import Picture, draw
-from pgpsam_jax.report.figures.scored_volumes import TestSet, crop
+from pgpsam_jax.report.figures.scored_volumes import TestSet, fullest_slice
+from pgpsam_jax.report.figures.slice_panels import Slice, corner_text, draw_panel, frame_ratio
 from pgpsam_jax.utils.untrusted_text import shown
 from pgpsam_jax.visualization import overlays
 
@@ -22,9 +23,7 @@ _WIDE = 9.5  # inches of all panels of a full-width figure
 def qualitative(groups, folder) -> Picture:
     """Cases as rows; image, methods (first finished seed of each group) and truth as columns."""
     groups = [group for group in groups if scores_of(group) is not None]
-    if len(groups) > _METHODS:
-        places = np.linspace(0, len(groups) - 1, _METHODS).round().astype(int)
-        groups = [groups[place] for place in places]
+    groups = [groups[place] for place in overlays.evenly_spaced(len(groups), _METHODS)]
     runs = [next(run for run in group.runs if run.cases) for group in groups]
     labels = [group.label for group in groups] if len(groups) > 1 else ["prediction"]
     tests, names = TestSet(runs[0]), runs[0].names
@@ -32,11 +31,12 @@ def qualitative(groups, folder) -> Picture:
     cases = _by_rank(scores_of(groups[-1]))
     for case_id, found in _readable(tests, cases, runs, left_out):
         image, truth, predictions, spacing, region = found
-        z = _fullest(truth, region, len(names))
-        slices.append(crop(image[z], truth[z], [p[z] for p in predictions], spacing))
+        z = fullest_slice(truth, len(names), region)
+        part = Slice(case_id, z, image[z], truth[z], spacing, [p[z] for p in predictions])
+        slices.append(part.cropped())
         for label, prediction in zip(labels, slices[-1].predictions, strict=True):
             dice = _mean_dice(prediction, slices[-1].truth, names)
-            rows.append({"case": case_id, "z": z, "label": label, "dice": dice})
+            rows.append(part.key | {"label": label, "dice": dice})
     rows = _stored(folder, "qualitative", rows)
     return draw(
         lambda theme: _comparison(slices, rows, labels, names),
@@ -81,15 +81,7 @@ def _by_rank(scores) -> list[str]:
     """Up to four cases from the lowest to the highest Dice, evenly spread in rank."""
     values = scores.case_scores()
     ranked = [scores.cases[i] for i in np.argsort(values, kind="stable") if values[i] == values[i]]
-    places = np.linspace(0, len(ranked) - 1, min(_CASES, len(ranked))).round().astype(int)
-    return [ranked[place] for place in dict.fromkeys(places.tolist())]
-
-
-def _fullest(truth, region, num_classes: int) -> int:
-    """The scored slice with most organs, among equals the one with the largest organ area."""
-    organs = sum((truth == k).any(axis=(1, 2)).astype(int) for k in range(1, num_classes))
-    area = np.count_nonzero(truth, axis=(1, 2))
-    return int(np.lexsort((area, np.where(region, organs, -1)))[-1])
+    return [ranked[place] for place in overlays.evenly_spaced(len(ranked), _CASES)]
 
 
 def _comparison(slices, rows, labels, names):
@@ -108,10 +100,12 @@ def _comparison(slices, rows, labels, names):
         own = rows[line * len(labels) : (line + 1) * len(labels)]
         here = axes[line * width : (line + 1) * width]
         corner = f"{own[0]['case']}\nz = {own[0]['z']:.0f}"
-        _panel(here[0], part, None, names, corner, letters=True)
+        draw_panel(here[0], part, None, names, letters=True)
+        corner_text(here[0], corner)
         for ax, row, prediction in zip(here[1:], own, part.predictions, strict=False):
-            _panel(ax, part, prediction, names, f"{100 * row['dice']:.0f} %")
-        _panel(here[-1], part, part.truth, names)
+            draw_panel(ax, part, prediction, names)
+            corner_text(ax, f"{100 * row['dice']:.0f} %")
+        draw_panel(here[-1], part, part.truth, names)
     return figure
 
 
@@ -155,10 +149,10 @@ def _worst_slices(case_id, image, truth, predictions, spacing, region, names):
             kept.append(key)
     result = []
     for mean, size, z in kept:
-        row = {"case": case_id, "z": z, "dice": mean, "organ_pixels": -size}
+        part = Slice(case_id, z, image[z], truth[z], spacing, [prediction[z]])
+        row = part.key | {"dice": mean, "organ_pixels": -size}
         row |= _worst_organ(scores[z], truth[z], prediction[z], names)
-        part = crop(image[z], truth[z], [prediction[z]], spacing)
-        result.append(((mean, size, case_id, z), row, part))
+        result.append(((mean, size, case_id, z), row, part.cropped()))
     return result
 
 
@@ -174,11 +168,11 @@ def _worst_organ(scores, truth, prediction, names) -> dict:
 
 def _gallery(slices, rows, names):
     across = min(2, len(slices))
-    grid = math.ceil(len(slices) / across), 3 * across
-    figure, axes = _sheet(slices, grid, names, 0.24, top=0.1)
+    layout = math.ceil(len(slices) / across), 3 * across
+    figure, axes = _sheet(slices, layout, names, 0.24, top=0.1)
     for place, ax in enumerate(axes):  # a gap between the two halves
         box = ax.get_position(original=True)
-        shift = (0.08 if place % grid[1] >= 3 else -0.04) / figure.get_figwidth()
+        shift = (0.08 if place % layout[1] >= 3 else -0.04) / figure.get_figwidth()
         ax.set_position((box.x0 + shift, box.y0, box.width, box.height))
     for place, (part, row) in enumerate(zip(slices, rows, strict=True)):
         here = axes[3 * place : 3 * place + 3]
@@ -187,40 +181,33 @@ def _gallery(slices, rows, names):
         text = f"{row['case']}, z = {z}: Dice {100 * row['dice']:.0f} % (worst: {organ}, {score})"
         here[0].set_title(text, loc="left", fontsize=9, pad=4)
         for ax, labels in zip(here, (None, part.truth, part.predictions[0]), strict=True):
-            _panel(ax, part, labels, names)
+            draw_panel(ax, part, labels, names)
     for ax, what in zip(axes, ["image", "truth", "prediction"] * across, strict=False):
         ax.text(
-            0.5, 0.02, what, transform=ax.transAxes, ha="center", va="bottom", **overlays.note(8)
+            0.5,
+            0.02,
+            what,
+            transform=ax.transAxes,
+            ha="center",
+            va="bottom",
+            **overlays.text_style(8),
         )
     for ax in axes[3 * len(slices) :]:
         ax.set_visible(False)
     return figure
 
 
-def _sheet(slices, grid, names, head, top):
-    """Figure and axes for `grid` panels, all of the tallest slice's shape, with a legend."""
-    tallest = max(part.size[0] / part.size[1] for part in slices)
+def _sheet(slices, layout, names, head, top):
+    """Figure and axes for `layout` panels, all of the tallest slice's shape, with a legend."""
+    tallest = max(frame_ratio(part.frame) for part in slices)
     maps = [labels for part in slices for labels in (part.truth, *part.predictions)]
     legend = {k: names[k] for k in overlays.present(names, *maps)}
-    width = _panel_width(grid[1])
-    return overlays.panels(grid, (tallest, 1.0), (1.0, 1.0), width, legend, names, "", head, top)
+    width = _panel_width(layout[1])
+    return overlays.panels(layout, (tallest, 1.0), (1.0, 1.0), width, legend, names, "", head, top)
 
 
 def _panel_width(columns: int) -> float:
     return min(2.6, _WIDE / columns)
-
-
-def _panel(ax, part, labels, names, corner="", letters=False) -> None:
-    """One slice on black, so that slices of other shapes fill the same panel."""
-    overlays.draw_slice(ax, part.image, labels, part.spacing, names, letters)
-    box, (wide, high) = ax.get_position(original=True), ax.figure.get_size_inches()
-    ratio = box.height * high / (box.width * wide)
-    height, width = part.size
-    x = max(0.0, (height / ratio - width) / 2)
-    y = max(0.0, (width * ratio - height) / 2)
-    ax.set(xlim=(-x, width + x), ylim=(height + y, -y), facecolor="black")
-    style = {"ha": "left", "va": "top", **overlays.note(8)}
-    ax.text(0.03, 0.97, corner, transform=ax.transAxes, **style)
 
 
 def _mean_dice(prediction, truth, names) -> float:

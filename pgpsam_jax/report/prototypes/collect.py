@@ -14,27 +14,12 @@ from pgpsam_jax.data.letterbox import Fit, ends_of, rescale, to_model
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.inference.trained_run import load_run
 from pgpsam_jax.report.figures.csv_rows import write_rows
-from pgpsam_jax.report.figures.scored_volumes import TestSet
+from pgpsam_jax.report.figures.scored_volumes import TestSet, fullest_slice
+from pgpsam_jax.report.figures.slice_panels import Slice
 from pgpsam_jax.results.runs import Run
-from pgpsam_jax.visualization.overlays import drawn_spacing
+from pgpsam_jax.visualization.overlays import display_spacing, evenly_spaced
 
 _CASES, _PER_CASE = 3, 8  # a slice of each case is drawn, all count in shares and frequencies
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Slice:
-    """A test slice: image (H, W) in [0, 1], class ids, mm along (H, W), place in the network."""
-
-    case: str
-    z: int
-    image: np.ndarray
-    truth: np.ndarray
-    spacing: tuple[float, float]
-    fit: Fit
-
-    @property
-    def key(self) -> dict:
-        return {"case": self.case, "z": self.z}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +35,7 @@ class Look:
     passes: list
     mixing: list[tuple[float, float]]
     mix_start: float
+    image_size: int  # pixels along a side of the network's input
 
     @property
     def stages(self) -> range:
@@ -62,21 +48,19 @@ def look_into(run: Run) -> Look:
     tests, trained = TestSet(run), load_run(run.workdir, run.given.get("model.base"))
     if not tests.cases:
         raise UserError(f"{run.workdir} has no evaluated test case")
-    places = np.linspace(0, len(tests.cases) - 1, min(_CASES, len(tests.cases)))
-    slices, shown, batches = [], [], []
-    for case in [list(tests.cases.values())[place] for place in places.round().astype(int)]:
+    cases, slices, shown, batches = list(tests.cases.values()), [], [], []
+    for case in [cases[place] for place in evenly_spaced(len(cases), _CASES)]:
         volume, truth = read_case(case, tests.table, tests.axis)
         chosen = _bearing(truth, tests.region_of(case.case_id, truth))
         if not chosen:
             continue
         batches.append(trained.passes(volume, chosen))
-        shown.append(len(slices) + _fullest(truth[chosen]))
-        fit = Fit.of(truth.shape[1:], run.config.model.image_size)
+        shown.append(len(slices) + fullest_slice(truth[chosen], len(run.names)))
         ends = ends_of(tests.window, volume.array)
         for z in chosen:
             image = rescale(volume.array[z], ends)
-            spacing = drawn_spacing(image.shape, volume.spacing[1:])
-            slices.append(Slice(case.case_id, z, image, truth[z], spacing, fit))
+            spacing = display_spacing(image.shape, volume.spacing[1:])
+            slices.append(Slice(case.case_id, z, image, truth[z], spacing))
     if not batches:
         raise UserError("no test slice bears an organ")
     passes = [
@@ -88,19 +72,13 @@ def look_into(run: Run) -> Look:
     stages = trained.model.ppr if passes[-1].picks is not None else ()
     mixing = [tuple(float(np.mean(weight)) for weight in stage.mixing) for stage in stages]
     start = float(stages[0].mix_start) if stages else float("nan")
-    return Look(run.names, slices, shown, passes, mixing, start)
+    return Look(run.names, slices, shown, passes, mixing, start, run.config.model.image_size)
 
 
 def _bearing(truth, region) -> list[int]:
     """Up to 8 slices with an organ, evenly spread."""
     slices = np.flatnonzero((truth > 0).any(axis=(1, 2)) & region)
-    places = np.linspace(0, len(slices) - 1, min(_PER_CASE, len(slices))).round().astype(int)
-    return [int(z) for z in slices[places]]
-
-
-def _fullest(truth) -> int:
-    """Place of the slice with most organs, among equals with the largest organ area."""
-    return max(range(len(truth)), key=lambda i: (len(np.unique(truth[i])), (truth[i] > 0).sum()))
+    return [int(z) for z in slices[evenly_spaced(len(slices), _PER_CASE)]]
 
 
 def write_tables(look: Look, folder) -> None:
@@ -167,7 +145,8 @@ def share_rows(look: Look) -> list[dict]:
     for number in look.stages:
         for name, weights in own_weights(look, number).items():
             for index, part in enumerate(look.slices):
-                touched = _touched(part, len(look.names), weights.shape[2:])
+                fit = Fit.of(part.truth.shape, look.image_size)
+                touched = _touched(part.truth, fit, len(look.names), weights.shape[2:])
                 for k in np.flatnonzero(touched[1:].any(axis=(1, 2))) + 1:
                     on_organ = float(weights[index, k][touched[k]].sum())
                     values = {"attention": on_organ, "tokens": float(touched[k].mean())}
@@ -176,11 +155,11 @@ def share_rows(look: Look) -> list[dict]:
     return rows
 
 
-def _touched(part: Slice, num_classes: int, grid) -> np.ndarray:
-    """Which tokens (K, h, w) hold a pixel of each class."""
-    labels = to_model(part.truth[None], part.fit, order=0)[0]
+def _touched(truth, fit: Fit, num_classes: int, token_grid) -> np.ndarray:
+    """Whether each token (K, h, w) holds a pixel of each class."""
+    labels = to_model(truth[None], fit, order=0)[0]
     one_hot = np.arange(num_classes)[:, None, None] == labels
-    h, w = grid
+    h, w = token_grid
     cells = one_hot.reshape(num_classes, h, labels.shape[0] // h, w, labels.shape[1] // w)
     return cells.any(axis=(2, 4))
 
