@@ -3,10 +3,10 @@
 ONE PATIENT, software labels, slices of the same volume on both sides: this shows that the real
 path runs from file to table; it is no claim of accuracy or generalisation.
 
-Command:  python -m pgpsam_jax.main --config configs/abdomen_ct.py:small
-          python -m pgpsam_jax.main --config configs/abdomen_ct.py
-Data:     ../shared/data/abdomen_ct (122 x 101 x 112 voxels of 3 mm, TotalSegmentator's reference
-          case, Apache-2.0), or --config.data.root=FOLDER with ct.nii.gz and seg104.nii.gz.
+Command:  python -m pgpsam_jax.main --config configs/abdomen_ct.py:small --config.data.root=FOLDER
+          python -m pgpsam_jax.main --config configs/abdomen_ct.py --config.data.root=FOLDER
+Data:     a FOLDER with ct.nii.gz and seg104.nii.gz, the reference case of TotalSegmentator (122 x
+          101 x 112 voxels of 3 mm, Apache-2.0).
 Variants: default: SAM ViT-b with LoRA at 512 px from weights/sam_vit_b; without the weights,
           --config.model.base= trains on a random frozen backbone, which is announced as such.
           small: a four-block encoder at 128 px trained from scratch.
@@ -23,7 +23,6 @@ def get_config(variant: str = "vit_b"):
     config.name = "abdomen_ct"
     config.model.base = "weights/sam_vit_b"
     config.data.layout = "pairs"
-    config.data.root = "../shared/data/abdomen_ct"
     config.data.image_glob = "ct.nii.gz"
     config.data.label_glob = "seg104.nii.gz"
     config.data.label_table = "configs/labels/abdomen_ct.json"

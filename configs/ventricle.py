@@ -9,10 +9,11 @@ Weights:  as configs/synapse.py.
 Expected: the paper prints 76.39 mean Dice on its private data. Not measured here.
 Settings: HU window 10..90, lr 1e-3 and batch 16 (the authors' release).
 
-Tried on one head MR (256^3, software labels, left and right as source ids 1 and 2; one patient, so
-unseen slices of the same head: no claim of accuracy), with a small encoder trained from scratch:
-  python -m pgpsam_jax.main --config configs/ventricle.py:head_mr --workdir runs/head_mr
-mean Dice 0.783 on the slices with a ventricle that were not trained on (docs/results/README.md).
+Variant:  head_mr: one head MR, a FOLDER with t1.nii.gz and ventricles4.nii.gz (256^3, software
+          labels, source ids 1 left and 2 right), and a small encoder trained from scratch:
+          python -m pgpsam_jax.main --config configs/ventricle.py:head_mr --config.data.root=FOLDER
+          Mean Dice 0.783 on the slices with a ventricle that were not trained on: slices of the
+          same patient, so no claim of accuracy (docs/results/README.md).
 """
 
 from pgpsam_jax.config import default_config, use_small_encoder
@@ -35,7 +36,7 @@ def get_config(variant: str = ""):
     config.train.batch_size = 16
     if variant == "head_mr":
         config.name = "head_mr"
-        config.data.root = "../shared/data/head_mr"
+        config.data.root = ""
         config.data.image_glob = "t1.nii.gz"
         config.data.label_glob = "ventricles4.nii.gz"
         config.data.label_table = "configs/labels/head_mr.json"

@@ -76,6 +76,13 @@ def test_missing_data_root(refuses, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_no_data_root(refuses, tmp_path):
+    flags = ("--config=configs/abdomen_ct.py", f"--workdir={tmp_path / 'run'}")
+    flags += ("--config.train.batch_size=8",)  # which eight devices divide
+    expected = "a folder with ct.nii.gz and seg104.nii.gz"
+    refuses(f"give --config.data.root=FOLDER: expected {expected}", *flags)
+
+
 def test_image_size_not_divisible(refuses, tmp_path):
     root = write_data(tmp_path / "data")
     refuses(

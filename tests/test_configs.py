@@ -30,13 +30,13 @@ CONFIGS = [
     ("phantom", ()),
     ("abdomen_ct", ()),
     ("abdomen_ct", ("small",)),
-    ("samed", ()),
-    ("hsam", ()),
-    ("autosam", ()),
-    ("samlst", ()),
-    ("surgicalsam", ()),
-    ("fssp", ()),
-    ("sam", ()),
+    ("baseline", ("samed",)),
+    ("baseline", ("hsam",)),
+    ("baseline", ("autosam",)),
+    ("baseline", ("samlst",)),
+    ("baseline", ("surgicalsam",)),
+    ("baseline", ("fssp",)),
+    ("baseline", ("sam",)),
 ]
 
 
@@ -71,6 +71,7 @@ def test_a_config_makes_model_optimizer_and_settings_of_a_step(name, arguments, 
     settings, record = load(name, arguments)
     for word in ("Command:", "Data:"):
         assert word in record
+    assert settings.data.root in ("", f"datasets/{settings.data.root[9:]}")  # none from elsewhere
     classes, sizes = label_table(settings).num_classes, settings.model
     whole = SamConfig.preset(sizes.encoder, sizes.image_size, sizes.patch_size).encoder
     assert max(sizes.stage_taps, default=0) < whole.depth
@@ -83,7 +84,7 @@ def test_a_config_makes_model_optimizer_and_settings_of_a_step(name, arguments, 
     make_train_step(graphdef, optimizer, from_config.step_config(settings))
 
 
-STEPS = [("autosam", (), SMALL)]
+STEPS = [("baseline", ("autosam",), SMALL)]
 STEPS += [pytest.param(*config, {}, marks=pytest.mark.slow) for config in CONFIGS]
 
 

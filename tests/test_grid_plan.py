@@ -22,8 +22,9 @@ from pgpsam_jax.utils.files import write_json
 GRIDS = sorted(
     path.stem
     for path in (REPOSITORY / "experiments" / "grids").glob("*.py")
-    if not path.stem.startswith("_")
+    if not path.stem.startswith("_") and path.stem != "one_field"
 )
+GRIDS += [f"one_field:{field}" for field in ("alpha", "image_size", "k", "lora_rank")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,8 +49,9 @@ def grid_file(data, tmp_path):
 @pytest.mark.parametrize("variant", ["", "phantom"])
 def test_shipped_grids_resolve(name, variant, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    path = f"experiments/grids/{name}.py"
-    grid = make_grid(f"{path}:{variant}" if variant else path, tmp_path, {})
+    stem, *chosen = name.split(":")
+    spec = ":".join([f"experiments/grids/{stem}.py", *chosen, *filter(None, [variant])])
+    grid = make_grid(spec, tmp_path, {})
     assert len(grid.cells) == 3 * len(grid.rows)
     prints = {identity.fingerprint(configuration.from_json(c.config)) for c in grid.cells}
     assert len(prints) == len(grid.cells)  # no two cells compute the same

@@ -76,10 +76,11 @@ def label_table(config: ConfigDict) -> LabelTable:
 def find_cases(config: ConfigDict) -> list[find.Case]:
     """The cases of `config.data`; the phantom is generated where it lacks."""
     array_checks.allow(config.data.max_gib)
-    data = config.data
-    if not data.root:
-        raise UserError("data.root is empty; set --config.data.root to the folder of the data set")
-    layout = data.layout
+    data, layout = config.data, config.data.layout
+    if not (data.root and (layout == "phantom" or Path(data.root).is_dir())):
+        wrong = f"{str(data.root)!r} is not a folder" if data.root else "is empty"
+        expected = find.expected(layout, data.image_glob, data.label_glob)
+        raise UserError(f"data.root {wrong}; give --config.data.root=FOLDER: {expected}")
     if layout == "phantom":
         from pgpsam_jax.data.phantom import generate
 

@@ -53,6 +53,14 @@ def find_cases(layout: str, root, image_glob=None, label_glob=None) -> list[Case
     return sorted(cases, key=lambda case: case.case_id)
 
 
+def expected(layout: str, image_glob=None, label_glob=None) -> str:
+    """Returns what the folder of a layout holds, for messages."""
+    if layout == "pairs":
+        return f"expected a folder with {image_glob} and {label_glob}"
+    known = {"nnunet": nnunet.EXPECTED, "transunet": transunet.EXPECTED, "btcv": _BTCV_HELP}
+    return known.get(layout, "expected a folder to write the data set to")
+
+
 def scan(layout: str, root, image_glob=None, label_glob=None) -> Listing:
     """All cases, with what is wrong with the names of their files (see `find_cases`)."""
     root = Path(root)

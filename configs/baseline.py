@@ -1,0 +1,32 @@
+"""A compared method on Synapse (BTCV), 10 % of the slices: a row of Table 1, `baseline.py:NAME`.
+
+Command:  python -m pgpsam_jax.main --config configs/baseline.py:samed --workdir runs/samed
+NAME:     samed, hsam, autosam, samlst, surgicalsam, fssp, sam (an ORACLE: it is given the labels).
+Data:     as configs/synapse.py.
+Weights:  as configs/synapse.py; samlst also takes ImageNet weights for its CNN:
+          python -m weights_conversion.convert --kind resnet18 --source resnet18-f37072fd.pth \\
+              --output weights/resnet18
+          With --config.model.cnn_base= the CNN starts at random, and every report says so.
+Recipe:   the authors', adapted to the common protocol: docs/methods.md.
+Expected: not measured: neither the data nor the weights were available. The paper of PGP-SAM
+          prints rows for these methods, without their recipes (73.91 mean Dice for SAMed).
+"""
+
+from pgpsam_jax.config import default_config, method_recipes
+
+NAMES = ("samed", "hsam", "autosam", "samlst", "surgicalsam", "fssp", "sam")
+
+
+def get_config(name: str = ""):
+    if name not in NAMES:
+        raise ValueError(f"no baseline {name!r}; write one of {', '.join(NAMES)} after the colon")
+    config = default_config()
+    config.name = name
+    config.model.base = "weights/sam_vit_b"
+    config.data.layout = "btcv"
+    config.data.root = "datasets/btcv"
+    config.fewshot.fraction = 0.10
+    if name == "samlst":
+        config.model.cnn_base = "weights/resnet18"
+    method_recipes.use(config, name)
+    return config
