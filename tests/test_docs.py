@@ -6,6 +6,8 @@ import subprocess
 import pytest
 from places import REPOSITORY
 
+from pgpsam_jax.config import default_config
+
 README_LINES = 120
 TRACKED = subprocess.run(
     ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -79,6 +81,16 @@ def test_named_paths_exist(page):
         if not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()):
             wrong.append(module)
     assert not wrong
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_fields_exist(page):
+    """Fields of the configuration, `data.window` between backticks or after `--config.`."""
+    fields = default_config().to_dict()
+    sections = "|".join(name for name, section in fields.items() if isinstance(section, dict))
+    pattern = rf"(?:`|--config\.|--set )({sections})\.(\w+)(?=[`= ])"
+    named = re.findall(pattern, read(page))
+    assert [f"{a}.{b}" for a, b in named if b not in {"py", "txt", "safetensors", *fields[a]}] == []
 
 
 def test_documents_named_in_code_exist():
