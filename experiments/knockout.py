@@ -92,7 +92,7 @@ def silenced(params, edits: dict):
 def knock_out(workdir) -> list[dict]:
     """Rows of `COLUMNS` for one trained run: every part it has, every test case, every class."""
     run = load_run(workdir)
-    split = dataset.find_split(locations.found(run.config, workdir))
+    split = dataset.find_split(locations.found(run.config, workdir).data)
     predictors = {WHOLE: run.predictor}
     for part, edits in parts_of(run.config, workdir).items():
         params = silenced(run.predictor.params, edits)

@@ -73,7 +73,7 @@ def slices(root) -> tuple[np.ndarray, np.ndarray]:
     use_small_encoder(config)
     config.data.layout, config.data.root, config.data.phantom_seed = "phantom", str(root), SEED
     config.fewshot.rule = "all"
-    split = dataset.find_split(config)
+    split = dataset.find_split(config.data)
     cases = split.train + split.test
     config = dataset.with_axis(config, cases)
     data = dataset.few_shot_data(config, cases, split.table, Path(root), resume=False)

@@ -23,6 +23,7 @@ from pgpsam_jax.distributed.multihost import place
 from pgpsam_jax.methods import build
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training.device_batches import Feed
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.sharded_step import shard_step, sharding_of
 from pgpsam_jax.training.train_loop import run_steps
 
@@ -39,9 +40,11 @@ def trained(settings: dict, sizes: dict | None = None):
     mesh = device_mesh.make_mesh(**sizes or {})
     loader = make_loader(SLICES, batch_size=config.train.batch_size, seed=0)
     feed = Feed({"image": images, "label": labels.astype(np.uint8)}, loader, mesh, np.inf)
-    graphdef, params, frozen, _ = build.init_model(config, CLASSES)
+    graphdef, params, frozen, _ = build.init_model(config.model, CLASSES, config.seed)
     batch = feed.abstract(config.train.batch_size)
-    step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=SLICES, seed=0)
+    step = shard_step(
+        TrainingPlan.of(config), mesh, graphdef, params, frozen, batch, epoch_size=SLICES, seed=0
+    )
     state = step.start(place(params, sharding_of(step.state.params)))
     said = []
 

@@ -2,15 +2,11 @@
 
 import contextlib
 import copy
-import json
 from unittest import mock
 
 import jax
 
-from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.training import metric_logger, step_cost, train
-
-_NO_PART = ("data", "log", "eval", "validation", "name")  # of what a step computes
 
 
 @contextlib.contextmanager
@@ -22,18 +18,17 @@ def kept(draws=False):
     make, made, count, counted = train.shard_step, {}, step_cost.of_step, {}
     draw = metric_logger.RunLog._draw if draws else lambda self: None
 
-    def shard_step(config, mesh, graphdef, params, frozen, batch, **numbers):
-        settings = {k: v for k, v in configuration.to_json(config).items() if k not in _NO_PART}
+    def shard_step(plan, mesh, graphdef, params, frozen, batch, **numbers):
         leaves, tree = jax.tree.flatten((params, frozen, batch))
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        key = json.dumps([settings, numbers], sort_keys=True), mesh, graphdef, tree, shapes
+        key = plan, *sorted(numbers.items()), mesh, graphdef, tree, shapes
         if key not in made:
-            made[key] = make(config, mesh, graphdef, params, frozen, batch, **numbers)
+            made[key] = make(plan, mesh, graphdef, params, frozen, batch, **numbers)
         return made[key]
 
-    def of_step(config, mesh, graphdef, run, *others):
+    def of_step(settings, mesh, graphdef, run, *others):
         if run not in counted:
-            counted[run] = count(config, mesh, graphdef, run, *others)
+            counted[run] = count(settings, mesh, graphdef, run, *others)
         return copy.deepcopy(counted[run])
 
     with (

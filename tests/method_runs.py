@@ -13,7 +13,7 @@ from flax import nnx
 from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.methods import build
 from pgpsam_jax.models.parameters import flat_paths
-from pgpsam_jax.training import from_config
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.train_state import init_state
 from pgpsam_jax.training.train_step import make_train_step
 
@@ -82,10 +82,10 @@ def run_of(name: str, steps: int = 20, **settings) -> Run:
 @functools.cache
 def _run_of(name: str, steps: int, **settings) -> Run:
     config, batch = small_config(name, train__steps=steps, **settings), squares()
-    graphdef, params, frozen, _ = build.init_model(config, CLASSES)
+    graphdef, params, frozen, _ = build.init_model(config.model, CLASSES, config.seed)
     # Over one vector: Adam for each of a hundred leaves took a third of the compilation.
-    optimizer = optax.flatten(from_config.optimizer_of(config, len(batch["label"])))
-    step = jax.jit(make_train_step(graphdef, optimizer, from_config.step_config(config)))
+    optimizer = optax.flatten(TrainingPlan.of(config).make_optimizer(len(batch["label"])))
+    step = jax.jit(make_train_step(graphdef, optimizer, TrainingPlan.of(config).step))
     state = init_state(params, optimizer, seed=0, epoch_size=len(batch["label"]))
     states, losses = [state], []
     for _ in range(steps):

@@ -9,7 +9,7 @@ from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.inference import restore
 from pgpsam_jax.methods import build
-from pgpsam_jax.training import from_config
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.train_state import init_state
 from pgpsam_jax.utils.files import write_json
 
@@ -20,17 +20,17 @@ def ready_run(root, workdir, *, predictor=None, evaluated=True, **settings):
     `predictor` is evaluated in the model's place where the scores do not matter.
     """
     config = build.settled(config_for(root, eval__overlays=False, **settings))
-    split = dataset.find_split(config)
+    split = dataset.find_split(config.data)
     config = dataset.with_axis(config, split.train)
     table = split.table
-    _, params, frozen, digest = build.init_model(config, table.num_classes)
+    _, params, frozen, digest = build.init_model(config.model, table.num_classes, config.seed)
     fewshot_list.FewShotList([("a", 4), ("b", 5)], {"rule": "by hand"}).write(
         workdir / "fewshot.txt"
     )
     write_json(workdir / "labels.json", table.to_json())
     configuration.store(config, workdir)
     frozen_weights.settle_base(workdir, config.model.base, digest, frozen)
-    state = init_state(params, from_config.optimizer_of(config, 2), seed=0, epoch_size=2)
+    state = init_state(params, TrainingPlan.of(config).make_optimizer(2), seed=0, epoch_size=2)
     loader = make_loader(8, batch_size=8, seed=0)
     state.step += config.train.steps
     checkpoints = checkpoint.Checkpoints(workdir)

@@ -62,12 +62,10 @@ class Finds:
 
 
 def selection(workdir, dead_epochs=3):
-    config = default_config()
-    config.validation.every_epochs, config.validation.dead_epochs = 1, dead_epochs
-    config.train.batch_size = 2
-    return model_selection.Selection(
-        config, ValidationData(None, TRUTH, len(NAMES), 1, ""), workdir, 4, 100, NAMES
-    )
+    validation = default_config().validation
+    validation.every_epochs, validation.dead_epochs = 1, dead_epochs
+    data = ValidationData(None, TRUTH, len(NAMES), 1, "")
+    return model_selection.Selection(validation, data, workdir, 2, 4, 100, NAMES)
 
 
 def test_a_resumed_run_goes_on_counting(tmp_path, capsys):
@@ -100,4 +98,4 @@ def test_a_negative_number_of_epochs_is_refused(tmp_path):
     config = default_config()
     config.validation.dead_epochs = -1
     with pytest.raises(UserError, match=r"validation\.dead_epochs is -1; give a number of epochs"):
-        model_selection.check(config, None)
+        model_selection.check(config.validation, config.data, None)

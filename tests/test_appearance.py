@@ -29,7 +29,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def record(root):
     config = config_for(root, data__axis="axial")
-    split = dataset.find_split(config)
+    split = dataset.find_split(config.data)
     cached = dataset.read_cases(config, split.train, split.table, root / "run")
     made = appearance.record_of(cached, window=config.data.window, layout="pairs")
     return json.loads(json.dumps(made))
@@ -223,15 +223,15 @@ def test_a_window_in_percent_makes_intensities_relative(root, tmp_path):
     inputs = []
     for folder in (root, other):
         config = config_for(folder, **settings)
-        split = dataset.find_split(config)
+        split = dataset.find_split(config.data)
         cached = dataset.read_cases(config, split.train[:1], split.table, tmp_path / folder.name)
         images, _ = cached[0].load()
         inputs.append(images)
         volume = read_image(folder / "images" / f"{split.train[0].case_id}.nii.gz")
-        ends = letterbox.ends_of(dataset.window_of(config), volume.array)
+        ends = letterbox.ends_of(dataset.window_of(config.data), volume.array)
         inside = np.mean((volume.array >= ends[0]) & (volume.array <= ends[1]))
         assert inside == pytest.approx(0.98, abs=0.005)
-        record = appearance.record_of(cached, window=dataset.window_of(config), layout="pairs")
+        record = appearance.record_of(cached, window=dataset.window_of(config.data), layout="pairs")
         assert appearance.unlike(volume, record) == []
     np.testing.assert_allclose(*inputs, atol=2e-3)
     fixed = config_for(other, data__axis="axial")
@@ -245,4 +245,4 @@ def test_a_window_in_percent_makes_intensities_relative(root, tmp_path):
 def test_windows_that_are_none(root, window, unit):
     config = config_for(root, data__window=window, data__window_unit=unit)
     with pytest.raises(UserError, match=r"data\.window"):
-        dataset.window_of(config)
+        dataset.window_of(config.data)

@@ -21,7 +21,7 @@ from pgpsam_jax.models.initializers import NoDraws
 from pgpsam_jax.models.parameters import count, flat_paths
 from pgpsam_jax.models.sam import weights
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
-from pgpsam_jax.training import from_config
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.utils.files import file_digest, write_json
 
 SAM = SamConfig.preset(micro.NAME, (32, 48), 8)
@@ -54,7 +54,7 @@ def test_parameters_of_the_original():
     config = default_config()
     method_recipes.use(config, "autosam")
     for classes in (5, 9):
-        _, params, frozen = build.abstract_model(config, classes)
+        _, params, frozen = build.abstract_model(config.model, classes)
         assert count(params) == 3_644_832 + 2 * classes * 256
         assert count(frozen) == 87_278_848 + 2 * 128 + classes * 256
 
@@ -126,7 +126,7 @@ def test_starts_from_sams_decoder_without_tokens_and_positions(tmp_path):
     sidecar = {"format": weights.FORMAT, "format_version": weights.FORMAT_VERSION}
     write_json(f"{stem}.json", sidecar | {"sha256": file_digest(f"{stem}.safetensors")})
     states = [
-        build.init_model(small_config("autosam", model__base=base), CLASSES)[1:3]
+        build.init_model(small_config("autosam", model__base=base).model, CLASSES, 0)[1:3]
         for base in (str(stem), "")
     ]
     ours, fresh = (flat_paths(params) | flat_paths(frozen) for params, frozen in states)
@@ -141,7 +141,7 @@ def test_starts_from_sams_decoder_without_tokens_and_positions(tmp_path):
 
 @jax.jit
 def judge(logits, labels):
-    step = from_config.step_config(small_config("autosam"))
+    step = TrainingPlan.of(small_config("autosam")).step
     return losses.entropy_and_foreground_dice({"final": logits}, labels, 0, step)
 
 
@@ -174,10 +174,10 @@ def test_the_loss_is_taken_at_the_size_of_the_labels():
 
 def test_the_optimiser_is_plain_adam_at_a_constant_rate():
     config = small_config("autosam")
-    rates = from_config.learning_rates(config, 126)
+    rates = TrainingPlan.of(config).learning_rates(126)
     np.testing.assert_array_equal(rates, np.float32(5e-4))
     params = {"a": np.ones(3, np.float32)}
-    optimizer = from_config.optimizer_of(config, 126)
+    optimizer = TrainingPlan.of(config).make_optimizer(126)
     update = jax.jit(lambda slope, p: optimizer.update(slope, optimizer.init(p), p)[0])
     updates = update({"a": np.zeros(3, np.float32)}, params)
     np.testing.assert_array_equal(updates["a"], 0)  # no weight decay

@@ -40,10 +40,10 @@ def config(sam, tmp_path):
 
 def test_loads_what_it_should_and_nothing_else(config, sam):
     _, tensors = sam
-    _, params, frozen, digest = build.init_model(config, 3)
+    _, params, frozen, digest = build.init_model(config.model, 3, config.seed)
     assert digest == file_digest(sam[0] + ".safetensors")
     config.model.base, config.model.start = "", "sam"  # which a base makes the default
-    _, fresh_params, fresh_frozen, _ = build.init_model(config, 3)
+    _, fresh_params, fresh_frozen, _ = build.init_model(config.model, 3, config.seed)
     ours = flat_paths(params) | flat_paths(frozen)
     fresh = flat_paths(fresh_params) | flat_paths(fresh_frozen)
     resized = weights.fit_base(tensors, (4, 4), global_blocks=(1,))
@@ -67,7 +67,7 @@ def test_loads_what_it_should_and_nothing_else(config, sam):
 
 def test_without_prompt_generator_the_dense_default_is_sams(config, sam):
     config.model.ppg = config.model.ppr = False
-    _, params, _, _ = build.init_model(config, 3)
+    _, params, _, _ = build.init_model(config.model, 3, config.seed)
     wanted = sam[1]["prompt_encoder/no_mask_embed"]
     np.testing.assert_array_equal(flat_paths(params)["default_dense"][...], wanted)
 
@@ -75,11 +75,11 @@ def test_without_prompt_generator_the_dense_default_is_sams(config, sam):
 def test_another_variant_is_refused(config):
     config.model.encoder = "vit_t"
     with pytest.raises(UserError, match="do not fit the model"):
-        build.init_model(config, 3)
+        build.init_model(config.model, 3, config.seed)
 
 
 def test_a_workdir_keeps_its_base(config, sam, tmp_path):
-    _, _, frozen, digest = build.init_model(config, 3)
+    _, _, frozen, digest = build.init_model(config.model, 3, config.seed)
     frozen_weights.settle_base(tmp_path, sam[0], digest, frozen)
     frozen_weights.settle_base(tmp_path, sam[0], digest, frozen)
     with pytest.raises(UserError, match="give the weights of that run"):
@@ -90,10 +90,10 @@ def test_a_workdir_keeps_its_base(config, sam, tmp_path):
 def test_a_random_backbone_is_kept_as_a_file_and_announced(config, tmp_path):
     config.model.base = ""
     assert "RANDOM AND FROZEN" in frozen_weights.base_notice(config.model, tmp_path)
-    _, _, frozen, _ = build.init_model(config, 3)
+    _, _, frozen, _ = build.init_model(config.model, 3, config.seed)
     frozen_weights.settle_base(tmp_path, "", None, frozen)
     config.seed = 99
-    _, _, other, _ = build.init_model(config, 3)
+    _, _, other, _ = build.init_model(config.model, 3, config.seed)
     frozen_weights.settle_base(tmp_path, "", None, other)
     for path, leaf in flat_paths(frozen).items():
         np.testing.assert_array_equal(leaf[...], flat_paths(other)[path][...], err_msg=path)

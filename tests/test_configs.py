@@ -17,7 +17,7 @@ from pgpsam_jax.inference.predictor import make_predict_step
 from pgpsam_jax.methods import build, registry
 from pgpsam_jax.models import parameters
 from pgpsam_jax.models.sam.sam import SamConfig
-from pgpsam_jax.training import from_config
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.train_state import init_state
 from pgpsam_jax.training.train_step import make_train_step
 
@@ -62,7 +62,7 @@ AGAIN = ("ventricle", "synapse_release", "ventricle_release", "phantom", "abdome
 def synapse():
     """What its file makes of settings and model, for several tests."""
     settings, _ = load("synapse")
-    return settings, build.abstract_model(settings, 9)
+    return settings, build.abstract_model(settings.model, 9)
 
 
 @pytest.mark.parametrize(("name", "arguments"), CONFIGS)
@@ -72,16 +72,16 @@ def test_a_config_makes_model_optimizer_and_settings_of_a_step(name, arguments, 
     for word in ("Command:", "Data:"):
         assert word in record
     assert settings.data.root in ("", f"datasets/{settings.data.root[9:]}")  # none from elsewhere
-    classes, sizes = label_table(settings).num_classes, settings.model
+    classes, sizes = label_table(settings.data).num_classes, settings.model
     whole = SamConfig.preset(sizes.encoder, sizes.image_size, sizes.patch_size).encoder
     assert max(sizes.stage_taps, default=0) < whole.depth
     if name in AGAIN:
         sizes.update(SMALL)
-    made = synapse()[1] if name == "synapse" else build.abstract_model(settings, classes)
+    made = synapse()[1] if name == "synapse" else build.abstract_model(settings.model, classes)
     graphdef, params, _ = made
-    optimizer = from_config.optimizer_of(settings, 126)
+    optimizer = TrainingPlan.of(settings).make_optimizer(126)
     jax.eval_shape(lambda p: init_state(p, optimizer, seed=0, epoch_size=126), params)
-    make_train_step(graphdef, optimizer, from_config.step_config(settings))
+    make_train_step(graphdef, optimizer, TrainingPlan.of(settings).step)
 
 
 STEPS = [("baseline", ("autosam",), SMALL)]
@@ -93,16 +93,16 @@ def test_one_step_by_shapes(name, arguments, model, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     settings, _ = load(name, arguments)
     settings.model.update(model)
-    classes = label_table(settings).num_classes
-    graphdef, params, frozen = build.abstract_model(settings, classes)
-    optimizer = from_config.optimizer_of(settings, 126)
+    classes = label_table(settings.data).num_classes
+    graphdef, params, frozen = build.abstract_model(settings.model, classes)
+    optimizer = TrainingPlan.of(settings).make_optimizer(126)
     state = jax.eval_shape(lambda p: init_state(p, optimizer, seed=0, epoch_size=126), params)
     size, batch = settings.model.image_size, settings.train.batch_size
     slices = jax.ShapeDtypeStruct((batch, size, size), jnp.float16)
     labels = jax.ShapeDtypeStruct((batch, size, size), jnp.uint8)
     oracle = registry.method_of(settings.model).oracle
     if not oracle:
-        step = make_train_step(graphdef, optimizer, from_config.step_config(settings))
+        step = make_train_step(graphdef, optimizer, TrainingPlan.of(settings).step)
         after, metrics = jax.eval_shape(step, state, frozen, {"image": slices, "label": labels})
         assert jax.tree.structure(after) == jax.tree.structure(state)
         assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
@@ -118,7 +118,7 @@ def test_the_synapse_config_is_the_paper_run():
     assert settings.optim.learning_rate == 3e-3 and settings.optim.weight_decay == 0.1
     assert settings.train.batch_size == 12 and settings.train.epochs == 300
     assert settings.model.image_size == 512 and settings.model.lora_rank == 4
-    assert from_config.total_steps(settings, 126) == 3150
+    assert TrainingPlan.of(settings).total_steps(126) == 3150
     paths = parameters.flat_paths(params)
     encoder = [p for p in paths if p.startswith("image_encoder")]
     assert encoder and all("/lora/" in p for p in encoder)
@@ -150,4 +150,4 @@ def test_settings_that_make_no_model(field, value, message):
     settings, _ = load("synapse")
     settings.model[field] = value
     with pytest.raises(UserError, match=message):
-        build.abstract_model(settings, 9)
+        build.abstract_model(settings.model, 9)

@@ -51,7 +51,7 @@ class Stages:
     def record(self, config, lowered=None):
         stages = self.traced, lowered or self.lowered, self.compiled
         known = self.mesh, self.graphdef, self.step, self.shapes, *stages
-        return step_cost.of_step(config, *known, slices=BATCH)
+        return step_cost.of_step(config.model, *known, slices=BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +163,8 @@ def test_what_a_step_is_of_a_method(name, kind):
     config = default_config()
     method_recipes.use(config, name)
     config.model.update(encoder=micro.NAME, image_size=64, patch_size=8, stage_taps=(0,))
-    graphdef, *states = build.abstract_model(config, CLASSES + 1)
-    found = step_cost.of_inference(config, device_mesh.make_mesh(data=8), graphdef, *states)
+    graphdef, *states = build.abstract_model(config.model, CLASSES + 1)
+    found = step_cost.of_inference(config.model, device_mesh.make_mesh(data=8), graphdef, *states)
     assert found["kind"] == kind
     assert (found["parameters"]["trained"] == 0) == (kind == "none")
     assert found["flops_per_image"]["forward"] > 1e6
@@ -218,7 +218,7 @@ def test_forward_passes_are_their_products_and_little_else(name, preset):
     if preset == "":
         method_recipes.use(config, name)
     config.model.name, config.model.preset, config.model.image_size = name, preset, 64
-    graphdef, *states = build.abstract_model(config, CLASSES + 1)
+    graphdef, *states = build.abstract_model(config.model, CLASSES + 1)
     given = [jax.ShapeDtypeStruct((1, 64, 64), jnp.float32)]
     if registry.METHODS[name, preset].oracle:
         given.append(jax.ShapeDtypeStruct((1, 64, 64), jnp.uint8))

@@ -19,9 +19,11 @@ from pgpsam_jax.data import dataset
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.methods import build
 from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import from_config, train
+from pgpsam_jax.training import plan, train
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.utils.files import file_digest
 
 pytestmark = pytest.mark.faults
@@ -72,14 +74,16 @@ def abstract(root, finished):
     """(shapes of the state with shardings, loader) to restore a checkpoint with."""
     config = config_for(root, **TINY | NOISE)
     with tiny_method.known():
-        graphdef, params, frozen, _ = train.build.init_model(config, 3)
-        mesh = from_config.mesh_of(config)
+        graphdef, params, frozen, _ = build.init_model(config.model, 3, config.seed)
+        mesh = plan.mesh_of(config)
         batch = {"image": np.zeros((8, 32, 32)), "label": np.zeros((8, 32, 32), np.int32)}
         lanes = device_mesh.batch_sharding(mesh)
         batch = {
             k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=lanes) for k, v in batch.items()
         }
-        step = train.shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=9, seed=0)
+        step = train.shard_step(
+            TrainingPlan.of(config), mesh, graphdef, params, frozen, batch, epoch_size=9, seed=0
+        )
     return step.state, make_loader(9, batch_size=8, seed=0)
 
 

@@ -14,7 +14,6 @@ import tiny_method
 from flax import nnx
 from places import QUICK_FLAGS, REPOSITORY
 
-from pgpsam_jax.config import default_config
 from pgpsam_jax.config.augmentation import RELEASE
 from pgpsam_jax.config.optimizer import OptimConfig
 from pgpsam_jax.data.batch_sampler import make_loader
@@ -119,13 +118,6 @@ def test_batches_and_their_augmentation_do_not_depend_on_the_devices(
     assert not np.array_equal(labels[0], labels[1])  # each step has a batch of its own
 
 
-def wanted(**augment):
-    config = default_config()
-    config.deterministic = True
-    config.augment.update(augment)
-    return config
-
-
 @pytest.fixture
 def fresh(monkeypatch):
     """A process that has computed nothing and may have a GPU."""
@@ -140,17 +132,17 @@ def flags():
 
 
 def test_the_switch_adds_the_flag_once_and_only_where_it_is_on(fresh):
-    determinism.demand(default_config())
+    determinism.demand(False)
     assert flags() == ["--xla_cpu_enable_fast_math=false"]
     for _ in range(2):
-        determinism.demand(wanted())
+        determinism.demand(True)
         assert flags() == ["--xla_cpu_enable_fast_math=false", f"{FLAG}=true"]
 
 
 def test_a_run_on_cpu_alone_keeps_its_flags(fresh):
     """They are part of the key of what is compiled: all of it would be compiled again."""
     fresh.setattr(determinism, "_cpu_alone", lambda: True)
-    determinism.demand(wanted())
+    determinism.demand(True)
     assert flags() == ["--xla_cpu_enable_fast_math=false"]
 
 
@@ -160,24 +152,23 @@ def test_too_late_is_an_error_where_it_matters(fresh, platform):
     fresh.setattr(jax, "default_backend", lambda: platform)
     if platform == "gpu":
         with pytest.raises(UserError, match=rf"used the GPU already.* XLA_FLAGS={FLAG}=true"):
-            determinism.demand(wanted())
+            determinism.demand(True)
         fresh.setenv("XLA_FLAGS", FLAG)
-    determinism.demand(wanted())
+    determinism.demand(True)
 
 
 def test_settings_that_contradict_the_switch_are_refused(fresh):
     with pytest.raises(UserError, match=r"augment\.seeded=False draws"):
-        determinism.demand(wanted(seeded=False))
+        determinism.demand(True, seeded=False)
     fresh.setenv("XLA_FLAGS", f"{FLAG}=false")
     with pytest.raises(UserError, match=f"XLA_FLAGS has {FLAG}=false; switch one of them off"):
-        determinism.demand(wanted())
+        determinism.demand(True)
 
 
 def test_xla_heeds_the_flag_that_the_switch_sets(tmp_path):
     """Set when JAX is imported but has not computed, in the options XLA says it compiles with."""
     code = (
-        "import jax; from pgpsam_jax import config; from pgpsam_jax.runtime import determinism; "
-        "c = config.default_config(); c.deterministic = True; determinism.demand(c); "
+        "import jax; from pgpsam_jax.runtime import determinism; determinism.demand(True); "
         "jax.config.update('jax_platforms', 'cpu')"
         "; jax.jit(lambda x: x + 1)(1.0)"
     )

@@ -165,7 +165,7 @@ def test_steps_of_two_processes_are_those_of_one(start_quickly, tmp_path):
 def test_weights_of_both_kinds_are_spread(root, settings):
     config = config_for(root, **settings)
     mesh, method = device_mesh.make_mesh(**MESH), registry.key_of(config.model)
-    for tree in build.abstract_model(config, 3)[1:]:
+    for tree in build.abstract_model(config.model, 3)[1:]:
         found = jax.tree.leaves(device_mesh.state_shardings(tree, mesh, method))
         assert not all(one.is_fully_replicated for one in found)
 

@@ -139,7 +139,7 @@ def test_backend_that_cannot_run_here_is_refused_before_anything_is_built():
     settings = defaults.default_config()
     settings.model.attention = "cudnn"
     with pytest.raises(UserError, match=r"'cudnn' needs an NVIDIA GPU .* here are cpu"):
-        build.abstract_model(settings, 9)
+        build.abstract_model(settings.model, 9)
 
 
 @pytest.mark.parametrize(("stored", "name"), [(False, "none"), (True, "blocks")])

@@ -17,9 +17,10 @@ from pgpsam_jax.data.augmentation.augment import augment, sample_keys
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import build
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import feature_cache, from_config, train_state
+from pgpsam_jax.training import feature_cache, train_state
 from pgpsam_jax.training import train_step as steps
 from pgpsam_jax.training.device_batches import Feed
+from pgpsam_jax.training.plan import TrainingPlan
 
 SLICES, SIDE, BATCH, CLASSES, SEED = 5, 32, 2, 3, 3
 
@@ -52,14 +53,16 @@ def few_shot_set():
 
 @pytest.fixture(scope="module")
 def model(configuration):
-    return build.init_model(configuration(0, False), CLASSES)[:3]
+    return build.init_model(configuration(0, False).model, CLASSES, 0)[:3]
 
 
 @pytest.fixture(scope="module")
 def encoded(configuration, few_shot_set, model):
     """Two copies of the set, not augmented, and the one device they are for."""
     mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
-    return feature_cache.encoded_set(configuration(2, False), mesh, model, *few_shot_set, seed=SEED)
+    return feature_cache.encoded_set(
+        TrainingPlan.of(configuration(2, False)).step, mesh, model, *few_shot_set, seed=SEED
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +73,10 @@ def step_on(configuration, model):
     def compiled(copies):
         config = configuration(copies, False)
         optimizer = optax.flatten(
-            from_config.optimizer_of(config, SLICES)
+            TrainingPlan.of(config).make_optimizer(SLICES)
         )  # compiles in half the time
         state = train_state.init_state(model[1], optimizer, seed=SEED, epoch_size=SLICES)
-        settings = from_config.step_config(config)
+        settings = TrainingPlan.of(config).step
         return state, jax.jit(steps.make_train_step(model[0], optimizer, settings))
 
     def run(copies, given, rows, number=0):
@@ -110,13 +113,12 @@ def test_a_step_on_encoded_slices_is_the_step_on_slices(few_shot_set, model, enc
 def test_copies_are_the_augmented_slices(configuration, few_shot_set, model):
     """Copy c of slice n is augmented by the keys of step c and place n, on any devices."""
     images, labels = few_shot_set
-    config, found = configuration(2, True), []
+    step, found = TrainingPlan.of(configuration(2, True)).step, []
     for devices in (jax.devices()[:1], jax.devices()):
         mesh = device_mesh.make_mesh(devices=devices)
-        found.append(feature_cache.encoded_set(config, mesh, model, images, labels, seed=SEED))
+        found.append(feature_cache.encoded_set(step, mesh, model, images, labels, seed=SEED))
     assert found[0]["label"].shape == (2 * SLICES, SIDE, SIDE)
-    settings = from_config.step_config(config).augment
-    augmented = jax.jit(lambda *arguments: augment(*arguments, settings))
+    augmented = jax.jit(lambda *arguments: augment(*arguments, step.augment))
     for copy in range(2):
         keys = sample_keys(jax.random.key(SEED), copy, jnp.arange(SLICES))
         _, wanted = augmented(keys, jnp.asarray(images, jnp.float32), jnp.asarray(labels))
@@ -144,7 +146,8 @@ def test_epochs_take_the_copies_in_turn(encoded, step_on):
 
 
 def test_what_takes_too_much_is_refused(configuration, few_shot_set, model):
-    config = configuration(1, False)
-    config.data.resident_gib = 1e-6
+    step = TrainingPlan.of(configuration(1, False)).step
     with pytest.raises(UserError, match=r"raise that, or lower train\.encoded_copies"):
-        feature_cache.encoded_set(config, device_mesh.make_mesh(), model, *few_shot_set, seed=SEED)
+        feature_cache.encoded_set(
+            step, device_mesh.make_mesh(), model, *few_shot_set, seed=SEED, resident_gib=1e-6
+        )

@@ -70,7 +70,7 @@ class Sketched(TrainedRun):
     """A run of which only the shapes of what the model computes are known: nothing compiles."""
 
     def passes(self, volume, slices):
-        graphdef, *states = build.abstract_model(self.config, len(self.label_names))
+        graphdef, *states = build.abstract_model(self.config.model, len(self.label_names))
 
         def passes(images, *states):
             return nnx.merge(graphdef, *states).passes(to_input(images))
@@ -82,9 +82,9 @@ class Sketched(TrainedRun):
 @pytest.fixture
 def sketched(root, monkeypatch):
     config = build.settled(config_for(root, model__cfm=False))
-    config = dataset.with_axis(config, dataset.find_split(config).train)
+    config = dataset.with_axis(config, dataset.find_split(config.data).train)
     names = ("background", "liver", "spleen")
-    network = Bright(dataset.window_of(config), config.data.levels)
+    network = Bright(dataset.window_of(config.data), config.data.levels)
 
     def load_run(workdir):
         return Sketched(Path(workdir), config, names, network)

@@ -241,7 +241,7 @@ def test_unseen_slices_are_the_pool_without_the_list():
     truth = np.zeros((5, 3, 3), np.uint8)
     truth[1, 0, :2] = truth[2, 0, :2] = truth[4, 0, :2] = 1
     truth[3, 0, :2] = (1, 2)  # one pixel of each organ: too few
-    region = unseen_slices(config, LabelTable.from_json(TABLE), [("a", 2), ("b", 1)])
+    region = unseen_slices(config.fewshot, LabelTable.from_json(TABLE), [("a", 2), ("b", 1)])
     assert region("a", truth).tolist() == [False, True, False, False, True]
     assert region("c", truth).tolist() == [False, True, True, False, True]
     config.fewshot.pool = "all"

@@ -29,6 +29,7 @@ from pgpsam_jax.results.runs import read_run
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import step_cost, train
 from pgpsam_jax.training.lbfgs_step import minimise
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.sharded_step import shard_step
 
 SAM = SamConfig.preset(micro.NAME, (32, 64), 8, depth=1, global_blocks=(0,))
@@ -78,7 +79,7 @@ def test_the_fit_is_that_of_one_regression_per_class():
 def test_what_trains():
     config = default_config()
     method_recipes.use(config, "fssp")
-    _, params, _ = build.abstract_model(config, 9)
+    _, params, _ = build.abstract_model(config.model, 9)
     assert set(flat_paths(params)) == {"classifier/kernel", "classifier/bias"}
     assert count(params) == 8 * 257
 
@@ -86,7 +87,7 @@ def test_what_trains():
 @functools.cache
 def initial():
     """Graph, trained and frozen state of a model of the squares."""
-    return build.init_model(small_config("fssp", model__encoder="vit_t"), CLASSES)[:3]
+    return build.init_model(small_config("fssp", model__encoder="vit_t").model, CLASSES, 0)[:3]
 
 
 def fitted(sizes, encoded=0):
@@ -104,7 +105,9 @@ def fitted(sizes, encoded=0):
         batch["label"] = np.tile(batch["label"], (2, 1, 1))
     batch = jax.device_put(batch, device_mesh.replicated(mesh))
     batch["rows"] = jax.device_put(np.arange(4), device_mesh.batch_sharding(mesh))
-    step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=10, seed=0)
+    step = shard_step(
+        TrainingPlan.of(config), mesh, graphdef, params, frozen, batch, epoch_size=10, seed=0
+    )
     frozen = jax.device_put(frozen, jax.tree.map(lambda leaf: leaf.sharding, step.frozen))
     state, metrics = step.run(step.start(params), frozen, batch)
     assert state.step == 1
@@ -148,7 +151,9 @@ def test_a_list_that_is_sent_in_parts_is_refused():
     graphdef, params, frozen = initial()
     mesh = device_mesh.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     batch = device_mesh.put_batch(squares(), mesh)
-    step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=8, seed=0)
+    step = shard_step(
+        TrainingPlan.of(config), mesh, graphdef, params, frozen, batch, epoch_size=8, seed=0
+    )
     with pytest.raises(UserError, match=r"all slices .* data\.resident_gib; raise it"):
         step.lower()
 
@@ -268,4 +273,4 @@ def test_a_run_fits_once_and_goes_on_like_any(small_or_whole, tmp_path, capsys):
 def test_refusals(field, value, message):
     config = small_config("fssp", **{f"model__{field}": value})
     with pytest.raises(UserError, match=message):
-        build.abstract_model(config, CLASSES)
+        build.abstract_model(config.model, CLASSES)

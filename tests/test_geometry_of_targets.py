@@ -24,7 +24,7 @@ from pgpsam_jax.models import losses
 from pgpsam_jax.models.baselines.hsam import Hsam
 from pgpsam_jax.models.sam.sam import postprocess
 from pgpsam_jax.models.segmenter import Segmenter
-from pgpsam_jax.training import from_config
+from pgpsam_jax.training.plan import TrainingPlan
 
 # Cells of 4 pixels, as at 512 px; the discs do not know how large the rest of the image is.
 SIZE, PATCH = 128, 16
@@ -79,7 +79,7 @@ def abstract_outputs(key):
     config.model.encoder = micro.NAME
     config.model.image_size, config.model.patch_size = SIZE, PATCH
     config.model.stage_taps = (1,)  # outputs have the same sizes after any number of stages
-    graphdef, params, frozen = build.abstract_model(config, 2)
+    graphdef, params, frozen = build.abstract_model(config.model, 2)
     images = jax.ShapeDtypeStruct((len(RADII), SIZE, SIZE, 3), jnp.float32)
 
     def run(params, frozen, images):
@@ -100,7 +100,7 @@ TRAINED = [
 @pytest.mark.parametrize("key", TRAINED)
 def test_what_is_perfect_for_the_loss_is_perfect_for_the_labels(key):
     config, shapes = abstract_outputs(key)
-    settings, labels = from_config.step_config(config), discs()
+    settings, labels = TrainingPlan.of(config).step, discs()
 
     def loss(logits):
         rest = {k: jnp.ones(v.shape) for k, v in shapes.items() if k not in logits}

@@ -162,7 +162,7 @@ def test_a_done_cell_is_held_to_its_data(data, grid_file, tmp_path):
     first = settle(make_grid(grid_file(), folder, {}), mix=False)
     done = first.cells[0]
     write_state(done.folder, DONE, seconds=1.0)
-    test = dataset.find_split(configuration.from_json(done.config)).test
+    test = dataset.find_split(configuration.from_json(done.config).data).test
     write_json(done.folder / "provenance.json", {"test": dataset.images_digest(test)})
     elsewhere = make_grid(grid_file(), folder, {"data.root": str(copy)})
     assert settle(elsewhere, mix=False).cells[0].folder == done.folder

@@ -120,7 +120,7 @@ def test_parameters_are_those_of_the_original():
     """
     config = default_config()
     method_recipes.use(config, "hsam")
-    _, params, _ = build.abstract_model(config, 9)
+    _, params, _ = build.abstract_model(config.model, 9)
     sizes = {path: math.prod(leaf.shape) for path, leaf in flat_paths(params).items()}
 
     def part(pattern):
@@ -318,7 +318,7 @@ def test_settings_that_make_no_hsam():
     method_recipes.use(config, "hsam")
     config.model.mask_gate = "none"
     with pytest.raises(UserError, match=r"model\.mask_gate is 'none'; choose released or intended"):
-        build.abstract_model(config, 9)
+        build.abstract_model(config.model, 9)
     config.model.mask_gate, config.model.image_size = "intended", 80
     with pytest.raises(UserError, match="maps of 5 x 5 tokens in 8 heads"):
-        build.abstract_model(config, 9)
+        build.abstract_model(config.model, 9)

@@ -157,7 +157,7 @@ def test_the_parts_of_a_method_are_all_there(name):
             name, model__train_encoder=method_recipes.of(name).get(ENCODER, "lora")
         )
         config.model.preset = preset
-        paths += flat_paths(build.abstract_model(config, CLASSES)[1])
+        paths += flat_paths(build.abstract_model(config.model, CLASSES)[1])
     for part, edits in knockout.PARTS[name].items():
         for pattern in edits:
             assert any(re.fullmatch(pattern, path) for path in paths), part

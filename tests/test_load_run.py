@@ -33,7 +33,7 @@ def run(root, tmp_path_factory):
     workdir = ready_run(root, tmp_path_factory.mktemp("run"), evaluated=False, **less)
     run = pgpsam_jax.load_run(workdir)
     # By the program that is compiled already; `test_train` has the evaluation of a workdir.
-    workdirs.run_evaluation(run.config, workdir, run.predictor, dataset.find_split(run.config))
+    workdirs.run_evaluation(run.config, workdir, run.predictor, dataset.find_split(run.config.data))
     return run
 
 

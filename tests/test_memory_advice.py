@@ -23,7 +23,7 @@ from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.methods import build
 from pgpsam_jax.models.parameters import split_model
 from pgpsam_jax.profiling import aot, out_of_memory
-from pgpsam_jax.training import from_config, metric_logger, train
+from pgpsam_jax.training import metric_logger, plan, train_loop
 
 MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9876543210 bytes.\n(a dump)"
 GIB = 2**30
@@ -56,7 +56,7 @@ def test_every_candidate_is_a_run_that_could_be_started(count, parts, sizes, rem
     lanes, changed = math.prod(sizes), []
     for remedy in out_of_memory.candidates(config):
         other = remedy.applied(config)
-        from_config.mesh_of(other)
+        plan.mesh_of(other)
         assert other.train.batch_size % (other.train.microbatches * lanes) == 0
         assert other.train.microbatches >= parts and other.train.batch_size <= batch
         assert all(config[a][b] != v for (a, b), v in pairs(remedy)) or "mesh.data" in remedy[0]
@@ -146,9 +146,9 @@ def test_numbers_are_those_of_the_compiler(tmp_path, single, capsys, monkeypatch
         config.augment[f"{name}_probability"] = 0.0
     sizes, compile_step = [], aot.compile_step
 
-    def abstract_model(config, classes):  # Flax's layers want random keys
-        model = nnx.eval_shape(lambda: build.make_model(config.model, classes, nnx.Rngs(0)))
-        return split_model(model, config.model.train_encoder)
+    def abstract_model(settings, classes):  # Flax's layers want random keys
+        model = nnx.eval_shape(lambda: build.make_model(settings, classes, nnx.Rngs(0)))
+        return split_model(model, settings.train_encoder)
 
     def compiled(*arguments):
         step = compile_step(*arguments)
@@ -178,7 +178,7 @@ HALF = out_of_memory.Remedy({"train.batch_size": 16}, "another recipe")
 @pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_that_is_out_of_memory_can_be_started_again(tmp_path, single, monkeypatch, again):
     """The device truly refuses, in a step of the loop; what was saved is gone on from."""
-    root, workdir, steps = prepare(tmp_path / "data"), tmp_path / "run", train.run_steps
+    root, workdir, steps = prepare(tmp_path / "data"), tmp_path / "run", train_loop.run_steps
     monkeypatch.setattr(metric_logger.RunLog, "_draw", lambda self: None)  # which takes its time
     whole = run(root, tmp_path / "whole", **NOISE) if again else None
     petabyte = jax.jit(lambda: jnp.zeros((2**48,))).lower().compile()
@@ -189,7 +189,7 @@ def test_a_run_that_is_out_of_memory_can_be_started_again(tmp_path, single, monk
 
         return steps(run_out, state, frozen, feed, done, *rest)
 
-    monkeypatch.setattr(train, "run_steps", greedy)
+    monkeypatch.setattr(train_loop, "run_steps", greedy)
     monkeypatch.setattr(out_of_memory, "candidates", lambda config: [HALF])
     monkeypatch.setattr(out_of_memory, "needed", lambda config, classes: GIB)
     text = message_of(
@@ -197,7 +197,7 @@ def test_a_run_that_is_out_of_memory_can_be_started_again(tmp_path, single, monk
     )
     assert re.match(r"a device ran out of memory \(.*1125899906842624 bytes.*\): a training", text)
     assert newest(workdir) == 4
-    monkeypatch.setattr(train, "run_steps", steps)
+    monkeypatch.setattr(train_loop, "run_steps", steps)
     assert not again or run(root, workdir, **NOISE) == whole
 
 

@@ -187,15 +187,15 @@ def test_another_way_to_the_same_split(run):
     settings = settings_for(data, data__split="fraction", data__split_file="", data__axis="axial")
     for seed in range(9):  # which of them draws our split is chance
         settings.data.split_seed, settings.data.test_fraction = seed, 0.25
-        same = [case.case_id for case in dataset.find_split(settings).test] == ["d"]
+        same = [case.case_id for case in dataset.find_split(settings.data).test] == ["d"]
         stored = serialization.load_config(workdir)
         found = build.settled(locations.found(settings, workdir))
         identity.check_same(stored, found, workdir)
         if same:
-            resumption.compare(workdir, dataset.find_split(found))
+            resumption.compare(workdir, dataset.find_split(found.data))
         else:
             with pytest.raises(UserError, match="the split has changed"):
-                resumption.compare(workdir, dataset.find_split(found))
+                resumption.compare(workdir, dataset.find_split(found.data))
     settings.data.split = "within_volume"
     with pytest.raises(UserError, match=r"data.split: 'file' there, 'within_volume' now"):
         identity.check_same(stored, settings, workdir)

@@ -41,7 +41,7 @@ def test_from_files_to_scores_under_any_name(tmp_path):
     (root / "split.json").write_text(json.dumps(split))
     (root / "list.txt").write_text(f"{other}\t4\n" + "".join(f"{n}\t5\n" for n in NAMES[1:4]))
     config = config_for(root, data__axis="axial", fewshot__file=str(root / "list.txt"))
-    found = dataset.find_split(config)
+    found = dataset.find_split(config.data)
     ids = [safe_case_id(name) for name in NAMES]
     assert [case.case_id for case in found.train + found.test] == ids
     assert ids[:2] == ["Müller", "pat_1"] and ids[3:6] == NAMES[3:6]  # marks are kept too

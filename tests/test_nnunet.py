@@ -42,15 +42,15 @@ def test_cases_and_classes(tmp_path):
 
 def test_splits(tmp_path):
     write_nnunet(tmp_path, tests=("t", "u"))
-    split = dataset.find_split(layout_config(tmp_path, "nnunet", data__split="given"))
+    split = dataset.find_split(layout_config(tmp_path, "nnunet", data__split="given").data)
     assert ids_of(split.train) == [(i, "train") for i in "abc"]
     assert ids_of(split.test) == [("t", "test"), ("u", "test")]
-    split = dataset.find_split(layout_config(tmp_path, "nnunet"))  # fraction
+    split = dataset.find_split(layout_config(tmp_path, "nnunet").data)  # fraction
     assert {case.case_id for case in split.train + split.test} == set("abc")
     write_nnunet(tmp_path / "x", tests=("t",), labelled_tests=False)
     assert ids_of(find_cases("nnunet", tmp_path / "x")) == [(i, "train") for i in "abc"]
     with pytest.raises(UserError, match="training and test cases of its own"):
-        dataset.find_split(layout_config(tmp_path / "x", "nnunet", data__split="given"))
+        dataset.find_split(layout_config(tmp_path / "x", "nnunet", data__split="given").data)
 
 
 def test_paths_in_the_description(tmp_path):

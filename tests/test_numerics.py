@@ -17,8 +17,8 @@ from pgpsam_jax.methods import build
 from pgpsam_jax.models.pgpsam.ppr import select_inter
 from pgpsam_jax.models.sam.attention import attention
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import from_config
 from pgpsam_jax.training import train_step as steps
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.sharded_step import shard_step
 
 SIZE, BATCH, CLASSES = 32, 2, 3
@@ -79,8 +79,8 @@ def test_softmaxes_norms_and_losses_are_float32(preset):
     """Of the forward pass and the loss: the backward pass has the types of the forward one, but
     where its rules are our own, those of attention, which are below."""
     config = configuration(preset)
-    graphdef, params, frozen = build.abstract_model(config, CLASSES)
-    step = from_config.step_config(config)
+    graphdef, params, frozen = build.abstract_model(config.model, CLASSES)
+    step = TrainingPlan.of(config).step
     jaxpr = jax.make_jaxpr(lambda *arrays: steps.loss_of(graphdef, *arrays, 0, step))(
         params,
         frozen,
@@ -93,7 +93,7 @@ def test_softmaxes_norms_and_losses_are_float32(preset):
     assert half.count("dot_general") > 100 and {"erfc", "logistic"} <= set(half)
     assert sum(e.primitive.name == "exp" for e in seen) > 10
     assert {v.aval.dtype for v in jaxpr.outvars} == {jnp.dtype("float32")}
-    state = params, frozen, jax.eval_shape(from_config.optimizer_of(config, 4).init, params)
+    state = params, frozen, jax.eval_shape(TrainingPlan.of(config).make_optimizer(4).init, params)
     floats = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert set(floats) == {jnp.dtype("float32")}  # parameters and moments
 
@@ -107,7 +107,7 @@ def traced_step(preset):
         name: jax.ShapeDtypeStruct((BATCH, SIZE, SIZE), dtype, sharding=lanes)
         for name, dtype in (("image", np.float16), ("label", np.uint8))
     }
-    step = shard_step(config, mesh, *model, batch, epoch_size=4, seed=0)
+    step = shard_step(TrainingPlan.of(config), mesh, *model, batch, epoch_size=4, seed=0)
     return step.run.trace(step.state, step.frozen, step.batch), step.state
 
 

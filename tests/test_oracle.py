@@ -75,7 +75,7 @@ def test_one_method_is_an_oracle_and_is_called_so():
 
 def test_prompts_are_those_of_the_true_masks():
     config, batch = small_config("sam"), squares(2)
-    graphdef, params, frozen, _ = build.init_model(config, CLASSES)
+    graphdef, params, frozen, _ = build.init_model(config.model, CLASSES, config.seed)
     assert not jax.tree.leaves(params)
     images = jnp.repeat(jnp.float32(batch["image"])[..., None], 3, -1)
     labels = jnp.asarray(batch["label"], jnp.int32)
@@ -110,7 +110,7 @@ def test_all_of_a_converted_sam_is_loaded(name, tmp_path):
     sidecar = {"format": weights.FORMAT, "format_version": weights.FORMAT_VERSION}
     write_json(f"{stem}.json", sidecar | {"sha256": file_digest(f"{stem}.safetensors")})
     config = small_config(name, model__base=str(stem))
-    _, params, frozen, _ = build.init_model(config, CLASSES)
+    _, params, frozen, _ = build.init_model(config.model, CLASSES, config.seed)
     leaves = flat_paths(params) | flat_paths(frozen)
     for path, wanted in weights.fit_base(tensors, (4, 4), global_blocks=(1,)).items():
         np.testing.assert_array_equal(leaves[path][...], wanted, err_msg=path)

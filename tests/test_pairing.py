@@ -167,7 +167,7 @@ def test_training_evaluation_verify_and_report_pair_alike(tmp_path, codes, how):
         else:
             nib.save(LOST[how](np.asarray(label.dataobj)), path)
     config = config_for(root, data__axis="axial")
-    split, workdir = dataset.find_split(config), tmp_path / "run"
+    split, workdir = dataset.find_split(config.data), tmp_path / "run"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (cached,) = dataset.read_cases(config, split.train, split.table, workdir)

@@ -55,7 +55,7 @@ def test_all_sizes_follow_from_the_image_size(size):
     config.model.image_size = size
     if size < 1024:  # every stage has the same parts, every encoder the same grid
         config.model.encoder, config.model.stage_taps = micro.NAME, (1,)
-    graphdef, params, frozen = build.abstract_model(config, 9)
+    graphdef, params, frozen = build.abstract_model(config.model, 9)
     images = jax.ShapeDtypeStruct((1, size, size), jnp.float32)
     outputs = jax.eval_shape(
         lambda p, f, x: nnx.merge(graphdef, p, f)(to_input(x)), params, frozen, images
@@ -71,7 +71,7 @@ def test_parameter_counts_are_those_of_the_release_without_its_dead_weights():
     use_release_recipe(config)
     trained = {}
     for classes in (9, 5):
-        _, params, frozen = build.abstract_model(config, classes)
+        _, params, frozen = build.abstract_model(config.model, classes)
         trained[classes], alone = count(params), flat_paths(params)
         assert count(frozen) == 87_278_848
     lora = sum(np.prod(leaf.shape) for path, leaf in alone.items() if "/lora/" in path)
@@ -145,10 +145,10 @@ def test_settings_that_make_no_release():
     use_release_recipe(config)
     config.model.ppr = False
     with pytest.raises(UserError, match="switch off parts of preset paper"):
-        build.abstract_model(config, 9)
+        build.abstract_model(config.model, 9)
     config.model.ppr = True
     for field, value in (("dcn", "dense"), ("token_order", "none")):
         settings = config.copy_and_resolve_references()
         settings.model[field] = value
         with pytest.raises(UserError, match=rf"model\.{field} is '{value}'"):
-            build.abstract_model(settings, 9)
+            build.abstract_model(settings.model, 9)

@@ -180,8 +180,8 @@ def test_a_run_of_ours_goes_out(root, tmp_path, monkeypatch, capsys):
     Loading it is loading any run.
     """
     settings = config_for(root, **SETTINGS | {"model__train_encoder": "full"})
-    table, workdir = label_table(settings), tmp_path / "full"
-    graphdef, params, frozen = build.abstract_model(settings, table.num_classes)
+    table, workdir = label_table(settings.data), tmp_path / "full"
+    graphdef, params, frozen = build.abstract_model(settings.model, table.num_classes)
     rng = np.random.default_rng(2)
     for leaf in (flat_paths(params) | flat_paths(frozen)).values():
         leaf.set_value(jnp.asarray(rng.random(leaf.shape, np.float32)))
@@ -309,7 +309,7 @@ def test_default_configs(classes, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     config = release.config_of([], classes, "best_ckpt.pth")
     assert config.model.preset == "release"
-    assert label_table(config).num_classes == classes
+    assert label_table(config.data).num_classes == classes
 
 
 MEASURED = """

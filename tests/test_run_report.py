@@ -78,7 +78,7 @@ def write_scored(root, workdir, name="small", split="file"):
     config.name = name
     workdir.mkdir(parents=True)
     configuration.store(config, workdir)
-    _, _, tests, table = dataset.find_split(config)
+    _, _, tests, table = dataset.find_split(config.data)
     (workdir / "labels.json").write_text(json.dumps(table.to_json()))
     rows = []
     for case in [case for case in tests if case.case_id != "a"]:

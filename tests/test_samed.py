@@ -24,7 +24,7 @@ def test_parameters_are_those_of_the_original():
     """ViT-b, 512 px, 9 classes: LoRA on q and v of 12 blocks, prompt encoder, decoder."""
     config = default_config()
     method_recipes.use(config, "samed")
-    _, params, _ = build.abstract_model(config, 9)
+    _, params, _ = build.abstract_model(config.model, 9)
     sizes = {path: math.prod(leaf.shape) for path, leaf in flat_paths(params).items()}
     lora = sum(size for path, size in sizes.items() if "/lora/" in path)
     prompts = sum(size for path, size in sizes.items() if path.startswith("prompt_encoder/"))
@@ -51,7 +51,7 @@ def test_which_parameters_receive_a_gradient():
 
 
 def test_outputs_have_four_by_four_pixels_a_token():
-    graphdef, *states = build.abstract_model(small_config("samed"), CLASSES)
+    graphdef, *states = build.abstract_model(small_config("samed").model, CLASSES)
     image = jax.ShapeDtypeStruct((2, SIZE, SIZE), jnp.float32)
 
     def run(params, frozen, image):

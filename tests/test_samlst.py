@@ -45,7 +45,7 @@ def test_parameters_of_the_original():
     """docs/methods.md#sam-lst: the ResNet-18 to its third group, the gate, the upscaling."""
     config = default_config()
     method_recipes.use(config, "samlst")
-    _, params, frozen = build.abstract_model(config, 9)
+    _, params, frozen = build.abstract_model(config.model, 9)
     assert count(params) == 2_856_737 == 2_782_784 + 1 + 73_952
     # The averages, two for each of 2240 channels, are none of the parameters.
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 2_856_737 + 2 * 2240
@@ -173,7 +173,7 @@ def test_a_run_starts_from_the_converted_file(checkpoint_file, tmp_path, capsys)
     convert.main([*arguments, "--output", str(tmp_path / "cnn")])
     assert "75 of 122 tensors" in capsys.readouterr().out
     config = small_config("samlst", model__cnn_base=str(tmp_path / "cnn"))
-    _, params, _, _ = build.init_model(config, CLASSES)
+    _, params, _, _ = build.init_model(config.model, CLASSES, config.seed)
     import torch
 
     kernel = torch.load(checkpoint_file, weights_only=True)["layer3.1.conv2.weight"].numpy()
@@ -194,13 +194,15 @@ def test_files_that_are_no_resnet(checkpoint_file, tmp_path):
     wide = small_config("samlst", model__cnn_base=str(tmp_path / "wide"))
     wide.model.encoder = "vit_b"
     with pytest.raises(UserError, match=r"wide.safetensors .* does not exist; download .*resnet18"):
-        pretrained.apply_cnn(wide.model, *build.abstract_model(wide, CLASSES)[1:])
+        pretrained.apply_cnn(wide.model, *build.abstract_model(wide.model, CLASSES)[1:])
     resnet.convert(checkpoint_file, tmp_path / "cnn", log=lambda text: None)
     shapes = {"conv1/kernel": (7, 7, 3, 64)}
     with pytest.raises(UserError, match="does not fit the CNN beside this encoder"):
         resnet_weights.load_cnn(tmp_path / "cnn", shapes)
     with pytest.raises(UserError, match="which samed lacks; leave it empty"):
-        build.init_model(small_config("samed", model__cnn_base=str(tmp_path / "cnn")), CLASSES)
+        build.init_model(
+            small_config("samed", model__cnn_base=str(tmp_path / "cnn")).model, CLASSES, 0
+        )
     renamed = tmp_path / "resnet18-0123abcd.pth"
     renamed.write_bytes(checkpoint_file.read_bytes())
     with pytest.raises(UserError, match="instead of 0123abcd"):
@@ -302,7 +304,7 @@ def test_drawn_weights_that_never_train_are_kept_with_a_given_sam(tmp_path):
     frozen_weights.settle_base(tmp_path, "sam", "0" * 64, frozen, drawn)
     assert not frozen_weights.holds_all(tmp_path)
     config.seed = 5
-    _, _, other, _ = build.init_model(config, CLASSES)
+    _, _, other, _ = build.init_model(config.model, CLASSES, config.seed)
     own = flat_paths(other)["image_encoder/pos_embed"][...]
     frozen_weights.settle_base(
         tmp_path, "sam", "0" * 64, other, pretrained.drawn(config.model, other)

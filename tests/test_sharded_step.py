@@ -14,6 +14,7 @@ from small_run import config_for
 from pgpsam_jax.distributed.multihost import place
 from pgpsam_jax.methods import build
 from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.sharded_step import shard_step, sharding_of
 
 CLASSES, BATCH = 3, 8
@@ -31,8 +32,10 @@ def run():
             "label": jnp.asarray(rng.integers(0, CLASSES, (BATCH, size, size)), jnp.uint8),
         }
         batch = place(batch, device_mesh.batch_sharding(mesh))
-        graphdef, params, frozen, _ = build.init_model(config, CLASSES)
-        step = shard_step(config, mesh, graphdef, params, frozen, batch, epoch_size=10**6, seed=3)
+        graphdef, params, frozen, _ = build.init_model(config.model, CLASSES, config.seed)
+        step = shard_step(
+            TrainingPlan.of(config), mesh, graphdef, params, frozen, batch, epoch_size=10**6, seed=3
+        )
         yield step, params, place(frozen, sharding_of(step.frozen)), batch
 
 
@@ -62,14 +65,14 @@ def test_frozen_weights_lie_in_parts():
     """Every one that is large; by shapes alone. So do the trained ones and their moments."""
     config = small_config("samed")
     mesh = device_mesh.make_mesh(data=1, fsdp=8)
-    graphdef, *states = build.abstract_model(config, CLASSES)
+    graphdef, *states = build.abstract_model(config.model, CLASSES)
     batch = {
         name: jax.ShapeDtypeStruct(
             (8, SIZE, SIZE), dtype, sharding=device_mesh.batch_sharding(mesh)
         )
         for name, dtype in (("image", jnp.float16), ("label", jnp.uint8))
     }
-    step = shard_step(config, mesh, graphdef, *states, batch, epoch_size=8, seed=0)
+    step = shard_step(TrainingPlan.of(config), mesh, graphdef, *states, batch, epoch_size=8, seed=0)
     for tree in (step.frozen, step.state.params, step.state.opt_state):
         large = [leaf for leaf in jax.tree.leaves(tree) if leaf.size > 1024]
         assert len(large) >= 4

@@ -26,7 +26,8 @@ from pgpsam_jax.models.pgpsam_release.model import ReleaseConfig, ReleasePgpSam
 from pgpsam_jax.models.sam.mask_decoder import DecoderConfig
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import from_config
+from pgpsam_jax.training import plan
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.sharded_step import shard_step
 
 METHODS = sorted(registry.METHODS)
@@ -91,14 +92,14 @@ def test_meshes_that_do_not_fit_the_model_or_the_batch(sizes, encoder, batch, me
     config.model.encoder, config.train.batch_size = encoder, batch
     config.mesh.update(dict(zip(device_mesh.AXES, sizes, strict=True)))
     with pytest.raises(UserError, match=message):
-        from_config.mesh_of(config, jax.devices()[: math.prod(sizes)])
+        plan.mesh_of(config, jax.devices()[: math.prod(sizes)])
 
 
 def test_what_a_refusal_offers_is_taken():
     config = default_config()  # 12 heads, 12 slices
     for tensor in (2, 4):
         config.mesh.tensor = tensor
-        from_config.mesh_of(config)
+        plan.mesh_of(config)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
@@ -149,9 +150,16 @@ def test_no_row_of_a_table_is_idle(method):
 
 def test_moments_lie_where_their_parameter_does():
     config = configuration(("pgpsam", "paper"), "vit_b")
-    graphdef, params, frozen = build.abstract_model(config, CLASSES)
+    graphdef, params, frozen = build.abstract_model(config.model, CLASSES)
     step = shard_step(
-        config, device_mesh.make_mesh(2, 2, 2), graphdef, params, frozen, {}, epoch_size=8, seed=0
+        TrainingPlan.of(config),
+        device_mesh.make_mesh(2, 2, 2),
+        graphdef,
+        params,
+        frozen,
+        {},
+        epoch_size=8,
+        seed=0,
     )
     adam = step.state.opt_state[0][0]
     for path, leaf in parameters.flat_paths(step.state.params).items():
@@ -227,12 +235,15 @@ def real_step(method, sizes):
     config, graphdef, params, frozen = small_model(method)
     mesh = device_mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     placed = device_mesh.put_batch(batch_for(method), mesh)
-    step = shard_step(config, mesh, graphdef, params, frozen, placed, epoch_size=BATCH, seed=0)
+    step = shard_step(
+        TrainingPlan.of(config), mesh, graphdef, params, frozen, placed, epoch_size=BATCH, seed=0
+    )
     compiled = step.lower().compile()
     frozen = jax.device_put(frozen, jax.tree.map(lambda leaf: leaf.sharding, step.frozen))
 
     def run(batch):
-        state, metrics = compiled(step.start(params), frozen, device_mesh.put_batch(batch, mesh))
+        state = step.start(jax.tree.map(jnp.copy, params))  # which the step donates
+        state, metrics = compiled(state, frozen, device_mesh.put_batch(batch, mesh))
         # The first moment after one step, from zero.
         moments = parameters.flat_paths(state.opt_state[0][0].mu)
         share = 1 - config.optim.beta1

@@ -64,7 +64,7 @@ def test_auto_is_what_most_training_cases_are(tmp_path, spacing, wanted):
         change_spacing(root, case, spacing)
     change_spacing(root, "d", (5, 1, 1) if wanted == AXIAL else (1, 1, 5))
     config = config_for(root)
-    split = dataset.find_split(config)
+    split = dataset.find_split(config.data)
     assert config.data.axis == "auto"
     config = dataset.with_axis(config, split.train)
     assert config.data.axis == wanted
@@ -88,7 +88,7 @@ def change_spacing(root, case, spacing):
 def test_the_axis_is_part_of_a_cache_and_old_runs_stay_axial(tmp_path):
     root = write_data(tmp_path)
     config = config_for(root, data__axis=AXIAL)
-    split = dataset.find_split(config)
+    split = dataset.find_split(config.data)
     files = []
     for axis in AXES:
         config.data.axis = axis

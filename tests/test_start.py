@@ -54,7 +54,7 @@ def configuration(base, name, preset="paper", **settings):
 def model_of(base, name, preset="paper", **settings):
     """A model that says nothing of its start any more: one compiled program serves all starts."""
     made = configuration(base, name, preset, **settings)
-    model = nnx.merge(*build.init_model(made, CLASSES)[:3])
+    model = nnx.merge(*build.init_model(made.model, CLASSES, made.seed)[:3])
     if hasattr(getattr(model, "config", None), "start_scale"):
         model.config = dataclasses.replace(model.config, start_scale=None)
     return model
@@ -196,7 +196,7 @@ def test_every_pattern_of_a_start_from_sam_finds_its_tensors(base):
         if not method.sam_start:
             continue
         made = configuration(base, name, preset or "paper", start="sam")
-        graphdef, *state = build.abstract_model(made, CLASSES)
+        graphdef, *state = build.abstract_model(made.model, CLASSES)
         pretrained.apply_base(made.model, nnx.merge(graphdef, *state).image_encoder.config, *state)
         leaves = flat_paths(state[0]) | flat_paths(state[1])
         for pattern, source in method.sam_start.items():
@@ -255,7 +255,7 @@ def test_normalized_colors_are_those_of_sam_s_own_preprocessing(base, images):
 
     def neck(colors, given):
         made = configuration(base, "samed", colors=colors)
-        encoder = nnx.merge(*build.abstract_model(made, CLASSES)).image_encoder
+        encoder = nnx.merge(*build.abstract_model(made.model, CLASSES)).image_encoder
         nnx.update(encoder, nnx.state(paper.image_encoder))
         return encoded(encoder, given)[0]
 

@@ -17,7 +17,7 @@ from pgpsam_jax.models import parameters
 from pgpsam_jax.models.initializers import kernel_init
 from pgpsam_jax.models.sam.image_encoder import ImageEncoder
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import from_config
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.train_state import init_state
 from pgpsam_jax.training.train_step import gradients_of, make_train_step
 
@@ -67,8 +67,11 @@ def batch():
 
 def start(config):
     """(graphdef, settings of the step, step, state, frozen) of a model as it is drawn."""
-    graphdef, params, frozen, _ = build.init_model(config, CLASSES)
-    optimizer, settings = from_config.optimizer_of(config, BATCH), from_config.step_config(config)
+    graphdef, params, frozen, _ = build.init_model(config.model, CLASSES, config.seed)
+    optimizer, settings = (
+        TrainingPlan.of(config).make_optimizer(BATCH),
+        TrainingPlan.of(config).step,
+    )
     step = make_train_step(graphdef, optimizer, settings)
     return graphdef, settings, step, init_state(params, optimizer, seed=0, epoch_size=BATCH), frozen
 
@@ -160,7 +163,7 @@ def test_frozen_weights_have_no_gradient_products(lora_config):
     def flops(mode):
         config = lora_config.copy_and_resolve_references()
         config.model.train_encoder = mode
-        graphdef, params, frozen = build.abstract_model(config, CLASSES)
+        graphdef, params, frozen = build.abstract_model(config.model, CLASSES)
         encoder = nnx.merge(graphdef, params, frozen).image_encoder
         trained = {"full": nnx.Param, "lora": nnx.LoRAParam}[mode]
         graphdef, params, frozen = nnx.split(encoder, trained, ...)

@@ -41,7 +41,7 @@ def test_trained_parameters(size, classes, tokens, wanted):
     config = default_config()
     method_recipes.use(config, "surgicalsam")
     config.model.image_size, config.model.prompt_tokens = size, tokens
-    _, params, frozen = build.abstract_model(config, classes)
+    _, params, frozen = build.abstract_model(config.model, classes)
     decoder, foreground, cells = 4_058_340, classes - 1, (size // 16) ** 2
     dense = 256 * 128 + 128 + 128 * 256 + 256
     sparse = cells * 128 + 128 + 128 * tokens + tokens

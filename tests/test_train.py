@@ -21,11 +21,12 @@ from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.inference import restore
+from pgpsam_jax.methods import build
 from pgpsam_jax.metrics.release_protocol import slice_dice
 from pgpsam_jax.metrics.summary import read_cases, read_slices
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import from_config, metric_logger, train
+from pgpsam_jax.training import metric_logger, plan, train
 
 SELECT = {"validation__every_epochs": 1}  # 7 slices in batches of 8: after every step
 
@@ -40,8 +41,8 @@ def losses(workdir, but=("images_per_second",)):
 def numbers(workdir, folder):
     """Every value of the parameters in a folder of checkpoints, as Orbax wrote them."""
     config = configuration.load_config(workdir)
-    mesh = from_config.mesh_of(config)
-    _, params, _ = train.build.abstract_model(config, 3)
+    mesh = plan.mesh_of(config)
+    _, params, _ = build.abstract_model(config.model, 3)
     shardings = device_mesh.state_shardings(params, mesh)
     kept = folder(workdir)
     params = kept.restore_params(checkpoint.abstract_like(params, shardings))
@@ -134,7 +135,7 @@ def test_the_best_parameters_are_kept_and_used(finished):
     kept = numbers(workdir, best_parameters.Best)
     assert same(kept, numbers(workdir, checkpoint.Checkpoints)) == (best["step"] == 6)
     config = configuration.load_config(workdir)
-    split = dataset.find_split(config)
+    split = dataset.find_split(config.data)
     predictor = restore.load_predictor(config, workdir, 3)
     used = {k: np.asarray(leaf[...]) for k, leaf in flat_paths(predictor.params).items()}
     assert same(used, kept)
@@ -262,7 +263,7 @@ def test_validation_without_validation_cases_is_said(root, tmp_path):
         train.train(config, tmp_path / "run")
     config = config_for(root, fewshot__min_pixels=10_000, data__axis="axial", **SELECT)
     with pytest.raises(UserError, match=r"no validation slice has an organ of 10000 pixels"):
-        dataset.validation_data(config, dataset.find_split(config), tmp_path / "run")
+        dataset.validation_data(config, dataset.find_split(config.data), tmp_path / "run")
 
 
 def test_no_workdir_no_checkpoint(tmp_path, finished):

@@ -69,7 +69,7 @@ def test_trained_on_and_evaluated(tmp_path):
     """Few-shot set and evaluation of a configuration, with a predictor that knows the truth."""
     write_transunet(tmp_path)
     config = layout_config(tmp_path, "transunet", data__axis="axial")
-    split = dataset.find_split(config)
+    split = dataset.find_split(config.data)
     assert [c.case_id for c in split.train] == ["case0005", "case0006"] and len(split.test) == 1
     data = dataset.few_shot_data(config, split.train, split.table, tmp_path / "run", resume=False)
     assert data.images.shape == (7, 32, 32) and 0.3 < data.images.max() <= 1
@@ -99,7 +99,7 @@ def test_trained_on_and_evaluated(tmp_path):
 def test_a_label_table_is_required(tmp_path):
     write_transunet(tmp_path)
     with pytest.raises(UserError, match=r"needs data\.label_table"):
-        dataset.find_split(layout_config(tmp_path, "transunet", data__label_table=""))
+        dataset.find_split(layout_config(tmp_path, "transunet", data__label_table="").data)
 
 
 LINES = ["../x", "/etc/passwd", "a/b", "a\\b", "..", ".hidden", "a\tb", "a" * 251, "a\0"]

@@ -31,11 +31,10 @@ class Scripted:
 
 
 def selection(workdir, every=1, batch_size=4, epoch_size=4, total=100):
-    config = default_config()
-    config.validation.every_epochs = every
-    config.train.batch_size = batch_size
+    validation = default_config().validation
+    validation.every_epochs = every
     data = ValidationData("images", LABELS, 2, 1, "digest")
-    return model_selection.Selection(config, data, workdir, epoch_size, total)
+    return model_selection.Selection(validation, data, workdir, batch_size, epoch_size, total)
 
 
 def kept(workdir):
@@ -112,14 +111,14 @@ def test_resumed_before_the_best_step(tmp_path):
 
 def test_what_is_used_is_said(tmp_path):
     config = default_config()
-    assert best_parameters.notice(config, tmp_path) is None
+    assert best_parameters.notice(config.validation, tmp_path) is None
     config.validation.every_epochs = 1
-    assert "chosen no parameters here" in best_parameters.notice(config, tmp_path)
+    assert "chosen no parameters here" in best_parameters.notice(config.validation, tmp_path)
     assert not (tmp_path / "best").exists()  # looking leaves nothing behind
     one = selection(tmp_path)
     one.judge(Scripted(6), 12)
     one.close()
-    said = best_parameters.notice(config, tmp_path)
+    said = best_parameters.notice(config.validation, tmp_path)
     assert "of step 12, which did best" in said and "slice Dice 0.7500" in said
     config.validation.every_epochs = 0
-    assert best_parameters.notice(config, tmp_path) is None
+    assert best_parameters.notice(config.validation, tmp_path) is None

@@ -181,12 +181,12 @@ def test_a_killed_process_speaks_of_the_program_s_own_setting():
 
 
 def split_of(root):
-    return dataset.find_split(config_for(root))
+    return dataset.find_split(config_for(root).data)
 
 
 def test_a_run_checks_its_data_once(root, tmp_path, monkeypatch):
     workdir, config, said = tmp_path / "run", config_for(root), []
-    report = ensure(config, split_of(root), workdir, say=said.append)
+    report = ensure(config.data, split_of(root), workdir, say=said.append)
     assert report["counts"]["cases"] == 3 and said == ["checked 3 of 3 cases: 0 errors, 0 warnings"]
     assert json.loads((workdir / "verify.json").read_text()) == json.loads(json.dumps(report))
     assert {file["part"] for file in report["files"]} == {"train", "test"}
@@ -195,16 +195,16 @@ def test_a_run_checks_its_data_once(root, tmp_path, monkeypatch):
     monkeypatch.setattr(
         verification, "check_case", lambda case, *a: seen.append(case.case_id) or original(case, *a)
     )
-    again = ensure(config, split_of(root), workdir, say=said.append)
+    again = ensure(config.data, split_of(root), workdir, say=said.append)
     assert seen == [] and len(said) == 1 and again["counts"] == report["counts"]
     moved(root / "labels" / "b.nii.gz")
-    ensure(config, split_of(root), workdir, say=said.append)
+    ensure(config.data, split_of(root), workdir, say=said.append)
     assert seen == ["b"] and said[1] == "checked 1 of 3 cases: 0 errors, 1 warnings"
     assert re.match(r"warning: .*/labels/b\.nii\.gz lies up to 5\.00 mm off", said[2])
 
     (workdir / "cache" / "verified.json").write_text("{")
     with pytest.warns(UserWarning, match="damaged"):
-        ensure(config, split_of(root), workdir, say=said.append)
+        ensure(config.data, split_of(root), workdir, say=said.append)
     assert seen == ["b", "a", "b", "c"]
 
 
@@ -213,7 +213,7 @@ def test_a_run_on_bad_data_is_refused(root, tmp_path):
     spoiled(np.nan)(root / "images" / "c.nii.gz")
     for _ in range(2):  # and remembered
         with pytest.raises(UserError, match=r"cannot be trusted: .*c\.nii\.gz holds NaN.*verify"):
-            ensure(config, split_of(root), tmp_path / "run", say=lambda line: None)
+            ensure(config.data, split_of(root), tmp_path / "run", say=lambda line: None)
     stored = json.loads((tmp_path / "run" / "verify.json").read_text())
     assert stored["counts"]["errors"] == 1
 
@@ -221,7 +221,7 @@ def test_a_run_on_bad_data_is_refused(root, tmp_path):
 def test_a_window_that_shows_nothing_is_refused(root, tmp_path):
     config = config_for(root, data__window=(5000.0, 9000.0))
     with pytest.raises(UserError, match=r"shows next to nothing; set data\.window"):
-        ensure(config, split_of(root), tmp_path, say=lambda line: None)
+        ensure(config.data, split_of(root), tmp_path, say=lambda line: None)
 
 
 def test_a_mixed_up_order_is_an_error_with_its_name(tmp_path):

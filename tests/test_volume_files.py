@@ -227,8 +227,8 @@ def test_training_names_the_image_that_is_none(tmp_path, make):
     (root / "images" / "b.nii.gz").unlink()
     make(root / "images" / "b.nii.gz")
     config = config_for(root, data__axis="axial")
-    split = dataset.find_split(config)
+    split = dataset.find_split(config.data)
     with pytest.raises(UserError, match=r"b\.nii\.gz is not a file"):
-        verification.ensure(config, split, tmp_path / "run")
+        verification.ensure(config.data, split, tmp_path / "run")
     with pytest.raises(UserError, match=r"b\.nii\.gz not found"):
         dataset.few_shot_data(config, split.train, split.table, tmp_path / "run", resume=False)

@@ -72,7 +72,7 @@ def convert(source, output, settings=(), *, log=print) -> None:
     if casts := [name for name, tensor in tensors.items() if tensor.dtype != np.float32]:
         log(f"cast     {len(casts)} tensors to float32, such as {casts[0]}")
     config = config_of(settings, len(ours["intra"]), source)
-    table = label_table(config)
+    table = label_table(config.data)
     _check_settings(config.model, table, ours, source)
     config.model.base = ""  # the workdir has the frozen weights itself
     config.data.axis = AXIAL  # the release knows no other slices
@@ -175,7 +175,7 @@ def _contradictions(fields: dict[str, tuple]) -> str:
 
 def _states(config: ConfigDict, table: LabelTable, ours: Tensors, source: Path):
     """(trained, frozen): the model's states, with the tensors in place."""
-    _, params, frozen = build.abstract_model(config, table.num_classes)
+    _, params, frozen = build.abstract_model(config.model, table.num_classes)
     leaves = flat_paths(params) | flat_paths(frozen)
     shapes = ({path: a.shape for path, a in arrays.items()} for arrays in (leaves, ours))
     check_fit(*shapes, source)

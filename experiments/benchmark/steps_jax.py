@@ -88,7 +88,7 @@ def _pgpsam(point: dict):
     from pgpsam_jax.inference.predictor import make_predict_step
     from pgpsam_jax.methods import build
     from pgpsam_jax.models.segmenter import to_input
-    from pgpsam_jax.training import from_config
+    from pgpsam_jax.training.plan import TrainingPlan
     from pgpsam_jax.training.train_state import init_state
     from pgpsam_jax.training.train_step import make_train_step
 
@@ -118,8 +118,8 @@ def _pgpsam(point: dict):
     counted = flops.pgpsam(sizes, "lora", training=task == "training")
     if task == "inference":
         return make_predict_step(graphdef), (), (params, frozen, images), _keep, counted
-    optimizer = from_config.optimizer_of(config, SLICES)
+    optimizer = TrainingPlan.of(config).make_optimizer(SLICES)
     state = init_state(params, optimizer, seed=0, epoch_size=SLICES)
     batch = {"image": images, "label": labels.astype(np.uint8)}
-    train_step = make_train_step(graphdef, optimizer, from_config.step_config(config))
+    train_step = make_train_step(graphdef, optimizer, TrainingPlan.of(config).step)
     return train_step, (0,), (state, frozen, batch), lambda out, old: (out[0], *old[1:]), counted

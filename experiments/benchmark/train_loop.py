@@ -17,9 +17,9 @@ from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.data.layouts.find import BTCV_TEST, BTCV_TRAIN
 from pgpsam_jax.data.layouts.label_table import SYNAPSE8
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import from_config
 from pgpsam_jax.training.device_batches import Feed
 from pgpsam_jax.training.metric_logger import RunLog
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.train_loop import run_steps
 
 TURNS = 8
@@ -38,7 +38,7 @@ def loop_benchmark(point: dict, turn: int = 40) -> dict:
     loader = make_loader(SLICES, batch_size=batch_size, seed=0)
     feed = Feed(random_slices(SLICES, size), loader, mesh, config.data.resident_gib * 2**30)
     step = SyntheticStep(config, mesh, lambda model: next(feed)[0])
-    rates = from_config.learning_rates(config, SLICES)
+    rates = TrainingPlan.of(config).learning_rates(SLICES)
     seconds = {"bare": [], "loop": []}
     with (
         tempfile.TemporaryDirectory() as workdir,

@@ -231,7 +231,7 @@ def _differ(old: Cell, new: Cell) -> list[str]:
 def _images(data: str) -> str:
     """The digest of the test images of `config.data`, as JSON."""
     config = configuration.from_json({"data": json.loads(data)})
-    return dataset.images_digest(dataset.find_split(config).test)
+    return dataset.images_digest(dataset.find_split(config.data).test)
 
 
 def _other_images(old: Cell, new: Cell) -> list[str]:

@@ -139,7 +139,8 @@ def _share_done(cell: Cell) -> float:
         return 0.0
     lines = (cell.folder / "fewshot.txt").read_text(encoding="utf-8").splitlines()
     slices = sum(not line.startswith("#") for line in lines)
-    total = defaults.total_steps(configuration.from_json(cell.config), slices)
+    train = configuration.from_json(cell.config).train
+    total = defaults.total_steps(train.steps, train.epochs, train.batch_size, slices)
     return 0.9 * min(1.0, records[-1]["step"] / total)  # the rest is evaluation
 
 

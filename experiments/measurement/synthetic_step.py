@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from experiments.measurement.points import CLASSES, SLICES
 from pgpsam_jax.methods import build
 from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.sharded_step import shard_step, sharding_of
 
 
@@ -39,7 +40,9 @@ class SyntheticStep:
         batch_of: Callable[[tuple], dict] | None = None,
         epoch_size: int = SLICES,
     ):
-        self.model = device_mesh.over_mesh(build.init_model, mesh)(config, CLASSES)[:3]
+        self.model = device_mesh.over_mesh(build.init_model, mesh)(
+            config.model, CLASSES, config.seed
+        )[:3]
         if batch_of is None:
             slices = random_slices(config.train.batch_size, config.model.image_size)
             self.batch = device_mesh.put_batch(slices, mesh)
@@ -50,7 +53,12 @@ class SyntheticStep:
             self.batch,
         )
         step = shard_step(
-            config, mesh, *self.model, shapes, epoch_size=epoch_size, seed=config.seed
+            TrainingPlan.of(config),
+            mesh,
+            *self.model,
+            shapes,
+            epoch_size=epoch_size,
+            seed=config.seed,
         )
         start = time.perf_counter()
         lowered = step.lower()

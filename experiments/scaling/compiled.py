@@ -16,7 +16,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.parameters import count
 from pgpsam_jax.profiling import accelerators, aot, flops
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import from_config
+from pgpsam_jax.training import plan
 
 # Left of a chip's memory for the runtime, a resident few-shot set and the next batch.
 RESERVE = 2**30
@@ -38,7 +38,7 @@ def compile_point(point: Compiled) -> dict:
             "pgpsam_jax/profiling/accelerators.py"
         )
     config = point.config(len(chips_there))
-    mesh = from_config.mesh_of(config, chips_there)
+    mesh = plan.mesh_of(config, chips_there)
     start = time.perf_counter()
     model = aot.abstract_model(config, CLASSES, mesh)
     lowered = aot.lower_step(config, mesh, model, SLICES)

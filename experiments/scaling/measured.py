@@ -9,7 +9,7 @@ from experiments.measurement.synthetic_step import SyntheticStep
 from experiments.scaling.points import Measured
 from pgpsam_jax.profiling import aot, flops
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import from_config
+from pgpsam_jax.training import plan
 
 
 class Step:
@@ -18,7 +18,7 @@ class Step:
     def __init__(self, point: Measured):
         self._devices = jax.devices()[: point.devices]
         config = point.config(point.devices)
-        mesh = from_config.mesh_of(config, self._devices)
+        mesh = plan.mesh_of(config, self._devices)
         self._step = SyntheticStep(config, mesh)
         sizes = nnx.merge(*self._step.model).config
         known = device_info(self._devices[0])

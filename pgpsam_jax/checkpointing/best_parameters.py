@@ -9,14 +9,14 @@ from pgpsam_jax.checkpointing.checkpoint import BEST, Checkpoints, _Folder
 from pgpsam_jax.errors import UserError
 
 
-def is_on(config: ConfigDict) -> bool:
+def is_on(validation: ConfigDict) -> bool:
     """Whether a run keeps the best parameters instead of the last."""
-    return config.validation.every_epochs != 0
+    return validation.every_epochs != 0
 
 
-def notice(config: ConfigDict, workdir) -> str | None:
+def notice(validation: ConfigDict, workdir) -> str | None:
     """Which parameters of a workdir are used, where that is not simply the newest."""
-    if not is_on(config):
+    if not is_on(validation):
         return None
     best = best_record(workdir)
     if best is None:

@@ -157,8 +157,6 @@ def use_release_recipe(config: ConfigDict) -> None:
     config.validation.every_epochs = 1
 
 
-def total_steps(config: ConfigDict, epoch_size: int) -> int:
-    """Steps of the whole run: `train.steps`, or as many as cover `train.epochs`."""
-    if config.train.steps > 0:
-        return config.train.steps
-    return max(1, -(-config.train.epochs * epoch_size // config.train.batch_size))
+def total_steps(steps: int, epochs: int, batch_size: int, epoch_size: int) -> int:
+    """Returns the steps of a run: `steps`, or if that is 0 as many as cover the epochs."""
+    return steps or max(1, -(-epochs * epoch_size // batch_size))

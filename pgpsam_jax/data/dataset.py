@@ -60,23 +60,23 @@ class ValidationData:
     digest: str
 
 
-def label_table(config: ConfigDict) -> LabelTable:
+def label_table(data: ConfigDict) -> LabelTable:
     """The label table of `config.data`; layouts without a built-in one need a file."""
-    if config.data.label_table:
-        return load_label_table(config.data.label_table)
-    table = find.label_table(config.data.layout, config.data.root)
+    if data.label_table:
+        return load_label_table(data.label_table)
+    table = find.label_table(data.layout, data.root)
     if table is not None:
         return table
     raise UserError(
-        f"data.layout {config.data.layout!r} needs data.label_table, a JSON file that names the "
+        f"data.layout {data.layout!r} needs data.label_table, a JSON file that names the "
         'classes: {"classes": [{"name": "spleen", "source": [1]}, ...]}'
     )
 
 
-def find_cases(config: ConfigDict) -> list[find.Case]:
+def find_cases(data: ConfigDict) -> list[find.Case]:
     """The cases of `config.data`; the phantom is generated where it lacks."""
-    array_checks.allow(config.data.max_gib)
-    data, layout = config.data, config.data.layout
+    array_checks.allow(data.max_gib)
+    layout = data.layout
     if not (data.root and (layout == "phantom" or Path(data.root).is_dir())):
         wrong = f"{str(data.root)!r} is not a folder" if data.root else "is empty"
         expected = find.expected(layout, data.image_glob, data.label_glob)
@@ -89,11 +89,11 @@ def find_cases(config: ConfigDict) -> list[find.Case]:
     return find.find_cases(layout, data.root, data.image_glob or None, data.label_glob or None)
 
 
-def find_split(config: ConfigDict) -> Split:
+def find_split(data: ConfigDict) -> Split:
     """The cases of `config.data` by part."""
-    data, table = config.data, label_table(config)
+    table = label_table(data)
     parts = find.split_cases(
-        find_cases(config),
+        find_cases(data),
         data.split,
         file=data.split_file or None,
         test_fraction=data.test_fraction,
@@ -122,12 +122,12 @@ def with_axis(config: ConfigDict, cases) -> ConfigDict:
     return config
 
 
-def window_of(config: ConfigDict) -> Window:
+def window_of(data: ConfigDict) -> Window:
     """What of a volume's intensities a run maps to [0, 1], as `config.data` says."""
-    low, high = map(float, config.data.window)
-    if config.data.window_unit not in ("intensity", "percent"):
-        raise UserError(f"data.window_unit is {config.data.window_unit!r}; give intensity, percent")
-    if config.data.window_unit == "intensity":
+    low, high = map(float, data.window)
+    if data.window_unit not in ("intensity", "percent"):
+        raise UserError(f"data.window_unit is {data.window_unit!r}; give intensity, percent")
+    if data.window_unit == "intensity":
         return low, high
     if not 0 <= low < high <= 100:
         raise UserError(f"data.window {(low, high)} is in percent; give 0 <= low < high <= 100")
@@ -149,7 +149,7 @@ def few_shot_data(
     else:
         chosen = fewshot_list.make_list(areas, rule, **settings)
     images, labels = cache.gather_slices(cached, chosen.entries)
-    looks = appearance.record_of(cached, window=window_of(config), layout=config.data.layout)
+    looks = appearance.record_of(cached, window=window_of(config.data), layout=config.data.layout)
     summary = chosen.summary(areas, table.names)
     return FewShotData(images, labels, chosen, summary, _digest(cached), looks)
 
@@ -181,7 +181,7 @@ def read_cases(config: ConfigDict, cases, table: LabelTable, workdir) -> list[ca
         return cache.build_cache(
             cases,
             table,
-            window_of(config),
+            window_of(config.data),
             config.model.image_size,
             config.data.cache_dir or Path(workdir) / "cache",
             progress=lambda done, total, case: bar.update(done - bar.n),
@@ -206,7 +206,7 @@ def stored_list(workdir, areas=None) -> fewshot_list.FewShotList:
     return fewshot_list.read_list(Path(workdir) / "fewshot.txt", areas)
 
 
-def unseen_slices(config: ConfigDict, table: LabelTable, entries):
+def unseen_slices(fewshot: ConfigDict, table: LabelTable, entries):
     """(case id, truth (D, H, W)) -> boolean (D,): slices of the few-shot pool not trained on."""
     trained: dict[str, list[int]] = {}
     for case_id, index in entries:
@@ -214,7 +214,7 @@ def unseen_slices(config: ConfigDict, table: LabelTable, entries):
 
     def region(case_id: str, truth: np.ndarray) -> np.ndarray:
         areas = cache.slice_areas(truth, table.num_classes)
-        mask = fewshot_list.in_pool(areas, config.fewshot.pool, config.fewshot.min_pixels)
+        mask = fewshot_list.in_pool(areas, fewshot.pool, fewshot.min_pixels)
         mask[trained.get(case_id, [])] = False
         return mask
 

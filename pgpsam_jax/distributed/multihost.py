@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 
 from pgpsam_jax.errors import UserError
 
@@ -168,13 +169,24 @@ def place(tree, shardings):
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
 
-    def put(leaf, sharding):
-        if sharding.is_fully_addressable:
-            return jax.device_put(leaf, sharding)
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    return jax.tree.map(_put, tree, shardings)
 
-    return jax.tree.map(put, tree, shardings)
+
+def place_state(state, shardings) -> None:
+    """Moves the arrays of an `nnx.State` to their shardings in place, leaf by leaf.
+
+    At no time are two copies of more than one array held.
+    """
+    variables = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    for variable, sharding in zip(variables, jax.tree.leaves(shardings), strict=True):
+        variable.set_value(_put(variable[...], sharding))
+
+
+def _put(leaf, sharding):
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def whole(tree):

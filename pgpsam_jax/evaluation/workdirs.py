@@ -24,7 +24,7 @@ from pgpsam_jax.runtime import determinism
 def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
     """Score a workdir's parameters, newest or best, again: `--mode evaluate`."""
     stored = configuration.load_config(workdir)
-    determinism.demand(config or stored)
+    determinism.demand((config or stored).deterministic)
     multihost.check_shared(workdir)
     with locked(workdir, "evaluating"):
         return _evaluate(config, stored, workdir)
@@ -33,7 +33,7 @@ def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
 def _evaluate(config: ConfigDict | None, stored: ConfigDict, workdir) -> dict:
     config = locations.found(stored if config is None else config, workdir)
     config = build.settled(config)
-    split = dataset.find_split(config)
+    split = dataset.find_split(config.data)
     config = dataset.with_axis(config, split.train)
     identity.check_same(stored, config, workdir, free=identity.LENGTH)
     resumption.compare(workdir, split)
@@ -46,7 +46,10 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
     from pgpsam_jax.evaluation.evaluate import evaluate  # brings what draws and scores
 
     notices = [frozen_weights.base_notice(config.model, workdir), registry.notice(config.model)]
-    notices += [best_parameters.notice(config, workdir), resumption.notice(workdir, split)]
+    notices += [
+        best_parameters.notice(config.validation, workdir),
+        resumption.notice(workdir, split),
+    ]
     options = {"axis": config.data.axis}
     if config.data.layout == "transunet":
         notices.append(array_files.NO_GRID)
@@ -57,7 +60,7 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
             "trained on."
         )
         entries = dataset.stored_list(workdir).entries
-        options["region_of"] = dataset.unseen_slices(config, split.table, entries)
+        options["region_of"] = dataset.unseen_slices(config.fewshot, split.table, entries)
     folder = Path(workdir) / "evaluation"
     summary = evaluate(
         predictor,

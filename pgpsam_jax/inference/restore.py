@@ -23,13 +23,17 @@ def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
     no_base = frozen_weights.holds_all(workdir)
     config.model.base = "" if no_base else locations.find_base(config, workdir)
     new = frozen_weights.frozen_origin(workdir) is None
-    graphdef, params, frozen, digest = build.init_model(config, num_classes, drawn=new)
+    graphdef, params, frozen, digest = build.init_model(
+        config.model, num_classes, config.seed if new else None
+    )
     drawn = pretrained.drawn(config.model, frozen)
     frozen_weights.settle_base(workdir, config.model.base, digest, frozen, drawn)
     everywhere = device_mesh.replicated(device_mesh.make_mesh())
     abstract = checkpoint.abstract_like(params, jax.tree.map(lambda _: everywhere, params))
-    params = best_parameters.restore_params(workdir, abstract, best=best_parameters.is_on(config))
-    if notice := best_parameters.notice(config, workdir):
+    params = best_parameters.restore_params(
+        workdir, abstract, best=best_parameters.is_on(config.validation)
+    )
+    if notice := best_parameters.notice(config.validation, workdir):
         multihost.say(notice)
     return local_predictor(config, graphdef, params, frozen)
 
@@ -50,7 +54,7 @@ def make_predictor(config: ConfigDict, graphdef, params, frozen, mesh) -> Predic
         params,
         frozen,
         image_size=config.model.image_size,
-        window=dataset.window_of(config),
+        window=dataset.window_of(config.data),
         levels=config.data.levels,
         batch_size=config.eval.batch_size,
         mesh=mesh,

@@ -38,30 +38,37 @@ def settled(config: ConfigDict, like: ConfigDict | None = None) -> ConfigDict:
     return config
 
 
-def abstract_model(config: ConfigDict, num_classes: int):
+def abstract_model(settings: ConfigDict, num_classes: int):
     """(graphdef, params, frozen) with shapes only: nothing is computed."""
-    return _split(_shapes(config, num_classes), config.model)
+    return _split(_shapes(settings, num_classes), settings)
 
 
-def _shapes(config: ConfigDict, num_classes: int) -> nnx.Module:
-    return nnx.eval_shape(lambda: make_model(config.model, num_classes, NoDraws()))
+def _shapes(settings: ConfigDict, num_classes: int) -> nnx.Module:
+    return nnx.eval_shape(lambda: make_model(settings, num_classes, NoDraws()))
 
 
-def init_model(config: ConfigDict, num_classes: int, *, drawn: bool = True):
-    """(graphdef, params, frozen, base digest or None): random, then the backbone's weights.
+def init_model(settings: ConfigDict, num_classes: int, seed: int | None):
+    """Initializes the model of `config.model`, then copies the weights of its base into it.
 
-    drawn: False where a workdir gives what the backbone does not; that has shapes only.
+    Args:
+      settings: `config.model`.
+      num_classes: K, with the background.
+      seed: of the random numbers; None leaves shapes where the base gives no weights, for a
+        workdir to fill in.
+
+    Returns:
+      (graphdef, params, frozen, SHA-256 of the base or None).
     """
-    if drawn:
-        model = make_model(config.model, num_classes, Draws(config.seed))
+    if seed is None:
+        model = _shapes(settings, num_classes)
     else:
-        model = _shapes(config, num_classes)
-    graphdef, params, frozen = _split(model, config.model)
+        model = make_model(settings, num_classes, Draws(seed))
+    graphdef, params, frozen = _split(model, settings)
     digest = None
-    if config.model.base:
-        digest = apply_base(config.model, model.image_encoder.config, params, frozen)
-    if config.model.cnn_base:
-        apply_cnn(config.model, params, frozen)
+    if settings.base:
+        digest = apply_base(settings, model.image_encoder.config, params, frozen)
+    if settings.cnn_base:
+        apply_cnn(settings, params, frozen)
     return graphdef, params, frozen, digest
 
 
@@ -69,7 +76,7 @@ def _split(model: nnx.Module, settings: ConfigDict):
     return split_model(model, settings.train_encoder, method_of(settings).frozen)
 
 
-def attention_of(config: ConfigDict, graphdef, params, frozen) -> str:
+def attention_of(settings: ConfigDict, graphdef, params, frozen) -> str:
     """One line: which attention kernels the encoder's blocks are computed with."""
     encoder = nnx.merge(graphdef, params, frozen).image_encoder
-    return attention_report(encoder.config, DTYPES[config.model.compute_dtype])
+    return attention_report(encoder.config, DTYPES[settings.compute_dtype])

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import build
 from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.sharded_step import shard_step
 
 _COUNTED_BY_CORE = ("v4", "v5p")
@@ -97,7 +98,7 @@ def devices(name: str) -> list:
 
 def abstract_model(config: ConfigDict, num_classes: int, mesh):
     """(graphdef, params, frozen) of a configuration as it is for the mesh, shapes only."""
-    return device_mesh.over_mesh(build.abstract_model, mesh)(config, num_classes)
+    return device_mesh.over_mesh(build.abstract_model, mesh)(config.model, num_classes)
 
 
 def lower_step(config: ConfigDict, mesh, model, slices: int = 126) -> jax.stages.Lowered:
@@ -110,7 +111,8 @@ def lower_step(config: ConfigDict, mesh, model, slices: int = 126) -> jax.stages
         name: jax.ShapeDtypeStruct((config.train.batch_size, size, size), dtype, sharding=lanes)
         for name, dtype in (("image", np.float16), ("label", np.uint8))
     }
-    return shard_step(config, mesh, *model, batch, epoch_size=slices, seed=config.seed).lower()
+    plan = TrainingPlan.of(config)
+    return shard_step(plan, mesh, *model, batch, epoch_size=slices, seed=config.seed).lower()
 
 
 def compile_step(config: ConfigDict, num_classes: int, mesh) -> jax.stages.Compiled:

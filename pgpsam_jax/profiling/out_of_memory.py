@@ -25,7 +25,7 @@ from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.profiling import accelerators, aot
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import from_config
+from pgpsam_jax.training import plan
 
 SECONDS = 240  # after which no other setting is compiled
 ENOUGH = 3  # settings that fit are as many as anybody reads
@@ -88,7 +88,7 @@ def advice(config: ConfigDict, workdir, reason: str, segmenting: bool = False) -
         return f"{head}; settings that need less, cheapest first:\n{listed}"
     multihost.say(f"{head}: looking for settings that fit, for {SECONDS // 60} minutes at most")
     resident = _resident_bytes(config, workdir)
-    classes = dataset.label_table(locations.found(config, workdir)).num_classes
+    classes = dataset.label_table(locations.found(config, workdir).data).num_classes
 
     def measure(config: ConfigDict) -> int:
         return needed(config, classes) + resident
@@ -197,7 +197,7 @@ def _mesh(config: ConfigDict):
 
 def _runs(config: ConfigDict) -> bool:
     try:
-        from_config.mesh_of(config)
+        plan.mesh_of(config)
     except UserError:
         return False
     return True

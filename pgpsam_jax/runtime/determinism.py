@@ -12,22 +12,21 @@ import os
 import re
 
 import jax
-from ml_collections import ConfigDict
 
 from pgpsam_jax.errors import UserError
 
 FLAG = "--xla_gpu_deterministic_ops"
 
 
-def demand(config: ConfigDict) -> None:
+def demand(deterministic: bool, seeded: bool = True) -> None:
     """Have all that this process compiles be deterministic, where the configuration wants it.
 
     Call it before anything is computed: XLA reads its flags once. Raises a `UserError` where it is
     too late, or where other settings contradict.
     """
-    if not config.deterministic:
+    if not deterministic:
         return
-    if not config.augment.seeded:
+    if not seeded:
         raise UserError(
             "deterministic is on, but augment.seeded=False draws the augmentation from the "
             "operating system; switch one of them off"

@@ -20,7 +20,7 @@ class Feed:
     """
 
     def __init__(self, data: dict, loader: Iterator[np.ndarray], mesh: Mesh, resident_bytes: float):
-        self._set, self._loader, self._mesh = data, loader, mesh
+        self._set, self.loader, self._mesh = data, loader, mesh
         self.resident = sum(array.nbytes for array in jax.tree.leaves(data)) <= resident_bytes
         if self.resident:
             whole = device_mesh.replicated(mesh)
@@ -30,7 +30,7 @@ class Feed:
         return self
 
     def __next__(self):
-        rows, lanes = next(self._loader), device_mesh.batch_sharding(self._mesh)
+        rows, lanes = next(self.loader), device_mesh.batch_sharding(self._mesh)
         if self.resident:
             return self._set | {"rows": multihost.place(rows, lanes)}, rows
         return jax.tree.map(lambda array: _chosen(array, rows, lanes), self._set), rows

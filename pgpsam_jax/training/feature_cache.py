@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from pgpsam_jax.data.augmentation.augment import augment, sample_keys
 from pgpsam_jax.distributed import multihost
@@ -18,22 +17,38 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.layers import wide
 from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import from_config
+from pgpsam_jax.training.train_step import StepConfig
 
 
 def encoded_set(
-    config: ConfigDict, mesh: Mesh, model, images: np.ndarray, labels: np.ndarray, *, seed: int
+    step: StepConfig,
+    mesh: Mesh,
+    model,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    seed: int,
+    batch_size: int = 8,
+    resident_gib: float = math.inf,
 ) -> dict:
-    """What `step.make_train_step` takes with `train.encoded_copies`: `encoded` and `label`.
+    """Encodes the few-shot set for `train_step.make_train_step`: `encoded` and `label`.
 
-    Leaves are (copies * N, ...) arrays of the host, all copies of the set one after the other.
-    model: (graphdef, params, frozen). images (N, S, S) in [0, 1], labels (N, S, S) class ids; seed:
-    of augmentation.
+    Args:
+      step: settings; `encoded` copies of each slice, augmented by `augment`.
+      model: (graphdef, params, frozen).
+      images: (N, S, S) in [0, 1].
+      labels: (N, S, S) class ids.
+      seed: of augmentation.
+      batch_size: slices that are encoded at a time.
+      resident_gib: GiB that the set may take on each device.
+
+    Returns:
+      (copies * N, ...) host arrays, all copies of the set one after the other.
     """
-    copies, count = config.train.encoded_copies, len(images)
+    copies, count = step.encoded, len(images)
     lanes = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = math.ceil(config.eval.batch_size / lanes) * lanes
-    settings, rows = from_config.step_config(config).augment, device_mesh.batch_sharding(mesh)
+    size = math.ceil(batch_size / lanes) * lanes
+    settings, rows = step.augment, device_mesh.batch_sharding(mesh)
     graphdef, *states = model
 
     def encode(states, images, labels, copy, places):
@@ -53,10 +68,10 @@ def encoded_set(
             parts.append(jax.tree.map(lambda x, n=kept: _host(x)[:n], found))
     encoded, labels = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     taken = sum(leaf.nbytes for leaf in jax.tree.leaves((encoded, labels))) / 2**30
-    if taken > config.data.resident_gib:
+    if taken > resident_gib:
         raise UserError(
             f"{copies} encoded copies of {count} slices take {taken:.1f} GiB of every device, more "
-            f"than data.resident_gib ({config.data.resident_gib:g}); raise that, or lower "
+            f"than data.resident_gib ({resident_gib:g}); raise that, or lower "
             "train.encoded_copies"
         )
     return {"encoded": encoded, "label": labels}

@@ -21,16 +21,16 @@ from pgpsam_jax.training.dead_classes import SilentClasses
 from pgpsam_jax.utils.files import read_metrics
 
 
-def check(config: ConfigDict, split: Split) -> None:
+def check(validation: ConfigDict, data: ConfigDict, split: Split) -> None:
     """Refuse, before anything is computed, a validation that cannot take place."""
-    every = config.validation.every_epochs
+    every = validation.every_epochs
     if every < 0:
         raise UserError(f"validation.every_epochs is {every}; give a number of epochs, or 0 (off)")
-    if (dead := config.validation.dead_epochs) < 0:
+    if (dead := validation.dead_epochs) < 0:
         raise UserError(f"validation.dead_epochs is {dead}; give a number of epochs, or 0 (never)")
     if every and not split.validation:
         raise UserError(
-            f"validation.every_epochs is {every} but data.split {config.data.split!r} holds no "
+            f"validation.every_epochs is {every} but data.split {data.split!r} holds no "
             "validation case; use btcv_18_6_6, or fraction with data.validation_fraction, or name "
             '"validation" in data.split_file, or set validation.every_epochs to 0'
         )
@@ -44,19 +44,20 @@ class Selection:
 
     def __init__(
         self,
-        config: ConfigDict,
+        validation: ConfigDict,
         data: ValidationData,
         workdir,
+        batch_size: int,
         epoch_size: int,
         total: int,
         names: Sequence[str] = (),
     ):
         self._data, self._total, self._workdir = data, total, Path(workdir)
-        self._batch_size, self._epoch_size = config.train.batch_size, epoch_size
-        self._slices = config.validation.every_epochs * epoch_size  # seen between two validations
+        self._batch_size, self._epoch_size = batch_size, epoch_size
+        self._slices = validation.every_epochs * epoch_size  # seen between two validations
         self._best = best_parameters.Best(workdir)
         names = names or [f"class_{i}" for i in range(data.num_classes)]
-        self._silent = SilentClasses(names, data.labels, config.validation.dead_epochs)
+        self._silent = SilentClasses(names, data.labels, validation.dead_epochs)
         self._fresh = True
 
     def due(self, step: int) -> bool:

@@ -12,7 +12,7 @@ from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.data.dataset import Split, stored_list
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.training import from_config
+from pgpsam_jax.training.plan import TrainingPlan
 
 
 def is_resume(config: ConfigDict, workdir, split: Split) -> bool:
@@ -44,7 +44,7 @@ def is_resume(config: ConfigDict, workdir, split: Split) -> bool:
 def _check_length(stored: ConfigDict, config: ConfigDict, workdir: Path) -> None:
     """Refuse fewer steps than the run was begun with; say what more of them mean."""
     slices = len(stored_list(workdir))
-    before, now = (from_config.total_steps(c, slices) for c in (stored, config))
+    before, now = (TrainingPlan.of(c).total_steps(slices) for c in (stored, config))
     if before == now:
         return
     done = max(checkpoint.numbers(workdir), default=0)
@@ -55,7 +55,7 @@ def _check_length(stored: ConfigDict, config: ConfigDict, workdir: Path) -> None
             "--workdir"
         )
     said = [f"the run of {before} steps goes on from step {done} to step {now}"]
-    rates = [from_config.learning_rates(c, slices)[:done] for c in (stored, config)]
+    rates = [TrainingPlan.of(c).learning_rates(slices)[:done] for c in (stored, config)]
     if not np.array_equal(*rates, equal_nan=True):
         said.append(
             f"its learning rates so far were those of {before} steps, so what comes out is not "
@@ -63,7 +63,7 @@ def _check_length(stored: ConfigDict, config: ConfigDict, workdir: Path) -> None
         )
     epoch = config.validation.every_epochs * slices
     if (
-        best_parameters.is_on(config)
+        best_parameters.is_on(config.validation)
         and done == before
         and before * config.train.batch_size % epoch
     ):

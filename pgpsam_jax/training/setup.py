@@ -3,12 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from pgpsam_jax.checkpointing import (
     best_parameters,
     frozen_weights,
+    locations,
     resumption,
 )
 from pgpsam_jax.checkpointing.provenance import provenance
@@ -20,7 +22,8 @@ from pgpsam_jax.methods import build, pretrained
 from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.runtime import worker_pool
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import from_config, model_selection, startup_summary
+from pgpsam_jax.training import model_selection, startup_summary
+from pgpsam_jax.training.plan import TrainingPlan, check, mesh_of
 from pgpsam_jax.training.resume import is_resume
 from pgpsam_jax.training.timer import Stopwatch
 from pgpsam_jax.utils.files import write_json
@@ -28,13 +31,20 @@ from pgpsam_jax.utils.files import write_json
 
 @dataclasses.dataclass
 class Run:
-    """What a run has before its first step.
+    """A run that is ready for its first step.
 
-    data: few-shot slices; held_out: those of validation, or None; total: steps of the whole run;
-    model: (graphdef, params, frozen) at the start, until training takes it over.
+    Attributes:
+      config: its configuration, with paths as they were found.
+      plan: how it trains.
+      watch: seconds by activity.
+      split, data, held_out: cases, few-shot slices, and validation slices or None.
+      resume: whether the workdir held this run already.
+      total: steps of the whole run.
+      graphdef, params, frozen: the model before the first step, moved to the mesh in place.
     """
 
     config: ConfigDict
+    plan: TrainingPlan
     workdir: Path
     watch: Stopwatch
     mesh: Mesh
@@ -43,33 +53,44 @@ class Run:
     held_out: dataset.ValidationData | None
     resume: bool
     total: int
-    model: tuple | None
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    frozen: nnx.State
 
-    def take_model(self) -> tuple:
-        """The model, which is not kept here: its first values end with those who took it."""
-        model, self.model = self.model, None
-        return model
+    def store_times(self) -> None:
+        """Stores `timing.json`."""
+        if multihost.is_first():
+            self.watch.store()
 
 
-def set_up(config: ConfigDict, given: ConfigDict, workdir: Path) -> Run:
-    """Read data and model, look at everything that can be wrong, and claim the workdir.
+def set_up(given: ConfigDict, workdir: Path) -> Run:
+    """Reads data and model, checks everything that can be wrong, and claims the workdir.
 
-    given: the configuration with paths as users wrote them.
+    Args:
+      given: the configuration with paths as users wrote them.
+      workdir: locked by this process.
+
+    Raises:
+      UserError: the first thing that is wrong; nothing was written then but caches.
     """
-    watch, mesh = Stopwatch(workdir), from_config.mesh_of(config)
-    from_config.check(config)
+    config = build.settled(locations.found(given, workdir))
+    given = build.settled(given, like=config)
+    watch, mesh, plan = Stopwatch(workdir), mesh_of(config), TrainingPlan.of(config)
+    check(config)
     with watch("data"), multihost.first_before_others("split"):
-        split = dataset.find_split(config)
+        split = dataset.find_split(config.data)
     config = dataset.with_axis(config, split.train)
     given.data.axis = config.data.axis
-    model_selection.check(config, split)
+    model_selection.check(config.validation, config.data, split)
     worker_pool.check(config.eval.workers)
     resume = is_resume(config, workdir, split)
     with watch("model"):
-        graphdef, params, frozen, base_digest = build.init_model(config, split.table.num_classes)
+        graphdef, params, frozen, base_digest = build.init_model(
+            config.model, split.table.num_classes, config.seed
+        )
     with watch("data"):
         with multihost.first_before_others("verify"):
-            verification.ensure(config, split, workdir, say=multihost.say)
+            verification.ensure(config.data, split, workdir, say=multihost.say)
         _read_in_shares(config, split, workdir)
         data = dataset.few_shot_data(config, split.train, split.table, workdir, resume=resume)
         held_out = dataset.validation_data(config, split, workdir)
@@ -84,21 +105,23 @@ def set_up(config: ConfigDict, given: ConfigDict, workdir: Path) -> Run:
         write_json(workdir / appearance.FILE, data.looks)
     drawn = pretrained.drawn(config.model, frozen)
     frozen_weights.settle_base(workdir, config.model.base, base_digest, frozen, drawn)
-    total = from_config.total_steps(config, len(data.list))
-    kernels = device_mesh.over_mesh(build.attention_of, mesh)(config, graphdef, params, frozen)
+    total = plan.total_steps(len(data.list))
+    kernels = device_mesh.over_mesh(build.attention_of, mesh)(
+        config.model, graphdef, params, frozen
+    )
     multihost.say(
         startup_summary.run(
             config, workdir, mesh, kernels, data, held_out, split.table, params, frozen, total
         )
     )
     model = graphdef, params, frozen
-    return Run(config, workdir, watch, mesh, split, data, held_out, resume, total, model)
+    return Run(config, plan, workdir, watch, mesh, split, data, held_out, resume, total, *model)
 
 
 def _read_in_shares(config: ConfigDict, split: dataset.Split, workdir) -> None:
     """Several processes make the files of the cache together, before each reads them all."""
     if multihost.several():
-        cases = split.train + (split.validation if best_parameters.is_on(config) else [])
+        cases = split.train + (split.validation if best_parameters.is_on(config.validation) else [])
         dataset.read_cases(config, multihost.own(cases), split.table, workdir)
         multihost.barrier("cache")
 

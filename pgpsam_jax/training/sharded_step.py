@@ -1,24 +1,25 @@
-"""The training step of a configuration on a mesh: what loop, benchmark and compile-only share."""
+"""The train step on a mesh: what loop, benchmark and ahead-of-time compiler share."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from pgpsam_jax.methods import registry
+from pgpsam_jax.distributed import multihost
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import from_config
+from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.train_state import init_state
 
 
 class ShardedStep(NamedTuple):
     """Jitted functions, and shapes with shardings of the trees they take.
 
-    run(state, frozen, batch) -> (state, metrics), which takes over the state it is given.
-    start(params) -> state, before the first step.
+    run(state, frozen, batch) -> (state, metrics); donates the state it is given.
+    start(params) -> state before the first step. Parameters that lie on the mesh already are not
+    copied: the first step donates them.
     """
 
     run: Callable
@@ -36,18 +37,17 @@ class ShardedStep(NamedTuple):
 
 
 def shard_step(
-    config: ConfigDict, mesh: Mesh, graphdef, params, frozen, batch: dict, *, epoch_size, seed: int
+    plan: TrainingPlan, mesh: Mesh, graphdef, params, frozen, batch: dict, *, epoch_size, seed: int
 ) -> ShardedStep:
     """The step for a model's states (arrays or shapes) and the shapes, with shardings, of a batch.
 
     epoch_size: slices of the few-shot set. seed: of augmentation.
     """
-    optimizer = from_config.optimizer_of(config, epoch_size)
-    start = functools.partial(init_state, optimizer=optimizer, seed=seed, epoch_size=epoch_size)
-    method = registry.key_of(config.model)
-    state = _placed(jax.eval_shape(start, params), mesh, method)
-    frozen = _placed(frozen, mesh, method)
-    step = from_config.make_step(config, graphdef, optimizer)
+    optimizer = plan.make_optimizer(epoch_size)
+    init = functools.partial(init_state, optimizer=optimizer, seed=seed, epoch_size=epoch_size)
+    state = _placed(jax.eval_shape(init, params), mesh, plan.method)
+    frozen = _placed(frozen, mesh, plan.method)
+    step = plan.make_step(graphdef, optimizer)
     shardings = [sharding_of(tree) for tree in (state, frozen, batch)]
     run = jax.jit(
         device_mesh.over_mesh(step, mesh),
@@ -55,7 +55,15 @@ def shard_step(
         out_shardings=(shardings[0], device_mesh.replicated(mesh)),
         donate_argnums=0,
     )
-    start = jax.jit(start, out_shardings=shardings[0])
+    others = jax.jit(
+        lambda params: dataclasses.replace(init(params), params=None),
+        out_shardings=dataclasses.replace(shardings[0], params=None),
+    )
+
+    def start(params):
+        params = multihost.place(params, shardings[0].params)
+        return dataclasses.replace(others(params), params=params)
+
     return ShardedStep(run, start, state, frozen, batch)
 
 

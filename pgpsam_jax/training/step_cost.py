@@ -39,7 +39,7 @@ _SETTING = ("devices", "compute_dtype", "image_size", "batch_size", "flops_per_i
 
 
 def of_step(
-    config: ConfigDict,
+    settings: ConfigDict,
     mesh,
     graphdef,
     train_step,
@@ -51,13 +51,14 @@ def of_step(
 ) -> dict:
     """What is known before the first step.
 
-    `train_step` is the jitted step, `arguments` the shapes of its (state, frozen, batch), `traced`,
+    `settings` is `config.model`, `train_step` the jitted step, `arguments` the shapes of its
+    (state, frozen, batch), `traced`,
     `lowered` and `compiled` its stages for them. A step augments, runs forward and back and
     updates; its FLOPs are divided by the images of a step, `slices`. The forward pass ends with
     the logits.
     """
     state, frozen, _ = arguments
-    record = _of_model(config, mesh, graphdef, state.params, frozen)
+    record = _of_model(settings, mesh, graphdef, state.params, frozen)
     memory = compiled.memory_analysis()
     if record["kind"] == "training":
         counted = flops_of(traced, lowered)
@@ -75,15 +76,15 @@ def of_step(
     }
 
 
-def of_inference(config: ConfigDict, mesh, graphdef, params, frozen) -> dict:
-    """The same of a method of which nothing trains: there is no step."""
-    return _of_model(config, mesh, graphdef, params, frozen)
+def of_inference(settings: ConfigDict, mesh, graphdef, params, frozen) -> dict:
+    """Like `of_step`, for methods without trainable parameters."""
+    return _of_model(settings, mesh, graphdef, params, frozen)
 
 
-def _of_model(config: ConfigDict, mesh, graphdef, params, frozen) -> dict:
+def _of_model(settings: ConfigDict, mesh, graphdef, params, frozen) -> dict:
     """What does not depend on the step."""
-    size, device = config.model.image_size, mesh.devices.flat[0]
-    method = registry.method_of(config.model)
+    size, device = settings.image_size, mesh.devices.flat[0]
+    method = registry.method_of(settings)
     image = jax.ShapeDtypeStruct((1, size, size), jnp.float32)
     given = [jax.ShapeDtypeStruct((1, size, size), jnp.uint8)] if method.oracle else []
     forward = host_flops(make_predict_step(graphdef), params, frozen, image, *given)
@@ -94,7 +95,7 @@ def _of_model(config: ConfigDict, mesh, graphdef, params, frozen) -> dict:
             "kind": device.device_kind,
             "platform": device.platform,
         },
-        "compute_dtype": config.model.compute_dtype,
+        "compute_dtype": settings.compute_dtype,
         "image_size": size,
         "batch_size": None,
         "parameters": {"trained": count(params), "frozen": count(frozen)},

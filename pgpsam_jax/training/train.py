@@ -1,15 +1,11 @@
-"""Training, top to bottom: data, mesh, model, step, restore, loop with validation, evaluation."""
+"""Trains a model, top to bottom: set up, feed, step, restore, compile, loop, evaluate."""
 
 import time
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from pgpsam_jax.checkpointing import (
-    best_parameters,
-    checkpoint,
-    locations,
-)
+from pgpsam_jax.checkpointing import best_parameters, checkpoint
 from pgpsam_jax.checkpointing.workdir_lock import locked
 from pgpsam_jax.data.augmentation.augment import augmentation_seed
 from pgpsam_jax.data.batch_sampler import make_loader
@@ -17,162 +13,184 @@ from pgpsam_jax.distributed import multihost
 from pgpsam_jax.evaluation.workdirs import run_evaluation
 from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.inference.restore import local_predictor, make_predictor
-from pgpsam_jax.methods import build, registry
+from pgpsam_jax.methods.registry import Training
 from pgpsam_jax.runtime import determinism, preemption
-from pgpsam_jax.training import (
-    feature_cache,
-    from_config,
-    model_selection,
-    startup_summary,
-    step_cost,
-)
+from pgpsam_jax.training import feature_cache, startup_summary, step_cost
 from pgpsam_jax.training.device_batches import Feed
 from pgpsam_jax.training.metric_logger import RunLog
+from pgpsam_jax.training.model_selection import Selection
 from pgpsam_jax.training.setup import Run, set_up
-from pgpsam_jax.training.sharded_step import shard_step, sharding_of
-from pgpsam_jax.training.timer import Stopwatch
-from pgpsam_jax.training.train_loop import run_steps
+from pgpsam_jax.training.sharded_step import ShardedStep, shard_step, sharding_of
+from pgpsam_jax.training.train_loop import Moment, TrainLoop
 
 
 def train(config: ConfigDict, workdir) -> dict:
-    """Train to the last step (resuming where the workdir stands), evaluate, return the summary.
+    """Trains to the last step, evaluates, and returns the summary.
 
-    Raises `errors.Interrupted` where a signal asks for an end (see `interruption`), having saved.
+    A workdir that holds this run resumes from its newest checkpoint.
+
+    Raises:
+      errors.Interrupted: a signal asked for an end (see `preemption`); the state is saved.
     """
-    determinism.demand(config)
+    determinism.demand(config.deterministic, config.augment.seeded)
     multihost.check_shared(workdir)
     with locked(workdir, "training"):
-        return _train(config, Path(workdir))
+        run = set_up(config, Path(workdir))
+        predictor = fit(run) if run.total else _as_loaded(run)
+        return _evaluate(run, predictor)
 
 
-def _train(given: ConfigDict, workdir: Path) -> dict:
-    config = build.settled(locations.found(given, workdir))
-    run = set_up(config, build.settled(given, like=config), workdir)
-    config = run.config
-    if run.total:
-        predictor = _optimize(run)
-    else:  # nothing trains: what was loaded is what is evaluated
-        step_cost.begin(workdir, step_cost.of_inference(config, run.mesh, *run.model), 0)
-        predictor = local_predictor(config, *run.take_model())
-    run.watch.seconds.pop("evaluate", None)  # of an evaluation that this one takes the place of
-    with run.watch("evaluate"):
-        summary = run_evaluation(config, workdir, predictor, run.split)
-    if not run.total:
-        step_cost.update(workdir, [])
-    _store(run.watch)
-    return summary
-
-
-def _optimize(run: Run) -> Predictor:
-    """Train from where the workdir stands to the last step; a predictor with what was learnt."""
-    config, workdir, watch, data = run.config, run.workdir, run.watch, run.data
-    graphdef, params, frozen = run.take_model()
-    size, total = len(data.list), run.total
-    seed = augmentation_seed(config.seed, from_config.step_config(config).augment)
-    slices = {"image": data.images, "label": data.labels}
-    if config.train.encoded_copies:
-        with watch("data"):
-            model = graphdef, params, frozen
-            slices = feature_cache.encoded_set(config, run.mesh, model, *slices.values(), seed=seed)
-            del model
-    loader = make_loader(size, batch_size=config.train.batch_size, seed=config.seed)
-    feed = Feed(slices, loader, run.mesh, config.data.resident_gib * 2**30)
-    batch = feed.abstract(config.train.batch_size)
-    step_of = shard_step(
-        config, run.mesh, graphdef, params, frozen, batch, epoch_size=size, seed=seed
+def fit(run: Run) -> Predictor:
+    """Trains from where the workdir stands to the last step; returns a predictor of the result."""
+    config, plan, size = run.config, run.plan, len(run.data.list)
+    feed, seed = _make_feed(run)
+    step = shard_step(
+        plan,
+        run.mesh,
+        run.graphdef,
+        run.params,
+        run.frozen,
+        feed.abstract(plan.batch_size),
+        epoch_size=size,
+        seed=seed,
     )
-    frozen = multihost.place(frozen, sharding_of(step_of.frozen))
-    checkpoints = checkpoint.Checkpoints(workdir)
-    if checkpoints.latest is not None:  # resume: the workdir's newest state
-        state = checkpoints.restore(step_of.state, loader)
-        multihost.say(f"resumed from step {int(state.step)}")
-    else:
-        state = step_of.start(multihost.place(params, sharding_of(step_of.state.params)))
-        if run.resume:
-            multihost.say(f"{workdir} holds no checkpoint yet: training starts anew")
-    del params
-
-    step, compiled = int(state.step), None
-    if step < total:
-        compiled = _compile(run, graphdef, step_of, step)
+    multihost.place_state(run.frozen, sharding_of(step.frozen))
+    checkpoints = checkpoint.Checkpoints(run.workdir)
+    state = _restore_or_start(run, step, checkpoints, feed.loader)
+    done = int(state.step)
+    compiled = _compile(run, step, done) if done < run.total else None
     multihost.barrier("compiled")
-    rates, seen = from_config.learning_rates(config, size), from_config.slices_of_step(config, size)
-    predictor = make_predictor(config, graphdef, state.params, frozen, run.mesh)
-    selection = run.held_out and model_selection.Selection(
-        config, run.held_out, workdir, size, total, run.split.table.names
+
+    predictor = make_predictor(config, run.graphdef, state.params, run.frozen, run.mesh)
+    selection = run.held_out and Selection(
+        config.validation,
+        run.held_out,
+        run.workdir,
+        plan.batch_size,
+        size,
+        run.total,
+        run.split.table.names,
     )
-    with (
-        preemption.deferred() as stop,
-        watch("train"),
-        checkpoints,
-        RunLog(workdir, config.log, step, rates, seen, data.list.entries) as log,
-    ):
+    log = RunLog(
+        run.workdir,
+        config.log,
+        done,
+        plan.learning_rates(size),
+        plan.slices_per_step(size),
+        run.data.list.entries,
+    )
 
-        def saves(step) -> bool:
-            return step % config.log.checkpoint_steps == 0 or step == total
+    def validate(moment: Moment) -> None:
+        with run.watch("validate"), log.paused():
+            score = selection.judge(predictor.with_params(moment.state.params), moment.step)
+        moment.scalars |= {"validation_score": score} | selection.silent
 
-        def judges(step) -> bool:
-            return bool(selection) and selection.due(step)
+    def record(moment: Moment) -> None:
+        log.record(moment.step, moment.metrics, moment.rows, **moment.scalars)
 
-        stop.begin(step)
-        stopping = False
-        while step < total and not stopping:
-            until = next(n for n in range(step + 1, total + 1) if saves(n) or judges(n))
-            state, step, metrics, rows = run_steps(
-                compiled, state, frozen, feed, step, until, log.record, stop.due
-            )
-            extra = {}
-            log.check_finite(step, metrics, rows)
-            if judges(step):
-                with watch("validate"), log.paused():
-                    score = selection.judge(predictor.with_params(state.params), step)
-                extra |= {"validation_score": score} | selection.silent
-            log.record(step, metrics, rows, **extra)
-            stopping = stop.due(step)
-            if saves(step) or stopping:
-                with watch("checkpoint"), log.paused():
-                    checkpoints.save(state, loader)
-                _store(watch)
-                step_cost.update(workdir, log.records)
-        params = state.params
-        with watch("checkpoint"):
+    def save(moment: Moment) -> None:
+        with run.watch("checkpoint"), log.paused():
+            checkpoints.save(moment.state, feed.loader)
+        run.store_times()
+        step_cost.update(run.workdir, log.records)
+
+    with preemption.deferred() as stop, run.watch("train"), checkpoints, log:
+        loop = TrainLoop(run.total, log.record, stop.due)
+        loop.add_hook(lambda moment: log.check_finite(moment.step, moment.metrics, moment.rows))
+        if selection:
+            loop.add_hook(validate, when=selection.due)
+        loop.add_hook(record)
+        loop.add_hook(save, every=config.log.checkpoint_steps, at_end=True)
+        stop.begin(done)
+        state, done = loop.run(compiled, state, run.frozen, feed, done)
+        with run.watch("checkpoint"):
             checkpoints.close()
             if selection:
                 selection.close()
-        if step < total:
+        if done < run.total:
             multihost.barrier("stopped")
-            stop.end(step, agreed=True)
-    loader.close()
+            stop.end(done, agreed=True)
+    feed.loader.close()
+    params = state.params
     if selection:
-        with watch("checkpoint"):
-            params = best_parameters.restore_params(workdir, step_of.state.params, best=True)
+        with run.watch("checkpoint"):
+            params = best_parameters.restore_params(run.workdir, step.state.params, best=True)
     if multihost.several():  # each evaluates cases of its own
-        return local_predictor(config, graphdef, params, frozen)
+        return local_predictor(config, run.graphdef, params, run.frozen)
     return predictor.with_params(params)
 
 
-def _compile(run: Run, graphdef, step_of, step: int):
-    """The compiled training step; what it costs is told and kept."""
+def _make_feed(run: Run) -> tuple[Feed, int]:
+    """Returns the batches of the run, encoded beforehand where it says so, and the seed."""
+    config, plan = run.config, run.plan
+    seed = augmentation_seed(config.seed, plan.step.augment)
+    slices = {"image": run.data.images, "label": run.data.labels}
+    if plan.step.encoded:
+        with run.watch("data"):
+            slices = feature_cache.encoded_set(
+                plan.step,
+                run.mesh,
+                (run.graphdef, run.params, run.frozen),
+                *slices.values(),
+                seed=seed,
+                batch_size=config.eval.batch_size,
+                resident_gib=config.data.resident_gib,
+            )
+    loader = make_loader(len(run.data.list), batch_size=plan.batch_size, seed=config.seed)
+    return Feed(slices, loader, run.mesh, config.data.resident_gib * 2**30), seed
+
+
+def _restore_or_start(run: Run, step: ShardedStep, checkpoints, loader):
+    """Returns the newest state of the workdir, or the one before the first step."""
+    if checkpoints.latest is not None:
+        state = checkpoints.restore(step.state, loader)
+        multihost.say(f"resumed from step {int(state.step)}")
+        return state
+    if run.resume:
+        multihost.say(f"{run.workdir} holds no checkpoint yet: training starts anew")
+    multihost.place_state(run.params, sharding_of(step.state.params))
+    return step.start(run.params)
+
+
+def _compile(run: Run, step: ShardedStep, done: int):
+    """Compiles the step; prints and stores what it costs."""
     before = time.perf_counter()
     with run.watch("compile"):
-        traced = step_of.trace()
+        traced = step.trace()
         lowered = traced.lower()
         compiled = lowered.compile()
-    seconds = time.perf_counter() - before
-    fits = registry.method_of(run.config.model).training is registry.Training.LBFGS
-    shapes = step_of.state, step_of.frozen, step_of.batch
-    stages, seen = (
-        (traced, lowered, compiled),
-        from_config.slices_of_step(run.config, len(run.data.list)),
+    seconds, slices = time.perf_counter() - before, run.plan.slices_per_step(len(run.data.list))
+    spent = step_cost.of_step(
+        run.config.model,
+        run.mesh,
+        run.graphdef,
+        step.run,
+        (step.state, step.frozen, step.batch),
+        traced,
+        lowered,
+        compiled,
+        slices,
     )
-    spent = step_cost.of_step(run.config, run.mesh, graphdef, step_of.run, shapes, *stages, seen)
     flops = spent["flops_per_image"]["training"]
-    flops = None if flops is None else flops * seen / run.mesh.size
-    multihost.say(startup_summary.step(compiled, seconds, flops, fit=fits))
-    step_cost.begin(run.workdir, spent, step)
+    flops = None if flops is None else flops * slices / run.mesh.size
+    fitted = run.plan.training is Training.LBFGS
+    multihost.say(startup_summary.step(compiled, seconds, flops, fit=fitted))
+    step_cost.begin(run.workdir, spent, done)
     return compiled
 
 
-def _store(watch: Stopwatch) -> None:
-    if multihost.is_first():
-        watch.store()
+def _as_loaded(run: Run) -> Predictor:
+    """Returns a predictor of a method without training."""
+    model = run.graphdef, run.params, run.frozen
+    step_cost.begin(run.workdir, step_cost.of_inference(run.config.model, run.mesh, *model), 0)
+    return local_predictor(run.config, *model)
+
+
+def _evaluate(run: Run, predictor: Predictor) -> dict:
+    run.watch.seconds.pop("evaluate", None)  # of an evaluation that this one replaces
+    with run.watch("evaluate"):
+        summary = run_evaluation(run.config, run.workdir, predictor, run.split)
+    if not run.total:
+        step_cost.update(run.workdir, [])
+    run.store_times()
+    return summary

@@ -1,7 +1,9 @@
-"""The hot loop: steps are dispatched ahead of the device and reported once they are computed."""
+"""The train loop: steps are dispatched ahead of the device, and hooks run between them."""
 
 import collections
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -20,12 +22,17 @@ def run_steps(
     report: Callable,
     stop_after: Callable[[int], bool] = lambda step: False,
 ):
-    """Do the steps after `step`; returns the state, and number, metrics and rows of the last one.
+    """Runs the steps after `step`, up to `until` or a stop. Nothing is fetched from the device.
 
-    That is `until`, or an earlier one for which `stop_after(step)` is true; it is asked about each.
-    `train_step` is compiled and takes over the state it is given. `report(step, metrics, rows)` is
-    called, in order, for each step but the last, when its `metrics` (on the device) are ready.
-    Nothing but what `feed` sends reaches the device, and nothing comes back unasked.
+    Args:
+      train_step: compiled; the state it is given is donated.
+      feed: iterator of (batch, rows).
+      report: called with (step, metrics on the device, rows) for each step but the last, in order,
+        once its metrics are ready.
+      stop_after: asked once about each step; where it is true, that step is the last.
+
+    Returns:
+      The state, and the number, metrics and rows of the last step.
     """
     under_way = collections.deque()
     while step < until:
@@ -42,3 +49,78 @@ def run_steps(
             jax.block_until_ready(oldest[1])
             report(*oldest)
     return state, step, metrics, rows
+
+
+@dataclasses.dataclass
+class Moment:
+    """Where a run stands when hooks are called.
+
+    Attributes:
+      step: steps done.
+      state: the train state; the next step donates it.
+      metrics: of the last step, on the device.
+      rows: (B,) rows of the few-shot list in the last batch.
+      scalars: host numbers that hooks add for those after them.
+    """
+
+    step: int
+    state: Any
+    metrics: dict
+    rows: Any
+    scalars: dict = dataclasses.field(default_factory=dict)
+
+
+class TrainLoop:
+    """Steps until the run ends or a signal stops it; pauses where a hook is due.
+
+    Args:
+      total: steps of the whole run.
+      report: see `run_steps`, for steps without a pause.
+      stop_after: whether a step is to be the last; asked once about each.
+    """
+
+    def __init__(self, total: int, report: Callable, stop_after: Callable[[int], bool]):
+        self._total, self._report, self._stop_after = total, report, stop_after
+        self._hooks: list[tuple[Callable | None, bool, Callable]] = []
+        self._stopping = False
+
+    def add_hook(
+        self,
+        hook: Callable[[Moment], None],
+        *,
+        every: int = 0,
+        when: Callable[[int], bool] | None = None,
+        at_end: bool = False,
+    ) -> None:
+        """Adds a callback; those due at a step run in the order in which they were added.
+
+        Args:
+          hook: called with the `Moment`.
+          every: runs it after each `every`-th step; or `when`: after steps for which that is true.
+            With neither, it runs at each pause that other hooks ask for.
+          at_end: runs it after the last step as well, be that the run's or one before a stop.
+        """
+        if every:
+            when = lambda step: step % every == 0  # noqa: E731
+        self._hooks.append((when, at_end, hook))
+
+    def run(self, compiled, state, frozen, feed, step: int):
+        """Runs the steps after `step`; returns the state and the number of steps done."""
+        while step < self._total and not self._stopping:
+            until = next(n for n in range(step + 1, self._total + 1) if self._pauses(n))
+            state, step, metrics, rows = run_steps(
+                compiled, state, frozen, feed, step, until, self._report, self._stops
+            )
+            moment = Moment(step, state, metrics, rows)
+            ending = self._stopping or step == self._total
+            for when, at_end, hook in self._hooks:
+                if when is None or when(step) or (at_end and ending):
+                    hook(moment)
+        return state, step
+
+    def _pauses(self, step: int) -> bool:
+        return step == self._total or any(when and when(step) for when, *_ in self._hooks)
+
+    def _stops(self, step: int) -> bool:
+        self._stopping = self._stop_after(step)
+        return self._stopping

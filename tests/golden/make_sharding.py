@@ -33,7 +33,7 @@ def configuration(method, encoder: str):
 
 def abstract_leaves(config, classes: int = 9) -> dict:
     """Path -> shape of every parameter and buffer of a configuration's model."""
-    _, params, frozen = build.abstract_model(config, classes)
+    _, params, frozen = build.abstract_model(config.model, classes)
     leaves = parameters.flat_paths(params) | parameters.flat_paths(frozen)
     return {path: leaf.shape for path, leaf in leaves.items()}
 

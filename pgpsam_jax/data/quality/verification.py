@@ -160,14 +160,14 @@ def _differs(name: str | None, organ: str) -> bool:
     return name is None or organ_of(name) != organ
 
 
-def ensure(config, split, workdir, *, say: Callable[[str], None] = print) -> dict | None:
+def ensure(data, split, workdir, *, say: Callable[[str], None] = print) -> dict | None:
     """Check the cases of a run before it trains; a data set with errors is refused.
 
     Cases that were checked before, known by the content of their files, the label table and the
     window, are not read again: their records lie in the cache folder. The report goes to
     `<workdir>/verify.json`. Warnings are said where a case is new. `data.verify` False skips it.
     """
-    if not config.data.get("verify", True):
+    if not data.get("verify", True):
         return None
     parts = {"train": split.train, "validation": split.validation, "test": split.test}
     cases = {
@@ -175,8 +175,8 @@ def ensure(config, split, workdir, *, say: Callable[[str], None] = print) -> dic
         for part, members in reversed(parts.items())
         for case in members
     }
-    window = window_of(config)
-    memory = Path(config.data.cache_dir or Path(workdir) / "cache") / _MEMORY
+    window = window_of(data)
+    memory = Path(data.cache_dir or Path(workdir) / "cache") / _MEMORY
     known, records, fresh = _recall(memory), [], []
     for case in sorted(cases.values(), key=lambda case: case.case_id):
         key = _key(case, split.table, window)
@@ -187,9 +187,9 @@ def ensure(config, split, workdir, *, say: Callable[[str], None] = print) -> dic
     report = summarise(
         records,
         split.table,
-        has_grid=config.data.layout != "transunet",
-        root=str(config.data.root),
-        layout=config.data.layout,
+        has_grid=data.layout != "transunet",
+        root=str(data.root),
+        layout=data.layout,
     )
     if fresh:
         _remember(memory, known)
@@ -200,7 +200,7 @@ def ensure(config, split, workdir, *, say: Callable[[str], None] = print) -> dic
         more = report["counts"]["errors"] - 1
         rest = f" and {more} more" if more else ""
         raise UserError(
-            f"the data of {config.data.root} cannot be trusted: {spoken(first)}{rest} (all in "
+            f"the data of {data.root} cannot be trusted: {spoken(first)}{rest} (all in "
             f"{Path(workdir) / REPORT}; set data.verify to False to train in spite of it)"
         )
     return report

@@ -24,17 +24,17 @@ class TestSet:
             config.data.layout = "btcv"  # what it was written as: a report generates nothing
         config.model.base = config.fewshot.file = ""  # of no use here
         config = locations.found(config, run.workdir, root_flag="--data")
-        cases = dataset.find_cases(config)
-        self.table = dataset.label_table(config)
+        cases = dataset.find_cases(config.data)
+        self.table = dataset.label_table(config.data)
         if self.table.names != run.names:
             raise UserError(f"the label table of {config.data.root} is no longer the run's")
         scored = {row["case"] for row in run.cases}
         self.cases = {c.case_id: c for c in cases if c.case_id in scored}
-        self.window, self.axis = dataset.window_of(config), config.data.axis
+        self.window, self.axis = dataset.window_of(config.data), config.data.axis
         self.region_of = lambda case_id, truth: np.ones(len(truth), bool)
         if config.data.split == "within_volume":
             entries = dataset.stored_list(run.workdir).entries
-            self.region_of = dataset.unseen_slices(config, self.table, entries)
+            self.region_of = dataset.unseen_slices(config.fewshot, self.table, entries)
 
     def read(self, case_id: str, runs):
         """Image (D, H, W) in [0, 1], truth, one prediction per run, spacing (H, W), scored (D,)."""

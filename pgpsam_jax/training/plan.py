@@ -1,0 +1,136 @@
+"""How a run trains: its configuration, resolved once into what functions take."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from pgpsam_jax.config import exclusive
+from pgpsam_jax.config.defaults import total_steps
+from pgpsam_jax.config.optimizer import OptimConfig
+from pgpsam_jax.data.augmentation.augment import AugmentConfig
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.methods.registry import Training, key_of, method_of
+from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.training.lbfgs_step import make_fit_step
+from pgpsam_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from pgpsam_jax.training.train_step import StepConfig, make_train_step
+
+
+def check(config: ConfigDict) -> None:
+    """Refuse settings with which no step can be made, before anything is read or claimed."""
+    TrainingPlan.of(config)
+    exclusive.check(config.fewshot)
+    exclusive.check_complete(config.fewshot)
+    _check_used(config.data)
+    copies, trains = config.train.encoded_copies, config.model.train_encoder
+    if copies and trains != "frozen":
+        raise UserError(
+            f"train.encoded_copies is {copies}, but model.train_encoder is {trains!r}: what trains "
+            "cannot be encoded beforehand; set train.encoded_copies=0, or "
+            "model.train_encoder=frozen"
+        )
+
+
+def _check_used(data: ConfigDict) -> None:
+    """Refuse paths that the layout or the split would leave aside."""
+    unused = {"split_file": data.split != "file" and ("split", data.split, "file")}
+    pairs = data.layout != "pairs" and ("layout", data.layout, "pairs")
+    for field, used_by in (unused | dict.fromkeys(("image_glob", "label_glob"), pairs)).items():
+        if used_by and data[field]:
+            other, value, needed = used_by
+            raise UserError(
+                f"data.{field} is {data[field]!r}, but data.{other} {value!r} does not use it; set "
+                f"data.{other}={needed}, or leave it empty"
+            )
+
+
+def mesh_of(config: ConfigDict, devices=None) -> Mesh:
+    """Returns the mesh of `config.mesh` over all devices, or those given.
+
+    Raises:
+      UserError: the encoder or the batch does not divide over it.
+    """
+    mesh = device_mesh.make_mesh(**config.mesh, devices=devices)
+    model = config.model
+    encoder = SamConfig.preset(model.encoder, model.image_size, model.patch_size).encoder
+    device_mesh.check(mesh, model.encoder, encoder.heads, encoder.width, config.train.batch_size)
+    return mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """How the parameters of a run are found.
+
+    Attributes:
+      method: key of `registry.METHODS`, for sharding rules.
+      training: SGD, a fit, or none.
+      step: settings of the pure train step.
+      optimizer: settings of the optimizer and its schedule.
+      batch_size: slices per step over all devices.
+      epochs, steps: length of the run; steps count where both are given.
+    """
+
+    method: tuple[str, str]
+    training: Training
+    step: StepConfig
+    optimizer: OptimConfig
+    batch_size: int
+    epochs: int
+    steps: int
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "TrainingPlan":
+        """Resolves a configuration; refuses settings with which no step can be made."""
+        method, train = method_of(config.model), config.train
+        step = StepConfig(
+            augment=AugmentConfig(**config.augment),
+            ce_weight=train.ce_weight,
+            dice_weight=train.dice_weight,
+            microbatches=train.microbatches,
+            loss=method.loss,
+            encoded=train.encoded_copies,
+        )
+        length = train.batch_size, train.epochs, train.steps
+        optimizer = OptimConfig(**config.optim)
+        return cls(key_of(config.model), method.training, step, optimizer, *length)
+
+    def total_steps(self, epoch_size: int) -> int:
+        """Returns the steps of the whole run: 1 for a fit, 0 without training.
+
+        Args:
+          epoch_size: slices of the few-shot list.
+        """
+        match self.training:
+            case Training.LBFGS:
+                return 1
+            case Training.NONE:
+                return 0
+        return total_steps(self.steps, self.epochs, self.batch_size, epoch_size)
+
+    def slices_per_step(self, epoch_size: int) -> int:
+        """Returns the slices per step: a batch, or for a fit the whole few-shot list."""
+        return epoch_size if self.training is Training.LBFGS else self.batch_size
+
+    def make_optimizer(self, epoch_size: int) -> optax.GradientTransformation:
+        """Returns the optimizer with the schedule of the whole run."""
+        steps = max(1, self.total_steps(epoch_size))  # without training, it has no parameters
+        return make_optimizer(self.optimizer, steps)
+
+    def make_step(self, graphdef, optimizer):
+        """Returns the pure step (state, frozen, batch) -> (state, metrics) of the method."""
+        make = make_fit_step if self.training is Training.LBFGS else make_train_step
+        return make(graphdef, optimizer, self.step)
+
+    def learning_rates(self, epoch_size: int) -> np.ndarray:
+        """Returns the learning rate of each step, (steps,) float32, NaN for a fit."""
+        total = self.total_steps(epoch_size)
+        if self.training is not Training.SGD:
+            return np.full(total, np.nan, np.float32)
+        schedule = learning_rate_schedule(self.optimizer, total)
+        return np.asarray(jax.jit(schedule)(jnp.arange(total)))
