@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from places import gpu
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.sam import attention
+from pgpsam_jax.models.sam import attention, relative_position
+from pgpsam_jax.models.sam import attention_kernels as kernels
 from pgpsam_jax.sharding import context, device_mesh
 from pgpsam_jax.sharding.context import Placement
 
@@ -57,17 +58,17 @@ def operands(case: str):
 def run_of(backend, grid):
     """f(q, k, v, rel_h, rel_w[, padding]) by a backend's name, or a kernel for folded operands."""
     if callable(backend):
-        return lambda *args: backend(*attention.fold(*args[:5], grid, *args[5:]))
+        return lambda *args: backend(*relative_position.fold(*args[:5], grid, *args[5:]))
     return lambda *args: attention.attention(backend, *args[:5], grid, *args[5:])
 
 
 @contextlib.contextmanager
 def chunks_of(operands):
     """`lean` as where all scores would be more than a bound, here twice what is allowed."""
-    assert attention._chunks(*operands[:2]) == 1
+    assert kernels._chunks(*operands[:2]) == 1
     batch, heads, tokens, _ = operands[0].shape
-    with mock.patch.object(attention, "CHUNK", 2 * batch * heads * tokens**2):
-        assert attention._chunks(*operands[:2]) > 1
+    with mock.patch.object(kernels, "CHUNK", 2 * batch * heads * tokens**2):
+        assert kernels._chunks(*operands[:2]) > 1
         yield "lean"
 
 
@@ -101,11 +102,11 @@ def errors_of(results):
 
 
 # JAX's own implementation in place of the kernel: layout, padded head dim and scale.
-CUDNN_WAY = functools.partial(attention.cudnn, implementation="xla")
+CUDNN_WAY = functools.partial(kernels.cudnn, implementation="xla")
 
 
 def on_whole_blocks(case):
-    return math.prod((CASES | LARGE)[case][3]) % attention.LANES == 0
+    return math.prod((CASES | LARGE)[case][3]) % kernels.LANES == 0
 
 
 EVERY = ["folded", "lean", "chunked", CUDNN_WAY]
@@ -143,7 +144,7 @@ def test_every_backend_equals_naive(case):
 
 def test_how_many_chunks():
     def chunks(b, n, t, dtype="float32"):
-        return attention._chunks(*[jax.ShapeDtypeStruct((b, n, t, 64), dtype)] * 2)
+        return kernels._chunks(*[jax.ShapeDtypeStruct((b, n, t, 64), dtype)] * 2)
 
     assert [chunks(1, 12, 1024), chunks(12, 12, 1024), chunks(1, 12, 4096)] == [1, 4, 4]
     assert chunks(1, 16, 4096, "bfloat16") == 4  # scores are float32 there, too
@@ -188,12 +189,12 @@ def test_fused_kernels_on_a_mesh_equal_one_device(kernel, sizes):
     q, k = rng.standard_normal((2, 8, 4, 128, 24)).astype(np.float32)
     v = rng.standard_normal((8, 4, 128, 16)).astype(np.float32)
     mesh = device_mesh.make_mesh(*sizes)
-    run = {"splash": attention.splash, "cudnn": CUDNN_WAY}[kernel]
-    alone = value_and_gradients(attention.attend, q, k, v)
+    run = {"splash": kernels.splash, "cudnn": CUDNN_WAY}[kernel]
+    alone = value_and_gradients(kernels.attend, q, k, v)
     both = functools.partial(value_and_gradients, run)
     share = device_mesh.batch_sharding(mesh)
     split = jax.jit(
-        device_mesh.over_mesh(both, mesh), in_shardings=share, out_shardings=share
+        device_mesh.traced_on(mesh)(both), in_shardings=share, out_shardings=share
     ).lower(q, k, v)
     assert "manual_computation" in split.as_text()
     for got, wanted in zip(split.compile()(q, k, v), alone, strict=True):
@@ -298,20 +299,20 @@ def test_softmax_is_float32_for_bfloat16_operands():
     tokens = 1000
     q, k = jnp.ones((1, 1, 1, 4), jnp.bfloat16), jnp.ones((1, 1, tokens, 4), jnp.bfloat16)
     v = jnp.ones((1, 1, tokens, 4), jnp.bfloat16)
-    np.testing.assert_array_equal(np.asarray(attention.attend(q, k, v), np.float32), 1.0)
+    np.testing.assert_array_equal(np.asarray(kernels.attend(q, k, v), np.float32), 1.0)
 
 
 def test_attend_survives_scores_beyond_exp():
     """Scores of +-400 overflow exp unless the maximum is subtracted."""
     q = jnp.full((1, 1, 2, 1), 20.0)
     k, v = jnp.array([[[[20.0], [-20.0], [19.0]]]]), jnp.array([[[[1.0], [5.0], [9.0]]]])
-    np.testing.assert_allclose(attention.attend(q, k, v), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(kernels.attend(q, k, v), 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "channels"), [(1, 1), (2, 3), (7, 2)])
 def test_relative_positions_against_loops(size, channels):
     table = np.random.default_rng(size).standard_normal((2 * size - 1, channels))
-    got = np.asarray(attention.relative_positions(table, size))
+    got = np.asarray(relative_position.relative_positions(table, size))
     for h, k, c in itertools.product(range(size), range(size), range(channels)):
         assert got[h, k, c] == table[h - k + size - 1, c]
 

@@ -52,7 +52,7 @@ def encoder_gradients(sizes):
     mesh = device_mesh.make_mesh(*sizes)
     placed = [device_mesh.state_shardings(state, mesh) for state in (lora, rest)]
     step = jax.jit(
-        device_mesh.over_mesh(gradients, mesh),
+        device_mesh.traced_on(mesh)(gradients),
         in_shardings=(*placed, device_mesh.batch_sharding(mesh)),
         out_shardings=placed[0],
     )

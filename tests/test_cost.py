@@ -16,7 +16,7 @@ from jax.extend.core import jaxprs_in_params
 from pgpsam_jax.config import default_config, method_recipes, use_small_encoder
 from pgpsam_jax.inference.predictor import make_predict_step
 from pgpsam_jax.methods import build, registry
-from pgpsam_jax.models.sam import attention
+from pgpsam_jax.models.sam import attention_kernels
 from pgpsam_jax.models.segmenter import Segmenter
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import step_cost
@@ -128,11 +128,11 @@ def test_attention_in_chunks_costs_what_it_costs_whole(monkeypatch):
     q, tables = jnp.ones((2, 3, 64, 16)), [jnp.ones((15, 16))] * 2
 
     def slopes(q):
-        return jax.grad(lambda q: attention.lean(q, q, q, *tables, grid=(8, 8)).sum())(q)
+        return jax.grad(lambda q: attention_kernels.lean(q, q, q, *tables, grid=(8, 8)).sum())(q)
 
     whole = counted(slopes, q)
-    monkeypatch.setattr(attention, "CHUNK", 2 * 3 * 64 * 64)
-    assert attention._chunks(q, q) == 4
+    monkeypatch.setattr(attention_kernels, "CHUNK", 2 * 3 * 64 * 64)
+    assert attention_kernels._chunks(q, q) == 4
     # Elementwise operations, a third of so small an example, count in one round only.
     assert 0.6 * whole < counted(lambda q: slopes(q), q) < 1.05 * whole
 

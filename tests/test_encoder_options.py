@@ -180,7 +180,7 @@ def test_whole_encoder_on_a_mesh_equals_one_device():
     mesh = device_mesh.make_mesh(data=2, fsdp=2, tensor=2)
     placed = [device_mesh.state_shardings(state, mesh) for state in states]
     split = jax.jit(
-        device_mesh.over_mesh(gradients, mesh),
+        device_mesh.traced_on(mesh)(gradients),
         in_shardings=(*placed, device_mesh.batch_sharding(mesh)),
     )
     got = split(*states, images)

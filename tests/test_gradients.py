@@ -19,7 +19,8 @@ from pgpsam_jax.models.pgpsam_release import mask_decoder as release_decoder
 from pgpsam_jax.models.pgpsam_release import ppg as release_ppg
 from pgpsam_jax.models.pgpsam_release import ppr as release_ppr
 from pgpsam_jax.models.sam import mask_decoder
-from pgpsam_jax.models.sam.attention import attend, attention
+from pgpsam_jax.models.sam.attention import attention
+from pgpsam_jax.models.sam.attention_kernels import attend
 from pgpsam_jax.models.sam.image_encoder import EncoderConfig, ImageEncoder
 from pgpsam_jax.models.sam.lora import LoraConfig, LoraQKV
 

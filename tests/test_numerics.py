@@ -101,7 +101,8 @@ def test_softmaxes_norms_and_losses_are_float32(preset):
 def traced_step(preset):
     config = configuration(preset)
     mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
-    model = device_mesh.over_mesh(build.abstract_model, mesh)(config, CLASSES)
+    with device_mesh.traced_on(mesh):
+        model = build.abstract_model(config, CLASSES)
     lanes = device_mesh.batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct((BATCH, SIZE, SIZE), dtype, sharding=lanes)

@@ -30,9 +30,7 @@ FILES = sorted(
     for path in (REPOSITORY / folder).rglob("*.py")
 )
 # To be cut.
-LONG = {
-    "pgpsam_jax/models/sam/attention.py",
-}
+LONG = {}
 UP = {
     ("metrics/summary.py", "pgpsam_jax.results.tables.text.pipe"),
 }

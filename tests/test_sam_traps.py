@@ -18,7 +18,7 @@ from sam_torch import SMALL, draw, encode, first, last, relative
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import layers
-from pgpsam_jax.models.sam import attention
+from pgpsam_jax.models.sam import attention_kernels
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.models.sam.weights import fit_base, select_base
 from weights_conversion.sam import from_official, to_official
@@ -143,7 +143,7 @@ def test_5_window_padding_takes_part_in_softmax():
         qkv = attn.project(corner).reshape(1, 25, 3, 4, 12)
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
         tables = attn.rel_pos_h[2:-2], attn.rel_pos_w[2:-2]
-        masked = attention.naive(q, k, v, *tables, grid=(5, 5)).swapaxes(1, 2)
+        masked = attention_kernels.naive(q, k, v, *tables, grid=(5, 5)).swapaxes(1, 2)
         return attn(x), attn.proj(masked.reshape(1, 5, 5, 48))
 
     got, masked = ours(attn, x, corner)

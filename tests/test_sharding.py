@@ -19,18 +19,20 @@ from golden.make_sharding import abstract_leaves, configuration, golden_file, me
 from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import build, registry
-from pgpsam_jax.models import layers, parameters
+from pgpsam_jax.models import parameters
 from pgpsam_jax.models.parameters import split_model
 from pgpsam_jax.models.pgpsam.model import PgpSam, PgpSamConfig
 from pgpsam_jax.models.pgpsam_release.model import ReleaseConfig, ReleasePgpSam
 from pgpsam_jax.models.sam.mask_decoder import DecoderConfig
 from pgpsam_jax.models.sam.sam import SamConfig
-from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.sharding import device_mesh, rules
+from pgpsam_jax.sharding.matmul import split_matmul
 from pgpsam_jax.training import plan
 from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.sharded_step import shard_step
 
 METHODS = sorted(registry.METHODS)
+SMALL = 2**16  # numbers in an array that may be whole on every device
 PGPSAM = [method for method in METHODS if method[0] == "pgpsam"]
 # (method, mesh), the first with all three axes, of a method that compiles in a second. The others
 # are slow: what a table of shardings says wrong shows in the pinned ones, and the blocks of an
@@ -90,7 +92,7 @@ def test_the_rest_of_the_devices():
 def test_meshes_that_do_not_fit_the_model_or_the_batch(sizes, encoder, batch, message):
     config = default_config()
     config.model.encoder, config.train.batch_size = encoder, batch
-    config.mesh.update(dict(zip(device_mesh.AXES, sizes, strict=True)))
+    config.mesh.update(dict(zip(rules.AXES, sizes, strict=True)))
     with pytest.raises(UserError, match=message):
         plan.mesh_of(config, jax.devices()[: math.prod(sizes)])
 
@@ -127,10 +129,10 @@ def test_nothing_large_is_replicated(method, encoder):
         mesh, ways = mesh_of(*sizes), sizes[1] * sizes[2]
         held, total, whole = 0, 0, 0
         for path, shape in leaves.items():
-            spec, size = device_mesh.spec_of(method, path, shape, mesh), math.prod(shape)
+            spec, size = rules.spec_of(method, path, shape, mesh), math.prod(shape)
             split = [axis for axes in spec for axis in (axes if type(axes) is tuple else [axes])]
             shares = math.prod(mesh.shape[axis] for axis in split if axis)
-            assert shares > 1 or size <= device_mesh.SMALL, (path, shape)
+            assert shares > 1 or size <= SMALL, (path, shape)
             held, total = held + size / shares, total + size
             whole += size if shares == 1 else 0
         assert held - whole <= 1.002 * (total - whole) / ways
@@ -141,7 +143,7 @@ def test_nothing_large_is_replicated(method, encoder):
 def test_no_row_of_a_table_is_idle(method):
     leaves = make_sharding.leaves_of(method, "vit_b")
     adapted = any(path.endswith("lora/b") for path in leaves)
-    for pattern, spec in (*device_mesh.OWN.get(method, ()), *device_mesh.SAM):
+    for pattern, spec in (*rules.METHOD_RULES.get(method, ()), *rules.SAM_RULES):
         if "lora" in pattern and not adapted:
             continue
         hits = [path for path, shape in leaves.items() if re.search(pattern, path)]
@@ -306,12 +308,12 @@ def test_a_product_of_parts_has_the_gradients_of_the_whole(split):
 
     def slopes(x, kernel):
         def loss(x, kernel):
-            return jnp.sin(layers.split_matmul(x, kernel, split)).sum()
+            return jnp.sin(split_matmul(x, kernel, split)).sum()
 
         return jax.grad(loss, (0, 1))(x, kernel)
 
     mesh = device_mesh.make_mesh(2, 2, 2)
-    parts = jax.jit(device_mesh.over_mesh(slopes, mesh))(x, kernel)
+    parts = jax.jit(device_mesh.traced_on(mesh)(slopes))(x, kernel)
     outer = np.cos(x @ kernel)  # by hand: of the sine's sum to the product
     wanted = outer @ kernel.T, np.tensordot(x, outer, ((0, 1), (0, 1)))
     for found, value in zip(parts, wanted, strict=True):

@@ -59,7 +59,7 @@ def attention_temporaries(mesh, backend: str) -> int:
 
     lanes = device_mesh.batch_sharding(mesh)
     step = jax.jit(
-        device_mesh.over_mesh(gradients, mesh), in_shardings=(device_mesh.replicated(mesh), lanes)
+        device_mesh.traced_on(mesh)(gradients), in_shardings=(device_mesh.replicated(mesh), lanes)
     )
     x = jax.ShapeDtypeStruct((mesh.size, *sizes.grid, sizes.width), jnp.bfloat16)
     lowered = step.lower(state, x)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from pgpsam_jax.methods import registry
 from pgpsam_jax.models.initializers import kernel_init
 from pgpsam_jax.models.segmenter import Segmenter
-from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.sharding import rules
 
 NAME = "tiny"
 
@@ -45,8 +45,8 @@ class Tiny(Segmenter):
 
 # Weights that train and weights that do not are both stored in parts, as those of a real method.
 SPREAD = (
-    (r"patches/kernel$", PartitionSpec(None, None, None, device_mesh.PARTS)),
-    (r"(first|second)/kernel$", device_mesh.INPUTS),
+    (r"patches/kernel$", PartitionSpec(None, None, None, rules.PARTS)),
+    (r"(first|second)/kernel$", rules.INPUTS),
 )
 
 
@@ -57,7 +57,7 @@ def known(method=Tiny, key=(NAME, "")):
 
 def spread():
     """Have `sharding` spread the weights inside the block, which else are whole everywhere."""
-    return mock.patch.dict(device_mesh.OWN, {(NAME, ""): SPREAD})
+    return mock.patch.dict(rules.METHOD_RULES, {(NAME, ""): SPREAD})
 
 
 if __name__ == "__main__":

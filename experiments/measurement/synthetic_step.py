@@ -40,9 +40,8 @@ class SyntheticStep:
         batch_of: Callable[[tuple], dict] | None = None,
         epoch_size: int = SLICES,
     ):
-        self.model = device_mesh.over_mesh(build.init_model, mesh)(
-            config.model, CLASSES, config.seed
-        )[:3]
+        with device_mesh.traced_on(mesh):
+            self.model = build.init_model(config.model, CLASSES, config.seed)[:3]
         if batch_of is None:
             slices = random_slices(config.train.batch_size, config.model.image_size)
             self.batch = device_mesh.put_batch(slices, mesh)

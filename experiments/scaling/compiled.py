@@ -15,7 +15,7 @@ from experiments.scaling.points import Compiled
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.parameters import count
 from pgpsam_jax.profiling import accelerators, aot, flops
-from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.sharding import rules
 from pgpsam_jax.training import plan
 
 # Left of a chip's memory for the runtime, a resident few-shot set and the next batch.
@@ -44,7 +44,7 @@ def compile_point(point: Compiled) -> dict:
     lowered = aot.lower_step(config, mesh, model, SLICES)
     traced = time.perf_counter()
     row = {
-        **dict(zip(device_mesh.AXES, mesh.devices.shape, strict=True)),
+        **dict(zip(rules.AXES, mesh.devices.shape, strict=True)),
         "chips": mesh.size,
         "global_batch": config.train.batch_size,
         "device": chips_there[0].device_kind,

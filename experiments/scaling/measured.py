@@ -8,7 +8,7 @@ from experiments.measurement.device_info import device_info
 from experiments.measurement.synthetic_step import SyntheticStep
 from experiments.scaling.points import Measured
 from pgpsam_jax.profiling import aot, flops
-from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.sharding import rules
 from pgpsam_jax.training import plan
 
 
@@ -23,7 +23,7 @@ class Step:
         sizes = nnx.merge(*self._step.model).config
         known = device_info(self._devices[0])
         self.facts = {
-            **dict(zip(device_mesh.AXES, mesh.devices.shape, strict=True)),
+            **dict(zip(rules.AXES, mesh.devices.shape, strict=True)),
             "global_batch": config.train.batch_size,
             "device": known["device"],
             "platform": known["platform"],

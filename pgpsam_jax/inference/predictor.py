@@ -54,7 +54,7 @@ class Predictor:
         self._graphdef, self._states = graphdef, (params, frozen)
         self._to_model = jax.jit(to_model_on_device, static_argnums=1, out_shardings=self._sharding)
         self._predict = jax.jit(
-            device_mesh.over_mesh(make_predict_step(graphdef), mesh),
+            device_mesh.traced_on(mesh)(make_predict_step(graphdef)),
             # Weights where they are.
             in_shardings=(None, None, self._sharding, *[self._sharding] * oracle),
             out_shardings=self._sharding,

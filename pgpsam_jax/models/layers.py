@@ -4,7 +4,6 @@ Letters: B batch, H W grid, T tokens, D width, M parallel heads of an MLP. Chann
 Parameters are float32; `dtype` is the compute type, LayerNorm statistics stay float32.
 """
 
-import functools
 import itertools
 import math
 
@@ -20,8 +19,8 @@ from pgpsam_jax.models.initializers import (
     zeros_init,
     zeros_param,
 )
-from pgpsam_jax.sharding import context
 from pgpsam_jax.sharding.context import gathered
+from pgpsam_jax.sharding.matmul import matmul, split_matmul
 
 ENCODER_EPS = 1e-6  # image encoder and every channel LayerNorm of SAM ("LayerNorm2d")
 DECODER_EPS = 1e-5  # token LayerNorms of the two-way transformer (PyTorch's default)
@@ -39,61 +38,6 @@ def wide_einsum(spec: str, a, b):
 
 class Buffer(nnx.Variable):
     """A constant array of a model: saved and converted, never trained nor decayed."""
-
-
-def matmul(x, kernel):
-    """(..., D) times (D, *E) as one product, (..., *E).
-
-    XLA's CPU backend runs the weight gradient, a contraction over all leading axes, twice as fast
-    when they are one axis.
-    """
-    product = jnp.tensordot(x.reshape(-1, x.shape[-1]), kernel, 1)
-    return product.reshape(*x.shape[:-1], *kernel.shape[1:])
-
-
-def split_matmul(x, kernel, split: int, stored: int | None = None):
-    """`matmul` of rows x (B, ...) with a stored kernel, of which every device takes its part.
-
-    split, stored: see `placement.gathering`. What is gathered is not kept for the backward pass:
-    that gathers once more.
-    """
-    steps = context.gathering(kernel.shape, split, stored)
-    if not steps:
-        return matmul(x, kernel)
-    x = context.split_batch(x) if split else x
-    out = _matmul_of_parts(x, kernel, steps)
-    return out if split else context.split_batch(out)  # the sum over devices
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul_of_parts(x, kernel, steps):
-    return matmul(x, context.in_steps(kernel, steps))
-
-
-def _matmul_forward(x, kernel, steps):
-    kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
-    # The compiler lets every later use of a value be one of its constrained copy. Behind a barrier
-    # it is another value, and the one that is kept stays in parts.
-    kernel = context.in_steps(jax.lax.optimization_barrier(kernel.value), steps)
-    return matmul(x.value, kernel), kept
-
-
-def _matmul_backward(steps, kept, slope):
-    (x, kernel), outer = kept, len(steps[0].spec) - 1
-    rows = slope.shape[:-outer]
-    slope = slope.reshape(-1, *slope.shape[-outer:])
-    by_x = by_kernel = None
-    if kernel is not None:
-        kernel, slope = jax.lax.optimization_barrier((kernel, slope))
-        kernel = context.in_steps(kernel, steps)
-        outputs = tuple(range(1, outer + 1))
-        by_x = jnp.tensordot(slope, kernel, (outputs, outputs)).reshape(*rows, -1)
-    if x is not None:
-        by_kernel = jnp.tensordot(x.reshape(-1, x.shape[-1]), slope, (0, 0))
-    return by_x, by_kernel
-
-
-_matmul_of_parts.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 class Linear(nnx.Module):

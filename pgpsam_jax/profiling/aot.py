@@ -98,7 +98,8 @@ def devices(name: str) -> list:
 
 def abstract_model(config: ConfigDict, num_classes: int, mesh):
     """(graphdef, params, frozen) of a configuration as it is for the mesh, shapes only."""
-    return device_mesh.over_mesh(build.abstract_model, mesh)(config.model, num_classes)
+    with device_mesh.traced_on(mesh):
+        return build.abstract_model(config.model, num_classes)
 
 
 def lower_step(config: ConfigDict, mesh, model, slices: int = 126) -> jax.stages.Lowered:

@@ -1,79 +1,21 @@
-"""Mesh and shardings: a (data, fsdp, tensor) mesh and a table of regex -> PartitionSpec per method.
+"""The device mesh (data, fsdp, tensor) and the shardings of batches and states on it.
 
-The batch is split over `data` and `fsdp`. Weights, optimiser moments and the frozen base are
-stored in parts over `fsdp` and `tensor`, whatever is large of them, and gathered over `fsdp` when
-a layer uses them (`models/placement.py`). `tensor` splits heads and hidden channels of the image
-encoder; the decoder, small beside it, is computed alike by the devices of `tensor`.
-Model code knows nothing of this: specs are found by parameter path.
+The batch is split over `data` and `fsdp`. Large weights, optimizer moments and the frozen base are
+stored in parts over `fsdp` and `tensor` (`rules`) and gathered over `fsdp` when a layer uses them
+(`context`). `tensor` splits heads and hidden channels of the image encoder; each device of `tensor`
+repeats the decoder, which is small beside it. Model code names no mesh axis.
 """
 
-import functools
+import contextlib
 import math
-import re
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.sharding.context import Placement, traced_for
-
-AXES = ("data", "fsdp", "tensor")
-BATCH, PARTS = ("data", "fsdp"), ("fsdp", "tensor")
-SMALL = 2**16  # numbers in an array that may lie whole on every device
-
-P = PartitionSpec
-INPUTS, OUTPUTS = P(PARTS, None), P(None, PARTS)  # of a kernel that is gathered whole
-
-# The rows all methods share, those of SAM; first match wins, and a path that no row matches is
-# replicated. Optimiser moments carry their parameter's path and so its sharding.
-SAM = (
-    # q, k and v lie side by side, so a part of the outputs would not be one of whole heads: parts
-    # of the inputs are exchanged for them.
-    (r"attn/qkv/kernel$", P(("tensor", "fsdp"), None)),
-    (r"attn/lora/b$", P(None, None, "tensor")),
-    (r"blocks/\d+/mlp/lin1/kernel$", P("fsdp", "tensor")),
-    (r"blocks/\d+/(attn/proj|mlp/lin2)/kernel$", P("tensor", "fsdp")),
-    (r"(patch_embed/kernel|pos_embed)$", P(None, None, None, PARTS)),
-    (r"neck/conv[12]/kernel$", P(None, None, PARTS, None)),
-    (r"transformer/.*/([qkv]_proj|out_proj|lin[12])/kernel$", INPUTS),
-    (r"upscaling/conv[12]/kernel$", P(PARTS, None, None, None)),
-    (r"hyper_mlps/layers/\d+/kernel$", P(None, PARTS, None)),
-)
-_PAPER = (
-    (r"cfm/\d+/(projection|channel/(reduce|expand))/kernel$", INPUTS),
-    (r"ppr/\d+/class_attention/(image|class)_fc/kernel$", INPUTS),
-    (r"ppg/\d+/(dense|sparse)/mlp/lin[12]/kernel$", INPUTS),
-    # Their inputs, channels and classes, rarely divide.
-    (r"(ppr/\d+/fuse|ppg/\d+/(dense|sparse)/join)/kernel$", OUTPUTS),
-)
-_RELEASE = (
-    (r"cfm/\d+/(projection|channel/(reduce|expand)|merge|ffn/project_(in|out))/kernel$", INPUTS),
-    (r"cfm/\d+/up/conv[12]/kernel$", P(PARTS, None, None, None)),
-    (r"ppr/\d+/(attention/)?(inter|intra|q|k|v|out)_proj/kernel$", INPUTS),
-    (r"ppr/\d+/(inter|intra)_ffn/mlp/lin[12]/kernel$", INPUTS),
-    (r"ppr/\d+/attention/class_attention/(image|class)_fc/kernel$", INPUTS),
-    (r"class_maps/attention/[a-z]+_proj/kernel$", INPUTS),
-    (r"sparse/conv/kernel$", P(None, None, PARTS, None)),
-    (r"offset/kernel$", P(None, None, PARTS, None)),
-    (r"adapter/branches/kernel$", P(None, PARTS, None)),
-    (r"(adapter/mlp/layers/\d+|(dense|sparse)/mlp/lin[12])/kernel$", INPUTS),
-    (r"deform/(project_in|gate|expand|project_out)/kernel$", INPUTS),
-    (r"(join|project|intra_mix)/kernel$", OUTPUTS),
-)
-_HSAM = ((r"mask_attention/(attention[12]/([qkv]|out)_proj|mlp/lin[12])/kernel$", INPUTS),)
-_SAMLST = ((r"cnn/groups/\d+/\d+/conv[12]/kernel$", P(None, None, PARTS, None)),)
-_SURGICALSAM = (
-    (r"prompter/(sparse1|dense[12])/kernel$", INPUTS),
-    (r"iou_head/layers/\d+/kernel$", INPUTS),
-)
-# Key of `methods.METHODS` -> the rows that a method has besides SAM's.
-OWN = {
-    ("pgpsam", "paper"): _PAPER,
-    ("pgpsam", "release"): _RELEASE,
-    ("hsam", ""): _HSAM,
-    ("samlst", ""): _SAMLST,
-    ("surgicalsam", ""): _SURGICALSAM,
-}
+from pgpsam_jax.sharding.rules import AXES, BATCH, PARTS, spec_of
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -137,24 +79,6 @@ def _listed(numbers: list[int]) -> str:
     return " or ".join(filter(None, (", ".join(map(str, numbers[:-1])), str(numbers[-1]))))
 
 
-def spec_of(method, path: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
-    """The spec of a parameter path in the table of a method, a key of `OWN` or of none.
-
-    Axes, from the last on, that do not divide their dimension are left out.
-    """
-    for pattern, spec in (*OWN.get(method, ()), *SAM):
-        if re.search(pattern, path) and len(spec) == len(shape):
-            return P(*(_fitting(*pair, mesh) for pair in zip(spec, shape, strict=True)))
-    return P()
-
-
-def _fitting(axes, size: int, mesh):
-    axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
-    while axes and size % math.prod(mesh.shape[axis] for axis in axes):
-        axes = axes[:-1]
-    return axes if len(axes) > 1 else axes[0] if axes else None
-
-
 def state_shardings(tree, mesh: Mesh, method=None):
     """NamedSharding for every leaf of a tree of states (arrays or shapes), by its path.
 
@@ -183,8 +107,12 @@ def put_batch(batch: dict, mesh: Mesh) -> dict:
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def over_mesh(function, mesh: Mesh):
-    """A step as it is to be jitted for the mesh: its attention suits the devices and is split."""
+@contextlib.contextmanager
+def traced_on(mesh: Mesh):
+    """Functions traced inside are for this mesh: its kernels, its constraints on activations.
+
+    Also decorates a function that is to be jitted: `jax.jit(traced_on(mesh)(step))`.
+    """
     placement = Placement.of(
         mesh.devices.flat[0],
         mesh=mesh,
@@ -192,10 +120,5 @@ def over_mesh(function, mesh: Mesh):
         head_axes=("tensor",),
         weight_axes=PARTS,
     )
-
-    @functools.wraps(function)
-    def step(*args):
-        with traced_for(placement):
-            return function(*args)
-
-    return step
+    with traced_for(placement):
+        yield

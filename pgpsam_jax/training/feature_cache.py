@@ -56,7 +56,7 @@ def encoded_set(
         images, labels = augment(keys, images.astype(wide(images.dtype)), labels, settings)
         return nnx.merge(graphdef, *states).encode(to_input(images)), labels.astype(jnp.uint8)
 
-    run = jax.jit(device_mesh.over_mesh(encode, mesh), out_shardings=rows)
+    run = jax.jit(device_mesh.traced_on(mesh)(encode), out_shardings=rows)
     parts = []
     for copy in range(copies):
         for start in range(0, count, size):

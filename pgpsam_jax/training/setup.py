@@ -106,9 +106,8 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
     drawn = pretrained.drawn(config.model, frozen)
     frozen_weights.settle_base(workdir, config.model.base, base_digest, frozen, drawn)
     total = plan.total_steps(len(data.list))
-    kernels = device_mesh.over_mesh(build.attention_of, mesh)(
-        config.model, graphdef, params, frozen
-    )
+    with device_mesh.traced_on(mesh):
+        kernels = build.attention_of(config.model, graphdef, params, frozen)
     multihost.say(
         startup_summary.run(
             config, workdir, mesh, kernels, data, held_out, split.table, params, frozen, total

@@ -50,7 +50,7 @@ def shard_step(
     step = plan.make_step(graphdef, optimizer)
     shardings = [sharding_of(tree) for tree in (state, frozen, batch)]
     run = jax.jit(
-        device_mesh.over_mesh(step, mesh),
+        device_mesh.traced_on(mesh)(step),
         in_shardings=tuple(shardings),
         out_shardings=(shardings[0], device_mesh.replicated(mesh)),
         donate_argnums=0,

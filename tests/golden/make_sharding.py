@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 from pgpsam_jax.config import default_config
 from pgpsam_jax.methods import build, registry
 from pgpsam_jax.models import parameters
-from pgpsam_jax.sharding import device_mesh
+from pgpsam_jax.sharding import rules
 from pgpsam_jax.utils.files import write_json
 
 FOLDER = Path(__file__).parent
@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent
 
 def mesh_of(*sizes: int) -> AbstractMesh:
     """(data, fsdp, tensor) of devices that need not be there."""
-    return AbstractMesh(sizes, device_mesh.AXES)
+    return AbstractMesh(sizes, rules.AXES)
 
 
 def configuration(method, encoder: str):
@@ -48,7 +48,7 @@ def table(method, encoder: str) -> dict:
     """What is split on a (2, 2, 2) mesh, path -> axes of every dimension; * is any number."""
     found = {}
     for path, shape in leaves_of(method, encoder).items():
-        spec = device_mesh.spec_of(method, path, shape, mesh_of(2, 2, 2))
+        spec = rules.spec_of(method, path, shape, mesh_of(2, 2, 2))
         name = re.sub(r"(?<=/)\d+(?=/)", "*", path)
         assert found.setdefault(name, spec) == spec, f"{name} is not one row"
     split = {name: spec for name, spec in sorted(found.items()) if any(spec)}

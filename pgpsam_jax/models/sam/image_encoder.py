@@ -16,6 +16,7 @@ from pgpsam_jax.models import initializers, layers
 from pgpsam_jax.models.sam import attention
 from pgpsam_jax.models.sam.lora import LoraConfig, LoraQKV
 from pgpsam_jax.sharding import context
+from pgpsam_jax.sharding.matmul import split_matmul
 
 # What the backward pass recomputes instead of having kept it, from the fastest to the smallest.
 REMAT = {
@@ -103,7 +104,7 @@ class Attention(nnx.Module):
         """
         kernel, bias = (p[...].astype(self.dtype) for p in (self.qkv.kernel, self.qkv.bias))
         # q, k and v apart, so that a part of each is that of whole heads.
-        qkv = layers.split_matmul(x, kernel.reshape(len(kernel), 3, -1), 2, 0)
+        qkv = split_matmul(x, kernel.reshape(len(kernel), 3, -1), 2, 0)
         qkv = qkv + self.lora(x) if self.adapted else qkv
         return qkv + bias.reshape(3, -1)
 

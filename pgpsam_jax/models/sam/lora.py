@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from pgpsam_jax.models.initializers import array, draw
-from pgpsam_jax.models.layers import matmul
+from pgpsam_jax.sharding.matmul import matmul
 
 TARGETS = ("q", "k", "v")
 

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from pgpsam_jax.models import layers
-from pgpsam_jax.models.sam import attention
+from pgpsam_jax.models.sam.attention_kernels import attend
 
 
 class Attention(nnx.Module):
@@ -31,10 +31,10 @@ class Attention(nnx.Module):
         return q, k
 
     def __call__(self, q, k, v, gate=None):
-        """q (B, T, D), k and v (B, L, D) to (B, T, D); gate: see `attention.attend`."""
+        """q (B, T, D), k and v (B, L, D) to (B, T, D); gate: see `attention_kernels.attend`."""
         q, k = self.similar(self.q_proj(q), self.k_proj(k))
         q, k, v = self._split(q), self._split(k), self._split(self.v_proj(v))
-        out = attention.attend(q * q.shape[-1] ** -0.5, k, v, gate)
+        out = attend(q * q.shape[-1] ** -0.5, k, v, gate)
         b, n, t, c = out.shape
         return self.out_proj(out.swapaxes(1, 2).reshape(b, t, n * c))
 
