@@ -75,8 +75,16 @@ def slices(root) -> tuple[np.ndarray, np.ndarray]:
     config.fewshot.rule = "all"
     split = dataset.find_split(config.data)
     cases = split.train + split.test
-    config = dataset.with_axis(config, cases)
-    data = dataset.few_shot_data(config, cases, split.table, Path(root), resume=False)
+    config.data.axis = dataset.axis_of(config.data, cases)
+    data = dataset.few_shot_data(
+        config.data,
+        config.fewshot,
+        config.model.image_size,
+        cases,
+        split.table,
+        Path(root),
+        resume=False,
+    )
     return data.images, data.labels
 
 

@@ -21,7 +21,7 @@ def ready_run(root, workdir, *, predictor=None, evaluated=True, **settings):
     """
     config = build.settled(config_for(root, eval__overlays=False, **settings))
     split = dataset.find_split(config.data)
-    config = dataset.with_axis(config, split.train)
+    config.data.axis = dataset.axis_of(config.data, split.train)
     table = split.table
     _, params, frozen, digest = build.init_model(config.model, table.num_classes, config.seed)
     fewshot_list.FewShotList([("a", 4), ("b", 5)], {"rule": "by hand"}).write(

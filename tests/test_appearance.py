@@ -30,7 +30,9 @@ def root(tmp_path_factory):
 def record(root):
     config = config_for(root, data__axis="axial")
     split = dataset.find_split(config.data)
-    cached = dataset.read_cases(config, split.train, split.table, root / "run")
+    cached = dataset.read_cases(
+        config.data, config.model.image_size, split.train, split.table, root / "run"
+    )
     made = appearance.record_of(cached, window=config.data.window, layout="pairs")
     return json.loads(json.dumps(made))
 
@@ -224,7 +226,13 @@ def test_a_window_in_percent_makes_intensities_relative(root, tmp_path):
     for folder in (root, other):
         config = config_for(folder, **settings)
         split = dataset.find_split(config.data)
-        cached = dataset.read_cases(config, split.train[:1], split.table, tmp_path / folder.name)
+        cached = dataset.read_cases(
+            config.data,
+            config.model.image_size,
+            split.train[:1],
+            split.table,
+            tmp_path / folder.name,
+        )
         images, _ = cached[0].load()
         inputs.append(images)
         volume = read_image(folder / "images" / f"{split.train[0].case_id}.nii.gz")
@@ -235,7 +243,9 @@ def test_a_window_in_percent_makes_intensities_relative(root, tmp_path):
         assert appearance.unlike(volume, record) == []
     np.testing.assert_allclose(*inputs, atol=2e-3)
     fixed = config_for(other, data__axis="axial")
-    (plain,) = dataset.read_cases(fixed, split.train[:1], split.table, tmp_path / other.name)
+    (plain,) = dataset.read_cases(
+        fixed.data, fixed.model.image_size, split.train[:1], split.table, tmp_path / other.name
+    )
     assert plain.file != cached[0].file and np.abs(plain.load()[0] - inputs[1]).max() > 0.1
 
 

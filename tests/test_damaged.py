@@ -75,7 +75,7 @@ def abstract(root, finished):
     config = config_for(root, **TINY | NOISE)
     with tiny_method.known():
         graphdef, params, frozen, _ = build.init_model(config.model, 3, config.seed)
-        mesh = plan.mesh_of(config)
+        mesh = plan.mesh_of(config.mesh, config.model, config.train.batch_size)
         batch = {"image": np.zeros((8, 32, 32)), "label": np.zeros((8, 32, 32), np.int32)}
         lanes = device_mesh.batch_sharding(mesh)
         batch = {

@@ -56,7 +56,7 @@ def test_every_candidate_is_a_run_that_could_be_started(count, parts, sizes, rem
     lanes, changed = math.prod(sizes), []
     for remedy in out_of_memory.candidates(config):
         other = remedy.applied(config)
-        plan.mesh_of(other)
+        plan.mesh_of(other.mesh, other.model, other.train.batch_size)
         assert other.train.batch_size % (other.train.microbatches * lanes) == 0
         assert other.train.microbatches >= parts and other.train.batch_size <= batch
         assert all(config[a][b] != v for (a, b), v in pairs(remedy)) or "mesh.data" in remedy[0]
@@ -93,7 +93,9 @@ def one_device_config():
 
 def told(needs, limit, measure, config=None):
     config = config or default_config()
-    return out_of_memory._told("no memory", needs, limit, "Chip X", measure, config)
+    remedies = [(r, r.applied(config)) for r in out_of_memory.candidates(config)]
+    found = out_of_memory.weighed(remedies, needs, limit, measure)
+    return out_of_memory._listed("no memory", needs, limit, "Chip X", found)
 
 
 @pytest.fixture
@@ -203,11 +205,13 @@ def test_a_run_that_is_out_of_memory_can_be_started_again(tmp_path, single, monk
 
 def test_the_few_shot_set_on_the_device_counts(tmp_path):
     config = default_config()
-    assert out_of_memory._resident_bytes(config, tmp_path) == 0
+    assert out_of_memory._resident_bytes(512, config.data.resident_gib, tmp_path) == 0
     (tmp_path / "fewshot.txt").write_text(LIST)
-    assert out_of_memory._resident_bytes(config, tmp_path) == 2 * 512 * 512 * 3
+    assert (
+        out_of_memory._resident_bytes(512, config.data.resident_gib, tmp_path) == 2 * 512 * 512 * 3
+    )
     config.data.resident_gib = 0.0
-    assert out_of_memory._resident_bytes(config, tmp_path) == 0
+    assert out_of_memory._resident_bytes(512, config.data.resident_gib, tmp_path) == 0
 
 
 LIST = "case0001\t10\ncase0001\t11\n"

@@ -45,7 +45,15 @@ def test_from_files_to_scores_under_any_name(tmp_path):
     ids = [safe_case_id(name) for name in NAMES]
     assert [case.case_id for case in found.train + found.test] == ids
     assert ids[:2] == ["Müller", "pat_1"] and ids[3:6] == NAMES[3:6]  # marks are kept too
-    data = dataset.few_shot_data(config, found.train, found.table, tmp_path / "run", resume=False)
+    data = dataset.few_shot_data(
+        config.data,
+        config.fewshot,
+        config.model.image_size,
+        found.train,
+        found.table,
+        tmp_path / "run",
+        resume=False,
+    )
     assert sorted(i for i, _ in data.list.entries) == sorted(ids[:4])
     data.list.write(tmp_path / "run" / "fewshot.txt")
     assert fewshot_list.read_list(tmp_path / "run" / "fewshot.txt") == data.list

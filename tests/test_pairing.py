@@ -170,7 +170,9 @@ def test_training_evaluation_verify_and_report_pair_alike(tmp_path, codes, how):
     split, workdir = dataset.find_split(config.data), tmp_path / "run"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        (cached,) = dataset.read_cases(config, split.train, split.table, workdir)
+        (cached,) = dataset.read_cases(
+            config.data, config.model.image_size, split.train, split.table, workdir
+        )
         volume, truth = read_case(split.train[0], split.table)
         images, labels = cached.load()
         at_organ = [[images[labels == k].mean() for k in range(3)]]

@@ -94,14 +94,16 @@ def test_meshes_that_do_not_fit_the_model_or_the_batch(sizes, encoder, batch, me
     config.model.encoder, config.train.batch_size = encoder, batch
     config.mesh.update(dict(zip(rules.AXES, sizes, strict=True)))
     with pytest.raises(UserError, match=message):
-        plan.mesh_of(config, jax.devices()[: math.prod(sizes)])
+        plan.mesh_of(
+            config.mesh, config.model, config.train.batch_size, jax.devices()[: math.prod(sizes)]
+        )
 
 
 def test_what_a_refusal_offers_is_taken():
     config = default_config()  # 12 heads, 12 slices
     for tensor in (2, 4):
         config.mesh.tensor = tensor
-        plan.mesh_of(config)
+        plan.mesh_of(config.mesh, config.model, config.train.batch_size)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name_of)

@@ -66,15 +66,17 @@ def test_auto_is_what_most_training_cases_are(tmp_path, spacing, wanted):
     config = config_for(root)
     split = dataset.find_split(config.data)
     assert config.data.axis == "auto"
-    config = dataset.with_axis(config, split.train)
+    config.data.axis = dataset.axis_of(config.data, split.train)
     assert config.data.axis == wanted
-    images, _ = dataset.read_cases(config, split.train[:1], split.table, tmp_path / "run")[0].load()
+    images, _ = dataset.read_cases(
+        config.data, config.model.image_size, split.train[:1], split.table, tmp_path / "run"
+    )[0].load()
     depth = dict(zip(("sagittal", "coronal", AXIAL), (24, 20, 10), strict=True))[wanted]
     assert len(images) == depth
     fixed = config_for(root, data__axis="coronal")
-    assert dataset.with_axis(fixed, split.train).data.axis == "coronal"
+    assert dataset.axis_of(fixed.data, split.train) == "coronal"
     with pytest.raises(UserError, match=r"data\.axis is 'across'; give auto, axial"):
-        dataset.with_axis(config_for(root, data__axis="across"), split.train)
+        dataset.axis_of(config_for(root, data__axis="across").data, split.train)
 
 
 def change_spacing(root, case, spacing):
@@ -92,7 +94,12 @@ def test_the_axis_is_part_of_a_cache_and_old_runs_stay_axial(tmp_path):
     files = []
     for axis in AXES:
         config.data.axis = axis
-        files += [c.file for c in dataset.read_cases(config, split.train, split.table, tmp_path)]
+        files += [
+            c.file
+            for c in dataset.read_cases(
+                config.data, config.model.image_size, split.train, split.table, tmp_path
+            )
+        ]
     assert len(set(files)) == len(files)
     stored = to_json(default_config())
     del stored["data"]["axis"]

@@ -41,7 +41,7 @@ def losses(workdir, but=("images_per_second",)):
 def numbers(workdir, folder):
     """Every value of the parameters in a folder of checkpoints, as Orbax wrote them."""
     config = configuration.load_config(workdir)
-    mesh = plan.mesh_of(config)
+    mesh = plan.mesh_of(config.mesh, config.model, config.train.batch_size)
     _, params, _ = build.abstract_model(config.model, 3)
     shardings = device_mesh.state_shardings(params, mesh)
     kept = folder(workdir)
@@ -139,7 +139,9 @@ def test_the_best_parameters_are_kept_and_used(finished):
     predictor = restore.load_predictor(config, workdir, 3)
     used = {k: np.asarray(leaf[...]) for k, leaf in flat_paths(predictor.params).items()}
     assert same(used, kept)
-    held_out = dataset.validation_data(config, split, workdir)
+    held_out = dataset.validation_data(
+        config.data, config.model.image_size, config.fewshot.min_pixels, split, workdir
+    )
     again = slice_dice(predictor.slices(held_out.images), held_out.labels, 3)
     assert again == best["score"]
 
@@ -263,7 +265,13 @@ def test_validation_without_validation_cases_is_said(root, tmp_path):
         train.train(config, tmp_path / "run")
     config = config_for(root, fewshot__min_pixels=10_000, data__axis="axial", **SELECT)
     with pytest.raises(UserError, match=r"no validation slice has an organ of 10000 pixels"):
-        dataset.validation_data(config, dataset.find_split(config.data), tmp_path / "run")
+        dataset.validation_data(
+            config.data,
+            config.model.image_size,
+            config.fewshot.min_pixels,
+            dataset.find_split(config.data),
+            tmp_path / "run",
+        )
 
 
 def test_no_workdir_no_checkpoint(tmp_path, finished):

@@ -71,7 +71,15 @@ def test_trained_on_and_evaluated(tmp_path):
     config = layout_config(tmp_path, "transunet", data__axis="axial")
     split = dataset.find_split(config.data)
     assert [c.case_id for c in split.train] == ["case0005", "case0006"] and len(split.test) == 1
-    data = dataset.few_shot_data(config, split.train, split.table, tmp_path / "run", resume=False)
+    data = dataset.few_shot_data(
+        config.data,
+        config.fewshot,
+        config.model.image_size,
+        split.train,
+        split.table,
+        tmp_path / "run",
+        resume=False,
+    )
     assert data.images.shape == (7, 32, 32) and 0.3 < data.images.max() <= 1
     assert set(np.unique(data.labels)) == {0, 1, 2}
 
@@ -88,11 +96,27 @@ def test_trained_on_and_evaluated(tmp_path):
     assert "1.0" in json.dumps(summary)
     written = nib.load(folder / "predictions" / "case0008.nii.gz")
     assert written.shape == (24, 20, 10) and written.header.get_zooms() == (1, 1, 1)
-    key = dataset.few_shot_data(config, split.train, split.table, tmp_path / "run", resume=False)
+    key = dataset.few_shot_data(
+        config.data,
+        config.fewshot,
+        config.model.image_size,
+        split.train,
+        split.table,
+        tmp_path / "run",
+        resume=False,
+    )
     assert key.digest == data.digest
     blank = np.zeros((20, 24), np.float32)
     np.savez(tmp_path / "train_npz" / "case0005_slice000.npz", image=blank, label=blank)
-    key = dataset.few_shot_data(config, split.train, split.table, tmp_path / "run", resume=False)
+    key = dataset.few_shot_data(
+        config.data,
+        config.fewshot,
+        config.model.image_size,
+        split.train,
+        split.table,
+        tmp_path / "run",
+        resume=False,
+    )
     assert key.digest != data.digest
 
 

@@ -231,4 +231,12 @@ def test_training_names_the_image_that_is_none(tmp_path, make):
     with pytest.raises(UserError, match=r"b\.nii\.gz is not a file"):
         verification.ensure(config.data, split, tmp_path / "run")
     with pytest.raises(UserError, match=r"b\.nii\.gz not found"):
-        dataset.few_shot_data(config, split.train, split.table, tmp_path / "run", resume=False)
+        dataset.few_shot_data(
+            config.data,
+            config.fewshot,
+            config.model.image_size,
+            split.train,
+            split.table,
+            tmp_path / "run",
+            resume=False,
+        )

@@ -17,6 +17,7 @@ from pgpsam_jax.models.parameters import count
 from pgpsam_jax.profiling import accelerators, aot, flops
 from pgpsam_jax.sharding import rules
 from pgpsam_jax.training import plan
+from pgpsam_jax.training.plan import TrainingPlan
 
 # Left of a chip's memory for the runtime, a resident few-shot set and the next batch.
 RESERVE = 2**30
@@ -38,10 +39,10 @@ def compile_point(point: Compiled) -> dict:
             "pgpsam_jax/profiling/accelerators.py"
         )
     config = point.config(len(chips_there))
-    mesh = plan.mesh_of(config, chips_there)
+    mesh = plan.mesh_of(config.mesh, config.model, config.train.batch_size, chips_there)
     start = time.perf_counter()
-    model = aot.abstract_model(config, CLASSES, mesh)
-    lowered = aot.lower_step(config, mesh, model, SLICES)
+    model = aot.abstract_model(config.model, CLASSES, mesh)
+    lowered = aot.lower_step(TrainingPlan.of(config), mesh, model, config.model.image_size, SLICES)
     traced = time.perf_counter()
     row = {
         **dict(zip(rules.AXES, mesh.devices.shape, strict=True)),

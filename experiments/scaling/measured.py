@@ -18,7 +18,7 @@ class Step:
     def __init__(self, point: Measured):
         self._devices = jax.devices()[: point.devices]
         config = point.config(point.devices)
-        mesh = plan.mesh_of(config, self._devices)
+        mesh = plan.mesh_of(config.mesh, config.model, config.train.batch_size, self._devices)
         self._step = SyntheticStep(config, mesh)
         sizes = nnx.merge(*self._step.model).config
         known = device_info(self._devices[0])

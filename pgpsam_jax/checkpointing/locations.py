@@ -7,6 +7,7 @@ held: another content under the same name is refused.
 """
 
 import os
+from operator import attrgetter
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -40,7 +41,7 @@ def found(config: ConfigDict, workdir, root_flag: str = "--config.data.root") ->
         return config
     data, fewshot = config.data, config.fewshot
     candidates = _Candidates(config, workdir)
-    data.root = _root(candidates("data.root"), config, workdir, root_flag)
+    data.root = _root(candidates("data.root"), data, workdir, root_flag)
     data.cache_dir = next(filter(os.path.isdir, candidates("data.cache_dir")), data.cache_dir)
     data.label_table = _file(candidates, "data.label_table", workdir / LABELS)
     if data.split == "file":
@@ -79,7 +80,7 @@ def record(workdir, config: ConfigDict) -> None:
     """Keep where the files of a run that begins, or goes on, are; `config`: of `found`."""
     places, workdir = _read(workdir), Path(os.path.abspath(workdir))
     for field in _RECORDED:
-        path = _get(config, field)
+        path = attrgetter(field)(config)
         absolute = os.path.abspath(path)
         if path and Path(absolute).parent != workdir:  # but for its own copies
             beside = os.path.relpath(absolute, workdir)
@@ -96,31 +97,26 @@ class _Candidates:
         self._places = _read(workdir)
 
     def __call__(self, field: str) -> list[str]:
-        given = _get(self._config, field)
+        given = attrgetter(field)(self._config)
         if not given:
             return []
         paths, place = [given], self._places.get(field)
-        if given == _get(self._stored, field) and isinstance(place, dict):
+        if given == attrgetter(field)(self._stored) and isinstance(place, dict):
             paths.append(str(place.get("absolute", given)))
             beside = self._workdir / str(place.get("from_workdir", "."))
             paths.append(os.path.normpath(os.path.abspath(beside)))
         return list(dict.fromkeys(paths))
 
 
-def _get(config: ConfigDict, field: str) -> str:
-    section, name = field.split(".")
-    return config[section][name]
-
-
 def _read(workdir) -> dict:
     return read_json(Path(workdir) / RECORD) or {}
 
 
-def _root(paths: list[str], config: ConfigDict, workdir: Path, flag: str) -> str:
+def _root(paths: list[str], data: ConfigDict, workdir: Path, flag: str) -> str:
     for path in filter(os.path.isdir, paths):
         return path
-    if not paths or config.data.layout == "phantom":  # it is computed where it lacks
-        return config.data.root
+    if not paths or data.layout == "phantom":  # it is generated where it is missing
+        return data.root
     raise UserError(f"the data of {workdir} are not at {' or '.join(paths)}; give {flag}=FOLDER")
 
 

@@ -86,7 +86,13 @@ def claim(
     resume = (workdir / "config.json").is_file()
     if resume:
         _compare(workdir / ORIGIN, origin)
-        given = _updated(configuration.load_config(workdir), given)
+        stored = configuration.load_config(workdir)
+        # Places of files, and the length of the run, may change when it resumes.
+        for section, name in (field.split(".") for field in (*identity.PLACES, *identity.LENGTH)):
+            length = f"{section}.{name}" in identity.LENGTH
+            if length or (stored[section][name] and given[section][name]):
+                stored[section][name] = given[section][name]
+        given = stored
     else:
         slices.write(workdir / LIST)
     for name, value in ((LABELS, split.table.to_json()), (SPLIT, _ids(split))):
@@ -95,15 +101,6 @@ def claim(
     write_json(workdir / ORIGIN, origin)
     locations.record(workdir, config)
     configuration.store(given, workdir)
-
-
-def _updated(stored: ConfigDict, given: ConfigDict) -> ConfigDict:
-    """The stored configuration with what may change where a run goes on: places, and its length."""
-    for field in (*identity.PLACES, *identity.LENGTH):
-        section, name = field.split(".")
-        if field in identity.LENGTH or (stored[section][name] and given[section][name]):
-            stored[section][name] = given[section][name]
-    return stored
 
 
 def _compare(path: Path, origin: dict) -> None:

@@ -138,3 +138,30 @@ def _caller() -> str:
     while frame and frame.f_code.co_filename.startswith(_BETWEEN):
         frame = frame.f_back
     return frame.f_code.co_filename if frame else ""
+
+
+def check_run(config: ConfigDict) -> None:
+    """Refuses settings that contradict each other, before anything is read or claimed."""
+    check(config.fewshot)
+    check_complete(config.fewshot)
+    _check_used(config.data)
+    copies, trains = config.train.encoded_copies, config.model.train_encoder
+    if copies and trains != "frozen":
+        raise UserError(
+            f"train.encoded_copies is {copies}, but model.train_encoder is {trains!r}: what trains "
+            "cannot be encoded beforehand; set train.encoded_copies=0, or "
+            "model.train_encoder=frozen"
+        )
+
+
+def _check_used(data: ConfigDict) -> None:
+    """Refuse paths that the layout or the split would leave aside."""
+    unused = {"split_file": data.split != "file" and ("split", data.split, "file")}
+    pairs = data.layout != "pairs" and ("layout", data.layout, "pairs")
+    for field, used_by in (unused | dict.fromkeys(("image_glob", "label_glob"), pairs)).items():
+        if used_by and data[field]:
+            other, value, needed = used_by
+            raise UserError(
+                f"data.{field} is {data[field]!r}, but data.{other} {value!r} does not use it; set "
+                f"data.{other}={needed}, or leave it empty"
+            )

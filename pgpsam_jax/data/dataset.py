@@ -103,23 +103,21 @@ def find_split(data: ConfigDict) -> Split:
     return Split(*parts, table)
 
 
-def with_axis(config: ConfigDict, cases) -> ConfigDict:
-    """The configuration with `data.axis` "auto" made the axis that most of the cases' slices have.
+def axis_of(data: ConfigDict, cases) -> str:
+    """Returns `data.axis`; for "auto" the axis that most of the cases' slices were taken along.
 
     Cases with even voxels have none; where all are so, slices are axial.
     """
-    if config.data.axis not in ("auto", *AXES):
-        raise UserError(f"data.axis is {config.data.axis!r}; give auto, {', '.join(AXES)}")
-    if config.data.axis != "auto":
-        return config
-    config = config.copy_and_resolve_references()
+    if data.axis not in ("auto", *AXES):
+        raise UserError(f"data.axis is {data.axis!r}; give auto, {', '.join(AXES)}")
+    if data.axis != "auto":
+        return data.axis
     axes = Counter()
-    for case in cases if config.data.layout != "transunet" else ():
-        with contextlib.suppress(UserError):  # `verification` tells of what cannot be read
+    for case in cases if data.layout != "transunet" else ():
+        with contextlib.suppress(UserError):  # `verification` reports what cannot be read
             axes[volumes.read_grid(case.image).thick_axis] += 1
     del axes[None]
-    config.data.axis = axes.most_common(1)[0][0] if axes else AXIAL
-    return config
+    return axes.most_common(1)[0][0] if axes else AXIAL
 
 
 def window_of(data: ConfigDict) -> Window:
@@ -135,12 +133,19 @@ def window_of(data: ConfigDict) -> Window:
 
 
 def few_shot_data(
-    config: ConfigDict, cases, table: LabelTable, workdir, *, resume: bool
+    data: ConfigDict,
+    fewshot: ConfigDict,
+    image_size: int,
+    cases,
+    table: LabelTable,
+    workdir,
+    *,
+    resume: bool,
 ) -> FewShotData:
     """Slices of the few-shot list, by way of the cache; on resume, of the workdir's own list."""
-    cached = read_cases(config, cases, table, workdir)
+    cached = read_cases(data, image_size, cases, table, workdir)
     areas = {case.case_id: case.areas for case in cached}
-    settings = dict(config.fewshot)
+    settings = dict(fewshot)
     file, rule = settings.pop("file"), settings.pop("rule")
     if resume:
         chosen = stored_list(workdir, areas)
@@ -149,17 +154,16 @@ def few_shot_data(
     else:
         chosen = fewshot_list.make_list(areas, rule, **settings)
     images, labels = cache.gather_slices(cached, chosen.entries)
-    looks = appearance.record_of(cached, window=window_of(config.data), layout=config.data.layout)
+    looks = appearance.record_of(cached, window=window_of(data), layout=data.layout)
     summary = chosen.summary(areas, table.names)
     return FewShotData(images, labels, chosen, summary, _digest(cached), looks)
 
 
-def validation_data(config: ConfigDict, split: Split, workdir) -> ValidationData | None:
-    """All valid slices of the validation cases, by way of the cache; None if there is no use."""
-    if not config.validation.every_epochs:
-        return None
-    cached = read_cases(config, split.validation, split.table, workdir)
-    min_pixels = config.fewshot.min_pixels
+def validation_data(
+    data: ConfigDict, image_size: int, min_pixels: int, split: Split, workdir
+) -> ValidationData:
+    """Returns all valid slices of the validation cases, by way of the cache."""
+    cached = read_cases(data, image_size, split.validation, split.table, workdir)
     entries = [
         (case.case_id, int(index))
         for case in cached
@@ -174,19 +178,21 @@ def validation_data(config: ConfigDict, split: Split, workdir) -> ValidationData
     return ValidationData(*found, split.table.num_classes, len(cached), _digest(cached))
 
 
-def read_cases(config: ConfigDict, cases, table: LabelTable, workdir) -> list[cache.CachedCase]:
+def read_cases(
+    data: ConfigDict, image_size: int, cases, table: LabelTable, workdir
+) -> list[cache.CachedCase]:
     """The cache files of some cases, made where they lack."""
     bar = tqdm(total=len(cases), desc="reading volumes", unit="case", leave=False)
     with bar:
         return cache.build_cache(
             cases,
             table,
-            window_of(config.data),
-            config.model.image_size,
-            config.data.cache_dir or Path(workdir) / "cache",
+            window_of(data),
+            image_size,
+            data.cache_dir or Path(workdir) / "cache",
             progress=lambda done, total, case: bar.update(done - bar.n),
-            levels=config.data.levels,
-            axis=config.data.axis,
+            levels=data.levels,
+            axis=data.axis,
         )
 
 

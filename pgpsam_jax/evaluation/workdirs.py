@@ -27,18 +27,14 @@ def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
     determinism.demand((config or stored).deterministic)
     multihost.check_shared(workdir)
     with locked(workdir, "evaluating"):
-        return _evaluate(config, stored, workdir)
-
-
-def _evaluate(config: ConfigDict | None, stored: ConfigDict, workdir) -> dict:
-    config = locations.found(stored if config is None else config, workdir)
-    config = build.settled(config)
-    split = dataset.find_split(config.data)
-    config = dataset.with_axis(config, split.train)
-    identity.check_same(stored, config, workdir, free=identity.LENGTH)
-    resumption.compare(workdir, split)
-    predictor = load_predictor(config, workdir, split.table.num_classes)
-    return run_evaluation(config, workdir, predictor, split)
+        config = locations.found(stored if config is None else config, workdir)
+        config = build.settled(config)
+        split = dataset.find_split(config.data)
+        config.data.axis = dataset.axis_of(config.data, split.train)
+        identity.check_same(stored, config, workdir, free=identity.LENGTH)
+        resumption.compare(workdir, split)
+        predictor = load_predictor(config, workdir, split.table.num_classes)
+        return run_evaluation(config, workdir, predictor, split)
 
 
 def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split) -> dict:

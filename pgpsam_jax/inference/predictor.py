@@ -22,8 +22,6 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.sharding import device_mesh
 
-pass
-
 
 class Predictor:
     """A model ready to segment volumes: fixed-size batches, resize and argmax on the device.
@@ -46,6 +44,13 @@ class Predictor:
         mesh,
         oracle: bool = False,
     ):
+        self._options = {
+            "image_size": image_size,
+            "window": window,
+            "levels": levels,
+            "batch_size": batch_size,
+            "oracle": oracle,
+        }
         lanes = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // lanes) * lanes
         self.image_size, self.window, self.levels = image_size, window, levels
@@ -69,6 +74,15 @@ class Predictor:
     def params(self):
         """State of the trained weights."""
         return self._states[0]
+
+    def on_local_devices(self) -> "Predictor":
+        """The same model on all devices of this process, whatever mesh it was on."""
+        mesh = device_mesh.make_mesh(devices=jax.local_devices())
+        states = (
+            multihost.place(multihost.whole(tree), device_mesh.replicated(mesh))
+            for tree in self._states
+        )
+        return Predictor(self._graphdef, *states, mesh=mesh, **self._options)
 
     def with_params(self, params) -> "Predictor":
         """The same compiled program with other trained weights."""

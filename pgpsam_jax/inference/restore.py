@@ -35,28 +35,27 @@ def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
     )
     if notice := best_parameters.notice(config.validation, workdir):
         multihost.say(notice)
-    return local_predictor(config, graphdef, params, frozen)
+    mesh, model = device_mesh.make_mesh(), (graphdef, params, frozen)
+    predictor = make_predictor(config.data, config.model, config.eval.batch_size, model, mesh)
+    return predictor.on_local_devices()
 
 
-def local_predictor(config: ConfigDict, graphdef, params, frozen) -> Predictor:
-    """A predictor on all devices of this process, whatever mesh the run was trained on."""
-    mesh = device_mesh.make_mesh(devices=jax.local_devices())
-    params, frozen = (
-        multihost.place(multihost.whole(tree), device_mesh.replicated(mesh))
-        for tree in (params, frozen)
-    )
-    return make_predictor(config, graphdef, params, frozen, mesh)
+def make_predictor(
+    data: ConfigDict, settings: ConfigDict, batch_size: int, model: tuple, mesh
+) -> Predictor:
+    """Returns a predictor that sees volumes as a run does.
 
-
-def make_predictor(config: ConfigDict, graphdef, params, frozen, mesh) -> Predictor:
+    Args:
+      data, settings: `config.data` and `config.model` of the run.
+      batch_size: slices that are segmented at a time.
+      model: (graphdef, params, frozen).
+    """
     return Predictor(
-        graphdef,
-        params,
-        frozen,
-        image_size=config.model.image_size,
-        window=dataset.window_of(config.data),
-        levels=config.data.levels,
-        batch_size=config.eval.batch_size,
+        *model,
+        image_size=settings.image_size,
+        window=dataset.window_of(data),
+        levels=data.levels,
+        batch_size=batch_size,
         mesh=mesh,
-        oracle=registry.method_of(config.model).oracle,
+        oracle=registry.method_of(settings).oracle,
     )

@@ -96,29 +96,33 @@ def devices(name: str) -> list:
         ) from None
 
 
-def abstract_model(config: ConfigDict, num_classes: int, mesh):
+def abstract_model(settings: ConfigDict, num_classes: int, mesh):
     """(graphdef, params, frozen) of a configuration as it is for the mesh, shapes only."""
     with device_mesh.traced_on(mesh):
-        return build.abstract_model(config.model, num_classes)
+        return build.abstract_model(settings, num_classes)
 
 
-def lower_step(config: ConfigDict, mesh, model, slices: int = 126) -> jax.stages.Lowered:
+def lower_step(
+    plan: TrainingPlan, mesh, model, image_size: int, slices: int = 126, seed: int = 0
+) -> jax.stages.Lowered:
     """The training step of an `abstract_model` on a mesh whose devices need not exist, traced.
 
     slices: of the few-shot set. Batches come from the host: float16 images, uint8 labels.
     """
-    lanes, size = device_mesh.batch_sharding(mesh), config.model.image_size
+    lanes, size = device_mesh.batch_sharding(mesh), image_size
     batch = {
-        name: jax.ShapeDtypeStruct((config.train.batch_size, size, size), dtype, sharding=lanes)
+        name: jax.ShapeDtypeStruct((plan.batch_size, size, size), dtype, sharding=lanes)
         for name, dtype in (("image", np.float16), ("label", np.uint8))
     }
-    plan = TrainingPlan.of(config)
-    return shard_step(plan, mesh, *model, batch, epoch_size=slices, seed=config.seed).lower()
+    return shard_step(plan, mesh, *model, batch, epoch_size=slices, seed=seed).lower()
 
 
-def compile_step(config: ConfigDict, num_classes: int, mesh) -> jax.stages.Compiled:
+def compile_step(
+    settings: ConfigDict, plan: TrainingPlan, num_classes: int, mesh
+) -> jax.stages.Compiled:
     """The training step of a configuration for the mesh."""
-    return lower_step(config, mesh, abstract_model(config, num_classes, mesh)).compile()
+    model = abstract_model(settings, num_classes, mesh)
+    return lower_step(plan, mesh, model, settings.image_size).compile()
 
 
 def figures(compiled: jax.stages.Compiled) -> Figures:

@@ -25,7 +25,7 @@ from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.profiling import accelerators, aot
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training import plan
+from pgpsam_jax.training.plan import TrainingPlan, mesh_of
 
 SECONDS = 240  # after which no other setting is compiled
 ENOUGH = 3  # settings that fit are as many as anybody reads
@@ -87,17 +87,19 @@ def advice(config: ConfigDict, workdir, reason: str, segmenting: bool = False) -
         listed = "\n".join(f"  {remedy.flags}  ({remedy.price})" for remedy in remedies)
         return f"{head}; settings that need less, cheapest first:\n{listed}"
     multihost.say(f"{head}: looking for settings that fit, for {SECONDS // 60} minutes at most")
-    resident = _resident_bytes(config, workdir)
+    resident = _resident_bytes(config.model.image_size, config.data.resident_gib, workdir)
     classes = dataset.label_table(locations.found(config, workdir).data).num_classes
 
-    def measure(config: ConfigDict) -> int:
-        return needed(config, classes) + resident
+    def measure(setting: ConfigDict) -> int:
+        return needed(setting, classes) + resident
 
     device = jax.local_devices()[0]
-    return _told(head, measure(config), limit_of(device), device.device_kind, measure, config)
+    needs, limit = measure(config), limit_of(device)
+    found = weighed([(r, r.applied(config)) for r in remedies], needs, limit, measure)
+    return _listed(head, needs, limit, device.device_kind, found)
 
 
-def _told(head: str, needs: int, limit, kind: str, measure, config: ConfigDict) -> str:
+def _listed(head: str, needs: int, limit, kind: str, remedies) -> str:
     """The sentence and the list, from bytes needed and those of the device (None: unknown)."""
     room = f", and {kind} offers {gib(limit)}" if limit else ""
     text = f"{head}: a training step needs {gib(needs)} on each device{room}"
@@ -107,7 +109,7 @@ def _told(head: str, needs: int, limit, kind: str, measure, config: ConfigDict) 
             "it with XLA_CLIENT_MEM_FRACTION=0.95"
         )
     lines = []
-    for remedy, size in weighed(config, needs, limit, measure):
+    for remedy, size in remedies:
         verdict = "not compiled for want of time" if size is None else gib(size)
         if limit and size is not None:
             verdict += ", fits" if size < limit else ", still too much"
@@ -118,16 +120,19 @@ def _told(head: str, needs: int, limit, kind: str, measure, config: ConfigDict) 
 
 
 def weighed(
-    config: ConfigDict, needs: int, limit: int | None, measure: Callable[[ConfigDict], int]
+    remedies: list[tuple[Remedy, ConfigDict]],
+    needs: int,
+    limit: int | None,
+    measure: Callable[[ConfigDict], int],
 ) -> Iterator[tuple[Remedy, int | None]]:
     """Each remedy that needs less than `needs`, with its bytes; None where time ran out before."""
     start, fits, longest = time.monotonic(), 0, 0.0
-    for remedy in candidates(config):
+    for remedy, applied in remedies:
         before = time.monotonic()
         if before - start + longest > SECONDS:
             yield remedy, None
             continue
-        size = measure(remedy.applied(config))
+        size = measure(applied)
         longest = max(longest, time.monotonic() - before)
         if size >= needs:
             continue
@@ -139,7 +144,11 @@ def weighed(
 
 def candidates(config: ConfigDict) -> list[Remedy]:
     """What needs less memory, by what it costs the user, and last all that leaves the recipe."""
-    batch, parts, mesh = config.train.batch_size, config.train.microbatches, _mesh(config)
+    batch, parts, mesh = (
+        config.train.batch_size,
+        config.train.microbatches,
+        device_mesh.make_mesh(**config.mesh),
+    )
     lanes = mesh.shape["data"] * mesh.shape["fsdp"]
     found, together = [], {}
     if config.model.remat != "blocks":
@@ -160,7 +169,16 @@ def candidates(config: ConfigDict) -> list[Remedy]:
         found.append(Remedy(together, "all of that"))
     if half := batch // 2 // (lanes * parts) * lanes * parts:
         found.append(Remedy({"train.batch_size": half}, "another recipe"))
-    return [remedy for remedy in found if _runs(remedy.applied(config))]
+
+    def runs(remedy: Remedy) -> bool:
+        try:
+            applied = remedy.applied(config)
+            mesh_of(applied.mesh, applied.model, applied.train.batch_size)
+        except UserError:
+            return False
+        return True
+
+    return list(filter(runs, found))
 
 
 def needed(config: ConfigDict, classes: int) -> int:
@@ -169,7 +187,9 @@ def needed(config: ConfigDict, classes: int) -> int:
     A TPU's compiler refuses a step that does not fit, and says what it would need.
     """
     try:
-        compiled = aot.compile_step(config, classes, _mesh(config))
+        compiled = aot.compile_step(
+            config.model, TrainingPlan.of(config), classes, device_mesh.make_mesh(**config.mesh)
+        )
     except jax.errors.JaxRuntimeError as error:
         if (used := re.search(r"Used ([\d.]+)([KMGT]?) of", str(error))) is None:
             raise
@@ -191,26 +211,14 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def _mesh(config: ConfigDict):
-    return device_mesh.make_mesh(**config.mesh)
-
-
-def _runs(config: ConfigDict) -> bool:
-    try:
-        plan.mesh_of(config)
-    except UserError:
-        return False
-    return True
-
-
-def _resident_bytes(config: ConfigDict, workdir) -> int:
+def _resident_bytes(image_size: int, resident_gib: float, workdir) -> int:
     """Of the few-shot set, where it stays on every device; 0 before the run has a list."""
     try:
         count = len(dataset.stored_list(workdir))
     except UserError:
         return 0
-    size = count * config.model.image_size**2 * _BYTES_PER_PIXEL
-    return size if size <= config.data.resident_gib * 2**30 else 0
+    size = count * image_size**2 * _BYTES_PER_PIXEL
+    return size if size <= resident_gib * 2**30 else 0
 
 
 def _reason(error: Exception) -> str:

@@ -9,11 +9,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pgpsam_jax.config import exclusive
 from pgpsam_jax.config.defaults import total_steps
 from pgpsam_jax.config.optimizer import OptimConfig
 from pgpsam_jax.data.augmentation.augment import AugmentConfig
-from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods.registry import Training, key_of, method_of
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.sharding import device_mesh
@@ -22,44 +20,21 @@ from pgpsam_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from pgpsam_jax.training.train_step import StepConfig, make_train_step
 
 
-def check(config: ConfigDict) -> None:
-    """Refuse settings with which no step can be made, before anything is read or claimed."""
-    TrainingPlan.of(config)
-    exclusive.check(config.fewshot)
-    exclusive.check_complete(config.fewshot)
-    _check_used(config.data)
-    copies, trains = config.train.encoded_copies, config.model.train_encoder
-    if copies and trains != "frozen":
-        raise UserError(
-            f"train.encoded_copies is {copies}, but model.train_encoder is {trains!r}: what trains "
-            "cannot be encoded beforehand; set train.encoded_copies=0, or "
-            "model.train_encoder=frozen"
-        )
-
-
-def _check_used(data: ConfigDict) -> None:
-    """Refuse paths that the layout or the split would leave aside."""
-    unused = {"split_file": data.split != "file" and ("split", data.split, "file")}
-    pairs = data.layout != "pairs" and ("layout", data.layout, "pairs")
-    for field, used_by in (unused | dict.fromkeys(("image_glob", "label_glob"), pairs)).items():
-        if used_by and data[field]:
-            other, value, needed = used_by
-            raise UserError(
-                f"data.{field} is {data[field]!r}, but data.{other} {value!r} does not use it; set "
-                f"data.{other}={needed}, or leave it empty"
-            )
-
-
-def mesh_of(config: ConfigDict, devices=None) -> Mesh:
+def mesh_of(sizes: ConfigDict, model: ConfigDict, batch_size: int, devices=None) -> Mesh:
     """Returns the mesh of `config.mesh` over all devices, or those given.
+
+    Args:
+      sizes: `config.mesh`.
+      model: `config.model`, which has to divide over the mesh.
+      batch_size: slices per step.
+      devices: all by default.
 
     Raises:
       UserError: the encoder or the batch does not divide over it.
     """
-    mesh = device_mesh.make_mesh(**config.mesh, devices=devices)
-    model = config.model
+    mesh = device_mesh.make_mesh(**sizes, devices=devices)
     encoder = SamConfig.preset(model.encoder, model.image_size, model.patch_size).encoder
-    device_mesh.check(mesh, model.encoder, encoder.heads, encoder.width, config.train.batch_size)
+    device_mesh.check(mesh, model.encoder, encoder.heads, encoder.width, batch_size)
     return mesh
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from pgpsam_jax.checkpointing import best_parameters, checkpoint, identity
+from pgpsam_jax.checkpointing import checkpoint, identity
 from pgpsam_jax.checkpointing.locations import LIST
 from pgpsam_jax.checkpointing.resumption import compare
 from pgpsam_jax.config import serialization as configuration
@@ -37,14 +37,15 @@ def is_resume(config: ConfigDict, workdir, split: Split) -> bool:
             "from a checkpoint has none: use --mode evaluate, or train in another --workdir)"
         )
     compare(workdir, split)
-    _check_length(stored, config, workdir)
+    plans = TrainingPlan.of(stored), TrainingPlan.of(config)
+    _check_length(*plans, config.validation.every_epochs, workdir)
     return True
 
 
-def _check_length(stored: ConfigDict, config: ConfigDict, workdir: Path) -> None:
-    """Refuse fewer steps than the run was begun with; say what more of them mean."""
+def _check_length(old: TrainingPlan, new: TrainingPlan, every_epochs: int, workdir: Path) -> None:
+    """Refuses fewer steps than the run began with; prints what more of them mean."""
     slices = len(stored_list(workdir))
-    before, now = (TrainingPlan.of(c).total_steps(slices) for c in (stored, config))
+    before, now = old.total_steps(slices), new.total_steps(slices)
     if before == now:
         return
     done = max(checkpoint.numbers(workdir), default=0)
@@ -55,17 +56,12 @@ def _check_length(stored: ConfigDict, config: ConfigDict, workdir: Path) -> None
             "--workdir"
         )
     said = [f"the run of {before} steps goes on from step {done} to step {now}"]
-    rates = [TrainingPlan.of(c).learning_rates(slices)[:done] for c in (stored, config)]
+    rates = [plan.learning_rates(slices)[:done] for plan in (old, new)]
     if not np.array_equal(*rates, equal_nan=True):
         said.append(
             f"its learning rates so far were those of {before} steps, so what comes out is not "
             f"what one run of {now} steps gives"
         )
-    epoch = config.validation.every_epochs * slices
-    if (
-        best_parameters.is_on(config.validation)
-        and done == before
-        and before * config.train.batch_size % epoch
-    ):
+    if every_epochs and done == before and before * new.batch_size % (every_epochs * slices):
         said.append(f"validation judged step {before} as well, which was the last")
     multihost.say("; ".join(said))

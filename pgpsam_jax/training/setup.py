@@ -14,7 +14,7 @@ from pgpsam_jax.checkpointing import (
     resumption,
 )
 from pgpsam_jax.checkpointing.provenance import provenance
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import exclusive, to_json
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.quality import appearance, verification
 from pgpsam_jax.distributed import multihost
@@ -23,7 +23,7 @@ from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.runtime import worker_pool
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import model_selection, startup_summary
-from pgpsam_jax.training.plan import TrainingPlan, check, mesh_of
+from pgpsam_jax.training.plan import TrainingPlan, mesh_of
 from pgpsam_jax.training.resume import is_resume
 from pgpsam_jax.training.timer import Stopwatch
 from pgpsam_jax.utils.files import write_json
@@ -75,12 +75,15 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
     """
     config = build.settled(locations.found(given, workdir))
     given = build.settled(given, like=config)
-    watch, mesh, plan = Stopwatch(workdir), mesh_of(config), TrainingPlan.of(config)
-    check(config)
+    watch, mesh, plan = (
+        Stopwatch(workdir),
+        mesh_of(config.mesh, config.model, config.train.batch_size),
+        TrainingPlan.of(config),
+    )
+    exclusive.check_run(config)
     with watch("data"), multihost.first_before_others("split"):
         split = dataset.find_split(config.data)
-    config = dataset.with_axis(config, split.train)
-    given.data.axis = config.data.axis
+    given.data.axis = config.data.axis = dataset.axis_of(config.data, split.train)
     model_selection.check(config.validation, config.data, split)
     worker_pool.check(config.eval.workers)
     resume = is_resume(config, workdir, split)
@@ -91,15 +94,32 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
     with watch("data"):
         with multihost.first_before_others("verify"):
             verification.ensure(config.data, split, workdir, say=multihost.say)
-        _read_in_shares(config, split, workdir)
-        data = dataset.few_shot_data(config, split.train, split.table, workdir, resume=resume)
-        held_out = dataset.validation_data(config, split, workdir)
+        source = config.data, config.model.image_size
+        validated = split.validation if best_parameters.is_on(config.validation) else []
+        if multihost.several():  # they make the cache together, before each reads all of it
+            cases = multihost.own(split.train + validated)
+            dataset.read_cases(*source, cases, split.table, workdir)
+            multihost.barrier("cache")
+        data = dataset.few_shot_data(
+            config.data,
+            config.fewshot,
+            config.model.image_size,
+            split.train,
+            split.table,
+            workdir,
+            resume=resume,
+        )
+        held_out = None
+        if validated:
+            held_out = dataset.validation_data(*source, config.fewshot.min_pixels, split, workdir)
     inputs = {"list": data.list.hash, "data": data.digest, "base": base_digest}
     inputs |= {"validation": held_out.digest} if held_out else {}
     inputs |= {"test": dataset.images_digest(split.test)}
     inputs |= resnet_weights.digests(config.model.cnn_base)
     origin = provenance(**inputs)
-    _agree(config, resume, origin, params)
+    if multihost.several():
+        about = {"whether --workdir holds this run": resume, "config": to_json(config)}
+        _agree(about, origin, params)
     resumption.claim(given, config, workdir, split, data.list, origin)
     if multihost.is_first():
         write_json(workdir / appearance.FILE, data.looks)
@@ -108,29 +128,13 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
     total = plan.total_steps(len(data.list))
     with device_mesh.traced_on(mesh):
         kernels = build.attention_of(config.model, graphdef, params, frozen)
-    multihost.say(
-        startup_summary.run(
-            config, workdir, mesh, kernels, data, held_out, split.table, params, frozen, total
-        )
-    )
     model = graphdef, params, frozen
-    return Run(config, plan, workdir, watch, mesh, split, data, held_out, resume, total, *model)
+    run = Run(config, plan, workdir, watch, mesh, split, data, held_out, resume, total, *model)
+    multihost.say(startup_summary.of_run(run, kernels))
+    return run
 
 
-def _read_in_shares(config: ConfigDict, split: dataset.Split, workdir) -> None:
-    """Several processes make the files of the cache together, before each reads them all."""
-    if multihost.several():
-        cases = split.train + (split.validation if best_parameters.is_on(config.validation) else [])
-        dataset.read_cases(config, multihost.own(cases), split.table, workdir)
-        multihost.barrier("cache")
-
-
-def _agree(config: ConfigDict, resume: bool, origin: dict, params) -> None:
-    """Several processes make sure that they are about to do the same."""
-    if multihost.several():
-        values = {
-            "whether --workdir holds this run": resume,
-            "config": configuration.to_json(config),
-        }
-        values |= {k: v for k, v in origin.items() if k not in ("git", "devices")}
-        multihost.agree(values | {"initial parameters": multihost.checksum(params)})
+def _agree(values: dict, origin: dict, params) -> None:
+    """Refuses processes that are about to do different things."""
+    values |= {k: v for k, v in origin.items() if k not in ("git", "devices")}
+    multihost.agree(values | {"initial parameters": multihost.checksum(params)})

@@ -6,29 +6,36 @@ from pgpsam_jax.checkpointing import frozen_weights
 from pgpsam_jax.methods import registry
 from pgpsam_jax.models.parameters import report
 from pgpsam_jax.models.sam.weights import colors_of_base
+from pgpsam_jax.models.segmenter import Training
+from pgpsam_jax.training.plan import TrainingPlan
 
 
-def run(config, workdir, mesh, kernels, data, held_out, table, params, frozen, total: int) -> str:
-    """What a run is, before it starts: devices, precision, batch, data, labels, parameters."""
-    devices = mesh.devices.ravel()
-    notices = frozen_weights.base_notice(config.model, workdir), registry.notice(config.model)
+def of_run(run, kernels: str) -> str:
+    """Returns what is printed before the first step.
+
+    Args:
+      run: of `setup.set_up`.
+      kernels: which attention kernels the encoder uses.
+    """
+    config, data, devices = run.config, run.data, run.mesh.devices.ravel()
+    notices = frozen_weights.base_notice(config.model, run.workdir), registry.notice(config.model)
     lines = [
         f"devices    {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
-        f"mesh {dict(mesh.shape)}, {jax.process_count()} process(es)",
+        f"mesh {dict(run.mesh.shape)}, {jax.process_count()} process(es)",
         f"precision  {config.model.compute_dtype} compute, float32 parameters and losses"
         + (", deterministic" if config.deterministic else ""),
         f"attention  {kernels}",
         _conventions(config.model),
-        _steps(config, len(data.list), total),
-        f"few-shot   {data.summary}" + ("" if total else " (not used)"),
+        _schedule(run.plan, config.model.image_size, len(data.list)),
+        f"few-shot   {data.summary}" + ("" if run.total else " (not used)"),
         f"           {config.data.axis} slices",
         f"           hash {data.list.hash[:16]}, rule {data.list.rule}",
-        f"labels     {', '.join(f'{i} {name}' for i, name in enumerate(table.names))}",
-        report(params, frozen),
+        f"labels     {', '.join(f'{i} {name}' for i, name in enumerate(run.split.table.names))}",
+        report(run.params, run.frozen),
     ]
-    if held_out and total:
+    if run.held_out and run.total:
         lines[-1:-1] = [
-            f"validation {len(held_out.images)} slices of {held_out.cases} case(s) every "
+            f"validation {len(run.held_out.images)} slices of {run.held_out.cases} case(s) every "
             f"{config.validation.every_epochs} epoch(s); the best parameters are kept"
         ]
     return "\n".join([*(f"!!! {notice}" for notice in notices if notice), *lines])
@@ -45,21 +52,20 @@ def _conventions(settings) -> str:
     return line
 
 
-def _steps(config, slices: int, total: int) -> str:
-    """How what trains is trained, on so many slices."""
-    size, batch = config.model.image_size, config.train.batch_size
-    match registry.method_of(config.model).training:
-        case registry.Training.NONE:
-            return f"training   none: nothing of this method trains; slices have {size} px"
-        case registry.Training.LBFGS:
+def _schedule(plan: TrainingPlan, size: int, slices: int) -> str:
+    """Describes the training schedule for a given number of slices."""
+    match plan.training:
+        case Training.NONE:
+            return f"training   none: no parameters to train; slices have {size} px"
+        case Training.LBFGS:
             return (
-                f"fit        once, to all {slices} slices of {size} px; the encoder takes {batch} "
-                "at a time over all devices"
+                f"fit        once, to all {slices} slices of {size} px; the encoder takes "
+                f"{plan.batch_size} at a time over all devices"
             )
-    epochs = total * batch / slices
+    total = plan.total_steps(slices)
     return (
-        f"batch      {batch} slices of {size} px over all devices, {total} steps = "
-        f"{epochs:.1f} epochs"
+        f"batch      {plan.batch_size} slices of {size} px over all devices, {total} steps = "
+        f"{total * plan.batch_size / slices:.1f} epochs"
     )
 
 

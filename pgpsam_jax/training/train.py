@@ -12,7 +12,7 @@ from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.evaluation.workdirs import run_evaluation
 from pgpsam_jax.inference.predictor import Predictor
-from pgpsam_jax.inference.restore import local_predictor, make_predictor
+from pgpsam_jax.inference.restore import make_predictor
 from pgpsam_jax.methods.registry import Training
 from pgpsam_jax.runtime import determinism, preemption
 from pgpsam_jax.training import feature_cache, startup_summary, step_cost
@@ -61,7 +61,7 @@ def fit(run: Run) -> Predictor:
     compiled = _compile(run, step, done) if done < run.total else None
     multihost.barrier("compiled")
 
-    predictor = make_predictor(config, run.graphdef, state.params, run.frozen, run.mesh)
+    predictor = _predictor_of(run, state.params)
     selection = run.held_out and Selection(
         config.validation,
         run.held_out,
@@ -115,9 +115,9 @@ def fit(run: Run) -> Predictor:
     if selection:
         with run.watch("checkpoint"):
             params = best_parameters.restore_params(run.workdir, step.state.params, best=True)
-    if multihost.several():  # each evaluates cases of its own
-        return local_predictor(config, run.graphdef, params, run.frozen)
-    return predictor.with_params(params)
+    predictor = predictor.with_params(params)
+    # Of several processes, each evaluates cases of its own.
+    return predictor.on_local_devices() if multihost.several() else predictor
 
 
 def _make_feed(run: Run) -> tuple[Feed, int]:
@@ -183,7 +183,12 @@ def _as_loaded(run: Run) -> Predictor:
     """Returns a predictor of a method without training."""
     model = run.graphdef, run.params, run.frozen
     step_cost.begin(run.workdir, step_cost.of_inference(run.config.model, run.mesh, *model), 0)
-    return local_predictor(run.config, *model)
+    return _predictor_of(run, run.params).on_local_devices()
+
+
+def _predictor_of(run: Run, params) -> Predictor:
+    config, model = run.config, (run.graphdef, params, run.frozen)
+    return make_predictor(config.data, config.model, config.eval.batch_size, model, run.mesh)
 
 
 def _evaluate(run: Run, predictor: Predictor) -> dict:
