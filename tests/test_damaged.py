@@ -19,6 +19,7 @@ from pgpsam_jax.data import dataset
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.methods import build
 from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.sharding import device_mesh
@@ -46,7 +47,7 @@ def finished(root, tmp_path_factory):
     """The workdir of a run that nothing happened to, not evaluated; its cache is elsewhere."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "run_evaluation", lambda *_: {})
+        patch.setattr(workdirs, "run_evaluation", lambda *_: {})
         again(root, workdir)
     return workdir
 
@@ -172,7 +173,7 @@ MADE_AGAIN = ("labels.json", "provenance.json")
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_workdir_is_said(root, finished, name, every, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "run_evaluation", lambda *_: "evaluated")
+    monkeypatch.setattr(workdirs, "run_evaluation", lambda *_: "evaluated")
     kinds = ("missing", *some_of(KINDS[1:-1], FILES.index(name), 1))
     if every:
         kinds = ("missing", "garbage") if name in HARMLESS else KINDS[:-1]
@@ -215,7 +216,7 @@ def test_other_data_is_another_run(root, finished, tmp_path):
 
 
 def test_another_file_of_the_cnn_is_another_run(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "run_evaluation", lambda *_: "evaluated")
+    monkeypatch.setattr(workdirs, "run_evaluation", lambda *_: "evaluated")
     own = {"model__cnn_base": str(tmp_path / "cnn"), "fewshot__count": 9}
     own |= {"data__cache_dir": str(root / "cache"), "log__checkpoint_steps": 6}
     config = config_for(root, **TINY, **NOISE, **own)

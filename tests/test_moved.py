@@ -97,7 +97,7 @@ def test_the_data_alone_moved(project, moved, tmp_path, monkeypatch):
     assert evaluate(workdir, settings_for(data__root=str(data))) == summary
     given = dict(data__root=str(data), train__steps=9)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "run_evaluation", lambda *_: {})
+        patch.setattr(workdirs, "run_evaluation", lambda *_: {})
         train.train(settings_for(**given), workdir)
     assert evaluate(workdir)["n_cases"] == 1  # from here on the run knows
     assert newest(workdir) == 9
@@ -229,7 +229,7 @@ def test_a_workdir_of_before_has_no_records(run):
 def longer(project, monkeypatch):
     """Trains, from the project's folder, to a number of steps; nothing is evaluated."""
     monkeypatch.chdir(project)
-    monkeypatch.setattr(train, "run_evaluation", lambda *_: {})
+    monkeypatch.setattr(workdirs, "run_evaluation", lambda *_: {})
     return lambda run, steps, **settings: train.train(
         settings_for(train__steps=steps, **settings), run
     )

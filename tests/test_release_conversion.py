@@ -27,7 +27,6 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.methods import build
 from pgpsam_jax.models.parameters import flat_paths
-from pgpsam_jax.training import train
 from pgpsam_jax.utils.files import file_digest, write_json
 from weights_conversion import convert as program
 from weights_conversion import release
@@ -140,7 +139,7 @@ def evaluated(workdir, tmp_path):
 def test_a_converted_workdir_is_ready_to_be_evaluated(evaluated, state, monkeypatch):
     """All that goes before the compiled program, with the weights that it gets."""
     given = []
-    monkeypatch.setattr(train, "run_evaluation", lambda *arguments: given.extend(arguments))
+    monkeypatch.setattr(workdirs, "run_evaluation", lambda *arguments: given.extend(arguments))
     workdirs.evaluate_workdir(evaluated)
     config, folder, predictor, split = given
     assert (config.model.preset, folder) == ("release", evaluated)

@@ -10,7 +10,7 @@ from pgpsam_jax.checkpointing.workdir_lock import locked
 from pgpsam_jax.data.augmentation.augment import augmentation_seed
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.distributed import multihost
-from pgpsam_jax.evaluation.workdirs import run_evaluation
+from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.inference.restore import make_predictor
 from pgpsam_jax.methods.registry import Training
@@ -194,7 +194,7 @@ def _predictor_of(run: Run, params) -> Predictor:
 def _evaluate(run: Run, predictor: Predictor) -> dict:
     run.watch.seconds.pop("evaluate", None)  # of an evaluation that this one replaces
     with run.watch("evaluate"):
-        summary = run_evaluation(run.config, run.workdir, predictor, run.split)
+        summary = workdirs.run_evaluation(run.config, run.workdir, predictor, run.split)
     if not run.total:
         step_cost.update(run.workdir, [])
     run.store_times()

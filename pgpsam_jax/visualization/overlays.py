@@ -185,8 +185,8 @@ def present(names, *maps) -> list[int]:
 def panels(layout, shape, spacing, width, legend, names, title, head, top=0.35):
     """Figure with rows and columns of axes of the slice's true aspect, a title, and a legend below.
 
-    layout: (rows, columns). legend: {class id: text}. In inches, width: of a panel; head: room above
-    each row for panel titles; top: above them all. Returns the figure and its axes, row by row.
+    layout: (rows, columns). legend: {class id: text}. In inches, width: of a panel; head: room
+    above each row for panel titles; top: above them all. Returns the figure and its axes, row by row.
     """
     rows, columns = layout
     ratio = (shape[0] * spacing[0]) / (shape[1] * spacing[1])
