@@ -97,7 +97,7 @@ def _prepare(folder: Path) -> None:
     status = folder.stat()
     if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
         raise PermissionError(f"others can write to {folder}, and what it holds is run")
-    import filelock  # which starts need only where there is a torn file
+    import filelock  # late: importing this module stays light
 
     try:
         with filelock.FileLock(folder / ".lockfile", timeout=0):  # the lock of JAX itself
