@@ -4,7 +4,7 @@ import sys
 
 from pgpsam_jax.version import __version__
 
-__all__ = ["__version__", "load_run"]
+__all__ = ["SamPredictor", "__version__", "load_run"]
 
 if sys.argv[:1] == ["-m"]:  # while Python looks for the command that it was asked to start
     from pgpsam_jax.runtime.startup import begin
@@ -13,9 +13,11 @@ if sys.argv[:1] == ["-m"]:  # while Python looks for the command that it was ask
 
 
 def __getattr__(name: str):
-    """`load_run` comes with JAX; importing the package alone stays light."""
+    """Imports the Python API, and JAX with it, at first use; the package alone stays light."""
     if name == "load_run":
-        from pgpsam_jax.inference.trained_run import load_run
-
-        return load_run
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from pgpsam_jax.inference.trained_run import load_run as found
+    elif name == "SamPredictor":
+        from pgpsam_jax.inference.sam_predictor import SamPredictor as found
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found

@@ -187,3 +187,4 @@ def test_importing_the_package_does_not_import_jax():
     )
     assert result.stdout.split() == ["light"]
     assert pgpsam_jax.load_run.__module__ == "pgpsam_jax.inference.trained_run"
+    assert pgpsam_jax.SamPredictor.__module__ == "pgpsam_jax.inference.sam_predictor"

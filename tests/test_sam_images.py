@@ -24,21 +24,27 @@ def official_shape(image, target):
 def test_preprocess_is_the_official_one(shape, target):
     """Longest side scaled with antialias, then mean and std, then zeros below and to the right.
 
-    The official code resizes tensors so, and 8-bit images alike but rounded to grey levels.
+    The official code resizes tensors so, and 8-bit images alike but rounded to gray levels.
     """
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     size = (target, target) if isinstance(target, int) else target
-    got, resized = preprocess(image, size)
+    got, resized = preprocess(image.astype(np.float32), size)
     if isinstance(target, int):
         assert resized == official_shape(shape, target)
     x = F.interpolate(first(image[None]).float(), resized, mode="bilinear", antialias=True)
     mean, std = (torch.tensor(v)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
-    x = F.pad((x - mean) / std, (0, size[1] - resized[1], 0, size[0] - resized[0]))
-    assert relative(got, last(x)) <= TIGHT
+
+    def official(x):
+        return last(F.pad((x - mean) / std, (0, size[1] - resized[1], 0, size[0] - resized[0])))
+
+    assert relative(got, official(x)) <= TIGHT
+    unit, _ = preprocess(image.astype(np.float32), size, "unit")
+    assert relative(unit[:, : resized[0], : resized[1]], last(x) / 255) <= TIGHT
 
     pil = np.asarray(Image.fromarray(image).resize(resized[::-1], Image.Resampling.BILINEAR))
-    grey = got[0, : resized[0], : resized[1]] * np.array(PIXEL_STD) + np.array(PIXEL_MEAN)
-    assert abs(grey - pil).max() <= 1.01
+    assert abs(pil - last(x)).max() <= 1.01
+    rounded, _ = preprocess(image, size)
+    assert relative(rounded, official(first(pil[None]).float())) <= TIGHT
 
 
 @pytest.mark.parametrize(("shape", "target"), IMAGES)

@@ -9,6 +9,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pgpsam_jax.errors import UserError
@@ -247,7 +248,7 @@ class ImageEncoder(nnx.Module):
 
 def normalize(images):
     """Colors from 0 to 255, (..., 3), as SAM's encoder was trained on them."""
-    return (images - jnp.array(PIXEL_MEAN, images.dtype)) / jnp.array(PIXEL_STD, images.dtype)
+    return (images - np.array(PIXEL_MEAN, images.dtype)) / np.array(PIXEL_STD, images.dtype)
 
 
 def recomputing(remat: str):

@@ -82,23 +82,46 @@ class Sam(nnx.Module):
         return self.mask_decoder(embedding, grid, sparse, dense, multimask=multimask)
 
 
-def preprocess(image: np.ndarray, size: tuple[int, int]):
-    """uint8 RGB (h, w, 3) to SAM's input (1, *size, 3) and the resized shape before padding.
+def preprocess(image: np.ndarray, size: tuple[int, int], colors: str = "normalized"):
+    """Resizes, normalizes and pads an image as Segment Anything does.
 
-    The longer side is scaled to fit, pixel mean and std are applied, the rest is zero.
+    The longer side is scaled to fit (bilinear, with antialiasing where it shrinks), which rounds
+    uint8 images to whole levels and float images not at all. Colors are then normalized, and
+    zeros are added at the bottom and at the right.
+
+    Args:
+      image: (h, w, 3) RGB, uint8 or float32, both from 0 to 255.
+      size: rows and columns of the model's input.
+      colors: what the encoder was trained on, one of `image_encoder.COLORS`.
+
+    Returns:
+      The input (1, *size, 3) float32, and (rows, columns) of the resized image within it.
     """
+    from PIL import Image  # what the official code resizes with; training needs none of it
+
     scale = min(size[0] / image.shape[0], size[1] / image.shape[1])
-    shape = tuple(int(n * scale + 0.5) for n in image.shape[:2])
-    x = jax.image.resize(jnp.asarray(image, jnp.float32), (*shape, 3), "bilinear")
-    x = normalize(x)
-    return jnp.pad(x, ((0, size[0] - shape[0]), (0, size[1] - shape[1]), (0, 0)))[None], shape
+    rows, columns = shape = tuple(max(1, int(n * scale + 0.5)) for n in image.shape[:2])
+    out = np.zeros((1, *size, 3), np.float32)
+    for channel in range(3):
+        plane = Image.fromarray(np.ascontiguousarray(image[..., channel]))
+        plane = plane.resize((columns, rows), Image.Resampling.BILINEAR)
+        out[0, :rows, :columns, channel] = plane
+    inside = out[0, :rows, :columns]
+    inside[...] = normalize(inside) if colors == "normalized" else inside / 255
+    return out, shape
 
 
 def postprocess(logits, size: tuple[int, int], resized: tuple[int, int], original: tuple[int, int]):
-    """Low-resolution logits (B, h, w, M) to the original image, (B, *original, M)."""
-    logits = jax.image.resize(
-        logits, (logits.shape[0], *size, logits.shape[-1]), "bilinear", antialias=False
-    )
+    """Resizes low-resolution logits (B, h, w, M) to the original image, (B, *original, M).
+
+    Bilinear to the input size, without the padding, then to the original size; no antialiasing.
+
+    Args:
+      logits: the decoder's, over the whole input.
+      size, resized: as given to and returned by `preprocess`.
+      original: rows and columns of the image.
+    """
+    batch, *_, masks = logits.shape
+    logits = jax.image.resize(logits, (batch, *size, masks), "bilinear", antialias=False)
     logits = logits[:, : resized[0], : resized[1]]
-    shape = (logits.shape[0], *original, logits.shape[-1])
-    return jax.image.resize(logits, shape, "bilinear", antialias=False)
+    return jax.image.resize(logits, (batch, *original, masks), "bilinear", antialias=False)
