@@ -1,8 +1,8 @@
-"""Segment NIfTI files with a trained run: masks on the input's own grid, label names beside.
+"""Segment NIfTI files with a trained run. Masks have the voxel grid of their input.
 
-The volume of every organ is printed and kept: volumes.csv, predictions.json (which also says which
-run made each mask), labels.json (what the ids mean). Masks that this run did not write are never
-replaced without --overwrite.
+Organ volumes are printed and written to volumes.csv and predictions.json (which also records the
+run behind each mask); labels.json lists the class ids. Masks that this run did not write are
+replaced only with --overwrite.
 
 Examples:
   python -m pgpsam_jax.predict --workdir runs/x --input volume.nii.gz --output masks
@@ -45,16 +45,25 @@ def predict(
     warnings_of: Callable[[Volume], Iterable[str]] = lambda volume: (),
     axis: str = AXIAL,
 ) -> int:
-    """Write `<output>/<name>.nii.gz` for every input; returns the number of files that failed.
+    """Writes `<output>/<name>.nii.gz` for each input; unreadable files are reported and skipped.
 
-    A file that cannot be read is reported and passed over: the rest of a folder is still done.
-    run: `TrainedRun.identity`, which is kept with the masks; other runs' masks and files that no
-    run wrote are only replaced with `overwrite` (see `Masks`). workers: as in `evaluate`, processes
-    write a mask while the next volume is predicted. warnings_of: what is odd about an input, a
-    sentence each; it is printed, and kept with the mask. axis: along which slices are cut, one of
-    `grid.AXES`.
+    Args:
+        predictor: `Predictor` of the run.
+        names: K class names, background first.
+        inputs: files to segment.
+        output: folder of the masks.
+        run: `TrainedRun.identity`, recorded with the masks.
+        overlay: write a contact sheet beside each mask.
+        skip_existing: keep masks that this run wrote before.
+        overwrite: replace masks of other runs and files that no run wrote (see `Masks`).
+        workers: processes that write masks while the next volume is predicted, as in `evaluate`.
+        warnings_of: returns sentences about oddities of an input, printed and recorded.
+        axis: slice axis, one of `voxel_grid.AXES`.
+
+    Returns:
+        The number of files that failed.
     """
-    from pgpsam_jax.evaluation.outputs import Predicted, write_prediction  # brings what draws
+    from pgpsam_jax.evaluation.outputs import PredictedVolume, write_prediction
 
     started, output = time.perf_counter(), Path(output)
     masks = Masks(output, by_stem(inputs.files), previews=overlay, overwrite=overwrite)
@@ -62,7 +71,7 @@ def predict(
     if inputs.passed_over:
         tqdm.write(inputs.passed_over)
     for fault in inputs.faults:
-        _say(f"error: {fault}")
+        _print_line(f"error: {fault}")
     read = functools.partial(_read, axis=axis)
     failed, warned, total = list(inputs.faults), {}, len(inputs.files)
     there = set(masks.done()) if skip_existing else set()
@@ -73,22 +82,22 @@ def predict(
         progress = tqdm(inputs, desc="predicting", unit="volume")
         for path, volume in zip(progress, map_ahead(read, inputs), strict=True):
             if isinstance(volume, UserError):
-                _say(f"error: {volume}")
+                _print_line(f"error: {volume}")
                 failed.append(path)
                 continue
             warned[stem_of(path)] = list(warnings_of(volume))
             for text in warned[stem_of(path)]:
-                _say(f"warning: {path.name}: {text}")
+                _print_line(f"warning: {path.name}: {text}")
             image = volume.array if overlay else None
             ids = predictor(volume)
-            yield Predicted(stem_of(path), ids, volume.spacing, volume.source, image=image)
+            yield PredictedVolume(stem_of(path), ids, volume.spacing, volume.source, image=image)
 
     write = functools.partial(write_prediction, folder=output, names=names, window=predictor.window)
-    size = sum(path.stat().st_size for path in inputs)  # a compressed CT takes a byte per voxel
+    size = sum(path.stat().st_size for path in inputs)  # compressed CT: about a byte per voxel
     count = worker_count(workers, len(inputs), size)
     try:
         for stem, facts in map_in_order(write, predicted(), count):
-            _say(f"{stem}: {_said(facts['ml'])}")
+            _print_line(f"{stem}: {_volume_text(facts['ml'])}")
             masks.add(stem, facts, warned[stem])
     finally:
         masks.close()
@@ -96,13 +105,13 @@ def predict(
     if not done and not there:
         return len(failed)
     text = f"{done} mask{'s' * (done != 1)} in {output} ({time.perf_counter() - started:.1f} s)"
-    text += f", {len(there)} of {total} were there already" if there else ""
-    print(f"{text}; volumes of all organs in {output / VOLUMES}")
+    text += f", {len(there)} of {total} already existed" if there else ""
+    print(f"{text}; organ volumes in {output / VOLUMES}")
     return len(failed)
 
 
-def _say(line: str) -> None:
-    tqdm.write(shown(line, _LONGEST))  # names of files are untrusted
+def _print_line(line: str) -> None:
+    tqdm.write(shown(line, _LONGEST))  # file names are untrusted
 
 
 def by_stem(inputs: Iterable[Path]) -> dict[str, Path]:
@@ -110,8 +119,8 @@ def by_stem(inputs: Iterable[Path]) -> dict[str, Path]:
     return {stem_of(path): path for path in inputs}
 
 
-def _said(volumes: Mapping[str, float]) -> str:
-    """The organs found, with their milliliters."""
+def _volume_text(volumes: Mapping[str, float]) -> str:
+    """The organs found with their volumes in ml."""
     found = (
         f"{name} {ml:.0f} ml" if ml >= 100 else f"{name} {ml:.3g} ml"
         for name, ml in volumes.items()
@@ -130,9 +139,11 @@ def _read(path: Path, axis: str) -> Volume | UserError:
 def main() -> None:
     parser = Parser("pgpsam_jax.predict", __doc__)
     parser.add_argument("--workdir", required=True, help="folder of a trained run")
-    parser.add_argument("--input", required=True, help="a NIfTI file or a folder of them")
+    parser.add_argument("--input", required=True, help="NIfTI file, or folder of NIfTI files")
     parser.add_argument("--output", required=True, help="folder for the masks")
-    parser.add_argument("--overlay", action="store_true", help="a PNG of slices beside each mask")
+    parser.add_argument(
+        "--overlay", action="store_true", help="write a PNG of slices beside each mask"
+    )
     parser.add_argument(
         "--skip-existing", action="store_true", help="keep masks that this run wrote before"
     )
@@ -142,18 +153,18 @@ def main() -> None:
     parser.add_argument(
         "--max-gib",
         type=positive,
-        help="largest volume, as float32, that is read, in three times as much memory; default: "
-        "the run's data.max_gib",
+        help="largest volume to read, in GiB as float32 (reading takes three times as much "
+        "memory); default: data.max_gib of the run",
     )
-    parser.add_argument("--base", help="converted SAM of the run, if the run cannot find it")
+    parser.add_argument("--base", help="converted SAM weights of the run, if they have moved")
     with running():
         arguments = parser.parse_args()
-        # JAX: not before the mistakes that show without it
+        # imports JAX, which is slow
         from pgpsam_jax.config import load_config
         from pgpsam_jax.inference.trained_run import load_run
         from pgpsam_jax.methods.registry import refuse_without_labels
 
-        config = load_config(arguments.workdir)  # what takes no time to refuse first
+        config = load_config(arguments.workdir)  # cheap checks first
         check(config.eval.workers)
         refuse_without_labels(config.model)
         inputs = find_inputs(arguments.input)

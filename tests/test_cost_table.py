@@ -43,7 +43,7 @@ def test_rows_of_a_grid_by_hand(tmp_path):
         "row": "full",
         "seeds": "2/2",
         "Dice (%)": "70.00 ± 7.07",
-        "trained (M)": "0.9500",
+        "trainable (M)": "0.9500",
         "parameters (M)": "1.000",
         "forward pass (GFLOP)": "0.5000",
         "training step (GFLOP)": "1.500",
@@ -52,7 +52,7 @@ def test_rows_of_a_grid_by_hand(tmp_path):
         "evaluation (s per volume)": "0.250",  # 3 s for 12 cases
     }
     assert cells(table, "none")["forward pass (GFLOP)"] == "0.2500"
-    assert "Measured with 1 x cpu, float32, 128 px, batch 4." in table.notes
+    assert "Measured on 1 x cpu, float32, 128 px, batch 4." in table.notes
 
 
 def test_runs_from_before_there_were_records(tmp_path):
@@ -70,7 +70,7 @@ def test_runs_from_before_there_were_records(tmp_path):
     none = cells(table, "none")
     assert none.pop("row") == "none" and none.pop("seeds") == "0/2"
     assert none.pop("Dice (%)") == "70.00 ± 7.07" and set(none.values()) == {"-"}
-    assert "No record of cost yet: none." in table.notes
+    assert "No cost record yet: none." in table.notes
 
 
 def test_methods_without_a_training_step(tmp_path):
@@ -95,16 +95,16 @@ def test_methods_without_a_training_step(tmp_path):
     assert [found["oracle"][key] for key in columns] == ["-"] * 3
     assert all(one["forward pass (GFLOP)"] == "0.5000" for one in found.values())
     assert [note for note in table.notes if note.startswith(("fit:", "oracle:"))] == [
-        "fit: fitted in one step, to all slices of the few-shot list at once; its operations "
-        "depend on how many iterations it takes and are not counted.",
-        "oracle: nothing trains, so that there is no training step.",
+        "fit: fitted in one step, on all slices of the few-shot list at once; its operations "
+        "depend on the number of iterations and are not counted.",
+        "oracle: no trainable parameters, hence no training step.",
     ]
-    assert table.notes[-1] == "Measured with 1 x cpu, float32, 128 px, batch 4."
+    assert table.notes[-1] == "Measured on 1 x cpu, float32, 128 px, batch 4."
     runs = {row: write_run(tmp_path / row, level(0.8), cost=costs(row, 0)) for row in rows}
     single = {row: cost_table(run_tables(read_run(folder))) for row, folder in runs.items()}
     names = {row: {line[0] for line in table.rows} for row, table in single.items()}
     assert "time of the fit" in names["fit"] and "memory of the fit, per device" in names["fit"]
-    assert not [name for name in names["oracle"] if "step" in name or "of it" in name]
+    assert not [name for name in names["oracle"] if "step" in name or "in it" in name]
     assert "peak memory of the process" in names["oracle"]
 
 
@@ -117,13 +117,13 @@ def test_a_run_stopped_before_its_first_save(tmp_path):
     table = cost_table(run_tables(read_run(folder)))
     found = {row[0]: row[1] for row in table.rows}
     assert found["memory of a step, per device"] == "250 MiB"
-    assert found["parameters that train"] == "950,000"
+    assert found["trainable parameters"] == "950,000"
     assert set(found) == {
-        "parameters that train",
-        "parameters of the model",
+        "trainable parameters",
+        "all parameters",
         "memory of a step, per device",
-        "of it arguments",
-        "of it temporaries",
+        "arguments in it",
+        "temporaries in it",
     }
 
 
@@ -131,16 +131,16 @@ def test_one_run_in_full(tmp_path):
     record = cost_record(seconds=0.2, peak_bytes={"process": 3 * 2**30, "device": 2**20})
     table = cost_table(run_tables(read_run(write_run(tmp_path / "r", level(0.8), cost=record))))
     assert dict(table.rows) == {
-        "parameters that train": "950,000",
-        "parameters of the model": "1,000,000",
+        "trainable parameters": "950,000",
+        "all parameters": "1,000,000",
         "forward pass, per image": "0.5000 GFLOP",
         "training step, per image": "1.500 GFLOP",
         "time of a step": "0.200 s",
-        "its quartiles, 70 intervals": "0.180 to 0.250 s",
+        "quartiles over 70 intervals": "0.180 to 0.250 s",
         "images per s": "20.0",
         "memory of a step, per device": "250 MiB",
-        "of it arguments": "10.0 MiB",
-        "of it temporaries": "240 MiB",
+        "arguments in it": "10.0 MiB",
+        "temporaries in it": "240 MiB",
         "peak memory of the process": "3,072 MiB",
         "peak memory of a device": "1.00 MiB",
         "evaluation, per volume": "0.250 s",
@@ -158,7 +158,7 @@ def test_other_settings_are_said(tmp_path):
         "Warning: times and memory were measured in different settings (1 x cpu, float32, 128 px, "
         "batch 4: a; 2 x fast, float32, 128 px, batch 4: b)."
     )
-    assert warning in table.notes and not any("Measured with" in note for note in table.notes)
+    assert warning in table.notes and not any("Measured on" in note for note in table.notes)
 
 
 @pytest.mark.parametrize(

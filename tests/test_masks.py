@@ -116,7 +116,7 @@ def test_names_that_would_not_fit_masks_that_stay(images, tmp_path):
     out = tmp_path / "out"
     go(images, out)
     names = ["background", "spleen", "liver"]
-    refused("other label names", images / "a.nii.gz", out, OTHER, names, overwrite=True)
+    refused("other class names", images / "a.nii.gz", out, OTHER, names, overwrite=True)
     assert go(images, out, OTHER, names, overwrite=True) == 2
 
 
@@ -157,7 +157,7 @@ def test_a_file_of_the_records_name(images, tmp_path, record):
     out = tmp_path / "out"
     out.mkdir()
     (out / "predictions.json").write_bytes(record)
-    refused("no record of predicted masks", images, out)
+    refused("not a record of predicted masks", images, out)
     assert go(images, out, overwrite=True) == 2
 
 
@@ -175,7 +175,7 @@ def test_inputs_are_never_in_the_way(images, tmp_path, link):
 def test_the_folder_of_a_run_is_no_place_for_masks(images, tmp_path, name):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("{}")
-    refused("folder of a run or a grid", images, tmp_path / "run", overwrite=True)
+    refused("folder of a run or an experiment grid", images, tmp_path / "run", overwrite=True)
 
 
 def test_a_file_is_no_folder(images, tmp_path):

@@ -28,7 +28,7 @@ from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam import weights
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
 from pgpsam_jax.report.headline import header
-from pgpsam_jax.report.page import no_curve
+from pgpsam_jax.report.page import missing_curve_text
 from pgpsam_jax.report.subject import Subject
 from pgpsam_jax.results.runs import read_run
 from pgpsam_jax.results.tables.cost_table import run_cost
@@ -155,8 +155,8 @@ def test_a_run_says_what_it_is_and_predicts_nothing(small_or_whole, tmp_path, ca
     spent = step_cost.read(run)
     assert spent["kind"] == "none" and spent["parameters"]["trained"] == 0
     assert spent["flops_per_image"]["forward"] > 0 and spent["peak_bytes"]["process"] > 0
-    assert no_curve(read_run(run)) == "Nothing of this method trains."
-    assert "seed 0, nothing trains" in header(Subject.read(run))
+    assert missing_curve_text(read_run(run)) == "This method has no trainable parameters."
+    assert "seed 0, no trainable parameters" in header(Subject.read(run))
     (table,) = run_cost(read_run(run))
     assert "Nothing trains, so that there is no training step." in table.notes
     stored = json.loads((run / "evaluation/summary.json").read_text())

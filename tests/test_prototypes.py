@@ -109,7 +109,7 @@ def fake_look(truth, weights, picks):
     refined = first._replace(picks=picks, class_weights=weights, query_weights=weights)
     slices = [part(truth)] * n
     passes, mixing = [first, refined], [(0.4, 0.6)]
-    return collect.Look(
+    return collect.Probe(
         ("background", "x"), slices, [0], passes, mixing, mix_start=0.5, image_size=16
     )
 
@@ -152,7 +152,7 @@ def test_cosines_against_numpy():
 
 def test_an_alarm_where_sparse_prompts_are_all_one(tmp_path):
     one = one_hot_look()
-    assert pictures.alarm(tmp_path) is None  # nothing was looked at
+    assert pictures.prompt_warning(tmp_path) is None  # nothing was looked at
     same = np.ones((2, 2, 5)) * [[[1.0], [3.0]]]  # of other lengths, which do not matter
     for sparse, alike in ((same, True), (np.random.default_rng(1).normal(size=(2, 2, 5)), False)):
         passes = [look._replace(sparse=sparse) for look in one.passes]
@@ -163,10 +163,10 @@ def test_an_alarm_where_sparse_prompts_are_all_one(tmp_path):
         ]
         assert (rows[-1]["cosine"] == 1) == alike
         write_rows(tmp_path / "prototype_prompts.csv", rows)
-        said = pictures.alarm(tmp_path)
+        said = pictures.prompt_warning(tmp_path)
         if alike:
-            assert said.startswith("The sparse prompts of 1 of 1 pairs of classes are as good as")
-            assert "of background and x" in said
+            assert said.startswith("The sparse prompts of 1 of 1 pairs of classes are nearly")
+            assert "for example background and x" in said
         else:
             assert said is None
 

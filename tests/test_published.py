@@ -43,5 +43,5 @@ def test_rows_of_the_paper_are_found_by_the_configuration():
     assert published.find("table1", model("SAM-LST")).mean == 65.67
     assert published.find("table2", model("fssp_sam")).mean == 21.04
     assert published.find(None, model()) is None
-    with pytest.raises(UserError, match="unknown published table 'table9'; known are table1"):
+    with pytest.raises(UserError, match="unknown published table 'table9'; use one of table1"):
         published.find("table9", model())

@@ -214,7 +214,7 @@ def test_page_of_a_half_finished_grid(half):
     assert "3 of 6 cells finished" in page.words and "model.k = 2" in page.words
     for state in ("✓ done", "✗ failed", "… running", "pending"):
         assert state in page.words
-    assert "computed phantoms" in page.words  # a notice of the data
+    assert "synthetic phantoms" in page.words  # a notice of the data
     assert "cannot be drawn: data.root is empty" in page.words  # the missing data set
     want = {"rows", "differences", "axis", "dice_by_organ", "hd95_by_organ", "training", "timing"}
     assert check_figures(half / "report" / "figures") == want
@@ -291,7 +291,7 @@ def test_nothing_finished_yet(tmp_path, sketched):
     rows = {"a": {}, "b": {"model.k": 2}}
     states = {(row, 0): "pending" for row in rows}
     page = check_self_contained(write_report(write_grid(tmp_path / "g", rows, (0,), states=states)))
-    assert "0 of 2 cells finished" in page.words and "no cell is evaluated yet" in page.words
+    assert "0 of 2 cells finished" in page.words and "no cells evaluated yet" in page.words
     workdir = write_run(tmp_path / "r", None)
     page = check_self_contained(write_report(workdir))
     assert "Not evaluated yet." in page.words and "THE BACKBONE IS RANDOM" in page.words
@@ -299,8 +299,8 @@ def test_nothing_finished_yet(tmp_path, sketched):
     (workdir / "metrics.jsonl").unlink()
     (workdir / "timing.json").unlink()
     page = check_self_contained(write_report(workdir))
-    assert "No step has been recorded yet." in page.words
-    assert "No times were recorded." in page.words
+    assert "No training steps recorded yet." in page.words
+    assert "No timing recorded." in page.words
     assert not list((workdir / "report" / "figures").iterdir())  # those of before are gone
 
 
@@ -389,6 +389,6 @@ def test_what_others_put_beside_the_report_stays(tmp_path, monkeypatch, sketched
     write_report(workdir)
     assert {path.name for path in figures.iterdir()} == made | {"mine.png"} and old in made
     page.write_text("<p>my own page</p>")
-    with pytest.raises(UserError, match="no report of this program"):
+    with pytest.raises(UserError, match="was not written by"):
         write_report(workdir)
     assert page.read_text() == "<p>my own page</p>"

@@ -67,7 +67,7 @@ def test_only_shared_cases_and_organs_are_used_and_that_is_said():
     assert (scores.seeds, scores.cases, scores.organs) == ((0, 5), ("b", "c"), ("liver",))
     np.testing.assert_allclose(scores.values[:, :, 0], [[0.9, 0.7], [0.5, 0.5]])
     notes = data_notes({"full": {0: ROW[0], 5: other}})
-    assert len(notes) == 2 and "different cases; only the 2 that all share" in notes[0]
+    assert len(notes) == 2 and "different cases; only the 2 shared by all" in notes[0]
     assert "seeds of full were scored on different organs; only the 1" in notes[1]
     notes = data_notes({"x": {0: ROW[0]}, "y": {0: other}})
     assert "rows were scored on different cases (x: 3, y: 3)" in notes[0]
@@ -223,7 +223,7 @@ def test_notes_on_what_the_test_can_reach():
     assert "Warning" not in text
     text = " ".join(comparison_notes([pair(12), pair(12, same=8)]))
     assert "8 zero difference(s) dropped" in text
-    assert "1 of 2 comparison(s) have too few" in text and "(with 4 the smallest" in text
+    assert "1 of 2 comparison(s) have too few" in text and "(with 4, the smallest" in text
     assert "is 0.125)" in text and "no Holm p" not in text
     text = " ".join(comparison_notes([pair(6)] * 2))  # 2 x 0.03125
     assert "no Holm p can be below 0.0625" in text and "too few" not in text
@@ -248,7 +248,7 @@ def test_seeds_that_disagree_are_warned_about():
     one = compare(*(gather(rows, "strict", "dice") for rows in made))
     assert one.by_seed == pytest.approx((-0.01, -0.01, 0.07))
     assert one.difference == pytest.approx(0.05 / 3) and one.p < 0.05 and one.seeds_disagree
-    assert any("change sign from seed to seed" in note for note in comparison_notes([one]))
+    assert any("change sign between seeds" in note for note in comparison_notes([one]))
     same = compare(*(gather(rows, "strict", "dice") for rows in made[::-1]))
     assert same.seeds_disagree
     agreed = compare(

@@ -1,9 +1,9 @@
-"""A folder of predicted masks: which run made each and what it found there; others' files stay.
+"""A folder of predicted masks, with a record of the run behind each; other files are protected.
 
-`predictions.json` says it: `schema` 1; `runs`, {digest of the parameters: {"workdir", "labels"}};
+`predictions.json` holds `schema` 1; `runs`, {digest of the parameters: {"workdir", "labels"}};
 `files`, {name of a mask: {"run", "input", "warnings", "voxels", "ml", "sha256"}}, the last three
-once it is written: voxels and milliliters by organ, and the digest of the file. `volumes.csv` has
-the milliliters as a table, `labels.json` the id of every name.
+once the mask is written: voxels and milliliters per organ, and the digest of the file.
+`volumes.csv` has the milliliters as a table, `labels.json` the id of each class name.
 """
 
 import os
@@ -18,15 +18,21 @@ from pgpsam_jax.utils.untrusted_text import read_json, shown
 RECORD, LABELS, VOLUMES = "predictions.json", "labels.json", "volumes.csv"
 SCHEMA = 1
 _ENDS = (".nii", ".nii.gz")
-_OF_A_RUN = ("config.json", "grid.json", "checkpoints")
-_EVERY_SECONDS = 2.0  # the record grows with the folder, and is written whole
+_RUN_FILES = ("config.json", "grid.json", "checkpoints")
+_EVERY_SECONDS = 2.0  # between writes of the record, which grows with the folder
 
 
 class Masks:
-    """The folder `folder` for the masks of `inputs`, {name without suffix: file}.
+    """The output folder of predicted masks.
 
-    Raises a `UserError`, before anything is written, where files would be lost that no run wrote;
-    with `overwrite` they may be, but for the inputs themselves. previews: a PNG beside each.
+    Args:
+        folder: of the masks.
+        inputs: {name without suffix: file}.
+        previews: a PNG is written beside each mask.
+        overwrite: allow replacing files that no run wrote (never the inputs).
+
+    Raises:
+        UserError: files that no run wrote would be replaced; nothing has been written.
     """
 
     def __init__(
@@ -35,20 +41,21 @@ class Masks:
         self.folder, self.inputs, self.overwrite = Path(folder), dict(inputs), overwrite
         self.previews = previews
         self._entries, self._due = {}, 0.0
-        self._refuse_places()
+        self._check_folder()
         self._record = self._read()
         if not overwrite:
-            self._refuse_foreign()
+            self._check_foreign_files()
 
     def name(self, stem: str) -> str:
-        """The file of a mask."""
+        """File name of a mask."""
         return f"{stem}.nii.gz"
 
     def claim(self, run: Mapping, names: Sequence[str]) -> None:
-        """Let the folder be that of a run: {"workdir", "parameters"} and its K class names.
+        """Assigns the folder to a run, {"workdir", "parameters"}, with K class names.
 
-        A `UserError` where it is another run's: without `overwrite`, and in any case where masks
-        would stay that the names do not fit.
+        Raises:
+            UserError: the folder holds masks of another run and `overwrite` is off, or masks with
+                other class names would remain.
         """
         key, labels = run["parameters"], list(names)
         others = {
@@ -59,21 +66,23 @@ class Masks:
         if others and not self.overwrite:
             there = next(iter(others.values())).get("workdir", "another run")
             raise UserError(
-                f"{self.folder} holds masks of another run ({there}): {_listed(others)}; choose "
+                f"{self.folder} holds masks of another run ({there}): {_name_list(others)}; choose "
                 "another --output, or replace them with --overwrite"
             )
         replaced = {self.name(stem) for stem in self.inputs}
-        stay = [n for n, of in others.items() if n not in replaced and of.get("labels") != labels]
-        if stay:
+        remaining = [
+            n for n, of in others.items() if n not in replaced and of.get("labels") != labels
+        ]
+        if remaining:
             raise UserError(
-                f"{self.folder} holds masks of a run with other label names, which would stay: "
-                f"{_listed(stay)}; choose another --output"
+                f"{self.folder} holds masks of a run with other class names, which would remain: "
+                f"{_name_list(remaining)}; choose another --output"
             )
         self._run, self._labels = key, labels
         self._record["runs"][key] = {"workdir": run["workdir"], "labels": labels}
 
     def done(self) -> list[str]:
-        """Names of inputs whose masks this run wrote, and which are still there."""
+        """Names of inputs whose masks this run wrote and which still exist."""
         files = self._record["files"]
         return [
             stem
@@ -84,7 +93,7 @@ class Masks:
         ]
 
     def begin(self, stems: Sequence[str]) -> None:
-        """Say which masks will be written now: should the process be killed, they are its own."""
+        """Records the masks to be written, so that they count as this run's if it is killed."""
         for stem in stems:
             entry = {"run": self._run, "input": str(self.inputs[stem]), "warnings": []}
             self._entries[self.name(stem)] = entry
@@ -92,20 +101,20 @@ class Masks:
         folded = {name.casefold() for name in self._entries}
         if len(folded) < len(self._entries) and (self.folder / LABELS.upper()).exists():
             raise UserError(
-                f"{self.folder} does not tell capital letters from small ones, and the names of "
-                "the inputs differ in nothing else; rename them"
+                f"{self.folder} is on a case-insensitive file system, and names of inputs differ "
+                "only in case; rename them"
             )
         self._store()
 
     def add(self, stem: str, facts: Mapping, warnings: Sequence[str] = ()) -> None:
-        """A mask has been written: `outputs.write_prediction`'s facts, what was warned of."""
+        """Records a written mask: the facts of `outputs.write_prediction`, and warnings."""
         self._entries[self.name(stem)] |= {"warnings": list(warnings), **facts}
         if time.monotonic() > self._due:
             self._store()
 
     def close(self) -> None:
-        """Write the record and the table of volumes; entries of masks that are not there go."""
-        self._store(gone=True)
+        """Writes the record, without entries of missing masks, and the table of volumes."""
+        self._store(drop_missing=True)
         found = {n: e for n, e in self._record["files"].items() if "ml" in e}
         organs = [name for name in self._labels[1:]]
         columns = ["file", *(f"{organ} (ml)" for organ in organs)]
@@ -115,56 +124,56 @@ class Masks:
         ]
         write_text(self.folder / VOLUMES, csv_text(columns, rows))
 
-    def _store(self, gone: bool = False) -> None:
-        """Another process of the same run may have added to the record meanwhile."""
-        there = _value(self.folder / RECORD) or self._record
+    def _store(self, drop_missing: bool = False) -> None:
+        """Writes the record, merged with entries that another process of the run has added."""
+        there = _valid_record(self.folder / RECORD) or self._record
         runs = self._record["runs"] if self.overwrite else there["runs"] | self._record["runs"]
         files = there["files"] | self._entries
-        if gone:
+        if drop_missing:
             files = {n: e for n, e in files.items() if os.path.lexists(self.folder / n)}
-        runs = {k: v for k, v in runs.items() if k == self._run or _made(files, k)}
+        runs = {k: v for k, v in runs.items() if k == self._run or _has_masks_of(files, k)}
         self._record = {"schema": SCHEMA, "runs": runs, "files": files}
         write_json(self.folder / RECORD, self._record)
         self._due = time.monotonic() + _EVERY_SECONDS
 
-    def _refuse_places(self) -> None:
-        """Places where masks must not be written at all."""
+    def _check_folder(self) -> None:
+        """Refuses folders of runs and folders in which masks would overwrite inputs."""
         folder = self.folder
         if not folder.exists() and not folder.is_symlink():
             return
         if not folder.is_dir():
             raise UserError(f"--output {folder} is a file; give a folder for the masks")
-        if found := [name for name in _OF_A_RUN if (folder / name).exists()]:
+        if found := [name for name in _RUN_FILES if (folder / name).exists()]:
             raise UserError(
-                f"--output {folder} is the folder of a run or a grid (it holds {found[0]}); choose "
-                "another --output"
+                f"--output {folder} is the folder of a run or an experiment grid (it holds "
+                f"{found[0]}); choose another --output"
             )
         for path in self.inputs.values():
-            if _same(path.parent, folder):
+            if _same_file(path.parent, folder):
                 raise UserError(
-                    f"{path} lies in --output {folder}, where its mask would overwrite its input "
-                    "or be taken for one later; choose another --output"
+                    f"{path} is in --output {folder}, where its mask would overwrite its input or "
+                    "later be mistaken for one; choose another --output"
                 )
-        places = {_place(path): path for path in self.inputs.values()}
+        places = {_file_id(path): path for path in self.inputs.values()}
         for stem in self.inputs:
             target = folder / self.name(stem)
-            if target.exists() and (source := places.get(_place(target))):
+            if target.exists() and (source := places.get(_file_id(target))):
                 raise UserError(
                     f"{target} is the same file as {source} and would overwrite its input; choose "
                     "another --output"
                 )
 
     def _read(self) -> dict:
-        record = _value(self.folder / RECORD)
+        record = _valid_record(self.folder / RECORD)
         if record is None and os.path.lexists(self.folder / RECORD) and not self.overwrite:
             raise UserError(
-                f"{self.folder / RECORD} is no record of predicted masks; choose another --output, "
-                "or replace it with --overwrite"
+                f"{self.folder / RECORD} is not a record of predicted masks; choose another "
+                "--output, or replace it with --overwrite"
             )
         return record or {"schema": SCHEMA, "runs": {}, "files": {}}
 
-    def _refuse_foreign(self) -> None:
-        """Files that no run wrote, or that were changed since."""
+    def _check_foreign_files(self) -> None:
+        """Refuses files that no run wrote, or that were changed since."""
         known, folder = self._record["files"], self.folder
         targets = [self.name(stem) for stem in self.inputs]
         there = os.listdir(folder) if folder.is_dir() else []
@@ -178,14 +187,14 @@ class Masks:
             strange += [n for n in (LABELS, VOLUMES) if n in there]
         if strange:
             raise UserError(
-                f"{folder} holds files that no run recorded as its own, manual labels perhaps, or "
-                f"that were changed since: {_listed(strange)}; choose another --output, or replace "
-                "those in the way with --overwrite"
+                f"{folder} holds files that no run wrote (manual labels perhaps) or that were "
+                f"changed since: {_name_list(strange)}; choose another --output, or replace "
+                "conflicting ones with --overwrite"
             )
 
 
-def _value(path: Path) -> dict | None:
-    """The record in a file; None where it is none."""
+def _valid_record(path: Path) -> dict | None:
+    """The record in a file; None if the file is not a valid record."""
     try:
         value = read_json(path, "record")
     except UserError:
@@ -200,26 +209,26 @@ def _value(path: Path) -> dict | None:
 
 
 def _changed(path: Path, entry: dict) -> bool:
-    """Whether a mask is not the one recorded; one that was never finished is nobody's."""
+    """Whether a mask differs from its record; False for masks that were never finished."""
     try:
         return "sha256" in entry and file_digest(path) != entry["sha256"]
     except FileNotFoundError:
         return False
 
 
-def _made(files: dict, run: str) -> bool:
+def _has_masks_of(files: dict, run: str) -> bool:
     return any(entry["run"] == run for entry in files.values())
 
 
-def _same(one: Path, other: Path) -> bool:
+def _same_file(one: Path, other: Path) -> bool:
     try:
         return one.samefile(other)
     except OSError:
         return False
 
 
-def _place(path: Path):
-    """What two names of one file share; None where there is none."""
+def _file_id(path: Path):
+    """Device and inode of a file; None if it does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -227,7 +236,7 @@ def _place(path: Path):
     return status.st_dev, status.st_ino
 
 
-def _listed(names) -> str:
+def _name_list(names) -> str:
     names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(shown(name, 60) for name in names[:3]) + more

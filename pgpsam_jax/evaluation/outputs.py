@@ -1,4 +1,4 @@
-"""What becomes of a predicted volume: scores, mask file, pictures. Without JAX, for `workers`."""
+"""Scores, mask file and images of a predicted volume. Free of JAX, for worker processes."""
 
 import math
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from pgpsam_jax.utils.files import file_digest
 
 
 @dataclass(frozen=True, eq=False)
-class Predicted:
-    """A volume (D, H, W) in display orientation and the class ids found in it.
+class PredictedVolume:
+    """A volume (D, H, W) in display orientation and its predicted class ids.
 
-    image: intensities, None where no picture is wanted. truth: class ids, if known. region:
-    boolean (D,), the slices to score, None for all.
+    image: intensities, None for no images. truth: class ids, if known. region: boolean (D,), the
+    slices to score, None for all.
     """
 
     name: str
@@ -31,9 +31,9 @@ class Predicted:
 
 
 def score_and_write(
-    case: Predicted, *, folder: Path, names, window, nsd_tolerance_mm: float, min_pixels: int
+    case: PredictedVolume, *, folder: Path, names, window, nsd_tolerance_mm: float, min_pixels: int
 ) -> tuple[list[dict], list[dict]]:
-    """Rows of `cases.csv` and `slices.csv` of a case, after its mask and overlays are written."""
+    """Writes mask and overlays of a case; returns its rows of `cases.csv` and `slices.csv`."""
     pair, options = (case.prediction, case.truth), {"case_id": case.name, "region": case.region}
     rows = score_case(*pair, case.spacing, names, nsd_tolerance_mm=nsd_tolerance_mm, **options)
     of_volume, slices = score_release(*pair, names, min_pixels=min_pixels, **options)
@@ -54,10 +54,10 @@ def score_and_write(
     return rows + of_volume, slices
 
 
-def write_prediction(case: Predicted, *, folder: Path, names, window) -> tuple[str, dict]:
-    """`<folder>/<name>.nii.gz`, and a sheet of slices beside it where the image is given.
+def write_prediction(case: PredictedVolume, *, folder: Path, names, window) -> tuple[str, dict]:
+    """Writes `<folder>/<name>.nii.gz` and, if the image is given, a contact sheet beside it.
 
-    Returns the name and the facts that `Masks` keeps: voxels and milliliters by organ, SHA-256.
+    Returns the name and the facts for `Masks`: voxels and milliliters per organ, SHA-256.
     """
     path = folder / f"{case.name}.nii.gz"
     write_label(path, case.prediction, case.source)

@@ -1,1 +1,1 @@
-"""The report of a run or a grid: one HTML page and its figures (`python -m pgpsam_jax.report`)."""
+"""HTML report of a run or an experiment grid, with its figures (`python -m pgpsam_jax.report`)."""

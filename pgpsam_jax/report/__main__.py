@@ -1,10 +1,10 @@
-"""`python -m pgpsam_jax.report RUN_OR_GRID`: write the report of a run or a grid."""
+"""`python -m pgpsam_jax.report FOLDER`: the report of a run or an experiment grid."""
 
 from pgpsam_jax.runtime.cli import Parser, running
 
 _TEXT = """
-Write one self-contained HTML page about a run or a grid, finished or not, with every figure also as
-PNG, PDF and CSV beside it: FOLDER/report/report.html.
+Write FOLDER/report/report.html, one self-contained page about a run or an experiment grid (finished
+or not), and every figure as PNG, PDF and CSV beside it.
 
 Examples:
   python -m pgpsam_jax.report runs/phantom
@@ -14,12 +14,10 @@ Examples:
 
 def main(arguments=None) -> None:
     parser = Parser("pgpsam_jax.report", _TEXT)
-    parser.add_argument("folder", help="workdir of pgpsam_jax.main, or folder of a grid")
+    parser.add_argument("folder", help="workdir of a run, or folder of an experiment grid")
+    parser.add_argument("--data", metavar="ROOT", help="folder of the data set, if it has moved")
     parser.add_argument(
-        "--data", metavar="ROOT", help="folder of the data set, if the run cannot find it"
-    )
-    parser.add_argument(
-        "--base", metavar="STEM", help="converted SAM of the run, if the run cannot find it"
+        "--base", metavar="STEM", help="converted SAM weights of the run, if they have moved"
     )
     with running():
         options = parser.parse_args(arguments)

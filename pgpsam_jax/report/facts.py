@@ -1,4 +1,4 @@
-"""What a run or a grid is and where it stands: settings, provenance, states and files as HTML."""
+"""Settings, provenance, cell states and files of a run or an experiment grid, as HTML."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ _SIGNS = {DONE: "✓ done", FAILED: "✗ failed", RUNNING: "… running", PENDIN
 
 
 def flat(value: dict, prefix: str = "") -> dict:
-    """Nested dictionaries as one, keys joined by dots."""
+    """Flattens nested dictionaries; keys are joined by dots."""
     result = {}
     for key, item in value.items():
         name = f"{prefix}{key}"
@@ -21,8 +21,8 @@ def flat(value: dict, prefix: str = "") -> dict:
     return result
 
 
-def merged(dictionaries) -> dict:
-    """One value per key; a text naming all where the dictionaries differ."""
+def merge_values(dictionaries) -> dict:
+    """Merges dictionaries; a key whose values differ gets a text that lists them all."""
     found: dict[str, list] = {}
     for dictionary in dictionaries:
         for key, value in dictionary.items():
@@ -30,44 +30,44 @@ def merged(dictionaries) -> dict:
             if value not in values:
                 values.append(value)
     return {
-        key: values[0] if len(values) == 1 else "differs: " + "; ".join(map(spoken, values))
+        key: values[0] if len(values) == 1 else "differs: " + "; ".join(map(format_value, values))
         for key, values in found.items()
     }
 
 
-def spoken(value) -> str:
-    """A value of JSON as a reader wants it: no quotes, no brackets around a list."""
+def format_value(value) -> str:
+    """Formats a JSON value for readers: no quotes, no brackets around a list."""
     if value is None or value == "" or value == [] or value == {}:
         return "(none)"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(map(spoken, value))
+        return ", ".join(map(format_value, value))
     return str(value)
 
 
 def configuration_tables(configs: list[dict]) -> str:
-    """Every field by group; those that differ from `default_config()` stand out.
+    """Tables of all fields by group; fields that differ from `default_config()` are highlighted.
 
-    configs: stored configurations, of all cells for a grid.
+    configs: stored configurations; for an experiment grid those of all cells.
     """
-    ours = merged(flat(config) for config in configs)
+    ours = merge_values(flat(config) for config in configs)
     default = flat(configuration.to_json(defaults.default_config()))
     groups: dict[str, list[str]] = {}
     for key in ours:
         groups.setdefault(key.rpartition(".")[0], []).append(key)
     count = sum(ours[key] != default.get(key) for key in ours)
     parts = [
-        f"<p>{count} of {len(ours)} fields differ from the default (the paper's Synapse run); "
-        "they are marked.</p>"
+        f"<p>{count} of {len(ours)} fields differ from the defaults (the paper's Synapse run); "
+        "they are highlighted.</p>"
     ]
     for group, keys in sorted(groups.items()):
         rows, marked = [], []
         for place, key in enumerate(keys):
             differs = ours[key] != default.get(key)
             marked += [place] if differs else []
-            usual = spoken(default.get(key)) if differs else ""
-            rows.append((key.rpartition(".")[2], spoken(ours[key]), usual))
+            usual = format_value(default.get(key)) if differs else ""
+            rows.append((key.rpartition(".")[2], format_value(ours[key]), usual))
         title = group or "run"
         table = text_table(["field", "value", "default"], rows, title, marked)
         name = f"{escape(title)} ({len(marked)} of {len(keys)} changed)"
@@ -77,13 +77,13 @@ def configuration_tables(configs: list[dict]) -> str:
 
 
 def provenance_table(runs: list[Run], extra: dict) -> str:
-    """Versions, git, devices and hashes of the runs; what differs between them is listed."""
+    """Table of versions, git revision, devices and hashes; values that differ are all listed."""
     records = []
     for run in runs:
         base = _json(run.workdir / "base.json")
         record = flat(run.provenance) | {f"base weights: {key}": base[key] for key in base}
         records.append(record | {"few-shot list hash": run.list_hash})
-    rows = [(key, spoken(value)) for key, value in (extra | merged(records)).items()]
+    rows = [(key, format_value(value)) for key, value in (extra | merge_values(records)).items()]
     if not rows:
         return paragraph("Nothing has run yet.", "missing")
     return text_table(["", "value"], rows, "provenance")
@@ -97,8 +97,8 @@ def _json(path: Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def states(grid: Grid) -> str:
-    """Cells by row and seed, and why the failed ones failed."""
+def cell_tables(grid: Grid) -> str:
+    """Table of cell states by row and seed, and the reasons of failures."""
     found = {(cell.row, cell.seed): cell for cell in grid.cells}
     seeds = sorted({cell.seed for cell in grid.cells})
     rows = []
@@ -108,7 +108,7 @@ def states(grid: Grid) -> str:
     parts = [text_table(["row", *(f"seed {seed}" for seed in seeds)], rows, "cells")]
     failed = [cell for cell in grid.cells if cell.state["state"] == FAILED]
     if failed:
-        rows = [(cell.name, cell.state.get("reason", "no reason was recorded")) for cell in failed]
+        rows = [(cell.name, cell.state.get("reason", "no reason recorded")) for cell in failed]
         parts.append(text_table(["failed cell", "reason"], rows, "failed cells"))
     return "\n".join(parts)
 
@@ -118,17 +118,21 @@ def _state(cell: Cell) -> str:
     return _SIGNS.get(name, name)
 
 
-def overrides(grid: Grid) -> str:
-    """What each row changes."""
+def override_table(grid: Grid) -> str:
+    """Table of the fields that each row overrides."""
     rows = [
-        (row.label, row.name, "; ".join(f"{k} = {spoken(v)}" for k, v in row.overrides.items()))
+        (
+            row.label,
+            row.name,
+            "; ".join(f"{k} = {format_value(v)}" for k, v in row.overrides.items()),
+        )
         for row in grid.rows
     ]
-    return text_table(["row", "name", "overrides"], rows, "overrides of the rows")
+    return text_table(["row", "name", "overrides"], rows, "overrides by row")
 
 
-def files(folder: Path) -> str:
-    """Files of the folder and of its evaluation, linked from `report/report.html`."""
+def file_list(folder: Path) -> str:
+    """Links from `report/report.html` to the files of the folder and its evaluation."""
     lines = []
     for path in [*sorted(folder.iterdir()), *sorted(folder.glob("evaluation/*"))]:
         name = path.relative_to(folder).as_posix()
@@ -137,7 +141,7 @@ def files(folder: Path) -> str:
         elif path.is_dir() and name not in ("report", "evaluation"):
             count = sum(item.is_file() for item in path.rglob("*"))
             lines.append(f"<li>{link(f'../{name}/', f'{name}/')} ({count} files)</li>")
-    lines.append("<li>report/figures/: every figure of this page as PNG and PDF, and its CSV</li>")
+    lines.append("<li>report/figures/: every figure on this page as PNG, PDF and CSV</li>")
     return f"<ul>{''.join(lines)}</ul>"
 
 

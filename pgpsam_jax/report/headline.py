@@ -1,4 +1,4 @@
-"""The head of the page: what it is about, what to beware of, and the numbers looked for first."""
+"""The head of the page: subject, notices, and key numbers."""
 
 import numpy as np
 
@@ -14,9 +14,9 @@ from pgpsam_jax.results.tables.text import interval, percent
 
 
 def header(subject: Subject) -> str:
-    """Name, notices and tiles of a run or a grid."""
+    """HTML of the name, notices and key numbers of a run or an experiment grid."""
     if subject.grid:
-        kind, about = f"Grid, {subject.grid.variant}", _grid_line(subject.grid)
+        kind, about = f"Experiment grid, {subject.grid.variant}", _grid_line(subject.grid)
         tiles = _grid_tiles(subject.groups)
     else:
         kind, about, tiles = "Run", _run_line(subject.run), _run_tiles(subject.run)
@@ -37,11 +37,11 @@ def header(subject: Subject) -> str:
 def _run_line(run: Run) -> str:
     model, data = run.config.model, run.config.data
     if registry.method_of(model).training is registry.Training.NONE:
-        step = "nothing trains"
+        step = "no trainable parameters"
     elif run.records:
         step = f"step {run.records[-1]['step']}"
     else:
-        step = "no step recorded yet"
+        step = "no steps recorded yet"
     return (
         f"{registry.name_of(registry.key_of(model))}, {model.encoder} at {model.image_size} px, "
         f"data {data.layout}, seed {run.config.seed}, {step}"
@@ -50,7 +50,7 @@ def _run_line(run: Run) -> str:
 
 def _grid_line(grid: Grid) -> str:
     done = sum(cell.state["state"] == DONE for cell in grid.cells)
-    axis = f", varied: {grid.axis}" if grid.axis else ""
+    axis = f", varying {grid.axis}" if grid.axis else ""
     rows, cells = len(grid.rows), len(grid.cells)
     return f"{grid.name}: {rows} rows{axis}, {done} of {cells} cells finished"
 
@@ -75,19 +75,19 @@ def _run_tiles(run: Run) -> list[tuple[str, str, str]]:
         (
             "HD95, class mean (strict)",
             "n/a" if strict["hd95_class_mean"] is None else f"{strict['hd95_class_mean']:.1f} mm",
-            "without missed and hallucinated organs",
+            "missed and hallucinated organs excluded",
         ),
     ]
 
 
 def _grid_tiles(groups: list[Group]) -> list[tuple[str, str, str]]:
-    """The reference row and the row with the highest class mean."""
+    """Tiles of the reference row and of the row with the highest class mean."""
     groups = [group for group in groups if scores_of(group) is not None]
     if not groups:
-        return [("Dice, class mean (strict)", "-", "no cell is evaluated yet")]
+        return [("Dice, class mean (strict)", "-", "no cells evaluated yet")]
     best = max(groups, key=lambda group: scores_of(group).over_seeds("class")[0])
     tiles = [_row_tile(group, "Reference row") for group in groups if group.reference]
-    return [*tiles, _row_tile(best, "Highest row")] if not best.reference else tiles
+    return [*tiles, _row_tile(best, "Best row")] if not best.reference else tiles
 
 
 def _row_tile(group: Group, what: str) -> tuple[str, str, str]:

@@ -1,4 +1,4 @@
-"""The page: one HTML file that holds its pictures and its style and asks for nothing else."""
+"""The report page: one self-contained HTML file with embedded figures and style."""
 
 import re
 import sys
@@ -38,8 +38,7 @@ _PAGE = """<!DOCTYPE html>
 <main>
 {sections}
 </main>
-<footer>{made} from the files of {path}. All figures are drawn from the CSV files
-beside them.</footer>
+<footer>{made} from the files in {path}. Each figure is drawn from the CSV file beside it.</footer>
 <!-- figures: {figures} -->
 </body>
 </html>
@@ -47,17 +46,26 @@ beside them.</footer>
 
 
 def write_report(folder, *, data=None, base=None) -> Path:
-    """Write `<folder>/report/report.html` and its figures for a run or a grid; returns its path.
+    """Writes the report of a run or an experiment grid, replacing an earlier one when complete.
 
-    They take the place of an earlier report once all is done; what others put there stays. data:
-    root of the data set; base: stem of the converted SAM; where they are not, or no longer, at the
-    places that the run knows.
+    Files of other programs in the report folder are kept.
+
+    Args:
+        folder: workdir of a run, or folder of an experiment grid.
+        data: root of the data set, if it has moved.
+        base: stem of the converted SAM weights, if they have moved.
+
+    Returns:
+        The path of `<folder>/report/report.html`.
+
+    Raises:
+        UserError: the folder holds neither a run nor a grid, or `report.html` is not ours.
     """
     folder = Path(folder)
-    given = {"data.root": data, "model.base": base}
-    subject = Subject.read(folder, {field: str(path) for field, path in given.items() if path})
+    moved = {"data.root": data, "model.base": base}
+    subject = Subject.read(folder, {field: str(path) for field, path in moved.items() if path})
     path = folder / "report" / "report.html"
-    before = _before(path)
+    before = _earlier_figures(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as temporary:
         figures = Path(temporary) / "figures"
@@ -73,17 +81,17 @@ def write_report(folder, *, data=None, base=None) -> Path:
     return path
 
 
-def _before(path: Path) -> list[str]:
-    """Names of the figures of an earlier report; a `UserError` where the file is none."""
+def _earlier_figures(path: Path) -> list[str]:
+    """Names of the figures of an earlier report; `UserError` if the file is not a report."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else _MADE
     if _MADE not in text:
-        raise UserError(f"{path} is no report of this program; move it to another folder")
+        raise UserError(f"{path} was not written by pgpsam_jax.report; move it to another folder")
     listed = re.search(r"<!-- figures: (.*) -->", text)
     return [name for name in listed[1].split("/") if name] if listed else []
 
 
 def _page(subject: Subject, folder: Path, figures: Path) -> str:
-    parts = _parts(subject, figures) | _background(subject, folder)
+    parts = _result_sections(subject, figures) | _background_sections(subject, folder)
     return _PAGE.format(
         title=escape(f"{subject.title}: report"),
         style=stylesheet(),
@@ -96,64 +104,66 @@ def _page(subject: Subject, folder: Path, figures: Path) -> str:
     )
 
 
-def _parts(subject: Subject, figures: Path) -> dict[str, list[str]]:
-    """Title -> HTML of the sections with results."""
+def _result_sections(subject: Subject, figures: Path) -> dict[str, list[str]]:
+    """{title: HTML parts} of the sections with results."""
 
-    def drawn(found: list[Picture], otherwise: str = "") -> list[str]:
-        shown = [figure(picture, figures) for picture in found]
-        return shown or ([_missing(otherwise)] if otherwise else [])
+    def figures_html(pictures: list[Picture], if_empty: str = "") -> list[str]:
+        parts = [figure(picture, figures) for picture in pictures]
+        return parts or ([_missing(if_empty)] if if_empty else [])
 
     groups, scored, grid = subject.groups, subject.scored, subject.grid
     parts = {}
     if grid:
         notes = [paragraph(note) for note in grid.notes]
-        parts["Rows and cells"] = [*notes, facts.states(grid), facts.overrides(grid)]
+        parts["Rows and cells"] = [*notes, facts.cell_tables(grid), facts.override_table(grid)]
     results, cost = _tables(subject)
     parts["Results"] = [results] if grid or scored else [_missing("Not evaluated yet.")]
     if grid:
-        parts["Results"] += drawn(charts.comparison_charts(groups, grid.axis, figures))
+        parts["Results"] += figures_html(charts.comparison_charts(groups, grid.axis, figures))
     if scored:
-        parts["Distributions"] = drawn(charts.distribution_charts(scored, figures))
-    if said := no_curve(subject.run):
-        parts["Training"] = [_missing(said)]
+        parts["Distributions"] = figures_html(charts.distribution_charts(scored, figures))
+    if reason := missing_curve_text(subject.run):
+        parts["Training"] = [_missing(reason)]
     else:
         curves = charts.training_charts(groups, figures)
-        parts["Training"] = drawn(curves, "No step has been recorded yet.")
+        parts["Training"] = figures_html(curves, "No training steps recorded yet.")
     if scored:
-        parts["Qualitative results"] = _tried(lambda: drawn([slices.qualitative(scored, figures)]))
-        parts["Failures"] = _tried(lambda: drawn([slices.failures(scored[-1], figures)]))
-    parts["Prompts and prototypes"] = _tried(
-        lambda: _with_alarm(drawn(_prototypes(groups, figures), _NO_PROTOTYPES), figures)
+        parts["Qualitative results"] = _or_reason(
+            lambda: figures_html([slices.qualitative(scored, figures)])
+        )
+        parts["Failures"] = _or_reason(lambda: figures_html([slices.failures(scored[-1], figures)]))
+    parts["Prompts and prototypes"] = _or_reason(
+        lambda: _with_warning(figures_html(_prototypes(groups, figures), _NO_PROTOTYPES), figures)
     )
     if cost:
-        parts["Cost"] = [cost, *drawn(charts.cost_charts(groups, figures))]
+        parts["Cost"] = [cost, *figures_html(charts.cost_charts(groups, figures))]
     timing = charts.timing_charts(groups, figures)
-    parts["Timing"] = drawn(timing, "No times were recorded.")
+    parts["Timing"] = figures_html(timing, "No timing recorded.")
     return parts
 
 
 _NO_PROTOTYPES = (
-    "No pictures: there is no finished run, its method has no prototypes, or its checkpoint or "
-    "data set cannot be read."
+    "No figures: no run has finished, the method has no prototypes, or the checkpoint or data set "
+    "cannot be read."
 )
 
 
-def no_curve(run: Run | None) -> str:
-    """What to say where a run has no training to show: nothing trains, or it is fitted at once."""
+def missing_curve_text(run: Run | None) -> str:
+    """Text in place of a training curve, for methods that are fitted at once or not trained."""
     training = run and registry.method_of(run.config.model).training
     if training is registry.Training.NONE:
-        return "Nothing of this method trains."
+        return "This method has no trainable parameters."
     if training is registry.Training.LBFGS and run.records:
         last = run.records[-1]
         return (
-            f"Fitted once, to all slices of the few-shot list: loss {last['loss']:.4g} after "
-            f"{last['iterations']:.0f} iterations, largest slope {last['gradient_norm']:.2g}."
+            f"Fitted once, on all slices of the few-shot list: loss {last['loss']:.4g} after "
+            f"{last['iterations']:.0f} iterations, gradient norm {last['gradient_norm']:.2g}."
         )
     return ""
 
 
 def _tables(subject: Subject) -> tuple[str, str]:
-    """The tables of results, and those of cost ("" without a record of it)."""
+    """HTML of the result tables and of the cost tables ("" without a cost record)."""
     known = [f"Note: {notice}" for notice in subject.notices]
     if subject.run:
         title, found, cost = subject.title, run_tables(subject.run), run_cost(subject.run)
@@ -165,25 +175,25 @@ def _tables(subject: Subject) -> tuple[str, str]:
     return tables(results, title, known), tables(cost, title)
 
 
-def _tried(make: Callable[[], list[str]]) -> list[str]:
-    """The pictures, or in one sentence why there are none (a data set that was moved, say)."""
+def _or_reason(make: Callable[[], list[str]]) -> list[str]:
+    """Returns what `make` returns, or a sentence with the reason (a data set that moved, say)."""
     try:
         return make()
     except (UserError, OSError) as error:
-        print(f"left out: {error}", file=sys.stderr, flush=True)
-        return [_missing(f"The pictures cannot be drawn: {error}.")]
+        print(f"skipped: {error}", file=sys.stderr, flush=True)
+        return [_missing(f"These figures cannot be drawn: {error}.")]
 
 
-def _with_alarm(shown: list[str], figures: Path) -> list[str]:
-    """The section on prompts and prototypes, a warning first where there is something to see."""
-    from pgpsam_jax.report.prototypes.pictures import alarm
+def _with_warning(parts: list[str], figures: Path) -> list[str]:
+    """The section on prompts and prototypes, after a warning if there is cause for one."""
+    from pgpsam_jax.report.prototypes.pictures import prompt_warning
 
-    found = alarm(figures)
-    return ([paragraph(found, "notice")] if found else []) + shown
+    warning = prompt_warning(figures)
+    return ([paragraph(warning, "notice")] if warning else []) + parts
 
 
 def _prototypes(groups, figures: Path) -> list[Picture]:
-    """Of the first finished run of the last row that has any."""
+    """Figures of the first finished run of the last row that has any."""
     from pgpsam_jax.report.prototypes.pictures import prototype_pictures
 
     for group in reversed(groups):
@@ -192,13 +202,13 @@ def _prototypes(groups, figures: Path) -> list[Picture]:
     return []
 
 
-def _background(subject: Subject, folder: Path) -> dict[str, list[str]]:
+def _background_sections(subject: Subject, folder: Path) -> dict[str, list[str]]:
     code = subject.grid.code if subject.grid else {}
     extra = {f"grid: code {key}": value for key, value in code.items()}
     return {
         "Configuration": [facts.configuration_tables(list(subject.configs.values()))],
         "Provenance": [facts.provenance_table(subject.runs, extra)],
-        "Files": [facts.files(folder)],
+        "Files": [facts.file_list(folder)],
     }
 
 

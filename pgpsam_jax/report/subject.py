@@ -1,4 +1,4 @@
-"""What a report is about: a run or a grid, read once."""
+"""The subject of a report: a run or an experiment grid, read once."""
 
 import dataclasses
 from pathlib import Path
@@ -10,27 +10,31 @@ from pgpsam_jax.report.figures.csv_rows import Group, groups_of
 from pgpsam_jax.results.grid import Grid, is_grid, read_grid
 from pgpsam_jax.results.runs import Run, read_run
 
-_PHANTOM = "The data are computed phantoms, not patients: no claim about real images."
+_PHANTOM = "The data are synthetic phantoms: the results say nothing about real patients."
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """`run` or `grid`, the other is None; `groups` are its rows (one for a run)."""
+    """Either `run` or `grid`, the other is None; `groups` are the rows (one for a run)."""
 
     run: Run | None
     grid: Grid | None
     groups: list[Group]
 
     @classmethod
-    def read(cls, folder, given: dict | None = None) -> "Subject":
-        """From a folder; `UserError` if it is neither a workdir nor a grid.
+    def read(cls, folder, path_overrides: dict | None = None) -> "Subject":
+        """Reads a folder; `UserError` if it is neither a workdir nor an experiment grid.
 
-        given: as of `Run`, for all runs.
+        path_overrides: as in `Run`, for all runs.
         """
         run, grid = (None, read_grid(folder)) if is_grid(folder) else (read_run(folder), None)
         groups = [
             dataclasses.replace(
-                group, runs=tuple(dataclasses.replace(r, given=given or {}) for r in group.runs)
+                group,
+                runs=tuple(
+                    dataclasses.replace(run, path_overrides=path_overrides or {})
+                    for run in group.runs
+                ),
             )
             for group in groups_of(run or grid)
         ]
@@ -47,19 +51,19 @@ class Subject:
 
     @property
     def scored(self) -> list[Group]:
-        """The rows with results."""
+        """The rows with scores."""
         return [group for group in self.groups if any(run.cases for run in group.runs)]
 
     @property
     def configs(self) -> dict[Path, dict]:
-        """Stored configurations by workdir, of planned cells too."""
+        """{workdir: stored configuration}, including cells that are only planned."""
         if self.grid:
             return {cell.folder: cell.config for cell in self.grid.cells}
         return {self.run.workdir: to_json(self.run.config)}
 
     @property
     def notices(self) -> list[str]:
-        """What to know before the numbers: random backbone, phantoms, and the runs' own."""
+        """Caveats of the numbers: random backbone, phantoms, and notices of the runs."""
         found = [text for run in self.runs for text in (run.summary or {}).get("notices", ())]
         for workdir, stored in self.configs.items():
             config = from_json(stored)

@@ -1,4 +1,4 @@
-"""Experiment grids: the plan of many runs, their states, and the finished ones read back.
+"""Experiment grids read back from disk: the plan, the states of the cells, the finished runs.
 
 An *experiment grid* is a folder with `grid.json` (the plan: rows of a table, seeds, one cell per
 run) and one run folder per cell; `experiments/run_grid.py` fills it.
@@ -19,7 +19,7 @@ PENDING, RUNNING, DONE, FAILED = "pending", "running", "done", "failed"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the grid's table: its overrides, and `value` where rows form an axis."""
+    """A row of the grid's table: its overrides, and `value` if the rows form an axis."""
 
     name: str
     label: str
@@ -29,9 +29,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run of a grid. `config` is the resolved configuration as plain JSON.
+    """One run of a grid.
 
-    contents: what the files that it names held when it was planned, `identity.contents`.
+    config: resolved configuration as plain JSON. contents: digests of the files it names at
+    planning time, `identity.contents`.
     """
 
     name: str
@@ -43,20 +44,20 @@ class Cell:
 
     @property
     def state(self) -> dict:
-        """The content of `state.json`; `{"state": "pending"}` where there is none."""
+        """The content of `state.json`; `{"state": "pending"}` if there is none."""
         try:
             return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {"state": PENDING}
 
     def run(self) -> Run | None:
-        """The run of a done cell, else None."""
+        """The run of a finished cell, else None."""
         return read_run(self.folder) if self.state["state"] == DONE else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The plan of a grid folder. `reference` names the row others are compared with."""
+    """The plan of a grid folder. `reference` names the row that others are compared with."""
 
     path: Path
     name: str
@@ -65,14 +66,14 @@ class Grid:
     rows: tuple[Row, ...]
     cells: tuple[Cell, ...]
     reference: str
-    published: str | None  # key of the paper's table to print beside, if its data set is ours
-    axis: str | None  # what `Row.value` counts
+    published: str | None  # key of the paper's table to print beside, if it uses the same data set
+    axis: str | None  # the quantity in `Row.value`
     notes: tuple[str, ...]
     code: dict  # `provenance.code_version()` of the program that planned it
 
     @classmethod
     def from_json(cls, plan: dict, path: Path) -> "Grid":
-        """The content of `grid.json` in the folder `path`."""
+        """Parses the content of `grid.json` in the folder `path`."""
         lists = {
             "rows": tuple(Row(**row) for row in plan["rows"]),
             "cells": tuple(Cell(**c | {"folder": path / c["folder"]}) for c in plan["cells"]),
@@ -88,7 +89,7 @@ class Grid:
         return plan | {"rows": rows, "cells": cells, "notes": list(self.notes)}
 
     def runs(self) -> dict[str, list[Run]]:
-        """Row name -> its finished runs, one per seed; a row without any has []."""
+        """{row name: finished runs, one per seed}; [] for rows without any."""
         found = {row.name: [] for row in self.rows}
         for cell in self.cells:
             run = cell.run()
@@ -102,12 +103,12 @@ def is_grid(path) -> bool:
 
 
 def read_grid(path) -> Grid:
-    """The plan of a grid folder; `UserError` if it has none or it is damaged."""
+    """Reads the plan of a grid folder; `UserError` if it is missing or damaged."""
     path = Path(path)
     plan = read_json(path / PLAN)
     if plan is None:
         raise UserError(
-            f"{path / PLAN} not found, so {path} is no grid; fill one with "
+            f"{path / PLAN} not found, so {path} is not an experiment grid; run one with "
             "python -m experiments.run_grid --grid GRID --workdir FOLDER"
         )
     try:

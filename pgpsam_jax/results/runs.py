@@ -1,7 +1,4 @@
-"""Finished and unfinished runs read back from disk, for tables, reports and notebooks.
-
-A *run* is a workdir of `pgpsam_jax.main`.
-"""
+"""Runs (workdirs of `pgpsam_jax.main`), finished or not, read back from disk."""
 
 import dataclasses
 import re
@@ -16,7 +13,7 @@ from pgpsam_jax.utils.files import read_json, read_metrics
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One workdir. What a run has not written yet is empty: `{}`, `[]` or None."""
+    """One workdir. Results that are not written yet are empty: `{}`, `[]` or None."""
 
     workdir: Path
     config: ConfigDict
@@ -28,12 +25,12 @@ class Run:
     cases: list[dict]  # rows of evaluation/cases.csv
     summary: dict | None  # evaluation/summary.json
     list_hash: str | None  # of the few-shot slices
-    # Paths that the reader gave where files are elsewhere now: "data.root", "model.base".
-    given: dict = dataclasses.field(default_factory=dict)
+    # New paths of files that have moved: "data.root", "model.base".
+    path_overrides: dict = dataclasses.field(default_factory=dict)
 
 
 def read_run(workdir) -> Run:
-    """A workdir's settings and whatever results it holds; `UserError` if it is none."""
+    """Reads the settings and results of a workdir; `UserError` if the folder is none."""
     from pgpsam_jax.metrics.summary import read_cases
 
     workdir = Path(workdir)

@@ -1,8 +1,7 @@
-"""Pictures for people: overlays of good and bad slices, and contact sheets of predictions.
+"""Overlays of good and bad slices, and contact sheets of predictions.
 
 Volumes are `(D, H, W)` in display orientation: row 0 anterior, column 0 the patient's right.
-Figures are drawn with matplotlib's object interface (no display, no global state) and written
-atomically.
+Figures use matplotlib's object interface (no display, no global state) and are written atomically.
 """
 
 import glob
@@ -22,8 +21,8 @@ from pgpsam_jax.metrics.release_protocol import dice
 from pgpsam_jax.utils.untrusted_text import shown
 from pgpsam_jax.visualization.theme import save_png
 
-# Okabe and Ito's color-blind-safe set without black, and a violet: eight that also stand out from
-# the grays of CT. Neighboring organs are far apart in it.
+# Okabe and Ito's color-blind-safe set, with violet in place of black: eight colors that stand out
+# from the grays of CT. Neighboring organs get dissimilar ones.
 _CYCLE = ("#CC79A7", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#F0E442", "#D55E00", "#9933FF")
 _ORGANS = "spleen right_kidney left_kidney gallbladder liver stomach aorta pancreas".split()
 _VENTRICLES = "left_ventricle right_ventricle third_ventricle fourth_ventricle".split()
@@ -33,15 +32,15 @@ _KNOWN = dict(zip(_ORGANS, _CYCLE, strict=True)) | dict(
 _OUTLINE = [patheffects.withStroke(linewidth=2, foreground="black")]
 _GAP = 0.08  # inches between panels
 _MARGIN = 0.15
-_LONGEST = 4.0  # times the shorter side of a slice; a picture of its true shape could be a line
-_FINEST = 1024  # voxels drawn along a side: more than there are pixels
+_LONGEST = 4.0  # largest ratio of the sides of a panel; beyond it the slice is not to scale
+_FINEST = 1024  # voxels drawn along a side, more than there are pixels
 
 
 def palette(names) -> dict[str, str]:
-    """Hex color of every class but the background; a known organ has the same one everywhere.
+    """Hex colors of all classes but the background; known organs always have the same color.
 
-    names: K class names, background first. Other names take the colors that are still free, in
-    order of class id, then lighter and darker rounds of the same eight.
+    names: K class names, background first. Unknown names take the remaining colors in order of
+    class id, then lighter and darker versions of all eight.
     """
     colors = {name: _KNOWN[_plain(name)] for name in names[1:] if _plain(name) in _KNOWN}
     rounds = [*_CYCLE, *(_mix(c, 1.0, 0.55) for c in _CYCLE), *(_mix(c, 0.0, 0.4) for c in _CYCLE)]
@@ -62,8 +61,12 @@ def _mix(color, level: float, share: float) -> str:
 def overlay_slice(image, truth, prediction, spacing, names, title: str) -> Figure:
     """Figure of one slice: image | ground truth | prediction, with the slice's Dice per organ.
 
-    image: (H, W) in [0, 1]. truth, prediction: (H, W) class ids, either may be None (no panel).
-    spacing: mm along (H, W).
+    Args:
+        image: (H, W) in [0, 1].
+        truth, prediction: class ids (H, W), or None for no panel.
+        spacing: mm along (H, W).
+        names: K class names, background first.
+        title: of the figure.
     """
     title += scale_note(image.shape, spacing)
     spacing = display_spacing(image.shape, spacing)
@@ -82,19 +85,29 @@ def overlay_slice(image, truth, prediction, spacing, names, title: str) -> Figur
 
 
 def slice_dice(prediction, truth, num_classes: int) -> np.ndarray:
-    """Dice (D, K - 1) of every class in every slice of two (D, H, W) maps; NaN where absent."""
+    """Dice (D, K - 1) per slice and class of two (D, H, W) maps; NaN where absent from both."""
     return dice(overlaps(prediction, truth, num_classes))
 
 
 def write_overlays(
     image, truth, prediction, spacing, names, case_id, out_dir, region=None
 ) -> list[Path]:
-    """Write the worst, median and best organ-bearing slice of a case, named by slice and Dice.
+    """Writes overlays of the worst, median and best slice with organs; replaces earlier ones.
 
-    image: (D, H, W) in [0, 1]; truth, prediction: class ids of that shape; spacing: mm along
-    (D, H, W); region: boolean (D,), the slices to choose from. Slices are ranked by the mean Dice
-    over the organs present in either map, among equals by the organs' area, so that a failure on
-    a large organ comes before one on its last voxels. Earlier pictures of the case are replaced.
+    Slices are ranked by mean Dice over the organs in either map; ties are broken by organ area, so
+    that a failure on a large organ precedes one on its last voxels.
+
+    Args:
+        image: (D, H, W) in [0, 1].
+        truth, prediction: class ids (D, H, W).
+        spacing: mm along (D, H, W).
+        names: K class names, background first.
+        case_id: of the case, for titles and file names.
+        out_dir: folder of the overlays.
+        region: boolean (D,), the slices to choose from; None for all.
+
+    Returns:
+        The paths, named by case, kind, slice and Dice.
     """
     scores = slice_dice(prediction, truth, len(names))
     bearing = np.isfinite(scores).any(axis=1) & (True if region is None else region)
@@ -114,7 +127,7 @@ def write_overlays(
 
 
 def _worst_median_best(scores, bearing, truth, prediction) -> dict[str, int]:
-    """{"worst", "median", "best": slice index}, fewer where there are not three such slices."""
+    """{"worst", "median", "best": slice index}; fewer if there are fewer than three slices."""
     slices = np.flatnonzero(bearing)
     if not slices.size:
         return {}
@@ -129,10 +142,16 @@ def _worst_median_best(scores, bearing, truth, prediction) -> dict[str, int]:
 
 
 def write_preview(image, prediction, spacing, names, path) -> Path:
-    """Contact sheet of a prediction without truth: up to 12 slices spread over the organs.
+    """Writes a contact sheet of a prediction: up to 12 evenly spaced slices with organs.
 
-    image: (D, H, W) in [0, 1]; prediction: class ids of that shape; spacing: mm along (D, H, W).
-    Where nothing was found, the sheet shows slices of the whole volume and says so.
+    If no organ was found, the sheet shows slices of the whole volume, and its title says so.
+
+    Args:
+        image: (D, H, W) in [0, 1].
+        prediction: class ids (D, H, W).
+        spacing: mm along (D, H, W).
+        names: K class names, background first.
+        path: of the PNG.
     """
     path = Path(path)
     organs = np.flatnonzero((prediction > 0).any(axis=(1, 2)))
@@ -161,9 +180,9 @@ def evenly_spaced(count: int, most: int) -> np.ndarray:
 
 
 def display_spacing(shape, spacing) -> tuple[float, float]:
-    """The spacing, or a longer one along the shorter side of a slice that would be a line.
+    """The spacing, enlarged along the shorter side if the slice is too narrow to draw to scale.
 
-    shape: (H, W); spacing: mm along them.
+    shape: (H, W); spacing: mm along (H, W).
     """
     sides = [count * mm for count, mm in zip(shape, spacing, strict=True)]
     least = max(sides) / _LONGEST
@@ -171,22 +190,33 @@ def display_spacing(shape, spacing) -> tuple[float, float]:
 
 
 def scale_note(shape, spacing) -> str:
-    """What the title says where `display_spacing` is another one."""
-    drawn = display_spacing(shape, spacing)
-    return "" if np.allclose(drawn, spacing) else " (not to scale)"
+    """Suffix of the title if `display_spacing` is not the true spacing."""
+    displayed = display_spacing(shape, spacing)
+    return "" if np.allclose(displayed, spacing) else " (not to scale)"
 
 
 def present(names, *maps) -> list[int]:
-    """Ids of the classes, background aside, that occur in any of the maps."""
+    """Ids of the classes in any of the maps, without the background."""
     ids = np.unique(np.concatenate([np.unique(labels) for labels in maps] or [[]]))
     return [k for k in range(1, len(names)) if k in ids]
 
 
 def panels(layout, shape, spacing, width, legend, names, title, head, top=0.35):
-    """Figure with rows and columns of axes of the slice's true aspect, a title, and a legend below.
+    """Figure of panels with the slice's true aspect, a title, and a legend below.
 
-    layout: (rows, columns). legend: {class id: text}. In inches, width: of a panel; head: room
-    above each row for panel titles; top: above them all. Returns the figure and its axes, row by row.
+    Args:
+        layout: (rows, columns).
+        shape: (H, W) of a slice.
+        spacing: mm along (H, W).
+        width: inches of a panel.
+        legend: {class id: text}.
+        names: K class names, background first.
+        title: of the figure; "" for none.
+        head: inches above each row for panel titles.
+        top: inches above all rows.
+
+    Returns:
+        The figure and its axes, row by row.
     """
     rows, columns = layout
     ratio = (shape[0] * spacing[0]) / (shape[1] * spacing[1])
@@ -225,9 +255,9 @@ def panels(layout, shape, spacing, width, legend, names, title, head, top=0.35):
 
 
 def draw_slice(ax, image, labels, spacing, names, letters=True) -> None:
-    """One slice in mm with the organs of `labels` (or none) and the orientation letters.
+    """Draws a slice in mm with the organs of `labels` and the orientation letters.
 
-    image: (H, W) in [0, 1]; labels: class ids of that shape; spacing: mm along (H, W).
+    image: (H, W) in [0, 1]; labels: class ids (H, W) or None; spacing: mm along (H, W).
     """
     height, width = (n * s for n, s in zip(image.shape, spacing, strict=True))
     thin = tuple(slice(None, None, -(-n // _FINEST)) for n in image.shape)
@@ -249,7 +279,7 @@ def draw_slice(ax, image, labels, spacing, names, letters=True) -> None:
 
 def draw_outline(ax, mask, spacing, color, width: float, fill: float = 0.0) -> None:
     """Draws the contour of a mask (H, W), filled with opacity `fill`; spacing: mm along (H, W)."""
-    # A rim of zeros closes the contour of an organ that touches the border.
+    # The rim of zeros closes the contour of an organ at the border.
     mask = np.pad(mask, 1).astype(np.float32)
     y, x = ((np.arange(n) - 0.5) * s for n, s in zip(mask.shape, spacing, strict=True))
     if fill:
@@ -258,5 +288,5 @@ def draw_outline(ax, mask, spacing, color, width: float, fill: float = 0.0) -> N
 
 
 def text_style(size) -> dict:
-    """Style of text that stays readable on any gray: white with a black rim."""
+    """Text style that is readable on any gray: white with a black outline."""
     return {"color": "white", "fontsize": size, "path_effects": _OUTLINE}

@@ -12,10 +12,10 @@ _DPI = 110
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """Hex colors of a figure. `surface` is its background and that of the page.
+    """Hex colors of a figure; `surface` is the background of figure and page.
 
-    `rim` sets points off from their neighbors. `series` are Okabe and Ito's colors in an order
-    for either surface: a contrast of 3 or more to it but for the last two, which need a rim.
+    `rim` outlines points. `series` are Okabe and Ito's colors, ordered by contrast with the
+    surface: at least 3 except for the last two, which need a rim.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Theme:
 
     @property
     def settings(self) -> dict:
-        """matplotlib settings under which everything takes the theme's colors."""
+        """matplotlib settings with the theme's colors."""
         quiet = ("axes.edgecolor", "grid.color", "legend.edgecolor", "xtick.color", "ytick.color")
         dark = ("text.color", "axes.labelcolor", "axes.titlecolor")
         flat = ("figure.facecolor", "axes.facecolor", "legend.facecolor")
@@ -82,7 +82,7 @@ DARK = Theme(
 
 
 def new_figure(width: float, height: float, theme: Theme) -> Figure:
-    """An empty figure, inches; made without pyplot, so nothing global keeps it alive."""
+    """An empty figure of width x height inches, unknown to pyplot and therefore freed after use."""
     return Figure(figsize=(width, height), facecolor=theme.surface)
 
 

@@ -1,4 +1,4 @@
-"""The charts of the report: each draws the rows of one CSV file in the colors of a theme."""
+"""Charts of scores and times: each draws the rows of one CSV file in the colors of a theme."""
 
 import math
 import textwrap
@@ -17,7 +17,7 @@ _NAMES = {"dice": "Dice (%)", "hd95": "HD95 (mm)", "nsd": "NSD (%)"}
 
 
 def distribution(rows, theme: Theme) -> Figure:
-    """Every case a point per organ, quartile box and median behind; rows of `score_rows`."""
+    """One point per case and organ over quartile box and median; rows of `score_rows`."""
     labels, organs = _unique(rows, "label"), _unique(rows, "class")
     order = sorted({(int(row["class_id"]), row["class"]) for row in rows})
     colors = palette(["background", *(name for _, name in order)])
@@ -61,7 +61,7 @@ def _organ_panels(rows, labels, organs, colors, theme) -> Figure:
 
 
 def comparison(rows, theme: Theme) -> Figure:
-    """Class mean per row of a grid: seeds as points, mean and 95 % t interval over seeds."""
+    """Class-mean Dice per row: seeds as points, mean and 95 % t interval; rows of `seed_rows`."""
     labels = _unique(rows, "label")
     reference = {row["label"] for row in rows if row["reference"]}
     names = [f"{label} (reference)" if label in reference else label for label in labels]
@@ -83,7 +83,7 @@ def comparison(rows, theme: Theme) -> Figure:
 
 
 def differences(rows, theme: Theme) -> Figure:
-    """Paired difference of every case to the reference row; rows of `paired_rows`."""
+    """Per-case differences from the reference row; rows of `paired_rows`."""
     labels = _unique(rows, "label")
     figure, ax = _strip_axes(labels, theme)
     ax.axvline(0, color=theme.text, linewidth=1)
@@ -94,13 +94,13 @@ def differences(rows, theme: Theme) -> Figure:
         better = f"{np.count_nonzero(values > 0)} of {len(values)}"
         _aside(ax, y, (f"{np.median(values):+.2f}", better), theme.text, wide=True)
     _aside(ax, -0.75, ("median", "better"), theme.muted, wide=True)
-    ax.set_xlabel(f"Dice points against {_short(rows[0]['against'], 40)}")
+    ax.set_xlabel(f"Dice points vs. {_short(rows[0]['against'], 40)}")
     ax.set_ylim(len(labels) - 0.5, -0.6)
     return figure
 
 
 def axis_curve(rows, theme: Theme) -> Figure:
-    """Dice against the quantity that the rows vary, with the SD over seeds."""
+    """Dice vs. the quantity that the rows vary, with SD over seeds; rows of `seed_rows`."""
     found: dict[float, list[float]] = {}
     for row in rows:
         if math.isfinite(row["value"]) and math.isfinite(row["dice_class_mean"]):
@@ -125,7 +125,7 @@ def axis_curve(rows, theme: Theme) -> Figure:
 
 
 def timing(rows, theme: Theme) -> Figure:
-    """Stacked bar of seconds by activity for each run or row; rows of `timing_rows`."""
+    """Stacked bars of time per activity, one per run or row; rows of `timing_rows`."""
     labels, activities = _unique(rows, "label"), _unique(rows, "activity")
     totals = {label: sum(r["seconds"] for r in rows if r["label"] == label) for label in labels}
     unit, scale = ("min", 60) if max(totals.values()) > 180 else ("s", 1)
@@ -152,7 +152,7 @@ def timing(rows, theme: Theme) -> Figure:
 
 
 def _strip_axes(names, theme) -> tuple[Figure, object]:
-    """One axes with a horizontal lane per name and room for numbers at its right."""
+    """Axes with a horizontal lane per name and room for numbers on the right."""
     names = [_wrapped(name) for name in names]
     figure = new_figure(_WIDTH, 0.95 + 0.42 * len(names), theme)
     figure.set_layout_engine("constrained")
@@ -175,7 +175,7 @@ def _strip(ax, y, values, color, theme, size=22) -> None:
 
 
 def _points(ax, values, y, color, theme, size=22) -> None:
-    """Points spread over the lane by a fixed low-discrepancy rule, so equal values stay visible."""
+    """Draws points, offset by a fixed low-discrepancy sequence to keep equal values apart."""
     offsets = (np.arange(1, len(values) + 1) * 0.618034) % 1 - 0.5
     ax.scatter(values, y + 0.4 * offsets, **_dot(color, theme, size), zorder=3)
 
@@ -185,14 +185,14 @@ def _dot(color, theme, size=22) -> dict:
 
 
 def _aside(ax, y, cells, color, wide=False) -> None:
-    """Right-aligned columns of text beside a lane."""
+    """Writes right-aligned columns of text beside a lane."""
     for x, cell in zip((1.07, 1.15 if wide else 1.11), cells, strict=False):
         style = {"fontsize": 9, "va": "center", "ha": "right", "color": color}
         ax.text(x, y, str(cell), transform=ax.get_yaxis_transform(), **style)
 
 
 def _limits(axes, rows) -> None:
-    """Dice and NSD end at 100 and start at 0 where they come near it; distances start at 0."""
+    """Sets x limits: Dice and NSD end at 100 and start at 0 if values are low; HD95 at 0."""
     values = _scores(rows)
     if not values.size:
         return
@@ -229,5 +229,5 @@ def _short(text, length) -> str:
 
 
 def _wrapped(name) -> str:
-    """At most two lines of 26 characters."""
+    """Wraps a name to at most two lines of 26 characters."""
     return textwrap.fill(name, 26, max_lines=2, placeholder=" …", break_on_hyphens=False)

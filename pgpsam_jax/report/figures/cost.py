@@ -1,4 +1,4 @@
-"""The chart of what Dice costs: every row of a grid against compute, time and memory."""
+"""Chart of Dice vs. compute, time and memory for the rows of an experiment grid."""
 
 import math
 
@@ -12,13 +12,13 @@ from pgpsam_jax.visualization.theme import Theme, new_figure
 _PANELS = {
     "forward_gflop": "forward pass (GFLOP per image)",
     "step_seconds": "training step (s)",
-    "step_mib": "memory of a step (MiB)",
+    "step_mib": "step memory (MiB)",
 }
 _MARKERS = "osD^vPX"
 
 
 def dice_against_cost(rows, theme: Theme) -> Figure:
-    """Mean Dice of each row and its SD over seeds against what it cost; rows of `cost_rows`."""
+    """Mean Dice of each row, with SD over seeds, vs. its cost; rows of `cost_rows`."""
     labels = list(dict.fromkeys(row["label"] for row in rows))
     keys = [key for key in _PANELS if any(math.isfinite(row[key]) for row in rows)]
     columns = min(len(labels), max(1, 128 // (7 + max(map(len, labels)))), 5)
@@ -45,7 +45,7 @@ def dice_against_cost(rows, theme: Theme) -> Figure:
 
 
 def _row(ax, costs, scores, style, theme) -> None:
-    """Small: seeds; large: their mean at the median of what they cost."""
+    """Draws seeds as small markers and their mean, at their median cost, as a large one."""
     sd, x, y = spread(scores)[0], np.median(costs), scores.mean()
     color = style["color"]
     if sd is not None:
@@ -55,7 +55,7 @@ def _row(ax, costs, scores, style, theme) -> None:
 
 
 def _style(place: int, theme: Theme) -> dict:
-    """Color and shape by the row's place, so that neither has to tell rows apart alone."""
+    """Color and shape by row index; neither alone has to distinguish the rows."""
     kinds = len(_MARKERS)
     return {
         "color": theme.series[place % len(theme.series)],
@@ -66,7 +66,7 @@ def _style(place: int, theme: Theme) -> dict:
 
 
 def _x_axis(ax, values, label: str) -> None:
-    """From zero, so that distances are shares of the cost; logarithmic over a wide range."""
+    """Starts the axis at zero, or makes it logarithmic if values span a factor of 20."""
     low, high = min(values), max(values)
     if low > 0 and high / low >= 20:
         ax.set_xscale("log")

@@ -1,7 +1,7 @@
-"""From runs to the rows of the CSV files that charts are drawn from.
+"""Rows of the CSV files behind the charts.
 
-A run is treated as a grid of one row: everything here takes `Group`s. Rows are flat dictionaries;
-each file holds all that its chart shows, so that the figure can be made again from it alone.
+A run is treated as an experiment grid of one row: all functions take `Group`s. Rows are flat
+dictionaries. Each file holds all the numbers of its chart, which can be redrawn from it alone.
 """
 
 import csv
@@ -25,7 +25,7 @@ _TEXT = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ by their seed alone: one row of a grid, or a single run."""
+    """Runs that differ only in their seed: one row of an experiment grid, or a single run."""
 
     label: str
     runs: tuple[Run, ...]
@@ -34,7 +34,7 @@ class Group:
 
 
 def groups_of(source: Run | Grid) -> list[Group]:
-    """The rows of a grid with their finished runs, or a run as the only group."""
+    """Groups of a grid, one per row with its finished runs, or a single run as the only group."""
     if isinstance(source, Run):
         return [Group(source.config.name, (source,))]
     runs = source.runs()
@@ -51,12 +51,12 @@ def groups_of(source: Run | Grid) -> list[Group]:
 
 
 def scores_of(group: Group, metric: str = "dice") -> Scores | None:
-    """The group's strict scores; None where no run of it was evaluated."""
+    """Scores of the group under protocol `strict`; None if no run was evaluated."""
     return gather({run.config.seed: run.cases for run in group.runs}, "strict", metric)
 
 
 def score_rows(groups, metric: str) -> list[dict]:
-    """The metric per organ and case, mean over the seeds in which it is defined."""
+    """Rows of the metric per organ and case, averaged over the seeds in which it is defined."""
     rows = []
     for group in groups:
         scores = scores_of(group, metric)
@@ -74,7 +74,7 @@ def score_rows(groups, metric: str) -> list[dict]:
 
 
 def seed_rows(groups, axis: str | None) -> list[dict]:
-    """Class mean of Dice for every seed."""
+    """Rows of the class-mean Dice per seed."""
     rows = []
     for group in groups:
         scores = scores_of(group)
@@ -90,9 +90,9 @@ def seed_rows(groups, axis: str | None) -> list[dict]:
 
 
 def paired_rows(groups) -> list[dict]:
-    """Per case: its Dice (mean over organs, then seeds) minus that of the reference row.
+    """Rows of each case's Dice (mean over organs, then seeds) minus that of the reference row.
 
-    Over the seeds, cases and organs that both have, as in `statistics.compare`.
+    Uses the seeds, cases and organs that both share, as in `statistics.compare`.
     """
     base = next((group for group in groups if group.reference), None)
     theirs = scores_of(base) if base else None
@@ -115,7 +115,7 @@ def paired_rows(groups) -> list[dict]:
 
 
 def curve_rows(groups) -> list[dict]:
-    """Numbers of `metrics.jsonl`, long form; each curve is thinned to 400 points."""
+    """Rows of the numbers in `metrics.jsonl`, at most 400 per curve."""
     rows = []
     for group in groups:
         for run in group.runs:
@@ -126,7 +126,7 @@ def curve_rows(groups) -> list[dict]:
 
 
 def timing_rows(groups) -> list[dict]:
-    """Seconds by activity, mean over the runs of a group that recorded them."""
+    """Rows of seconds per activity, averaged over the runs that recorded them."""
     rows = []
     for group in groups:
         timings = [run.timing for run in group.runs if run.timing]
@@ -138,7 +138,7 @@ def timing_rows(groups) -> list[dict]:
 
 
 def cost_rows(groups) -> list[dict]:
-    """Class mean of Dice and what it cost, for every seed with scores and a record of cost."""
+    """Rows of class-mean Dice and cost per seed that has both."""
     rows = []
     for group in groups:
         costs = {run.config.seed: quantities(run) for run in group.runs if run.cost}
@@ -151,7 +151,7 @@ def cost_rows(groups) -> list[dict]:
 
 
 def write_rows(path, rows) -> None:
-    """Rows as CSV, floats in full precision, None and NaN as empty fields."""
+    """Writes rows as CSV: floats in full precision, None and NaN as empty fields."""
     filled = (
         {key: "" if value is None or value != value else value for key, value in row.items()}
         for row in rows
@@ -160,7 +160,7 @@ def write_rows(path, rows) -> None:
 
 
 def read_rows(path) -> list[dict]:
-    """Rows of a file of `write_rows`: text where `_TEXT` says so, else floats, NaN for empty."""
+    """Reads a file of `write_rows`: columns in `_TEXT` as text, others as floats, NaN if empty."""
     with open(path, newline="", encoding="utf-8") as file:
         return [
             {key: text if key in _TEXT else float(text or "nan") for key, text in row.items()}
@@ -169,7 +169,7 @@ def read_rows(path) -> list[dict]:
 
 
 def read_columns(path) -> dict[str, np.ndarray]:
-    """Columns of such a file by name, dtype object for text."""
+    """Reads a file of `write_rows` as {column: array}, dtype object for text."""
     rows = read_rows(path)
     return {
         key: np.array([row[key] for row in rows], object if key in _TEXT else float)

@@ -21,10 +21,10 @@ _FILE_DPI, _PAGE_DPI = 200, 144  # of the PNG beside the page, of the PNG inside
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A figure as the page shows it; `<stem>.png` and `.pdf` lie in the folder it was drawn to.
+    """A figure embedded in the page; its files are `<stem>.png` and `<stem>.pdf`.
 
-    `light`, `dark`: bytes of type `mime`; `dark` is None where one picture serves both themes.
-    `alt` says what is to be seen, for those who cannot see it; the title where it is empty.
+    light, dark: bytes of type `mime`; `dark` is None if one image serves both themes.
+    alt: description for readers who cannot see the figure; "" for the title.
     """
 
     stem: str
@@ -46,10 +46,17 @@ def draw(
     raster: bool = False,
     alt: str = "",
 ) -> Picture:
-    """Write `<folder>/<stem>.png` and `.pdf` in the light theme and return what the page embeds.
+    """Writes `<folder>/<stem>.png` and `.pdf` in the light theme.
 
-    `make(theme)` is called under the theme's matplotlib settings: text, axes and ticks take its
-    colors by themselves. `raster` is for pictures of CT: the page then gets one PNG (dark).
+    Args:
+        make: function of a theme, called under the theme's matplotlib settings.
+        folder: of the files.
+        stem: of the file names.
+        title, caption, alt: as in `Picture`.
+        raster: embed one PNG (dark theme) instead of two SVGs; for CT images.
+
+    Returns:
+        The picture to embed in the page.
     """
     folder = Path(folder)
     page = {"format": "png", "dpi": _PAGE_DPI} if raster else {"format": "svg"}
@@ -73,6 +80,6 @@ def _bytes(figure: Figure, format: str, dpi=_PAGE_DPI) -> bytes:
 
 
 def _save(figure: Figure, target, kind: str, dpi: int) -> None:
-    """Save without the date that matplotlib would put in."""
+    """Saves without the date that matplotlib would add."""
     clock = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
     figure.savefig(target, format=kind, dpi=dpi, metadata=clock)

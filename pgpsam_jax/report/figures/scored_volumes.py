@@ -14,20 +14,21 @@ from pgpsam_jax.results.runs import Run
 class TestSet:
     """Volumes, truth and predictions of the test cases that a run was scored on.
 
-    Raises `UserError` where the data set of the run's configuration is not there (any more).
+    Raises:
+        UserError: the data set is missing, or no longer matches the run.
     """
 
     def __init__(self, run: Run):
         config = run.config.copy_and_resolve_references()
-        config.data.root = run.given.get("data.root", config.data.root)
+        config.data.root = run.path_overrides.get("data.root", config.data.root)
         if config.data.layout == "phantom":
-            config.data.layout = "btcv"  # what it was written as: a report generates nothing
-        config.model.base = config.fewshot.file = ""  # of no use here
+            config.data.layout = "btcv"  # the layout it was written in
+        config.model.base = config.fewshot.file = ""  # not needed here
         config = locations.found(config, run.workdir, root_flag="--data")
         cases = dataset.find_cases(config.data)
         self.table = dataset.label_table(config.data)
         if self.table.names != run.names:
-            raise UserError(f"the label table of {config.data.root} is no longer the run's")
+            raise UserError(f"the label table of {config.data.root} no longer matches the run")
         scored = {row["case"] for row in run.cases}
         self.cases = {c.case_id: c for c in cases if c.case_id in scored}
         self.window, self.axis = dataset.window_of(config.data), config.data.axis
@@ -37,7 +38,11 @@ class TestSet:
             self.region_of = dataset.unseen_slices(config.fewshot, self.table, entries)
 
     def read(self, case_id: str, runs):
-        """Image (D, H, W) in [0, 1], truth, one prediction per run, spacing (H, W), scored (D,)."""
+        """Volumes of a case: image, truth, predictions (one per run), spacing, scored slices.
+
+        image: (D, H, W) in [0, 1]; truth, predictions: class ids (D, H, W); spacing: mm along
+        (H, W); scored slices: boolean (D,).
+        """
         if case_id not in self.cases:
             raise UserError(f"case {case_id} is no longer in the data set")
         volume, truth = read_case(self.cases[case_id], self.table, self.axis)
@@ -46,7 +51,9 @@ class TestSet:
             path = run.workdir / "evaluation" / "predictions" / f"{case_id}.nii.gz"
             predictions.append(read_label(path, self.axis).array)
             if predictions[-1].shape != truth.shape:
-                raise UserError(f"{path} has another shape than the volume; evaluate again")
+                raise UserError(
+                    f"{path} does not have the shape of the volume; run --mode evaluate"
+                )
         region = self.region_of(case_id, truth)
         image = rescale(volume.array, ends_of(self.window, volume.array))
         return image, truth, predictions, volume.spacing[1:], region

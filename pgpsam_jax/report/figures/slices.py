@@ -1,4 +1,4 @@
-"""CT pictures of the report: methods side by side as in the paper's Figure 1, and the failures."""
+"""CT figures: methods side by side, as in the paper's Figure 1, and the worst slices."""
 
 import math
 import sys
@@ -15,21 +15,21 @@ from pgpsam_jax.report.figures.slice_panels import Slice, corner_text, draw_pane
 from pgpsam_jax.utils.untrusted_text import shown
 from pgpsam_jax.visualization import overlays
 
-_CASES, _METHODS = 4, 6  # most rows and methods of the comparison
-_FAILURES, _PER_CASE, _APART = 12, 2, 3  # pictures, of one case, slices between those
+_CASES, _METHODS = 4, 6  # maximum rows and methods in the comparison
+_FAILURES, _PER_CASE, _APART = 12, 2, 3  # at most, at most per case, and their distance
 _WIDE = 9.5  # inches of all panels of a full-width figure
 
 
 def qualitative(groups, folder) -> Picture:
-    """Cases as rows; image, methods (first finished seed of each group) and truth as columns."""
+    """Figure with cases as rows; image, methods (first finished seed each) and truth as columns."""
     groups = [group for group in groups if scores_of(group) is not None]
     groups = [groups[place] for place in overlays.evenly_spaced(len(groups), _METHODS)]
     runs = [next(run for run in group.runs if run.cases) for group in groups]
     labels = [group.label for group in groups] if len(groups) > 1 else ["prediction"]
     tests, names = TestSet(runs[0]), runs[0].names
-    slices, rows, left_out = [], [], []
-    cases = _by_rank(scores_of(groups[-1]))
-    for case_id, found in _readable(tests, cases, runs, left_out):
+    slices, rows, omitted = [], [], []
+    cases = _ranked_cases(scores_of(groups[-1]))
+    for case_id, found in _read_cases(tests, cases, runs, omitted):
         image, truth, predictions, spacing, region = found
         z = fullest_slice(truth, len(names), region)
         part = Slice(case_id, z, image[z], truth[z], spacing, [p[z] for p in predictions])
@@ -37,48 +37,47 @@ def qualitative(groups, folder) -> Picture:
         for label, prediction in zip(labels, slices[-1].predictions, strict=True):
             dice = _mean_dice(prediction, slices[-1].truth, names)
             rows.append(part.key | {"label": label, "dice": dice})
-    rows = _stored(folder, "qualitative", rows)
+    rows = _write_and_read(folder, "qualitative", rows)
     return draw(
         lambda theme: _comparison(slices, rows, labels, names),
         folder,
         "qualitative",
-        "Predictions beside the ground truth",
-        "Cases by rank of their Dice, from the worst (top) to the best (bottom); of each the slice "
-        "with most organs. The number is the mean Dice over the organs of that slice. Contours "
-        "lie on the image; R, L, A, P: the patient's right, left, front and back."
-        + _without(left_out),
+        "Predictions and ground truth",
+        "Cases ranked by Dice, from worst (top) to best (bottom), each shown at the slice with the "
+        "most organs. Numbers: mean Dice over the organs in that slice. R, L, A, P: the patient's "
+        "right, left, anterior and posterior." + _omission_note(omitted),
         raster=True,
         alt=f"CT slices of {len(slices)} test cases with the organs outlined in color: image, "
         f"{', '.join(labels)}, ground truth",
     )
 
 
-def _readable(tests, cases, runs, left_out: list[str]):
-    """Each case and what `tests.read` gives of it; why another cannot be read goes to `left_out`.
+def _read_cases(tests, cases, runs, omitted: list[str]):
+    """Yields (case, result of `tests.read`); reasons for unreadable cases go to `omitted`.
 
-    Raises the `UserError` of the last one where none can be read.
+    Raises the last `UserError` if no case can be read.
     """
     count = 0
     for case_id in cases:
         try:
             found = tests.read(case_id, runs)
         except UserError as error:
-            print(f"left out: {shown(str(error), 1000)}", file=sys.stderr, flush=True)
-            left_out.append(f"case {case_id} ({error})")
+            print(f"skipped: {shown(str(error), 1000)}", file=sys.stderr, flush=True)
+            omitted.append(f"case {case_id} ({error})")
             last = error
         else:
             count += 1
             yield case_id, found
-    if left_out and not count:
+    if omitted and not count:
         raise last
 
 
-def _without(left_out: list[str]) -> str:
-    return f" Left out: {'; '.join(left_out)}." if left_out else ""
+def _omission_note(omitted: list[str]) -> str:
+    return f" Omitted: {'; '.join(omitted)}." if omitted else ""
 
 
-def _by_rank(scores) -> list[str]:
-    """Up to four cases from the lowest to the highest Dice, evenly spread in rank."""
+def _ranked_cases(scores) -> list[str]:
+    """Up to four cases from the lowest to the highest Dice, evenly spaced by rank."""
     values = scores.case_scores()
     ranked = [scores.cases[i] for i in np.argsort(values, kind="stable") if values[i] == values[i]]
     return [ranked[place] for place in overlays.evenly_spaced(len(ranked), _CASES)]
@@ -110,34 +109,34 @@ def _comparison(slices, rows, labels, names):
 
 
 def failures(group, folder) -> Picture:
-    """The worst organ-bearing slices over the test cases of the group's first finished run."""
+    """Figure of the worst slices with organs in the test cases of the first finished run."""
     run = next(run for run in group.runs if run.cases)
     tests, names = TestSet(run), run.names
-    found, left_out = [], []
+    found, omitted = [], []
     cases = dict.fromkeys(row["case"] for row in run.cases)
-    for case_id, volumes in _readable(tests, cases, [run], left_out):
+    for case_id, volumes in _read_cases(tests, cases, [run], omitted):
         found += _worst_slices(case_id, *volumes, names)
     if not found:
-        raise UserError("there is no slice with an organ that is not perfect")
+        raise UserError("every slice with an organ is segmented perfectly")
     found.sort(key=lambda entry: entry[0])
     found = found[:_FAILURES]
-    rows = _stored(folder, "failures", [row for _, row, _ in found])
+    rows = _write_and_read(folder, "failures", [row for _, row, _ in found])
     slices = [part for _, _, part in found]
     return draw(
         lambda theme: _gallery(slices, rows, names),
         folder,
         "failures",
-        "The worst slices",
-        "Slices by their mean Dice over the organs in truth or prediction, the worst first and "
-        f"of equal ones the largest; at most {_PER_CASE} of a case, those at least {_APART} slices "
-        f"apart. Run: {group.label}, seed {run.config.seed}.{_without(left_out)}",
+        "Worst slices",
+        "Slices with the lowest mean Dice over the organs in truth or prediction, worst first "
+        f"(ties: larger organs first); at most {_PER_CASE} per case, at least {_APART} slices "
+        f"apart. Run: {group.label}, seed {run.config.seed}.{_omission_note(omitted)}",
         raster=True,
         alt=f"{len(rows)} CT slices where the prediction is worst: image, truth, prediction",
     )
 
 
 def _worst_slices(case_id, image, truth, predictions, spacing, region, names):
-    """Up to two (sort key, CSV row, Slice) of a case."""
+    """Up to two (sort key, CSV row, Slice) per case."""
     prediction = predictions[0]
     scores = overlays.slice_dice(prediction, truth, len(names))
     bearing = np.flatnonzero(np.isfinite(scores).any(axis=1) & region)
@@ -157,7 +156,7 @@ def _worst_slices(case_id, image, truth, predictions, spacing, region, names):
 
 
 def _worst_organ(scores, truth, prediction, names) -> dict:
-    """The organ of lowest Dice, among equals the largest, and what is wrong with it."""
+    """CSV columns of the organ with the lowest Dice (ties: the largest) and its kind of error."""
     sizes = [[np.count_nonzero(m == k) for m in (truth, prediction)] for k in range(1, len(names))]
     known = np.flatnonzero(np.isfinite(scores))
     worst = min(known, key=lambda k: (scores[k], -sum(sizes[k])))
@@ -170,7 +169,7 @@ def _gallery(slices, rows, names):
     across = min(2, len(slices))
     layout = math.ceil(len(slices) / across), 3 * across
     figure, axes = _sheet(slices, layout, names, 0.24, top=0.1)
-    for place, ax in enumerate(axes):  # a gap between the two halves
+    for place, ax in enumerate(axes):  # widens the gap between the two halves
         box = ax.get_position(original=True)
         shift = (0.08 if place % layout[1] >= 3 else -0.04) / figure.get_figwidth()
         ax.set_position((box.x0 + shift, box.y0, box.width, box.height))
@@ -216,7 +215,7 @@ def _mean_dice(prediction, truth, names) -> float:
     return float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
 
 
-def _stored(folder, stem, rows) -> list[dict]:
+def _write_and_read(folder, stem, rows) -> list[dict]:
     path = Path(folder) / f"{stem}.csv"
     write_rows(path, rows)
     return read_rows(path)

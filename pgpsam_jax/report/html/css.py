@@ -1,4 +1,4 @@
-"""The style sheet of the page, in the colors of the figures' themes."""
+"""The style sheet of the page, in the colors of both themes."""
 
 from pgpsam_jax.visualization.theme import DARK, LIGHT, Theme
 

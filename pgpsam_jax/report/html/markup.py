@@ -1,4 +1,4 @@
-"""Small pieces of HTML. Text becomes markup in `escape` and `tables.to_html` only."""
+"""HTML elements. Only `escape` and `tables.to_html` turn text into markup."""
 
 import base64
 import dataclasses
@@ -11,11 +11,11 @@ from urllib.parse import quote
 from pgpsam_jax.report.figures.picture import Picture
 from pgpsam_jax.results.tables.assemble import Table, to_html
 
-_CSS_PIXELS = 96 / 144  # of a pixel of the pictures that `style.draw` embeds
+_CSS_PIXELS = 96 / 144  # CSS pixels per pixel of an embedded PNG
 
 
 def escape(value) -> str:
-    """Text as HTML, also fit for attributes; characters that HTML has no place for are marked."""
+    """Escapes text for HTML content and attributes; invalid characters become U+FFFD."""
     text = (c if c == "\n" or category(c) not in ("Cc", "Cs") else "\ufffd" for c in str(value))
     return html.escape("".join(text))
 
@@ -35,13 +35,13 @@ def link(path: str, text: str) -> str:
 
 
 def box(content: str, label: str, kind: str = "") -> str:
-    """What may be wider than the window scrolls in here, by keyboard too."""
+    """A box whose content scrolls, also by keyboard, if it is wider than the window."""
     attributes = f'class="{f"scroll {kind}".strip()}" role="region" tabindex="0"'
     return f'<div {attributes} aria-label="{escape(label)}">{content}</div>'
 
 
 def tables(entries: list[Table], prefix: str, known=()) -> str:
-    """Result tables, their common title left out, each note given once and none of `known`."""
+    """Result tables without the prefix of their titles; repeated and `known` notes are dropped."""
     parts, seen = [], set(known)
     for table in entries:
         title = table.title.removeprefix(f"{prefix}: ")
@@ -55,7 +55,7 @@ def tables(entries: list[Table], prefix: str, known=()) -> str:
 
 
 def text_table(head, rows, label: str, marked=()) -> str:
-    """A table of words; rows whose place is in `marked` stand out. Cells are text."""
+    """A table of text; rows with an index in `marked` are highlighted."""
     cells = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     lines = []
     for place, (first, *rest) in enumerate(rows):
@@ -67,9 +67,9 @@ def text_table(head, rows, label: str, marked=()) -> str:
 
 
 def figure(picture: Picture, folder: Path) -> str:
-    """A picture with title, caption and links to its files, which lie in `folder` by the page.
+    """A picture with title, caption and links to its files in `folder`, beside the page.
 
-    Where it has twins, the reader's color scheme chooses between them.
+    The reader's color scheme selects the light or dark version.
     """
     light = _data(picture.light, picture.mime)
     alt = escape(picture.alt or picture.title)
@@ -95,7 +95,7 @@ def _data(content: bytes, mime: str) -> str:
 
 
 def _size(picture: Picture) -> str:
-    """A PNG has twice the pixels or so that it is shown with; an SVG knows its size."""
+    """Size attributes of a PNG, which has more pixels than it is displayed with; "" for SVG."""
     if picture.mime != "image/png":
         return ""
     width, height = (int.from_bytes(picture.light[at : at + 4], "big") for at in (16, 20))

@@ -1,4 +1,4 @@
-"""Charts of the prototypes: attention on the organs, cosines, picks, the scalars of Eq 5."""
+"""Charts of the prototypes: attention on organs, cosines, picks, and the scalars of Eq 5."""
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
@@ -8,11 +8,11 @@ from matplotlib.ticker import MaxNLocator
 from pgpsam_jax.visualization.theme import Theme, new_figure
 
 _WIDE = 9.2  # inches of a full-width figure
-_MOMENTS = {"learned": "as learned", "refined": "after the last stage"}
+_MOMENTS = {"learned": "learned", "refined": "after the last stage"}
 
 
 def shares_figure(table: dict, names, theme: Theme) -> Figure:
-    """A line per organ: attention on it, for every map and stage; `prototype_shares.csv`."""
+    """Share of attention on each organ, per map and stage; from `prototype_shares.csv`."""
     organs = [name for name in names[1:] if (table["class"] == name).any()]
     figure, left = new_figure(_WIDE, 0.95 + 0.46 * len(organs), theme), _margin(names) + 0.4
     ax = figure.add_axes(_inches(figure, left, 0.55, _WIDE - left - 0.2, 0.46 * len(organs)))
@@ -23,20 +23,20 @@ def shares_figure(table: dict, names, theme: Theme) -> Figure:
         ax.axhline(line + 0.5, color=theme.line, linewidth=0.7, zorder=0)
         for place, (name, number) in enumerate(series):
             rows = own & (table["map"] == name) & (table["pass"] == number)
-            height = line + 0.7 * ((place + 0.5) / len(series) - 0.5)  # none hides another
+            height = line + 0.7 * ((place + 0.5) / len(series) - 0.5)  # side by side
             style = {"marker": "os"[name == "W_q"], "linestyle": "none", "markersize": 5.5}
             style |= {"color": theme.series[place % len(theme.series)], "clip_on": False}
             label = f"{name}, stage {number:.0f}" if line == 0 else None
             ax.plot(table["attention"][rows].mean(), height, label=label, **style)
         chance = table["tokens"][own].mean()
         style = {"color": theme.text, "markersize": 24, "linestyle": "none", "marker": "|"}
-        ax.plot(chance, line, **style, label="even over the slice" if line == 0 else None)
+        ax.plot(chance, line, **style, label="uniform attention" if line == 0 else None)
     places = [(table["class"] == organ) for organ in organs]
     count = [len(set(zip(table["case"][p], table["z"][p], strict=True))) for p in places]
     ticks = [f"{o.replace('_', ' ')} ({n})" for o, n in zip(organs, count, strict=True)]
     ax.set_yticks(range(len(organs)), ticks)
     ax.set(xlim=(0, 1), ylim=(len(organs) - 0.5, -0.5))
-    ax.set_xlabel("share of the attention on tokens that touch the organ")
+    ax.set_xlabel("share of the attention on tokens that overlap the organ")
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
     legend = ax.legend(ncols=5, loc="lower left", bbox_to_anchor=(-0.02, 1.0), handletextpad=0.2)
@@ -45,7 +45,7 @@ def shares_figure(table: dict, names, theme: Theme) -> Figure:
 
 
 def similarity_figure(table: dict, names, theme: Theme) -> Figure:
-    """Cosine matrices: class x class left, class x inter right; `prototype_similarity.csv`."""
+    """Cosine matrices class x class and class x inter; from `prototype_similarity.csv`."""
     moments = [moment for moment in _MOMENTS if (table["prototypes"] == moment).any()]
     height = 0.26 * len(names)
     figure = new_figure(_WIDE, len(moments) * (height + 0.45) + 1.35, theme)
@@ -93,7 +93,7 @@ def _numbers(ax, values, theme: Theme) -> None:
 
 
 def picks_figure(table: dict, names, theme: Theme) -> Figure:
-    """Class x inter matrices of every stage, ordered by who picks in the first; `..._picks.csv`."""
+    """Class x inter matrix per stage, columns by first pick; from `prototype_picks.csv`."""
     stages = sorted(set(table["pass"]))
     matrices = [table["picked"][table["pass"] == n].reshape(len(names), -1) for n in stages]
     order = pick_order(matrices)
@@ -130,7 +130,7 @@ def picks_figure(table: dict, names, theme: Theme) -> Figure:
 
 
 def pick_order(matrices) -> list[int]:
-    """Inter prototypes by the first class that picks them, stage by stage; unused ones last."""
+    """Order of the inter prototypes by the first class that picks them; unused ones last."""
 
     def rank(q):
         return [int(m[:, q].argmax()) if m[:, q].any() else len(m) for m in matrices]
@@ -139,12 +139,12 @@ def pick_order(matrices) -> list[int]:
 
 
 def mixing_figure(table: dict, theme: Theme) -> Figure:
-    """alpha and beta of PPR per stage beside their start; `prototype_mixing.csv`."""
+    """alpha and beta of PPR per stage and their initial value; from `prototype_mixing.csv`."""
     stages = table["pass"]
     figure = new_figure(_WIDE / 2, 0.9 + 0.42 * len(stages), theme)
     ax = figure.add_axes(_inches(figure, 0.8, 0.5, _WIDE / 2 - 1.15, 0.42 * len(stages)))
     start = table["start"][0]
-    ax.axvline(start, color=theme.muted, linewidth=1, linestyle="--", label="start")
+    ax.axvline(start, color=theme.muted, linewidth=1, linestyle="--", label="initial value")
     symbols = {"alpha": "alpha (class)", "beta": "beta (query)"}
     for place, (key, label) in enumerate(symbols.items()):
         style = {"marker": "os"[place], "linestyle": "none", "markersize": 8}
@@ -159,7 +159,7 @@ def mixing_figure(table: dict, theme: Theme) -> Figure:
 
 
 def _margin(names) -> float:
-    """Inches that the longest class name takes."""
+    """Inches for the longest class name."""
     return 0.15 + 0.08 * max(map(len, names))
 
 

@@ -1,7 +1,7 @@
-"""What a trained PGP-SAM does inside, on a few test slices, as the CSV files of its pictures.
+"""Internals of a trained PGP-SAM on a few test slices, as the CSV files of its figures.
 
-Letters: N slices, K classes, Q inter prototypes, C channels, h w token grid. A *pass* is one of
-the decoder: 0 is the bootstrap, pass i > 0 follows stage i of PPR.
+Letters: N slices, K classes, Q inter prototypes, C channels, h w token grid. A *pass* is a decoder
+pass: 0 is the bootstrap, pass i > 0 follows stage i of PPR.
 """
 
 import dataclasses
@@ -19,19 +19,20 @@ from pgpsam_jax.report.figures.slice_panels import Slice
 from pgpsam_jax.results.runs import Run
 from pgpsam_jax.visualization.overlays import display_spacing, evenly_spaced
 
-_CASES, _PER_CASE = 3, 8  # a slice of each case is drawn, all count in shares and frequencies
+_CASES, _PER_CASE = 3, 8  # one slice per case is drawn, all count in shares
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Look:
-    """N slices (`shown`: those to draw), every pass over them, (alpha, beta) of PPR per stage.
+class Probe:
+    """N slices and the decoder passes over them.
 
-    mix_start: what alpha and beta started at.
+    examples: indices of the slices to draw. mixing: (alpha, beta) of PPR per stage; mix_start:
+    their initial value.
     """
 
     names: tuple[str, ...]
     slices: list[Slice]
-    shown: list[int]
+    examples: list[int]
     passes: list
     mixing: list[tuple[float, float]]
     mix_start: float
@@ -39,30 +40,30 @@ class Look:
 
     @property
     def stages(self) -> range:
-        """The passes that follow a stage of PPR; none where it is off."""
+        """The passes that follow a stage of PPR; none if it is off."""
         return range(1, len(self.passes) if self.passes[-1].picks is not None else 1)
 
 
-def look_into(run: Run) -> Look:
-    """Run the newest checkpoint on up to 24 slices of 3 scored cases; `UserError` if it cannot."""
-    tests, trained = TestSet(run), load_run(run.workdir, run.given.get("model.base"))
+def probe_run(run: Run) -> Probe:
+    """Runs the newest checkpoint on up to 24 slices of 3 scored cases; `UserError` if it cannot."""
+    tests, trained = TestSet(run), load_run(run.workdir, run.path_overrides.get("model.base"))
     if not tests.cases:
         raise UserError(f"{run.workdir} has no evaluated test case")
-    cases, slices, shown, batches = list(tests.cases.values()), [], [], []
+    cases, slices, examples, batches = list(tests.cases.values()), [], [], []
     for case in [cases[place] for place in evenly_spaced(len(cases), _CASES)]:
         volume, truth = read_case(case, tests.table, tests.axis)
-        chosen = _bearing(truth, tests.region_of(case.case_id, truth))
+        chosen = _organ_slices(truth, tests.region_of(case.case_id, truth))
         if not chosen:
             continue
         batches.append(trained.passes(volume, chosen))
-        shown.append(len(slices) + fullest_slice(truth[chosen], len(run.names)))
+        examples.append(len(slices) + fullest_slice(truth[chosen], len(run.names)))
         ends = ends_of(tests.window, volume.array)
         for z in chosen:
             image = rescale(volume.array[z], ends)
             spacing = display_spacing(image.shape, volume.spacing[1:])
             slices.append(Slice(case.case_id, z, image, truth[z], spacing))
     if not batches:
-        raise UserError("no test slice bears an organ")
+        raise UserError("no test slice contains an organ")
     passes = [
         type(parts[0])(*(None if x[0] is None else np.concatenate(x) for x in zip(*parts)))  # noqa: B905
         for parts in zip(*batches, strict=True)
@@ -72,52 +73,51 @@ def look_into(run: Run) -> Look:
     stages = trained.model.ppr if passes[-1].picks is not None else ()
     mixing = [tuple(float(np.mean(weight)) for weight in stage.mixing) for stage in stages]
     start = float(stages[0].mix_start) if stages else float("nan")
-    return Look(run.names, slices, shown, passes, mixing, start, run.config.model.image_size)
+    return Probe(run.names, slices, examples, passes, mixing, start, run.config.model.image_size)
 
 
-def _bearing(truth, region) -> list[int]:
-    """Up to 8 slices with an organ, evenly spread."""
+def _organ_slices(truth, region) -> list[int]:
+    """Up to 8 slices with an organ, evenly spaced."""
     slices = np.flatnonzero((truth > 0).any(axis=(1, 2)) & region)
     return [int(z) for z in slices[evenly_spaced(len(slices), _PER_CASE)]]
 
 
-def write_tables(look: Look, folder) -> None:
-    """`prototype_{dense,attention,shares,similarity,prompts,picks,mixing}.csv`; the last two only
-    with PPR."""
+def write_tables(probe: Probe, folder) -> None:
+    """Writes `prototype_*.csv`; attention, shares, picks and mixing only with PPR."""
     tables = {"dense": dense_rows, "similarity": similarity_rows, "prompts": prompt_rows}
-    if look.stages:
+    if probe.stages:
         tables |= {"attention": attention_rows, "shares": share_rows}
         tables |= {"picks": pick_rows, "mixing": mixing_rows}
     for name, rows in tables.items():
-        write_rows(Path(folder) / f"prototype_{name}.csv", rows(look))
+        write_rows(Path(folder) / f"prototype_{name}.csv", rows(probe))
 
 
-def dense_rows(look: Look) -> list[dict]:
-    """Dense prompt D per token: its norm and first three principal components.
+def dense_rows(probe: Probe) -> list[dict]:
+    """Rows of the dense prompt D per token: its norm and first three principal components.
 
-    The components are those of all drawn slices of a pass together, so colors compare.
+    The components are computed over all example slices of a pass, which makes colors comparable.
     """
     rows = []
-    for number, one in enumerate(look.passes):
-        dense = one.dense[look.shown].astype(np.float64)
+    for number, one in enumerate(probe.passes):
+        dense = one.dense[probe.examples].astype(np.float64)
         flat = dense.reshape(-1, dense.shape[-1])
         centered = flat - flat.mean(axis=0)
         axes = np.linalg.svd(centered, full_matrices=False)[2][:3]
         axes *= np.where(axes.sum(axis=1, keepdims=True) < 0, -1, 1)  # svd leaves the sign open
         parts = (centered @ axes.T).reshape(*dense.shape[:-1], -1)
         norms = np.linalg.norm(dense, axis=-1)
-        for place, index in enumerate(look.shown):
-            key = {**look.slices[index].key, "pass": number}
+        for place, index in enumerate(probe.examples):
+            key = {**probe.slices[index].key, "pass": number}
             for row, column in np.ndindex(norms.shape[1:]):
                 values = dict(zip(("pc1", "pc2", "pc3"), parts[place, row, column], strict=True))
                 values["norm"] = norms[place, row, column]
-                rows.append({**key, "row": row, "column": column, **_short(values)})
+                rows.append({**key, "row": row, "column": column, **_rounded(values)})
     return rows
 
 
-def own_weights(look: Look, number: int) -> dict[str, np.ndarray]:
-    """W_c and W_q of every class's own token in a pass, (N, K, h, w); W where there is only one."""
-    one = look.passes[number]
+def own_token_weights(probe: Probe, number: int) -> dict[str, np.ndarray]:
+    """W_c and W_q of each class's own token in a pass, (N, K, h, w); W if there is only one."""
+    one = probe.passes[number]
     n, h, w, _ = one.feature.shape
     step = one.picks.shape[-1] + 1
     maps = {"W": one.query_weights}
@@ -126,37 +126,37 @@ def own_weights(look: Look, number: int) -> dict[str, np.ndarray]:
     return {name: weights[:, ::step].reshape(n, -1, h, w) for name, weights in maps.items()}
 
 
-def attention_rows(look: Look) -> list[dict]:
-    """One line per row of a map: columns c0, c1, ... hold its weights (a map sums to one)."""
+def attention_rows(probe: Probe) -> list[dict]:
+    """One row per row of a map; columns c0, c1, ... hold its weights (a map sums to one)."""
     rows = []
-    for number in look.stages:
-        for name, weights in own_weights(look, number).items():
-            for index in look.shown:
+    for number in probe.stages:
+        for name, weights in own_token_weights(probe, number).items():
+            for index in probe.examples:
                 for k, line in np.ndindex(weights.shape[1:3]):
-                    key = {**look.slices[index].key, "pass": number, "map": name}
+                    key = {**probe.slices[index].key, "pass": number, "map": name}
                     values = {f"c{i}": x for i, x in enumerate(weights[index, k, line])}
-                    rows.append({**key, "class": look.names[k], "row": line, **_short(values)})
+                    rows.append({**key, "class": probe.names[k], "row": line, **_rounded(values)})
     return rows
 
 
-def share_rows(look: Look) -> list[dict]:
-    """Per slice and organ in it: attention on the tokens that touch it, and their share."""
+def share_rows(probe: Probe) -> list[dict]:
+    """Rows per slice and organ: attention on the tokens that overlap it, and their share."""
     rows = []
-    for number in look.stages:
-        for name, weights in own_weights(look, number).items():
-            for index, part in enumerate(look.slices):
-                fit = Fit.of(part.truth.shape, look.image_size)
-                touched = _touched(part.truth, fit, len(look.names), weights.shape[2:])
+    for number in probe.stages:
+        for name, weights in own_token_weights(probe, number).items():
+            for index, part in enumerate(probe.slices):
+                fit = Fit.of(part.truth.shape, probe.image_size)
+                touched = _token_masks(part.truth, fit, len(probe.names), weights.shape[2:])
                 for k in np.flatnonzero(touched[1:].any(axis=(1, 2))) + 1:
                     on_organ = float(weights[index, k][touched[k]].sum())
                     values = {"attention": on_organ, "tokens": float(touched[k].mean())}
-                    key = {**part.key, "pass": number, "map": name, "class": look.names[k]}
-                    rows.append(key | _short(values))
+                    key = {**part.key, "pass": number, "map": name, "class": probe.names[k]}
+                    rows.append(key | _rounded(values))
     return rows
 
 
-def _touched(truth, fit: Fit, num_classes: int, token_grid) -> np.ndarray:
-    """Whether each token (K, h, w) holds a pixel of each class."""
+def _token_masks(truth, fit: Fit, num_classes: int, token_grid) -> np.ndarray:
+    """Whether each token contains a pixel of each class, boolean (K, h, w)."""
     labels = to_model(truth[None], fit, order=0)[0]
     one_hot = np.arange(num_classes)[:, None, None] == labels
     h, w = token_grid
@@ -164,13 +164,13 @@ def _touched(truth, fit: Fit, num_classes: int, token_grid) -> np.ndarray:
     return cells.any(axis=(2, 4))
 
 
-def similarity_rows(look: Look) -> list[dict]:
-    """Cosines of class prototypes with each other and with inter prototypes, and their length.
+def similarity_rows(probe: Probe) -> list[dict]:
+    """Rows of cosines of class prototypes with each other and with inter prototypes.
 
-    `learned`: as stored; `refined`: after the last stage, mean over the slices. `length`: norm of
-    the class prototype.
+    `learned`: as stored; `refined`: after the last stage, averaged over the slices. `length`: norm
+    of the class prototype.
     """
-    moments = {"learned": look.passes[0]} | ({"refined": look.passes[-1]} if look.stages else {})
+    moments = {"learned": probe.passes[0]} | ({"refined": probe.passes[-1]} if probe.stages else {})
     rows = []
     for moment, one in moments.items():
         intra, inter = (
@@ -180,44 +180,44 @@ def similarity_rows(look: Look) -> list[dict]:
         for kind, others in (("intra", intra), ("inter", inter)):
             cosine = np.einsum("nkc,nqc->kq", intra, others) / len(intra)
             for k, q in np.ndindex(cosine.shape):
-                key = {"prototypes": moment, "class": look.names[k], "with": kind, "index": q}
-                rows.append(key | _short({"cosine": cosine[k, q], "length": length[k]}))
+                key = {"prototypes": moment, "class": probe.names[k], "with": kind, "index": q}
+                rows.append(key | _rounded({"cosine": cosine[k, q], "length": length[k]}))
     return rows
 
 
-def prompt_rows(look: Look) -> list[dict]:
-    """Cosines of the sparse prompts of every two classes in every pass, mean over the slices."""
+def prompt_rows(probe: Probe) -> list[dict]:
+    """Rows of cosines between the sparse prompts of two classes, averaged over the slices."""
     rows = []
-    for number, one in enumerate(look.passes):
+    for number, one in enumerate(probe.passes):
         length = np.linalg.norm(one.sparse, axis=-1, keepdims=True)
         unit = one.sparse / np.maximum(length, 1e-12)
         cosine = np.einsum("nkc,nqc->kq", unit, unit) / len(unit)
         for k, q in zip(*np.triu_indices(len(cosine), 1), strict=True):
-            key = {"pass": number, "class": look.names[k], "other": look.names[q]}
-            rows.append(key | _short({"cosine": cosine[k, q]}))
+            key = {"pass": number, "class": probe.names[k], "other": probe.names[q]}
+            rows.append(key | _rounded({"cosine": cosine[k, q]}))
     return rows
 
 
-def pick_rows(look: Look) -> list[dict]:
-    """How often each class picked each inter prototype in a stage, over the slices."""
+def pick_rows(probe: Probe) -> list[dict]:
+    """Rows of how often each class picked each inter prototype, as a share of the slices."""
     rows = []
-    for number in look.stages:
-        picks, count = look.passes[number].picks, look.passes[0].inter.shape[1]
-        for k, name in enumerate(look.names):
+    for number in probe.stages:
+        picks, count = probe.passes[number].picks, probe.passes[0].inter.shape[1]
+        for k, name in enumerate(probe.names):
             share = np.bincount(picks[:, k].ravel(), minlength=count) / len(picks)
             for q in range(count):
                 key = {"pass": number, "class": name, "inter": q}
-                rows.append(key | _short({"picked": share[q]}))
+                rows.append(key | _rounded({"picked": share[q]}))
     return rows
 
 
-def mixing_rows(look: Look) -> list[dict]:
+def mixing_rows(probe: Probe) -> list[dict]:
     return [
-        {"pass": i, "alpha": alpha, "beta": beta, "start": look.mix_start}
-        for i, (alpha, beta) in enumerate(look.mixing, 1)
+        {"pass": i, "alpha": alpha, "beta": beta, "start": probe.mix_start}
+        for i, (alpha, beta) in enumerate(probe.mixing, 1)
     ]
 
 
-def _short(values: dict) -> dict:
-    """Four digits: more than a picture shows, and small files."""
+def _rounded(values: dict) -> dict:
+    """Rounds to four significant digits to keep the files small."""
     return {key: float(f"{value:.4g}") for key, value in values.items()}

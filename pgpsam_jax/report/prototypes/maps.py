@@ -1,11 +1,11 @@
-"""Maps on the token grid over slices of CT: dense prompts and attention weights."""
+"""Maps on the token grid over CT slices: dense prompts and attention weights."""
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 
 from pgpsam_jax.data.letterbox import Fit
 from pgpsam_jax.report.figures.slice_panels import Slice, corner_text, draw_panel, frame_ratio
-from pgpsam_jax.report.prototypes.collect import Look
+from pgpsam_jax.report.prototypes.collect import Probe
 from pgpsam_jax.visualization import overlays
 
 _WIDE = 9.2  # inches of a full-width figure
@@ -14,21 +14,21 @@ _GLOW = LinearSegmentedColormap.from_list(
 )
 
 
-def dense_figure(look: Look, table: dict):
-    """Rows: slices. Columns: CT with the organs, then norm and colors of D for every pass.
+def dense_figure(probe: Probe, table: dict):
+    """Figure with slices as rows; CT with organs, then norm and content of D per pass as columns.
 
     table: the columns of `prototype_dense.csv`.
     """
-    passes = range(len(look.passes))
-    labels = np.stack([look.slices[i].truth for i in look.shown])
-    titles = ["image, organs"]
+    passes = range(len(probe.passes))
+    labels = np.stack([probe.slices[i].truth for i in probe.examples])
+    titles = ["image and\norgans"]
     for number in passes:
-        titles += [f"pass {number}\nsize of D", f"pass {number}\ncontent of D"]
-    frames = [look.slices[index].body_frame for index in look.shown]
-    figure, axes = _sheet(frames, titles, look.names, overlays.present(look.names, labels))
-    for line, (index, frame) in enumerate(zip(look.shown, frames, strict=True)):
-        part, here = look.slices[index], axes[line * len(titles) : (line + 1) * len(titles)]
-        draw_panel(here[0], part, part.truth, look.names, frame)
+        titles += [f"pass {number}\nnorm of D", f"pass {number}\ncontent of D"]
+    frames = [probe.slices[index].body_frame for index in probe.examples]
+    figure, axes = _sheet(frames, titles, probe.names, overlays.present(probe.names, labels))
+    for line, (index, frame) in enumerate(zip(probe.examples, frames, strict=True)):
+        part, here = probe.slices[index], axes[line * len(titles) : (line + 1) * len(titles)]
+        draw_panel(here[0], part, part.truth, probe.names, frame)
         corner_text(here[0], f"{part.case}\nz = {part.z}")
         for number in passes:
             norm, parts = _dense_maps(table, part, number)
@@ -37,15 +37,15 @@ def dense_figure(look: Look, table: dict):
             for ax, image, style in zip(
                 here[1 + 2 * number :], (norm, parts), (levels, {}), strict=False
             ):
-                draw_panel(ax, part, None, look.names, frame)
+                draw_panel(ax, part, None, probe.names, frame)
                 _overlay(
                     ax,
-                    _input_frame(part, look.image_size),
+                    _input_frame(part, probe.image_size),
                     image,
                     interpolation="bilinear",
                     **style,
                 )
-                _outline(ax, part, range(1, len(look.names)), look.names)
+                _outline(ax, part, range(1, len(probe.names)), probe.names)
     return figure
 
 
@@ -62,24 +62,24 @@ def _dense_maps(table, part: Slice, number: int):
     return table["norm"][own].reshape(shape), np.stack(colors, axis=-1)
 
 
-def attention_figure(look: Look, table: dict, shares: dict, name: str):
-    """Rows: slices and stages. Columns: classes. Each map is scaled to its own maximum.
+def attention_figure(probe: Probe, table: dict, shares: dict, name: str):
+    """Figure with slices and stages as rows, classes as columns; maps scaled to their maxima.
 
     table, shares: the columns of `prototype_attention.csv` and `prototype_shares.csv`; name: the
     map to draw, W_c or W_q.
     """
-    titles = [label.replace("_", " ").replace(" ", "\n", 1) for label in look.names]
-    places = [(look.slices[index], number) for index in look.shown for number in look.stages]
-    frames = [_input_frame(part, look.image_size) for part, _ in places]
-    figure, axes = _sheet(frames, titles, look.names)
+    titles = [label.replace("_", " ").replace(" ", "\n", 1) for label in probe.names]
+    places = [(probe.slices[index], number) for index in probe.examples for number in probe.stages]
+    frames = [_input_frame(part, probe.image_size) for part, _ in places]
+    figure, axes = _sheet(frames, titles, probe.names)
     for line, (part, number) in enumerate(places):
-        for k, label in enumerate(look.names):
+        for k, label in enumerate(probe.names):
             ax = axes[line * len(titles) + k]
-            draw_panel(ax, part, None, look.names, frames[line])
+            draw_panel(ax, part, None, probe.names, frames[line])
             weights = _rows_of(table, part, number, name, label)
             _overlay(ax, frames[line], weights / weights.max(), interpolation="nearest", cmap=_GLOW)
             if k and (part.truth == k).any():
-                _outline(ax, part, [k], look.names)
+                _outline(ax, part, [k], probe.names)
                 row = _where(shares, part, number, name, label)
                 corner_text(ax, f"{100 * shares['attention'][row][0]:.0f} %", right=True)
         corner_text(axes[line * len(titles)], f"{part.case}\nz = {part.z}\nstage {number}")
@@ -101,7 +101,7 @@ def _rows_of(table, part: Slice, number: int, name: str, label: str) -> np.ndarr
 
 
 def _sheet(frames, titles, names, legend=()):
-    """Figure and axes: a row of panels for every frame, a column for every title."""
+    """Figure and axes with a row of panels per frame and a column per title."""
     ratio = max(map(frame_ratio, frames))
     legend = {k: names[k] for k in legend}
     layout, width = (len(frames), len(titles)), min(2.3, _WIDE / len(titles))
@@ -113,7 +113,7 @@ def _sheet(frames, titles, names, legend=()):
 
 
 def _input_frame(part: Slice, image_size: int) -> tuple[float, float, float, float]:
-    """Left, right, bottom, top in mm of the network's input, padding and all."""
+    """Left, right, bottom, top in mm of the network's input, including the padding."""
     fit, (rows, columns) = Fit.of(part.image.shape, image_size), part.image.shape
     down, across = part.spacing[0] * rows / fit.height, part.spacing[1] * columns / fit.width
     left, top = -fit.left * across, -fit.top * down

@@ -1,1 +1,1 @@
-"""Tables over runs and grids: what their rows are, statistics, the paper's values, text formats."""
+"""Tables over runs and experiment grids: rows, statistics, the paper's values, text formats."""

@@ -1,7 +1,7 @@
-"""Tables of a run and of a grid, as text: Dice, comparisons with a reference row, distances.
+"""Tables of a run or an experiment grid: Dice, comparisons with a reference row, distances.
 
-Dice and NSD in %, HD95 in mm (`strict`) or voxels (`transunet`). "-" stands where there is no
-result yet, "n/a" where there are results but the number is undefined.
+Dice and NSD in %, HD95 in mm (`strict`) or voxels (`transunet`). "-": no result yet; "n/a": the
+number is undefined.
 """
 
 from pgpsam_jax.metrics.aggregate import INTERVAL, defined_mean, gather, spread
@@ -13,15 +13,15 @@ from pgpsam_jax.results.tables import published, study
 from pgpsam_jax.results.tables.comparison import comparison_table, organ_table
 from pgpsam_jax.results.tables.cost_table import run_cost, study_cost
 from pgpsam_jax.results.tables.statistics import data_notes, sample_notes
-from pgpsam_jax.results.tables.study import Line, Study, tolerance
+from pgpsam_jax.results.tables.study import Line, Study, nsd_tolerance
 from pgpsam_jax.results.tables.text import (
     NONE,
     Table,
+    display_name,
     interval,
     number,
     percent,
     plus_minus,
-    spoken,
     to_html,
     to_latex,
     to_markdown,
@@ -31,39 +31,38 @@ __all__ = ["Table", "grid_tables", "long_rows", "run_tables", "study_tables"]
 __all__ += ["to_html", "to_latex", "to_markdown"]
 
 RULES = {
-    "strict": "an organ absent from truth and prediction is left out, one absent from either has "
-    "Dice 0 and no HD95",
+    "strict": "an organ absent from both truth and prediction is excluded, one absent from either "
+    "has Dice 0 and no HD95",
     "transunet": "the rule of the published tables: an organ absent from both or from the "
-    "prediction has Dice 0 and HD95 0, one absent from the truth only Dice 1 and HD95 0",
-    "release": "the authors' scores on valid slices alone, those with enough of some organ; absent "
-    "organs as in `strict`; here of volumes: case mean = its Dice, class mean = its mcDice",
+    "prediction has Dice 0 and HD95 0, one absent only from the truth has Dice 1 and HD95 0",
+    "release": "the authors' scores on valid slices only (those with enough pixels of an organ); "
+    "absent organs as in `strict`; per volume: case mean = its Dice, class mean = its mcDice",
 }
 MEANS = (
-    "Class mean: mean over organs of their mean over cases; case mean: mean over cases of their "
-    "mean over organs"
+    "Class mean: each organ averaged over cases, then averaged over organs; case mean: each case "
+    "averaged over organs, then averaged over cases"
 )
 
 
 def run_tables(run: Run) -> list[Table]:
-    """Each protocol of one run, an organ a row ("-" throughout if not evaluated), and its cost."""
+    """Tables of one run: one per protocol with a row per organ, and its cost."""
     return [_run_table(run, protocol) for protocol in _protocols(run.cases)] + run_cost(run)
 
 
 def grid_tables(grid: Grid) -> list[Table]:
-    """All tables of a grid, finished or not; see `study_tables`."""
+    """All tables of an experiment grid, finished or not; see `study_tables`."""
     return study_tables(study.from_grid(grid))
 
 
 def long_rows(grid: Grid) -> list[dict]:
-    """Every score of the finished runs, for a CSV: row, seed and the columns of `cases.csv`."""
+    """All scores of the finished runs: dictionaries of row, seed and the columns of `cases.csv`."""
     return study.long_rows(study.from_grid(grid))
 
 
 def study_tables(of: Study) -> list[Table]:
-    """Dice of each protocol, comparisons with the reference row, distances, cost, the paper's.
+    """Tables of Dice per protocol, comparisons, distances, cost, and the paper's values.
 
-    Comparisons are left out where there is no second row, organ by organ where nothing is scored,
-    cost where no run has a record of it.
+    Comparisons need a second row, per-organ ones also scores, and cost a cost record.
     """
     scored = [row for line in of.lines for rows in line.cases.values() for row in rows]
     organs = list(dict.fromkeys(row["class"] for row in scored))
@@ -78,24 +77,24 @@ def study_tables(of: Study) -> list[Table]:
 
 
 def _protocols(rows) -> list[str]:
-    """The protocols of these rows of `cases.csv`, all of them where nothing is scored yet."""
+    """The protocols in rows of `cases.csv`; all protocols if there are no rows."""
     written = {row["protocol"] for row in rows} or METRICS.keys()
     return [protocol for protocol in METRICS if protocol in written]
 
 
 def _dice_table(of: Study, protocol, organs) -> Table:
-    head = ["row", "seeds", "n", *map(spoken, organs)]
+    head = ["row", "seeds", "n", *map(display_name, organs)]
     head += ["class mean", "case mean", "95 % CI of case mean"]
     rows = [_dice_cells(line, protocol, organs) for line in of.lines]
     notes = [
         f"Dice in %. `{protocol}`: {RULES[protocol]}.",
-        f"{MEANS}; all averaged over seeds, ± is the sample SD over seeds; seeds: done/planned.",
-        f"Interval: {INTERVAL}, a case's score averaged over seeds.",
+        f"{MEANS}; all averaged over seeds, ±: sample SD over seeds; seeds: finished/planned.",
+        f"CI: {INTERVAL}, with each case's score averaged over seeds.",
     ]
     if protocol == "release":
         head += ["slice Dice", "slice mcDice"]
         rows = [row + _slice_cells(line) for row, line in zip(rows, of.lines, strict=True)]
-        notes.append("Slice Dice, slice mcDice: the same with slices in place of volumes.")
+        notes.append("Slice Dice, slice mcDice: the same per slice instead of per volume.")
     if of.published:
         head.append("paper")
         for row, line in zip(rows, of.lines, strict=True):
@@ -108,7 +107,7 @@ def _dice_table(of: Study, protocol, organs) -> Table:
     if sum(len(one.seeds) for one in found) < sum(map(len, lines.values())):
         notes.append(
             "Warning: some runs were evaluated before this protocol was added and have no scores "
-            "of it; --mode evaluate makes them."
+            "for it; evaluate them again with --mode evaluate."
         )
     counts = [len(one.cases) for one in found], [len(one.seeds) for one in found]
     notes += sample_notes(*counts) + data_notes(lines)
@@ -128,7 +127,7 @@ def _dice_cells(line: Line, protocol, organs) -> list[str]:
 
 
 def _slice_cells(line: Line) -> list[str]:
-    """The slice mode of `release`, as the summaries of the runs have it, over their seeds."""
+    """Cells of the slice scores of `release` from the summaries of the runs, over seeds."""
     parts = [(run.summary or {}).get("release", {}) for run in line.runs.values()]
     cells = []
     for key in ("slice_dice", "slice_mcdice"):
@@ -139,25 +138,27 @@ def _slice_cells(line: Line) -> list[str]:
 
 
 def _other_data(of: Study) -> list[str]:
-    """Whether the runs beside the paper's numbers are on other data, as far as it can be told."""
+    """Warning if the runs are known to use other data than the paper."""
     layouts = {line.config.get("data", {}).get("layout") for line in of.lines}
     data = published.published_table(of.published).data
     if "phantom" in layouts:
-        return [f"Warning: these runs are on phantoms, the paper's on {data}: not comparable."]
+        return [f"Warning: these runs use phantoms, the paper {data}: not comparable."]
     return []
 
 
 def _distance_table(of: Study) -> Table:
-    tolerances = {line.label: {tolerance(run) for run in line.runs.values()} for line in of.lines}
+    tolerances = {
+        line.label: {nsd_tolerance(run) for run in line.runs.values()} for line in of.lines
+    }
     known = set().union(*tolerances.values())
     at = f" at {min(known):g} mm" if len(known) == 1 else ""
     head = ["row", "seeds", "n", "HD95 (mm)", f"NSD{at} (%)", "missed", "hallucinated", "absent"]
     head.append("HD95 (transunet, voxels)")
     rows = [_distance_cells(line, tolerances[line.label]) for line in of.lines]
     notes = [
-        "Class means (± SD over seeds), `strict` where no protocol is named. HD95 leaves out what "
-        "was missed or hallucinated, so read it with these counts (sums over seeds, cases and "
-        "organs); absent: from truth and prediction."
+        "Class means (± SD over seeds), `strict` unless another protocol is named. HD95 excludes "
+        "missed and hallucinated organs, so read it with their counts (sums over seeds, cases and "
+        "organs); absent: from both truth and prediction."
     ]
     if len(known) > 1:
         listed = "; ".join(
@@ -166,8 +167,8 @@ def _distance_table(of: Study) -> Table:
             if values
         )
         notes.append(
-            f"Warning: NSD was scored with different tolerances (mm: {listed}); rows are not "
-            "comparable in it, and where the seeds of a row differ none is printed."
+            f"Warning: NSD was computed with different tolerances (mm: {listed}); rows are not "
+            "comparable in it, and rows whose seeds differ have none."
         )
     return Table(f"{of.title}: distances and failures", head, rows, notes)
 
@@ -193,7 +194,7 @@ def _distance_cells(line: Line, tolerances) -> list[str]:
 
 def _published_table(key: str) -> Table:
     table = published.published_table(key)
-    head = ["method", *map(spoken, table.organs), "printed mean"]
+    head = ["method", *map(display_name, table.organs), "printed mean"]
     head += ["mean of organs", "difference"] if table.organs else []
     rows = []
     for row in table.rows.values():
@@ -209,21 +210,21 @@ def _run_table(run: Run, protocol) -> Table:
     recorded = (run.summary or {}).get(protocol, {})
     head = ["organ", "n", "Dice (%)", "SD", "95 % CI"]
     head += {
-        "strict": ["HD95 (mm)", f"NSD at {tolerance(run):g} mm (%)"],
+        "strict": ["HD95 (mm)", f"NSD at {nsd_tolerance(run):g} mm (%)"],
         "transunet": ["HD95 (voxels)"],
         "release": ["slice Dice (%)"],
     }[protocol]
     head += ["missed", "hallucinated", "absent"]
     title = f"{run.config.name}: per organ, `{protocol}`"
-    labels = [*map(spoken, run.names[1:]), "class mean", "case mean"]
+    labels = [*map(display_name, run.names[1:]), "class mean", "case mean"]
     if not run.cases:
         rows = [[label] + [NONE] * (len(head) - 1) for label in labels]
         return Table(title, head, rows, ["Not evaluated yet."])
     summary = summarise(run.cases)
     part, n = summary[protocol], summary["n_cases"]
-    organs = recorded.get("per_class", {})  # which knows the slices too
+    organs = recorded.get("per_class", {})  # includes slice scores
     rows = [
-        _organ_cells(spoken(organ), organs.get(organ, {}) | entry, protocol)
+        _organ_cells(display_name(organ), organs.get(organ, {}) | entry, protocol)
         for organ, entry in part["per_class"].items()
     ]
     for kind, of_slices in (("class", "slice_mcdice"), ("case", "slice_dice")):
@@ -233,7 +234,7 @@ def _run_table(run: Run, protocol) -> Table:
         rows.append(_organ_cells(f"{kind} mean", entry, protocol))
     notes = [
         f"`{protocol}`: {RULES[protocol]}. n: cases in which Dice is defined; SD over cases.",
-        f"{MEANS}. Interval: {INTERVAL}.",
+        f"{MEANS}. CI: {INTERVAL}.",
         *sample_notes([n], []),
     ]
     notices = dict.fromkeys((run.summary or {}).get("notices", ()))
@@ -241,7 +242,7 @@ def _run_table(run: Run, protocol) -> Table:
 
 
 def _organ_cells(label: str, entry: dict, protocol) -> list[str]:
-    """A line of a run's table; a mean has no counts, and the class mean no spread: left blank."""
+    """Cells of a run's table; counts of means and the spread of the class mean are left blank."""
     sd, ends = entry["dice_sd"], entry["dice_ci95"]
     cells = [label, str(entry["n"]), percent(entry["dice"])]
     cells += ["" if sd == "" else percent(sd), "" if ends == "" else interval(ends, percent)]

@@ -1,4 +1,4 @@
-"""Tables of a study's rows against its reference row: the mean over organs, and organ by organ.
+"""Tables of a study's rows vs. its reference row: the mean over organs, and per organ.
 
 Differences are row minus reference in Dice points (hundredths), protocol `strict`.
 """
@@ -16,16 +16,16 @@ from pgpsam_jax.results.tables.statistics import (
     sample_notes,
 )
 from pgpsam_jax.results.tables.study import Study
-from pgpsam_jax.results.tables.text import NONE, Table, interval, percent, spoken
+from pgpsam_jax.results.tables.text import NONE, Table, display_name, interval, percent
 
 PROTOCOL, METRIC = "strict", "dice"
 
 
 def comparison_table(study: Study) -> Table:
-    """Every row but the reference: difference of the case means, its interval, p and Holm p."""
+    """Table of case-mean differences from the reference row, with CI, p and Holm p."""
     head = ["row", "seeds", "n", "row mean", "reference mean", "difference", "by seed", "95 % CI"]
     head += ["p", "Holm p", "better / worse / same"]
-    found = _compared(study, [None])
+    found = _comparisons(study, [None])
     adjusted = holm([math.nan if one is None else one.p for one in found.values()])
     rows = []
     for ((label, _), one), p in zip(found.items(), adjusted, strict=True):
@@ -33,38 +33,38 @@ def comparison_table(study: Study) -> Table:
             rows.append([label] + [NONE] * (len(head) - 1))
             continue
         cells = [label, str(len(one.seeds)), str(one.n), percent(one.row), percent(one.reference)]
-        cells += [_signed(one.difference), ", ".join(map(_signed, one.by_seed))]
-        cells += [interval(one.interval, _signed), _p(one.p), _p(p)]
+        cells += [_signed_percent(one.difference), ", ".join(map(_signed_percent, one.by_seed))]
+        cells += [interval(one.interval, _signed_percent), _p(one.p), _p(p)]
         rows.append([*cells, f"{one.better} / {one.worse} / {one.same}"])
     notes = [
         "A case's score is its mean over organs (case mean), averaged over the seeds that row and "
-        "reference both have; difference: row minus reference in Dice points, over the n cases "
-        f"both have; by seed: the difference of each seed alone. Interval: {DIFFERENCE_INTERVAL}."
+        "reference share; difference: row minus reference in Dice points, over the n cases they "
+        f"share; by seed: the difference for each seed. CI: {DIFFERENCE_INTERVAL}."
     ]
     return Table(_title(study, "case mean"), head, rows, notes + _notes(study, found))
 
 
 def organ_table(study: Study, organs) -> Table:
-    """Rows x organs: the difference and its Holm p, all cells one family."""
-    found = _compared(study, organs)
+    """Table of rows x organs: the difference and its Holm p; all cells are one family."""
+    found = _comparisons(study, organs)
     adjusted = holm([math.nan if one is None else one.p for one in found.values()])
     cells = {
-        key: NONE if one is None else f"{_signed(one.difference)} ({_p(p)})"
+        key: NONE if one is None else f"{_signed_percent(one.difference)} ({_p(p)})"
         for (key, one), p in zip(found.items(), adjusted, strict=True)
     }
     labels = dict.fromkeys(label for label, _ in found)
     rows = [[label, *(cells[label, organ] for organ in organs)] for label in labels]
-    notes = ["Each cell: difference in Dice points (Holm p over all rows and organs together)."]
+    notes = ["Cells: difference in Dice points (Holm p, corrected over all rows and organs)."]
     counts = sorted({one.n for one in found.values() if one is not None})
     if counts:
         each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        notes.append(f"n = {each} cases, those in which row and reference both define the organ.")
-    head = ["row", *(spoken(organ) for organ in organs)]
+        notes.append(f"n = {each} cases in which the organ has a Dice in both row and reference.")
+    head = ["row", *(display_name(organ) for organ in organs)]
     return Table(_title(study, "per organ"), head, rows, notes + _notes(study, found))
 
 
-def _compared(study: Study, organs) -> dict[tuple, Comparison | None]:
-    """{(row label, organ or None = mean over organs): comparison}; None without results."""
+def _comparisons(study: Study, organs) -> dict[tuple, Comparison | None]:
+    """{(row label, organ or None for the mean over organs): comparison}; None if no results."""
     scores = {line.name: gather(line.cases, PROTOCOL, METRIC) for line in study.lines}
     reference = scores.get(study.reference)
     return {
@@ -79,12 +79,12 @@ def _notes(study: Study, found) -> list[str]:
     lines = {line.label: line.cases for line in study.lines if line.runs}
     comparisons = [one for one in found.values() if one is not None]
     if not any(line.name == study.reference for line in study.lines if line.runs):
-        return ["The reference row has no results yet, so nothing can be compared."]
+        return ["The reference row has no results yet, so there are no comparisons."]
     counts = [one.n for one in comparisons], [len(one.seeds) for one in comparisons]
     apart = {label for label, _ in found if label in lines}
     apart -= {label for (label, _), one in found.items() if one is not None}
     notes = [
-        f"Warning: {label} shares no seed and case with the reference."
+        f"Warning: {label} shares no seed and case with the reference row."
         for label in lines
         if label in apart
     ]
@@ -94,10 +94,10 @@ def _notes(study: Study, found) -> list[str]:
 def _title(study: Study, what: str) -> str:
     labels = {line.name: line.label for line in study.lines}
     reference = labels.get(study.reference, study.reference)
-    return f"{study.title}: rows against “{reference}”, Dice (`{PROTOCOL}`), {what}"
+    return f"{study.title}: rows vs. “{reference}”, Dice (`{PROTOCOL}`), {what}"
 
 
-def _signed(value) -> str:
+def _signed_percent(value) -> str:
     return percent(value, sign=True)
 
 

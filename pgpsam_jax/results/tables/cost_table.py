@@ -1,4 +1,4 @@
-"""What runs cost, as tables: the rows of a study beside each other, and one run in full."""
+"""Tables of cost: the rows of a study side by side, or one run in detail."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from pgpsam_jax.results.tables.text import NONE, Table, percent, plus_minus
 
 # Key of `quantities` -> (head of its column, significant digits).
 COLUMNS = {
-    "trained_millions": ("trained (M)", 4),
+    "trained_millions": ("trainable (M)", 4),
     "parameters_millions": ("parameters (M)", 4),
     "forward_gflop": ("forward pass (GFLOP)", 4),
     "training_gflop": ("training step (GFLOP)", 4),
@@ -20,28 +20,30 @@ COLUMNS = {
 }
 _TITLE = "parameters, operations, time and memory"
 _FLOPS = (
-    "GFLOP: 1e9 operations for one image, as XLA counts them before it optimizes the program (a "
-    "multiply-add is two); forward pass: slice to logits; training step: augmentation, forward, "
-    "backward and update"
+    "GFLOP: 1e9 operations per image, counted by XLA before optimization (a multiply-add is two); "
+    "forward pass: slice to logits; training step: augmentation, forward pass, backward pass and "
+    "update"
 )
-_TIME = "median over the logged intervals of a run, without compiling, saving and validating"
+_TIME = (
+    "median over the logged intervals of a run, excluding compilation, checkpointing and validation"
+)
 _EVALUATION = (
-    "Evaluation: wall time from reading a volume to its scores and pictures, with what had to be "
-    "compiled for it"
+    "Evaluation: wall-clock time from reading a volume to its scores and overlays, including "
+    "compilation"
 )
 
 
-TRAINING, FIT, NO_STEP = "training", "fit", "none"  # what a step is, of `cost.json`
+TRAINING, FIT, NO_STEP = "training", "fit", "none"  # kinds of steps in `cost.json`
 # Why numbers of a training step are missing.
-_WHY = {
-    FIT: "Fitted in one step, to all slices of the few-shot list at once; its operations depend "
-    "on how many iterations it takes and are not counted",
-    NO_STEP: "Nothing trains, so that there is no training step",
+_MISSING_REASON = {
+    FIT: "Fitted in one step, on all slices of the few-shot list at once; its operations depend "
+    "on the number of iterations and are not counted",
+    NO_STEP: "No trainable parameters, hence no training step",
 }
 
 
 def quantities(run: Run) -> dict[str, float | None]:
-    """What `COLUMNS` show of a run with a record of cost; None where that is not known."""
+    """{key of `COLUMNS`: value} of a run with a cost record; None if unknown."""
     counts, flops = run.cost["parameters"], run.cost["flops_per_image"]
     volumes = len({row["case"] for row in run.cases})
     evaluating = run.timing.get("evaluate")
@@ -57,7 +59,7 @@ def quantities(run: Run) -> dict[str, float | None]:
 
 
 def study_cost(study: Study) -> list[Table]:
-    """A line per row, median over its seeds; no table where no run has a record of cost."""
+    """Table with a line per row, median over its seeds; none if no run has a cost record."""
     recorded = [[run for run in line.runs.values() if run.cost] for line in study.lines]
     if not any(recorded):
         return []
@@ -67,12 +69,12 @@ def study_cost(study: Study) -> list[Table]:
         cells = [_over_seeds([one[key] for one in known], COLUMNS[key][1]) for key in COLUMNS]
         rows.append([line.label, f"{len(runs)}/{line.planned}", _dice(line), *cells])
     notes = [
-        "Dice: class mean (`strict`), ± SD over seeds. Parameters in millions: those that train, "
-        f"and all of the model. {_FLOPS}.",
+        "Dice: class mean (`strict`), ± SD over seeds. Parameters in millions: trainable, and "
+        f"trainable plus frozen. {_FLOPS}.",
         f"s per step: {_TIME}. Step memory: arguments, outputs and temporaries of a training step "
-        f"on each device, as the compiler plans them. {_EVALUATION}.",
-        "Of several seeds the median stands, with (smallest to largest) where they differ; seeds: "
-        "with a record of cost/planned.",
+        f"per device, as planned by the compiler. {_EVALUATION}.",
+        "With several seeds: median, and (smallest to largest) where they differ; seeds: with a "
+        "cost record/planned.",
         *_dash_notes([line.label for line in study.lines], recorded),
         *_setting_notes([line.label for line in study.lines], recorded),
     ]
@@ -81,7 +83,7 @@ def study_cost(study: Study) -> list[Table]:
 
 
 def run_cost(run: Run) -> list[Table]:
-    """One run, a quantity a line; no table where it has no record of cost."""
+    """Table of one run with a line per quantity; none if it has no cost record."""
     if not run.cost:
         return []
     known = quantities(run)
@@ -89,8 +91,8 @@ def run_cost(run: Run) -> list[Table]:
     counts, parts, kind = run.cost["parameters"], run.cost["step_bytes"], _kind(run)
     step = "the fit" if kind == FIT else "a step"
     rows = [
-        ["parameters that train", f"{counts['trained']:,}"],
-        ["parameters of the model", f"{counts['trained'] + counts['frozen']:,}"],
+        ["trainable parameters", f"{counts['trained']:,}"],
+        ["all parameters", f"{counts['trained'] + counts['frozen']:,}"],
     ]
     for key, what in (("forward_gflop", "forward pass"), ("training_gflop", "training step")):
         if known[key] is not None:
@@ -98,14 +100,14 @@ def run_cost(run: Run) -> list[Table]:
     if time := run.cost.get("step_seconds"):
         low, high = map(significant, time["quartiles"])
         rows.append([f"time of {step}", f"{each['step_seconds']} s"])
-        if kind != FIT:  # of which there is one
-            rows.append([f"its quartiles, {time['intervals']} intervals", f"{low} to {high} s"])
+        if kind != FIT:  # a fit is a single interval
+            rows.append([f"quartiles over {time['intervals']} intervals", f"{low} to {high} s"])
         rows.append(["images per s", significant(run.cost["batch_size"] / time["median"])])
     if parts:
         rows += [
             [f"memory of {step}, per device", f"{each['step_mib']} MiB"],
-            ["of it arguments", _mib(parts["arguments"])],
-            ["of it temporaries", _mib(parts["temporaries"])],
+            ["arguments in it", _mib(parts["arguments"])],
+            ["temporaries in it", _mib(parts["temporaries"])],
         ]
     peaks = run.cost.get("peak_bytes", {})
     for key, what in (("process", "the process"), ("device", "a device")):
@@ -113,21 +115,21 @@ def run_cost(run: Run) -> list[Table]:
             rows.append([f"peak memory of {what}", _mib(peaks[key])])
     if known["evaluation_seconds"]:
         rows.append(["evaluation, per volume", f"{each['evaluation_seconds']} s"])
-    notes = [f"Measured with {_setting(run)}.", f"{_FLOPS}, divided by the batch."]
-    notes += [f"{_WHY[kind]}."] if kind in _WHY else []
+    notes = [f"Measured on {_setting(run)}.", f"{_FLOPS}, divided by the batch size."]
+    notes += [f"{_MISSING_REASON[kind]}."] if kind in _MISSING_REASON else []
     if kind == NO_STEP:
-        notes += [f"{_EVALUATION}; peaks: measured from the start to the end of it."]
+        notes += [f"{_EVALUATION}; peaks: measured over the whole evaluation."]
     else:
         notes += [
             f"Time of {step}: {_TIME}. {_EVALUATION}.",
-            f"Memory of {step}: as the compiler plans it, outputs that take the place of arguments "
-            "counted once; peaks: measured during training, compiling included.",
+            f"Memory of {step}: as planned by the compiler, outputs that reuse argument buffers "
+            "counted once; peaks: measured during training, including compilation.",
         ]
     return [Table(f"{run.config.name}: {_TITLE}", ["quantity", "value"], rows, notes)]
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """So many digits that count, without an exponent; `NONE` for None."""
+    """Formats a number to significant digits without an exponent; `NONE` for None."""
     if value is None:
         return NONE
     places = digits - 1 - (math.floor(math.log10(abs(value))) if value else 0)
@@ -157,13 +159,13 @@ def _setting(run: Run) -> str:
 
 
 def _kind(run: Run) -> str:
-    return run.cost.get("kind", TRAINING)  # as all were before there was another
+    return run.cost.get("kind", TRAINING)  # older runs have no kind
 
 
 def _dash_notes(labels, recorded) -> list[str]:
-    """Which rows have no numbers for a training step, and why."""
+    """Notes on rows without numbers of a training step, with the reason."""
     notes = []
-    for kind, why in _WHY.items():
+    for kind, why in _MISSING_REASON.items():
         names = [
             label
             for label, runs in zip(labels, recorded, strict=True)
@@ -171,19 +173,19 @@ def _dash_notes(labels, recorded) -> list[str]:
         ]
         notes += [f"{', '.join(names)}: {why[0].lower()}{why[1:]}."] if names else []
     absent = [label for label, runs in zip(labels, recorded, strict=True) if not runs]
-    return notes + ([f"No record of cost yet: {', '.join(absent)}."] if absent else [])
+    return notes + ([f"No cost record yet: {', '.join(absent)}."] if absent else [])
 
 
 def _setting_notes(labels, recorded) -> list[str]:
-    """Where the runs were measured, and a warning where that was not the same for all."""
+    """Note on the devices and settings of the measurements; a warning if they differ."""
     settings: dict[str, dict] = {}
     for label, runs in zip(labels, recorded, strict=True):
         for run in runs:
             settings.setdefault(_setting(run), {})[label] = None
     for setting in [one for one in settings if any(o.startswith(f"{one}, ") for o in settings)]:
-        del settings[setting]  # without a training step, and otherwise as another
+        del settings[setting]  # the same but without a training step
     if len(settings) == 1:
-        return [f"Measured with {next(iter(settings))}."]
+        return [f"Measured on {next(iter(settings))}."]
     listed = "; ".join(f"{setting}: {', '.join(names)}" for setting, names in settings.items())
     return [f"Warning: times and memory were measured in different settings ({listed})."]
 

@@ -1,7 +1,7 @@
-"""The paper's Tables 1-3 as printed, and what in them does not add up.
+"""The paper's Tables 1-3 as printed, with their inconsistencies.
 
-Dice in %. Printed means are not always the means of the printed organs, so both are kept; the
-paper names neither its way of averaging nor its protocol, number of seeds or list of slices.
+Dice in %. Printed means are not always the means of the printed organs, so both are kept; the paper
+states neither averaging, protocol, number of seeds nor list of slices.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ VENTRICLES = ("right_ventricle", "left_ventricle", "third_ventricle", "fourth_ve
 
 @dataclasses.dataclass(frozen=True)
 class PublishedRow:
-    """One line: `mean` is the printed Dice, `organs` the printed organs (Table 3 has none)."""
+    """A row: `mean` is the printed Dice, `organs` the printed organs (none in Table 3)."""
 
     method: str
     mean: float
@@ -30,7 +30,7 @@ class PublishedRow:
 
 @dataclasses.dataclass(frozen=True)
 class PublishedTable:
-    """A table of the paper; `data` says what it was measured on, `doubts` what does not add up."""
+    """A table of the paper; `data` is its data set, `doubts` are its inconsistencies."""
 
     number: int
     caption: str
@@ -99,8 +99,8 @@ TABLES = {
             "cfm+ppg+ppr": PublishedRow("CFM + PPG + PPR", 78.75),
         },
         (
-            "the row without modules (71.92) lies below SAMed in Table 1 (73.91), although both "
-            "adapt the encoder with LoRA of rank 4: it is another configuration, not described",
+            "the row without modules (71.92) is below SAMed in Table 1 (73.91), although both "
+            "adapt the encoder with LoRA of rank 4: it is a different, undescribed configuration",
             "its last row is the 78.75 of Table 1, where the printed organs average 79.40",
             _SLICES,
         ),
@@ -109,16 +109,16 @@ TABLES = {
 
 
 def published_table(key: str) -> PublishedTable:
-    """The table of that key; `UserError` if the paper has none."""
+    """The table with this key; `UserError` if there is none."""
     if key not in TABLES:
-        raise UserError(f"unknown published table {key!r}; known are {', '.join(TABLES)}")
+        raise UserError(f"unknown published table {key!r}; use one of {', '.join(TABLES)}")
     return TABLES[key]
 
 
 def find(key: str | None, config: dict) -> PublishedRow | None:
-    """The row of the paper that a resolved configuration (plain JSON) stands for, if any.
+    """The row of the paper that corresponds to a resolved configuration (plain JSON), if any.
 
-    Tables 1 and 2 go by the method, which for PGP-SAM has all its modules; Table 3 by the modules.
+    Tables 1 and 2 list methods (PGP-SAM with all modules), Table 3 lists combinations of modules.
     """
     if key is None:
         return None
@@ -133,12 +133,12 @@ def find(key: str | None, config: dict) -> PublishedRow | None:
 
 
 def notes(key: str) -> list[str]:
-    """What a reader must know before comparing with the paper's table, the essence first."""
+    """Caveats of a comparison with the paper's table, the most important one first."""
     table = published_table(key)
     found = [
-        f'"paper" is Table {table.number} as printed: {table.data}; protocol, averaging and seeds '
-        "are not named there, so it stands beside for orientation, not as a number reproduced; "
-        "what in it does not add up is said under the paper's own table."
+        f'"paper" is Table {table.number} as printed ({table.data}); the paper does not state '
+        "protocol, averaging and seeds, so the column is for orientation, not a reproduced number; "
+        "its inconsistencies are listed below the paper's own table."
     ]
     odd = [
         f"{row.method} {row.mean:.2f} (organs {row.computed:.2f})"
@@ -147,6 +147,6 @@ def notes(key: str) -> list[str]:
     ]
     if odd:
         found.append(
-            "Printed means that are not the mean of the printed organs: " + ", ".join(odd) + "."
+            "Printed means that differ from the mean of the printed organs: " + ", ".join(odd) + "."
         )
-    return found + [f"In the paper {doubt}." for doubt in table.doubts]
+    return found + [f"In the paper, {doubt}." for doubt in table.doubts]

@@ -1,8 +1,8 @@
-"""Paired comparisons of the rows of a table over its test cases, and what to warn about.
+"""Paired comparisons of the rows of a table over test cases, with warnings.
 
 The test is over cases, not seeds: five seeds cannot reach p < 0.05 in a two-sided signed-rank test,
-twelve cases can. Its p-value therefore speaks about other cases for the models that were trained;
-what another training run would give is shown by the SD over seeds.
+twelve cases can. Its p-value therefore generalizes to other cases for the trained models; variation
+from retraining shows in the SD over seeds.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ DIFFERENCE_INTERVAL = (
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A row minus the reference over the n cases in which both are defined.
+    """Row minus reference over the n cases in which both are defined.
 
-    Scores in the unit of the rows (Dice 0..1). interval: 95 % of the mean difference, None for
-    n < 2. better, worse, same: cases; the test drops those that are the same. by_seed: the mean
-    difference of each seed alone, which shows whether another training run would agree.
+    Scores are in the unit of the rows (Dice 0..1). interval: 95 % CI of the mean difference, None
+    for n < 2. better, worse, same: numbers of cases; the test drops ties. by_seed: the mean
+    difference per seed.
     """
 
     seeds: tuple[int, ...]
@@ -44,15 +44,14 @@ class Comparison:
 
     @property
     def seeds_disagree(self) -> bool:
-        """Whether the difference has another sign for another seed."""
+        """Whether the sign of the difference depends on the seed."""
         return min(self.by_seed) < 0 < max(self.by_seed)
 
 
 def compare(row: Scores | None, reference: Scores | None, organ=None) -> Comparison | None:
-    """Paired comparison in one organ, or by default of the mean over organs of each case.
+    """Compares one organ or, by default, the mean over organs of each case.
 
-    Both are averaged over the seeds both have, in the cases and organs both have. None where
-    nothing can be paired.
+    Uses the seeds, cases and organs that both share, averaged over seeds. None if they share none.
     """
     if row is None or reference is None:
         return None
@@ -78,10 +77,10 @@ def compare(row: Scores | None, reference: Scores | None, organ=None) -> Compari
 
 
 def signed_rank(differences) -> tuple[float, str]:
-    """Two-sided p of Wilcoxon's signed-rank test and how it was found.
+    """Two-sided p of Wilcoxon's signed-rank test, and its method.
 
-    Zero differences are dropped (Wilcoxon's rule), those equal in size share a rank; p is 1 if none
-    is left. Exact up to 50 differences, the normal approximation beyond.
+    Zero differences are dropped (Wilcoxon's rule), ties share a rank; p is 1 if none is left. Exact
+    up to 50 differences, normal approximation beyond.
     """
     differences = np.asarray(differences, float)
     differences = differences[differences != 0]
@@ -89,7 +88,7 @@ def signed_rank(differences) -> tuple[float, str]:
         return 1.0, EXACT
     if differences.size > 50:
         return float(stats.wilcoxon(differences, method="asymptotic").pvalue), APPROXIMATE
-    # The chance of every sum of ranks, doubled so that shared ones are whole: each is in it or not.
+    # Distribution of the rank sum by convolution; ranks are doubled to make shared ones integers.
     ranks = np.rint(2 * stats.rankdata(np.abs(differences))).astype(int)
     chance = np.ones(1)
     for rank in ranks:
@@ -100,15 +99,15 @@ def signed_rank(differences) -> tuple[float, str]:
 
 
 def smallest_p(n: int) -> float:
-    """The smallest p that n untied differences can reach: all of one sign, two-sided."""
+    """The smallest two-sided p for n untied differences: all of one sign."""
     return min(1.0, 2.0 ** (1 - n))
 
 
 def holm(p_values) -> list[float]:
-    """Holm's step-down adjustment of a family of p-values; undefined ones (NaN) are no members.
+    """Holm's step-down adjustment of a family of p-values; NaNs are not members.
 
-    The i-th smallest of m (i = 0..m-1) becomes the largest of (m - j) p_(j), j <= i, at most 1;
-    rejecting what is <= 0.05 keeps the chance of any false rejection in the family at 5 %.
+    The i-th smallest of m (i = 0..m-1) becomes the maximum of (m - j) p_(j) over j <= i, at most 1.
+    Rejecting values <= 0.05 bounds the family-wise error rate at 5 %.
     """
     adjusted = [math.nan] * len(p_values)
     members = sorted(
@@ -122,7 +121,7 @@ def holm(p_values) -> list[float]:
 
 
 def comparison_notes(comparisons) -> list[str]:
-    """How the p-values of one family were found, and where n is too small for a claim.
+    """Notes on the method of a family of p-values, with warnings if n is too small.
 
     comparisons: of one table, without None.
     """
@@ -135,39 +134,39 @@ def comparison_notes(comparisons) -> list[str]:
     how = ", ".join(f"{method} ({count})" for method, count in methods.items() if count)
     notes = [
         f"p: two-sided Wilcoxon signed-rank test over cases, {how}; {dropped} zero difference(s) "
-        f"dropped. Holm p: corrected for the {m} comparison(s) of this table that have results.",
-        "p and interval are about other cases for these trained models; what retraining changes is "
-        "not in them (see the SD over seeds).",
+        f"dropped. Holm p: corrected for the {m} comparison(s) in this table that have results.",
+        "p and CI generalize to other cases for these trained models; they do not cover retraining "
+        "(see the SD over seeds).",
     ]
-    torn = sum(one.seeds_disagree for one in comparisons if one.p <= LEVEL)
-    if torn:
+    unstable = sum(one.seeds_disagree for one in comparisons if one.p <= LEVEL)
+    if unstable:
         notes.append(
-            f"Warning: {torn} comparison(s) with p <= {LEVEL} change sign from seed to seed: they "
-            "are no evidence that the row is better or worse when trained again."
+            f"Warning: {unstable} comparison(s) with p <= {LEVEL} change sign between seeds: they "
+            "are no evidence that the row would be better or worse after retraining."
         )
     pairs = [one.n - one.same for one in comparisons]
     if short := [used for used in pairs if smallest_p(used) > LEVEL]:
         notes.append(
             f"Warning: {len(short)} of {m} comparison(s) have too few differing pairs for the test "
-            f"to reach {LEVEL} whatever the effect (with {max(short)} the smallest possible p is "
+            f"to reach {LEVEL} at any effect size (with {max(short)}, the smallest possible p is "
             f"{smallest_p(max(short)):.3g})."
         )
     if m * smallest_p(max(pairs)) > LEVEL:
         notes.append(
-            f"Warning: with {max(pairs)} differing pairs and {m} comparison(s) no Holm p can be "
+            f"Warning: with {max(pairs)} differing pairs and {m} comparison(s), no Holm p can be "
             f"below {min(1, m * smallest_p(max(pairs))):.3g}, so none can reach {LEVEL}."
         )
     return notes
 
 
 def sample_notes(n_cases, n_seeds) -> list[str]:
-    """Warnings about few cases and few seeds; each a list with one count per row with results."""
+    """Warnings about few cases or seeds. n_cases, n_seeds: one count per row with results."""
     notes = []
     if n_cases and min(n_cases) < SMALL:
         notes.append(f"Warning: n = {_range(n_cases)} cases. {SMALL_SAMPLE}.")
     if n_seeds and min(n_seeds) == 1:
         notes.append(
-            "Warning: rows with one seed have no SD over seeds; their differences may be luck of "
+            "Warning: rows with one seed have no SD over seeds; their differences may be due to "
             "the seed."
         )
     elif n_seeds and min(n_seeds) < 3:
@@ -176,9 +175,9 @@ def sample_notes(n_cases, n_seeds) -> list[str]:
 
 
 def data_notes(lines) -> list[str]:
-    """Warnings where runs were not scored on the same cases, organs or reference masks.
+    """Warnings if runs were not scored on the same cases, organs or reference masks.
 
-    lines: {row label: {seed: rows of cases.csv}}, rows without results left out.
+    lines: {row label: {seed: rows of cases.csv}} of the rows with results.
     """
     notes, kept = [], {}
     for label, by_seed in lines.items():
@@ -189,21 +188,21 @@ def data_notes(lines) -> list[str]:
             if common != union:
                 notes.append(
                     f"Warning: the seeds of {label} were scored on different {what}; only the "
-                    f"{len(common)} that all share are used (of {len(union)})."
+                    f"{len(common)} shared by all are used (of {len(union)})."
                 )
     for key, what in (("case", "cases"), ("class", "organs")):
         sets = {label: kept[label, key] for label in lines}
         if len({frozenset(names) for names in sets.values()}) > 1:
             counts = ", ".join(f"{label}: {len(names)}" for label, names in sets.items())
             notes.append(
-                f"Warning: rows were scored on different {what} ({counts}); each row's means are "
-                f"over its own, comparisons over the shared ones."
+                f"Warning: rows were scored on different {what} ({counts}); each row's means use "
+                f"its own {what}, comparisons the shared ones."
             )
     return notes + _mask_notes(lines)
 
 
 def _mask_notes(lines) -> list[str]:
-    """The same case id with another reference mask is another test: found by its voxel counts."""
+    """Warning if the voxel counts of reference masks of the same case differ between runs."""
     masks: dict = {}
     for by_seed in lines.values():
         for rows in by_seed.values():
@@ -215,8 +214,8 @@ def _mask_notes(lines) -> list[str]:
         return []
     return [
         f"Warning: the reference masks of {len(differing)} case(s) ({', '.join(differing[:3])}"
-        f"{', ...' if len(differing) > 3 else ''}) differ between runs, by other data or other "
-        "slices scored: these runs did not take the same test."
+        f"{', ...' if len(differing) > 3 else ''}) differ between runs (other data or "
+        "other scored slices): these runs were not scored on the same test set."
     ]
 
 

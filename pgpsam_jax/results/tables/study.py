@@ -1,4 +1,4 @@
-"""What tables are made from: lines of runs, taken from a grid or from single run folders."""
+"""The input of tables: lines of runs, from an experiment grid or from single run folders."""
 
 import dataclasses
 import json
@@ -10,13 +10,13 @@ from pgpsam_jax.metrics.protocols import COLUMNS
 from pgpsam_jax.results.grid import DONE, Grid
 from pgpsam_jax.results.runs import Run
 
-# `row_value` is the row's place on the grid's axis; the rest from "case" on is a line of cases.csv.
+# `row_value` is the row's value on the grid's axis; columns from "case" on are those of cases.csv.
 LONG_COLUMNS = ("grid", "row", "label", "row_value", "seed", *COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A row of the tables: {seed: run} of its evaluated runs, out of `planned` ones."""
+    """A row of the tables: {seed: run} of its evaluated runs, of `planned` ones."""
 
     name: str
     label: str
@@ -33,7 +33,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Lines in the order of the plan; `reference` names the line others are compared with."""
+    """Lines in planned order; `reference` names the line that others are compared with."""
 
     name: str
     title: str
@@ -44,7 +44,7 @@ class Study:
 
 
 def from_grid(grid: Grid) -> Study:
-    """The lines of a grid, finished or not."""
+    """The study of an experiment grid, finished or not."""
     lines, states = [], Counter()
     for row in grid.rows:
         cells = [cell for cell in grid.cells if cell.row == row.name]
@@ -66,10 +66,10 @@ def from_grid(grid: Grid) -> Study:
 
 
 def from_runs(runs: list[Run]) -> Study:
-    """Run folders: those whose configurations differ in seeds only are the seeds of one line."""
+    """The study of run folders; runs whose configurations differ only in seeds share a line."""
     groups: list[tuple[str, dict]] = []
     for run in runs:
-        key, seed = _apart_from_seed(run), _seed(run)
+        key, seed = _key_without_seed(run), _seed(run)
         for other, members in groups:
             if other == key and seed not in members:
                 members[seed] = run
@@ -87,7 +87,7 @@ def from_runs(runs: list[Run]) -> Study:
 
 
 def long_rows(study: Study) -> list[dict]:
-    """Every score there is, one a row: dictionaries with the keys `LONG_COLUMNS`."""
+    """All scores, one per dictionary with the keys `LONG_COLUMNS`."""
     rows = []
     for line in study.lines:
         value = "" if line.value is None else line.value
@@ -98,14 +98,14 @@ def long_rows(study: Study) -> list[dict]:
     return rows
 
 
-def tolerance(run: Run) -> float:
-    """The NSD tolerance in mm the run was scored with."""
+def nsd_tolerance(run: Run) -> float:
+    """The NSD tolerance of the run's scores, in mm."""
     recorded = (run.summary or {}).get("nsd_tolerance_mm")
     return float(run.config.eval.nsd_tolerance_mm if recorded is None else recorded)
 
 
 def _run_notes(lines) -> list[str]:
-    """What the evaluations gave notice of, and what the runs of the tables do not share."""
+    """Notices of the evaluations, and notes on differences between the runs."""
     runs = [run for line in lines for run in line.runs.values()]
     notices = Counter(
         " ".join(str(notice).split())
@@ -116,7 +116,7 @@ def _run_notes(lines) -> list[str]:
         f"Note{'' if count == len(runs) else f' ({count} of {len(runs)} runs)'}: {notice}"
         for notice, count in notices.items()
     ]
-    # The hash of what can change a result; old runs have only the commit, which may change nothing.
+    # Hash of the code that affects results; older runs only recorded the commit.
     versions = {run.provenance.get("code") or run.provenance.get("git") for run in runs}
     if len(versions) > 1:
         names = ", ".join(sorted(str(version)[:7] for version in versions))
@@ -124,17 +124,19 @@ def _run_notes(lines) -> list[str]:
     lists = [{run.list_hash for run in line.runs.values()} for line in lines if len(line.runs) > 1]
     lists = [hashes for hashes in lists if None not in hashes]
     if lists and all(len(hashes) == 1 for hashes in lists):
-        notes.append("The seeds of a row share its few-shot list: SD over seeds is of training.")
+        notes.append(
+            "The seeds of a row share its few-shot list: the SD over seeds reflects training only."
+        )
     elif lists:
         notes.append(
-            "Seeds of a row have few-shot lists of their own: SD over seeds is of slices and "
-            "training together."
+            "Each seed of a row has its own few-shot list: the SD over seeds reflects both slices "
+            "and training."
         )
     return notes
 
 
-def _apart_from_seed(run: Run) -> str:
-    """What decides the results of a run, but for seeds: settings, and its inputs by content."""
+def _key_without_seed(run: Run) -> str:
+    """Key of the inputs that determine a run's results, except for seeds."""
     apart = (*identity.NO_IDENTITY, "seed", "fewshot.seed", "eval.")
     fields = configuration.flat(configuration.to_json(run.config))
     fields = {key: value for key, value in fields.items() if not key.startswith(apart)}
@@ -143,13 +145,13 @@ def _apart_from_seed(run: Run) -> str:
 
 
 def _seed(run: Run):
-    """The seed, with that of the few-shot list where it is set apart."""
+    """The seed, with that of the few-shot list if it is set separately."""
     seed, of_list = run.config.seed, run.config.fewshot.seed
     return seed if of_list is None else f"{seed}/{of_list}"
 
 
 def _labels(runs) -> list[str]:
-    """The shortest of configuration name, folder name and path that tells the runs apart."""
+    """Configuration names, folder names or paths: the first that are unique."""
     for names in ([run.config.name for run in runs], [run.workdir.name for run in runs]):
         if len(set(names)) == len(runs):
             return names

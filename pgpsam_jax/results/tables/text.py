@@ -1,6 +1,6 @@
-"""A table of text, its numbers, and its three spellings: Markdown, LaTeX (booktabs) and HTML.
+"""Tables of text with their number formats, written as Markdown, LaTeX (booktabs) and HTML.
 
-Cells and notes are plain text; `code` between backticks in titles and notes is set as code.
+Cells and notes are plain text; text between backticks in titles and notes is set as code.
 """
 
 import dataclasses
@@ -8,12 +8,12 @@ import html
 import math
 import re
 
-NONE, UNDEFINED = "-", "n/a"  # no result yet; a result without this number
+NONE, UNDEFINED = "-", "n/a"  # no result yet; an undefined number
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Title, column heads, one list of cells a row (as many as heads) and notes to stand below."""
+    """Title, column heads, rows with one cell per head, and notes below the table."""
 
     title: str
     head: list[str]
@@ -29,12 +29,12 @@ def number(value, digits: int = 2, sign: bool = False) -> str:
 
 
 def percent(share, sign: bool = False) -> str:
-    """A share (0..1), or a difference of two, in % with two digits."""
+    """A share (0..1), or a difference of shares, in % with two digits."""
     return number(None if share is None else 100 * share, sign=sign)
 
 
 def plus_minus(mean, sd, write=number) -> str:
-    """Mean ± SD; the mean alone where there is no SD."""
+    """Mean ± SD; only the mean if there is no SD."""
     return write(mean) if sd is None or math.isnan(mean) else f"{write(mean)} ± {write(sd)}"
 
 
@@ -42,13 +42,13 @@ def interval(ends, write=number) -> str:
     return UNDEFINED if ends is None else " to ".join(write(end) for end in ends)
 
 
-def spoken(name: str) -> str:
-    """An organ's name as read."""
+def display_name(name: str) -> str:
+    """An organ's name for readers."""
     return name.replace("_", " ")
 
 
 def to_markdown(table: Table, level: int = 2) -> str:
-    """A section with a pipe table, columns padded to read well as plain text too."""
+    """A section with a pipe table, padded to be readable as plain text."""
     lines = [[pipe(cell) for cell in row] for row in [table.head, *table.rows]]
     widths = [max(3, *(len(cell) for cell in column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -63,7 +63,7 @@ def to_markdown(table: Table, level: int = 2) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A `table` environment; the document needs the package booktabs, nothing else."""
+    """A `table` environment; it only needs the package booktabs."""
     columns = "l" + "r" * (len(table.head) - 1)
     body = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in [table.head, *table.rows]]
     notes = [rf"\item {_latex(note)}" for note in table.notes]
@@ -78,7 +78,7 @@ def to_latex(table: Table) -> str:
                 rf"\caption{{{_latex(table.title)}}}",
                 r"\scriptsize" if len(table.head) > 10 else r"\footnotesize",
                 r"\setlength{\tabcolsep}{3pt}",
-                r"\makebox[\linewidth][c]{%",  # centered even where it is wider than the text
+                r"\makebox[\linewidth][c]{%",  # centered even if it is wider than the text
                 rf"\begin{{tabular}}{{{columns}}}",
                 r"\toprule",
                 body[0],
@@ -114,13 +114,13 @@ def _one_line(text: str) -> str:
 
 
 def pipe(text: str) -> str:
-    """Text for a cell of a Markdown table, shown as it is."""
+    """Escapes text for a cell of a Markdown table."""
     signs = r"[\\|*<`$\[~]|&(?=[\w#])|(?<![^\W_])_|_(?![^\W_])"  # no `_` inside a word
     return re.sub(f"({signs})", r"\\\1", _one_line(text))
 
 
 def _prose(text: str) -> str:
-    """Markdown's own signs escaped outside code; a lone `<` between spaces is none of them."""
+    """Escapes Markdown outside code; a lone `<` between spaces needs no escape."""
     parts = re.split(r"(`[^`]+`)", _one_line(text))
     parts[::2] = [re.sub(r"([\\*]|<(?=[A-Za-z/!]))", r"\\\1", part) for part in parts[::2]]
     return "".join(parts)
@@ -156,7 +156,7 @@ _LATEX = {character: f"\\{character}" for character in "%&$#_{}"} | {
 
 
 def _latex(text: str) -> str:
-    """Escaped; a minus sign before a number is set as one."""
+    """Escapes text; a hyphen before a number becomes a minus sign."""
     parts = re.split(r"`([^`]+)`", _one_line(text))
     escaped = ["".join(_LATEX.get(character, character) for character in part) for part in parts]
     escaped = [re.sub(r"(?<![\w.)])-(?=\d)", "$-$", part) for part in escaped]
