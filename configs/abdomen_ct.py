@@ -1,17 +1,17 @@
-"""One real abdominal CT, eight organs: every third organ-bearing slice trains, the rest scores.
+"""One real abdominal CT, eight organs: every third slice with organs trains, the others test.
 
-ONE PATIENT, software labels, slices of the same volume on both sides: this shows that the real
-path runs from file to table; it is no claim of accuracy or generalisation.
+ONE PATIENT, software labels, slices of the same volume in both splits: this shows that the pipeline
+runs from file to table; it is no claim of accuracy or generalization.
 
 Command:  python -m pgpsam_jax.main --config configs/abdomen_ct.py:small --config.data.root=FOLDER
           python -m pgpsam_jax.main --config configs/abdomen_ct.py --config.data.root=FOLDER
 Data:     a FOLDER with ct.nii.gz and seg104.nii.gz, the reference case of TotalSegmentator (122 x
           101 x 112 voxels of 3 mm, Apache-2.0).
 Variants: default: SAM ViT-b with LoRA at 512 px from weights/sam_vit_b; without the weights,
-          --config.model.base= trains on a random frozen backbone, which is announced as such.
+          --config.model.base= trains on a random frozen backbone, and says so.
           small: a four-block encoder at 128 px trained from scratch.
 Expected: small: mean Dice 0.863 on the 34 organ-bearing slices not trained on, 4 minutes on two CPU
-          cores. Default: 18 s a step on two busy cores, peak memory 4.9 GiB; without the official
+          cores. Default: 18 s per step on two busy cores, peak memory 4.9 GiB; without the official
           weights its Dice means nothing. More in docs/results/README.md.
 """
 

@@ -1,14 +1,14 @@
 """PGP-SAM on Synapse (BTCV), 10 % of the slices: the paper's main run (Table 1).
 
 Command:  python -m pgpsam_jax.main --config configs/synapse.py --workdir runs/synapse
-Data:     BTCV RawData (30 abdominal CTs with labels, Synapse project syn3193805) unpacked so that
-          datasets/btcv/RawData/Training/{img,label} exist; or --config.data.root=FOLDER.
+Data:     BTCV RawData (30 abdominal CTs with labels, Synapse project syn3193805), unpacked to
+          datasets/btcv/RawData/Training/{img,label}, or another --config.data.root=FOLDER.
 Weights:  sam_vit_b_01ec64.pth, converted to weights/sam_vit_b (docs/weights.md).
-Expected: the paper prints 78.75 mean Dice (its own organ columns average 79.40) and does not say
-          which slices, cases and empty-mask rule gave it. Not measured here: neither the data nor
-          the weights could be had when this was written.
+Expected: the paper prints 78.75 mean Dice (its own organ columns average 79.40) and does not
+          specify slices, cases and empty-mask rule. Not measured here: neither the data nor the
+          weights were available.
 Cost:     10 % of the valid slices is about 126; 300 epochs of 126 slices at 454 GFLOP each are
-          1.7e16 FLOP, under a minute of one H100 at 40 % utilisation. Not measured.
+          1.7e16 FLOP, under a minute of one H100 at 40 % utilization. Not measured.
 Variants: --config.fewshot.rule=area (the authors' label-area rule), --config.fewshot.pool=all
           (10 % of all slices, 221 of them), --config.model.compute_dtype=bfloat16 on accelerators.
 """

@@ -1,10 +1,10 @@
 """PGP-SAM on head CT, four ventricles, 10 % of the slices: the paper's second data set (Table 2).
 
 Command:  python -m pgpsam_jax.main --config configs/ventricle.py --workdir runs/ventricle
-Data:     a folder pair of your own, datasets/ventricle/{images,labels}/CASE.nii.gz with label ids
-          1 right, 2 left, 3 third, 4 fourth (configs/labels/ventricles.json); the paper's 500
-          cases are private. 20 % of the patients are held out by seed, or name them in
-          --config.data.split=file --config.data.split_file=split.json.
+Data:     your own datasets/ventricle/{images,labels}/CASE.nii.gz, or another
+          --config.data.root=FOLDER, with label ids 1 right, 2 left, 3 third, 4 fourth
+          (configs/labels/ventricles.json); the paper's 500 cases are private. A seed holds out 20 %
+          of the patients, or --config.data.split=file --config.data.split_file=split.json.
 Weights:  as configs/synapse.py.
 Expected: the paper prints 76.39 mean Dice on its private data. Not measured here.
 Settings: HU window 10..90, lr 1e-3 and batch 16 (the authors' release).

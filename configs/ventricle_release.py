@@ -1,11 +1,11 @@
 """PGP-SAM on head CT, four ventricles, as the authors' code trains it: preset `release`.
 
 Command:  python -m pgpsam_jax.main --config configs/ventricle_release.py --workdir runs/ventricle
-Data:     as configs/ventricle.py; by seed, an eighth of the patients validates and an eighth tests
-          (the authors split 800 volumes by index into 600, 100 and 100).
+Data:     as configs/ventricle.py, split by seed: an eighth of the patients for validation and an
+          eighth for testing (the authors split 800 volumes by index into 600, 100 and 100).
 List:     the authors' rule, 5 % of the slices as their code runs it (the paper says 10 %).
 Recipe:   that of configs/synapse_release.py with the ventricles' HU window, learning rate and
-          batch. Their crop around the head is not applied: volumes are taken as they are.
+          batch. Their crop around the head is left out.
 Expected: the paper prints 76.39 mean Dice on private data. Not measured here.
 """
 

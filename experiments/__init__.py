@@ -1,3 +1,3 @@
-"""Programs over many runs: grids of them, and the tables made from their results."""
+"""Studies over many runs: experiment grids, tables, benchmarks, scaling studies."""
 
 import pgpsam_jax  # noqa: F401  a command begins there

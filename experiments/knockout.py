@@ -1,9 +1,8 @@
-"""What a trained model loses when one of its parts is switched off at test time.
+"""Measures the Dice that a trained model loses when one of its parts is switched off at test time.
 
-Each part is silenced by editing weights (a mixing scalar to zero, the last layer of a prompt path
-to zero, gates shut), and all test cases are segmented again. The drop says how much the trained
-model *relies* on the part; what training without it reaches is what `table3` measures. A part
-that is trained but silent costs nothing here.
+Editing weights silences a part (a mixing scalar or the last layer of a prompt path set to zero,
+gates closed); then all test cases are segmented again. The drop says how much the trained model
+*relies* on the part; `table3` measures training without it.
 
 Examples:
   python -m experiments.knockout runs/phantom --output knockout.csv
@@ -35,8 +34,8 @@ from pgpsam_jax.utils.files import csv_text, write_text
 
 _LORA = {"LoRA of the encoder": {r"image_encoder/blocks/\d+/attn/lora/b": 0.0}}
 
-# Part -> {pattern of parameter paths: value}. A gate is a sigmoid: a large negative bias shuts it.
-# A dense prompt is silent as its last bias, which starts as SAM's embedding of no mask.
+# Part -> {pattern of parameter paths: value}. A gate is a sigmoid: a large negative bias closes it.
+# A silent dense prompt is its last bias, initialized as SAM's no-mask embedding.
 _PGPSAM = {
     "CFM gates (Eq 1-2)": {
         r"cfm/\d+/(spatial/column|channel/expand)/kernel": 0.0,
@@ -52,7 +51,7 @@ _PGPSAM = {
     "skip connection (release)": {r"mask_decoder/skip/norm2/(scale|bias)": 0.0},
     "class maps (release)": {r"mask_decoder/class_maps/attention/out_proj/(kernel|bias)": 0.0},
 }
-# By `config.model.name`. The other methods have no part that is added to SAM and can be missed.
+# By `config.model.name`. The other methods have no optional part.
 PARTS = {
     "pgpsam": _PGPSAM | _LORA,
     "samed": _LORA,
@@ -68,17 +67,17 @@ WHOLE = "nothing"
 
 
 def parts_of(config: ConfigDict, workdir) -> dict:
-    """The parts of a run's method; a `UserError` that names the workdir where there is none."""
+    """Returns the parts of a run's method; raises `UserError` if it has none."""
     if config.model.name not in PARTS:
         raise UserError(
-            f"{workdir} is a run of {method_of(config.model).label}, of which no part can be "
-            f"silenced; give one of {', '.join(PARTS)} (of a grid by --only ROW)"
+            f"{workdir} is a run of {method_of(config.model).label}, which has no part to switch "
+            f"off; give a run of {', '.join(PARTS)} (of a grid by --only ROW)"
         )
     return PARTS[config.model.name]
 
 
 def silenced(params, edits: dict):
-    """A copy of the trained state with the leaves of `edits` set; None where any has none."""
+    """Returns the parameters with the leaves of `edits` set; None if a pattern matches none."""
     copy = jax.tree.map(lambda leaf: leaf, params)
     found = set()
     for path, leaf in flat_paths(copy).items():
@@ -90,7 +89,7 @@ def silenced(params, edits: dict):
 
 
 def knock_out(workdir) -> list[dict]:
-    """Rows of `COLUMNS` for one trained run: every part it has, every test case, every class."""
+    """Returns rows of `COLUMNS` for a run: every part, test case and class."""
     run = load_run(workdir)
     split = dataset.find_split(locations.found(run.config, workdir).data)
     predictors = {WHOLE: run.predictor}
@@ -111,7 +110,7 @@ def knock_out(workdir) -> list[dict]:
 
 
 def summary(rows) -> str:
-    """Markdown: mean Dice (class mean, %) with each part off, and the change, mean over runs."""
+    """Returns a Markdown table: mean Dice (class mean, %) and its change with each part off."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
     parts = list(dict.fromkeys(row["part"] for row in rows))
     lines = ["| switched off | runs | Dice (%) | change | smallest to largest change |"]
@@ -140,7 +139,7 @@ def main(arguments=None) -> None:
     """Entry point; `arguments` replace those of the command line."""
     parser = Parser("experiments.knockout", __doc__)
     parser.add_argument("folder", metavar="RUN_OR_GRID", help="workdir of a run, folder of a grid")
-    parser.add_argument("--only", default="", metavar="ROW", help="of a grid, this row's runs")
+    parser.add_argument("--only", default="", metavar="ROW", help="of a grid: the runs of this row")
     parser.add_argument("--output", metavar="FILE", help="CSV with every case and class")
     with running():
         options = parser.parse_args(arguments)
@@ -153,7 +152,7 @@ def main(arguments=None) -> None:
             folders = [run.workdir for row in chosen for run in runs[row]]
         if not folders:
             raise UserError(f"{options.folder} has no finished run yet")
-        for folder in folders:  # all of them, before hours are spent on the first
+        for folder in folders:  # check all runs before hours are spent on the first
             parts_of(load_config(folder), folder)
         rows = [row for folder in folders for row in knock_out(folder)]
         if options.output:

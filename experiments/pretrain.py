@@ -1,10 +1,10 @@
-"""A small SAM, trained to segment whatever a point or a box asks for, on phantoms of its own.
+"""Trains a small SAM on phantoms, to segment the object at a point or in a box.
 
-There are no published SAM weights of a size that two CPU cores can train with, yet half of the
-compared methods do not train the encoder. This makes a backbone for rehearsals of them: all of SAM
-trains, on phantoms of another seed than those of `configs/phantom.py`, with the prompts of SAM's
-paper (a point or a box, drawn from the mask) and no class. It has seen organs of this kind, which
-Meta's SAM has not: nothing that is measured with it says anything about Meta's weights.
+No published SAM is small enough to train with on two CPU cores, and half of the compared methods
+freeze the encoder. This makes their backbone for rehearsals: all of SAM is trained, on phantoms of
+another seed than those of `configs/phantom.py`, with the prompts of SAM's paper (a point or a box,
+sampled from the mask) and no classes. Unlike Meta's SAM it has seen such organs: results with it
+say nothing about Meta's weights.
 
 Examples:
   python -m experiments.pretrain --output weights/sam_vit_t
@@ -37,24 +37,24 @@ from pgpsam_jax.runtime.malloc import keep_freed_memory
 from pgpsam_jax.training.optimizer import make_optimizer
 from weights_conversion import sam
 
-SEED = 1000  # of the phantoms; those of configs/phantom.py have 0
-SMALLEST = 20  # pixels of a mask that may be asked for
+SEED = 1000  # of the phantoms; configs/phantom.py has 0
+SMALLEST = 20  # pixels of a prompted mask
 BATCH = 8
 _SOURCE = "experiments.pretrain: phantoms, no published SAM"
 _OPTIM = OptimConfig(learning_rate=1e-3, weight_decay=0.01, clip_norm=1.0)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train, and write `<output>.safetensors` and `<output>.json`."""
+    """Trains and writes `<output>.safetensors` and `<output>.json`."""
     parser = Parser("experiments.pretrain", __doc__)
     parser.add_argument("--output", default="weights/sam_vit_t", help="stem of the two files")
-    parser.add_argument("--steps", type=int, default=2500, help="of 8 slices each")
-    parser.add_argument("--root", default="datasets/phantom_pretrain", help="its phantoms")
+    parser.add_argument("--steps", type=int, default=2500, help="training steps of 8 slices")
+    parser.add_argument("--root", default="datasets/phantom_pretrain", help="folder of phantoms")
     with running():
         options = parser.parse_args(arguments)
         start()
         if options.steps < 1:
-            raise UserError("--steps is the number of training steps; give 1 or more")
+            raise UserError(f"--steps is {options.steps}; give 1 or more training steps")
         _refuse_other(options.output)
         images, labels = slices(options.root)
         model = pretrain(sam_config(images.shape[1]), images, labels, options.steps)
@@ -63,12 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def sam_config(size: int) -> SamConfig:
-    """The small SAM at a square size (pixels), shown the colors that `store` says it was."""
+    """Returns the small SAM for square images (pixels), with the colors that `store` records."""
     return SamConfig.preset("vit_t", size, 8, colors="normalized")
 
 
 def slices(root) -> tuple[np.ndarray, np.ndarray]:
-    """All slices with organs of thirty phantoms: images (N, S, S), class ids (N, S, S)."""
+    """Returns all slices with organs of thirty phantoms: images and class ids, both (N, S, S)."""
     config = default_config()
     use_small_encoder(config)
     config.data.layout, config.data.root, config.data.phantom_seed = "phantom", str(root), SEED
@@ -89,7 +89,7 @@ def slices(root) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pretrain(config: SamConfig, images, labels, steps: int, seed: int = 0) -> Sam:
-    """SAM after `steps` steps from random weights on images (N, S, S) and class ids (N, S, S)."""
+    """Trains SAM from random weights on images (N, S, S) and class ids (N, S, S)."""
     model = Sam(config, rngs=nnx.Rngs(seed))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = make_optimizer(_OPTIM, steps)
@@ -105,8 +105,8 @@ def pretrain(config: SamConfig, images, labels, steps: int, seed: int = 0) -> Sa
 
 
 def make_step(graphdef, optimizer, seed: int):
-    """Pure function (params, opt_state, rest, images, labels, rows, step) -> the first two, loss
-    and mean IoU of the masks."""
+    """Returns a pure step (params, opt_state, rest, images, labels, rows, step) -> (params,
+    opt_state, loss, mean IoU of the masks)."""
 
     def of(params, rest, images, masks, points, boxes):
         model = nnx.merge(graphdef, params, rest)
@@ -128,7 +128,7 @@ def make_step(graphdef, optimizer, seed: int):
         images, labels = augment(
             keys, images[rows].astype(jnp.float32), labels[rows].astype(jnp.int32), AugmentConfig()
         )
-        masks, points, boxes = jax.vmap(ask)(keys, labels)
+        masks, points, boxes = jax.vmap(sample_prompts)(keys, labels)
         (loss, overlap), gradients = jax.value_and_grad(of, has_aux=True)(
             params, rest, images, masks, points, boxes
         )
@@ -138,11 +138,11 @@ def make_step(graphdef, optimizer, seed: int):
     return step
 
 
-def ask(key, labels):
-    """(mask (S, S) of 0 and 1, a point (x, y) within, a box (4,) about it) of class ids (S, S).
+def sample_prompts(key, labels):
+    """Samples a binary mask (S, S), a point (x, y) inside and a box (4,) from class ids (S, S).
 
-    Of the classes of the slice one is drawn, of all that is no organ where none is large enough.
-    A side of the box is off by up to a tenth of its length.
+    The mask is a class of the slice, or the background if no class is large enough. Each side of
+    the box is off by up to a tenth of its length.
     """
     which, where, how = jax.random.split(jax.random.fold_in(key, 1), 3)
     areas = jnp.bincount(labels.reshape(-1), length=256).at[0].set(0)
@@ -163,7 +163,7 @@ def ask(key, labels):
 
 
 def mask_loss(logits, masks):
-    """(cross-entropy + soft Dice, IoU), each (B, M): logits (B, h, w, M), masks (B, S, S)."""
+    """Returns cross-entropy + soft Dice and IoU (B, M) of logits (B, h, w, M), masks (B, S, S)."""
     logits, target, pixels = upsample_logits(logits, masks.shape[1:]), masks[..., None], (1, 2)
     entropy = optax.sigmoid_binary_cross_entropy(logits, target).mean(pixels)
     found = jax.nn.sigmoid(logits)
@@ -174,16 +174,16 @@ def mask_loss(logits, masks):
 
 
 def _refuse_other(output) -> None:
-    """A `UserError`, before minutes of training, where weights from elsewhere would be lost."""
+    """Raises `UserError` before the training if weights of another source would be replaced."""
     weights, _ = base_files(output)
     if weights.exists() and load_base(output).meta.get("source") != _SOURCE:
         raise UserError(
-            f"{weights} is there and was not made by this program; choose another --output"
+            f"{weights} exists and was not written by this program; choose another --output"
         )
 
 
 def store(model: Sam, output) -> None:
-    """Write a SAM as the weights that `model.base` takes."""
+    """Writes a SAM for `model.base`."""
     tensors = {path: np.asarray(leaf[...]) for path, leaf in flat_paths(nnx.state(model)).items()}
     sam.store(output, tensors, {"source": _SOURCE}, overwrite=True)
     weights, sidecar = base_files(output)

@@ -1,11 +1,10 @@
-"""One cell of a grid, as a process of its own: claim, run or resume, and leave a state behind.
+"""Runs or resumes one cell of an experiment grid and records its state.
 
-The grid driver starts it; in a SLURM array it is started directly:
+The scheduler starts it; in a SLURM array it is started directly:
   python -m experiments.run_cell --workdir runs/table3 --cell ppr-seed0
 
-`state.json` says running (pid, host, heartbeat), done, failed (reason) or pending again, where a
-signal has stopped it (exit code `errors.AGAIN`). The claim is a lock on the cell's `lock` file,
-which the system releases when the process dies, however it dies.
+`state.json` says running (pid, host), done, failed (reason) or, after a signal, pending again (exit
+code `errors.AGAIN`). A cell is a workdir: whoever holds its lock runs it.
 """
 
 import argparse
@@ -27,85 +26,53 @@ from pgpsam_jax.runtime import preemption
 from pgpsam_jax.runtime.malloc import keep_freed_memory
 from pgpsam_jax.utils.files import write_json
 
-try:
-    import fcntl
-except ImportError:  # no such locks on this system: the heartbeat alone tells
-    fcntl = None
-
 HEARTBEAT_SECONDS = 10
-STALE_SECONDS = 120  # without a heartbeat, a cell of another host counts as dead
 BUSY = 73  # exit code: another process runs this cell
 DIED = "died"
 
 
 def standing(cell: Cell) -> str:
-    """pending, running, done, failed, or died: recorded as running by a process that is gone."""
-    state = cell.state
-    if state["state"] != RUNNING:
-        return state["state"]
-    if fcntl is not None and state["host"] == socket.gethostname():
-        with _locked(cell.folder) as free:
-            if free is not None:
-                return DIED if free else RUNNING
-    return RUNNING if time.time() - state["heartbeat"] < STALE_SECONDS else DIED
+    """Returns pending, running, done, failed, or died: running, but its process is gone."""
+    state = cell.state["state"]
+    return DIED if state == RUNNING and not workdir_lock.is_held(cell.folder) else state
 
 
 def write_state(folder: Path, state: str, **fields) -> None:
     write_json(folder / STATE, {"state": state, **fields})
 
 
-@contextlib.contextmanager
-def _locked(folder: Path):
-    """Whether the cell's lock is ours inside the block; None where there are no locks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a") as file:
-        yield _free(file)
-
-
-def _free(file) -> bool | None:
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in workdir_lock.NO_LOCKS:
-            return None
-        raise
-    return True
-
-
 def run(cell: Cell) -> int:
-    """Run the cell to its end; the exit code: 0 done, 1 or 2 failed, BUSY if it is running,
-    AGAIN if a signal has stopped it."""
-    with _locked(cell.folder) as free:
-        if free is False or standing_elsewhere(cell):
-            print(f"{cell.name} is being run by another process", file=sys.stderr)
-            return BUSY
-        if cell.state["state"] == DONE:
-            return 0
-        started = time.time()
-        with _heartbeat(cell.folder, started):
-            reason, code = _train(cell)
-        seconds = round(time.time() - started, 1)
-        if code == AGAIN:
-            write_state(cell.folder, PENDING, note="stopped")
-        elif reason is None:
-            write_state(cell.folder, DONE, seconds=seconds, **code_version())
-        else:
-            write_state(cell.folder, FAILED, reason=reason, seconds=seconds)
-        return code
+    """Runs a cell to its end.
+
+    Returns:
+      The exit code: 0 done, 1 or 2 failed, BUSY where another process runs it, AGAIN where a signal
+      has stopped it.
+    """
+    try:
+        if standing(cell) == RUNNING:  # perhaps on a host that the lock does not reach
+            raise workdir_lock.Taken(f"{cell.name} runs in another process")
+        with workdir_lock.held(cell.folder, "running this cell"):
+            return _run(cell)
+    except workdir_lock.Taken as error:
+        print(error, file=sys.stderr)
+        return BUSY
 
 
-def standing_elsewhere(cell: Cell) -> bool:
-    """Whether another host, whose lock may not reach us, runs the cell."""
-    state = cell.state
-    return (
-        state["state"] == RUNNING
-        and state["host"] != socket.gethostname()
-        and time.time() - state["heartbeat"] < STALE_SECONDS
-    )
+def _run(cell: Cell) -> int:
+    if cell.state["state"] == DONE:
+        return 0
+    started = time.time()
+    write_state(cell.folder, RUNNING, pid=os.getpid(), host=socket.gethostname(), started=started)
+    with _heartbeat(cell.folder):
+        reason, code = _train(cell)
+    seconds = round(time.time() - started, 1)
+    if code == AGAIN:
+        write_state(cell.folder, PENDING, note="stopped")
+    elif reason is None:
+        write_state(cell.folder, DONE, seconds=seconds, **code_version())
+    else:
+        write_state(cell.folder, FAILED, reason=reason, seconds=seconds)
+    return code
 
 
 def _train(cell: Cell) -> tuple[str | None, int]:
@@ -131,16 +98,14 @@ def _train(cell: Cell) -> tuple[str | None, int]:
 
 
 @contextlib.contextmanager
-def _heartbeat(folder: Path, started: float):
-    """Say `running` now and every few seconds while the block runs."""
+def _heartbeat(folder: Path):
+    """Keeps the lock's holder file fresh inside the block, see `workdir_lock.is_held`."""
     stop = threading.Event()
-    fields = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
 
     def beat():
-        while not stop.is_set():
+        while not stop.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):  # a full disk shows in the run itself
-                write_state(folder, RUNNING, **fields, heartbeat=time.time())
-            stop.wait(HEARTBEAT_SECONDS)
+                os.utime(folder / workdir_lock.HOLDER)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -152,7 +117,7 @@ def _heartbeat(folder: Path, started: float):
 
 
 def _end_with_parent() -> None:
-    """End this process when the driver does: its end of our standard input closes then."""
+    """Ends this process when the scheduler does, whose end of our standard input then closes."""
 
     def watch():
         with contextlib.suppress(OSError):
@@ -166,9 +131,9 @@ def _end_with_parent() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.run_cell", description=__doc__)
     parser.add_argument("--workdir", required=True, help="folder of the grid")
-    parser.add_argument("--cell", required=True, help="name of the cell, as in grid.json")
+    parser.add_argument("--cell", required=True, help="name of the cell in grid.json")
     parser.add_argument(
-        "--attached", action="store_true", help="end when standard input closes (the driver's)"
+        "--attached", action="store_true", help="end when standard input closes (the scheduler's)"
     )
     arguments = parser.parse_args()
     if arguments.attached:

@@ -1,7 +1,7 @@
-"""Run all cells of a grid, several at a time; again, and only what is not done is run.
+"""Runs the cells of an experiment grid, several at a time; the same command runs the missing ones.
 
-A cell is a run folder `<row>-seed<n>-<hash of its settings>` with its own log. A cell that died is
-resumed from its last checkpoint; one that failed is tried again. Exit code 0: all done.
+A cell is a run folder `<row>-seed<n>-<hash of its settings>` with its own log. Interrupted cells
+resume from their last checkpoint, failed ones are retried. Exit code 0: all done.
 
 Examples:
   python -m experiments.run_grid --grid experiments/grids/table3.py:phantom --workdir runs/table3
@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from experiments.grid import slurm
-from experiments.grid.plan import make_grid, parse_settings, settle
-from experiments.grid.scheduler import Driver
+from experiments.grid.plan import make_grid, parse_settings, write_plan
+from experiments.grid.scheduler import Scheduler
 from experiments.run_cell import standing
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.results.grid import DONE, RUNNING, Cell, Grid
@@ -24,7 +24,7 @@ from pgpsam_jax.utils.files import write_text
 
 
 def listing(grid: Grid, cells: list[Cell]) -> str:
-    """What `--dry-run` prints: every cell with its state and folder."""
+    """Lists every cell with its state and folder, for `--dry-run`."""
     lines = [f"{grid.name}: {grid.title}", f"{len(cells)} cells in {grid.path}"]
     for cell in cells:
         state = cell.state
@@ -35,37 +35,35 @@ def listing(grid: Grid, cells: list[Cell]) -> str:
 
 def main() -> None:
     parser = Parser("experiments.run_grid", __doc__)
-    parser.add_argument("--grid", required=True, help="grid file, its variant behind a colon")
+    parser.add_argument("--grid", required=True, help="grid file, with its variant after a colon")
     parser.add_argument("--workdir", required=True, help="folder of the grid")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and run nothing")
-    parser.add_argument("--max-failures", type=int, help="stop after so many failed cells")
-    parser.add_argument("--only", default="*", help="cells whose name fits, such as 'ppr-*'")
+    parser.add_argument("--max-failures", type=int, help="stop after this many failed cells")
+    parser.add_argument("--only", default="*", help="cells whose name matches, such as 'ppr-*'")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting for all cells"
     )
-    parser.add_argument(
-        "--mix", action="store_true", help="go on although settings or code have changed"
-    )
+    parser.add_argument("--mix", action="store_true", help="continue with changed settings or code")
     parser.add_argument("--slurm", action="store_true", help="write a job-array script instead")
-    with exit_on_user_error():  # the driver heeds signals: its cells have to be ended
+    with exit_on_user_error():  # the scheduler handles signals: it ends its cells
         sys.exit(_run(parser.parse_args()))
 
 
 def _run(arguments) -> int:
     if arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers} must be 1 or more")
+        raise UserError(f"--workers is {arguments.workers}; give 1 or more")
     folder = Path(arguments.workdir)
     settings = {"data.cache_dir": str(folder / "cache")} | parse_settings(arguments.set)
     grid = make_grid(arguments.grid, folder, settings)
     cells = [cell for cell in grid.cells if fnmatch.fnmatch(cell.name, arguments.only)]
     if not cells:
         names = ", ".join(cell.name for cell in grid.cells)
-        raise UserError(f"--only {arguments.only!r} fits no cell; there are {names}")
+        raise UserError(f"--only {arguments.only!r} matches no cell; there are {names}")
     if arguments.dry_run:
         print(listing(grid, cells))
         return 0
-    grid = settle(grid, arguments.mix)
+    grid = write_plan(grid, arguments.mix)
     names = {cell.name for cell in cells}
     cells = [cell for cell in grid.cells if cell.name in names]
     if arguments.slurm:
@@ -74,8 +72,7 @@ def _run(arguments) -> int:
         write_text(path, slurm.script(grid, todo, arguments.workers))
         print(f"{path}: {len(todo)} cells; submit it with sbatch {path}")
         return 0
-    driver = Driver(grid, cells, arguments.workers, arguments.max_failures)
-    complete = driver.run()
+    complete = Scheduler(grid, cells, arguments.workers, arguments.max_failures).run()
     print(listing(grid, cells))
     return 0 if complete else 1
 

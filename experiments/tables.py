@@ -1,8 +1,8 @@
-"""Tables of grids and runs.
+"""Prints tables of experiment grids and runs.
 
-RUNS are grid folders (finished or not) and run folders. One run folder alone gets its own tables;
-of several, those whose configurations differ in seeds only are the seeds of one row, and the first
-row is the reference. CSV is long: every score of every case, organ, protocol and metric.
+RUNS are grid folders (finished or not) and run folders. A single run gets its own tables; several
+runs whose configurations differ only in seeds form a row, and the first row is the reference. CSV
+is in long format: every score of every case, organ, protocol and metric.
 
 Examples:
   python -m experiments.tables runs/table3 --format markdown
@@ -26,8 +26,8 @@ def main(arguments=None) -> None:
     parser = Parser("experiments.tables", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="grid folders and run folders")
     formats = ("markdown", "latex", "csv")
-    parser.add_argument("--format", choices=formats, default="markdown", help="of the tables")
-    parser.add_argument("--output", metavar="FILE", help="write there instead of printing")
+    parser.add_argument("--format", choices=formats, default="markdown", help="output format")
+    parser.add_argument("--output", metavar="FILE", help="write to a file instead of printing")
     with running():
         options = parser.parse_args(arguments)
         text = format_tables(options.runs, options.format)
@@ -39,7 +39,7 @@ def main(arguments=None) -> None:
 
 
 def format_tables(folders, style: str) -> str:
-    """The text for these folders in "markdown", "latex" or "csv"; `UserError` for a wrong one."""
+    """Returns the tables of folders as text: style "markdown", "latex" or "csv"."""
     grids, runs = _read(folders)
     studies = [study.from_grid(grid) for grid in grids]
     studies += [study.from_runs(runs)] if runs else []
@@ -57,7 +57,7 @@ def format_tables(folders, style: str) -> str:
 
 
 def _read(folders):
-    """Grids and runs of these folders, each read once."""
+    """Reads the grids and runs of folders, each once."""
     grids, runs = [], []
     for path in {Path(folder).resolve(): Path(folder) for folder in folders}.values():
         if is_grid(path):
@@ -67,7 +67,7 @@ def _read(folders):
         else:
             raise UserError(
                 f"{path} is neither a grid folder (no grid.json) nor a run folder (no "
-                "config.json); give folders that run_grid or pgpsam_jax.main have written"
+                "config.json); give folders written by run_grid or pgpsam_jax.main"
             )
     return grids, runs
 

@@ -305,7 +305,7 @@ def test_markdown_by_hand():
     [
         (["--tasks", "walk"], "task 'walk' unknown"),
         (["--batches", "1,x"], "not a list of numbers"),
-        (["--batches", "0"], "numbers from 1"),
+        (["--batches", "0"], "must be 1 or more"),
         (["--steps", "0"], "--steps"),
         (["--against", "torch", "--models", "pgpsam"], "no counterpart"),
         (["--tasks", "encoded"], "take the methods with a frozen encoder"),

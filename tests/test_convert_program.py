@@ -247,7 +247,7 @@ def test_weights_of_others_are_kept(capsys, state, tmp_path):
     ):
         run(capsys, *command)
         kept.write_text("{}")
-        assert f"{kept} is there" in fail(capsys, *command)
+        assert f"{kept} exists" in fail(capsys, *command)
         assert kept.read_text() == "{}"
         run(capsys, *command, "--overwrite")
         assert kept.read_text(errors="replace") != "{}"

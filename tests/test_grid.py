@@ -1,7 +1,9 @@
 """Grids: the driver with real cells, death and resumption, SLURM."""
 
+import errno
 import fcntl
 import functools
+import json
 import os
 import signal
 import socket
@@ -9,8 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
+from unittest import mock
 
+import filelock
 import pytest
 import tiny_method
 import two_rows
@@ -18,11 +23,12 @@ from faults import logged, newest
 from launcher import KNOWING, environment
 from small_run import write_data
 
-from experiments import run_grid
+from experiments import run_cell, run_grid
 from experiments.grid import device_assignment, scheduler
-from experiments.grid.plan import make_grid, settle
+from experiments.grid.plan import make_grid, write_plan
 from experiments.grid.slurm import script
 from experiments.run_cell import BUSY, DIED, run, standing, write_state
+from pgpsam_jax.checkpointing import workdir_lock
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.results.grid import DONE, FAILED, PENDING, RUNNING, read_grid
 from pgpsam_jax.utils.files import read_metrics
@@ -122,7 +128,7 @@ def test_a_grid_from_death_to_done(grid_file, drive_here, tmp_path):
     assert [r["step"] for r in read_metrics(whole.folder / "metrics.jsonl")] == [*range(1, 46)]
     assert "resumed from step" in (whole.folder / "log.txt").read_text()
     assert odd.state["state"] == FAILED and "final_learning_rate is 1" in odd.state["reason"]
-    assert "taken up again" in output and "final_learning_rate is 1" in output
+    assert ", resumed" in output and "final_learning_rate is 1" in output
     runs = read_grid(folder).runs()
     assert len(runs["whole"]) == 1 and runs["odd"] == []
     timing = runs["whole"][0].timing
@@ -137,10 +143,10 @@ def test_a_grid_from_death_to_done(grid_file, drive_here, tmp_path):
 def test_a_cell_from_death_to_done(grid_file, drive_here, tmp_path):
     """Of a process that is gone, while another runs it, and when it is done."""
     spec, folder = grid_file(), tmp_path / "g"
-    cell = settle(make_grid(spec, folder, {}), mix=False).cells[0]
+    cell = write_plan(make_grid(spec, folder, {}), mix=False).cells[0]
     fields = {"pid": 1, "host": socket.gethostname(), "started": 0.0}
-    write_state(cell.folder, RUNNING, **fields, heartbeat=time.time())
-    with open(cell.folder / "lock", "a") as file:
+    write_state(cell.folder, RUNNING, **fields)
+    with open(cell.folder / workdir_lock.LOCK, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert standing(cell) == RUNNING
         assert run(cell) == BUSY and cell.state["pid"] == 1
@@ -191,7 +197,7 @@ def test_a_stopped_driver_ends_what_it_started(grid_file, drive_here, tmp_path, 
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return started[-1]
 
-    monkeypatch.setattr(scheduler.Driver, "_launch", launch)
+    monkeypatch.setattr(scheduler.Scheduler, "_launch", launch)
     folder = tmp_path / "g"
     assert drive_here(grid_file(), folder, "--only", "whole*") == 128 + signal.SIGTERM
     assert [process.poll() for process in started] == [-signal.SIGTERM]
@@ -199,8 +205,8 @@ def test_a_stopped_driver_ends_what_it_started(grid_file, drive_here, tmp_path, 
 
 
 def test_a_cell_that_failed_as_it_was_stopped_stays_failed(grid_file, tmp_path):
-    grid = settle(make_grid(grid_file(), tmp_path / "g", {}), mix=False)
-    drives = scheduler.Driver(grid, grid.cells, 1, None)
+    grid = write_plan(make_grid(grid_file(), tmp_path / "g", {}), mix=False)
+    drives = scheduler.Scheduler(grid, grid.cells, 1, None)
     for place, (cell, state) in enumerate(zip(grid.cells, (FAILED, RUNNING), strict=True)):
         cell.folder.mkdir(parents=True, exist_ok=True)
         write_state(cell.folder, state, reason="a reason", pid=1)
@@ -225,25 +231,53 @@ def test_another_hosts_cell_is_left_alone_until_its_heart_stops(grid_file, tmp_p
     grid = make_grid(grid_file(), tmp_path / "g", {})
     cell = grid.cells[0]
     fields = {"pid": 1, "host": "elsewhere", "started": 0.0}
-    write_state(cell.folder, RUNNING, **fields, heartbeat=time.time())
+    write_state(cell.folder, RUNNING, **fields)
+    holder = cell.folder / workdir_lock.HOLDER
+    holder.write_text(json.dumps(fields | {"doing": "running this cell", "since": "now"}))
     assert standing(cell) == RUNNING
     assert run(cell) == BUSY
-    write_state(cell.folder, RUNNING, **fields, heartbeat=time.time() - 1000)
+    os.utime(holder, (time.time() - 1000,) * 2)
     assert standing(cell) == DIED
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_heart_beats_while_a_cell_runs(locks, grid_file, tmp_path, monkeypatch):
+    """Other hosts see it, and this one where there are no locks."""
+    cell = write_plan(make_grid(grid_file(), tmp_path / "g", {}), mix=False).cells[0]
+    holder = cell.folder / workdir_lock.HOLDER
+    monkeypatch.setattr(run_cell, "HEARTBEAT_SECONDS", 0.01)
+
+    def train(cell):
+        os.utime(holder, (0, 0))
+        until(lambda: holder.stat().st_mtime > time.time() - 100)
+        assert standing(cell) == RUNNING
+        with workdir_lock.held(cell.folder, "training"):  # as the run itself does
+            pass
+        assert holder.is_file()
+        return None, 0
+
+    monkeypatch.setattr(run_cell, "_train", train)
+    if not locks:
+        no_locks = OSError(errno.ENOLCK, "no locks")
+        monkeypatch.setattr(filelock.FileLock, "acquire", mock.Mock(side_effect=no_locks))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert run(cell) == 0
+    assert cell.state["state"] == DONE and not holder.exists()
 
 
 def test_max_failures_stops_the_grid(grid_file, tmp_path, monkeypatch):
     grid = make_grid(grid_file(seeds=(0, 1, 2)), tmp_path / "g", {})
-    settle(grid, mix=False)
+    write_plan(grid, mix=False)
     command = [sys.executable, "-c", "import sys; sys.exit(9)"]
 
     def launch(self, cell, slot):
         cell.folder.mkdir(parents=True, exist_ok=True)
         return subprocess.Popen(command, stdin=subprocess.PIPE)
 
-    monkeypatch.setattr(scheduler.Driver, "_launch", launch)
+    monkeypatch.setattr(scheduler.Scheduler, "_launch", launch)
     monkeypatch.setattr(scheduler, "_POLL_SECONDS", 0.01)
-    assert scheduler.Driver(grid, list(grid.cells), 1, 2).run() is False
+    assert scheduler.Scheduler(grid, list(grid.cells), 1, 2).run() is False
     states = [cell.state for cell in grid.cells]
     assert [s["state"] for s in states] == [FAILED, FAILED] + [PENDING] * 4
     assert states[0]["reason"] == "ended with exit code 9"
@@ -251,17 +285,17 @@ def test_max_failures_stops_the_grid(grid_file, tmp_path, monkeypatch):
 
 def test_workers_share_what_there_is(monkeypatch):
     monkeypatch.setattr(device_assignment, "gpus", lambda: ["0", "1", "2", "3"])
-    assert device_assignment.places(2) == [
+    assert device_assignment.assign_devices(2) == [
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, None),
         ({"CUDA_VISIBLE_DEVICES": "2,3"}, None),
     ]
     with pytest.raises(UserError, match="at most --workers 4"):
-        device_assignment.places(5)
+        device_assignment.assign_devices(5)
     monkeypatch.setattr(device_assignment, "gpus", lambda: [])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
-    assert device_assignment.places(2) == [({}, {0, 2, 4}), ({}, {1, 3})]
+    assert device_assignment.assign_devices(2) == [({}, {0, 2, 4}), ({}, {1, 3})]
     with pytest.raises(UserError, match="one per core"):
-        device_assignment.places(6)
+        device_assignment.assign_devices(6)
 
 
 def test_slurm_script_runs_what_is_not_done(grid_file, tmp_path):
@@ -292,4 +326,4 @@ def test_dry_run_lists_and_writes_nothing(grid_file, drive_here, tmp_path, capsy
     assert capsys.readouterr().out.count("pending") == 2
     assert not folder.exists()
     assert drive_here(grid_file(), folder, "--dry-run", "--only", "nothing*") == 2
-    assert "fits no cell; there are whole-seed0, odd-seed0" in capsys.readouterr().err
+    assert "matches no cell; there are whole-seed0, odd-seed0" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import two_rows
 from places import REPOSITORY
 from small_run import write_data
 
-from experiments.grid.plan import _images, load_plan, make_grid, parse_settings, settle
+from experiments.grid.plan import _images, load_plan, make_grid, parse_settings, write_plan
 from experiments.run_cell import write_state
 from pgpsam_jax.checkpointing import identity
 from pgpsam_jax.config import serialization as configuration
@@ -120,17 +120,17 @@ def test_wrong_grid_files(text, message, tmp_path):
 def test_a_changed_plan_is_not_mixed_in(grid_file, tmp_path):
     folder = tmp_path / "g"
     first = make_grid(grid_file(), folder, {})
-    settle(first, mix=False)
+    write_plan(first, mix=False)
     write_state(first.cells[0].folder, DONE, seconds=1.0)
-    settle(make_grid(grid_file(seeds=(0, 1)), folder, {}), mix=False)  # more cells may join
+    write_plan(make_grid(grid_file(seeds=(0, 1)), folder, {}), mix=False)  # more cells may join
     assert len(read_grid(folder).cells) == 4
-    with pytest.raises(UserError, match="whole-seed1 is planned no longer"):
-        settle(first, mix=False)
+    with pytest.raises(UserError, match="whole-seed1 is no longer planned"):
+        write_plan(first, mix=False)
     changed = make_grid(grid_file(steps=5, seeds=(0, 1)), folder, {})
     with pytest.raises(UserError, match=r"other settings \(train.steps: 4 there, 5 now\)"):
-        settle(changed, mix=False)
+        write_plan(changed, mix=False)
     assert read_grid(folder).cells[0].state["state"] == DONE
-    settle(changed, mix=True)
+    write_plan(changed, mix=True)
     assert read_grid(folder).cells[0].state["state"] == PENDING  # in a folder of its own
 
 
@@ -143,48 +143,48 @@ def test_a_file_of_the_same_content_is_the_same_plan(data, grid_file, tmp_path):
         places = {"data.root": str(copy), "data.label_table": str(table)}
         return make_grid(grid_file(), folder, places)
 
-    first = settle(make_grid(grid_file(), folder, {}), mix=False)
-    assert settle(plan(), mix=False).cells[0].folder == first.cells[0].folder
+    first = write_plan(make_grid(grid_file(), folder, {}), mix=False)
+    assert write_plan(plan(), mix=False).cells[0].folder == first.cells[0].folder
     text = table.read_text()
     table.unlink()  # what cannot be read is no other content
-    assert settle(plan(), mix=False).cells[0].folder == first.cells[0].folder
+    assert write_plan(plan(), mix=False).cells[0].folder == first.cells[0].folder
     table.write_text(text)
-    settle(plan(), mix=False)
+    write_plan(plan(), mix=False)
     table.write_text(text.replace("liver", "lever"))
-    with pytest.raises(UserError, match=r"data.label_table: its file holds something else now"):
-        settle(plan(), mix=False)
-    assert settle(plan(), mix=True).cells[0].folder != first.cells[0].folder
+    with pytest.raises(UserError, match=r"data.label_table: the content of its file changed"):
+        write_plan(plan(), mix=False)
+    assert write_plan(plan(), mix=True).cells[0].folder != first.cells[0].folder
 
 
 def test_a_done_cell_is_held_to_its_data(data, grid_file, tmp_path):
     folder, copy = tmp_path / "g", tmp_path / "copy"
     shutil.copytree(data, copy)
-    first = settle(make_grid(grid_file(), folder, {}), mix=False)
+    first = write_plan(make_grid(grid_file(), folder, {}), mix=False)
     done = first.cells[0]
     write_state(done.folder, DONE, seconds=1.0)
     test = dataset.find_split(configuration.from_json(done.config).data).test
     write_json(done.folder / "provenance.json", {"test": dataset.images_digest(test)})
     elsewhere = make_grid(grid_file(), folder, {"data.root": str(copy)})
-    assert settle(elsewhere, mix=False).cells[0].folder == done.folder
-    settle(first, mix=False)
+    assert write_plan(elsewhere, mix=False).cells[0].folder == done.folder
+    write_plan(first, mix=False)
     name = test[0].image.name
     (copy / "images" / name).write_bytes((copy / "images" / name).read_bytes() + b"x")
     _images.cache_clear()
     with pytest.raises(UserError, match=r"copy' holds other test images than"):
-        settle(elsewhere, mix=False)
-    assert settle(elsewhere, mix=True).cells[0].state["state"] == PENDING
+        write_plan(elsewhere, mix=False)
+    assert write_plan(elsewhere, mix=True).cells[0].state["state"] == PENDING
 
 
 def test_changed_code_is_not_mixed_in(grid_file, tmp_path):
     grid = make_grid(grid_file(), tmp_path / "g", {})
-    settle(grid, mix=False)
+    write_plan(grid, mix=False)
     plan = grid.path / "grid.json"
     content = json.loads(plan.read_text())
     content["code"] = {"git": "0123456789abcdef", "code": "another"}
     plan.write_text(json.dumps(content))
-    settle(grid, mix=False)  # nothing was run yet
+    write_plan(grid, mix=False)  # nothing was run yet
     plan.write_text(json.dumps(content))
     write_state(grid.cells[0].folder, DONE, seconds=1.0)
     with pytest.raises(UserError, match="code of pgpsam_jax changed \\(0123456789ab there"):
-        settle(grid, mix=False)
-    settle(grid, mix=True)
+        write_plan(grid, mix=False)
+    write_plan(grid, mix=True)

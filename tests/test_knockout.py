@@ -167,4 +167,4 @@ def test_methods_without_such_parts_are_refused(tmp_path, capsys):
     configuration.store(small_config("autosam"), tmp_path)
     with pytest.raises(SystemExit):
         knockout.main([str(tmp_path)])
-    assert "is a run of AutoSAM, of which no part can be silenced" in capsys.readouterr().err
+    assert "is a run of AutoSAM, which has no part to switch off" in capsys.readouterr().err

@@ -20,7 +20,9 @@ SIZE, DRAWS = 32, 64
 def asked(labels):
     """Masks, points and boxes of many draws for one slice, on the host."""
     keys = jax.random.split(jax.random.key(0), DRAWS)
-    return jax.tree.map(np.asarray, jax.jit(jax.vmap(pretrain.ask, (0, None)))(keys, labels))
+    return jax.tree.map(
+        np.asarray, jax.jit(jax.vmap(pretrain.sample_prompts, (0, None)))(keys, labels)
+    )
 
 
 def test_a_class_of_the_slice_is_asked_for_by_a_point_within_and_a_box_about_it():

@@ -189,8 +189,8 @@ def test_a_run_of_ours_goes_out(root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(release, "load_run", {workdir: run}.get)
     program.main(arguments(workdir, tmp_path / "a.safetensors", "--reverse"))
     printed = capsys.readouterr().out
-    assert "LoRA of rank 5 that adds zero" in printed
-    assert "14 tensors that compute nothing" in printed
+    assert "zero LoRA of rank 5" in printed
+    assert "14 tensors that affect no output" in printed
     tensors = load_file(tmp_path / "a.safetensors")
     assert {name: array.shape for name, array in tensors.items()} == release_shapes(SMALL)
     for name, array in tensors.items():
@@ -275,7 +275,7 @@ def test_mistaken_paths(source, config, workdir, tmp_path, capsys):
     assert "is not a file" in fail(capsys, tmp_path, tmp_path / "w")
     assert "should end in .pth" in fail(capsys, workdir, tmp_path / "a.bin", "--reverse")
     assert "is no training workdir" in fail(capsys, tmp_path, tmp_path / "a.pth", "--reverse")
-    assert "for which there is no default" in fail(capsys, source, tmp_path / "w")
+    assert "there is no default for that number" in fail(capsys, source, tmp_path / "w")
 
 
 def test_runs_that_the_layout_cannot_hold(workdir, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Read and write checkpoint files, `.pth` or `.safetensors`; only writing a `.pth` needs torch."""
+"""Reads and writes `.pth` and `.safetensors` checkpoints; only writing a `.pth` needs torch."""
 
 import contextlib
 from collections import OrderedDict
@@ -15,7 +15,7 @@ from weights_conversion.torch_file import ZIP_MAGIC, TorchFile, read_torch_file
 
 
 def read_checkpoint(file: Path) -> TorchFile:
-    """Tensors by name, and what a `.pth` tells beside them; its content says which file it is."""
+    """Reads a checkpoint; its content, not its name, decides the format."""
     try:
         with open(file, "rb") as opened:
             head = opened.read(9)
@@ -28,7 +28,7 @@ def read_checkpoint(file: Path) -> TorchFile:
 
 
 def check_suffix(output: Path) -> None:
-    """`UserError` unless `write_checkpoint` knows what to write."""
+    """Raises `UserError` unless `write_checkpoint` can write this format."""
     if output.suffix not in (".pth", ".safetensors"):
         raise UserError(f"{output} should end in .pth or .safetensors; change --output")
 
@@ -36,7 +36,7 @@ def check_suffix(output: Path) -> None:
 def write_checkpoint(
     output: Path, tensors: dict[str, np.ndarray], *, overwrite: bool = False
 ) -> None:
-    """Write tensors by name as the suffix says: `.pth` (needs torch) or `.safetensors`.
+    """Writes tensors by name in the format of the suffix: `.pth` (needs torch) or `.safetensors`.
 
     overwrite: as in `write_weights`.
     """
@@ -50,7 +50,7 @@ def write_checkpoint(
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """Turn a failure to write `path` into a `UserError`."""
+    """Turns a failure to write `path` into a `UserError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -62,9 +62,10 @@ def writing(path: Path):
 def write_weights(
     file: Path, tensors: dict[str, np.ndarray], metadata=None, *, overwrite: bool = False
 ) -> str:
-    """Write converted weights to a safetensors file, and its folder; the SHA-256 of the file.
+    """Writes converted weights to a safetensors file and returns the SHA-256 of the file.
 
-    A file of other content is kept, which is a `UserError`, unless `overwrite`.
+    Raises:
+      UserError: the file is there with other content and `overwrite` is not given.
     """
     with writing(file), atomic_path(file) as temporary:
         save_file(tensors, temporary, metadata=metadata)
@@ -75,7 +76,7 @@ def write_weights(
 def _keep_other(path: Path, temporary: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite and file_digest(path) != file_digest(temporary):
         raise UserError(
-            f"{path} is there and holds something else; choose another --output, or replace it "
+            f"{path} exists with other content; choose another --output, or replace it "
             "with --overwrite"
         )
 

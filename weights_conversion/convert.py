@@ -1,26 +1,26 @@
-"""Convert a SAM checkpoint to this project's weights, or back.
+"""Converts a SAM checkpoint to this project's weights, or back.
 
     python -m weights_conversion.convert --source sam_vit_b_01ec64.pth --output weights/sam_vit_b
     python -m weights_conversion.convert --reverse --layout official \\
         --source weights/sam_vit_b --output sam.pth
 
-Or a checkpoint of the PGP-SAM authors' code to a workdir for prediction and evaluation, or back
-from any workdir of preset `release`:
+A checkpoint of the PGP-SAM authors' code to a workdir for prediction and evaluation, or any workdir
+of preset `release` back to such a checkpoint:
 
     python -m weights_conversion.convert --kind pgpsam_release \\
         --source best_ckpt.pth --output runs/release --config configs/synapse_release.py
     python -m weights_conversion.convert --kind pgpsam_release --reverse \\
         --source runs/release --output best_ckpt.pth
 
-Or torchvision's ResNet-18 to the CNN that method `samlst` starts from:
+Torchvision's ResNet-18 to the initial CNN of method `samlst`:
 
     python -m weights_conversion.convert --kind resnet18 \\
         --source resnet18-f37072fd.pth --output weights/resnet18
 
 Reads `.pth` (without torch, without running code) and `.safetensors` files. SAM is written as
-`<output>.safetensors` and `<output>.json`. Conversion only renames, transposes and stacks tensors:
-it is checked for names, shapes and exact round trips on both layouts, the published files
-themselves were not at hand.
+`<output>.safetensors` and `<output>.json`. Conversion only renames, transposes and stacks tensors.
+Names, shapes and exact round trips are tested for both layouts; the published files themselves were
+not available.
 """
 
 import sys
@@ -42,7 +42,21 @@ TO = {"official": sam.to_official, "huggingface": sam.to_huggingface}
 def convert(
     source, output, *, allow_unknown_md5: bool = False, overwrite: bool = False, log=print
 ) -> dict:
-    """Write `<output>.safetensors` and `<output>.json` from a checkpoint; return the sidecar."""
+    """Writes `<output>.safetensors` and `<output>.json` from a SAM checkpoint.
+
+    Args:
+      source: checkpoint file, or folder with `model.safetensors`.
+      output: stem of the two files.
+      allow_unknown_md5: convert a file with an official name but another MD5.
+      overwrite: replace files of other content.
+      log: called with each line of the report.
+
+    Returns:
+      The content of `<output>.json`.
+
+    Raises:
+      UserError: the source is damaged or no SAM, or files of other content are at `output`.
+    """
     file = _source_file(Path(source), output)
     weights, sidecar = base_files(output)
     if weights.exists() and weights.samefile(file):
@@ -77,7 +91,7 @@ def convert(
 
 
 def reverse(source, output, layout: str, *, overwrite: bool = False, log=print) -> None:
-    """Write converted weights back as a `.pth` (needs torch) or `.safetensors` checkpoint."""
+    """Writes converted weights back as a `.pth` (needs torch) or `.safetensors` checkpoint."""
     output = Path(output)
     check_suffix(output)
     base = load_base(source)
@@ -92,7 +106,7 @@ def reverse(source, output, layout: str, *, overwrite: bool = False, log=print) 
 def _source_file(source: Path, output) -> Path:
     file = source / "model.safetensors" if source.is_dir() else source
     if not file.is_file():
-        # A folder is filled by its publisher's tools, so only files are told how to download.
+        # Its publisher's tools fill a folder; only for a file do we know the download.
         if source.is_dir():
             raise UserError(f"{source} holds no model.safetensors; give the checkpoint file itself")
         raise UserError(f"{source} does not exist; {how_to_get(output, source)}")
@@ -100,7 +114,7 @@ def _source_file(source: Path, output) -> Path:
 
 
 def _official_name(file: Path, md5: str, allow_unknown: bool, log) -> str | None:
-    """Name of the published file with this MD5; an error if `file` only has such a name."""
+    """Returns the name of the published file with this MD5; refuses another file of such a name."""
     known = {official.md5: official for official in OFFICIAL.values()}
     claimed = next((o for o in OFFICIAL.values() if o.name == file.name), None)
     if claimed and claimed.md5 != md5:
@@ -125,16 +139,16 @@ def _parser() -> Parser:
     parser.add_argument(
         "--source", required=True, help="checkpoint file, or folder holding model.safetensors"
     )
-    parser.add_argument("--output", required=True, help="stem of the two files, workdir, or file")
+    parser.add_argument("--output", required=True, help="stem of two files, workdir, or file")
     parser.add_argument("--reverse", action="store_true", help="from our weights to a checkpoint")
-    parser.add_argument("--layout", choices=sorted(TO), help="SAM: layout to write with --reverse")
+    parser.add_argument("--layout", choices=sorted(TO), help="SAM: layout that --reverse writes")
     parser.add_argument(
         "--allow-unknown-md5",
         action="store_true",
         help="SAM: convert a file that has an official name but not the official MD5",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace files of other content at --output"
+        "--overwrite", action="store_true", help="replace --output if it has other content"
     )
     parser.add_argument(
         "--config",
@@ -145,6 +159,7 @@ def _parser() -> Parser:
 
 
 def main(argv=None) -> None:
+    """Entry point; `argv` replaces the command line."""
     with running():
         _main(argv)
 
@@ -170,7 +185,7 @@ def _main(argv) -> None:
             parser.error("--config goes with --kind pgpsam_release")
     options = {"overwrite": arguments.overwrite}
     if arguments.kind == "pgpsam_release":
-        from weights_conversion import release  # imports JAX, which SAM needs not
+        from weights_conversion import release  # imports JAX, which SAM does not need
 
         if arguments.reverse:
             release.reverse(arguments.source, arguments.output, **options)

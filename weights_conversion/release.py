@@ -1,7 +1,7 @@
-"""Checkpoints of the PGP-SAM authors' code to workdirs of preset `release`, and back.
+"""Converts checkpoints of the PGP-SAM authors' code to workdirs of preset `release`, and back.
 
-A workdir has a place for every weight that computes something. The others, and the order of the
-names, are kept in its `unused.safetensors`, so that the way back gives the same tensors.
+The model holds every weight that affects an output. `unused.safetensors` in the workdir keeps the
+others and the order of the names, so the reverse conversion is exact.
 """
 
 import json
@@ -41,9 +41,9 @@ from weights_conversion.remap import Tensors, absent, read, write
 from weights_conversion.tensor_layouts import Layout
 
 RELEASE = Layout("release", "PGP-SAM", tuple(TABLE))
-UNUSED = "unused/"  # how our names of weights without a place in the model begin
+UNUSED = "unused/"  # prefix of our names for weights that affect no output
 KEPT = "unused.safetensors"
-LORA_RANK = 5  # the only one that the release builds
+LORA_RANK = 5  # the only rank of the release
 _CONFIGS = Path(__file__).parents[1] / "configs"
 _DEFAULTS = {9: "synapse_release.py", 5: "ventricle_release.py"}  # by classes
 _NEEDED = {
@@ -55,9 +55,16 @@ _NEEDED = {
 
 
 def convert(source, output, settings=(), *, log=print) -> None:
-    """Write the workdir `output` from a checkpoint of the release.
+    """Writes a workdir from a checkpoint of the release.
 
-    settings: `--config=FILE` and `--config.x=y` flags, as `pgpsam_jax.main` takes them.
+    Args:
+      source: checkpoint file.
+      output: new workdir.
+      settings: `--config=FILE` and `--config.x=y` flags, as in `pgpsam_jax.main`.
+      log: called with each line of the report.
+
+    Raises:
+      UserError: the file does not fit the configuration, or `output` exists.
     """
     source, output = Path(source), Path(output)
     if not source.is_file():
@@ -74,8 +81,8 @@ def convert(source, output, settings=(), *, log=print) -> None:
     config = config_of(settings, len(ours["intra"]), source)
     table = label_table(config.data)
     _check_settings(config.model, table, ours, source)
-    config.model.base = ""  # the workdir has the frozen weights itself
-    config.data.axis = AXIAL  # the release knows no other slices
+    config.model.base = ""  # the workdir holds the frozen weights
+    config.data.axis = AXIAL  # the release has no other slices
     unused = {name: ours.pop(name) for name in list(ours) if name.startswith(UNUSED)}
     params, frozen = _states(config, table, ours, source)
     with writing(output), atomic_folder(output) as folder:
@@ -87,15 +94,15 @@ def convert(source, output, settings=(), *, log=print) -> None:
         with ocp.training.Checkpointer(folder.absolute() / "checkpoints") as checkpoints:
             checkpoints.save_checkpointables(epoch or 0, {"params": params})
         configuration.store(build.settled(config), folder)
-    log(f"kept     {len(unused)} tensors that compute nothing, in {KEPT}")
+    log(f"kept     {len(unused)} tensors that affect no output, in {KEPT}")
     log(f"wrote    {output}: {table.num_classes} classes, checkpoint {epoch or 0}")
 
 
 def reverse(workdir, output, *, overwrite: bool = False, log=print) -> None:
-    """Write a workdir's trained weights as a `.pth` or `.safetensors` checkpoint of the release.
+    """Writes a run's weights as a `.pth` or `.safetensors` checkpoint of the release.
 
-    What our model has no place for comes from the workdir if that was converted; else it is zero
-    (scales of norms one), which changes no output.
+    Weights that affect no output come from the workdir if it was converted; otherwise they are zero
+    (scales of norms one).
     """
     workdir, output = Path(workdir), Path(output)
     check_suffix(output)
@@ -105,12 +112,12 @@ def reverse(workdir, output, *, overwrite: bool = False, log=print) -> None:
     log(f"read     {len(ours)} tensors of {workdir}")
     if not any("/lora/" in name for name in ours):
         ours |= _idle_lora(ours)
-        log(f"added    LoRA of rank {LORA_RANK} that adds zero: the run has none")
+        log(f"added    zero LoRA of rank {LORA_RANK}: the run has none")
     if (workdir / KEPT).is_file():
         unused, names = _kept(workdir / KEPT)
     else:
         unused, names = _idle(ours), None
-        log(f"added    {len(unused)} tensors that compute nothing: zeros, scales of norms ones")
+        log(f"added    {len(unused)} tensors that affect no output: zeros, scales of norms ones")
     tensors = write(ours | unused, RELEASE, str(workdir))
     ordered = {name: tensors[name] for name in names or tensors}
     write_checkpoint(output, ordered, overwrite=overwrite)
@@ -118,7 +125,7 @@ def reverse(workdir, output, *, overwrite: bool = False, log=print) -> None:
 
 
 def read_release(source: Path) -> tuple[Tensors, int | None]:
-    """Tensors by the names of the release's model, and the epoch if the file tells one."""
+    """Reads tensors by the release's names, and the epoch if the file has one."""
     tensors, beside = read_checkpoint(source)
     if all(name.startswith("module.") for name in tensors):  # written by torch's DataParallel
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
@@ -127,12 +134,12 @@ def read_release(source: Path) -> tuple[Tensors, int | None]:
 
 
 def config_of(settings, classes: int, source) -> ConfigDict:
-    """The configuration that the flags describe; without a file, the recipe for `classes`."""
+    """Returns the configuration of the flags; without a file, the recipe for `classes`."""
     files, fields = split_flags(settings)
     if not files and classes not in _DEFAULTS:
         raise UserError(
-            f"{source} has {classes} classes with the background, for which there is no "
-            "default; give a --config whose label table has as many"
+            f"{source} has {classes} classes with the background, and there is no default for that "
+            "number; give a --config whose label table has as many"
         )
     file = files[-1].removeprefix("--config=") if files else _CONFIGS / _DEFAULTS[classes]
     try:
@@ -145,7 +152,7 @@ def config_of(settings, classes: int, source) -> ConfigDict:
 
 
 def _check_settings(settings: ConfigDict, table: LabelTable, ours: Tensors, source: Path) -> None:
-    """`UserError` that names every field of the configuration that the tensors contradict."""
+    """Raises `UserError` with every field of the configuration that the tensors contradict."""
     size, classes = sam.describe(ours), len(ours["intra"])
     tokens = ours["ppr/0/attention/class_attention/expand/kernel"].shape[1]
     encoder = SamConfig.preset(settings.encoder, settings.image_size, settings.patch_size).encoder
@@ -167,14 +174,14 @@ def _check_settings(settings: ConfigDict, table: LabelTable, ours: Tensors, sour
 
 
 def _contradictions(fields: dict[str, tuple]) -> str:
-    """What is not as it must be, of (is, must be) by field."""
+    """Describes the fields whose (actual, required) values differ."""
     return "; ".join(
         f"{name} {is_}, not {must}" for name, (is_, must) in fields.items() if is_ != must
     )
 
 
 def _states(config: ConfigDict, table: LabelTable, ours: Tensors, source: Path):
-    """(trained, frozen): the model's states, with the tensors in place."""
+    """Returns the trainable and frozen parameters with the tensors in place."""
     _, params, frozen = build.abstract_model(config.model, table.num_classes)
     leaves = flat_paths(params) | flat_paths(frozen)
     shapes = ({path: a.shape for path, a in arrays.items()} for arrays in (leaves, ours))
@@ -185,7 +192,7 @@ def _states(config: ConfigDict, table: LabelTable, ours: Tensors, source: Path):
 
 
 def check_fit(needed: dict[str, tuple], given: dict[str, tuple], source) -> None:
-    """`UserError` that lists every path whose shape in the model and the file differs."""
+    """Raises `UserError` with every path whose shape in the model and the file differs."""
     different = [
         f"{path} is {given.get(path, 'missing')}, expected {needed.get(path, 'no such tensor')}"
         for path in sorted(needed.keys() | given.keys())
@@ -211,12 +218,12 @@ def _check_exportable(settings: ConfigDict, workdir: Path) -> None:
 
 
 def _kept(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The weights without a place in the model, and the names of the whole checkpoint in order."""
+    """Reads the weights that affect no output, and all names of the checkpoint in order."""
     unused = read_safetensors(path)
     try:
         with safe_open(path, "numpy") as file:
             names = json.loads(file.metadata()["names"])
-    except (KeyError, TypeError, ValueError, RecursionError):  # what others have written there
+    except (KeyError, TypeError, ValueError, RecursionError):  # written by another program
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} does not name the weights of a checkpoint; convert it again")
@@ -224,7 +231,7 @@ def _kept(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
 
 
 def _idle(ours: Tensors) -> dict[str, np.ndarray]:
-    """Weights that the release has beside ours, as zeros and ones."""
+    """Returns the release's additional weights as zeros and ones."""
     return {
         name: np.full(shape, float(name.endswith("/scale")), np.float32)
         for name, shape in absent(ours, RELEASE).items()
@@ -233,7 +240,7 @@ def _idle(ours: Tensors) -> dict[str, np.ndarray]:
 
 
 def _idle_lora(ours: Tensors) -> dict[str, np.ndarray]:
-    """LoRA that adds zero to q and v of every block."""
+    """Returns a zero LoRA for q and v of every block."""
     width = ours["image_encoder/pos_embed"].shape[-1]
     shapes = {"a": (2, width, LORA_RANK), "b": (2, LORA_RANK, width)}
     blocks = [n.removesuffix("/qkv/kernel") for n in ours if n.endswith("/attn/qkv/kernel")]

@@ -1,12 +1,12 @@
-"""The table between preset `release` and the state dict of the authors' code.
+"""Name table between preset `release` and the state dict of the authors' code.
 
-Rows under `unused/` are weights that its code registers and trains but never uses: they get no
-gradient and change no output, so our model has no place for them; they are kept beside it.
+Rows under `unused/` are weights that the authors' code registers but never uses: they get no
+gradient and affect no output, so they are kept beside our model.
 
-Sizes in shapes: `D` encoder width, `M` encoder MLP, `G` grid, `L` = G*G, `P` patch, `C` head width,
-`R` length of a relative-position table, `E` decoder width, `A` cross-attention width, `F` decoder
-MLP, `N` classes, `Q` inter prototypes, `T` prototype tokens, `S` stages, `W` LoRA rank, `K` strip
-length; of joined sizes `H` is E + N, `I` is E + Q, `J` is Q + N.
+Sizes in shapes: `D` encoder width, `M` encoder MLP, `G` token grid, `L` = G*G, `P` patch, `C` head
+width, `R` length of a relative-position table, `E` decoder width, `A` cross-attention width, `F`
+decoder MLP, `N` classes, `Q` inter prototypes, `T` prototype tokens, `S` stages, `W` LoRA rank, `K`
+strip length; of joined sizes `H` is E + N, `I` is E + Q, `J` is Q + N.
 """
 
 from weights_conversion import sam_table
@@ -190,7 +190,7 @@ def _tokens(ours, theirs, join, joined) -> list[Row]:
 
 
 def _rest() -> list[Row]:
-    """Prototypes, levels and what the pre-prompt pass has of its own."""
+    """Returns prototypes, levels and the pre-prompt pass."""
     encoder, tables = "prototype_prompt_encoder", "global_prototypes"
     rows = [
         _weight("image_level", f"{encoder}.level_image", SAME, "S E"),

@@ -1,8 +1,8 @@
-"""Tensors from the layout of a checkpoint to ours and back, all or nothing, for any table of names.
+"""Renames and transposes tensors by a table, from a checkpoint's layout to ours and back.
 
 Each name template of the table becomes a regex. Every name must match exactly one row, every row
-must be filled, every shape must agree; all that is wrong is reported in one `UserError`.
-Nothing is computed: tensors are transposed and stacked, so both directions are exact inverses.
+must be filled, every shape must agree; one `UserError` reports all faults. Tensors are only
+transposed and stacked, so both directions are exact inverses.
 """
 
 import functools
@@ -34,7 +34,7 @@ class _Slot(NamedTuple):
 
 
 def read(tensors: Tensors, layout: Layout, source: str = "checkpoint") -> dict[str, np.ndarray]:
-    """Our float32 tensors from the names of `layout`; `source` names the file in errors."""
+    """Returns our float32 tensors for tensors of `layout`; `source` names the file in errors."""
     errors = []
     tensors = _without_duplicates(tensors, layout, errors)
     found = _look_up(tensors, layout, THEIRS, errors)
@@ -55,7 +55,7 @@ def read(tensors: Tensors, layout: Layout, source: str = "checkpoint") -> dict[s
 
 
 def write(tensors: Tensors, layout: Layout, source: str = "weights") -> dict[str, np.ndarray]:
-    """Inverse of `read`, bit for bit; duplicates are not written."""
+    """Inverts `read`, bit for bit; duplicates are not written."""
     errors = []
     found = _look_up(tensors, layout, OURS, errors)
     _raise(errors, "pgpsam_jax", layout.family, source)
@@ -69,7 +69,7 @@ def write(tensors: Tensors, layout: Layout, source: str = "weights") -> dict[str
 
 
 def absent(tensors: Tensors, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Shapes of our tensors that the table has and `tensors` lack, as the others' sizes tell."""
+    """Returns the shapes of our tensors in the table that `tensors` lacks, from the other sizes."""
     found = _match(tensors, layout, OURS, [])
     counts = _counts(found, tensors, OURS)
     sizes = _vote(found, tensors, counts, OURS)
@@ -81,7 +81,7 @@ def absent(tensors: Tensors, layout: Layout) -> dict[str, tuple[int, ...]]:
 
 
 def _look_up(tensors: Tensors, layout: Layout, side: str, errors: list[str]) -> dict[_Slot, str]:
-    """Name found for each slot of one side; appends whatever is wrong."""
+    """Returns the name found for each slot of one side; appends every fault to `errors`."""
     found = _match(tensors, layout, side, errors)
     counts = _counts(found, tensors, side)
     missing = [s.name(side) for s in _expected(layout, counts, side) if s not in found]
@@ -117,7 +117,7 @@ def _pattern(template: str, stack: tuple[str, ...] | None) -> re.Pattern:
 
 
 def _match(names: Iterable[str], layout: Layout, side: str, errors: list[str]) -> dict[_Slot, str]:
-    """Name found for each slot; appends what is unexpected or matched twice."""
+    """Returns the name found for each slot; appends names that match no row or two."""
     patterns = [(row, _pattern(getattr(row, side), row.stack)) for row in layout.rows]
     found = {}
     for name in names:
@@ -133,9 +133,9 @@ def _match(names: Iterable[str], layout: Layout, side: str, errors: list[str]) -
 
 
 def _counts(found: Mapping[_Slot, str], tensors: Tensors, side: str) -> dict[str, int]:
-    """How many blocks, layers and stacked tensors there are, by the name's part before the number.
+    """Counts blocks, layers and stacked tensors by the part of the name before the number.
 
-    As many as the highest number found; on our side most stacks tell, by their first axis.
+    The highest number found decides; on our side, the first axis of most stacks.
     """
     counts, votes = defaultdict(lambda: 1), defaultdict(Counter)
     for slot, name in found.items():
@@ -158,7 +158,7 @@ def _stack_size(row: Row, counts: Mapping[str, int]) -> int:
 
 
 def _expected(layout: Layout, counts: Mapping[str, int], side: str) -> list[_Slot]:
-    """Every slot of the table, with as many blocks, layers and stacked tensors as were found."""
+    """Returns every slot of the table, for the blocks, layers and stacked tensors found."""
     slots = []
     for row in layout.rows:
         blocks = range(counts[_stem(row, "{i}")]) if "{i}" in row.ours else (None,)
@@ -171,7 +171,7 @@ def _expected(layout: Layout, counts: Mapping[str, int], side: str) -> list[_Slo
 def _check(
     found: Mapping[_Slot, str], tensors: Tensors, counts, side: str, errors: list[str]
 ) -> None:
-    """Append wrong shapes and types. A size is what most tensors that have it say it is."""
+    """Appends wrong shapes and types; most tensors decide the size of a letter."""
     sizes = _vote(found, tensors, counts, side)
     for slot, name in found.items():
         expected = _shape(slot, tensors[name].shape, sizes, counts, side)
@@ -183,7 +183,7 @@ def _check(
 
 
 def _vote(found: Mapping[_Slot, str], tensors: Tensors, counts, side: str) -> dict[str, int]:
-    """Size that each letter stands for."""
+    """Returns the size of each letter, by majority."""
     votes = defaultdict(Counter)
     for slot, name in found.items():
         tokens, own = _sizes(slot, tensors[name].shape, counts, side)
@@ -193,7 +193,7 @@ def _vote(found: Mapping[_Slot, str], tensors: Tensors, counts, side: str) -> di
 
 
 def _sizes(slot: _Slot, shape: tuple, counts, side: str) -> tuple[list[str], tuple]:
-    """Tokens of our shape and the sizes that the tensor has there; no sizes if the rank differs."""
+    """Returns the tokens of our shape and the tensor's sizes there, none if the rank differs."""
     tokens, transform = slot.row.shape.split(), slot.row.transform
     if side == OURS:
         tokens = [str(_stack_size(slot.row, counts))] * slot.row.stacked + tokens
@@ -205,7 +205,7 @@ def _sizes(slot: _Slot, shape: tuple, counts, side: str) -> tuple[list[str], tup
 
 
 def _shape(slot: _Slot, shape: tuple, sizes, counts, side: str) -> tuple[int, ...]:
-    """Shape that the tensor should have on its own side; sizes that nothing tells are its own."""
+    """Returns the expected shape on the tensor's side; unknown sizes are its own."""
     tokens, own = _sizes(slot, shape, counts, side)
     own = own or (1,) * len(tokens)
     expected = []
@@ -221,10 +221,10 @@ def _shape(slot: _Slot, shape: tuple, sizes, counts, side: str) -> tuple[int, ..
 
 
 def _check_tables(found, tensors: Tensors, sizes: dict[str, int], errors: list[str]) -> None:
-    """Relative-position tables have 2G-1 rows in global blocks, one other odd number in windows."""
+    """Checks the rows of relative-position tables: 2G-1, or one other odd number in windows."""
     tables = {name: slot for slot, name in found.items() if slot.row.shape.startswith("R")}
     rows = {name: tensors[name].shape[0] for name in tables if tensors[name].ndim == 2}
-    if "G" not in sizes:  # then the position embedding is missing or of a wrong rank, as reported
+    if "G" not in sizes:  # the position embedding is missing or has a wrong rank, as reported
         return
     whole = 2 * sizes["G"] - 1
     windows = Counter(n for n in rows.values() if n != whole and n % 2).most_common(1)

@@ -1,6 +1,6 @@
-"""ResNet-18 checkpoints in torchvision's names to the CNN beside SAM's encoder (SAM-LST).
+"""Converts torchvision's ResNet-18 to the CNN beside SAM's encoder (SAM-LST).
 
-Only what comes before the fourth group of blocks is used.
+Only the layers before the fourth group of blocks are used.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from weights_conversion.remap import Tensors, read
 from weights_conversion.tensor_layouts import CONV, SAME, Layout, Row
 
 _IDLE = re.compile(r"(layer4\.|fc\.).*|.*\.num_batches_tracked")
-_PUBLISHED = re.compile(r"resnet18-([0-9a-f]{8})\.pth")  # begins the SHA-256 of such a file
+_PUBLISHED = re.compile(r"resnet18-([0-9a-f]{8})\.pth")  # the digits begin the file's SHA-256
 
 
 def _convolution(ours: str, norm: str, theirs: str, their_norm: str, shape: str) -> list[Row]:
@@ -57,13 +57,13 @@ TORCHVISION = Layout("torchvision", "ResNet-18", tuple(_rows()))
 
 
 def from_torchvision(tensors: Tensors, source: str = "checkpoint") -> dict[str, np.ndarray]:
-    """Our float32 tensors; counters and the layers that are not used are dropped."""
+    """Returns our float32 tensors, without counters and unused layers."""
     used = {name: tensor for name, tensor in tensors.items() if not _IDLE.fullmatch(name)}
     return read(used, TORCHVISION, source)
 
 
 def convert(source, output, *, overwrite: bool = False, log=print) -> None:
-    """Write `<output>.safetensors`, for `config.model.cnn_base`, from a checkpoint file."""
+    """Writes `<output>.safetensors`, for `config.model.cnn_base`, from a checkpoint file."""
     source, output = Path(source), cnn_file(output)
     if not source.is_file():
         raise UserError(f"{source} does not exist; {HOW_TO_GET}")

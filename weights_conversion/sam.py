@@ -1,4 +1,4 @@
-"""SAM tensors from the official or the Hugging Face layout to ours and back, and to files."""
+"""Converts SAM tensors between the official, the Hugging Face and our layout, and writes ours."""
 
 import re
 from collections.abc import Iterable
@@ -30,27 +30,27 @@ VARIANTS = {(768, 12): "vit_b", (1024, 24): "vit_l", (1280, 32): "vit_h"}  # (wi
 
 
 def from_official(tensors: Tensors, source: str = "checkpoint") -> dict[str, np.ndarray]:
-    """Our float32 tensors from the names of the official release; `source` names it in errors."""
+    """Returns our float32 tensors for those of the official release; `source` is for errors."""
     return read(tensors, OFFICIAL, source)
 
 
 def from_huggingface(tensors: Tensors, source: str = "checkpoint") -> dict[str, np.ndarray]:
-    """Our float32 tensors from `transformers.SamModel` names; `source` names it in errors."""
+    """Returns our float32 tensors for those of `transformers.SamModel`; `source` is for errors."""
     return read(tensors, HUGGINGFACE, source)
 
 
 def to_official(tensors: Tensors, source: str = "weights") -> dict[str, np.ndarray]:
-    """Inverse of `from_official`, bit for bit."""
+    """Inverts `from_official`, bit for bit."""
     return write(tensors, OFFICIAL, source)
 
 
 def to_huggingface(tensors: Tensors, source: str = "weights") -> dict[str, np.ndarray]:
-    """Inverse of `from_huggingface`, bit for bit; the layout's duplicates are not written."""
+    """Inverts `from_huggingface`, bit for bit; the layout's duplicates are not written."""
     return write(tensors, HUGGINGFACE, source)
 
 
 def detect_layout(names: Iterable[str], source: str) -> str:
-    """`official` or `huggingface`, from the name of the image encoder; `UserError` for neither."""
+    """Returns `official` or `huggingface`, by the image encoder; raises `UserError` for neither."""
     heads = {re.match(r"[^./]*[./]?", name)[0] for name in names}
     for head, layout in (("image_encoder.", "official"), ("vision_encoder.", "huggingface")):
         if head in heads:
@@ -64,7 +64,7 @@ def detect_layout(names: Iterable[str], source: str) -> str:
 
 
 def describe(tensors: Tensors) -> dict:
-    """Variant (`custom` if of no official size), image size and patch size of our tensors."""
+    """Returns variant (`custom` for unofficial sizes), image size and patch size of our tensors."""
     _, grid, _, width = tensors["image_encoder/pos_embed"].shape
     patch = tensors["image_encoder/patch_embed/kernel"].shape[0]
     depth = sum(name.endswith("/attn/qkv/kernel") for name in tensors)
@@ -73,15 +73,24 @@ def describe(tensors: Tensors) -> dict:
 
 
 def store(output, tensors: Tensors, origin: dict, *, overwrite: bool = False) -> dict:
-    """Write our tensors as `config.model.base` takes them; return the sidecar.
+    """Writes our tensors to `<output>.safetensors` and `<output>.json`, for `config.model.base`.
 
-    `<output>.safetensors` and `<output>.json`, which says `origin` of where they come from. Files
-    of other content are kept, which is a `UserError`, unless `overwrite`.
+    Args:
+      output: stem of the two files.
+      tensors: by our paths.
+      origin: fields of `<output>.json` about their source.
+      overwrite: replace files of other content.
+
+    Returns:
+      The content of `<output>.json`.
+
+    Raises:
+      UserError: other files are there and `overwrite` is not given.
     """
     weights, sidecar = base_files(output)
     if sidecar.exists() and not overwrite and not _is_sidecar(sidecar):
         raise UserError(
-            f"{sidecar} is there and does not describe converted weights; choose another --output, "
+            f"{sidecar} exists and does not describe converted weights; choose another --output, "
             "or replace it with --overwrite"
         )
     meta = {

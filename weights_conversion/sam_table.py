@@ -1,8 +1,8 @@
-"""The table between our SAM parameter paths and the official and Hugging Face checkpoint names.
+"""Name table between our SAM parameter paths and the official and Hugging Face checkpoints.
 
-Sizes in shapes: `D` encoder width, `M` encoder MLP, `G` grid, `P` patch, `C` head width, `R` length
-of a relative-position table, `E` decoder width, `A` cross-attention width, `F` decoder MLP, `I`
-IoU-head width, `T` mask-prompt channels.
+Sizes in shapes: `D` encoder width, `M` encoder MLP, `G` token grid, `P` patch, `C` head width, `R`
+length of a relative-position table, `E` decoder width, `A` cross-attention width, `F` decoder MLP,
+`I` IoU-head width, `T` mask-prompt channels.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class _Line(NamedTuple):
 
 
 def _layer(ours, official, huggingface, transform, shape) -> list[_Line]:
-    """Kernel (norms: scale) and bias of one layer; the bias has the last size of the kernel."""
+    """Returns kernel (norms: scale) and bias of a layer; the bias has the kernel's last size."""
     leaf = "scale" if transform is SAME else "kernel"
     return [
         _Line(f"{ours}/{leaf}", f"{official}.weight", f"{huggingface}.weight", transform, shape),
@@ -32,7 +32,7 @@ def _layer(ours, official, huggingface, transform, shape) -> list[_Line]:
 
 
 def _same_names(prefix, names, transform, shape) -> list[_Line]:
-    """Layers that are called alike in all three layouts."""
+    """Returns layers with the same name in all three layouts."""
     dotted = prefix.replace("/", ".")
     return [
         row

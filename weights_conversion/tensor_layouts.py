@@ -1,7 +1,7 @@
-"""What tables of checkpoint names are made of: rows, and how a tensor changes its layout.
+"""Row and transform types of name tables.
 
-`{i}` in a name is a block or layer number, the same on both sides; `{m}` is what we stack on a new
-first axis.
+`{i}` in a name is a block or layer number, the same on both sides; we stack `{m}` on a new first
+axis.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Transform(NamedTuple):
-    """From a torch tensor to ours and back, without arithmetic."""
+    """Converts a torch tensor to ours and back, without arithmetic."""
 
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray]

@@ -1,4 +1,4 @@
-"""Read a torch `.pth` file without torch and without running anything that it holds.
+"""Reads a torch `.pth` file without torch and without running its content.
 
 A `.pth` (torch >= 1.6) is a zip archive: `*/data.pkl`, a pickle that describes the tensors (see
 `torch_pickle`), and one raw record per storage, `*/data/<key>`. Records are mapped, not copied.
@@ -23,9 +23,9 @@ _SLACK = 1 << 20  # bytes
 
 
 class TorchFile(NamedTuple):
-    """Tensors by name: read-only views of the file mapped into memory.
+    """Tensors by name, as read-only views of the memory-mapped file.
 
-    beside: the numbers and words of a dict that holds the state dict, such as its epoch.
+    beside: numbers and strings of the dict around the state dict, such as the epoch.
     """
 
     tensors: dict[str, np.ndarray]
@@ -33,9 +33,10 @@ class TorchFile(NamedTuple):
 
 
 def read_torch_file(path) -> TorchFile:
-    """The state dict of a `.pth` file, itself or one level down under `state_dict` or `model`.
+    """Reads the state dict of a `.pth` file, at the top or under `state_dict` or `model`.
 
-    `UserError` for any other format, a damaged file, or a pickle that asks for more than tensors.
+    Raises:
+      UserError: another format, a damaged file, or a pickle that asks for more than tensors.
     """
     path = Path(path)
     try:
@@ -84,7 +85,7 @@ def _check_format(path: Path) -> None:
 
 
 class _Records:
-    """The records of the archive as slices of one read-only memory map."""
+    """Records of the archive as slices of one read-only memory map."""
 
     def __init__(self, path: Path):
         with zipfile.ZipFile(path) as archive:
@@ -100,7 +101,7 @@ class _Records:
             raise UserError(f"{path} is big-endian; save it again on a little-endian machine")
 
     def read(self, name: str) -> np.ndarray:
-        """Bytes of a record as uint8: stored plainly, in bounds, with the recorded CRC-32."""
+        """Returns the bytes of a record: uncompressed, in bounds, with the recorded CRC-32."""
         info, name = self.infos.get(name), shown(name)
         if info is None:
             raise zipfile.BadZipFile(f"record {name} is missing")
@@ -116,14 +117,14 @@ class _Records:
         data = self.bytes[start : start + info.file_size]
         if data.size != info.file_size:
             raise zipfile.BadZipFile(f"record {name} is cut off")
-        # torch records 0 when it is told not to compute checksums.
+        # torch records 0 when checksums are off.
         if info.CRC and zlib.crc32(data) != info.CRC:
             raise zipfile.BadZipFile(f"record {name} has a wrong checksum")
         return data
 
 
 def _state_dict(path: Path, value) -> tuple[dict[str, Tensor], dict]:
-    """The state dict, and the numbers and words beside it."""
+    """Returns the state dict, and the numbers and strings beside it."""
     beside = {}
     for key in ("state_dict", "model"):
         if type(value) is dict and type(value.get(key)) is dict:

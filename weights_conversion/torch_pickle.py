@@ -1,8 +1,8 @@
-"""Interpret the pickle inside a `.pth` file: what tensors it describes, without running it.
+"""Interprets the pickle inside a `.pth` file without running it.
 
-`pickle` is never called. The interpreter below knows dicts, lists, tuples, numbers, strings and the
-three calls of `_CALLS`; every other name is refused before anything happens, and nothing is
-allocated beyond a few times the size of the pickle itself.
+`pickle` is never called. The interpreter supports dicts, lists, tuples, numbers, strings and the
+three calls of `_CALLS`; it refuses every other name before anything happens, and allocates no more
+than a few times the size of the pickle.
 """
 
 import math
@@ -61,10 +61,11 @@ class _Global(NamedTuple):
 
 
 def interpret(path, data: bytes):
-    """Value that the pickle `data` of the file `path` describes, with a `Tensor` for every tensor.
+    """Returns the value of a pickle, with a `Tensor` for every tensor.
 
-    `UserError` naming the file for anything that is not plain data, and naming the global if the
-    pickle asks for one that tensors do not need.
+    Raises:
+      UserError: names the file `path` if its pickle `data` is not plain data, and the global that
+        tensors do not need.
     """
     try:
         return _run(path, data)

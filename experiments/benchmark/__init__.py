@@ -1,1 +1,1 @@
-"""Speed and memory of the model's steps, alone and against PyTorch: see `__main__`."""
+"""Speed and memory of the model's steps, alone and against PyTorch; see `__main__`."""

@@ -1,8 +1,8 @@
-"""Speed and memory of the model on this machine: steps, their parts, and PyTorch beside them.
+"""Measures speed and memory of the model on this machine: steps, their parts, and PyTorch.
 
-Every combination of the lists is a point. A point runs in a process of its own; what fails is a
-row with its reason. The folder holds `benchmark.json` and `benchmark.md`, written after every
-point: the same command again does what is missing.
+Each combination of the lists is a point. A point runs in a fresh process; a failed point is a row
+with its reason. The folder holds `benchmark.json` and `benchmark.md`, written after each point: the
+same command again measures the missing points.
 
 Examples:
   python -m experiments.benchmark --tasks training,inference --batches 1,2
@@ -26,14 +26,14 @@ from pgpsam_jax.runtime.cli import Parser, running
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure what the command line asks for; 1 if a point failed."""
+    """Measures the points of the command line; returns 1 if one failed, else 0."""
     with running():
         options = _parser().parse_args(arguments)
         points = with_ceilings(points_of(options))
         if options.steps < 1:
             raise UserError("--steps is the number of timed steps; give 1 or more")
         effort, rows = Effort(options.steps, options.budget), table.load(options.output)
-        table.store(options.output, rows)  # a folder that cannot be written shows now
+        table.store(options.output, rows)  # fails now if the folder cannot be written
         for i, point in enumerate(points, start=1):
             if table.finished(rows.get(point.key)):
                 continue
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def points_of(options: Namespace) -> list[Point]:
-    """The points of a suite, or of the cross product of the lists."""
+    """Returns the points of a suite, or of the cross product of the lists."""
     if options.suite:
         return SUITES[options.suite]()
     return cross(
@@ -72,24 +72,29 @@ def _parser() -> Parser:
         "--tasks",
         default="encoder,inference,training",
         help="encoder, inference, training; matmul, scoring, startup, loop, run; encoded and "
-        "encoded_flops, which take --models autosam,samlst,surgicalsam",
+        "encoded_flops, both for --models autosam,samlst,surgicalsam",
     )
     add("--models", default="", help="pgpsam (default), sam (default with --against)")
     add("--encoders", default="vit_b", help="vit_t, vit_b, vit_l, vit_h")
     add("--sizes", default="512", help="image sizes in pixels")
     add("--batches", default="1", help="batch sizes")
     add("--dtypes", default="float32", help="float32, bfloat16")
-    add("--attention", default="", help="attention backends; empty: config.model's default")
-    add("--remat", default="", help="policies of recomputation; empty: config.model's default")
+    add("--attention", default="", help="attention backends; empty: default of config.model")
+    add("--remat", default="", help="recomputation policies; empty: default of config.model")
     add("--scan", action="store_true", help="model.scan_blocks")
-    add("--against", default="", help="torch: the same step in PyTorch, in turns")
-    add("--suite", default="", choices=("", *SUITES), help="a list of points instead of the above")
-    add("--steps", type=int, default=50, help="timed steps of a point, at most")
+    add("--against", default="", help="torch: alternate with the same step in PyTorch")
+    add(
+        "--suite",
+        default="",
+        choices=("", *SUITES),
+        help="replaces the flags above",
+    )
+    add("--steps", type=int, default=50, help="timed steps per point, at most")
     add(
         "--budget",
         type=float,
         default=30.0,
-        help="on a CPU: seconds of a point after which five steps are enough",
+        help="on a CPU: seconds per point after which five steps are enough",
     )
     add("--output", default="runs/benchmark", help="folder of the results")
     return parser  # fmt: skip

@@ -1,6 +1,6 @@
-"""What `train.encoded_copies` saves: the training step with the frozen encoder in it, and without.
+"""Compares the training step with and without precomputed features (`train.encoded_copies`).
 
-The step is that of a run, on random slices. Encoding the copies comes before the clock starts.
+The step is that of a run, on random slices. The copies are encoded before the clock starts.
 """
 
 import time
@@ -29,10 +29,11 @@ SLICES, TURNS, STEPS = 24, 5, 3
 
 
 def encoded_benchmark(point: dict) -> dict:
-    """FLOPs and seconds of both steps, which take turns of `STEPS` steps; whole over encoded.
+    """Returns FLOPs and seconds of both steps and their ratios, whole over encoded.
 
-    `ratio`: of wall time, in each of `TURNS` turns, their median and quartiles. `cpu_ratio`: of the
-    processor time of all threads, which other programs disturb less; on a CPU alone.
+    The two take `TURNS` turns of `STEPS` steps. `ratio`: quartiles of the wall-time ratio of a
+    turn. `cpu_ratio`, on a CPU: of the processor time of all threads, which other programs disturb
+    less.
     """
     slices = random_slices(SLICES, _config(point, 0).model.image_size)
     runs = {name: _step_of(_config(point, n), slices) for name, n in COPIES.items()}
@@ -48,7 +49,7 @@ def encoded_benchmark(point: dict) -> dict:
 
 
 def _seconds(run) -> tuple[float, float]:
-    """Wall and processor seconds of a step."""
+    """Returns wall and processor seconds per step."""
     clocks = time.perf_counter, time.process_time
     start = [clock() for clock in clocks]
     run(STEPS)
@@ -61,7 +62,7 @@ def _ratio(seconds) -> dict[str, float]:
 
 
 def encoded_flops(point: dict) -> dict:
-    """FLOPs per image of both steps as `cost.json` counts them; nothing is compiled or run."""
+    """Returns FLOPs per image of both steps, counted as in `cost.json` without compiling."""
     counted = {name: _flops(_config(point, copies)) for name, copies in COPIES.items()}
     return {
         "flops_per_image": counted,

@@ -1,4 +1,4 @@
-"""What is measured as a whole: the device's matmul rate, and the tasks that other files hold."""
+"""Tasks other than steps: the device's matmul rate, and the benchmarks of other modules."""
 
 import importlib
 import time
@@ -15,7 +15,7 @@ _TASKS = {  # module, function, whether it takes the point
 
 
 def measure(point: dict) -> dict:
-    """The record of a task that is no step; `point` as a dictionary."""
+    """Returns the record of a task that is not a step; `point` as a dictionary."""
     if point["task"] == "matmul":
         return _matmul(point["dtype"])
     module, function, takes_point = _TASKS[point["task"]]
@@ -24,7 +24,7 @@ def measure(point: dict) -> dict:
 
 
 def _matmul(dtype: str) -> dict:
-    """The most FLOP/s of a chain of large square products in one program."""
+    """Returns the highest FLOP/s of a chain of large square products in one program."""
     import jax
     import jax.numpy as jnp
 

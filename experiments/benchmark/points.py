@@ -1,4 +1,4 @@
-"""What is measured: a point is one task at one size; lists of them are cross products or suites."""
+"""Points of the benchmark: one task at one size each; lists are cross products or suites."""
 
 import dataclasses
 import functools
@@ -7,11 +7,11 @@ from experiments.measurement import points
 from pgpsam_jax.errors import UserError
 
 STEPS = ("encoder", "inference", "training")
-# Measured as wholes: the machine's own matmul rate, scoring, import time, the loop, a paper's run,
-# and what encoding beforehand saves, in seconds and FLOPs or in FLOPs alone.
+# Not steps: the machine's matmul rate, scoring, import time, the loop, a run of the paper's size,
+# and precomputed features, in seconds and FLOPs or in FLOPs alone.
 ENCODED = ("encoded", "encoded_flops")
 WHOLE = ("matmul", "scoring", "startup", "loop", "run", *ENCODED)
-FROZEN = ("autosam", "samlst", "surgicalsam")  # methods whose encoder is
+FROZEN = ("autosam", "samlst", "surgicalsam")  # methods with a frozen encoder
 MODELS = ("pgpsam", "sam", *FROZEN)
 DTYPES = ("float32", "bfloat16")
 _KNOWN = {"task": STEPS + WHOLE, "model": MODELS, "dtype": DTYPES, "against": ("", "torch")}
@@ -21,10 +21,10 @@ _KNOWN = {"task": STEPS + WHOLE, "model": MODELS, "dtype": DTYPES, "against": ("
 class Point:
     """One task at one size.
 
-    model: `pgpsam` (preset paper, augmentation in the training step) or `sam` (encoder with LoRA
-    and SAM's decoder, without: what PyTorch has too). attention, remat: of `config.model`; empty
-    is its default. scan: `model.scan_blocks`. against: `torch`, or empty. The methods with a
-    frozen encoder are for the tasks `encoded` and `encoded_flops`.
+    model: `pgpsam` (preset paper, augmentation in the training step), or `sam` (encoder with LoRA
+    and SAM's decoder, no augmentation: also available in PyTorch). attention, remat: of
+    `config.model`; empty is its default. scan: `model.scan_blocks`. against: `torch`, or empty.
+    The methods with a frozen encoder are for the tasks `encoded` and `encoded_flops`.
     """
 
     task: str
@@ -46,7 +46,7 @@ class Point:
                     f"{', '.join(filter(None, known))}"
                 )
         if self.image_size < 1 or self.batch_size < 1:
-            raise UserError("--sizes and --batches are numbers from 1")
+            raise UserError("--sizes and --batches must be 1 or more")
         if (self.task in ENCODED) != (self.model in FROZEN):
             raise UserError(
                 f"task {self.task} is not for --models {self.model}: {' and '.join(ENCODED)} take "
@@ -60,13 +60,13 @@ class Point:
 
     @property
     def settings(self) -> dict[str, str | bool]:
-        """Fields of `config.model` that differ from their defaults."""
+        """Returns the fields of `config.model` that differ from their defaults."""
         chosen = {"attention": self.attention, "remat": self.remat, "scan_blocks": self.scan}
         return {name: value for name, value in chosen.items() if value}
 
     @property
     def key(self) -> str:
-        """The row's name in `benchmark.json`."""
+        """Name of the row in `benchmark.json`."""
         if self.task in ("scoring", "startup", "run"):
             return self.task
         if self.task == "matmul":
@@ -80,13 +80,13 @@ cross = functools.partial(points.cross, Point)
 
 
 def with_ceilings(steps: list[Point]) -> list[Point]:
-    """`steps` after the matmul rate of every type their steps compute in."""
+    """Puts the matmul rate of each compute type before the steps that use it."""
     dtypes = dict.fromkeys(p.dtype for p in steps if p.task in STEPS)
     return points.unique([*(Point("matmul", dtype=dtype) for dtype in dtypes), *steps])
 
 
 def cpu_suite() -> list[Point]:
-    """The bars of a CPU: ViT-b at 512 px against PyTorch; scoring, start-up, loop."""
+    """Returns the CPU benchmarks: ViT-b at 512 px against PyTorch; scoring, start-up, loop."""
     steps = dict(model=["sam"], batch_size=[1, 2], against=["torch"])
     return [
         *cross(task=["training", "inference"], **steps),
@@ -97,7 +97,7 @@ def cpu_suite() -> list[Point]:
 
 
 def gpu_suite() -> list[Point]:
-    """Everything that is asked of one GPU, the most telling first."""
+    """Returns the benchmarks of one GPU, the most informative first."""
     bf16 = {"dtype": ["bfloat16"]}
     torch = dict(model=["sam"], against=["torch"], **bf16)
     return points.unique(

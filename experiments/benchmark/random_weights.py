@@ -1,4 +1,4 @@
-"""The same random SAM on both sides: tensors in the names of `transformers.SamModel`, and LoRA.
+"""Deterministic random SAM for both frameworks: tensors by `transformers.SamModel` name, and LoRA.
 
 A tensor depends on its name, shape and nothing else, so two processes draw the same model.
 """
@@ -12,12 +12,12 @@ TARGETS = ("q", "v")
 
 
 def sam_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """float32 tensors of these names: activations keep their scale through them."""
+    """Returns float32 tensors of these names that preserve the scale of activations."""
     return {name: _draw(name, shape) for name, shape in shapes.items()}
 
 
 def lora_tensors(block: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """(A (targets, D, r), B (targets, r, D)) of a block; B is not zero: A has a gradient."""
+    """Returns A (targets, D, r) and a nonzero B (targets, r, D) of a block: A has a gradient."""
     count = len(TARGETS)
     a = _normal(f"lora a {block}", (count, width, RANK)) / np.float32(width**0.5)
     b = _normal(f"lora b {block}", (count, RANK, width)) / np.float32(RANK**0.5)
@@ -42,7 +42,7 @@ def _normal(name: str, shape) -> np.ndarray:
 
 
 def batch(batch_size: int, image_size: int, classes: int, *, channels: bool):
-    """Images (B, S, S) or (B, S, S, 3) float32 in [0, 1) and labels (B, S, S) int32."""
+    """Returns images (B, S, S) or (B, S, S, 3) float32 in [0, 1) and labels (B, S, S) int32."""
     rng = np.random.default_rng(0)
     shape = (batch_size, image_size, image_size)
     images = rng.random(shape + (3,) * channels, np.float32)

@@ -1,7 +1,7 @@
-"""Runs points in processes of their own and makes their rows.
+"""Runs points in worker processes and returns their rows.
 
-Every point has a fresh process, so that the peak of memory is its own and one that fails is a row
-with its reason. Against PyTorch there are two, which take turns.
+Each point has a fresh process: the memory peak belongs to it alone, and a failure is a row with its
+reason. A comparison with PyTorch has two processes, which take turns.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _WORKER = "experiments.benchmark.worker"
 
 
 def measure(point: Point, effort: Effort) -> dict:
-    """The row of a point, with `error` where it failed."""
+    """Returns the row of a point, with `error` if it failed."""
     row = {"key": point.key, "point": dataclasses.asdict(point)}
     try:
         with Process(_WORKER, "jax", environment=ENVIRONMENT) as process:
@@ -37,7 +37,7 @@ def measure(point: Point, effort: Effort) -> dict:
 
 
 def describe(point: Point) -> dict:
-    """The point as a worker takes it; the sizes of SAM go to the process without JAX."""
+    """Returns the point for a worker, with the sizes of SAM for the process without JAX."""
     described = dataclasses.asdict(point) | {"settings": point.settings}
     if point.against:
         from experiments.benchmark.steps_jax import PATCH
@@ -49,7 +49,7 @@ def describe(point: Point) -> dict:
 
 
 def against(point: Point, ours: Process, row: dict, effort: Effort) -> dict:
-    """PyTorch's rows by variant, each with its ratio to us; `row` gets our seconds."""
+    """Returns PyTorch's rows by variant, with the ratio to ours; `row` gets our seconds."""
     rows = {}
     for variant in ("eager",) if row["platform"] == "cpu" else ("compile", "eager"):
         try:
@@ -64,16 +64,19 @@ def against(point: Point, ours: Process, row: dict, effort: Effort) -> dict:
             found = {"error": str(failure)}
         rows[variant] = found
     row.setdefault("seconds", None)
-    if row["seconds"] is None:  # no counterpart ran: ours are still worth having
+    if row["seconds"] is None:  # PyTorch failed: time ours alone
         row["seconds"] = time_steps(ours, row["platform"], effort)
     return rows
 
 
 def take_turns(ours: Process, theirs: Process, platform: str, effort: Effort):
-    """Seconds of our steps and of theirs, run alternately, and of each turn theirs over ours.
+    """Runs our steps and theirs alternately.
 
-    A turn is two steps on a CPU, five on an accelerator, after one that is not timed: the process
-    was idle in between, and the system may have taken its memory or the device its clock.
+    A turn is two steps on a CPU and five on an accelerator, after an untimed one: the process was
+    idle before, so its memory may be swapped out or the device's clock lowered.
+
+    Returns:
+      Seconds of our steps, seconds of theirs, and the ratio theirs / ours of each turn.
     """
     own, other, ratios, turn = [], [], [], 2 if platform == "cpu" else 5
     while len(own) < effort.steps and not effort.suffices(
@@ -90,7 +93,7 @@ def take_turns(ours: Process, theirs: Process, platform: str, effort: Effort):
 
 
 def rates(row: dict, point: Point) -> dict:
-    """Images and FLOPs per second, and the share of the chip's peak where it is known."""
+    """Returns images and FLOPs per second, and MFU where the chip's peak is known."""
     images = point.batch_size / row["seconds"]["median"]
     flops = images * row["flops_per_image"]["needed"]
     return {

@@ -1,4 +1,4 @@
-"""Encoder with LoRA and SAM's decoder without a prompt, in JAX: the side compared with PyTorch.
+"""SAM's encoder with LoRA and its decoder without prompts, in JAX, to compare with PyTorch.
 
 LoRA and decoder train (the quality head has no part in the loss and does not); three masks are the
 logits of three classes. No augmentation.
@@ -34,14 +34,14 @@ TRAINED = nnx.Any(
 
 
 def build(config: SamConfig, dtype):
-    """(graphdef, params, frozen) with the tensors of `weights`."""
+    """Returns (graphdef, params, frozen) with the tensors of `random_weights`."""
     model = nnx.eval_shape(lambda: Sam(config, lora=LORA, dtype=dtype, rngs=NoDraws()))
     graphdef, params, frozen = nnx.split(model, TRAINED, ...)
     leaves = flat_paths(params) | flat_paths(frozen)
     for path in [path for path, leaf in leaves.items() if isinstance(leaf, nnx.LoRAParam)]:
         tensors = random_weights.lora_tensors(int(path.split("/")[2]), config.encoder.width)
         leaves.pop(path).set_value(jnp.asarray(tensors["ab".index(path[-1])]))
-    # Half precision only to say the shapes with little memory.
+    # Half precision: only the shapes are needed.
     empty = {path: np.broadcast_to(np.float16(0), leaf.shape) for path, leaf in leaves.items()}
     shapes = {name: tensor.shape for name, tensor in to_huggingface(empty).items()}
     for path, tensor in from_huggingface(random_weights.sam_tensors(shapes)).items():
@@ -50,12 +50,12 @@ def build(config: SamConfig, dtype):
 
 
 def encode(graphdef, params, frozen, images):
-    """(B, S, S, 3) to the neck's (B, H, W, C)."""
+    """Maps images (B, S, S, 3) to the neck's output (B, H, W, C)."""
     return nnx.merge(graphdef, params, frozen).encode_image(images)
 
 
 def predict(graphdef, params, frozen, images):
-    """(B, S, S, 3) to the logits of three masks, (B, 4H, 4W, 3)."""
+    """Maps images (B, S, S, 3) to the logits of three masks, (B, 4H, 4W, 3)."""
     model = nnx.merge(graphdef, params, frozen)
     embedding = model.encode_image(images)
     prompts = model.prompt_encoder
@@ -67,13 +67,14 @@ def predict(graphdef, params, frozen, images):
 
 
 def loss(graphdef, params, frozen, images, labels):
-    """0.2 CE + 0.8 soft Dice at full size; labels (B, S, S)."""
+    """Returns 0.2 CE + 0.8 soft Dice at full size; labels (B, S, S)."""
     logits = upsample_logits(predict(graphdef, params, frozen, images), labels.shape[1:])
     return segmentation_loss(logits, labels)[0]
 
 
 def make_train_step(graphdef):
-    """(optimiser, pure function (params, opt_state, frozen, images, labels) -> the first two)."""
+    """Returns (optimizer, pure function (params, opt_state, frozen, images, labels) -> (params,
+    opt_state))."""
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     def train_step(params, opt_state, frozen, images, labels):

@@ -1,4 +1,4 @@
-"""The same model in PyTorch: `transformers.SamModel` pieces, LoRA on q and v added here.
+"""The same model in PyTorch: parts of `transformers.SamModel`, with LoRA on q and v.
 
 Sizes come as the dictionary of a `SamConfig`, so that a process with PyTorch needs no JAX.
 """
@@ -34,13 +34,13 @@ class LoraQkv(nn.Module):
 
 
 def load_tensors(sizes: dict) -> dict[str, torch.Tensor]:
-    """The tensors of `weights`, by the names of `SamModel`."""
+    """Returns the tensors of `random_weights` by the names of `SamModel`."""
     shapes = {name: tuple(t.shape) for name, t in _empty(sizes, "eager").state_dict().items()}
     return {name: torch.from_numpy(t) for name, t in random_weights.sam_tensors(shapes).items()}
 
 
 def build(sizes: dict, tensors: dict[str, torch.Tensor], attention: str):
-    """`SamModel` with these tensors (not copied) and LoRA; `attention` is `sdpa` or `eager`."""
+    """Builds `SamModel` with these tensors (not copied) and LoRA; attention: `sdpa` or `eager`."""
     model = _empty(sizes, attention)
     model.load_state_dict(tensors, strict=True, assign=True)
     model.requires_grad_(False)
@@ -85,7 +85,7 @@ def _empty(sizes: dict, attention: str) -> "transformers.SamModel":  # loads whe
 
 
 def encode(model, images):
-    """(B, 3, S, S) to the neck's (B, C, H, W)."""
+    """Maps images (B, 3, S, S) to the neck's output (B, C, H, W)."""
     encoder = model.vision_encoder
     x = encoder.patch_embed(images) + encoder.pos_embed
     for layer in encoder.layers:
@@ -94,7 +94,7 @@ def encode(model, images):
 
 
 def predict(model, images):
-    """(B, 3, S, S) to the logits of three masks, (B, 3, 4H, 4W)."""
+    """Maps images (B, 3, S, S) to the logits of three masks, (B, 3, 4H, 4W)."""
     embedding = encode(model, images)
     positions = model.get_image_wide_positional_embeddings()
     dense = model.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
@@ -109,7 +109,7 @@ def predict(model, images):
 
 
 def loss(model, images, labels):
-    """0.2 CE + 0.8 soft Dice at full size; labels (B, S, S) int64."""
+    """Returns 0.2 CE + 0.8 soft Dice at full size; labels (B, S, S) int64."""
     logits = F.interpolate(predict(model, images).float(), labels.shape[1:], mode="bilinear")
     probability = logits.softmax(1)
     truth = F.one_hot(labels, CLASSES).movedim(-1, 1).to(probability.dtype)
@@ -121,6 +121,6 @@ def loss(model, images, labels):
 
 
 def optimizer_of(model) -> torch.optim.Optimizer:
-    """Fused AdamW on what trains."""
+    """Returns fused AdamW for the trainable parameters."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)

@@ -1,4 +1,4 @@
-"""How long the scores of one volume take: Dice, HD95, NSD and all protocols; needs no JAX.
+"""Times the scores of one volume: Dice, HD95, NSD and all protocols; needs no JAX.
 
 The truth is eight organs of human size, the prediction the same organs with an irregular
 boundary, patches far away, and the gallbladder missed.
@@ -14,7 +14,7 @@ from pgpsam_jax.metrics.protocols import overlaps, score_case
 from pgpsam_jax.metrics.release_protocol import score_release
 
 FIELD_MM = (360.0, 384.0, 384.0)
-# Centre as a share of the field and half axes in mm, along (D, H, W); later ones lie on top.
+# Center (share of the field) and half axes (mm) along (D, H, W); later organs overwrite earlier.
 ORGANS = {
     "liver": ((0.60, 0.45, 0.30), (75, 72, 80)),
     "stomach": ((0.65, 0.38, 0.62), (45, 40, 55)),
@@ -31,7 +31,7 @@ ISLANDS = 12
 
 
 def scoring_benchmark(seed: int = 0, shape=(120, 512, 512), repeats: int = 3) -> dict:
-    """Seconds (first quartile, median, third) to score one volume on one core, whole and in parts.
+    """Returns quartiles of the seconds to score one volume on one core, as a whole and in parts.
 
     Parts: `counts` (Dice of every protocol), `surfaces` of all organs, `distances_mm` (HD95, NSD)
     and `distances_voxels` (HD95 of `transunet`), `release`. The whole is what evaluation calls.
@@ -53,7 +53,7 @@ def scoring_benchmark(seed: int = 0, shape=(120, 512, 512), repeats: int = 3) ->
 
 
 def _parts(prediction, truth, spacing):
-    """(name, function) of what is timed, in order; later parts use what earlier ones found."""
+    """Returns (name, function) of the timed parts; later ones use results of earlier ones."""
     found = {}
 
     def whole():
@@ -80,7 +80,7 @@ def _parts(prediction, truth, spacing):
 
 
 def synthetic_case(seed: int = 0, shape=(120, 512, 512)):
-    """(prediction, truth, spacing): class ids (D, H, W) uint8 of `NAMES`, mm along (D, H, W)."""
+    """Returns prediction, truth (class ids (D, H, W) uint8 of `NAMES`) and spacing in mm."""
     rng = np.random.default_rng(seed)
     spacing = tuple(mm / n for mm, n in zip(FIELD_MM, shape, strict=True))
     places = [(np.arange(n) + 0.5) * mm for n, mm in zip(shape, spacing, strict=True)]
@@ -106,7 +106,7 @@ def synthetic_case(seed: int = 0, shape=(120, 512, 512)):
 
 
 def _bent(rng, radius, size: float, waves: int) -> np.ndarray:
-    """A field (D, H, W) plus smooth noise of the standard deviation `size`, `waves` a side."""
+    """Adds smooth noise of standard deviation `size` to a field (D, H, W), `waves` per side."""
     coarse = rng.normal(0, size, (waves,) * 3)
     factors = [n / waves for n in radius.shape]
     return radius + ndimage.zoom(coarse, factors, order=1, grid_mode=True, mode="nearest")

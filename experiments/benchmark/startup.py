@@ -1,4 +1,4 @@
-"""How long a command takes to import what it needs, JAX apart; needs no JAX in this process."""
+"""Times the imports of a command, with JAX apart; needs no JAX in this process."""
 
 import statistics
 import subprocess
@@ -7,7 +7,7 @@ import sys
 _IMPORTS = {
     "jax": "",
     "pgpsam_jax.training.train": "import jax",
-}  # what is timed, and what comes before it
+}  # timed module -> untimed code before it
 _PROGRAM = """
 {before}
 import time
@@ -18,10 +18,10 @@ print(time.perf_counter() - start)
 
 
 def startup_benchmark(repeats: int = 7) -> dict:
-    """Seconds (first quartile, median, third) to import `jax`, and `training.train` beyond it.
+    """Returns quartiles of the seconds to import `jax`, and then `training.train`.
 
-    Every import is in a fresh interpreter, the two alternately. A round that is not counted comes
-    first: it writes the byte code and fills the system's file cache.
+    Each import runs in a fresh interpreter, the two alternately, after an untimed round that writes
+    the byte code and fills the file cache.
     """
     seconds = {module: [] for module in _IMPORTS}
     for _ in range(repeats + 1):

@@ -1,4 +1,4 @@
-"""A step of a point in JAX, compiled ahead of time, with what the compiler knows of it."""
+"""The step of a point in JAX, compiled ahead of time."""
 
 import time
 
@@ -18,7 +18,7 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Step:
-    """`step()` runs once and waits for the end; `facts` is known before the first."""
+    """A compiled step: a call runs it once and waits. `facts` are known before the first call."""
 
     def __init__(self, point: dict):
         device = jax.devices()[0]
@@ -45,7 +45,7 @@ class Step:
         self._arguments = self._feed_back(out, self._arguments)
 
     def peak_bytes(self) -> int | None:
-        """Most bytes in use on the device; None on a CPU, whose memory is the process's."""
+        """Returns the peak of the device's memory; None on a CPU, where the process counts."""
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
@@ -83,7 +83,7 @@ def _sam(point: dict):
 
 
 def _pgpsam(point: dict):
-    # Here and not above: the model `sam` does without what a configuration needs.
+    # Imported here: the model `sam` needs no configuration.
     from pgpsam_jax.config import default_config
     from pgpsam_jax.inference.predictor import make_predict_step
     from pgpsam_jax.methods import build

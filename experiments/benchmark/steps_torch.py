@@ -1,4 +1,4 @@
-"""A step of a point in PyTorch: eager with the faster attention, or compiled with SDPA."""
+"""The step of a point in PyTorch: eager with the faster attention, or compiled with SDPA."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from experiments.benchmark import random_weights, sam_torch
 
 
 class Step:
-    """`step()` runs once and waits for the end; `facts` is known before the first.
+    """A step: a call runs it once and waits. `facts` are known before the first call.
 
     In bfloat16, training is automatic mixed precision (float32 parameters) and inference has
     bfloat16 weights. float32 products on a GPU may be TF32, as in JAX by default.
@@ -52,11 +52,11 @@ class Step:
             torch.cuda.synchronize()
 
     def peak_bytes(self) -> int | None:
-        """Most bytes allocated on the GPU; None on a CPU, whose memory is the process's."""
+        """Returns the peak of the GPU's memory; None on a CPU, where the process counts."""
         return torch.cuda.max_memory_allocated() if self._cuda else None
 
     def _faster(self, tensors) -> str:
-        """`sdpa` or `eager`, whichever takes less for this point."""
+        """Returns `sdpa` or `eager`, whichever is faster for this point."""
         seconds = {}
         for attention in ("sdpa", "eager"):
             with contextlib.suppress(torch.OutOfMemoryError):

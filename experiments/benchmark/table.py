@@ -1,4 +1,4 @@
-"""The folder of a benchmark: rows as they are finished, in JSON, and one table in Markdown."""
+"""Folder of a benchmark: finished rows in JSON, and one table in Markdown."""
 
 import json
 from pathlib import Path
@@ -12,17 +12,16 @@ _HEADS = (
     "MFU", "of matmul", "peak GiB", "temporary GiB", "compile s", "torch / jax",
 )  # fmt: skip
 _NOTE = """
-ms: median of a step. GFLOP/image: needed, by this project's own formula
-(`pgpsam_jax/profiling/flops.py`;
-padding of windows after the +, not counted in the shares). MFU: share of the chip's dense bfloat16
-peak, where the chip is known; of matmul: of the rate of a large product in the same type, measured
-in the same run. peak: on an accelerator the allocator's, on a CPU the process's while it steps;
-temporary: what the compiler plans. torch / jax: seconds of PyTorch over ours, runs taken in turns.
+ms: median per step. GFLOP/image: needed FLOPs by the formula of `pgpsam_jax/profiling/flops.py`
+(after the +: padding of windows, not counted in the shares). MFU: share of the chip's dense
+bfloat16 peak, where the chip is known; of matmul: share of the rate of a large product in the same
+type, measured in the same run. peak: of the allocator on an accelerator, of the process on a CPU;
+temporary: planned by the compiler. torch / jax: seconds of PyTorch over ours, in alternate turns.
 """
 
 
 def load(folder) -> dict[str, dict]:
-    """Rows by key of an earlier start; {} if there was none."""
+    """Returns the rows of an earlier run by key; {} if there are none."""
     path = Path(folder) / ROWS
     if not path.is_file():
         return {}
@@ -33,18 +32,18 @@ def load(folder) -> dict[str, dict]:
 
 
 def finished(row: dict | None) -> bool:
-    """Whether a rerun leaves it out: measured, or more than the memory, which stays so."""
+    """Returns whether a rerun skips it: measured, or out of memory."""
     return row is not None and row.get("error", "out of memory").startswith("out of memory")
 
 
 def store(folder, rows: dict[str, dict]) -> None:
-    """Both files, as things stand."""
+    """Writes both files."""
     write_json(Path(folder) / ROWS, {"rows": list(rows.values())})
     write_text(Path(folder) / TABLE, markdown(list(rows.values())))
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table of the steps, after lines for what was measured as a whole."""
+    """Returns lines for the tasks that are not steps, then the table of the steps."""
     lines, cells = [], []
     for row in rows:
         if "record" in row:
@@ -67,13 +66,13 @@ def markdown(rows: list[dict]) -> str:
 
 
 def _cells(row: dict, rows: list[dict]) -> list[list[str]]:
-    """Our line of the table and, in a comparison, PyTorch's below it."""
+    """Returns our line of the table and, in a comparison, PyTorch's lines."""
     point, dtype = row["point"], row["point"]["dtype"]
     model = f"{point['model']} {point['encoder']}"
     place = [point["task"], model, *(str(point[n]) for n in ("image_size", "batch_size"))]
     place.append({"float32": "fp32", "bfloat16": "bf16"}[dtype])
     settings = [f"{n} {point[n]}" for n in ("attention", "remat") if point[n]]
-    settings += ["scan"] * point.get("scan", False)  # rows of before have none
+    settings += ["scan"] * point.get("scan", False)  # older rows have none
     flops = row["flops_per_image"]
     ceiling = _ceiling(rows, row["device"], dtype)
     ours = [
@@ -113,7 +112,7 @@ def _their_cells(variant: str, found: dict, point: dict, needed: float, ours: di
 
 
 def _ceiling(rows: list[dict], device: str, dtype: str) -> float | None:
-    """FLOP/s of the matmul measured on this device in this type."""
+    """Returns the FLOP/s of the matmul measured on this device in this type."""
     rates = [
         row["record"]["flops_per_second"]
         for row in rows
@@ -141,7 +140,7 @@ def _gib(count: int | None) -> str:
 
 
 def _record(record: dict) -> str:
-    """A record in one line; nested ones by their dotted names, where it was measured left out."""
+    """Formats a record as one line with dotted names, without the device."""
     words = []
     for name, value in _flat(record):
         if name.split(".")[0] in ("device", "platform", "known_chip", "versions"):

@@ -1,4 +1,4 @@
-"""The training loop against its bare step, and a run of the paper's size from data to scores."""
+"""Times the training loop against its bare step, and a run of the paper's size."""
 
 import json
 import statistics
@@ -26,10 +26,10 @@ TURNS = 8
 
 
 def loop_benchmark(point: dict, turn: int = 40) -> dict:
-    """Images/s of the loop (feed, log, progress bar) and of the bare step on a fixed batch.
+    """Returns images/s of the loop (feed, log, progress bar) and of the bare step on a fixed batch.
 
-    The two take turns of `turn` steps each with the same compiled step; `ratio` is the median over
-    the turns, with its quartiles, of the loop's rate over the bare step's. Slices are random.
+    The two take turns of `turn` steps with the same compiled step on random slices; `ratio` has the
+    quartiles over the turns of the loop's rate over the bare step's.
     """
     config = config_of(point)
     size, batch_size = config.model.image_size, config.train.batch_size
@@ -71,7 +71,7 @@ def loop_benchmark(point: dict, turn: int = 40) -> dict:
 
 
 def config_of(point: dict):
-    """The configuration of a point: the small one's sizes for vit_t, else its own."""
+    """Returns the configuration of a point; vit_t has the sizes of the small encoder's preset."""
     config = default_config()
     if point["encoder"] == "vit_t":
         use_small_encoder(config)
@@ -84,10 +84,10 @@ def config_of(point: dict):
 
 
 def run_benchmark(point: dict, depth: int = 120, side: int = 512, epochs: int = 300) -> dict:
-    """Seconds, by activity, of a run of the paper's size: data, training, evaluation, pictures.
+    """Returns the seconds per activity of a run of the paper's size, from reading to pictures.
 
-    18 training volumes hold the 221 slices, 12 test volumes of `depth` slices of `side` pixels
-    are scored. The volumes are synthetic and written before the clock starts; reading them counts.
+    18 training volumes hold the 221 slices; 12 test volumes of `depth` slices of `side` pixels are
+    scored. The volumes are synthetic and written before the clock starts.
     """
     from pgpsam_jax.training.train import train
 
@@ -106,7 +106,7 @@ def run_benchmark(point: dict, depth: int = 120, side: int = 512, epochs: int = 
 
 
 def write_volume(root: Path, case: int, depth: int, side: int) -> None:
-    """One synthetic case in the layout of BTCV: organs of even intensity, and noise."""
+    """Writes a synthetic case in the BTCV layout: organs of uniform intensity, and noise."""
     _, truth, spacing = synthetic_case(case, (depth, side, side))
     source = np.array([0, *(entry["source"][0] for entry in SYNAPSE8.to_json()["classes"])])
     noise = np.random.default_rng(case).integers(-40, 40, truth.shape, np.int16)

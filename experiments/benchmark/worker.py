@@ -1,4 +1,4 @@
-"""A process that runs the steps of one point on request (`measurement/worker_process.py`).
+"""Worker process that runs the steps of one point (`measurement/worker_process.py`).
 
 Requests: {"prepare": point, "variant": ...}, {"steps": n}, {"memory": null}, {"forget": null},
 {"whole": point}.
@@ -14,7 +14,7 @@ from pgpsam_jax.runtime.malloc import keep_freed_memory
 
 
 class Worker:
-    """The state between requests: the prepared step of a framework, `jax` or `torch`."""
+    """Holds the prepared step of a framework, `jax` or `torch`, between requests."""
 
     def __init__(self, framework: str = "jax"):
         self.framework = framework
@@ -39,7 +39,7 @@ class Worker:
         return {"seconds": seconds}
 
     def forget(self, _) -> dict:
-        """Leave out of the peak what preparing took."""
+        """Resets the memory peak after preparing."""
         gc.collect()
         before = peak_memory.peak_resident()
         peak_memory.forget_peak()
@@ -56,5 +56,5 @@ class Worker:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # on both sides, so that it is no difference between them
+    keep_freed_memory()  # in both frameworks alike
     serve(Worker(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Which cores or GPUs each of several cells at a time gets."""
+"""Assigns GPUs or CPU cores to the workers of a grid."""
 
 import contextlib
 import os
@@ -8,8 +8,8 @@ from pathlib import Path
 from pgpsam_jax.errors import UserError
 
 
-def places(workers: int) -> list[tuple[dict, set | None]]:
-    """(environment, cores) of every worker: a share of the GPUs, or of the cores without any."""
+def assign_devices(workers: int) -> list[tuple[dict, set | None]]:
+    """Returns (environment, cores) per worker: a share of the GPUs, or else of the cores."""
     if workers == 1:
         return [({}, None)]
     if Path("/dev/accel0").exists():
@@ -33,7 +33,7 @@ def places(workers: int) -> list[tuple[dict, set | None]]:
 
 
 def gpus() -> list[str]:
-    """Ids of the NVIDIA GPUs this process may use."""
+    """Returns the ids of the NVIDIA GPUs that this process may use."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [part for part in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if part]
     if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):

@@ -1,7 +1,7 @@
-"""Grid files and grid folders: from named overrides to one resolved configuration per cell.
+"""Resolves the file of an experiment grid to one configuration per cell.
 
-A grid file defines `get_grid(variant) -> Plan`. `--grid FILE:VARIANT` names one; the plan is kept
-in the grid folder as `grid.json`, which tables and reports read (`pgpsam_jax.results.grid`).
+A grid file defines `get_grid(variant) -> Plan`; `--grid FILE:VARIANT` names one. The grid folder
+keeps the plan as `grid.json`, which tables and reports read (`pgpsam_jax.results.grid`).
 """
 
 import ast
@@ -24,12 +24,19 @@ from pgpsam_jax.utils.files import read_json, refuse_foreign, write_json
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A study: a config file, overrides for all cells, one line of its table per row, seeds.
+    """An experiment grid: rows times seeds.
 
-    config: a config file, its variant behind a colon. overrides: {"model.k": 4, ...} for every
-    cell; each row adds its own. seed_fields: the fields a seed is written to. published: key of
-    the paper's table, only where data, model and protocol are the paper's. axis: what the rows'
-    values count, if they form an axis.
+    Attributes:
+      title: of its tables.
+      config: config file, with its variant after a colon.
+      rows: one line of the table each.
+      overrides: {"model.k": 4, ...} for all cells; each row adds its own.
+      seeds: of each row.
+      seed_fields: the fields that a seed sets.
+      reference: the row that others are compared with; empty for the first.
+      published: key of the paper's table, only if data, model and protocol are the paper's.
+      axis: label of the rows' values, if they form an axis.
+      notes: printed below the tables.
     """
 
     title: str
@@ -38,14 +45,14 @@ class Plan:
     overrides: dict = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     seed_fields: tuple[str, ...] = ("seed",)
-    reference: str = ""  # empty = the first row
+    reference: str = ""
     published: str | None = None
     axis: str | None = None
     notes: tuple[str, ...] = ()
 
 
 def axis_rows(field: str, values) -> tuple[Row, ...]:
-    """One row per value of a configuration field: `k4` for `model.k` = 4."""
+    """Returns one row per value of a configuration field: `k4` for `model.k` = 4."""
     name = field.rpartition(".")[2]
     return tuple(
         Row(f"{name}{value}", f"{name.replace('_', ' ')} {value}", {field: value}, value)
@@ -54,7 +61,7 @@ def axis_rows(field: str, values) -> tuple[Row, ...]:
 
 
 def tap_rows(taps) -> tuple[Row, ...]:
-    """One row per choice of encoder blocks, one block for each refinement stage."""
+    """Returns one row per choice of encoder blocks, one block per refinement stage."""
     return tuple(
         Row(
             "taps" + "_".join(map(str, blocks)),
@@ -66,9 +73,9 @@ def tap_rows(taps) -> tuple[Row, ...]:
 
 
 def method_rows(only: str = "", equal: bool = False) -> tuple[Row, ...]:
-    """One row per registered method (or preset of the method `only`), the paper's preset first.
+    """Returns one row per registered method, or per preset of the method `only`.
 
-    Each is trained by its own recipe; with `equal`, all that are trained step by step by one.
+    Each has its own recipe; with `equal`, the methods trained by SGD share one.
     """
     from pgpsam_jax.config import method_recipes
     from pgpsam_jax.methods import registry
@@ -88,7 +95,7 @@ def method_rows(only: str = "", equal: bool = False) -> tuple[Row, ...]:
 
 
 def load_plan(spec: str) -> tuple[str, str, Plan]:
-    """(name, variant, plan) of `FILE` or `FILE:VARIANT`."""
+    """Returns (name, variant, plan) of `FILE` or `FILE:VARIANT`."""
     path, get_grid, variant = load_function(spec, "get_grid", "grid")
     try:
         plan = get_grid(variant) if variant else get_grid()
@@ -98,7 +105,7 @@ def load_plan(spec: str) -> tuple[str, str, Plan]:
 
 
 def resolve(plan: Plan, row: Row, seed: int, settings: dict) -> ConfigDict:
-    """The configuration of one cell: file, plan, row, seed, then the user's own settings."""
+    """Returns the configuration of a cell: file, plan, row, seed, then the user's settings."""
     config = load_file(plan.config)
     assign(config, plan.overrides, "the grid")
     assign(config, row.overrides, f"row {row.name}")
@@ -110,7 +117,7 @@ def resolve(plan: Plan, row: Row, seed: int, settings: dict) -> ConfigDict:
 
 
 def parse_settings(pairs) -> dict:
-    """`--set FIELD=VALUE` strings; a value that is no Python literal is text."""
+    """Parses `--set FIELD=VALUE`; a value that is not a Python literal is a string."""
     settings = {}
     for pair in pairs:
         field, equals, text = pair.partition("=")
@@ -124,16 +131,18 @@ def parse_settings(pairs) -> dict:
 
 
 def make_grid(spec: str, folder, settings: dict) -> Grid:
-    """The grid as planned now; nothing is written."""
+    """Plans a grid; writes nothing."""
     name, variant, plan = load_plan(spec)
     names = [row.name for row in plan.rows]
     if len(set(names)) < len(names) or not names or not plan.seeds:
-        raise UserError(f"{spec} needs rows with names of their own, and seeds")
+        raise UserError(f"{spec} needs seeds, and rows with unique names")
     reference = plan.reference or names[0]
     if reference not in names:
-        raise UserError(f"{spec}: reference {reference!r} is none of the rows {', '.join(names)}")
+        raise UserError(
+            f"{spec}: reference {reference!r} is no row; choose from {', '.join(names)}"
+        )
     cells = []
-    # Seeds outside: an unfinished grid has every row, and neighbours do not compile the same step.
+    # Seeds outside: an unfinished grid has all rows, and neighbors compile different steps.
     for seed in plan.seeds:
         for row in plan.rows:
             config = resolve(plan, row, seed, settings)
@@ -162,12 +171,14 @@ def make_grid(spec: str, folder, settings: dict) -> Grid:
     return Grid.from_json(content, Path(folder))
 
 
-def settle(grid: Grid, mix: bool) -> Grid:
-    """Write the plan into its folder, unless results of other settings or code are there.
+def write_plan(grid: Grid, mix: bool) -> Grid:
+    """Writes the plan to its folder and returns it; unchanged cells keep their folders.
 
-    Returned is what was written: cells that are the same as before keep their folders.
-    With `mix` the new plan replaces the old one: changed cells run in folders of their own, done
-    ones stay, and tables say that code versions differ.
+    With `mix`, a different plan replaces the old one: changed cells run in new folders, finished
+    ones stay, and tables report that code versions differ.
+
+    Raises:
+      UserError: the folder has results of other settings or code, and `mix` is not set.
     """
     refuse_foreign(grid.path, (PLAN,), "grid")
     if (grid.path / PLAN).is_file():
@@ -181,30 +192,30 @@ def settle(grid: Grid, mix: bool) -> Grid:
         found = _changes(before, grid, differ)
         if found and not mix:
             raise UserError(
-                f"{grid.path} was begun differently: {'; '.join(found)}. Choose another --workdir, "
-                "or say --mix to go on with the new plan and keep what is done"
+                f"{grid.path} has another plan: {'; '.join(found)}; choose another --workdir, or "
+                "add --mix to continue with the new plan and keep finished cells"
             )
     write_json(grid.path / PLAN, grid.to_json())
     return grid
 
 
 def _folder(old: Cell, new: Cell, different: list[str]) -> Path:
-    """The folder of a cell that was planned before: the same one, unless it differs."""
+    """Returns the folder of a cell planned before: the same one, unless the cell differs."""
     if not different:
         return old.folder
-    # Other images have no part in the name.
+    # Other images do not change the name.
     return new.folder if new.folder != old.folder else Path(f"{old.folder}-other")
 
 
 def _changes(before: Grid, now: Grid, differ: dict[str, list[str]]) -> list[str]:
-    """What would mix results of different plans or programs; new cells may join.
+    """Describes changes that would mix results of different plans or code; new cells may join.
 
-    differ: how cells of both plans differ, by name.
+    differ: differences of the cells in both plans, by name.
     """
     found = []
     for old in before.cells:
         if old.name not in differ:
-            found.append(f"{old.name} is planned no longer")
+            found.append(f"{old.name} is no longer planned")
         elif different := differ[old.name]:
             found.append(f"{old.name} has other settings ({', '.join(different)})")
     started = any(cell.state["state"] != PENDING for cell in before.cells)
@@ -215,27 +226,27 @@ def _changes(before: Grid, now: Grid, differ: dict[str, list[str]]) -> list[str]
 
 
 def _differ(old: Cell, new: Cell) -> list[str]:
-    """What of two cells decides a result and differs, in words; files count by their content."""
+    """Describes the differences of two cells that change results; files differ by content."""
     found = identity.differences(old.config, new.config, identity.NO_IDENTITY)
     for field in sorted(identity.given_files(old.config) ^ identity.given_files(new.config)):
-        found.append(f"{field}: given in one of them only")
+        found.append(f"{field}: set in one of them only")
     held = old.contents, new.contents
     for field in sorted(held[0].keys() & held[1].keys()):
         then, now = (contents[field] for contents in held)
-        if then and now and then != now:  # not where it could not be read
-            found.append(f"{field}: its file holds something else now")
+        if then and now and then != now:  # None: it could not be read
+            found.append(f"{field}: the content of its file changed")
     return found + _other_images(old, new)
 
 
 @functools.cache
 def _images(data: str) -> str:
-    """The digest of the test images of `config.data`, as JSON."""
+    """Returns the digest of the test images of `config.data`, given as JSON."""
     config = configuration.from_json({"data": json.loads(data)})
     return dataset.images_digest(dataset.find_split(config.data).test)
 
 
 def _other_images(old: Cell, new: Cell) -> list[str]:
-    """Whether a done cell was scored on other images than lie where the data are to be now."""
+    """Describes whether a finished cell was scored on other images than those of `data.root`."""
     then, now = (
         {field: configuration.flat(cell.config).get(field) for field in identity.DATA}
         for cell in (old, new)

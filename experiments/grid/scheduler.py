@@ -1,4 +1,4 @@
-"""The loop that keeps cells of a grid running: starts them, watches them, ends them with itself."""
+"""Runs the cells of an experiment grid in parallel and ends them with itself."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import time
 
 from tqdm import tqdm
 
-from experiments.grid.device_assignment import places
+from experiments.grid.device_assignment import assign_devices
 from experiments.run_cell import BUSY, DIED, standing, write_state
 from pgpsam_jax.checkpointing.provenance import code_version
 from pgpsam_jax.config import defaults
@@ -19,11 +19,11 @@ from pgpsam_jax.results.grid import DONE, FAILED, PENDING, RUNNING, Cell, Grid
 from pgpsam_jax.utils.files import read_metrics
 
 _POLL_SECONDS = 1.0
-_GRACE_SECONDS = 30.0  # for the step under way and its checkpoint
+_GRACE_SECONDS = 30.0  # for the current step and its checkpoint
 
 
-class Driver:
-    """Keeps `workers` cells running until none is left, failures are too many, or it is told."""
+class Scheduler:
+    """Keeps `workers` cells running until all are done, too many fail, or a signal stops it."""
 
     def __init__(self, grid: Grid, cells: list[Cell], workers: int, max_failures: int | None):
         self.grid, self.cells, self.workers = grid, cells, workers
@@ -31,7 +31,7 @@ class Driver:
         self.waiting = [cell for cell in cells if standing(cell) not in (DONE, RUNNING)]
         self.running: dict[int, tuple[Cell, subprocess.Popen]] = {}  # slot -> cell, process
         self.failed: list[str] = []
-        self.places = places(workers)
+        self.devices = assign_devices(workers)
         self._bar = tqdm(
             total=len(cells),
             desc=grid.name,
@@ -41,7 +41,7 @@ class Driver:
         )
 
     def run(self) -> bool:
-        """True when every cell is done."""
+        """Runs the cells; returns whether all are done."""
         with _interrupted(), self._bar:
             try:
                 self._bar.n = self._bar.initial = self._progress()
@@ -62,20 +62,20 @@ class Driver:
             if slot in self.running or not self._may_start():
                 continue
             if code_version()["code"] != self.grid.code["code"]:
-                self._bar.write("the code of pgpsam_jax was changed: no further cell is started")
+                self._bar.write("the code of pgpsam_jax has changed: no further cell is started")
                 self.waiting.clear()
                 return
             cell = self.waiting.pop(0)
             again = standing(cell)
             self.running[slot] = cell, self._launch(cell, slot)
-            words = {DIED: ", taken up again", FAILED: ", tried again"}
+            words = {DIED: ", resumed", FAILED: ", retried"}
             self._bar.write(f"{cell.name} started{words.get(again, '')}")
 
     def _launch(self, cell: Cell, slot: int) -> subprocess.Popen:
         cell.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-u", "-m", "experiments.run_cell", "--attached"]
         command += ["--workdir", str(self.grid.path), "--cell", cell.name]
-        variables, cores = self.places[slot]
+        variables, cores = self.devices[slot]
         with open(cell.folder / "log.txt", "ab") as log:
             process = subprocess.Popen(
                 command,
@@ -83,7 +83,7 @@ class Driver:
                 stdout=log,
                 stderr=log,
                 env=os.environ | variables,
-                start_new_session=True,  # Ctrl-C reaches the driver, which ends its cells
+                start_new_session=True,  # Ctrl-C reaches the scheduler, which ends its cells
             )
         if cores:
             os.sched_setaffinity(process.pid, cores)
@@ -98,13 +98,13 @@ class Driver:
             process.stdin.close()
             state = cell.state
             if code == BUSY:
-                self._bar.write(f"{cell.name} is run by another process: left to it")
+                self._bar.write(f"{cell.name} runs in another process; left alone")
             elif code == AGAIN:
-                self._bar.write(f"{cell.name} was stopped by a signal: left to the next start")
+                self._bar.write(f"{cell.name} was stopped by a signal; the same command resumes it")
             elif state["state"] == DONE:
                 self._bar.write(f"{cell.name} done in {state['seconds']:.0f} s")
             else:
-                if state["state"] != FAILED:  # it could not say so itself
+                if state["state"] != FAILED:  # it died without saying so
                     write_state(cell.folder, FAILED, reason=_ended(code))
                 self.failed.append(cell.name)
                 self._bar.write(
@@ -112,7 +112,7 @@ class Driver:
                 )
 
     def _stop(self) -> None:
-        """End what still runs; those cells are pending again and resume from their checkpoint."""
+        """Ends running cells, which become pending and resume from their checkpoints."""
         for _, process in self.running.values():
             process.terminate()
         deadline = time.monotonic() + _GRACE_SECONDS
@@ -130,7 +130,7 @@ class Driver:
 
 
 def _share_done(cell: Cell) -> float:
-    """0 to 1: steps taken of a started cell, done cells whole; failed ones have nothing to go."""
+    """Returns the progress of a cell from 0 to 1; finished and failed ones count as 1."""
     state = cell.state["state"]
     if state in (DONE, FAILED):
         return 1.0
@@ -148,24 +148,24 @@ def _ended(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name
-    hint = "; often the system running out of memory" if name == "SIGKILL" else ""
+    hint = "; often because the system ran out of memory" if name == "SIGKILL" else ""
     return f"ended by {name}{hint}"
 
 
 @contextlib.contextmanager
 def _interrupted():
-    """Ctrl-C, SIGTERM and SIGHUP end the block, so that cells are ended with it."""
+    """Ends the block on Ctrl-C, SIGTERM and SIGHUP, and the cells with it."""
 
     def interrupt(number, _):
         raise Interrupted(
-            f"{signal.Signals(number).name} came; the same command goes on where it was",
+            f"stopped by {signal.Signals(number).name}; the same command resumes",
             code=SIGNALED + number,
         )
 
-    heeded = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
-        heeded.append(signal.SIGHUP)
-    before = {number: signal.signal(number, interrupt) for number in heeded}
+    handled = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        handled.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in handled}
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A grid as a SLURM job array: one task per cell, requeued tasks resume from their checkpoint."""
+"""Writes an experiment grid as a SLURM job array: one task per cell, resumed when requeued."""
 
 import shlex
 import sys
@@ -10,9 +10,9 @@ from pgpsam_jax.results.grid import Cell, Grid
 _SCRIPT = """#!/bin/bash
 # {title}
 # Submit from anywhere:  sbatch {path}
-# Partition, account, time and GPU type are your cluster's: sbatch --partition=... {path}
-# A preempted or requeued task goes on from its cell's last checkpoint, and a task whose time is
-# nearly over saves and goes back to the queue. Cells that fail are named in
+# Partition, account, time and GPU type depend on your cluster: sbatch --partition=... {path}
+# A preempted or requeued task resumes from its cell's last checkpoint, and a task close to its time
+# limit saves and goes back to the queue. Failed cells are listed by
 #   python -m experiments.run_grid --grid ... --workdir {folder} --dry-run
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}%{workers}
@@ -47,7 +47,7 @@ exit "$code"
 
 
 def script(grid: Grid, cells: list[Cell], workers: int) -> str:
-    """The text of the job-array script; `workers` tasks run at a time."""
+    """Returns the job-array script, with `workers` tasks at a time."""
     if not cells:
         raise UserError(f"{grid.path}: every cell is done or running; nothing to submit")
     folder = shlex.quote(str(grid.path.absolute()))

@@ -1,10 +1,10 @@
-"""What the encoder sees of a slice, and what release, H-SAM and SurgicalSAM add at the start.
+"""Colors that the encoder sees, and the initialization of release, H-SAM and SurgicalSAM.
 
 python -m experiments.run_grid --grid experiments/grids/conventions.py --workdir runs/conventions
 
-Rows beside `table1`, each with one change: colors from 0 to 1, as the authors of PGP-SAM,
-SAMed and H-SAM pass them, whatever SAM was trained on; and the other start of the methods that keep
-their authors' (`model.start`).
+Rows in addition to `table1`, each with one change: colors from 0 to 1, as the authors of PGP-SAM,
+SAMed and H-SAM pass them to SAM; or the other initialization (`model.start`) of the methods that
+keep their authors'.
 """
 
 from experiments.grid.plan import Plan, Row, method_rows
@@ -28,4 +28,4 @@ def get_grid(variant: str = SYNAPSE) -> Plan:
     for row in method_rows():
         for name, label, change in _CHANGES.get(row.name, ()):
             rows.append(Row(f"{row.name}_{name}", f"{row.label}: {label}", row.overrides | change))
-    return Plan(title="Colors and starts, one change a row", rows=tuple(rows), **target(variant))
+    return Plan(title="Colors and starts, one change per row", rows=tuple(rows), **target(variant))

@@ -1,8 +1,8 @@
-"""How the slices are chosen: at random, by label area (the authors' rule), or two whole volumes.
+"""Rules for the few-shot list: random, by label area (the authors'), or two whole volumes.
 
 python -m experiments.run_grid --grid experiments/grids/list_rule.py --workdir runs/list_rule
 
-Two of 18 volumes hold about 10 % of the slices: the same labelling effort, spent on two patients
+Two of 18 volumes hold about 10 % of the slices: the same labeling effort, spent on two patients
 instead of all. The area rule takes floor(10 %) + 1 slices, richest in each organ first.
 """
 
@@ -15,7 +15,7 @@ def get_grid(variant: str = SYNAPSE) -> Plan:
     if variant == SYNAPSE:
         setting["overrides"]["train.steps"] = 3150
     return Plan(
-        title="Dice by the rule that draws the few-shot list",
+        title="Dice by the rule of the few-shot list",
         rows=(
             Row("random", "random 10 %", {"fewshot.rule": "random", "fewshot.fraction": 0.10}),
             Row("area", "by label area, 10 %", {"fewshot.rule": "area", "fewshot.fraction": 0.10}),

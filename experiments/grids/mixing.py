@@ -1,9 +1,9 @@
-"""How strongly PPR refines at the start: alpha and beta of Eq 5, which the paper leaves open.
+"""Initial strength of PPR: alpha and beta of Eq 5, which the paper does not specify.
 
 python -m experiments.run_grid --grid experiments/grids/mixing.py --workdir runs/mixing
 
 At 0.5 the update of Eq 5 is longer than the prototype it is added to, and all class prototypes
-come out alike (docs/results/README.md); the authors' release starts its gains at 0.001.
+become alike (docs/results/README.md); the authors' release initializes its gains to 0.001.
 """
 
 from experiments.grid.plan import Plan, Row
@@ -12,7 +12,7 @@ from experiments.grids._targets import SYNAPSE, target
 
 def get_grid(variant: str = SYNAPSE) -> Plan:
     return Plan(
-        title="Dice against the strength of prototype refinement at the start",
+        title="Dice against the initial strength of prototype refinement",
         rows=(
             Row("no_ppr", "without PPR", {"model.ppr": False}),
             Row("mix0500", "PPR from 0.5", {"model.mix_start": 0.5}),

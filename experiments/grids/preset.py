@@ -1,4 +1,4 @@
-"""The presets of PGP-SAM that are registered, at equal budget.
+"""The registered presets of PGP-SAM at equal budget.
 
 python -m experiments.run_grid --grid experiments/grids/preset.py --workdir runs/preset
 """

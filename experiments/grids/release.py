@@ -1,4 +1,4 @@
-"""What two peculiarities of preset `release` do: its scrambled tokens, its moving convolutions.
+"""Effects of two details of preset `release`: scrambled tokens and deformable convolutions.
 
 python -m experiments.run_grid --grid experiments/grids/release.py --workdir runs/release
 """

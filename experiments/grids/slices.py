@@ -1,9 +1,9 @@
-"""How many labelled slices: 1, 5, 10, 25 and 100 % of the valid ones, drawn at random.
+"""Number of labeled slices: 1, 5, 10, 25 and 100 % of the valid ones, sampled at random.
 
 python -m experiments.run_grid --grid experiments/grids/slices.py --workdir runs/slices
 
-Every row takes the same number of steps (on Synapse 3150, 300 epochs of 10 %), so that more slices
-mean more labels and not also more training.
+All rows take the same number of steps (on Synapse 3150, 300 epochs of 10 %): more slices mean more
+labels, not more training.
 """
 
 from experiments.grid.plan import Plan, Row
@@ -17,12 +17,12 @@ def get_grid(variant: str = SYNAPSE) -> Plan:
     if variant == SYNAPSE:
         setting["overrides"]["train.steps"] = 3150
     return Plan(
-        title="Dice against the number of labelled slices",
+        title="Dice against the number of labeled slices",
         rows=tuple(
             Row(f"p{percent:03d}", f"{percent} %", {"fewshot.fraction": percent / 100}, percent)
             for percent in PERCENT
         ),
         reference="p010",
-        axis="labelled slices (% of the valid ones)",
+        axis="labeled slices (% of the valid ones)",
         **setting,
     )

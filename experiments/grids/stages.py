@@ -1,4 +1,4 @@
-"""Number of refinement stages: the paper has two. Each takes one more block, deep to shallow.
+"""Number of refinement stages, two in the paper; each adds one block, from deep to shallow.
 
 python -m experiments.run_grid --grid experiments/grids/stages.py --workdir runs/stages
 """

@@ -1,9 +1,9 @@
-"""What the modules of PGP-SAM add to SAM's features at the start, and whether Eq 5 has LayerNorms.
+"""Initial contribution of PGP-SAM's modules to SAM's features, and the LayerNorms of Eq 5.
 
 python -m experiments.run_grid --grid experiments/grids/start.py:choice --workdir runs/start
 
-The paper is silent on both. `choice` has phantoms of a seed of its own, which no other table is
-scored on: with it `model.start_scale` and `model.ppr_norm` were chosen (docs/paper.md).
+The paper specifies neither. `choice` has phantoms of a separate seed, which no other table scores:
+`model.start_scale` and `model.ppr_norm` were chosen on them (docs/paper.md).
 """
 
 from experiments.grid.plan import Plan, Row
@@ -21,9 +21,9 @@ def get_grid(variant: str = SYNAPSE) -> Plan:
         for scale in _SCALES
     )
     return Plan(
-        title="Dice against the start of PGP-SAM",
+        title="Dice against the initialization of PGP-SAM",
         rows=(
-            Row("drawn", "all drawn as any layer", {"model.start": "drawn"}),
+            Row("drawn", "default initialization", {"model.start": "drawn"}),
             *scales,
             Row("no_norm", "scale 0.1, Eq 5 without LayerNorm", {"model.ppr_norm": False}),
         ),

@@ -1,8 +1,8 @@
-"""Table 1 of the paper: the compared methods on Synapse, Dice per organ. Rows: what is registered.
+"""Table 1 of the paper: all registered methods on Synapse, Dice per organ.
 
 python -m experiments.run_grid --grid experiments/grids/table1.py --workdir runs/table1
 
-Each by its authors' recipe. `phantom` starts all of them from a small SAM that was trained on other
+Each has its authors' recipe. `phantom` starts all of them from a small SAM trained on other
 phantoms, weights/sam_vit_t: python -m experiments.pretrain
 """
 

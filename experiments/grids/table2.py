@@ -2,9 +2,9 @@
 
 python -m experiments.run_grid --grid experiments/grids/table2.py --workdir runs/table2
 
-The paper's data are private; the default takes your own, as configs/ventricle.py says. There is
-no head phantom: `phantom` rehearses five classes and a split by fraction on four phantom organs,
-from the small SAM of table1.
+The paper's data are private; the default takes your own (configs/ventricle.py). There is no head
+phantom: `phantom` rehearses five classes and a split by fraction on four phantom organs, with the
+small SAM of table1.
 """
 
 from experiments.grid.plan import Plan, method_rows

@@ -1,10 +1,10 @@
-"""Table 3 of the paper: CFM, PPG and PPR added one after the other.
+"""Table 3 of the paper: CFM, PPG and PPR added one by one.
 
 python -m experiments.run_grid --grid experiments/grids/table3.py --workdir runs/table3
 
-The paper's baseline (71.92) is below its own SAMed row (73.91), so its first row is another model
-than SAMed. Ours is this model with the three modules off (docs/paper.md): projection and addition
-instead of CFM, SAM's no-mask embedding instead of PPG, unrefined prototypes instead of PPR.
+The paper's baseline (71.92) is below its SAMed row (73.91), so it is not SAMed. Ours is this model
+with the three modules off (docs/paper.md): projection and addition instead of CFM, SAM's no-mask
+embedding instead of PPG, unrefined prototypes instead of PPR.
 """
 
 from experiments.grid.plan import Plan, Row
@@ -17,7 +17,7 @@ def switches(cfm: bool, ppg: bool, ppr: bool) -> dict:
 
 def get_grid(variant: str = SYNAPSE) -> Plan:
     return Plan(
-        title="Table 3: the modules of PGP-SAM, added one after the other",
+        title="Table 3: the modules of PGP-SAM, added one by one",
         rows=(
             Row("baseline", "baseline", switches(False, False, False)),
             Row("cfm", "+ CFM", switches(True, False, False)),

@@ -1,4 +1,4 @@
-"""Which encoder blocks feed the two refinement stages: the paper says early features, not which.
+"""Encoder blocks that feed the two refinement stages; the paper only says early features.
 
 python -m experiments.run_grid --grid experiments/grids/taps.py --workdir runs/taps
 

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# One run over the GPUs of one machine, with a process for each.
+# One run on the GPUs of one machine, with one process per GPU.
 #
 #   experiments/launch/gpus.sh 4 --config configs/synapse.py --workdir runs/synapse
 #
-# A single process takes all GPUs of a machine by itself, and is all that is needed:
+# A single process uses all GPUs of a machine, which is usually enough:
 #
 #   .venv/bin/python -m pgpsam_jax.main --config configs/synapse.py --workdir runs/synapse
 #
-# A process for each GPU can be faster where the host is the bottleneck, and shows on one machine
-# what a cluster would do. The first argument is the number of processes; the rest goes to
-# pgpsam_jax.main. CUDA_VISIBLE_DEVICES=2,3 chooses GPUs, PYTHON=/path/to/python another interpreter
-# than .venv/bin/python. If one process fails, the others end too, and so does the script, with a code
-# that is not 0. A signal to the script reaches all: they save, and end with code 75. The same command
-# goes on from the last checkpoint.
+# One process per GPU can be faster if the host is the bottleneck, and rehearses a cluster on one
+# machine. The first argument is the number of processes; the rest goes to pgpsam_jax.main.
+# CUDA_VISIBLE_DEVICES=2,3 selects GPUs, PYTHON=/path/to/python replaces .venv/bin/python. If one
+# process fails, the others and the script end too, with a nonzero code. A signal to the script
+# reaches all processes, which save and exit with code 75. The same command resumes from the last
+# checkpoint.
 set -uo pipefail
 
 count=${1:?"usage: gpus.sh PROCESSES --config FILE --workdir FOLDER"}

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# One run over the GPUs of a SLURM allocation.
+# One run on the GPUs of a SLURM allocation.
 #
 #   sbatch --nodes=2 --gpus-per-node=4 --time=08:00:00 experiments/launch/slurm.sh \
 #       --config configs/synapse.py --workdir /shared/runs/synapse
 #
-# Submit from the checkout, which all nodes must see. What follows the script's name goes to
-# pgpsam_jax.main; --workdir lies on a file system that all nodes share. Partition, account and the
-# like are options of sbatch. One task a node takes all of its GPUs; with
-# --ntasks-per-node=4 --gpus-per-task=1 there is one task a GPU. PYTHON=/path/to/python names
-# another interpreter than .venv/bin/python.
+# Submit from the checkout, which all nodes must see. The script's arguments go to pgpsam_jax.main;
+# --workdir must be on a file system that all nodes share. Partition, account and the like are
+# options of sbatch. By default one task per node uses all of its GPUs;
+# --ntasks-per-node=4 --gpus-per-task=1 starts one task per GPU. PYTHON=/path/to/python replaces
+# .venv/bin/python.
 #
-# The job goes back to the queue when it is preempted, when a node fails and two minutes before its
-# time is over; it goes on from its last checkpoint (--config.log.checkpoint_steps=N: after so many
-# steps), which it writes when it is told to end. A mistake (exit code 2), a lack of memory or
-# scancel ends it.
+# The job returns to the queue when it is preempted, when a node fails and two minutes before its
+# time limit. It saves when it is asked to end, and resumes from its last checkpoint
+# (--config.log.checkpoint_steps=N saves every N steps). A user error (exit code 2), a lack of
+# memory or scancel ends it.
 #
 # Grids of many small runs: python -m experiments.run_grid --slurm.
 #SBATCH --job-name=pgpsam

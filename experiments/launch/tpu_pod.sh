@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run over all hosts of a Cloud TPU slice (TPU VMs), started from your own machine.
+# One run on all hosts of a Cloud TPU slice (TPU VMs), started from your own machine.
 #
 #   TPU=my-v5e-16 ZONE=us-west4-a experiments/launch/tpu_pod.sh \
 #       --config configs/synapse.py --workdir /shared/runs/synapse
@@ -9,12 +9,12 @@
 #       --accelerator-type v5litepod-16 --version v2-alpha-tpuv5-lite
 #   gcloud compute tpus tpu-vm ssh my-v5e-16 --zone us-west4-a --worker=all --command \
 #       'git clone URL pgpsam_jax && cd pgpsam_jax && python3 -m venv .venv && .venv/bin/pip install -q -e .[tpu]'
-#   and a folder that all hosts share for --workdir (Filestore, or a bucket through gcsfuse).
+#   and a shared folder for --workdir (Filestore, or a bucket through gcsfuse).
 #
-# The same command runs on every host; they find each other by the metadata of the slice. What
-# follows the script's name goes to pgpsam_jax.main. FOLDER is the checkout on the hosts (default
-# pgpsam_jax, in the home folder). After a preemption, start the same command again: it goes on from
-# the last checkpoint. DRY_RUN=1 prints what would be called.
+# The same command runs on every host; they find each other by the metadata of the slice. The
+# script's arguments go to pgpsam_jax.main. FOLDER is the checkout on the hosts (default pgpsam_jax
+# in the home folder). After a preemption, run the same command again: it resumes from the last
+# checkpoint. DRY_RUN=1 prints the command only.
 set -euo pipefail
 
 : "${TPU:?"TPU=NAME of the slice"}" "${ZONE:?"ZONE=zone of the slice"}"

@@ -1,4 +1,4 @@
-"""Peak resident memory of this process, by Linux's own mark, which can be set back."""
+"""Peak resident memory of this process, from Linux's resettable high-water mark."""
 
 import contextlib
 import ctypes
@@ -9,7 +9,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_resident() -> int | None:
-    """Bytes of the largest resident size since the start or `forget_peak`; None without /proc."""
+    """Returns the peak in bytes since the start or `forget_peak`; None without /proc."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:
@@ -19,9 +19,9 @@ def peak_resident() -> int | None:
 
 
 def forget_peak() -> None:
-    """Give back what is free and start the mark anew, where the system allows it."""
+    """Returns free memory to the system and resets the mark, where the system allows it."""
     if sys.platform.startswith("linux"):
-        # What the compiler used and freed stays with the process otherwise (see hostmemory).
+        # Else the process keeps what the compiler freed (`runtime/malloc.py`).
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
     with contextlib.suppress(OSError):

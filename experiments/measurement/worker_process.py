@@ -1,8 +1,8 @@
-"""A measurement in a process of its own: one line of JSON in, one line out.
+"""Runs measurements in a fresh subprocess: one line of JSON in, one line out.
 
-A request names a method of the process's worker and its arguments, the first by the method's own
-name: {"steps": 5}, {"prepare": point, "variant": "eager"}. An answer with "error" says what failed;
-the end of the input ends the process.
+A request names a method of the worker and its arguments, the first under the method's name:
+{"steps": 5}, {"prepare": point, "variant": "eager"}. An answer with "error" says what failed; the
+process ends with its input.
 """
 
 import contextlib
@@ -22,13 +22,16 @@ _alive: set["Process"] = set()
 
 
 class Failed(Exception):
-    """The reason why a point has no figures."""
+    """A point could not be measured."""
 
 
 class Process:
-    """`python -m module arguments`, a program that calls `serve`; `ask` returns its answer.
+    """A process `python -m module arguments` that calls `serve`; `ask` returns its answers.
 
-    patience: seconds for one answer. environment: variables besides this process's own.
+    Args:
+      module, arguments: the program.
+      environment: variables in addition to those of this process.
+      patience: seconds to wait for an answer.
     """
 
     def __init__(self, module: str, *arguments: str, environment=None, patience: float = 1800):
@@ -43,7 +46,7 @@ class Process:
             stderr=self._errors,
             text=True,
             env=os.environ | (environment or {}) | paths,
-            start_new_session=True,  # Ctrl-C reaches who asks, not who answers
+            start_new_session=True,  # Ctrl-C reaches the parent only
         )
         _alive.add(self)
 
@@ -86,15 +89,15 @@ class Process:
 
 
 def end_all() -> None:
-    """Kill every process there is: whoever waits for its answer gets a `Failed`."""
+    """Kills all processes; pending calls of `ask` raise `Failed`."""
     for process in list(_alive):
         process.kill()
 
 
 def serve(worker) -> None:
-    """Answer requests by the worker's methods, which return dictionaries, until the input ends."""
+    """Answers requests with the worker's methods, which return dictionaries, until input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # libraries print to stderr, not among the answers
     for line in sys.stdin:
         try:
             (name, first), *rest = json.loads(line).items()
@@ -106,7 +109,7 @@ def serve(worker) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """One line for an error; every framework's own of too little memory is called alike."""
+    """Returns one line for an error, and the same prefix for every out-of-memory error."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or any(
         mark in f"{type(error).__name__} {text}"

@@ -1,1 +1,1 @@
-"""Scaling studies of the training step: measured on devices at hand, compiled for TPUs without."""
+"""Scaling studies of the training step: measured on local devices, or compiled for TPUs."""

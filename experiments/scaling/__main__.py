@@ -1,12 +1,12 @@
-"""How the training step scales: measured on the devices at hand, compiled for TPUs without.
+"""Studies how the training step scales: measured on local devices, or compiled for TPUs.
 
-`measured` times the real step on growing numbers of devices, weakly (the batch of a device stays)
-and strongly (the global batch stays). `compiled` compiles it for TPU topologies, no TPU needed
-(pip install '.[tpu]'), and gives memory, FLOPs and collectives of a chip and a roofline estimate.
-`render` makes tables and charts again from a folder's CSV files.
+`measured` times the real step on increasing numbers of devices, in weak scaling (constant batch per
+device) and strong scaling (constant global batch). `compiled` compiles it for TPU topologies
+without a TPU (pip install '.[tpu]') and reports memory, FLOPs and collectives per chip and a
+roofline estimate. `render` rewrites tables and charts from the CSV files of a folder.
 
-Every combination of the lists is a point and runs in a process of its own; one that fails is a row
-with its reason. The same command again does what is missing.
+Each combination of the lists is a point and runs in a fresh process; a failed point is a row with
+its reason. The same command again measures the missing points.
 
 Examples:
   python -m experiments.scaling measured --encoders vit_b --batches 8
@@ -25,13 +25,13 @@ from experiments.measurement.worker_process import Failed
 from experiments.scaling import points
 from experiments.scaling.csv_table import COMPILED, FAILED, MEASURED
 from experiments.scaling.render import render, render_all
-from experiments.scaling.study import Study, compile_with, devices_at_hand, measure_with
+from experiments.scaling.study import Study, compile_with, local_devices, measure_with
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime.cli import Parser, running
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a study or render one; 1 if a point failed."""
+    """Runs or renders a study; returns 1 if a point failed, else 0."""
     with running():
         options = _parser().parse_args(arguments)
         if options.command == "render":
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(text)
             return 0
         if options.limit <= 0 or getattr(options, "workers", 1) < 1:
-            raise UserError("--limit and --workers are seconds and points; give 1 or more")
+            raise UserError("--limit (seconds) and --workers (points at a time) must be 1 or more")
         asked = (_measured if options.command == "measured" else _compiled)(options)
         kind = MEASURED if options.command == "measured" else COMPILED
         render(options.output, kind)
@@ -49,13 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _measured(options) -> list[dict]:
     if options.steps < 1 or options.simulate < 0:
-        raise UserError(
-            "--steps is the number of timed steps, --simulate of devices; give 1 or more"
-        )
+        raise UserError("--steps (timed steps) must be 1 or more, --simulate (devices) 0 or more")
     try:
-        there = devices_at_hand(options.simulate, options.limit)
+        there = local_devices(options.simulate, options.limit)
     except Failed as failure:
-        raise UserError(f"there are no devices to measure on: {failure}") from None
+        raise UserError(
+            f"no devices to measure on: {failure}; check the installation of JAX"
+        ) from None
     dtype = options.dtype or ("float32" if there["platform"] == "cpu" else "bfloat16")
     chosen = points.measured_points(
         there["count"],
@@ -77,7 +77,7 @@ def _compiled(options) -> list[dict]:
 
 
 def _lists(options, dtype: str) -> dict:
-    """The fields of a step that both kinds of points have, and their values."""
+    """Returns the values of the fields that both kinds of points share."""
     return dict(
         encoder=words(options.encoders),
         image_size=numbers("--sizes", options.sizes),
@@ -93,37 +93,42 @@ def _lists(options, dtype: str) -> dict:
 def _parser() -> Parser:
     parser = Parser("experiments.scaling", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    measured = commands.add_parser("measured", help="time the step on the devices at hand")
+    measured = commands.add_parser("measured", help="time the step on the local devices")
     compiled = commands.add_parser("compiled", help="compile the step for TPU topologies")
-    again = commands.add_parser("render", help="make tables and charts again from the CSV files")
+    again = commands.add_parser("render", help="rewrite tables and charts from the CSV files")
     again.add_argument("folder")
     for command in (measured, compiled):
         add = command.add_argument
         add("--encoders", default="vit_b", help="vit_t, vit_b, vit_l, vit_h")
         add("--sizes", default="512", help="image sizes in pixels")
-        add("--batches", default="1", help="images of one chip's shard")
+        add("--batches", default="1", help="images per chip")
         add(
             "--meshes",
             default="data",
-            help="axes joined by +, with a size or for the rest: data,fsdp,tensor4,fsdp+tensor2",
+            help="axes joined by +, with a size or taking the rest: data,fsdp,tensor4,fsdp+tensor2",
         )
         add("--remat", default="none", help="of config.model")
         add("--attention", default="auto", help="of config.model")
         add("--scan", action="store_true", help="model.scan_blocks")
         add("--dtype", default="", help="bfloat16; float32 is the default on CPUs")
-        add("--limit", type=float, default=900.0, help="seconds of a point, at most")
-        add("--retry", action="store_true", help="try points that failed again")
+        add("--limit", type=float, default=900.0, help="seconds per point, at most")
+        add("--retry", action="store_true", help="retry failed points")
         add("--output", default="runs/scaling", help="folder of the results")
     add = measured.add_argument
     add("--devices", default="", help="numbers of devices; empty: powers of two and all")
     add("--scaling", default="weak,strong", help="weak, strong")
     add("--simulate", type=int, default=0, metavar="N", help="N devices on this CPU")
-    add("--steps", type=int, default=50, help="timed steps of a point")
-    add("--budget", type=float, default=30.0, help="on a CPU: seconds after which five do")
+    add("--steps", type=int, default=50, help="timed steps per point")
+    add(
+        "--budget",
+        type=float,
+        default=30.0,
+        help="seconds after which five steps do on a CPU",
+    )
     add = compiled.add_argument
     add("--topologies", default=",".join(points.TOPOLOGIES), help="chip and shape, v5e:4x4")
     add("--workers", type=int, default=1, help="points at a time")
-    add("--fit", action="store_true", help="search the largest --batches that fits")
+    add("--fit", action="store_true", help="search for the largest batch that fits")
     return parser
 
 

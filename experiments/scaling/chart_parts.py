@@ -11,7 +11,7 @@ _FILLS = ("full", "none", "left", "top")  # of markers, by mesh like the dashes:
 
 
 def grouped(rows) -> dict[tuple, list[dict]]:
-    """Rows by (encoder, image size): the panels of a figure."""
+    """Groups rows by (encoder, image size), the panels of a figure."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
         found.setdefault((row["encoder"], row["image_size"]), []).append(row)
@@ -19,7 +19,7 @@ def grouped(rows) -> dict[tuple, list[dict]]:
 
 
 def panels(rows, theme, height: float = 2.5, sharex: bool = True):
-    """(figure, [(axes, its rows)]): a line of panels per encoder, a column per image size."""
+    """Returns figure and [(axes, rows)]: a row of panels per encoder, a column per image size."""
     groups = grouped(rows)
     encoders, sizes = unique(key[0] for key in groups), sorted({key[1] for key in groups})
     width = 9.9 if len(sizes) > 1 else 6.4
@@ -42,7 +42,7 @@ def chip_of(row) -> str:
 
 
 def line_style(chip: str, mesh: int, theme: Theme) -> dict:
-    """Color and marker by chip, dashes and filling by mesh."""
+    """Returns color and marker by chip, dashes and fill by mesh."""
     place = _CHIPS.index(chip) if chip in _CHIPS else len(_CHIPS)
     return {
         "color": theme.series[place],
@@ -89,7 +89,7 @@ def outer_labels(figure, x: str, y: str) -> None:
 
 
 def plain_numbers(axis, decades: bool = False) -> None:
-    """Numbers as they are, not as powers; `decades`: with 1, 2 and 5 of each power of ten."""
+    """Labels an axis with plain numbers; `decades`: 1, 2 and 5 of each power of ten."""
     axis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1e6 else f"{value:.0e}")
     axis.set_minor_formatter(NullFormatter())
     if decades:

@@ -25,14 +25,14 @@ _MARKERS = "osD"
 
 
 def throughput(rows, theme: Theme) -> Figure:
-    """Estimated images per second against chips, and what perfect scaling would give."""
+    """Draws estimated images per second against chips, and perfect scaling."""
     return _against_chips(
         rows, theme, "estimate_images_per_second", "images/s (estimate)", ideal=True
     )
 
 
 def efficiency(rows, theme: Theme) -> Figure:
-    """Estimated images per second and chip, over those of the smallest slice."""
+    """Draws estimated images per second and chip, relative to the smallest slice."""
     return _against_chips(rows, theme, "estimate_efficiency", "efficiency (estimate)")
 
 
@@ -63,7 +63,7 @@ def _against_chips(rows, theme, column, label, ideal=False) -> Figure:
 
 
 def _longest(rows) -> list[list[dict]]:
-    """For every chip and mesh the series over most slices, then with the largest batch."""
+    """Returns the series over most slices per chip and mesh, then with the largest batch."""
     found = {}
     for line in series(COMPILED, rows):
         key = chip_of(line[0]), line[0]["mesh"]
@@ -74,7 +74,7 @@ def _longest(rows) -> list[list[dict]]:
 
 
 def memory(rows, theme: Theme) -> Figure:
-    """Bytes of a chip against its batch, on the smallest slice of each chip and mesh."""
+    """Draws bytes per chip against batch, on the smallest slice of each chip and mesh."""
     meshes = unique(row["mesh"] for row in rows)
     figure, parts = panels(rows, theme)
     for axes, chosen in parts:
@@ -94,7 +94,7 @@ def memory(rows, theme: Theme) -> Figure:
             axes.axhline(limit / 2**30, color=color, linewidth=1, linestyle=":")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.set_ylim(bottom=2 ** math.floor(math.log2(0.9 * axes.dataLim.y0)))  # a labelled line
+        axes.set_ylim(bottom=2 ** math.floor(math.log2(0.9 * axes.dataLim.y0)))  # a labeled line
         plain_numbers(axes.xaxis)
         plain_numbers(axes.yaxis)
         axes.grid(True)
@@ -105,7 +105,7 @@ def memory(rows, theme: Theme) -> Figure:
 
 
 def _beside(x, mesh: int) -> list[float]:
-    """Places of a mesh's points, so that those of another with the same value can be seen."""
+    """Shifts the points of a mesh so that they do not hide those of another."""
     return [value * 1.06**mesh for value in x]
 
 
@@ -114,11 +114,11 @@ def _setting(row) -> tuple:
 
 
 def split(rows, theme: Theme) -> Figure:
-    """The three bounds on the time of a step for each slice; the rightmost is the estimate."""
-    lanes = max(len(_split_lanes(chosen)) for chosen in grouped(rows).values())
-    figure, parts = panels(rows, theme, height=0.6 + 0.19 * lanes, sharex=False)
+    """Draws the three bounds on the step time per slice; the rightmost is the estimate."""
+    most = max(len(_split_rows(chosen)) for chosen in grouped(rows).values())
+    figure, parts = panels(rows, theme, height=0.6 + 0.19 * most, sharex=False)
     for axes, chosen in parts:
-        found = _split_lanes(chosen)
+        found = _split_rows(chosen)
         for place, row in enumerate(found):
             values = [1e3 * row[f"estimate_{term}_seconds"] for term in _TERMS]
             axes.plot(
@@ -146,22 +146,22 @@ def split(rows, theme: Theme) -> Figure:
     return figure
 
 
-def _split_lanes(rows) -> list[dict]:
+def _split_rows(rows) -> list[dict]:
     return [row for line in _longest(rows) for row in line]
 
 
 def _split_names(rows) -> list[str]:
-    """The slice of each row, with mesh and the batch of a chip where they differ."""
+    """Names the slice of each row, with mesh and batch per chip where they differ."""
     names = [row["slice"] for row in rows]
     for field, text in (("mesh", "{}"), ("batch", "batch {}")):
         if len(unique(row[field] for row in rows)) > 1:
-            told = (text.format(row[field]) for row in rows)
-            names = [f"{name}, {more}" for name, more in zip(names, told, strict=True)]
+            details = (text.format(row[field]) for row in rows)
+            names = [f"{name}, {more}" for name, more in zip(names, details, strict=True)]
     return names
 
 
 def measured(rows, theme: Theme) -> Figure:
-    """Images per second, efficiency and memory against devices, weak and strong scaling."""
+    """Draws images per second, efficiency and memory against devices, weak and strong scaling."""
     figure = new_figure(9.9, 3.9, theme)
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
     speed, share, memory_axes = figure.subplots(1, 3)
@@ -180,7 +180,7 @@ def measured(rows, theme: Theme) -> Figure:
         )
         x = [row["devices"] for row in line]
         y = [row["images_per_second"] for row in line]
-        ends = [[], []]  # quartiles of the time, so that the longer one is the lower rate
+        ends = [[], []]  # quartiles of the time: the longer one is the lower rate
         for row in line:
             rate = row["images_per_second"] * row["median_seconds"]
             ends[0].append(row["images_per_second"] - rate / row["third_quartile_seconds"])
@@ -225,7 +225,7 @@ def _measured_name(row) -> str:
 
 
 CHARTS = {
-    "measured": {"measured": (measured, "Scaling on the devices at hand")},
+    "measured": {"measured": (measured, "Scaling on local devices")},
     "compiled": {
         "compiled_throughput": (throughput, "Estimated throughput"),
         "compiled_efficiency": (efficiency, "Estimated efficiency"),

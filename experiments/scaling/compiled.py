@@ -1,4 +1,4 @@
-"""One point compiled for a topology: what the compiler says of a chip, and the estimate from it."""
+"""Compiles one point for a topology and estimates its time from the compiled program."""
 
 import math
 import re
@@ -19,27 +19,26 @@ from pgpsam_jax.sharding import rules
 from pgpsam_jax.training import plan
 from pgpsam_jax.training.plan import TrainingPlan
 
-# Left of a chip's memory for the runtime, a resident few-shot set and the next batch.
+# Reserved in a chip's memory for the runtime, a resident few-shot set and the next batch.
 RESERVE = 2**30
 
 
 def compile_point(point: Compiled) -> dict:
-    """The columns of a row; `status` says whether it fits the chip.
+    """Returns the columns of a row; `status` says whether the step fits the chip.
 
-    Columns beginning with `estimate_` are the roofline's. The compute term takes the larger of
-    XLA's count, which has what is computed twice but not hand-written kernels, and the formula's.
-    `accessed_bytes` is the compiler's count, the chip's fast memory included; `hbm_bytes` is not.
+    Columns `estimate_*` are the roofline's. Its compute term takes the larger of two counts: XLA's
+    (with recomputation, without hand-written kernels) and the formula's. `accessed_bytes` is the
+    compiler's count and includes the chip's fast memory; `hbm_bytes` does not.
     """
-    jax.config.update("jax_enable_compilation_cache", False)  # seconds of compiling, not reading
-    chips_there = aot.devices(point.topology)
-    chip = accelerators.find(chips_there[0].device_kind)
+    jax.config.update("jax_enable_compilation_cache", False)  # else reading it would be timed
+    chips = aot.devices(point.topology)
+    chip = accelerators.find(chips[0].device_kind)
     if chip is None:
         raise UserError(
-            f"{chips_there[0].device_kind} is not in the table of "
-            "pgpsam_jax/profiling/accelerators.py"
+            f"{chips[0].device_kind} is unknown; add it to pgpsam_jax/profiling/accelerators.py"
         )
-    config = point.config(len(chips_there))
-    mesh = plan.mesh_of(config.mesh, config.model, config.train.batch_size, chips_there)
+    config = point.config(len(chips))
+    mesh = plan.mesh_of(config.mesh, config.model, config.train.batch_size, chips)
     start = time.perf_counter()
     model = aot.abstract_model(config.model, CLASSES, mesh)
     lowered = aot.lower_step(TrainingPlan.of(config), mesh, model, config.model.image_size, SLICES)
@@ -48,7 +47,7 @@ def compile_point(point: Compiled) -> dict:
         **dict(zip(rules.AXES, mesh.devices.shape, strict=True)),
         "chips": mesh.size,
         "global_batch": config.train.batch_size,
-        "device": chips_there[0].device_kind,
+        "device": chips[0].device_kind,
         "trained_parameters": count(model[1]),
         "frozen_parameters": count(model[2]),
         "limit_bytes": int(chip.memory_bytes - RESERVE),
@@ -66,7 +65,7 @@ def compile_point(point: Compiled) -> dict:
 
 
 def needed_bytes(message: str) -> int | None:
-    """Bytes that a refused program needs, by the compiler's "Used 20.5G of 15.75G hbm"."""
+    """Returns the bytes of a program too large, from "Used 20.5G of 15.75G hbm" in the message."""
     match = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else None
 
@@ -117,7 +116,7 @@ def _figures(point, config, mesh, chip, model, compiled, limit) -> dict:
 
 
 def largest(found, most: int = 4) -> str:
-    """The kinds and group sizes that exchange most: `12 all-gather over 8: 34.5 MB; ...`."""
+    """Lists the kinds and group sizes that exchange most: `12 all-gather over 8: 34.5 MB; ...`."""
     totals: dict[tuple[str, int], list[float]] = {}
     for one in found:
         total = totals.setdefault((one.kind, len(one.group)), [0, 0.0])

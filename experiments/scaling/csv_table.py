@@ -1,6 +1,6 @@
-"""The folder of a study: one CSV file for each kind of point, rows as they are finished.
+"""CSV tables of a study: one file per kind of point, with a row per finished point.
 
-Everything else in the folder is made from these files.
+Everything else in the folder is derived from these files.
 """
 
 import csv
@@ -23,14 +23,14 @@ def _fields(point) -> dict[str, type]:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of point and the columns of its file, `<name>.csv`, with their types."""
+    """A kind of point, and the typed columns of its file `<name>.csv`."""
 
     name: str
     point: type
     columns: dict[str, type]
 
     def key(self, row: dict) -> str:
-        """The key of the point that a row is of."""
+        """Returns the key of the row's point."""
         return self.point(**{name: row[name] for name in _fields(self.point)}).key
 
 
@@ -80,7 +80,7 @@ COMPILED = Kind(
 
 
 def load(folder, kind: Kind) -> dict[str, dict]:
-    """Rows by key of an earlier start, empty cells None; {} if there was none."""
+    """Returns the rows of an earlier run by key, with None in empty cells; {} if there are none."""
     path = Path(folder) / f"{kind.name}.csv"
     if not path.is_file():
         return {}
@@ -100,7 +100,7 @@ def _value(text: str, of: type):
 
 
 def store(folder, kind: Kind, rows: dict[str, dict]) -> None:
-    """The CSV file, with efficiencies as things stand."""
+    """Writes the CSV file with current efficiencies."""
     fill_efficiency(kind, list(rows.values()))
     filled = (
         {name: "" if row.get(name) is None else row[name] for name in kind.columns}
@@ -110,9 +110,9 @@ def store(folder, kind: Kind, rows: dict[str, dict]) -> None:
 
 
 def series_of(kind: Kind, row: dict) -> tuple:
-    """What rows of one line of a chart have in common: everything but the number of devices.
+    """Returns the common values of the rows in a line of a chart: all but the number of devices.
 
-    Compiled points grow weakly (the batch of a chip stays); so do measured ones of that name.
+    Compiled points are in weak scaling: constant batch per chip.
     """
     names = set(_fields(kind.point)) - {"devices", "topology"}
     if row.get("scaling") == "strong":
@@ -124,7 +124,7 @@ def series_of(kind: Kind, row: dict) -> tuple:
 
 
 def series(kind: Kind, rows: list[dict]) -> list[list[dict]]:
-    """Rows that ran or would fit by series, each in order of devices."""
+    """Groups the rows that ran or would fit by series, sorted by number of devices."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["status"] == OK and row.get(_rate(kind)) is not None:
@@ -133,7 +133,7 @@ def series(kind: Kind, rows: list[dict]) -> list[list[dict]]:
 
 
 def fill_efficiency(kind: Kind, rows: list[dict]) -> None:
-    """Images per second and device over those of the series' smallest row."""
+    """Sets images per second and device over those of the smallest row of the series."""
     rate, count = _rate(kind), devices(kind)
     for one in series(kind, rows):
         smallest = one[0][rate] / one[0][count]
@@ -143,7 +143,7 @@ def fill_efficiency(kind: Kind, rows: list[dict]) -> None:
 
 
 def devices(kind: Kind) -> str:
-    """The column with the number of devices."""
+    """Returns the column with the number of devices."""
     return "devices" if kind is MEASURED else "chips"
 
 

@@ -1,8 +1,8 @@
-"""What the devices of a compiled program exchange, read from its HLO text.
+"""Collectives of a compiled program, from its HLO text.
 
-Counted is what is in the program: an asynchronous collective once, at its start, one that the TPU's
-compiler has spread over several fusions (all with its channel) once, and what a loop's body holds
-as often as the loop runs, where the text tells that. Both branches of a condition count.
+An asynchronous collective counts once, at its start; one that the TPU compiler has spread over
+several fusions (with the same channel) counts once; the body of a loop counts as often as the loop
+runs, if the text says so. Both branches of a condition count.
 """
 
 import math

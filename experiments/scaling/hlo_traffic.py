@@ -1,10 +1,10 @@
-"""Bytes that a compiled TPU program moves to and from the chip's memory, read from its HLO text.
+"""HBM traffic of a compiled TPU program, from its HLO text.
 
-The compiler's own count, "bytes accessed", has what operations read and write in the fast memory
-on the chip too, several times the traffic that the memory's bandwidth bounds. Here an operation
-counts its operands and results that lie in main memory (no `S(n)` in their layout), whole, once; a
-slice, by itself or within a fusion, counts what it takes, an update in place what it writes; a
-loop's body counts as often as the loop runs, once where that is unknown.
+The compiler's count, "bytes accessed", includes the fast memory on the chip, several times the
+traffic that the bandwidth of the main memory bounds. Here an operation counts its operands and
+results in main memory (no `S(n)` in their layout) once; a slice, alone or in a fusion, counts the
+part it takes, and an in-place update the part it writes; the body of a loop counts as often as the
+loop runs, once if that is unknown.
 """
 
 import math
@@ -17,7 +17,7 @@ _ELSEWHERE = re.compile(r"S\([1-9]\d*\)")
 _SLICES = ("slice", "dynamic-slice", "gather")
 _UPDATE = "dynamic-update-slice"
 _ENTERED = ("while", "call", "conditional")
-# Names of what is there already, and ends of what began elsewhere.
+# Names for existing values, and ends of asynchronous operations.
 _NOTHING = (
     "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id",
     "replica-id", "opt-barrier", "optimization-barrier",
@@ -59,8 +59,8 @@ def _size(line: Instruction, program: Program) -> float:
 
 
 def _fused(line: Instruction, inside: list[Instruction], types: dict[str, str]) -> float:
-    """Bytes of a fusion that computes the lines `inside`."""
-    parameters, same = {}, {}  # number -> name; what a bitcast is another name of
+    """Returns the bytes of a fusion that computes the lines `inside`."""
+    parameters, same = {}, {}  # number -> name; bitcast -> its source
     for one in inside:
         if one.opcode == "parameter":
             parameters[int(one.rest[: one.rest.index(")")])] = one.name
@@ -75,7 +75,7 @@ def _fused(line: Instruction, inside: list[Instruction], types: dict[str, str]) 
         kinds = {one.opcode if of[0] == name not in of[1:] else "" for one, of in uses}
         if kinds and kinds <= {*_SLICES}:
             total += sum(array_bytes(one.type) for one, _ in uses) * bool(_here(outer))
-        elif kinds == {_UPDATE}:  # in place: what it holds besides is not touched
+        elif kinds == {_UPDATE}:  # in place: the rest is not touched
             updated.append((outer, sum(array_bytes(types.get(of[1], "")) for _, of in uses)))
         else:
             whole.add(operand)
@@ -91,5 +91,5 @@ def _alike(a: str, b: str) -> bool:
 
 
 def _here(shapes: str) -> float:
-    """Bytes of the arrays of a type that lie in main memory."""
+    """Returns the bytes of the arrays of a type in main memory."""
     return sum(array_bytes(one) for one in _ARRAY.findall(shapes) if not _ELSEWHERE.search(one))

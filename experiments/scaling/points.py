@@ -1,4 +1,4 @@
-"""What is studied: a point is one training step on one mesh; a study is a list of them."""
+"""Points of a scaling study: one training step on one mesh each."""
 
 import dataclasses
 import itertools
@@ -20,11 +20,14 @@ TOPOLOGIES = (
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What both kinds of points say of the step.
+    """A training step, measured or compiled.
 
-    batch: images of the shard that a chip holds, so that a global batch is `batch` times data
-    times fsdp; chips of a tensor group share theirs. mesh: in the words of `mesh_sizes`.
-    attention, remat: of `config.model`; dtype: what it computes in.
+    Attributes:
+      batch: images per chip; the global batch is `batch` times data times fsdp, since the chips of
+        a tensor group share their images.
+      mesh: as in `mesh_sizes`.
+      remat, attention, scan: of `config.model`.
+      dtype: of the computation.
     """
 
     encoder: str = "vit_b"
@@ -39,15 +42,15 @@ class Step:
     def __post_init__(self):
         mesh_sizes(self.mesh)
         if self.image_size < 1 or self.batch < 1:
-            raise UserError("--sizes and --batches are numbers from 1")
+            raise UserError("--sizes and --batches must be 1 or more")
 
     @property
     def key(self) -> str:
-        """The row's name: every field."""
+        """Name of the row: all fields."""
         return " ".join(str(value) for value in dataclasses.astuple(self))
 
     def config(self, devices: int):
-        """The configuration of a run with this step on so many devices."""
+        """Returns the configuration of a run with this step on a number of devices."""
         config = default_config()
         config.model.update(
             encoder=self.encoder,
@@ -58,21 +61,24 @@ class Step:
             scan_blocks=bool(self.scan),
         )
         config.mesh.update(mesh_sizes(self.mesh))
-        config.train.batch_size = self.batch * self.lanes(devices)
+        config.train.batch_size = self.batch * self.data_shards(devices)
         return config
 
-    def lanes(self, devices: int) -> int:
-        """Shards of the batch: data times fsdp."""
+    def data_shards(self, devices: int) -> int:
+        """Returns the number of data shards: data times fsdp."""
         tensor = mesh_sizes(self.mesh)["tensor"]
-        lanes = 1 if tensor == -1 else devices // tensor
-        if lanes < 1:
-            raise UserError(f"mesh {self.mesh!r} has more chips in a tensor group than {devices}")
-        return lanes
+        shards = 1 if tensor == -1 else devices // tensor
+        if shards < 1:
+            raise UserError(
+                f"mesh {self.mesh!r} has more devices in a tensor group than the {devices} there "
+                "are; choose a smaller tensor axis"
+            )
+        return shards
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled(Step):
-    """A step to be compiled for a topology, `v5e:2x2`."""
+    """A step to compile for a topology, such as `v5e:2x2`."""
 
     topology: str = "v5e:2x2"
 
@@ -83,10 +89,10 @@ class Compiled(Step):
 
 @dataclasses.dataclass(frozen=True)
 class Measured(Step):
-    """A step to be run on the first of the devices at hand.
+    """A step to time on the first local devices.
 
-    scaling: `weak` (`batch` is the same at every number of devices) or `strong` (the global batch
-    is). simulated: on devices that are threads of one CPU.
+    scaling: `weak` (the same batch per chip on all numbers of devices) or `strong` (the same global
+    batch). simulated: whether the devices are threads of one CPU.
     """
 
     scaling: str = "weak"
@@ -95,42 +101,49 @@ class Measured(Step):
 
 
 def mesh_sizes(words: str) -> dict[str, int]:
-    """`config.mesh` in words: `data`, `fsdp`, `tensor4`, `fsdp8`, `fsdp+tensor4`.
+    """Returns `config.mesh` for words such as `data`, `fsdp`, `tensor4`, `fsdp8`, `fsdp+tensor4`.
 
-    An axis with a number has that size; one without takes the rest, data where none does.
+    An axis with a number has that size; one without takes the rest, data if there is none.
     """
     sizes = {"data": 0, "fsdp": 0, "tensor": 0}
     for word in words.split("+"):
         match = re.fullmatch(r"(data|fsdp|tensor)([1-9]\d*)?", word)
         if not match or sizes[match[1]]:
             raise UserError(
-                f"mesh {words!r} unknown; write axes joined by +, with a size or for the rest "
-                "without, such as data, fsdp, tensor4, fsdp8+tensor2"
+                f"mesh {words!r} unknown; write axes joined by +, each with a size or taking the "
+                "rest, such as data, fsdp, tensor4, fsdp8+tensor2"
             )
         sizes[match[1]] = int(match[2] or -1)
     if -1 not in sizes.values() and not sizes["data"]:
         sizes["data"] = -1
     if list(sizes.values()).count(-1) > 1:
-        raise UserError(f"mesh {words!r} gives the rest to several axes; give all but one a size")
+        raise UserError(f"mesh {words!r} gives the rest to several axes; size all but one")
     return {name: size or 1 for name, size in sizes.items()}
 
 
 def measured_points(devices: int, counts, scalings, simulated: bool, **lists) -> list[Measured]:
-    """Weak and strong scaling over numbers of devices; both have the same step on the most.
+    """Returns points of weak and strong scaling, which agree on the largest number of devices.
 
-    counts: numbers of devices; empty: powers of two, and all of them.
+    Args:
+      devices: that are there.
+      counts: numbers of devices; empty for the powers of two and all.
+      scalings: `weak`, `strong`.
+      simulated: whether the devices are threads of one CPU.
+      lists: values of the fields of `Step`.
     """
     counts = counts or [n for n in (2**i for i in range(32)) if n < devices] + [devices]
     if max(counts) > devices or min(counts) < 1:
-        raise UserError(f"--devices are numbers from 1 to the {devices} at hand")
+        raise UserError(
+            f"--devices must be numbers from 1 to {devices}, the devices that are there"
+        )
     points = []
     for step in cross(Measured, **lists):
-        most = step.lanes(max(counts))
+        most = step.data_shards(max(counts))
         for scaling, count in itertools.product(scalings, sorted(counts)):
             if scaling not in ("weak", "strong"):
                 raise UserError(f"--scaling {scaling!r} unknown; choose from weak, strong")
-            lanes = step.lanes(count)
-            batch = step.batch if scaling == "weak" else step.batch * most // lanes
+            shards = step.data_shards(count)
+            batch = step.batch if scaling == "weak" else step.batch * most // shards
             changes = dict(scaling=scaling, devices=count, batch=batch, simulated=int(simulated))
             points.append(dataclasses.replace(step, **changes))
     return points

@@ -1,4 +1,4 @@
-"""From the CSV files of a folder to their tables in Markdown and their charts."""
+"""Renders the CSV files of a folder as Markdown tables and charts."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ _ESTIMATE = (
     "rates, full overlap and no latency (`experiments/scaling/roofline.py`, "
     "`pgpsam_jax/profiling/accelerators.py`). Compute: the larger of XLA's count and the "
     "formula's over the dense "
-    "bfloat16 peak. HBM: bytes that the program's operations read and write in the chip's memory "
+    "bfloat16 peak. HBM: bytes that the program reads and writes in the chip's memory "
     "(`experiments/scaling/hlo_traffic.py`) over its bandwidth. ICI: bytes "
     "a chip receives by ring algorithms, one collective after the other, over the links of the "
     "group's chips. MFU: the formula's FLOPs over the peak in the estimated time."
@@ -34,27 +34,26 @@ _ESTIMATE = (
 _COLLECTIVES = (
     "Collectives: number and MB that a chip receives in a step; "
     + ", ".join(f"{short} {kind}" for kind, short in _SHORT.items())
-    + ". What a loop of unknown length holds counts once (marked +)."
+    + ". A loop of unknown length counts once (marked +)."
 )
 _MEMORY = (
-    "GiB of a chip as the compiler plans it: arguments, temporaries, all together (with outputs, "
-    "less those in place of arguments), and the limit: the memory in "
-    "`pgpsam_jax/profiling/accelerators.py` less "
-    f"{RESERVE / 2**30:g} GiB for the runtime, a resident few-shot set and the next batch. Where "
-    "the compiler refused a program, the total is what it said the program needs. Images: of the "
-    "chip's shard; (most): the largest number a search found to fit."
+    "GiB per chip, planned by the compiler: arguments, temporaries, total (with outputs that do "
+    "not reuse arguments), and the limit: `pgpsam_jax/profiling/accelerators.py`'s memory less "
+    f"{RESERVE / 2**30:g} GiB for the runtime, a resident few-shot set and the next batch. If the "
+    "compiler rejects a program, the total is from its message. Images: per chip; (most): the "
+    "largest number that fits."
 )
 _MEASURED = (
-    "ms: median of the timed steps and quartiles; compiling is apart and not timed; + marks points "
-    "that the time budget of a CPU cut short. Images: of the global batch. Efficiency: images per "
+    "ms: median of the timed steps and quartiles, without compilation; + marks points that the "
+    "time budget of a CPU cut short. Images: in the global batch. Efficiency: images per "
     "second and device over those of the smallest number of devices. MFU: the formula's FLOPs over "
-    "the dense bfloat16 peak, where the chip is known. Peak: of the allocator, the device with "
-    "most; on a CPU, of the process, shared out; plan: of the compiler."
+    "the dense bfloat16 peak, where the chip is known. Peak: of the allocator on the "
+    "fullest device; on a CPU, each device's share of the process; plan: by the compiler."
 )
 
 
 def render(folder, kind: Kind) -> str:
-    """Write table and charts of a kind from its CSV file; the table's text."""
+    """Writes tables and charts of a kind from its CSV file; returns the text of the tables."""
     folder = Path(folder)
     found = _in_order(kind, table.load(folder, kind).values())
     finished = [row for row in found if row["status"] != FAILED]
@@ -80,21 +79,21 @@ def render(folder, kind: Kind) -> str:
 
 
 def _draw(make, rows: list[dict], path: Path) -> None:
-    """A chart as PNG, in the light colours of the report."""
+    """Saves a chart as PNG in the light colors of the report."""
     with matplotlib.rc_context(LIGHT.settings), atomic_path(path) as temporary:
         make(rows, LIGHT).savefig(temporary, format="png", dpi=150)
 
 
 def render_all(folder) -> list[str]:
-    """Both kinds, as far as the folder has them."""
+    """Renders the kinds that the folder has."""
     kinds = [kind for kind in (MEASURED, COMPILED) if (Path(folder) / f"{kind.name}.csv").is_file()]
     if not kinds:
-        raise UserError(f"{folder} holds neither measured.csv nor compiled.csv; run a study first")
+        raise UserError(f"{folder} has no measured.csv or compiled.csv; run a study first")
     return [render(folder, kind) for kind in kinds]
 
 
 def _in_order(kind: Kind, rows) -> list[dict]:
-    """By model, then by place: points that ran at a time are stored as they ended."""
+    """Sorts by model, then by devices: parallel points are stored as they finish."""
     rows = list(rows)
 
     def place(row):
@@ -108,7 +107,7 @@ def _in_order(kind: Kind, rows) -> list[dict]:
 
 
 def _wanted(stem: str, rows: list[dict]) -> list[dict]:
-    """The rows that a chart can show."""
+    """Returns the rows that a chart can show."""
     if stem == "compiled_memory":
         return rows
     known = [row for row in rows if row["status"] == OK]

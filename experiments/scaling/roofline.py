@@ -1,10 +1,10 @@
-"""The roofline estimate of a step on a TPU chip: three lower bounds on its time, never a time.
+"""Roofline estimate of a step on a TPU chip: three lower bounds on its time, not a measurement.
 
 compute: FLOPs over the dense bfloat16 peak; hbm: bytes to and from the chip's memory over its
 bandwidth (`hlo_traffic.py`); ici: bytes received in collectives, one after the other, over the
-links of the group's chips. The estimate is the largest of them: full overlap, full rates, no
-latency. Rates: `profiling/accelerators.py`; links: `aot.links`. A group's links are all taken to
-serve it, a permutation to need one.
+links of the group's chips. The estimate is their maximum: full overlap, full rates, no latency.
+Rates: `profiling/accelerators.py`; links: `aot.links`. A group uses all its links, a permutation
+one.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from pgpsam_jax.profiling.accelerators import Chip
 
 
 class Estimate(NamedTuple):
-    """Seconds of a step that each of a chip's resources needs at least."""
+    """Lower bound on the seconds of a step, per resource of a chip."""
 
     compute: float
     hbm: float
@@ -28,19 +28,22 @@ class Estimate(NamedTuple):
 
     @property
     def binds(self) -> str:
-        """The resource that the estimate comes from."""
+        """Returns the resource of the largest bound."""
         return self._fields[self.index(self.seconds)]
 
 
 def estimate(chip: Chip, flops: float, moved: float, exchanged: float) -> Estimate:
-    """From one chip's FLOPs, bytes to and from memory and seconds of `exchange_seconds`."""
+    """Returns the bounds for a chip's FLOPs, memory traffic (bytes) and `exchange_seconds`."""
     return Estimate(flops / chip.bf16_flops, moved / chip.memory_bandwidth, exchanged)
 
 
 def exchange_seconds(
     chip: Chip, name: str, found: Iterable[Collective], coordinates: list[tuple[int, ...]]
 ) -> float:
-    """Seconds of a chip's links in a topology; coordinates: of the chips, by place in the mesh."""
+    """Returns the seconds of a chip's collectives in a topology.
+
+    coordinates: of the chips, in the order of the mesh.
+    """
     total = 0.0
     for one in found:
         if one.size:
@@ -51,7 +54,7 @@ def exchange_seconds(
 
 
 def by_kind(found: Iterable[Collective]) -> dict[str, tuple[int, float]]:
-    """{kind: (how many run, bytes received)}, every kind."""
+    """Returns {kind: (number of runs, bytes received)} for all kinds."""
     totals = {kind: (0, 0.0) for kind in KINDS}
     for one in found:
         count, size = totals[one.kind]

@@ -1,4 +1,4 @@
-"""Runs the points of a study that are missing, each in a process of its own with a time limit."""
+"""Runs the missing points of a study, each in a fresh process with a time limit."""
 
 import dataclasses
 import importlib.metadata
@@ -16,34 +16,38 @@ from experiments.scaling.points import Compiled, Measured
 from pgpsam_jax.profiling import accelerators, aot
 
 _WORKER = "experiments.scaling.worker"
-SIMULATION = "simulation: {} devices share these cores, says nothing about speed-up"
+SIMULATION = "simulation: {} devices share these cores; says nothing about speed-up"
 
 
 class Study:
-    """A folder and the rows of one kind in it; what is finished is kept.
+    """The rows of one kind in a folder; finished rows are kept. Methods are thread-safe.
 
-    measure: makes the row of a point, or raises `Failed`. Rows may be asked for by several threads.
+    Args:
+      folder: of the study.
+      kind: of its points.
+      measure: returns the row of a point, or raises `Failed`.
+      retry: measure failed points again.
     """
 
     def __init__(self, folder, kind: Kind, measure: Callable[[object], dict], retry: bool):
         self.folder, self.kind, self.measure, self.retry = folder, kind, measure, retry
         self.rows = table.load(folder, kind)
         self._lock, self._stopped = threading.Lock(), False
-        table.store(folder, kind, self.rows)  # a folder that cannot be written shows now
+        table.store(folder, kind, self.rows)  # fails now if the folder cannot be written
 
     def each(self, function: Callable, points: Iterable, workers: int = 1) -> list:
-        """function(point) of every point, so many at a time, in their order."""
+        """Returns function(point) of every point in order, `workers` at a time."""
         with ThreadPoolExecutor(workers) as pool:
             try:
                 return list(pool.map(function, points))
-            except BaseException:  # an interrupt: what was begun leaves no row
+            except BaseException:  # interrupted: unfinished points leave no row
                 self._stopped = True
                 pool.shutdown(wait=False, cancel_futures=True)
                 end_all()
                 raise
 
     def row(self, point) -> dict:
-        """The row of a point, made now if it is missing, or failed and is to be tried again."""
+        """Returns the row of a point; measures it if it is missing, or failed and `retry`."""
         found = self.rows.get(point.key)
         if found and not (found["status"] == FAILED and self.retry):
             return found
@@ -62,9 +66,10 @@ class Study:
         return row
 
     def fit(self, point: Compiled, most: int = 4096) -> dict:
-        """The row of the largest batch of a chip that fits, marked; the smallest if none does.
+        """Finds the largest batch per chip that fits, to within a sixteenth, and marks its row.
 
-        To within a sixteenth, from a line through what is known; rows of the folder count.
+        Extrapolates linearly from the known batches, including those in the folder. Returns the row
+        of that batch, or of the smallest batch if none fits.
         """
         known = {}
         while (batch := next_batch(known, most)) is not None:
@@ -83,13 +88,13 @@ class Study:
 def _detail(row: dict) -> str:
     if row["status"] == FAILED:
         return f": {row['reason']}"
-    return f" ({row['compile_seconds']:.0f} s of compiling)"
+    return f" (compiled in {row['compile_seconds']:.0f} s)"
 
 
 def next_batch(known: dict[int, tuple[bool, int, int]], most: int) -> int | None:
-    """The batch to try next, None at the end.
+    """Returns the batch to try next; None at the end.
 
-    known: batch to (whether it fits, bytes it needs, bytes there are).
+    known: batch -> (whether it fits, bytes needed, bytes available).
     """
     low = max((batch for batch, (fits, *_) in known.items() if fits), default=0)
     high = min((batch for batch, (fits, *_) in known.items() if not fits), default=most + 1)
@@ -97,7 +102,7 @@ def next_batch(known: dict[int, tuple[bool, int, int]], most: int) -> int | None
     if high - low <= step:
         return None
     guess = 2 * low or 1
-    if len(known) > 1:  # memory grows by nearly as much for every image
+    if len(known) > 1:  # memory grows almost linearly
         (a, (_, first, _)), (b, (_, second, limit)) = sorted(known.items())[-2:]
         slope = (second - first) / (b - a)
         guess = int(b + (limit - second) / slope) if slope > 0 else guess
@@ -105,7 +110,7 @@ def next_batch(known: dict[int, tuple[bool, int, int]], most: int) -> int | None
 
 
 def compile_with(limit: float) -> Callable[[Compiled], dict]:
-    """A function that compiles a point in at most so many seconds."""
+    """Returns a function that compiles a point within `limit` seconds."""
     versions = {name: _version(name) for name in ("jax", "libtpu")}
     environment = timing.ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
 
@@ -118,7 +123,7 @@ def compile_with(limit: float) -> Callable[[Compiled], dict]:
 
 
 def measure_with(limit: float, effort: timing.Effort) -> Callable[[Measured], dict]:
-    """A function that runs a point; no single answer of it may take longer than the limit."""
+    """Returns a function that times a point; each answer must come within `limit` seconds."""
 
     def measure(point: Measured) -> dict:
         with _devices_process(point.devices if point.simulated else 0, limit) as process:
@@ -144,14 +149,14 @@ def measure_with(limit: float, effort: timing.Effort) -> Callable[[Measured], di
     return measure
 
 
-def devices_at_hand(simulate: int, limit: float) -> dict:
-    """Their `count` and `platform`, asked in another process, which lets go of them again."""
+def local_devices(simulate: int, limit: float) -> dict:
+    """Returns `count` and `platform` of the devices, from a process that releases them again."""
     with _devices_process(simulate, limit) as process:
         return process.ask(devices=None)
 
 
 def _devices_process(simulate: int, limit: float) -> Process:
-    """A worker with that many simulated devices; with the machine's own for 0."""
+    """Starts a worker with that many simulated devices; 0 for the real ones."""
     environment = dict(timing.ENVIRONMENT)
     if simulate:
         name = "--xla_force_host_platform_device_count"

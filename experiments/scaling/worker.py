@@ -1,4 +1,4 @@
-"""A process that compiles or runs one point on request (`measurement/worker_process.py`).
+"""Worker process that compiles or runs one point (`measurement/worker_process.py`).
 
 Requests: {"devices": null}, {"compile_point": point}, {"prepare": point}, and {"steps": n},
 {"forget": null}, {"memory": null} as of the benchmark.
@@ -9,7 +9,7 @@ from experiments.measurement.worker_process import serve
 
 
 class Worker(worker.Worker):
-    """The state between requests: the prepared step."""
+    """Holds the prepared step between requests."""
 
     def devices(self, _) -> dict:
         import jax

@@ -1,4 +1,4 @@
-"""One process at a time writes to a workdir; the lock goes with it, however it dies."""
+"""Exclusive lock on a workdir; the system releases it when its holder dies, however it dies."""
 
 import contextlib
 import errno
@@ -11,26 +11,37 @@ from pathlib import Path
 
 import filelock
 
-from pgpsam_jax.checkpointing import (
-    workdir_lock,
-)
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError, explained
 from pgpsam_jax.utils.files import local, refuse_foreign, remove_temporaries, write_json
 
 LOCK = ".lock"
-HOLDER = "running.json"  # who holds it: for the sentence only, the lock decides where there are any
+HOLDER = "running.json"  # who holds it; where there are locks, they decide
+STALE_SECONDS = 120  # a holder on another host that keeps its file fresh counts as dead after this
 # What file systems without locks answer.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _MARKS = ("config.json", LOCK, "checkpoints", "state.json")  # of a run, or of a cell of a grid
+_ours: set[Path] = set()  # workdirs that this process holds
+
+
+class Taken(UserError):
+    """Another process holds the workdir."""
 
 
 @contextlib.contextmanager
 def held(workdir, doing: str):
-    """Be the one that writes to a workdir inside the block; it is made if it is not there.
+    """Holds the workdir's write lock inside the block; creates the directory if needed.
 
-    doing: "training", for example. Raises a `UserError` that says who holds it; what a full or
-    read-only disk raises inside becomes one too. A folder made here and left empty is removed.
+    A workdir that this process holds already stays held by the outer block. A folder that was
+    created here and is empty at the end is removed.
+
+    Args:
+      workdir: folder of a run.
+      doing: what for, such as "training"; for the message that another process gets.
+
+    Raises:
+      Taken: another process holds it; the message names that process.
+      UserError: the folder is not a workdir, or the disk is full or read-only.
     """
     try:
         with _held(Path(workdir), doing):
@@ -44,25 +55,27 @@ def held(workdir, doing: str):
 @contextlib.contextmanager
 def _held(workdir: Path, doing: str):
     local(workdir, "--workdir")
+    if workdir.resolve() in _ours:
+        yield
+        return
     made = not workdir.exists()
     refuse_foreign(workdir, _MARKS, "run")
     workdir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(workdir / LOCK, timeout=0)
     try:
-        lock.acquire()
+        if not _acquire(lock):
+            _warn(workdir)
     except filelock.Timeout:
-        raise UserError(_taken(workdir)) from None
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            raise
-        _warn(workdir)
+        raise Taken(_taken(workdir)) from None
     try:
+        _ours.add(workdir.resolve())
         remove_temporaries(workdir)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "doing": doing}
         write_json(workdir / HOLDER, who)
         yield
     finally:
+        _ours.discard(workdir.resolve())
         (workdir / HOLDER).unlink(missing_ok=True)
         if made and {path.name for path in workdir.iterdir()} <= {LOCK}:
             (workdir / LOCK).unlink(missing_ok=True)
@@ -71,15 +84,54 @@ def _held(workdir: Path, doing: str):
         lock.release()
 
 
-def _warn(workdir: Path) -> None:
-    """Without a lock only what its holder wrote tells, and only of this host."""
+def _acquire(lock: filelock.FileLock) -> bool:
+    """Takes a lock; False where the file system has none."""
+    try:
+        lock.acquire()
+    except NotImplementedError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:  # such as a `filelock.Timeout`
+            raise
+        return False
+    return True
+
+
+def is_held(workdir: Path) -> bool:
+    """Returns whether a process holds a workdir.
+
+    Where the lock does not reach (another host, a file system without locks) the holder is alive
+    if it has refreshed its `running.json` in the last `STALE_SECONDS`.
+    """
+    lock = filelock.FileLock(workdir / LOCK, timeout=0)
+    try:
+        locks = _acquire(lock)
+    except filelock.Timeout:
+        return True
+    lock.release()
+    if locks and _holder(workdir).get("host") == socket.gethostname():
+        return False
+    with contextlib.suppress(OSError):
+        return time.time() - (workdir / HOLDER).stat().st_mtime < STALE_SECONDS
+    return False
+
+
+def _holder(workdir: Path) -> dict:
+    """What `running.json` says; empty before its holder has written it."""
     try:
         who = json.loads((workdir / HOLDER).read_text(encoding="utf-8"))
-        if who["host"] == socket.gethostname() and who["pid"] != os.getpid():
-            os.kill(who["pid"], 0)
-            raise UserError(_taken(workdir))
+        return {name: who[name] for name in ("pid", "host", "doing", "since")}
     except (OSError, ValueError, KeyError, TypeError):
-        pass
+        return {}
+
+
+def _warn(workdir: Path) -> None:
+    """Refuses a workdir without locks whose holder runs on this host; else warns."""
+    who = _holder(workdir)
+    if who and who["host"] == socket.gethostname() and who["pid"] != os.getpid():
+        with contextlib.suppress(OSError, TypeError):
+            os.kill(who["pid"], 0)
+            raise Taken(_taken(workdir))
     warnings.warn(
         f"the file system of {workdir} has no locks: nothing keeps a second process from writing "
         "there, so start none",
@@ -88,14 +140,12 @@ def _warn(workdir: Path) -> None:
 
 
 def _taken(workdir: Path) -> str:
-    try:
-        who = json.loads((workdir / HOLDER).read_text(encoding="utf-8"))
+    by = "another process writes to it"  # which has only just begun
+    if who := _holder(workdir):
         by = "process {pid} on {host} has been {doing} there since {since}".format(**who)
-    except (OSError, ValueError, KeyError, TypeError):  # it has only just begun
-        by = "another process writes to it"
     return f"{workdir} is in use: {by}; wait until that has ended, or choose another --workdir"
 
 
 def locked(workdir, doing: str):
     """The workdir's lock, which the first of several processes holds for all."""
-    return workdir_lock.held(workdir, doing) if multihost.is_first() else contextlib.nullcontext()
+    return held(workdir, doing) if multihost.is_first() else contextlib.nullcontext()
