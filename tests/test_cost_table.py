@@ -104,7 +104,7 @@ def test_methods_without_a_training_step(tmp_path):
     single = {row: cost_table(run_tables(read_run(folder))) for row, folder in runs.items()}
     names = {row: {line[0] for line in table.rows} for row, table in single.items()}
     assert "time of the fit" in names["fit"] and "memory of the fit, per device" in names["fit"]
-    assert not [name for name in names["oracle"] if "step" in name or "in it" in name]
+    assert not [name for name in names["oracle"] if "step" in name or "per device" in name]
     assert "peak memory of the process" in names["oracle"]
 
 
@@ -122,8 +122,8 @@ def test_a_run_stopped_before_its_first_save(tmp_path):
         "trainable parameters",
         "all parameters",
         "memory of a step, per device",
-        "arguments in it",
-        "temporaries in it",
+        "arguments, per device",
+        "temporaries, per device",
     }
 
 
@@ -139,8 +139,8 @@ def test_one_run_in_full(tmp_path):
         "quartiles over 70 intervals": "0.180 to 0.250 s",
         "images per s": "20.0",
         "memory of a step, per device": "250 MiB",
-        "arguments in it": "10.0 MiB",
-        "temporaries in it": "240 MiB",
+        "arguments, per device": "10.0 MiB",
+        "temporaries, per device": "240 MiB",
         "peak memory of the process": "3,072 MiB",
         "peak memory of a device": "1.00 MiB",
         "evaluation, per volume": "0.250 s",

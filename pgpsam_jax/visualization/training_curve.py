@@ -81,9 +81,10 @@ def point_style(count: int) -> dict:
 
 
 def start_at_zero(figure: Figure) -> None:
-    """Adds grid lines and lets every axis include zero."""
+    """Adds grid lines, includes zero in every axis, and puts ticks at whole steps."""
     for ax in figure.axes:
         ax.grid(True)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         low, high = ax.get_ylim()
         ax.set(xlim=(0, None), ylim=(min(0, low), high))
 

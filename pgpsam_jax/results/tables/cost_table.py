@@ -106,8 +106,8 @@ def run_cost(run: Run) -> list[Table]:
     if parts:
         rows += [
             [f"memory of {step}, per device", f"{each['step_mib']} MiB"],
-            ["arguments in it", _mib(parts["arguments"])],
-            ["temporaries in it", _mib(parts["temporaries"])],
+            ["arguments, per device", _mib(parts["arguments"])],
+            ["temporaries, per device", _mib(parts["temporaries"])],
         ]
     peaks = run.cost.get("peak_bytes", {})
     for key, what in (("process", "the process"), ("device", "a device")):
