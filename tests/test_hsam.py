@@ -19,12 +19,14 @@ from flax import nnx
 from method_runs import loss_falls
 from release_numpy import resize
 
+from pgpsam_jax.checkpointing import checkpoint
+from pgpsam_jax.checkpointing.best_parameters import Best, restore_params
 from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.data.augmentation.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import build
 from pgpsam_jax.models import losses
-from pgpsam_jax.models.baselines import hsam
+from pgpsam_jax.models.baselines import hsam, hsam_decoder
 from pgpsam_jax.models.initializers import Draws
 from pgpsam_jax.models.parameters import count, flat_paths
 from pgpsam_jax.models.sam.sam import SamConfig
@@ -33,8 +35,7 @@ from pgpsam_jax.training.train_step import StepConfig
 CLASSES, BATCH, SIZE = 3, 2, (32, 64)  # a grid of 4 x 8
 ENCODER = dict(width=32, depth=1, heads=2, global_blocks=(0,), out_channels=64, window_size=4)
 # Registered, and read by nothing, here as in the original.
-IDLE = r"(mask_decoder|second)/iou_head/|/idle/|prompt_encoder/(point|not_a_point|mask_down)"
-GATE = "second/mask_attention/"  # and this only by the intended gate
+IDLE = r"mask_decoder/iou_head/|prompt_encoder/(point|not_a_point|mask_down)"
 
 
 class Given(nnx.Module):
@@ -55,8 +56,15 @@ def create(mask_gate, dtype=jnp.float32, depth=2, *, rngs):
 
 @functools.cache
 def random_model(mask_gate, dtype=jnp.float32, depth=2):
-    """A model with every parameter random, and its arrays in float64."""
-    return eq.random_module(functools.partial(create, mask_gate, dtype, depth), 1)
+    """A model with every parameter random, and its arrays in float64.
+
+    The authors' code has a mask attention with the released gate, too, which decides nothing.
+    """
+    model, p = eq.random_module(functools.partial(create, mask_gate, dtype, depth), 1)
+    if mask_gate == "released":
+        other = random_model("intended", dtype, depth)[1]
+        p |= {path: array for path, array in other.items() if "mask_attention" in path}
+    return model, p
 
 
 @functools.cache
@@ -75,13 +83,13 @@ def outputs(model, features, keys=None):
 
     With keys, the outputs with draws, too: one program for all.
     """
-    seen, enhance = [], hsam.SecondDecoder.enhance
+    seen, enhance = [], hsam_decoder.SecondDecoder.enhance
 
     def seeing(self, source, class_feature):
         seen.append(class_feature)
         return enhance(self, source, class_feature)
 
-    with mock.patch.object(hsam.SecondDecoder, "enhance", seeing):
+    with mock.patch.object(hsam_decoder.SecondDecoder, "enhance", seeing):
         found = model(features)
     with mock.patch.object(hsam.Hsam, "__call__", lambda *_: found):  # traced already
         more = {"predict": model.predict(features), "class feature": seen[0]}
@@ -113,13 +121,16 @@ def relative(got, expected) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
-def test_parameters_are_those_of_the_original():
+@pytest.mark.parametrize("mask_gate", ["released", "intended"])
+def test_parameters_are_those_of_the_original(mask_gate):
     """ViT-b, 512 px, 9 classes: 19,051,259 of decoder 2, of them 12,742,011 idle as released.
 
-    C = 256, L = 32 x 32 = 1024; an attention with inner width I has 3 (C I + I) + I C + C numbers.
+    The idle ones are left out; the intended gate has its mask attention. C = 256, L = 32 x 32 =
+    1024; an attention with inner width I has 3 (C I + I) + I C + C numbers.
     """
     config = default_config()
     method_recipes.use(config, "hsam")
+    config.model.mask_gate = mask_gate
     _, params, _ = build.abstract_model(config.model, 9)
     sizes = {path: math.prod(leaf.shape) for path, leaf in flat_paths(params).items()}
 
@@ -135,27 +146,29 @@ def test_parameters_are_those_of_the_original():
     block = 3 * attention(256, 256) + dense(256, 2048, 256) + 4 * 2 * 256
     upscaling = 4 * 256 * 64 + 64 + 2 * 64 + 4 * 64 * 32 + 32
     expected = {
-        "second/transformer/layers/./(?!idle)": 2 * block,
+        "second/transformer/layers": 2 * block,
         "second/transformer/(final|norm)": attention(256, 128) + 2 * 256,
         "second/mask_tokens": 9 * 256,
         "second/upscaling": upscaling,
         "second/skip": 4 * 64 * 32 + 32 + 2 * 32 + 4 * 32 * 16 + 16 + 2 * 16,
         "second/hyper_mlps": 9 * dense(256, 256, 256, 256, 256, 16),
     }
-    idle = {
+    gate = {
         "second/mask_attention/attention": 2 * attention(1024, 1024),
         "second/mask_attention/norm": 2 * 2 * 1024,
         "second/mask_attention/mlp": dense(1024, 2048, 1024),
         "second/mask_attention/merge": dense(9, 1),
-        "second/transformer/layers/./idle": 2 * 2 * 2 * (196 + 9 + 1024),
-        "second/iou_head": dense(256, 256, 256, 9),
     }
-    assert {name: part(name) for name in expected | idle} == expected | idle
-    assert sum(idle.values()) == part(f"^second/.*/idle/|second/iou_head/|{GATE}") == 12_742_011
-    assert part("^second/") == sum((expected | idle).values()) == 19_051_259
+    never = {"norms": 2 * 2 * 2 * (196 + 9 + 1024), "iou_head": dense(256, 256, 256, 9)}
+    idle = sum((gate | never).values())
+    assert (idle, sum(expected.values()) + idle) == (12_742_011, 19_051_259)
+    if mask_gate == "intended":
+        expected |= gate
+    assert {name: part(name) for name in expected} == expected
+    assert part("^second/") == sum(expected.values())
     # SAMed's trunk with rank 5, and all.
     assert part("lora") == 12 * 2 * 5 * (768 + 768)
-    assert count(params) == 184_320 + 4_759_945 + 6_220 + 19_051_259
+    assert count(params) == 184_320 + 4_759_945 + 6_220 + part("^second/")
 
 
 @pytest.mark.parametrize(
@@ -184,10 +197,9 @@ def test_outputs_are_those_of_the_transcription(mask_gate, over, depth):
 
 def test_the_intended_gate_is_that_of_the_transcription():
     """Of one map per class, in place of what the first decoder makes, which the other test has."""
-    model, p = random_model("released", depth=1)  # which has the same weights
+    model, p = random_model("intended", depth=1)
     maps = np.random.default_rng(4).normal(size=(BATCH, 4, 8, CLASSES)).astype(np.float32)
-    with mock.patch.object(model.second, "mask_gate", "intended"):
-        found = jax.jit(hsam.SecondDecoder.enhance)(model.second, features(), maps)
+    found = jax.jit(hsam_decoder.SecondDecoder.enhance)(model.second, features(), maps)
     weights = eq.sub(p, "second.mask_attention")
     for b in range(BATCH):
         look = hsam_numpy.where_to_look(maps[b].reshape(32, -1).T, weights, 8, "space")
@@ -228,33 +240,32 @@ def slopes(model, features, keys):
 
 
 def test_which_parameters_have_a_derivative():
-    """As traced, with nothing compiled: as below, and the released form has none of its gate."""
+    """As traced, with nothing compiled: as below."""
     model, _ = random_model("released", depth=1)
     none = jaxprs.constants(slopes, model, features(), keys())
     names = set(flat_paths(nnx.state(model, nnx.Param)))
-    assert none == {name for name in names if re.search(f"{IDLE}|{GATE}", name)} < names
+    assert none == {name for name in names if re.search(IDLE, name)} < names
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask_gate", ["released", "intended"])
 def test_which_parameters_receive_a_gradient(mask_gate):
-    """All but the idle ones, and the mask attention of the released form: those get exactly none.
+    """All but the idle ones of SAM: those get exactly none.
 
     Biases of keys add one number to all scores of a softmax: zero, up to rounding.
     """
     gradient = jax.jit(slopes)(create(mask_gate, depth=1, rngs=Draws(3)), features(), keys())
     sizes = {n: float(np.linalg.norm(leaf[...])) for n, leaf in flat_paths(gradient).items()}
-    idle = f"{IDLE}|{GATE}" if mask_gate == "released" else IDLE
-    keys_only = {n for n in sizes if n.endswith("k_proj/bias") and not re.search(idle, n)}
+    keys_only = {n for n in sizes if n.endswith("k_proj/bias") and not re.search(IDLE, n)}
     none = {n for n, size in sizes.items() if size == 0}
-    assert none - keys_only == {n for n in sizes if re.search(idle, n)}
+    assert none - keys_only == {n for n in sizes if re.search(IDLE, n)}
     for name in keys_only:  # measured for one: 2e-11, where the kernel has 1.4e-9
         assert sizes[name] < 1e-4 * sizes[name.replace("bias", "kernel")] + 1e-9, name
 
 
 def test_the_mask_attention_passes_gradients_on():
     """To all of it and to what it looks at; the intended gate has them, as a whole model shows."""
-    attention = random_model("released", depth=1)[0].second.mask_attention
+    attention = random_model("intended", depth=1)[0].second.mask_attention
     graphdef, state = nnx.split(attention)
 
     def loss(state, given):
@@ -283,23 +294,23 @@ def test_the_derivative_of_the_noise_is_that_of_its_feature():
     """Its range counts as a number: the derivative of a maximum was 0 / 0 if recomputed."""
     feature = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
     weights, keys = jnp.cos(feature), jax.random.split(jax.random.key(1), 2)
-    slope = jax.grad(lambda x: jnp.sum(weights * hsam.add_noise(x, keys)))(feature)
+    slope = jax.grad(lambda x: jnp.sum(weights * hsam_decoder.add_noise(x, keys)))(feature)
     np.testing.assert_array_equal(slope, weights)
 
 
 def test_noise_has_a_fifth_of_the_range_and_dropout_keeps_the_mean():
     many = jax.random.split(jax.random.key(1), 4)
     feature = jnp.asarray(np.random.default_rng(2).uniform(-1, 3, (4, 32, 32, 64)), jnp.float32)
-    noise = np.asarray(hsam.add_noise(feature, many) - feature)
+    noise = np.asarray(hsam_decoder.add_noise(feature, many) - feature)
     assert noise.std() == pytest.approx(0.2 * 4, rel=0.01)
     assert (
         abs(noise.mean()) < 0.01
         and abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.02
     )
-    dropped = np.asarray(hsam.drop_out(jnp.ones((4, 256, 256)), many, 1))
+    dropped = np.asarray(hsam_decoder.drop_out(jnp.ones((4, 256, 256)), many, 1))
     assert set(np.unique(dropped)) == {0.0, 1.25}
     assert (dropped == 0).mean() == pytest.approx(0.2, abs=0.005)
-    assert (dropped != hsam.drop_out(jnp.ones((4, 256, 256)), many, 2)).any()
+    assert (dropped != hsam_decoder.drop_out(jnp.ones((4, 256, 256)), many, 2)).any()
 
 
 @pytest.mark.slow
@@ -322,3 +333,20 @@ def test_settings_that_make_no_hsam():
     config.model.mask_gate, config.model.image_size = "intended", 80
     with pytest.raises(UserError, match="maps of 5 x 5 tokens in 8 heads"):
         build.abstract_model(config.model, 9)
+
+
+def test_a_checkpoint_with_other_parameters_is_refused(tmp_path):
+    """As one from before the idle parameters were left out."""
+    stored, ours = (
+        nnx.state(random_model(gate, depth=1)[0], nnx.Param) for gate in ("intended", "released")
+    )
+    with Best(tmp_path) as best:
+        best.save(stored, 1, 0.5)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = checkpoint.abstract_like(ours, jax.tree.map(lambda _: device, ours))
+    said = (
+        "best/0 is of another version of this model .second/mask_attention/attention1/k_proj/bias "
+        "and 25 more .*; read it with the version that wrote it"
+    )
+    with pytest.raises(UserError, match=said):
+        restore_params(tmp_path, abstract, best=True)

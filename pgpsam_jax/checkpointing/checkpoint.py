@@ -22,6 +22,7 @@ from absl import logging
 from pgpsam_jax.checkpointing import checksums
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import Interrupted, UserError, explained
+from pgpsam_jax.utils.untrusted_text import shown
 
 KEEP = 2
 CHECKPOINTS = "checkpoints"
@@ -93,12 +94,26 @@ class _Folder:
         except Exception as error:  # damage shows in a dozen types
             if self._reading and (max(_numbers(self.folder), default=number) > number):
                 raise UserError(f"{folder} has given way to a newer one; start again") from None
+            if other := self._other_parameters(number, abstract["params"]):
+                raise UserError(
+                    f"checkpoint {folder} is of another version of this model ({shown(other[0])} "
+                    f"and {len(other) - 1} more parameters are in one of them only); read it with "
+                    "the version that wrote it (provenance.json), or train again in another workdir"
+                ) from None
             before = [c.step for c in self._checkpointer.checkpoints if c.step != number]
             without = f"go on from {before[-1]}" if before else "go on without it"
             raise UserError(
                 f"checkpoint {folder} cannot be read ({_reason(error)}); delete that folder to "
                 f"{without}"
             ) from None
+
+    def _other_parameters(self, number: int, abstract) -> list[str]:
+        """Paths that are either in the checkpoint or in the model, not in both."""
+        try:
+            stored = self._checkpointer.checkpointables_metadata(number).metadata["params"]
+        except Exception:  # it is damaged
+            return []
+        return sorted(_paths(stored) ^ _paths(abstract))
 
     def _save(self, number: int, parts: dict, **options) -> None:
         """Begin to save; what is saved may be changed right after the call."""
@@ -142,6 +157,12 @@ class _Folder:
         # Where processes are gone, a save under way would wait for them.
         if error is None or not multihost.several() or isinstance(error, UserError | Interrupted):
             self.close()
+
+
+def _paths(tree) -> set[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+    return {name.removesuffix("/value") for name in names}
 
 
 def _seal(response, folder: Path) -> None:

@@ -41,7 +41,9 @@ def abstract_leaves(config, classes: int = 9) -> dict:
 @functools.cache
 def leaves_of(method, encoder: str) -> dict:
     """The same of a method with an encoder, for its own size."""
-    return abstract_leaves(configuration(method, encoder))
+    config = configuration(method, encoder)
+    config.model.mask_gate = "intended"  # the H-SAM with all of its parameters
+    return abstract_leaves(config)
 
 
 def table(method, encoder: str) -> dict:
