@@ -295,21 +295,25 @@ def test_an_answer_does_not_depend_on_the_rest_of_the_batch():
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_drawn_weights_that_never_train_are_kept_with_a_given_sam(tmp_path):
+def test_random_weights_that_never_train_are_kept_with_a_given_sam(tmp_path):
     """Mask tokens and hypernetworks are random and frozen: a run does not hang on its seed."""
     config, frozen = small_config("samlst"), run_of("samlst").frozen
-    drawn = pretrained.drawn(config.model, frozen)
-    roots = {path.rsplit("/layers")[0] for path in drawn}
+    random_frozen = pretrained.randomly_initialized_frozen_params(config.model, frozen)
+    roots = {path.rsplit("/layers")[0] for path in random_frozen}
     assert roots == {f"mask_decoder/{n}" for n in ("mask_tokens", "hyper_mlps", "iou_head")}
-    frozen_weights.settle_base(tmp_path, "sam", "0" * 64, frozen, drawn)
+    frozen_weights.settle_base(tmp_path, "sam", "0" * 64, frozen, random_frozen)
     assert not frozen_weights.holds_all(tmp_path)
     config.seed = 5
     _, _, other, _ = build.init_model(config.model, CLASSES, config.seed)
     own = flat_paths(other)["image_encoder/pos_embed"][...]
     frozen_weights.settle_base(
-        tmp_path, "sam", "0" * 64, other, pretrained.drawn(config.model, other)
+        tmp_path,
+        "sam",
+        "0" * 64,
+        other,
+        pretrained.randomly_initialized_frozen_params(config.model, other),
     )
-    for path, leaf in drawn.items():
+    for path, leaf in random_frozen.items():
         np.testing.assert_array_equal(leaf[...], flat_paths(other)[path][...], err_msg=path)
     np.testing.assert_array_equal(flat_paths(other)["image_encoder/pos_embed"][...], own)
 

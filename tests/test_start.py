@@ -1,4 +1,4 @@
-"""Where training starts: additions to SAM that say next to nothing at first, or as they were drawn.
+"""Where training starts: additions to SAM that are next to nothing at first, or random ones.
 
 Tolerances are relative L2 distances of logits, recorded with a SAM of random weights, whose neck
 has rms 1 as that of a trained one. SAMed's decoder has SAM's quality token among its tokens and
@@ -126,7 +126,7 @@ def test_with_nothing_added_it_is_samed(base, samed, images, plain):
 
 @pytest.mark.slow
 def test_the_old_start_is_far_away_and_can_be_had(base, samed, images, plain):
-    found = outputs_of(like(model_of(base, "pgpsam", start="drawn", **ALL), samed), images)
+    found = outputs_of(like(model_of(base, "pgpsam", start="random", **ALL), samed), images)
     assert distance(found["final"], plain) >= 0.8
 
 
@@ -178,7 +178,7 @@ def test_features_start_as_the_neck(base, images, preset, scale):
         neck, taps = encoded(model.image_encoder, images)
         return distance(features_of(model, neck, taps), scale * neck)
 
-    assert growth("sam") <= 0.25 and growth("drawn") >= 0.8
+    assert growth("sam") <= 0.25 and growth("random") >= 0.8
 
 
 def test_with_nothing_added_the_decoder_gets_what_samed_s_gets(base, images):
@@ -217,12 +217,12 @@ def test_which_start_and_which_colors(base):
         return resolved(settings)
 
     assert chosen("pgpsam") == ("sam", "normalized")
-    assert chosen("pgpsam", "release") == ("drawn", "unit")
-    assert chosen("samed") == ("drawn", "normalized")
-    assert chosen("pgpsam", start="drawn", colors="unit") == ("drawn", "unit")
+    assert chosen("pgpsam", "release") == ("random", "unit")
+    assert chosen("samed") == ("random", "normalized")
+    assert chosen("pgpsam", start="random", colors="unit") == ("random", "unit")
     scratch = configuration("", "pgpsam").model  # there is no SAM to start from
-    assert resolved(scratch) == ("drawn", "unit")
-    with pytest.raises(UserError, match=r"model\.start is 'none'; choose from auto, sam, drawn"):
+    assert resolved(scratch) == ("random", "unit")
+    with pytest.raises(UserError, match=r"model\.start is 'none'; choose from auto, sam, random"):
         chosen("pgpsam", start="none")
     with pytest.raises(UserError, match=r"model\.colors 'grey' unknown; choose auto or unit or"):
         model_of(base, "samed", colors="grey")
@@ -244,7 +244,10 @@ def test_runs_of_before_are_what_they_were():
         for field in ("colors", "start", "start_scale", "ppr_norm"):
             del stored["model"][field]
         model = serialization.from_json(stored).model
-        assert (model.colors, model.start, model.ppr_norm) == (colors, "drawn", False)
+        assert (model.colors, model.start, model.ppr_norm) == (colors, "random", False)
+    stored = serialization.to_json(defaults.default_config())
+    stored["model"]["start"] = "drawn"  # what it was called
+    assert serialization.from_json(stored).model.start == "random"
 
 
 def test_normalized_colors_are_those_of_sam_s_own_preprocessing(base, images):

@@ -23,7 +23,7 @@ def get_grid(variant: str = SYNAPSE) -> Plan:
     return Plan(
         title="Dice against the initialization of PGP-SAM",
         rows=(
-            Row("drawn", "default initialization", {"model.start": "drawn"}),
+            Row("random", "default initialization", {"model.start": "random"}),
             *scales,
             Row("no_norm", "scale 0.1, Eq 5 without LayerNorm", {"model.ppr_norm": False}),
         ),

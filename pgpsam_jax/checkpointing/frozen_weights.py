@@ -46,15 +46,15 @@ def base_digest(workdir) -> str | None:
     return None if record is None else record["sha256"]
 
 
-def settle_base(workdir, base: str, digest: str | None, frozen, drawn=None) -> None:
+def settle_base(workdir, base: str, digest: str | None, frozen, random_frozen=None) -> None:
     """Pin the frozen weights of a workdir at its first use, and hold later uses to them.
 
     A converted SAM has a `digest`. A random backbone is read back from the workdir, so that the
     run does not hang on a seed; and so are, with a converted SAM, the frozen leaves that it does
-    not give: `drawn`, by path.
+    not provide: `random_frozen`, by path.
     """
     with multihost.first_before_others("base"):  # the others read what it wrote
-        kept = flat_paths(frozen) if digest is None else drawn or {}
+        kept = flat_paths(frozen) if digest is None else random_frozen or {}
         _settle(Path(workdir), base, digest, kept)
 
 

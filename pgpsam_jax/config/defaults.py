@@ -25,7 +25,7 @@ def default_config() -> ConfigDict:
     # What the encoder sees of a slice: auto (what the base was trained on), unit (0 to 1, as the
     # authors' code), normalized (by SAM's mean and SD).
     config.model.colors = "auto"
-    # What a method adds to SAM starts: auto (docs/paper.md), sam (small), drawn (as any layer).
+    # How what a method adds to SAM is initialized: auto (docs/paper.md), sam (small), random.
     config.model.start = "auto"
     config.model.start_scale = 0.1  # of the small additions
     config.model.train_encoder = "lora"  # lora, full, frozen

@@ -96,7 +96,9 @@ def _of_today(value: dict) -> dict:
     if isinstance(model := value.get("model"), dict) and "colors" not in model:
         asks_sam = model.get("name") in ("surgicalsam", "fssp", "sam")
         colors = "normalized" if asks_sam else "unit"
-        value["model"] = model | {"colors": colors, "start": "drawn", "ppr_norm": False}
+        value["model"] = model | {"colors": colors, "start": "random", "ppr_norm": False}
+    if isinstance(model, dict) and model.get("start") == "drawn":
+        value["model"] |= {"start": "random"}
     fewshot, data = value.get("fewshot"), value.get("data")
     if isinstance(fewshot, dict) and fewshot.get("file"):  # beside which a rule was not used
         value["fewshot"] = fewshot | dict.fromkeys((*SIZES, "seed")) | {"rule": "random"}

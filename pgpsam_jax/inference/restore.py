@@ -26,8 +26,8 @@ def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
     graphdef, params, frozen, digest = build.init_model(
         config.model, num_classes, config.seed if new else None
     )
-    drawn = pretrained.drawn(config.model, frozen)
-    frozen_weights.settle_base(workdir, config.model.base, digest, frozen, drawn)
+    random_frozen = pretrained.randomly_initialized_frozen_params(config.model, frozen)
+    frozen_weights.settle_base(workdir, config.model.base, digest, frozen, random_frozen)
     everywhere = device_mesh.replicated(device_mesh.make_mesh())
     abstract = checkpoint.abstract_like(params, jax.tree.map(lambda _: everywhere, params))
     params = best_parameters.restore_params(

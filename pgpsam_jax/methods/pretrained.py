@@ -15,7 +15,7 @@ from pgpsam_jax.models.sam.image_encoder import EncoderConfig
 
 
 def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> str:
-    """Overwrite leaves of the states by the converted SAM of `settings.base`; its SHA-256."""
+    """Copies the converted SAM `settings.base` into the states; returns its SHA-256."""
     method, base = method_of(settings), weights.load_base(settings.base)
     tensors = weights.fit_base(base.tensors, encoder.grid, global_blocks=encoder.global_blocks)
     tensors |= {
@@ -44,14 +44,14 @@ def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> 
     return base.digest
 
 
-def drawn(settings: ConfigDict, frozen) -> dict:
-    """The frozen leaves, by path, that no converted SAM gives: random numbers of this run."""
+def randomly_initialized_frozen_params(settings: ConfigDict, frozen) -> dict:
+    """Returns the frozen leaves, by path, that a converted SAM does not provide."""
     given = method_of(settings).base_tensors
     return {path: leaf for path, leaf in flat_paths(frozen).items() if not under(path, given)}
 
 
 def apply_cnn(settings: ConfigDict, params, frozen) -> None:
-    """Overwrite the leaves of the CNN beside the encoder by the file `settings.cnn_base`."""
+    """Copies the weights in the file `settings.cnn_base` into the CNN of the states."""
     cnn = method_of(settings).cnn_prefix
     if not cnn:
         raise UserError(

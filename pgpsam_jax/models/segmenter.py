@@ -19,7 +19,7 @@ from pgpsam_jax.models.sam.prompt_encoder import PromptEncoder
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.models.sam.weights import colors_of_base
 
-STARTS = ("auto", "sam", "drawn")  # how the modules that a method adds to SAM are initialized
+STARTS = ("auto", "sam", "random")  # how the modules that a method adds to SAM are initialized
 
 
 class Training(enum.Enum):
@@ -46,7 +46,7 @@ class Segmenter(nnx.Module):
       base_rows: path prefix in a converted SAM -> number of leading rows that are loaded.
       frozen: path prefixes outside the image encoder that are never trained.
       cnn_prefix: path prefix of the ResNet-18 that `model.cnn_base` initializes; "" without one.
-      start: what `model.start=auto` means where there is a base, "sam" or "drawn".
+      start: what `model.start=auto` means where there is a base, "sam" or "random".
       sam_start: regex of paths of this model -> path in a converted SAM, loaded besides
         `base_tensors` where the start is "sam".
       auto_colors: what `model.colors=auto` means; None for the colors the base was trained on.
@@ -61,7 +61,7 @@ class Segmenter(nnx.Module):
     base_rows: Mapping[str, int] = {}
     frozen: tuple[str, ...] = ()
     cnn_prefix: str = ""
-    start: str = "drawn"
+    start: str = "random"
     sam_start: Mapping[str, str] = {}
     auto_colors: str | None = None
     oracle: bool = False
@@ -104,12 +104,12 @@ class Segmenter(nnx.Module):
 
     @classmethod
     def resolve_start(cls, settings) -> str:
-        """Returns `model.start`, "sam" or "drawn", with `auto` resolved to `start`."""
+        """Returns `model.start`, "sam" or "random", with `auto` resolved to `start`."""
         if settings.start not in STARTS:
             raise UserError(f"model.start is {settings.start!r}; choose from {', '.join(STARTS)}")
         if settings.start != "auto":
             return settings.start
-        return cls.start if settings.base else "drawn"
+        return cls.start if settings.base else "random"
 
     @classmethod
     def resolve_start_scale(cls, settings) -> float | None:

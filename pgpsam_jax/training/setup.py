@@ -123,8 +123,8 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
     resumption.claim(given, config, workdir, split, data.list, origin)
     if multihost.is_first():
         write_json(workdir / appearance.FILE, data.looks)
-    drawn = pretrained.drawn(config.model, frozen)
-    frozen_weights.settle_base(workdir, config.model.base, base_digest, frozen, drawn)
+    random_frozen = pretrained.randomly_initialized_frozen_params(config.model, frozen)
+    frozen_weights.settle_base(workdir, config.model.base, base_digest, frozen, random_frozen)
     total = plan.total_steps(len(data.list))
     with device_mesh.traced_on(mesh):
         kernels = build.attention_of(config.model, graphdef, params, frozen)
