@@ -150,7 +150,7 @@ def test_a_run_says_what_it_is_and_predicts_nothing(small_or_whole, tmp_path, ca
     assert said in (run / "evaluation/summary.md").read_text()
     assert any(said in notice for notice in Subject.read(run).notices)
     assert not (run / "checkpoints").exists()
-    assert "training   none: nothing of this method trains" in printed
+    assert "training   none: no parameters to train" in printed
     assert "epochs" not in printed and "few-shot   7 slices" in printed and "(not used)" in printed
     spent = step_cost.read(run)
     assert spent["kind"] == "none" and spent["parameters"]["trained"] == 0
