@@ -138,7 +138,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.attached:
         _end_with_parent()
-    with exit_on_user_error(), preemption.listening():
+    with exit_on_user_error(), preemption.handle_signals():
         cells = {cell.name: cell for cell in read_grid(arguments.workdir).cells}
         if arguments.cell not in cells:
             raise UserError(

@@ -83,7 +83,7 @@ def exit_on_user_error():
     except Interrupted as error:
         _end(error.code, f"stopped: {error}")
     except KeyboardInterrupt:
-        _end(SIGNALED + signal.SIGINT, "stopped: SIGINT came")
+        _end(SIGNALED + signal.SIGINT, "stopped: SIGINT received")
     except BrokenPipeError as error:
         if error.filename is not None:
             raise

@@ -81,7 +81,7 @@ def _configuration(fields: dict[str, str]):
 
 
 def main(arguments):
-    with exit_on_user_error(), preemption.listening():
+    with exit_on_user_error(), preemption.handle_signals():
         logging.set_verbosity(logging.WARNING)  # orbax tells every file it writes
         warnings.filterwarnings("default", module="pgpsam_jax")
         evaluate = _MODE.value == "evaluate"
@@ -90,7 +90,7 @@ def main(arguments):
         if _CONFIG.value is None and _WORKDIR.value is None:
             raise UserError("no configuration; give --config configs/phantom.py, for example")
         local(_WORKDIR.value or "", "--workdir")
-        place = _place()
+        info = _process_info()
         # JAX: not before the mistakes that show without it
         config = _configuration(dict(arguments[1:]))
         from pgpsam_jax.distributed import initialize
@@ -101,7 +101,7 @@ def main(arguments):
 
         keep_compiled()
         workdir = _WORKDIR.value or f"runs/{config.name}"
-        with initialize.joined(place), out_of_memory.explained(config, workdir):
+        with initialize.joined(info, workdir), out_of_memory.explained(config, workdir):
             start()
             if evaluate:
                 workdirs.evaluate_workdir(workdir, config)
@@ -109,11 +109,11 @@ def main(arguments):
                 train.train(config, workdir)
 
 
-def _place() -> cluster_env.Place | None:
-    """Which of how many processes this is; None for one alone."""
-    place = cluster_env.from_flags(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+def _process_info() -> cluster_env.ProcessInfo | None:
+    """Returns this process's number and count; None for a single process."""
+    info = cluster_env.from_flags(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _COORDINATOR.value is not None or _DISTRIBUTED.value == "off":
-        return place
+        return info
     return cluster_env.from_scheduler()
 
 

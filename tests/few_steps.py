@@ -19,7 +19,7 @@ from small_run import config_for
 from pgpsam_jax.checkpointing import checkpoint
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.distributed import cluster_env, initialize
-from pgpsam_jax.distributed.multihost import place
+from pgpsam_jax.distributed.multihost import put_global
 from pgpsam_jax.methods import build
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training.device_batches import Feed
@@ -45,14 +45,14 @@ def trained(settings: dict, sizes: dict | None = None):
     step = shard_step(
         TrainingPlan.of(config), mesh, graphdef, params, frozen, batch, epoch_size=SLICES, seed=0
     )
-    state = step.start(place(params, sharding_of(step.state.params)))
+    state = step.start(put_global(params, sharding_of(step.state.params)))
     said = []
 
     def note(number, metrics, *_):
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         said.append({"step": number} | values)
 
-    frozen = place(frozen, sharding_of(step.frozen))
+    frozen = put_global(frozen, sharding_of(step.frozen))
     state, *last = run_steps(step.lower().compile(), state, frozen, feed, 0, STEPS, note)
     note(STEPS, *last[-2:])
     return graphdef, state, loader, said

@@ -19,14 +19,14 @@ def ready():
 
 def read(folder):
     """Work of which nothing would be lost."""
-    with preemption.listening():
+    with preemption.handle_signals():
         ready()
         time.sleep(60)
 
 
 def compile_(folder):
     """The same, where no Python code runs that could heed a signal."""
-    with preemption.listening():
+    with preemption.handle_signals():
         signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
         ready()
         time.sleep(60)
@@ -34,20 +34,19 @@ def compile_(folder):
 
 def train(folder):
     """Steps, of which the last is written down."""
-    with preemption.listening(), preemption.deferred() as stop:
-        stop.begin(0)
+    with preemption.handle_signals(), preemption.defer_to_step(0) as stop:
         for step in range(1, 10**9):
             time.sleep(0.01)
             if step == 3:
                 ready()
-            if stop.due(step):
+            if stop.should_stop(step):
                 (folder / "saved").write_text(str(step))
-                stop.end(step)
+                stop.interrupt(step)
 
 
 def hang(folder):
     """A step that does not end."""
-    with preemption.listening(), preemption.deferred():
+    with preemption.handle_signals(), preemption.defer_to_step(0):
         ready()
         time.sleep(60)
 

@@ -5,6 +5,8 @@ python processes.py HOST:PORT COUNT PROCESS SCENARIO [FOLDER]: a function below,
 
 import contextlib
 import json
+import os
+import random
 import sys
 import time
 
@@ -12,15 +14,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pgpsam_jax.distributed import cluster_env, heartbeat, initialize, multihost
+from pgpsam_jax.distributed import cluster_env, initialize, multihost
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.runtime import preemption
 from pgpsam_jax.sharding import device_mesh
 
-# Short, so that nobody waits in a test.
-heartbeat.BEAT_SECONDS, heartbeat.SILENT_SECONDS, heartbeat.SUSPECT_SECONDS = 0.3, 3, 2
-initialize.START_SECONDS = 8
-multihost.SHARED_SECONDS = 1
+multihost.SHARED_SECONDS = 1  # short, to keep the tests fast
+LIMITS = {"start_seconds": 8, "heartbeat_seconds": int(os.environ.get("HEARTBEAT_SECONDS", 4))}
 
 
 def together(folder):
@@ -29,7 +29,7 @@ def together(folder):
     numbers = {"a": np.arange(24.0).reshape(4, 6), "b": np.float32(7)}
     spread = {"a": NamedSharding(mesh, PartitionSpec("data", "tensor"))}
     spread["b"] = device_mesh.replicated(mesh)
-    tree = multihost.place(numbers, spread)
+    tree = multihost.put_global(numbers, spread)
     doubled = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree))(tree)
     multihost.check_shared(folder)
     with multihost.first_before_others("turn"):
@@ -37,9 +37,11 @@ def together(folder):
         (folder / str(jax.process_index())).touch()
     multihost.agree({"a number": 3, "some": {"numbers": [1, 2]}})
     found = {
-        "whole": jax.tree.map(lambda x: np.asarray(x).tolist(), multihost.whole(doubled)),
+        "gathered_arrays": jax.tree.map(
+            lambda x: np.asarray(x).tolist(), multihost.all_gather(doubled)
+        ),
         "gathered": multihost.gather("x" * jax.process_index()),
-        "own": multihost.own(range(5)),
+        "shard": multihost.shard_for_process(range(5)),
         "turn": turn,
         "spread": not tree["a"].is_fully_addressable,
     }
@@ -78,6 +80,19 @@ def work(folder):
         time.sleep(0.1)
 
 
+def wait(folder):
+    """For one of them to be stopped by a signal, where nothing is to be saved."""
+    print("working", flush=True)
+    multihost.barrier("never")
+
+
+def crash(folder):
+    """Process 1 is aborted by its own code, in the main thread."""
+    if jax.process_index() == 1:
+        os.abort()
+    multihost.barrier("never")
+
+
 def collect(folder):
     """For ever, sums over all devices."""
     total = jax.jit(
@@ -85,29 +100,35 @@ def collect(folder):
     )
     lanes = device_mesh.batch_sharding(device_mesh.make_mesh())
     while True:
-        jax.block_until_ready(total(multihost.place(np.ones(jax.device_count()), lanes)))
+        jax.block_until_ready(total(multihost.put_global(np.ones(jax.device_count()), lanes)))
         print("working", flush=True)
 
 
 def steps(folder):
-    """Until a signal that reaches one of them: in each step they meet, and write down the last."""
-    with preemption.deferred() as stop:
-        stop.begin(0)
-        for step in range(1, 10**6):
-            multihost.barrier(f"step {step}")
-            if step == 3:
+    """Until a signal that reaches one of them, from step 1000, up to three steps apart."""
+    draw = random.Random(jax.process_index())
+    with preemption.defer_to_step(1000) as stop:
+        for step in range(1001, 10**6):
+            time.sleep(draw.choice([0, 0.001, 0.003]))
+            if step % 3 == 0:
+                multihost.barrier("step")
+            if step == 1003:
                 print("working", flush=True)
-            if stop.due(step):
+            if stop.should_stop(step):
+                assert stop.should_stop(step)  # the training loop asks twice
                 (folder / f"saved{jax.process_index()}").write_text(str(step))
-                stop.end(step, agreed=True)
+                if step % 3:
+                    multihost.barrier("step")
+                stop.interrupt(step, agreed=True)
 
 
 if __name__ == "__main__":
     from pathlib import Path
 
     coordinator, count, process, scenario, *folder = sys.argv[1:]
-    heeding = preemption.listening if scenario == "steps" else contextlib.nullcontext
-    with exit_on_user_error(), heeding():
-        place = cluster_env.from_flags(coordinator, int(count), int(process))
-        with initialize.joined(place):
+    signals = scenario in ("steps", "wait")
+    handling = preemption.handle_signals if signals else contextlib.nullcontext
+    with exit_on_user_error(), handling():
+        info = cluster_env.from_flags(coordinator, int(count), int(process))
+        with initialize.joined(info, "runs/workdir", **LIMITS):
             globals()[scenario](Path(*folder))

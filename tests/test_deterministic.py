@@ -18,7 +18,7 @@ from pgpsam_jax.config.augmentation import RELEASE
 from pgpsam_jax.config.optimizer import OptimConfig
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.runtime import determinism
+from pgpsam_jax.runtime import determinism, jax_internals
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import train_state, train_step
 from pgpsam_jax.training.device_batches import Feed
@@ -121,7 +121,7 @@ def test_batches_and_their_augmentation_do_not_depend_on_the_devices(
 @pytest.fixture
 def fresh(monkeypatch):
     """A process that has computed nothing and may have a GPU."""
-    monkeypatch.setattr(determinism, "_started", lambda: False)
+    monkeypatch.setattr(jax_internals, "backends_are_initialized", lambda: False)
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     monkeypatch.setattr(determinism, "_cpu_alone", lambda: False)
     return monkeypatch
@@ -148,7 +148,7 @@ def test_a_run_on_cpu_alone_keeps_its_flags(fresh):
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 def test_too_late_is_an_error_where_it_matters(fresh, platform):
-    fresh.setattr(determinism, "_started", lambda: True)
+    fresh.setattr(jax_internals, "backends_are_initialized", lambda: True)
     fresh.setattr(jax, "default_backend", lambda: platform)
     if platform == "gpu":
         with pytest.raises(UserError, match=rf"used the GPU already.* XLA_FLAGS={FLAG}=true"):

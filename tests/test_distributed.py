@@ -18,7 +18,7 @@ from places import REPOSITORY
 from small_run import config_for, write_data
 
 from pgpsam_jax.checkpointing import checkpoint, checksums
-from pgpsam_jax.distributed.heartbeat import LOST
+from pgpsam_jax.distributed.initialize import PEER_LOST
 from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.methods import build, registry
 from pgpsam_jax.sharding import device_mesh
@@ -243,6 +243,6 @@ def test_a_killed_process_ends_the_training(root, tmp_path, killed):
     processes[killed].kill()
     start_of_end = time.monotonic()
     [(code, _, said)] = ends(processes[1 - killed])
-    assert code == LOST and f"process {killed} of 2 on " in said, said
+    assert code == PEER_LOST and f"process {killed} of 2 on " in said, said
     assert time.monotonic() - start_of_end < 40
     ends(processes[killed])

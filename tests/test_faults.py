@@ -176,7 +176,7 @@ def test_an_interrupted_evaluation_leaves_the_last_one(root, finished, tmp_path,
     monkeypatch.setattr(
         train.Predictor, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     )
-    with preemption.listening(), pytest.raises(Interrupted, match="SIGTERM came"):
+    with preemption.handle_signals(), pytest.raises(Interrupted, match="SIGTERM received"):
         again(root, workdir)
     assert {p: p.read_bytes() for p in (workdir / "evaluation").rglob("*") if p.is_file()} == before
     assert not rubbish(workdir)
@@ -230,9 +230,9 @@ def test_a_stopped_run_goes_on(root, finished, tmp_path, monkeypatch):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patch, preemption.listening():
+    with monkeypatch.context() as patch, preemption.handle_signals():
         patch.setattr(metric_logger.RunLog, "record", signaled)
-        with pytest.raises(Interrupted, match=r"SIGTERM came, step \d is saved"):
+        with pytest.raises(Interrupted, match=r"SIGTERM received, step \d is saved"):
             again(root, tmp_path)
     assert 3 <= newest(tmp_path) == logged(tmp_path) < 6 and not rubbish(tmp_path)
     assert again(root, tmp_path) == finished[1]

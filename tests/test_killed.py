@@ -112,8 +112,8 @@ class Trial:
         self.reach("training")
         code, said = self.end(number)
         assert code == AGAIN, said
-        assert f"{signal.Signals(number).name} came" in said, said
-        assert "the same command goes on from" in said, said
+        assert f"{signal.Signals(number).name} received" in said, said
+        assert "the same command resumes from" in said, said
         assert newest(self.workdir) >= logged(self.workdir)
         assert not rubbish(self.workdir)
 
@@ -155,7 +155,7 @@ def test_two_processes_stop_together(start, root, tmp_path):
     assert [code for code, *_ in ended] == [AGAIN, AGAIN], ended
     step = newest(workdir)
     assert 3 <= step < STEPS
-    assert all(f"stopped: SIGUSR1 came, step {step} is saved" in said for *_, said in ended)
+    assert all(f"stopped: SIGUSR1 received, step {step} is saved" in said for *_, said in ended)
     assert logged(workdir) == step and not rubbish(workdir)
 
 

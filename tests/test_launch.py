@@ -9,7 +9,7 @@ import time
 import pytest
 from places import REPOSITORY
 
-from pgpsam_jax.distributed.cluster_env import Place, from_flags, from_scheduler
+from pgpsam_jax.distributed.cluster_env import ProcessInfo, from_flags, from_scheduler
 from pgpsam_jax.errors import UserError
 
 LAUNCH = REPOSITORY / "experiments" / "launch"
@@ -48,7 +48,7 @@ def set_variables(monkeypatch):
 def test_flags():
     assert from_flags(None, None, None) is None
     assert from_flags("host:5123", 1, 0) is None
-    assert from_flags("[::1]:5123", 3, 2) == Place("[::1]:5123", 3, 2)
+    assert from_flags("[::1]:5123", 3, 2) == ProcessInfo("[::1]:5123", 3, 2)
     for given, said in {
         (None, 2, 0): r"go together; give --coordinator",
         ("host:1", None, None): r"give --processes and --process",
@@ -68,7 +68,7 @@ def test_nobody_is_asked_without_a_scheduler(set_variables):
 
 def test_slurm(set_variables):
     set_variables(**SLURM)
-    assert from_scheduler() == Place("node07:61444", 2, 1)  # the port is JAX's
+    assert from_scheduler() == ProcessInfo("node07:61444", 2, 1)  # the port is JAX's
     set_variables(JAX_COORDINATOR_PORT="7777")
     assert from_scheduler().coordinator == "node07:7777"
 

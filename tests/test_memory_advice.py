@@ -235,7 +235,7 @@ def test_arrays_of_the_run_are_gone_before_anything_is_compiled(tmp_path, monkey
 
 
 def test_volumes_that_are_segmented_want_a_smaller_batch_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(multihost, "whole", fail)
+    monkeypatch.setattr(multihost, "all_gather", fail)
     text = message_of(
         default_config(), tmp_path, lambda: Predictor._collect(np.zeros(1), slice(0, 1), None)
     )
@@ -267,7 +267,7 @@ def test_what_the_compiler_of_a_tpu_says_is_read(monkeypatch):
 
 def test_several_processes_compile_nothing(tmp_path, monkeypatch):
     """They would have to do it together, and the others wait for a step that never comes."""
-    monkeypatch.setattr(multihost, "several", lambda: True)
+    monkeypatch.setattr(multihost, "is_multiprocess", lambda: True)
     monkeypatch.setattr(aot, "compile_step", None)
     text = message_of(one_device_config(), tmp_path)
     assert "settings that need less, cheapest first:\n  --config.model.remat=blocks" in text

@@ -11,7 +11,7 @@ import launcher
 import pytest
 from launcher import SCRIPT, ends, free_port
 
-from pgpsam_jax.distributed.heartbeat import LOST
+from pgpsam_jax.distributed.initialize import PEER_LOST
 from pgpsam_jax.errors import AGAIN
 
 
@@ -33,11 +33,11 @@ def test_what_processes_do_together(both, tmp_path):
     assert [code for code, *_ in ended] == [0, 0], ended
     first, second = (json.loads(out.splitlines()[-1]) for _, out, _ in ended)  # after Gloo's
     assert first["spread"] and second["spread"]
-    assert first["whole"] == second["whole"]
-    assert first["whole"]["a"][3] == [36.0, 38.0, 40.0, 42.0, 44.0, 46.0]
-    assert first["whole"]["b"] == 14
+    assert first["gathered_arrays"] == second["gathered_arrays"]
+    assert first["gathered_arrays"]["a"][3] == [36.0, 38.0, 40.0, 42.0, 44.0, 46.0]
+    assert first["gathered_arrays"]["b"] == 14
     assert first["gathered"] == second["gathered"] == ["", "x"]
-    assert (first["own"], second["own"]) == ([0, 2, 4], [1, 3])
+    assert (first["shard"], second["shard"]) == ([0, 2, 4], [1, 3])
     assert (first["turn"], second["turn"]) == (0, 1)
 
 
@@ -48,7 +48,7 @@ SAID = {
         2,
         "process 1 of 2 on .* has ended: process 1 on",
         2,
-        r"differ in config\.train\.batch_size: 16 here, 8 there; all need the same",
+        r"differ in config\.train\.batch_size: 16 here, 8 there; give all processes the same",
     ),
     "apart": (
         2,
@@ -84,9 +84,9 @@ def test_a_killed_process_ends_the_other(both, scenario, killed):
     processes[killed].kill()
     [(code, _, said)] = ends(processes[1 - killed])
     processes[killed].communicate()
-    assert code == LOST, said
-    assert f"process {killed} of 2 on " in said and "has ended without a word" in said
-    assert "start all of them again with the same command" in said
+    assert code == PEER_LOST, said
+    assert f"process {killed} of 2 has ended without a word" in said
+    assert "with the same command to resume runs/workdir from the last checkpoint" in said
 
 
 def test_processes_that_do_not_meet(start, both):
@@ -100,20 +100,49 @@ def test_processes_that_do_not_meet(start, both):
     [(code, _, said)] = ends(too_few)
     assert code == 2 and "did not meet the others at localhost" in said
     [(code, _, said)] = ends(alone)
-    assert code == 2 and f"process 1 cannot reach process 0 at {nobody}" in said
+    assert code == 2 and f"process 1 of 2 did not meet the others at {nobody} within 8 s" in said
+    assert "start process 0 there" in said
     (code, _, said), (other_code, _, other_said) = ends(*unequal)
     assert code == other_code == 2
     assert "differ in number of processes: 3 here, 2 there" in other_said
 
 
-def test_two_processes_stop_after_the_same_step(both, tmp_path):
-    """It is `peers` and the loop's questions that have them agree."""
+@pytest.mark.parametrize(
+    ("asked", "number"),
+    [
+        ([1], signal.SIGUSR1),
+        ([0, 1], signal.SIGTERM),
+        pytest.param([0], signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param([0], signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_stop_after_the_same_step(both, tmp_path, asked, number):
     processes = both("steps", tmp_path)
     while processes[0].stdout.readline() != "working\n":  # after Gloo's
         assert processes[0].poll() is None
-    processes[1].send_signal(signal.SIGUSR1)  # it reaches one of them
+    for process in asked:
+        processes[process].send_signal(number)
     ended = ends(*processes)
     assert [code for code, *_ in ended] == [AGAIN, AGAIN], ended
     first, second = ((tmp_path / f"saved{i}").read_text() for i in (0, 1))
-    assert first == second and int(first) >= 3
-    assert all(f"stopped: SIGUSR1 came, step {first} is saved" in said for *_, said in ended)
+    assert first == second and int(first) >= 1003
+    said = f"stopped: {signal.Signals(number).name} received, step {first} is saved"
+    assert all(said in text for *_, text in ended)
+
+
+def test_a_signal_where_nothing_is_saved_ends_both(both):
+    """SIGTERM too, which JAX handles itself unless it is kept from it."""
+    processes = both("wait")
+    for process in processes:
+        assert any(line == "working\n" for line in process.stdout)
+    processes[1].send_signal(signal.SIGTERM)
+    (*_, other_said), (*_, said) = ended = ends(*processes)
+    assert [code for code, *_ in ended] == [AGAIN, AGAIN], ended
+    assert "stopped: SIGTERM received; the same command resumes" in said
+    assert re.search(r"process 1 of 2 on .* has ended: SIGTERM received", other_said)
+
+
+def test_a_crash_keeps_its_own_exit_code(both):
+    (code, _, said), (crashed, *_) = ends(*both("crash"))
+    assert crashed == -signal.SIGABRT
+    assert code == PEER_LOST and "process 1 of 2 has ended without a word" in said

@@ -36,7 +36,7 @@ def test_a_signal_ends_a_command_in_one_line(scenario, number, tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert said.splitlines() == [
-        f"stopped: {signal.Signals(number).name} came; every file that was written is complete"
+        f"stopped: {signal.Signals(number).name} received; every file that was written is complete"
     ]
     assert not list(tmp_path.iterdir())  # what it was writing is removed
 

@@ -11,7 +11,7 @@ import tiny_method
 from method_runs import SIZE, small_config
 from small_run import config_for
 
-from pgpsam_jax.distributed.multihost import place
+from pgpsam_jax.distributed.multihost import put_global
 from pgpsam_jax.methods import build
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training.plan import TrainingPlan
@@ -31,12 +31,12 @@ def run():
             "image": jnp.asarray(rng.random((BATCH, size, size)), jnp.float32),
             "label": jnp.asarray(rng.integers(0, CLASSES, (BATCH, size, size)), jnp.uint8),
         }
-        batch = place(batch, device_mesh.batch_sharding(mesh))
+        batch = put_global(batch, device_mesh.batch_sharding(mesh))
         graphdef, params, frozen, _ = build.init_model(config.model, CLASSES, config.seed)
         step = shard_step(
             TrainingPlan.of(config), mesh, graphdef, params, frozen, batch, epoch_size=10**6, seed=3
         )
-        yield step, params, place(frozen, sharding_of(step.frozen)), batch
+        yield step, params, put_global(frozen, sharding_of(step.frozen)), batch
 
 
 def test_the_state_is_donated_and_nothing_else(run):

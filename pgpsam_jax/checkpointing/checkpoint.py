@@ -155,7 +155,11 @@ class _Folder:
 
     def __exit__(self, kind, error, trace) -> None:
         # Where processes are gone, a save under way would wait for them.
-        if error is None or not multihost.several() or isinstance(error, UserError | Interrupted):
+        if (
+            error is None
+            or not multihost.is_multiprocess()
+            or isinstance(error, UserError | Interrupted)
+        ):
             self.close()
 
 

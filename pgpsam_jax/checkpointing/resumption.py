@@ -115,7 +115,7 @@ def _compare(path: Path, origin: dict) -> None:
             )
     changed = [k for k in ("code", "packages") if before.get(k) not in (None, origin[k])]
     if changed:
-        multihost.say(
+        multihost.print_once(
             f"warning: {' and '.join(changed)} changed since this run began; it goes on, though "
             "not bit for bit as it would have"
         )

@@ -1,91 +1,224 @@
-"""The time that a process is one of several: it joins the others, and all end together."""
+"""Joins this process to the others of a run; when one of them fails, all end.
+
+JAX detects a lost process by its heartbeats and then aborts the rest. What is added here: the
+sentence and exit code of such an end, and errors of one process reported by all.
+"""
 
 import contextlib
+import json
 import os
 import socket
+import sys
 import threading
 import time
+import traceback
 
 import jax
 
 from pgpsam_jax.distributed import multihost
-from pgpsam_jax.distributed.cluster_env import START_SECONDS, Place
-from pgpsam_jax.distributed.heartbeat import Peers, Relay, leave
-from pgpsam_jax.errors import Interrupted, UserError
+from pgpsam_jax.distributed.cluster_env import START_SECONDS, ProcessInfo
+from pgpsam_jax.errors import AGAIN, Interrupted, UserError, explained
+from pgpsam_jax.runtime import jax_internals, preemption
+
+PEER_LOST = 69  # exit code (EX_UNAVAILABLE): another process ended without reporting an error
+HEARTBEAT_SECONDS = 60  # without a heartbeat, JAX considers a process lost
+_MARGIN_SECONDS = 10  # for JAX to notice and report it
+_FAILED, _STOP, _HEARD = "pgpsam/failed", "pgpsam/stop", "pgpsam/heard"
+
+_last_words = threading.Lock()  # never released
+
+
+def leave(code: int, message: str, finish=lambda: None) -> None:
+    """Ends this process with one sentence on stderr; exit hooks would wait for the others.
+
+    finish: called after the sentence was printed.
+    """
+    if _last_words.acquire(blocking=False):
+        sys.stdout.flush()
+        kind = "stopped" if code == AGAIN else "error"
+        print(f"\n{kind}: {message}", file=sys.stderr, flush=True)
+        jax_internals.on_abort(lambda: os._exit(code))  # as the others are ending, too
+        finish()
+        os._exit(code)
+    time.sleep(2 * _MARGIN_SECONDS)  # another thread is ending the process
 
 
 @contextlib.contextmanager
-def joined(place: Place | None):
-    """Be one of the processes of a run inside the block; None: the only one.
+def joined(
+    info: ProcessInfo | None,
+    workdir=None,
+    *,
+    start_seconds: int = START_SECONDS,
+    heartbeat_seconds: int = HEARTBEAT_SECONDS,
+):
+    """Joins the processes of a run for the block; an error inside ends all of them.
 
-    An error inside ends this process and, with what it says, the others.
+    Args:
+      info: this process among the others; None for a single-process run.
+      workdir: folder of the run, for messages.
+      start_seconds: time within which all processes must have joined.
+      heartbeat_seconds: time after which a silent process counts as lost.
     """
-    if place is None:
+    if info is None:
         yield
         return
-    peers, stopped = _join(place), None
+    group = ProcessGroup(info, workdir, start_seconds, heartbeat_seconds)
+    stopped = None
     try:
-        multihost.agree({"number of processes": place.processes})
+        multihost.agree({"number of processes": info.processes})
         yield
         multihost.barrier("end")
     except BaseException as error:
         if not (isinstance(error, Interrupted) and error.agreed):
-            peers.fail(error)
+            group.fail(error)
         stopped = error
-    peers.close()
-    with contextlib.suppress(RuntimeError):  # all is done, whoever is killed now
-        jax.distributed.shutdown()
+    group.close(AGAIN if stopped else 0)
     if stopped is not None:
         raise stopped
 
 
-def _join(place: Place) -> Peers:
-    """Connect to the others; a mistake ends the process, for JAX's own exit would wait for them."""
-    count, process, address = place.processes, place.process, place.coordinator
-    host, port = address.rpartition(":")[0].strip("[]"), int(address.rpartition(":")[2])
-    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM from us
-    if any(name in os.environ for name in ("grpc_proxy", "https_proxy", "http_proxy")):
-        os.environ.setdefault("no_grpc_proxy", f"127.0.0.1,{host}")
+class ProcessGroup:
+    """The processes of a run, as one of them sees them; arguments as for `joined`."""
 
-    def give_up(reason="they did not come"):
+    def __init__(self, info: ProcessInfo, workdir, start_seconds: int, heartbeat_seconds: int):
+        self.info, self._workdir = info, workdir
+        self._heartbeat_seconds = heartbeat_seconds
+        self._connect(start_seconds)
+        self._client = jax_internals.client()
+        jax_internals.on_abort(self._on_abort)
+        self._listener = threading.Thread(target=self._listen, daemon=True, name="peer errors")
+        self._listener.start()
+        preemption.current().group = self
+
+    def _connect(self, seconds: int) -> None:
+        info = self.info
+        jax.config.update("jax_enable_preemption_service", True)
+        if any(name in os.environ for name in ("grpc_proxy", "https_proxy", "http_proxy")):
+            host = info.coordinator.rpartition(":")[0].strip("[]")
+            os.environ.setdefault("no_grpc_proxy", host)
+
+        def give_up(reason="JAX's report above says why"):
+            leave(
+                2,
+                f"process {info.process} of {info.processes} did not meet the others at "
+                f"{info.coordinator} within {seconds} s ({reason}); start process 0 there, and "
+                "give all the same --coordinator and --processes and each its own --process",
+            )
+
+        jax_internals.on_abort(give_up)
+        try:
+            if info.process == 0:
+                _check_free(int(info.coordinator.rpartition(":")[2]))
+            with jax_internals.keep_sigterm_handler() as found:
+                jax.distributed.initialize(
+                    info.coordinator,
+                    info.processes,
+                    info.process,
+                    local_device_ids=info.local_devices,
+                    cluster_detection_method="deactivate",
+                    initialization_timeout=seconds,
+                    heartbeat_timeout_seconds=self._heartbeat_seconds,
+                )
+            [self._notify_jax] = found
+        except UserError as error:
+            leave(2, str(error))
+        except Exception as error:
+            give_up((str(error).splitlines() or [type(error).__name__])[0])
+
+    def close(self, code: int) -> None:
+        """Disconnects after the last common step; a process lost from here on is no error.
+
+        code: exit code where JAX aborts the process nevertheless.
+        """
+        preemption.current().group = None
+        jax_internals.on_abort(lambda: os._exit(code))
+        with contextlib.suppress(RuntimeError), jax_internals.keep_sigterm_handler():
+            if self.info.process == 0:
+                self._client.key_value_set(_FAILED, "")  # ends the listeners
+            self._listener.join()
+            jax.distributed.shutdown()
+        jax_internals.on_abort(None)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends this process because of an error, which the others then report too."""
+        if _raised_by_runtime(error):  # JAX aborts this process if another one is gone
+            time.sleep(self._heartbeat_seconds + _MARGIN_SECONDS)
+        code, message = _exit_code_and_message(error)
+        words = [self.info.process, socket.gethostname(), code, message]
+        with contextlib.suppress(RuntimeError):  # another one failed first, or process 0 is gone
+            self._client.key_value_set(_FAILED, json.dumps(words))
+        leave(code, message, self._await_listeners)
+
+    def request_stop(self, reason: str) -> None:
+        """Asks all processes to agree on a last step and to stop after it."""
+        with contextlib.suppress(RuntimeError):  # process 0 is gone, or another one asked first
+            self._client.key_value_set(_STOP, reason)
+        self._notify_jax()
+
+    def reached_last_step(self, step: int) -> bool:
+        """Returns whether `step` is the agreed last one; each process asks about each step."""
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def stop_reason(self) -> str:
+        """Returns what `request_stop` was given, in whichever process."""
+        return self._client.blocking_key_value_get(_STOP, 10_000)
+
+    def _listen(self) -> None:
+        try:
+            words = self._client.blocking_key_value_get(_FAILED, multihost.WORK_MS)
+        except RuntimeError:  # process 0 is gone: JAX aborts this process
+            return
+        if words and (told := json.loads(words))[0] != self.info.process:
+            process, host, code, message = told
+            who = f"process {process} of {self.info.processes} on {host}"
+            leave(code, f"{who} has ended: {message}", self._await_listeners)
+
+    def _await_listeners(self) -> None:
+        """Keeps process 0, where the others hear of an error, until all have."""
+        with contextlib.suppress(RuntimeError):
+            self._client.wait_at_barrier(_HEARD, 1000 * _MARGIN_SECONDS)
+
+    def _on_abort(self) -> None:
+        if threading.get_ident() == threading.main_thread().ident:  # a crash of this process
+            return
+        process, count = self.info.process, self.info.processes
+        lost = f"process {1 - process} of 2" if count == 2 else f"another of the {count} processes"
+        resume = f"resume {self._workdir}" if self._workdir else "resume"
         leave(
-            2,
-            f"process {process} of {count} did not meet the others at {address} within "
-            f"{START_SECONDS} s ({reason}); all need the same --coordinator and --processes, and "
-            "each a --process of its own",
+            PEER_LOST,
+            f"{lost} has ended without a word (killed, out of memory, or its machine or network is "
+            f"down; JAX's report above has the details), so process {process} cannot continue; "
+            f"start all of them again with the same command to {resume} from the last checkpoint",
         )
 
-    # JAX itself aborts where it waits too long, with pages of log: it is given more time than we.
-    too_long = threading.Timer(START_SECONDS, give_up)
-    too_long.daemon = True
-    try:
-        if process:
-            _await_coordinator(host, port, process)
-            relay = Relay(host, port)
-        else:
-            _check_free(port)
-        too_long.start()
-        jax.distributed.initialize(
-            relay.address if process else address,
-            count,
-            process,
-            local_device_ids=place.local_devices,
-            cluster_detection_method="deactivate",
-            initialization_timeout=2 * START_SECONDS,
-        )
-    except UserError as error:
-        leave(2, str(error))
-    except Exception as error:
-        give_up((str(error).splitlines() or [type(error).__name__])[0])
-    too_long.cancel()
-    peers = Peers(multihost.client(), process, count, address)
-    if process:
-        relay.lost = lambda: peers.lost(0)
-    return peers
+
+def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
+    if isinstance(told := explained(error), UserError):
+        return 2, str(told)
+    if isinstance(error, Interrupted):
+        return AGAIN, str(error)
+    message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:500]
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1, message
+    traceback.print_exception(error)
+    return 1, message
+
+
+def _raised_by_runtime(error: BaseException | None) -> bool:
+    """Returns whether XLA, which runs the work of all processes, raised the error or its cause."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _check_free(port: int) -> None:
-    """Refuse a port of this machine that is taken; JAX would crash."""
+    """Refuses a port that is already taken, with which JAX would crash."""
     both = socket.has_dualstack_ipv6()  # as the coordinator listens
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
@@ -93,20 +226,5 @@ def _check_free(port: int) -> None:
     except OSError as error:
         raise UserError(
             f"process 0 cannot listen on port {port} ({error.strerror or error}); choose another "
-            "for --coordinator, or end the run that has it"
+            "for --coordinator, or end the run that uses it"
         ) from None
-
-
-def _await_coordinator(host: str, port: int, process: int) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=START_SECONDS).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"process {process} cannot reach process 0 at {host}:{port} "
-                    f"({error.strerror or error}); start process 0 there, or correct --coordinator"
-                ) from None
-            time.sleep(0.5)

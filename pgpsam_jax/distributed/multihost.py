@@ -1,8 +1,8 @@
-"""What the processes of a run do together; `session` says how they find each other.
+"""Multi-process utilities: barriers, gathers, consistency checks, global arrays.
 
-Every function works for one process too, where it costs nothing. Process 0 is the *first*: it
-writes the files of a run, in a folder that all share, and prints. What depends on the process is
-where it looks for its part of the work; never what the run computes.
+Every function also works in a single-process run, at no cost. Process 0 is the *first*: it writes
+the files of a run, in a folder that all processes share, and prints. A process's number determines
+its share of the work, never what the run computes.
 """
 
 import contextlib
@@ -21,52 +21,46 @@ import numpy as np
 from flax import nnx
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.runtime import jax_internals
 
-SHARED_SECONDS = 60  # for a file of another machine to be seen; network folders cache names
-_WORK_MS = 24 * 3600 * 1000  # that one process may need longer than another, in milliseconds
-_used = Counter()  # names of barriers and values: each is one of its own
-
-
-def client():
-    """JAX's connection to process 0; None for a run of one process. Starts no backend."""
-    from jax._src import distributed
-
-    return distributed.global_state.client
+SHARED_SECONDS = 60  # to see a file of another machine; network folders cache names
+WORK_MS = 24 * 3600 * 1000  # limit of waits for the work of another process
+_used = Counter()  # uses of each name, as the names of barriers and keys must be unique
 
 
-def several() -> bool:
-    """Whether the run has more than one process."""
+def is_multiprocess() -> bool:
+    """Returns whether the run has more than one process."""
     return jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Returns whether this process is the one that writes and prints."""
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
-    """Print once for all processes."""
+def print_once(text: str) -> None:
+    """Prints in the first process only."""
     if is_first():
         print(text, flush=True)
 
 
-def own(items) -> list:
-    """This process's share of some work: every n-th item of n processes."""
+def shard_for_process(items) -> list:
+    """Returns this process's share of some work: every n-th item of n processes."""
     return list(items)[jax.process_index() :: jax.process_count()]
 
 
 def barrier(name: str) -> None:
-    """Wait until all processes are here."""
-    if several():
+    """Waits until all processes have arrived."""
+    if is_multiprocess():
         _used[name] += 1
-        client().wait_at_barrier(f"pgpsam/{name}/{_used[name]}", _WORK_MS)
+        jax_internals.client().wait_at_barrier(f"pgpsam/{name}/{_used[name]}", WORK_MS)
 
 
 @contextlib.contextmanager
 def first_before_others(name: str):
-    """The first process goes through the block alone, the others when it is done.
+    """Runs the block in the first process, then in the others.
 
-    What it writes they find; where folders are not shared, each makes its own.
+    They find what it wrote; if folders are not shared, each process writes its own.
     """
     if not is_first():
         barrier(name)
@@ -76,12 +70,12 @@ def first_before_others(name: str):
 
 
 def gather(value) -> list:
-    """What every process has for `value`, in their order, on every process."""
-    if not several():
+    """Returns the `value` of every process, in order, on every process."""
+    if not is_multiprocess():
         return [value]
     from jax.experimental import multihost_utils
 
-    barrier("gather")  # its wait has no limit, that of a collective may
+    barrier("gather")  # waits without limit, unlike some collectives
     data = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(data.size))
     everyone = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - data.size)))
@@ -89,30 +83,31 @@ def gather(value) -> list:
 
 
 def agree(values: dict) -> None:
-    """Check that `values`, by what they are called, are those of the first process.
+    """Checks that `values` (name to JSON value) equal those of the first process.
 
-    Each is a JSON value. Raises a `UserError` on a process that has others.
+    Raises:
+      UserError: in a process whose values differ.
     """
-    process = _process()
-    if process is None:
+    client, process = jax_internals.client(), jax_internals.process_id()
+    if client is None:
         return
     key, text = f"pgpsam/agreed/{_used['agreed']}", json.dumps([socket.gethostname(), values])
     _used["agreed"] += 1
     if process == 0:
-        client().key_value_set(key, text)
+        client.key_value_set(key, text)
     else:
-        there, first = json.loads(client().blocking_key_value_get(key, _WORK_MS))
+        there, first = json.loads(client.blocking_key_value_get(key, WORK_MS))
         here, ours = json.loads(text)
         if ours != first:
             name, ours, first = _difference(ours, first)
             raise UserError(
                 f"process {process} on {here} and process 0 on {there} differ in {name}: {ours} "
-                f"here, {first} there; all need the same"
+                f"here, {first} there; give all processes the same"
             )
 
 
 def _difference(ours: dict, first: dict) -> tuple:
-    """(name, ours, theirs) of a field in which two dictionaries differ."""
+    """Returns (name, ours, theirs) of a field in which two dictionaries differ."""
     path = []
     while isinstance(ours, dict) and isinstance(first, dict):
         path.append(next(k for k in ours | first if ours.get(k) != first.get(k)))
@@ -121,24 +116,16 @@ def _difference(ours: dict, first: dict) -> tuple:
 
 
 def checksum(tree) -> int:
-    """Of all numbers of a tree of arrays."""
+    """Returns a CRC-32 of all arrays of a tree."""
     value = 0
     for leaf in jax.tree.leaves(tree):
         value = zlib.crc32(np.ascontiguousarray(leaf), value)
     return value
 
 
-def _process() -> int | None:
-    """This process's number without starting a backend; None for a run of one process."""
-    from jax._src import distributed
-
-    state = distributed.global_state
-    return None if state.client is None else state.process_id
-
-
 def check_shared(folder) -> None:
-    """Refuse a folder that is not one and the same for all processes; it is made."""
-    if not several():
+    """Refuses a folder that is not the same one for all processes; creates it if needed."""
+    if not is_multiprocess():
         return
     folder = Path(folder)
     [name, *_] = gather(f".shared-{secrets.token_hex(8)}")
@@ -161,10 +148,12 @@ def check_shared(folder) -> None:
             )
 
 
-def place(tree, shardings):
-    """Arrays that every process holds whole, laid over devices of any processes.
+def put_global(tree, shardings):
+    """Distributes arrays, which every process holds in full, over the devices of all processes.
 
-    shardings: a tree like that of the arrays, or one for all.
+    Args:
+      tree: arrays.
+      shardings: a matching tree of shardings, or one for all arrays.
     """
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
@@ -172,7 +161,7 @@ def place(tree, shardings):
     return jax.tree.map(_put, tree, shardings)
 
 
-def place_state(state, shardings) -> None:
+def put_state_global(state, shardings) -> None:
     """Moves the arrays of an `nnx.State` to their shardings in place, leaf by leaf.
 
     At no time are two copies of more than one array held.
@@ -189,8 +178,8 @@ def _put(leaf, sharding):
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def whole(tree):
-    """Arrays over devices of any processes, whole in each process. All call it together."""
+def all_gather(tree):
+    """Returns distributed arrays in full in each process; all processes call it together."""
     from jax.experimental import multihost_utils
 
     def get(leaf):

@@ -48,7 +48,7 @@ def evaluate(
     """
     folder, rows, slices = Path(folder), [], []
     notices = [*notices, *_doubtful_pairs(cases)]
-    count, cases = len(cases), multihost.own(cases)
+    count, cases = len(cases), multihost.shard_for_process(cases)
     voxels = sum(math.prod(read_grid(case.image).shape) for case in cases)
     settings = {"nsd_tolerance_mm": nsd_tolerance_mm, "min_pixels": min_pixels}
     finish = functools.partial(

@@ -71,5 +71,5 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
         notices=[notice for notice in notices if notice],
         **options,
     )
-    multihost.say((folder / "summary.md").read_text(encoding="utf-8"))
+    multihost.print_once((folder / "summary.md").read_text(encoding="utf-8"))
     return summary

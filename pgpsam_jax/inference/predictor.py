@@ -79,7 +79,7 @@ class Predictor:
         """The same model on all devices of this process, whatever mesh it was on."""
         mesh = device_mesh.make_mesh(devices=jax.local_devices())
         states = (
-            multihost.place(multihost.whole(tree), device_mesh.replicated(mesh))
+            multihost.put_global(multihost.all_gather(tree), device_mesh.replicated(mesh))
             for tree in self._states
         )
         return Predictor(self._graphdef, *states, mesh=mesh, **self._options)
@@ -121,7 +121,7 @@ class Predictor:
             part = slice(start, start + self.batch_size)
             batch = np.zeros((self.batch_size, *shape), np.float32)
             batch[: len(images[part])] = prepare(images[part])
-            inputs = self._to_model(multihost.place(batch, self._sharding), fit)
+            inputs = self._to_model(multihost.put_global(batch, self._sharding), fit)
             labels = () if truth is None else (self._labels(truth[part], fit),)
             ids = _class_ids(self._predict(*self._states, inputs, *labels), fit, shape)
             if pending:
@@ -135,11 +135,11 @@ class Predictor:
         """A batch of class ids at the network's size, on the device."""
         batch = np.zeros((self.batch_size, fit.size, fit.size), np.uint8)
         batch[: len(ids)] = to_model(ids, fit, order=0)
-        return multihost.place(batch, self._sharding)
+        return multihost.put_global(batch, self._sharding)
 
     @staticmethod
     def _collect(out, part, ids) -> None:
-        out[part] = jax.device_get(multihost.whole(ids))[: len(out[part])]
+        out[part] = jax.device_get(multihost.all_gather(ids))[: len(out[part])]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -34,7 +34,7 @@ def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
         workdir, abstract, best=best_parameters.is_on(config.validation)
     )
     if notice := best_parameters.notice(config.validation, workdir):
-        multihost.say(notice)
+        multihost.print_once(notice)
     mesh, model = device_mesh.make_mesh(), (graphdef, params, frozen)
     predictor = make_predictor(config.data, config.model, config.eval.batch_size, model, mesh)
     return predictor.on_local_devices()

@@ -83,10 +83,11 @@ def advice(config: ConfigDict, workdir, reason: str, segmenting: bool = False) -
         return f"a device ran out of memory while volumes were segmented ({reason}); {tell}"
     head = f"a device ran out of memory ({reason})"
     remedies = candidates(config)
-    if multihost.several():  # compiling is work of all processes, and the others are stuck
+    if multihost.is_multiprocess():  # compiling is work of all processes, and the others are stuck
         listed = "\n".join(f"  {remedy.flags}  ({remedy.price})" for remedy in remedies)
         return f"{head}; settings that need less, cheapest first:\n{listed}"
-    multihost.say(f"{head}: looking for settings that fit, for {SECONDS // 60} minutes at most")
+    minutes = SECONDS // 60
+    multihost.print_once(f"{head}: looking for settings that fit, for {minutes} minutes at most")
     resident = _resident_bytes(config.model.image_size, config.data.resident_gib, workdir)
     classes = dataset.label_table(locations.found(config, workdir).data).num_classes
 

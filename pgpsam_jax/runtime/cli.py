@@ -18,7 +18,7 @@ def running():
         if threading.current_thread() is not threading.main_thread():  # which alone gets signals
             yield
             return
-        with preemption.listening(resumes=False):
+        with preemption.handle_signals(resumes=False):
             yield
 
 

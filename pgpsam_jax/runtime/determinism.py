@@ -14,6 +14,7 @@ import re
 import jax
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.runtime import jax_internals
 
 FLAG = "--xla_gpu_deterministic_ops"
 
@@ -39,7 +40,7 @@ def demand(deterministic: bool, seeded: bool = True) -> None:
             raise UserError(
                 f"deterministic is on, but XLA_FLAGS has {FLAG}={given[-1]}; switch one of them off"
             )
-    elif not _started():
+    elif not jax_internals.backends_are_initialized():
         os.environ["XLA_FLAGS"] = f"{flags} {FLAG}=true".strip()
     elif jax.default_backend() == "gpu":
         raise UserError(
@@ -51,10 +52,3 @@ def demand(deterministic: bool, seeded: bool = True) -> None:
 def _cpu_alone() -> bool:
     """Whether JAX is kept from accelerators (`JAX_PLATFORMS`)."""
     return jax.config.jax_platforms == "cpu"
-
-
-def _started() -> bool:
-    """Whether JAX has a backend, without starting one."""
-    from jax._src import xla_bridge
-
-    return xla_bridge.backends_are_initialized()

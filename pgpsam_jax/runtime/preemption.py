@@ -1,13 +1,11 @@
-"""Signals that ask a program to end: a run finishes the step, saves, and exits with `errors.AGAIN`.
+"""Stop signals: a run finishes the step, saves, and exits with `errors.AGAIN`.
 
 SIGTERM and SIGUSR1 come from schedulers, SIGINT from Ctrl-C. Where nothing would be lost (reading
-data, compiling, evaluating) the program ends at once, and so it does at a further SIGINT. Without
-`listening` signals do what they do in any Python program, and nothing here has an effect.
-A command that cannot go on where it was ends at once with `errors.SIGNALED` and the number.
+data, compiling, evaluating) the program ends at once; it also does at a second SIGINT. Outside
+`handle_signals`, signals have Python's usual effect and nothing here does anything.
+A command that cannot be resumed ends at once with `errors.SIGNALED` plus the signal number.
 
-The processes of one run stop after the same step. Each asks at the end of every step whether to
-`stop_after` it. Once a signal has reached one of them, `peers` has every process hold there and
-name the next step that it will ask about; the latest of these is the last step of all.
+All processes of a run stop after the same step: see `Stop.should_stop`.
 """
 
 import contextlib
@@ -22,149 +20,141 @@ import time
 from pgpsam_jax.errors import AGAIN, SIGNALED, Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM))
-_HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal is closed
-GRACE_SECONDS = 20  # to end where nothing is saved; schedulers kill after 30 s
-_TOGETHER_SECONDS = 0.5  # a program around this one may pass on what the terminal sent already
-_EXPLAINED = "finishing the step and saving; Ctrl-C ends at once"
+_HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal was closed
+GRACE_SECONDS = 20  # to end outside training steps; schedulers kill after 30 s
+_TOGETHER_SECONDS = 0.5  # a parent may forward a signal that the terminal already sent
+_ANNOUNCEMENT = "finishing the step and saving; Ctrl-C ends at once"
 
 
 class Stop:
-    """Whether, and after which step, this process has been asked to stop.
+    """Whether this process has been asked to stop, and after which step it will.
 
-    resumes: the same command goes on from what is saved.
+    Args:
+      resumes: whether the same command resumes from what is saved.
+
+    Attributes:
+      reason: name of the signal; None before it arrives.
+      group: `distributed.initialize.ProcessGroup`, if the run has several processes.
     """
 
     def __init__(self, resumes: bool = True):
         self.resumes, self.code = resumes, AGAIN
-        self.reason: str | None = None  # the signal, and the process that it reached
-        self.asked = threading.Event()
-        self.deferred = self.raised = self.several = self._announced = False
-        self._change = threading.Condition()
-        self._next: int | None = None  # the step that `due` will be asked about next
-        self._held, self._last = False, None
-
-    def ask(self, reason: str) -> None:
-        """Stop, for a signal to this process or to another one of the run."""
-        if self.reason is None:
-            self.reason = reason
-            self.asked.set()
+        self.reason: str | None = None
+        self.requested = threading.Event()
+        self.deferred = self.raised = self._announced = False
+        self.group = None
+        self._lock = threading.Lock()
 
     def receive(self, number: int) -> None:
-        """Stop, for a signal to this process."""
-        if not self.resumes and self.reason is None:
+        """Records a signal to this process; only the first one counts."""
+        if self.reason is not None:
+            return
+        if not self.resumes:
             self.code = SIGNALED + number
-        self.ask(signal.Signals(number).name)
+        self.reason = signal.Signals(number).name
+        if self.deferred and self.group:
+            self.group.request_stop(self.reason)
+        self.requested.set()
 
     def announce(self) -> None:
-        """Say, once, what happens now; the step may end before the thread that watches wakes."""
-        with self._change:
+        """Prints, once, what happens now; called by whichever thread is first."""
+        with self._lock:
             if not self._announced:
                 self._announced = True
-                print(f"\n{self.reason}: {_EXPLAINED}", file=sys.stderr, flush=True)
+                print(f"\n{self.reason}: {_ANNOUNCEMENT}", file=sys.stderr, flush=True)
 
-    def begin(self, step: int) -> None:
-        """Steps up to `step` are done; `due` will be asked about each of those that follow."""
-        self._next = step + 1
+    def should_stop(self, step: int) -> bool:
+        """Returns whether `step` is the last one; asked about each step, once dispatched, in order.
 
-    def due(self, step: int) -> bool:
-        """Whether `step` is the last one; asked once it is on its way, in order."""
-        if self._is_last(step):
+        Several processes agree on the last step: the one after the latest that any of them had
+        asked about when the signal arrived.
+        """
+        if self.group is None:
+            stopping = self.reason is not None
+        elif stopping := self.group.reached_last_step(step):
+            self.reason = self.reason or self.group.stop_reason()
+        if stopping:
             self.announce()
-            return True
-        return False
+        return stopping
 
-    def _is_last(self, step: int) -> bool:
-        if not self.several:
-            return self.reason is not None
-        with self._change:
-            self._change.wait_for(lambda: not self._held)
-            if self._last is not None and step >= self._last:
-                return True
-            self._next = step + 1
-            return False
+    def interrupt(self, saved: int | None = None, *, agreed: bool = False) -> None:
+        """Raises `errors.Interrupted`, once.
 
-    def hold(self) -> int | None:
-        """Let no further step pass; the one that is held. None before `begin`."""
-        with self._change:
-            self._held = self._next is not None and self._last is None
-            return self._next
-
-    def settle(self, last: int) -> None:
-        """All processes stop after the step `last`."""
-        with self._change:
-            self._held, self._last = False, last
-            self._change.notify_all()
-
-    def end(self, saved: int | None = None, *, agreed: bool = False) -> None:
-        """Raise what ends the program, once. saved: the step after which the state was saved."""
+        Args:
+          saved: the step after which the state was saved.
+          agreed: whether all processes of the run stop here.
+        """
         if not self.raised:
             self.raised = True
-            raise Interrupted(self.told(saved), agreed=agreed, code=self.code)
+            raise Interrupted(self.message(saved), agreed=agreed, code=self.code)
 
-    def told(self, saved: int | None = None) -> str:
-        """Why the program ends, and what to do."""
+    def message(self, saved: int | None = None) -> str:
+        """Returns why the program ends, and what to do."""
         if not self.resumes:
-            return f"{self.reason} came; every file that was written is complete"
+            return f"{self.reason} received; every file that was written is complete"
         if saved is None:
-            return f"{self.reason} came; the same command goes on from what is saved"
-        return f"{self.reason} came, step {saved} is saved; the same command goes on from there"
+            return f"{self.reason} received; the same command resumes from what is saved"
+        return f"{self.reason} received, step {saved} is saved; the same command resumes from there"
 
 
 _stop = Stop()
 
 
 def current() -> Stop:
-    """That of the block of `listening` under way; outside, one that nobody asks."""
+    """Returns the `Stop` of the enclosing `handle_signals`; outside, one that no signal reaches."""
     return _stop
 
 
 @contextlib.contextmanager
-def listening(*, resumes: bool = True):
-    """Heed the signals inside the block, which belongs to the main thread.
+def handle_signals(*, resumes: bool = True):
+    """Handles stop signals inside the block (main thread only).
 
-    resumes: as for `Stop`. An error after a signal is taken for its consequence.
+    An error after a signal counts as its consequence.
+
+    Args:
+      resumes: as for `Stop`.
     """
     global _stop
     stop = _stop = Stop(resumes)
-    heeded = set(SIGNALS)
-    if not resumes and signal.getsignal(_HANGUP) is not signal.SIG_IGN:  # as nohup has it
-        heeded.add(_HANGUP)
+    handled = set(SIGNALS)
+    if not resumes and signal.getsignal(_HANGUP) is not signal.SIG_IGN:  # as under nohup
+        handled.add(_HANGUP)
     reader, writer = socket.socketpair()
     for end in (reader, writer):
         end.setblocking(False)
 
-    def heed(number, _):
+    def handle(number, _):
         stop.receive(number)
         if not stop.deferred:
-            stop.end()
+            stop.interrupt()
 
-    def again():
-        if _stop is stop:  # it listens still
+    def resend():
+        if _stop is stop:  # still handles signals
             os.kill(os.getpid(), SIGNALS[-1])
 
-    def swallowed(unraisable):
+    def on_unraisable(unraisable):
         if not isinstance(unraisable.exc_value, Interrupted):
             unraisablehook(unraisable)
             return
         stop.raised = False
-        timer = threading.Timer(0.05, again)
+        timer = threading.Timer(0.05, resend)
         timer.daemon = True
         timer.start()
 
-    before = {number: signal.signal(number, heed) for number in heeded}
-    # What is raised in a callback of the garbage collector, say, goes nowhere.
-    unraisablehook, sys.unraisablehook = sys.unraisablehook, swallowed
+    before = {number: signal.signal(number, handle) for number in handled}
+    # An exception raised in a garbage-collector callback, for example, is lost.
+    unraisablehook, sys.unraisablehook = sys.unraisablehook, on_unraisable
     fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    # The handler waits for Python code to run, which a compiler or a collective may keep from it
-    # for minutes; the thread does not.
-    watch = stop, reader, heeded
+    # The handler runs only between Python bytecodes, which a compiler or a collective may delay
+    # for minutes; the thread does not wait.
+    watch = stop, reader, handled
     thread = threading.Thread(target=_watch, args=watch, daemon=True, name="signals")
     thread.start()
     try:
         yield
-    except Exception as error:  # compiled modules make other errors of the interrupt
+    except Exception as error:  # extension modules convert the interrupt to other errors
         if stop.raised and not stop.resumes:
-            raise Interrupted(stop.told(), code=stop.code) from error
+            raise Interrupted(stop.message(), code=stop.code) from error
         raise
     finally:
         signal.set_wakeup_fd(fd)
@@ -178,34 +168,42 @@ def listening(*, resumes: bool = True):
 
 
 @contextlib.contextmanager
-def deferred():
-    """A signal does not end the block: what runs inside asks `current().due(step)`."""
+def defer_to_step(start: int):
+    """Lets the block finish its step at a signal, by asking `should_stop(step)` after each.
+
+    Args:
+      start: number of steps already done; the first question is about the one after it.
+    """
     stop = _stop
+    if stop.group:  # before any process can be asked to stop: the agreement starts from here
+        stop.group.reached_last_step(start)
     stop.deferred = True
     try:
+        if stop.reason is not None:
+            stop.interrupt()
         yield stop
     finally:
         stop.deferred = False
-    if stop.reason is not None:  # it came after the last step
-        stop.end()
+    if stop.reason is not None:  # after the last step
+        stop.interrupt()
 
 
-def _watch(stop: Stop, reader: socket.socket, heeded: set) -> None:
-    """Read which signals come, until the other end closes."""
-    deadline, came, alone = None, False, 0.0
+def _watch(stop: Stop, reader: socket.socket, handled: set) -> None:
+    """Reads the signals that arrive, until the other end closes."""
+    deadline, received, forwarded_until = None, False, 0.0
     while True:
         patience = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not select.select([reader], [], [], patience)[0]:
-            _leave(stop.code, f"stopped: {stop.told()}")
-        received = reader.recv(64)
-        if not received:
+            _exit(stop.code, f"stopped: {stop.message()}")
+        numbers = reader.recv(64)
+        if not numbers:
             return
-        for number in filter(heeded.__contains__, received):
-            if came and number == signal.SIGINT and time.monotonic() > alone:
-                _leave(130, "stopped: interrupted twice; what was not saved is lost")
-            if not came:
-                came = True
-                alone = time.monotonic() + (0 if stop.resumes else _TOGETHER_SECONDS)
+        for number in filter(handled.__contains__, numbers):
+            if received and number == signal.SIGINT and time.monotonic() > forwarded_until:
+                _exit(130, "stopped: interrupted twice; unsaved progress is lost")
+            if not received:
+                received = True
+                forwarded_until = time.monotonic() + (0 if stop.resumes else _TOGETHER_SECONDS)
                 stop.receive(number)
                 if stop.deferred:
                     stop.announce()
@@ -213,6 +211,6 @@ def _watch(stop: Stop, reader: socket.socket, heeded: set) -> None:
                     deadline = time.monotonic() + GRACE_SECONDS
 
 
-def _leave(code: int, text: str) -> None:
+def _exit(code: int, text: str) -> None:
     print(f"\n{text}", file=sys.stderr, flush=True)
     os._exit(code)

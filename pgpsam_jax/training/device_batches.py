@@ -24,7 +24,7 @@ class Feed:
         self.resident = sum(array.nbytes for array in jax.tree.leaves(data)) <= resident_bytes
         if self.resident:
             whole = device_mesh.replicated(mesh)
-            self._set = multihost.place(self._set, whole)
+            self._set = multihost.put_global(self._set, whole)
 
     def __iter__(self):
         return self
@@ -32,7 +32,7 @@ class Feed:
     def __next__(self):
         rows, lanes = next(self.loader), device_mesh.batch_sharding(self._mesh)
         if self.resident:
-            return self._set | {"rows": multihost.place(rows, lanes)}, rows
+            return self._set | {"rows": multihost.put_global(rows, lanes)}, rows
         return jax.tree.map(lambda array: _chosen(array, rows, lanes), self._set), rows
 
     def abstract(self, batch_size: int) -> dict:

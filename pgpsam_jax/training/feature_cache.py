@@ -62,7 +62,9 @@ def encoded_set(
         for start in range(0, count, size):
             # The last batch is filled up with its last slice, which is then left out again.
             places = np.minimum(np.arange(start, start + size), count - 1)
-            batch = multihost.place((images[places], labels[places], places.astype(np.int32)), rows)
+            batch = multihost.put_global(
+                (images[places], labels[places], places.astype(np.int32)), rows
+            )
             found = run(states, *batch[:2], np.int32(copy), batch[2])
             kept = min(size, count - start)
             parts.append(jax.tree.map(lambda x, n=kept: _host(x)[:n], found))
@@ -78,4 +80,4 @@ def encoded_set(
 
 
 def _host(array) -> np.ndarray:
-    return np.asarray(multihost.whole(array))
+    return np.asarray(multihost.all_gather(array))

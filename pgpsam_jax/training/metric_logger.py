@@ -47,7 +47,7 @@ class RunLog:
         records = [r for r in read_metrics(path) if r["step"] <= start]
         steps = [0, *(r["step"] for r in records)]
         if start - steps[-1] >= max([self._every, *np.diff(steps)]):
-            multihost.say(f"warning: {path} is damaged: it holds no step after {steps[-1]}")
+            multihost.print_once(f"warning: {path} is damaged: it holds no step after {steps[-1]}")
         if self.writes and path.is_file():
             write_text(path, "".join(json.dumps(r) + "\n" for r in records))
         return records

@@ -64,4 +64,4 @@ def _check_length(old: TrainingPlan, new: TrainingPlan, every_epochs: int, workd
         )
     if every_epochs and done == before and before * new.batch_size % (every_epochs * slices):
         said.append(f"validation judged step {before} as well, which was the last")
-    multihost.say("; ".join(said))
+    multihost.print_once("; ".join(said))

@@ -93,11 +93,11 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
         )
     with watch("data"):
         with multihost.first_before_others("verify"):
-            verification.ensure(config.data, split, workdir, say=multihost.say)
+            verification.ensure(config.data, split, workdir, say=multihost.print_once)
         source = config.data, config.model.image_size
         validated = split.validation if best_parameters.is_on(config.validation) else []
-        if multihost.several():  # they make the cache together, before each reads all of it
-            cases = multihost.own(split.train + validated)
+        if multihost.is_multiprocess():  # share the work of filling the cache
+            cases = multihost.shard_for_process(split.train + validated)
             dataset.read_cases(*source, cases, split.table, workdir)
             multihost.barrier("cache")
         data = dataset.few_shot_data(
@@ -117,7 +117,7 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
     inputs |= {"test": dataset.images_digest(split.test)}
     inputs |= resnet_weights.digests(config.model.cnn_base)
     origin = provenance(**inputs)
-    if multihost.several():
+    if multihost.is_multiprocess():
         about = {"whether --workdir holds this run": resume, "config": to_json(config)}
         _agree(about, origin, params)
     resumption.claim(given, config, workdir, split, data.list, origin)
@@ -130,7 +130,7 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
         kernels = build.attention_of(config.model, graphdef, params, frozen)
     model = graphdef, params, frozen
     run = Run(config, plan, workdir, watch, mesh, split, data, held_out, resume, total, *model)
-    multihost.say(startup_summary.of_run(run, kernels))
+    multihost.print_once(startup_summary.of_run(run, kernels))
     return run
 
 

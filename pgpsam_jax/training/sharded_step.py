@@ -61,7 +61,7 @@ def shard_step(
     )
 
     def start(params):
-        params = multihost.place(params, shardings[0].params)
+        params = multihost.put_global(params, shardings[0].params)
         return dataclasses.replace(others(params), params=params)
 
     return ShardedStep(run, start, state, frozen, batch)

@@ -30,7 +30,7 @@ def train(config: ConfigDict, workdir) -> dict:
     A workdir that holds this run resumes from its newest checkpoint.
 
     Raises:
-      errors.Interrupted: a signal asked for an end (see `preemption`); the state is saved.
+      errors.Interrupted: after saving, at a stop signal (see `runtime.preemption`).
     """
     determinism.demand(config.deterministic, config.augment.seeded)
     multihost.check_shared(workdir)
@@ -54,7 +54,7 @@ def fit(run: Run) -> Predictor:
         epoch_size=size,
         seed=seed,
     )
-    multihost.place_state(run.frozen, sharding_of(step.frozen))
+    multihost.put_state_global(run.frozen, sharding_of(step.frozen))
     checkpoints = checkpoint.Checkpoints(run.workdir)
     state = _restore_or_start(run, step, checkpoints, feed.loader)
     done = int(state.step)
@@ -94,14 +94,13 @@ def fit(run: Run) -> Predictor:
         run.store_times()
         step_cost.update(run.workdir, log.records)
 
-    with preemption.deferred() as stop, run.watch("train"), checkpoints, log:
-        loop = TrainLoop(run.total, log.record, stop.due)
+    with preemption.defer_to_step(done) as stop, run.watch("train"), checkpoints, log:
+        loop = TrainLoop(run.total, log.record, stop.should_stop)
         loop.add_hook(lambda moment: log.check_finite(moment.step, moment.metrics, moment.rows))
         if selection:
             loop.add_hook(validate, when=selection.due)
         loop.add_hook(record)
         loop.add_hook(save, every=config.log.checkpoint_steps, at_end=True)
-        stop.begin(done)
         state, done = loop.run(compiled, state, run.frozen, feed, done)
         with run.watch("checkpoint"):
             checkpoints.close()
@@ -109,7 +108,7 @@ def fit(run: Run) -> Predictor:
                 selection.close()
         if done < run.total:
             multihost.barrier("stopped")
-            stop.end(done, agreed=True)
+            stop.interrupt(done, agreed=True)
     feed.loader.close()
     params = state.params
     if selection:
@@ -117,7 +116,7 @@ def fit(run: Run) -> Predictor:
             params = best_parameters.restore_params(run.workdir, step.state.params, best=True)
     predictor = predictor.with_params(params)
     # Of several processes, each evaluates cases of its own.
-    return predictor.on_local_devices() if multihost.several() else predictor
+    return predictor.on_local_devices() if multihost.is_multiprocess() else predictor
 
 
 def _make_feed(run: Run) -> tuple[Feed, int]:
@@ -144,11 +143,11 @@ def _restore_or_start(run: Run, step: ShardedStep, checkpoints, loader):
     """Returns the newest state of the workdir, or the one before the first step."""
     if checkpoints.latest is not None:
         state = checkpoints.restore(step.state, loader)
-        multihost.say(f"resumed from step {int(state.step)}")
+        multihost.print_once(f"resumed from step {int(state.step)}")
         return state
     if run.resume:
-        multihost.say(f"{run.workdir} holds no checkpoint yet: training starts anew")
-    multihost.place_state(run.params, sharding_of(step.state.params))
+        multihost.print_once(f"{run.workdir} holds no checkpoint yet: training starts anew")
+    multihost.put_state_global(run.params, sharding_of(step.state.params))
     return step.start(run.params)
 
 
@@ -174,7 +173,7 @@ def _compile(run: Run, step: ShardedStep, done: int):
     flops = spent["flops_per_image"]["training"]
     flops = None if flops is None else flops * slices / run.mesh.size
     fitted = run.plan.training is Training.LBFGS
-    multihost.say(startup_summary.step(compiled, seconds, flops, fit=fitted))
+    multihost.print_once(startup_summary.step(compiled, seconds, flops, fit=fitted))
     step_cost.begin(run.workdir, spent, done)
     return compiled
 
