@@ -172,8 +172,11 @@ def put_state_global(state, shardings) -> None:
 
 
 def _put(leaf, sharding):
+    """Returns an array with this sharding: `leaf` itself, if it already has it."""
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+        return leaf
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
