@@ -158,7 +158,7 @@ def test_a_run_says_what_it_is_and_predicts_nothing(small_or_whole, tmp_path, ca
     assert missing_curve_text(read_run(run)) == "This method has no trainable parameters."
     assert "seed 0, no trainable parameters" in header(Subject.read(run))
     (table,) = run_cost(read_run(run))
-    assert "Nothing trains, so that there is no training step." in table.notes
+    assert "No trainable parameters, hence no training step." in table.notes
     stored = json.loads((run / "evaluation/summary.json").read_text())
     assert workdirs.evaluate_workdir(run)["strict"] == summary["strict"] == stored["strict"]
     image = str(tmp_path / "data/images/c.nii.gz")
