@@ -91,7 +91,7 @@ def silenced(params, edits: dict):
 def knock_out(workdir) -> list[dict]:
     """Returns rows of `COLUMNS` for a run: every part, test case and class."""
     run = load_run(workdir)
-    split = dataset.find_split(locations.found(run.config, workdir).data)
+    split = dataset.find_split(locations.resolve_paths(run.config, workdir).data)
     predictors = {WHOLE: run.predictor}
     for part, edits in parts_of(run.config, workdir).items():
         params = silenced(run.predictor.params, edits)

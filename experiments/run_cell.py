@@ -51,7 +51,7 @@ def run(cell: Cell) -> int:
     try:
         if standing(cell) == RUNNING:  # perhaps on a host that the lock does not reach
             raise workdir_lock.Taken(f"{cell.name} runs in another process")
-        with workdir_lock.held(cell.folder, "running this cell"):
+        with workdir_lock.hold(cell.folder, "running this cell"):
             return _run(cell)
     except workdir_lock.Taken as error:
         print(error, file=sys.stderr)

@@ -1,7 +1,7 @@
-"""How a program ends: a sentence that says what is wrong, in which file, and what to do.
+"""User-facing errors and exit codes: one sentence with the fault, the file and the remedy.
 
-Exit codes: 2 for a mistake of the user, `AGAIN` where the same command goes on from what is saved,
-128 and the number of the signal that ended any other command, as shells have it (130: Ctrl-C).
+Exit codes: 2 for user errors; `AGAIN` if the same command resumes the work; 128 plus the signal's
+number for other commands ended by a signal, as in shells (130: Ctrl-C).
 """
 
 import contextlib
@@ -10,20 +10,20 @@ import os
 import signal
 import sys
 
-AGAIN = 75  # EX_TEMPFAIL: a signal has stopped the program, which can be started again
-SIGNALED = 128  # and the signal's number
+AGAIN = 75  # EX_TEMPFAIL: stopped by a signal; the same command resumes
+SIGNALED = 128  # plus the signal's number
 NO_READER = SIGNALED + getattr(signal, "SIGPIPE", 13)
 
 _SPACE = "free some space, then start the same command again"
-_PLACE = "make it accessible to this user, or choose another folder"
+_ACCESS = "make it accessible to this user, or choose another folder"
 _NETWORK = "the disk, or the network to it, has failed; start the same command again later"
-_FAULTS = {  # of the disk, not of the program
+_FAULTS = {  # of the disk, not of the program: errno -> remedy: errno -> remedy
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
     errno.EFBIG: _SPACE,
-    errno.EROFS: _PLACE,
-    errno.EACCES: _PLACE,
-    errno.EPERM: _PLACE,
+    errno.EROFS: _ACCESS,
+    errno.EACCES: _ACCESS,
+    errno.EPERM: _ACCESS,
     errno.ENOTDIR: "a part of this path is a file; choose another folder",
     errno.EEXIST: "a file of this name is in the way; choose another folder",
     errno.ENOENT: "check the path",
@@ -42,9 +42,11 @@ class UserError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asks the program to end; printed without a traceback.
+    """A signal asked the program to stop; printed without a traceback.
 
-    agreed: all processes of the run end here, having saved together. code: the exit code.
+    Attributes:
+      agreed: all processes of the run stop here, after saving together.
+      code: the exit code.
     """
 
     def __init__(self, message: str, *, agreed: bool = False, code: int = AGAIN):
@@ -52,10 +54,11 @@ class Interrupted(KeyboardInterrupt):
         self.agreed, self.code = agreed, code
 
 
-def explained(error: BaseException) -> BaseException:
-    """A `UserError` in place of what a full, failing or read-only disk raises; else the error.
+def as_user_error(error: BaseException) -> BaseException:
+    """Converts the error of a full, failing or read-only disk to a `UserError`.
 
-    Libraries that write by themselves tell such a fault in the text of errors of their own.
+    Other errors are returned unchanged. Libraries that write files may name such a fault only in
+    the text of their own errors.
     """
     code = error.errno if isinstance(error, OSError) else None
     if code in _FAULTS:
@@ -69,10 +72,10 @@ def explained(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def exit_on_user_error():
-    """End with a sentence on stderr: `UserError` with code 2, `Interrupted` with its own.
+    """Exits with one sentence on stderr: code 2 for `UserError`, its own for `Interrupted`.
 
-    Faults of the disk are told like a `UserError`; where whoever read the output has left (`head`),
-    nothing is; the rest passes.
+    Disk faults are reported as `UserError`. A closed output pipe (`head`) ends the program
+    silently. All other exceptions pass through.
     """
     try:
         try:
@@ -90,15 +93,15 @@ def exit_on_user_error():
         _silence()
         sys.exit(NO_READER)
     except Exception as error:
-        if not isinstance(told := explained(error), UserError):
+        if not isinstance(converted := as_user_error(error), UserError):
             raise
-        _end(2, f"error: {told}")
+        _end(2, f"error: {converted}")
 
 
 def _end(code: int, text: str):
     try:
         sys.stdout.flush()
-    except (AttributeError, OSError):  # closed, or what cannot be written is the output itself
+    except (AttributeError, OSError):  # stdout is closed or cannot be written
         _silence()
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
@@ -106,6 +109,6 @@ def _end(code: int, text: str):
 
 
 def _silence() -> None:
-    """Output that nobody can take goes nowhere; Python would complain of it at its end."""
+    """Redirects stdout to the null device; else Python would complain at exit."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -59,7 +59,7 @@ def again(root, workdir, **settings):
 def copied(workdir, into, step=6):
     """A run as it stood after a step that was saved."""
     shutil.copytree(workdir, into, ignore=shutil.ignore_patterns("evaluation", ".lock"))
-    for number in checkpoint.numbers(into):
+    for number in checkpoint.saved_steps(into):
         if number > step:
             shutil.rmtree(into / "checkpoints" / str(number))
     return into
@@ -84,7 +84,7 @@ def logged(workdir) -> int:
 
 def newest(workdir) -> int:
     """The newest complete checkpoint."""
-    return max(checkpoint.numbers(workdir), default=0)
+    return max(checkpoint.saved_steps(workdir), default=0)
 
 
 def saving(workdir) -> set[str]:

@@ -53,7 +53,7 @@ def hang(folder):
 
 def hold(folder):
     """A workdir's lock."""
-    with workdir_lock.held(folder, "training"):
+    with workdir_lock.hold(folder, "training"):
         ready()
         time.sleep(60)
 

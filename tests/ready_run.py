@@ -29,7 +29,7 @@ def ready_run(root, workdir, *, predictor=None, evaluated=True, **settings):
     )
     write_json(workdir / "labels.json", table.to_json())
     configuration.store(config, workdir)
-    frozen_weights.settle_base(workdir, config.model.base, digest, frozen)
+    frozen_weights.pin_frozen_weights(workdir, config.model.base, digest, frozen)
     state = init_state(params, TrainingPlan.of(config).make_optimizer(2), seed=0, epoch_size=2)
     loader = make_loader(8, batch_size=8, seed=0)
     state.step += config.train.steps

@@ -80,10 +80,10 @@ def test_another_variant_is_refused(config):
 
 def test_a_workdir_keeps_its_base(config, sam, tmp_path):
     _, _, frozen, digest = build.init_model(config.model, 3, config.seed)
-    frozen_weights.settle_base(tmp_path, sam[0], digest, frozen)
-    frozen_weights.settle_base(tmp_path, sam[0], digest, frozen)
+    frozen_weights.pin_frozen_weights(tmp_path, sam[0], digest, frozen)
+    frozen_weights.pin_frozen_weights(tmp_path, sam[0], digest, frozen)
     with pytest.raises(UserError, match="give the weights of that run"):
-        frozen_weights.settle_base(tmp_path, "other", "0" * 64, frozen)
+        frozen_weights.pin_frozen_weights(tmp_path, "other", "0" * 64, frozen)
     assert not (tmp_path / "frozen.safetensors").exists()
 
 
@@ -91,9 +91,9 @@ def test_a_random_backbone_is_kept_as_a_file_and_announced(config, tmp_path):
     config.model.base = ""
     assert "RANDOM AND FROZEN" in frozen_weights.base_notice(config.model, tmp_path)
     _, _, frozen, _ = build.init_model(config.model, 3, config.seed)
-    frozen_weights.settle_base(tmp_path, "", None, frozen)
+    frozen_weights.pin_frozen_weights(tmp_path, "", None, frozen)
     config.seed = 99
     _, _, other, _ = build.init_model(config.model, 3, config.seed)
-    frozen_weights.settle_base(tmp_path, "", None, other)
+    frozen_weights.pin_frozen_weights(tmp_path, "", None, other)
     for path, leaf in flat_paths(frozen).items():
         np.testing.assert_array_equal(leaf[...], flat_paths(other)[path][...], err_msg=path)

@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
             except UserError as error:
                 told += 1
                 assert f"checkpoint {folder} cannot be read (" in str(error)
-                assert str(error).endswith("; delete that folder to go on from 4")
+                assert str(error).endswith("; delete that folder to resume from 4")
                 assert len(str(error).splitlines()) == 1
             else:
                 assert all(np.array_equal(a, b) for a, b in zip(state, whole, strict=True)), name
@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(
 def test_damaged_parameters_of_the_best_step_are_not_passed_over(every, tmp_path):
     """They are not the newest: where they cannot be read, nothing takes their place unsaid."""
     params, draw, told = {"w": jax.numpy.arange(1000.0)}, random.Random(0), 0
-    with best_parameters.Best(tmp_path) as best:
+    with best_parameters.BestCheckpoint(tmp_path) as best:
         best.save(params, 3, 0.5)
     abstract = {"w": jax.ShapeDtypeStruct((1000,), np.float32, sharding=params["w"].sharding)}
     folder, spare = tmp_path / "best" / "0", tmp_path / "spare"
@@ -205,14 +205,16 @@ def test_other_data_is_another_run(root, finished, tmp_path):
     workdir, other = copied(finished, tmp_path / "run"), tmp_path / "other"
     shutil.copytree(root, other, ignore=shutil.ignore_patterns("cache"))
     shutil.copy(other / "images" / "a.nii.gz", other / "images" / "b.nii.gz")
-    with pytest.raises(UserError, match=r"the training data has changed since the run in .* began"):
+    with pytest.raises(
+        UserError, match=r"the training data has changed since the run in .* started"
+    ):
         again(root, workdir, data__root=str(other), data__verify=False)
     table = json.loads((root / "table.json").read_text())
     table["classes"][0]["name"] = "kidney"
     (other / "table.json").write_text(json.dumps(table))
     split = dataset.Split([], [], [], load_label_table(other / "table.json"))
     with pytest.raises(UserError, match=r"labels.json has other classes"):
-        resumption.compare(workdir, split)
+        resumption.check_split(workdir, split)
 
 
 def test_another_file_of_the_cnn_is_another_run(root, tmp_path, monkeypatch):
@@ -231,7 +233,7 @@ def test_another_file_of_the_cnn_is_another_run(root, tmp_path, monkeypatch):
     assert begin(0.1) == "evaluated"
     origin = tmp_path / "run" / "provenance.json"
     assert json.loads(origin.read_text())["cnn_base"] == file_digest(tmp_path / "cnn.safetensors")
-    said = r"the file of model\.cnn_base has changed since the run in .* began"
+    said = r"the file of model\.cnn_base has changed since the run in .* started"
     with pytest.raises(UserError, match=said):
         begin(0.2)
     assert begin(0.1) == "evaluated"

@@ -132,7 +132,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     write_text(tmp_path / "a", "before")
     with file_size(10), pytest.raises(OSError) as told:
         write_text(tmp_path / "a", "x" * 100)
-    assert str(errors.explained(told.value)).startswith(f"{tmp_path / 'a'}: File too large; ")
+    assert str(errors.as_user_error(told.value)).startswith(f"{tmp_path / 'a'}: File too large; ")
     with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "a") as temporary:
         temporary.write_text("half")
         1 / 0  # noqa: B018
@@ -164,7 +164,7 @@ def test_one_writer_at_a_time(root, finished, tmp_path):
 
 
 def test_an_empty_workdir_is_not_left(tmp_path):
-    with pytest.raises(ZeroDivisionError), workdir_lock.held(tmp_path / "run", "training"):
+    with pytest.raises(ZeroDivisionError), workdir_lock.hold(tmp_path / "run", "training"):
         raise ZeroDivisionError
     assert not (tmp_path / "run").exists()
 
@@ -255,4 +255,4 @@ def test_a_clock_that_is_set_back(root, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time_ns", lambda: int((now() - 8e8) * 1e9))
     assert again(root, workdir) == finished[1]
     assert records(workdir) == records(finished[0])
-    assert checkpoint.numbers(workdir) == [4, 6]
+    assert checkpoint.saved_steps(workdir) == [4, 6]

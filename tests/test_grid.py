@@ -251,7 +251,7 @@ def test_a_heart_beats_while_a_cell_runs(locks, grid_file, tmp_path, monkeypatch
         os.utime(holder, (0, 0))
         until(lambda: holder.stat().st_mtime > time.time() - 100)
         assert standing(cell) == RUNNING
-        with workdir_lock.held(cell.folder, "training"):  # as the run itself does
+        with workdir_lock.hold(cell.folder, "training"):  # as the run itself does
             pass
         assert holder.is_file()
         return None, 0

@@ -110,7 +110,7 @@ def test_an_unrelated_folder_of_the_same_name(project, moved):
     table["classes"].reverse()
     Path("data/table.json").write_text(json.dumps(table))
     Path("data/split.json").write_text(json.dumps({"train": ["d"], "test": ["a", "b", "c"]}))
-    found = locations.found(serialization.load_config(moved / "runs/x"), moved / "runs/x")
+    found = locations.resolve_paths(serialization.load_config(moved / "runs/x"), moved / "runs/x")
     assert Path(found.data.label_table) == moved / "data/table.json"
     assert Path(found.data.split_file) == moved / "runs/x/split.json"
     for name in ("table.json", "split.json"):
@@ -189,13 +189,13 @@ def test_another_way_to_the_same_split(run):
         settings.data.split_seed, settings.data.test_fraction = seed, 0.25
         same = [case.case_id for case in dataset.find_split(settings.data).test] == ["d"]
         stored = serialization.load_config(workdir)
-        found = build.settled(locations.found(settings, workdir))
+        found = build.settled(locations.resolve_paths(settings, workdir))
         identity.check_same(stored, found, workdir)
         if same:
-            resumption.compare(workdir, dataset.find_split(found.data))
+            resumption.check_split(workdir, dataset.find_split(found.data))
         else:
             with pytest.raises(UserError, match="the split has changed"):
-                resumption.compare(workdir, dataset.find_split(found.data))
+                resumption.check_split(workdir, dataset.find_split(found.data))
     settings.data.split = "within_volume"
     with pytest.raises(UserError, match=r"data.split: 'file' there, 'within_volume' now"):
         identity.check_same(stored, settings, workdir)
@@ -205,7 +205,7 @@ def test_other_images_are_scored_with_a_word(run):
     workdir, data = run
     shutil.copy(data / "images" / "a.nii.gz", data / "images" / "d.nii.gz")
     summary = evaluate(workdir, data__root=data)
-    assert any("scored images are not those" in notice for notice in summary["notices"])
+    assert any("test images have changed" in notice for notice in summary["notices"])
     with pytest.raises(UserError, match="images of the test cases has changed"):
         train.train(settings_for(data, data__verify=False), workdir)
 
@@ -239,15 +239,18 @@ def test_a_finished_run_takes_more_steps(run, longer, capsys):
     (workdir, _), before = run, records(run[0])
     longer(workdir, 9)
     said = capsys.readouterr().out
-    assert "the run of 6 steps goes on from step 6 to step 9; its learning rates so far" in said
+    assert (
+        "the run of 6 steps resumes from step 6 and continues to step 9; its learning rates so far"
+        in said
+    )
     assert "resumed from step 6" in said
     assert records(workdir)[:6] == before and newest(workdir) == 9
     assert serialization.load_config(workdir).train.steps == 9
     assert json.loads((workdir / "cost.json").read_text())["timed_from"] == 0
     longer(workdir, 0, train__epochs=10)  # of 7 slices in batches of 8: as many steps
-    assert "goes on from step" not in capsys.readouterr().out
+    assert "resumes from step" not in capsys.readouterr().out
     assert newest(workdir) == 9 and serialization.load_config(workdir).train.epochs == 10
-    with pytest.raises(UserError, match=r"a run of 9 steps, of which 9 are done: .* one of 7;"):
+    with pytest.raises(UserError, match=r"a run of 9 steps, 9 of them done: .* shortened to 7;"):
         longer(workdir, 7)
     assert evaluate(workdir, settings_for(train__steps=3)) == {}  # it trains nothing
 
@@ -259,7 +262,7 @@ def test_a_constant_rate_makes_it_one_longer_run(longer, tmp_path, capsys):
         for steps in lengths:
             longer(workdir, steps, **constant)
     said = capsys.readouterr().out
-    assert "the run of 2 steps goes on from step 2 to step 5\n" in said
+    assert "the run of 2 steps resumes from step 2 and continues to step 5\n" in said
     assert records(tmp_path / "one") == records(tmp_path / "two")
 
 
@@ -283,7 +286,7 @@ def test_the_converted_sam_is_found_by_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "p")
     serialization.store(settings, workdir)
     write_json(workdir / "base.json", {"base": "weights/sam", "sha256": wanted})
-    locations.record(workdir, settings)
+    locations.record_locations(workdir, settings)
     (tmp_path / "p").rename(tmp_path / "q")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

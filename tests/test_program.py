@@ -128,7 +128,7 @@ def test_addresses_are_refused(address, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"^{field} {address} is an address"):
             configuration.check(config)
     for path in (address, Path(address)):
-        with pytest.raises(UserError, match="is an address"), workdir_lock.held(path, "training"):
+        with pytest.raises(UserError, match="is an address"), workdir_lock.hold(path, "training"):
             pass
         with pytest.raises(UserError, match="is an address"):
             configuration.load_config(path)
@@ -174,7 +174,7 @@ def test_a_file_system_without_locks(number, tmp_path, monkeypatch):
     unlocked(monkeypatch, number)
     with (
         pytest.warns(UserWarning, match="has no locks"),
-        workdir_lock.held(tmp_path / "run", "training"),
+        workdir_lock.hold(tmp_path / "run", "training"),
     ):
         assert (tmp_path / "run" / workdir_lock.HOLDER).is_file()
     assert not (tmp_path / "run" / workdir_lock.HOLDER).exists()
@@ -184,26 +184,26 @@ def test_without_locks_a_process_of_this_host_is_still_seen(tmp_path, monkeypatc
     process = start(HEED, "hold", tmp_path)
     assert process.stdout.readline() == "ready\n"
     unlocked(monkeypatch, errno.ENOLCK)
-    with pytest.raises(UserError, match="is in use"), workdir_lock.held(tmp_path, "training"):
+    with pytest.raises(UserError, match="is in use"), workdir_lock.hold(tmp_path, "training"):
         pass
     process.kill()
     process.wait()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with workdir_lock.held(tmp_path, "training"):  # what it left says nothing
+        with workdir_lock.hold(tmp_path, "training"):  # what it left says nothing
             pass
 
 
 def test_other_errors_of_a_lock_are_told(tmp_path, monkeypatch):
     unlocked(monkeypatch, errno.EIO)
-    with pytest.raises(UserError, match="disk"), workdir_lock.held(tmp_path, "training"):
+    with pytest.raises(UserError, match="disk"), workdir_lock.hold(tmp_path, "training"):
         pass
 
 
 def test_a_folder_of_other_things_is_no_workdir(tmp_path):
     for name in ("slurm-1.out", "notes.txt", "cache"):
         (tmp_path / name).mkdir() if name == "cache" else (tmp_path / name).write_text("")
-    with workdir_lock.held(tmp_path, "training"):  # nothing would be lost
+    with workdir_lock.hold(tmp_path, "training"):  # nothing would be lost
         pass
     for place, content in (("photos", None), ("labels.json", "{}"), ("evaluation", None)):
         folder = tmp_path / place / "home"
@@ -211,7 +211,7 @@ def test_a_folder_of_other_things_is_no_workdir(tmp_path):
         (folder / place).mkdir() if content is None else (folder / place).write_text(content)
         (folder / ".tmp-mine").write_text("")
         with pytest.raises(UserError, match=f"holds {place} but is no run"):
-            with workdir_lock.held(folder, "training"):
+            with workdir_lock.hold(folder, "training"):
                 pass
         assert {p.name for p in folder.iterdir()} == {place, ".tmp-mine"}
         with pytest.raises(UserError, match="but is no grid"):

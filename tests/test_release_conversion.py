@@ -206,7 +206,7 @@ def test_a_failed_conversion_leaves_nothing(source, config, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(release, "_states", lambda *_: ({}, {}))
-    monkeypatch.setattr(release.frozen_weights, "settle_base", full_disk)
+    monkeypatch.setattr(release.frozen_weights, "pin_frozen_weights", full_disk)
     message = fail(capsys, source, tmp_path / "w", f"--config={config}")
     assert "cannot be written" in message and "No space left" in message
     assert list(tmp_path.iterdir()) == []

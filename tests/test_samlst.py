@@ -301,12 +301,12 @@ def test_random_weights_that_never_train_are_kept_with_a_given_sam(tmp_path):
     random_frozen = pretrained.randomly_initialized_frozen_params(config.model, frozen)
     roots = {path.rsplit("/layers")[0] for path in random_frozen}
     assert roots == {f"mask_decoder/{n}" for n in ("mask_tokens", "hyper_mlps", "iou_head")}
-    frozen_weights.settle_base(tmp_path, "sam", "0" * 64, frozen, random_frozen)
+    frozen_weights.pin_frozen_weights(tmp_path, "sam", "0" * 64, frozen, random_frozen)
     assert not frozen_weights.holds_all(tmp_path)
     config.seed = 5
     _, _, other, _ = build.init_model(config.model, CLASSES, config.seed)
     own = flat_paths(other)["image_encoder/pos_embed"][...]
-    frozen_weights.settle_base(
+    frozen_weights.pin_frozen_weights(
         tmp_path,
         "sam",
         "0" * 64,

@@ -132,7 +132,7 @@ def test_the_best_parameters_are_kept_and_used(finished):
     assert best == {"step": 1 + int(np.argmax(scores)), "score": max(scores)}
     assert len({path.name for path in (workdir / "best").iterdir()}) == 1
     assert any(f"those of step {best['step']}," in notice for notice in summary["notices"])
-    kept = numbers(workdir, best_parameters.Best)
+    kept = numbers(workdir, best_parameters.BestCheckpoint)
     assert same(kept, numbers(workdir, checkpoint.Checkpoints)) == (best["step"] == 6)
     config = configuration.load_config(workdir)
     split = dataset.find_split(config.data)
@@ -152,7 +152,7 @@ def test_same_seed_same_losses_and_validation_changes_none(finished, root, tmp_p
     unselected += ("silent_epochs_liver", "silent_epochs_spleen")
     assert losses(tmp_path / "again") == losses(finished[0], but=unselected)
     assert not (tmp_path / "again" / "best").exists()
-    assert not any("did best" in notice for notice in summary["notices"])
+    assert not any("best on the validation cases" in notice for notice in summary["notices"])
     last = (numbers(folder, checkpoint.Checkpoints) for folder in (tmp_path / "again", finished[0]))
     assert same(*last)
 
@@ -174,7 +174,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, root, tmp_path, 
     assert losses(workdir) == losses(finished[0])
     assert summary == finished[1]
     assert best_parameters.best_record(workdir) == best_parameters.best_record(finished[0])
-    assert same(numbers(workdir, best_parameters.Best), numbers(finished[0], best_parameters.Best))
+    assert same(
+        numbers(workdir, best_parameters.BestCheckpoint),
+        numbers(finished[0], best_parameters.BestCheckpoint),
+    )
 
 
 def test_a_finished_run_only_evaluates_again(finished, root, tmp_path, plain):

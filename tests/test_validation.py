@@ -113,12 +113,12 @@ def test_what_is_used_is_said(tmp_path):
     config = default_config()
     assert best_parameters.notice(config.validation, tmp_path) is None
     config.validation.every_epochs = 1
-    assert "chosen no parameters here" in best_parameters.notice(config.validation, tmp_path)
+    assert "selected no parameters yet" in best_parameters.notice(config.validation, tmp_path)
     assert not (tmp_path / "best").exists()  # looking leaves nothing behind
     one = selection(tmp_path)
     one.judge(Scripted(6), 12)
     one.close()
     said = best_parameters.notice(config.validation, tmp_path)
-    assert "of step 12, which did best" in said and "slice Dice 0.7500" in said
+    assert "from step 12, the best on the validation cases" in said and "slice Dice 0.7500" in said
     config.validation.every_epochs = 0
     assert best_parameters.notice(config.validation, tmp_path) is None

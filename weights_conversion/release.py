@@ -89,7 +89,7 @@ def convert(source, output, settings=(), *, log=print) -> None:
         write_json(folder / "labels.json", table.to_json())
         inputs = {"source": source.name, "source_sha256": digest, "source_epoch": epoch}
         write_json(folder / "provenance.json", provenance(**inputs))
-        frozen_weights.settle_base(folder, source.name, None, frozen)
+        frozen_weights.pin_frozen_weights(folder, source.name, None, frozen)
         write_weights(folder / KEPT, unused, {"names": json.dumps(list(tensors))})
         with ocp.training.Checkpointer(folder.absolute() / "checkpoints") as checkpoints:
             checkpoints.save_checkpointables(epoch or 0, {"params": params})

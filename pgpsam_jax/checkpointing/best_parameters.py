@@ -9,29 +9,29 @@ from pgpsam_jax.checkpointing.checkpoint import BEST, Checkpoints, _Folder
 from pgpsam_jax.errors import UserError
 
 
-def is_on(validation: ConfigDict) -> bool:
-    """Whether a run keeps the best parameters instead of the last."""
+def keeps_best(validation: ConfigDict) -> bool:
+    """Whether a run keeps the parameters with the best validation score, not the last."""
     return validation.every_epochs != 0
 
 
 def notice(validation: ConfigDict, workdir) -> str | None:
-    """Which parameters of a workdir are used, where that is not simply the newest."""
-    if not is_on(validation):
+    """Returns a notice of which parameters are used, or None where they are the newest."""
+    if not keeps_best(validation):
         return None
     best = best_record(workdir)
     if best is None:
-        return "Validation has chosen no parameters here: the newest checkpoint is used."
+        return "Validation has selected no parameters yet; the newest checkpoint is used."
     return (
-        f"The parameters are those of step {best['step']}, which did best on the validation cases: "
-        f"slice Dice {best['score']:.4f} (protocol release, at network size)."
+        f"Parameters from step {best['step']}, the best on the validation cases: slice Dice "
+        f"{best['score']:.4f} (protocol release, at network size)."
     )
 
 
-class Best(_Folder):
-    """The `best` folder of a workdir: the parameters that did best on the validation cases.
+class BestCheckpoint(_Folder):
+    """The `best` folder of a workdir: the parameters with the best validation score.
 
-    Numbered by improvement, not by step: a run that goes on from an older checkpoint may find a
-    better state at an earlier step than that of the last one kept.
+    Numbered by improvement, not by step: a run that resumes from an older checkpoint may improve
+    at an earlier step than that of the parameters kept last.
     """
 
     def __init__(self, workdir, *, reading: bool = False):
@@ -39,41 +39,49 @@ class Best(_Folder):
 
     @property
     def record(self) -> dict | None:
-        """What was saved with them: their `step` and `score`."""
+        """The stored `step` and `score`, or None."""
         if self._newest is None:
             return None
         record = self._newest.metrics
         if not (isinstance(record, dict) and record.keys() >= {"step", "score"}):
             raise UserError(
                 f"checkpoint {self.folder / str(self.latest)} is damaged (it has no record of its "
-                "step and score); delete that folder to go on without it"
+                "step and score); delete that folder to continue without it"
             )
         return record
 
     def save(self, params, step: int, score: float) -> None:
-        """Replace the parameters; they and the record appear together or not at all."""
+        """Replaces parameters and record atomically."""
         number = 0 if self.latest is None else self.latest + 1
         record = {"step": step, "score": score}
         self._save(number, {"params": params}, metrics=record)
-        self._settle()
+        self.wait_for_save()
 
 
 def best_record(workdir) -> dict | None:
-    """The record of the `best` folder; None where validation has chosen nothing."""
-    best = Best(workdir, reading=True)
+    """Returns the record of the `best` folder, or None if validation has selected nothing."""
+    best = BestCheckpoint(workdir, reading=True)
     record = best.record
     best.close()
     return record
 
 
 def restore_params(workdir, abstract_params, *, best: bool):
-    """The trained parameters of a workdir: the newest, or with `best` those validation chose.
+    """Restores the trainable parameters of a workdir.
 
-    Where it has chosen none yet, they are the newest too. Of a model that does not train, none.
+    Args:
+      workdir: of the run.
+      abstract_params: shapes with shardings; empty for methods without trainable parameters.
+      best: restores the best parameters if validation has selected any, else the newest.
+
+    Raises:
+      UserError: there is no complete checkpoint, or it is damaged.
     """
     if not jax.tree.leaves(abstract_params):
         return abstract_params
-    folder = (Best if best and best_record(workdir) else Checkpoints)(workdir, reading=True)
+    folder = (BestCheckpoint if best and best_record(workdir) else Checkpoints)(
+        workdir, reading=True
+    )
     params = folder.restore_params(abstract_params)
     folder.close()
     return params

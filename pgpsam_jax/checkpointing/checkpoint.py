@@ -1,11 +1,11 @@
-"""Checkpoints of a run: what trains, its optimiser state and the data order; never the base.
+"""Checkpoints: trainable parameters, optimizer state and data position; never the frozen backbone.
 
-Orbax writes each into a temporary folder and renames it, in the background; then the SHA-256 of
-every file is put beside them, and compared when it is read. A checkpoint has three parts: `params`,
-`progress` (optimiser state, step, seed) and `data` (grain's position), so that prediction reads
-`params` alone. All processes of a run write it together; another number of them, or another mesh,
-can go on from it. Parameters that validation chose have a folder of their own. Frozen weights live
-beside them once: see `backbone`.
+Orbax writes each checkpoint to a temporary folder in the background and renames it; the SHA-256 of
+each file is then stored and checked on every read. A checkpoint has three parts: `params`,
+`progress` (optimizer state, step, seed) and `data` (grain's position), so prediction reads only
+`params`. All processes of a run write it together; a run may resume with a different number of
+processes or another mesh. The best parameters have a separate folder (`best_parameters`), and the
+frozen weights are stored once per workdir (`frozen_weights`).
 """
 
 import contextlib
@@ -21,30 +21,30 @@ from absl import logging
 
 from pgpsam_jax.checkpointing import checksums
 from pgpsam_jax.distributed import multihost
-from pgpsam_jax.errors import Interrupted, UserError, explained
+from pgpsam_jax.errors import Interrupted, UserError, as_user_error
 from pgpsam_jax.utils.untrusted_text import shown
 
 KEEP = 2
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 
-# Orbax logs, with pages of traceback, the errors that it raises as well.
+# Orbax logs the errors that it also raises, with pages of traceback.
 logging.get_absl_logger().addFilter(
     lambda record: record.levelno < ERROR or "orbax" not in record.pathname
 )
 
 
 class _Folder:
-    """Numbered checkpoints in a folder, of which the newest `keep` stay.
+    """Numbered checkpoints in a folder; keeps the newest `keep`.
 
-    reading: nothing is written, removed or made, as another process may be training there.
+    reading: never writes, since another process may be training in the folder.
     """
 
     def __init__(self, folder, keep: int, *, reading: bool = False):
         from orbax.checkpoint import v1 as ocp
 
         self.folder, self._reading = Path(folder).absolute(), reading
-        self._sealing, self._thread = None, ThreadPoolExecutor(1)
+        self._pending, self._thread = None, ThreadPoolExecutor(1)
         self._checkpointer = None
         if reading and not self.folder.is_dir():
             return
@@ -57,16 +57,16 @@ class _Folder:
                 cleanup_tmp_directories=not reading,
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if (told := self._told(error)) is not error:
-                raise told from error
+            if (converted := self._as_user_error(error)) is not error:
+                raise converted from error
             raise UserError(
                 f"a checkpoint in {self.folder} is damaged ({_reason(error)}); delete its folder "
-                "to go on without it"
+                "to continue without it"
             ) from None
 
     @property
     def latest(self) -> int | None:
-        """Number of the newest complete checkpoint."""
+        """Number of the newest complete checkpoint, or None."""
         newest = self._newest
         return None if newest is None else newest.step
 
@@ -75,7 +75,7 @@ class _Folder:
         return None if self._checkpointer is None else self._checkpointer.latest
 
     def restore_params(self, abstract_params):
-        """Only the trained parameters of the newest checkpoint."""
+        """Returns only the trainable parameters of the newest checkpoint."""
         return self._load({"params": abstract_params})["params"]
 
     def _load(self, abstract: dict) -> dict:
@@ -89,11 +89,13 @@ class _Folder:
         try:
             checksums.check(folder, abstract)
             return self._checkpointer.load_checkpointables(number, abstract)
-        except jax.errors.JaxRuntimeError:  # of the devices
+        except jax.errors.JaxRuntimeError:  # a device error
             raise
-        except Exception as error:  # damage shows in a dozen types
+        except Exception as error:  # damage raises a dozen types
             if self._reading and (max(_numbers(self.folder), default=number) > number):
-                raise UserError(f"{folder} has given way to a newer one; start again") from None
+                raise UserError(
+                    f"{folder} was replaced by a newer checkpoint; start again"
+                ) from None
             if other := self._other_parameters(number, abstract["params"]):
                 raise UserError(
                     f"checkpoint {folder} is of another version of this model ({shown(other[0])} "
@@ -101,60 +103,61 @@ class _Folder:
                     "the version that wrote it (provenance.json), or train again in another workdir"
                 ) from None
             before = [c.step for c in self._checkpointer.checkpoints if c.step != number]
-            without = f"go on from {before[-1]}" if before else "go on without it"
+            without = f"resume from {before[-1]}" if before else "continue without it"
             raise UserError(
                 f"checkpoint {folder} cannot be read ({_reason(error)}); delete that folder to "
                 f"{without}"
             ) from None
 
     def _other_parameters(self, number: int, abstract) -> list[str]:
-        """Paths that are either in the checkpoint or in the model, not in both."""
+        """Paths of parameters that only the checkpoint or only the model has."""
         try:
             stored = self._checkpointer.checkpointables_metadata(number).metadata["params"]
-        except Exception:  # it is damaged
+        except Exception:  # damaged
             return []
         return sorted(_paths(stored) ^ _paths(abstract))
 
     def _save(self, number: int, parts: dict, **options) -> None:
-        """Begin to save; what is saved may be changed right after the call."""
-        self._settle()
+        """Starts a background save; the arrays may be changed right after the call."""
+        self.wait_for_save()
         try:
             response = self._checkpointer.save_checkpointables_async(number, parts, **options)
         except Exception as error:
-            raise self._told(error) from error
-        self._sealing = self._thread.submit(_seal, response, self.folder / str(number))
+            raise self._as_user_error(error) from error
+        folder = self.folder / str(number)
+        self._pending = self._thread.submit(_finish_save, response, folder)
 
-    def _settle(self) -> None:
-        """Wait for a save under way."""
-        sealing, self._sealing = self._sealing, None
+    def wait_for_save(self) -> None:
+        """Waits for a pending save and raises its error."""
+        pending, self._pending = self._pending, None
         try:
-            if sealing is not None:
-                sealing.result()
+            if pending is not None:
+                pending.result()
         except Exception as error:
-            raise self._told(error) from error
+            raise self._as_user_error(error) from error
 
-    def _told(self, error: Exception) -> Exception:
-        """The sentence for a disk that is full, or cannot be written, in place of Orbax's error."""
-        told = explained(error)
-        if told is error:
+    def _as_user_error(self, error: Exception) -> Exception:
+        """Replaces Orbax's error for a full or read-only disk."""
+        converted = as_user_error(error)
+        if converted is error:
             return error
-        return UserError(f"no checkpoint can be written to {self.folder}: {told}")
+        return UserError(f"no checkpoint can be written to {self.folder}: {converted}")
 
     def close(self) -> None:
-        """Wait for a save under way, and release the folder."""
+        """Waits for a pending save and releases the folder."""
         self._thread.shutdown()
         try:
-            self._settle()
+            self.wait_for_save()
         finally:
             if self._checkpointer is not None:
-                with contextlib.suppress(OSError, ValueError, RuntimeError):  # said already
+                with contextlib.suppress(OSError, ValueError, RuntimeError):  # reported already
                     self._checkpointer.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        # Where processes are gone, a save under way would wait for them.
+        # A pending save would wait for processes that have died.
         if (
             error is None
             or not multihost.is_multiprocess()
@@ -169,15 +172,15 @@ def _paths(tree) -> set[str]:
     return {name.removesuffix("/value") for name in names}
 
 
-def _seal(response, folder: Path) -> None:
-    """Wait until a checkpoint is complete, and write the hashes of its files into it."""
+def _finish_save(response, folder: Path) -> None:
+    """Waits until a checkpoint is complete, then adds its checksums."""
     response.result()
     if multihost.is_first():
         checksums.write(folder)
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what an error came from; Orbax's own say little, at length."""
+    """First line of an error's root cause; Orbax's own messages are long and say little."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -190,7 +193,7 @@ class Checkpoints(_Folder):
         super().__init__(Path(workdir) / CHECKPOINTS, KEEP, reading=reading)
 
     def save(self, state, iterator) -> None:
-        """Save in the background; the state may be donated right after the call."""
+        """Saves in the background; the state may be donated right after the call."""
         parts = {
             "params": state.params,
             "progress": _progress(state),
@@ -199,7 +202,7 @@ class Checkpoints(_Folder):
         self._save(int(state.step), parts)
 
     def restore(self, abstract, iterator):
-        """The newest state, placed as `abstract` (with shardings) says; moves the iterator."""
+        """Restores the newest state with the shardings of `abstract`; moves the iterator."""
         parts = self._load(
             {
                 "params": abstract.params,
@@ -211,7 +214,7 @@ class Checkpoints(_Folder):
 
 
 class _Position:
-    """Orbax's way to a loader's position, which all processes share: the first one writes it."""
+    """Orbax handler of the loader's position, which all processes share: the first writes it."""
 
     def __init__(self, iterator):
         self._iterator = iterator
@@ -228,7 +231,7 @@ class _Position:
 
     async def load(self, directory):
         async def read():
-            # Grain wrote a file for each process, all of them alike, before there was this class.
+            # Older checkpoints hold one identical file per process, written by grain.
             files = sorted(directory.glob("*.json"))
             if not files:
                 raise FileNotFoundError(f"{directory} holds no position")
@@ -237,8 +240,8 @@ class _Position:
         return read()
 
 
-def numbers(workdir) -> list[int]:
-    """Of the checkpoints that a workdir holds, damaged ones too, from the oldest on."""
+def saved_steps(workdir) -> list[int]:
+    """Returns the steps of all checkpoints in a workdir, damaged ones too, in ascending order."""
     return _numbers(Path(workdir) / CHECKPOINTS)
 
 
@@ -248,13 +251,13 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _progress(state) -> dict:
-    """Every field but the parameters, which prediction reads alone."""
+    """All fields except the parameters, which prediction reads alone."""
     fields = dataclasses.fields(state)
     return {field.name: getattr(state, field.name) for field in fields if field.name != "params"}
 
 
 def abstract_like(tree, shardings):
-    """ShapeDtypeStructs with shardings, for `restore`."""
+    """Returns a tree of `ShapeDtypeStruct` with shardings, for `restore`."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,

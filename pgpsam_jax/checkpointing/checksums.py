@@ -1,4 +1,4 @@
-"""The hashes of a folder's files, kept in it: a byte that changes later is noticed."""
+"""SHA-256 manifest of a checkpoint folder."""
 
 import json
 from collections.abc import Iterable
@@ -11,16 +11,18 @@ FILE = "sha256.json"
 
 
 def write(folder) -> None:
-    """Record the SHA-256 of every file of a folder that is complete."""
+    """Writes the SHA-256 of each file of a complete folder to its manifest."""
     folder = Path(folder)
     write_json(folder / FILE, {name: file_digest(folder / name) for name in _files(folder)})
 
 
 def check(folder, parts: Iterable[str]) -> None:
-    """Compare what lies in some of a folder's sub-folders with what was recorded.
+    """Compares the files under the subfolders `parts` with the manifest.
 
-    A folder without a record, of a run that was killed before it could write one, passes. Raises
-    a `UserError`, to be told with the folder's name, where a file is damaged or missing.
+    A folder without a manifest passes: its run was killed before writing one.
+
+    Raises:
+      UserError: a file is damaged or missing; the caller adds the folder's name.
     """
     folder, parts = Path(folder), tuple(parts)
     if not (folder / FILE).is_file():
@@ -34,7 +36,7 @@ def check(folder, parts: Iterable[str]) -> None:
         if not (folder / name).is_file():
             raise UserError(f"{name} is missing")
         if file_digest(folder / name) != digest:
-            raise UserError(f"{name} is not what was written")
+            raise UserError(f"{name} has changed since it was written")
 
 
 def _files(folder: Path) -> list[str]:

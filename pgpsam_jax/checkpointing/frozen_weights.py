@@ -1,8 +1,8 @@
-"""The frozen weights of a workdir, pinned at its first use so that later ones have the same.
+"""Pins and restores the frozen weights of a workdir.
 
-A converted SAM is pinned by path and SHA-256, and stays where it is. What is frozen and random (all
-of a random backbone; leaves that no SAM gives) is written into the workdir once, as
-`frozen.safetensors`. `base.json` says which, and has the file's SHA-256.
+A converted SAM is pinned by path and SHA-256 and stays where it is. Randomly initialized frozen
+weights (a random backbone; leaves that SAM does not provide) are written to the workdir once, as
+`frozen.safetensors`. `base.json` records the origin and the SHA-256 of that file.
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from pgpsam_jax.checkpointing import checkpoint, frozen_weights
+from pgpsam_jax.checkpointing import checkpoint
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods.registry import method_of
@@ -28,41 +28,53 @@ _RECORD = "base.json"
 
 
 def frozen_origin(workdir) -> str | None:
-    """Where a workdir's frozen weights come from: the path of a converted SAM, the name of a
-    converted checkpoint, "" for a random backbone; None where nothing is settled yet."""
+    """Returns the origin of a workdir's frozen weights.
+
+    The path of a converted SAM, the name of a converted checkpoint, "" for a random backbone, or
+    None if nothing is pinned yet.
+    """
     record = _recorded(Path(workdir) / _RECORD)
     return None if record is None else record["base"]
 
 
 def holds_all(workdir) -> bool:
-    """Whether all frozen weights of a workdir are in it, so that it needs no converted SAM."""
+    """Whether a workdir holds all its frozen weights and needs no converted SAM."""
     record = _recorded(Path(workdir) / _RECORD)
     return record is not None and record["sha256"] is None
 
 
 def base_digest(workdir) -> str | None:
-    """SHA-256 of the converted SAM that a workdir hangs on; None where there is none."""
+    """Returns the SHA-256 of the converted SAM that a workdir needs, or None."""
     record = _recorded(Path(workdir) / _RECORD)
     return None if record is None else record["sha256"]
 
 
-def settle_base(workdir, base: str, digest: str | None, frozen, random_frozen=None) -> None:
-    """Pin the frozen weights of a workdir at its first use, and hold later uses to them.
+def pin_frozen_weights(workdir, base: str, digest: str | None, frozen, random_frozen=None) -> None:
+    """Pins the frozen weights of a workdir on first use; restores or checks them afterwards.
 
-    A converted SAM has a `digest`. A random backbone is read back from the workdir, so that the
-    run does not hang on a seed; and so are, with a converted SAM, the frozen leaves that it does
-    not provide: `random_frozen`, by path.
+    Randomly initialized weights are read back from the workdir, so a run does not depend on how
+    they were sampled.
+
+    Args:
+      workdir: of the run.
+      base: stem of the converted SAM; "" for a random backbone.
+      digest: SHA-256 of the converted SAM; None for a random backbone.
+      frozen: frozen parameters, updated in place.
+      random_frozen: path -> frozen leaf that the converted SAM does not provide.
+
+    Raises:
+      UserError: the weights are not those pinned here, or a file is missing or damaged.
     """
-    with multihost.first_before_others("base"):  # the others read what it wrote
+    with multihost.first_before_others("base"):  # the others read what the first wrote
         kept = flat_paths(frozen) if digest is None else random_frozen or {}
-        _settle(Path(workdir), base, digest, kept)
+        _pin(Path(workdir), base, digest, kept)
 
 
-def _settle(workdir: Path, base: str, digest: str | None, kept: dict) -> None:
+def _pin(workdir: Path, base: str, digest: str | None, kept: dict) -> None:
     path, file = workdir / _RECORD, workdir / FROZEN
     record = _recorded(path)
     if record is None:
-        if checkpoint.numbers(workdir):
+        if checkpoint.saved_steps(workdir):
             raise UserError(f"{path} is missing; restore it from a copy or train again")
         record = {"base": base, "sha256": digest}
         if kept:
@@ -92,20 +104,22 @@ def _recorded(path: Path) -> dict | None:
 
 
 def _load(path: Path, digest: str | None, leaves: dict) -> None:
-    """digest: None for a workdir that was begun before it was recorded."""
+    """digest: None in workdirs of versions that did not record it."""
     if not path.is_file():
         raise UserError(f"{path} is missing; restore it from a copy or train again")
     if digest is not None and file_digest(path) != digest:
-        raise UserError(f"{path} is not what was written; restore it from a copy or train again")
+        raise UserError(
+            f"{path} has changed since it was written; restore it from a copy or train again"
+        )
     arrays = read_safetensors(path)
     if {k: v.shape for k, v in arrays.items()} != {k: v.shape for k, v in leaves.items()}:
-        raise UserError(f"{path} does not fit this workdir's model; restore it or train again")
+        raise UserError(f"{path} does not match this workdir's model; restore it or train again")
     for name, leaf in leaves.items():
         leaf.set_value(jax.device_put(arrays[name]))
 
 
 def base_notice(settings: ConfigDict, workdir) -> str | None:
-    """The warning that every print and report of a run with a random backbone, or CNN, carries."""
+    """Returns the warning shown wherever a run with a random backbone or CNN is reported."""
     notices = [_backbone_notice(settings, workdir)]
     if method_of(settings).cnn_prefix and not settings.cnn_base:
         notices.append(
@@ -116,10 +130,10 @@ def base_notice(settings: ConfigDict, workdir) -> str | None:
 
 
 def _backbone_notice(settings: ConfigDict, workdir) -> str | None:
-    if settings.base or frozen_weights.frozen_origin(workdir):
+    if settings.base or frozen_origin(workdir):
         return None
     if settings.train_encoder == "full":
-        return "The backbone was initialised at random and trained from scratch: no SAM weights."
+        return "The backbone was initialized at random and trained from scratch: no SAM weights."
     official = weights.OFFICIAL.get(settings.encoder)
     where = f" Official weights: {official.url}" if official else ""
     return (

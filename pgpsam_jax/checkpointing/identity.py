@@ -1,7 +1,7 @@
-"""Which fields of a configuration make a run this run, and which only say where things are.
+"""Which configuration fields identify a run, and which only locate its files.
 
-A path is no content: what it leads to is. Files are compared by what they hold, where a grid plans
-its cells (`contents`), and where a run goes on (`places`, `resumption`).
+Files are compared by content, not by path: when an experiment grid plans its cells (`contents`)
+and when a run resumes (`locations`, `resumption`).
 """
 
 import functools
@@ -22,9 +22,9 @@ from pgpsam_jax.models.sam import weights
 from pgpsam_jax.utils.files import file_digest
 from pgpsam_jax.utils.untrusted_text import read_json
 
-# Lead to something; a run may find it elsewhere.
+# Paths: their targets may move between starts.
 DATA = ("data.root", "data.image_glob", "data.label_glob")
-PLACES = (
+PATHS = (
     *DATA,
     "data.label_table",
     "data.split_file",
@@ -37,7 +37,7 @@ SPLIT = ("data.split", "data.split_seed", "data.test_fraction", "data.validation
 LIST = ("fewshot.rule", "fewshot.seed", *(f"fewshot.{size}" for size in exclusive.SIZES))
 LENGTH = ("train.epochs", "train.steps")
 
-# Change how or how often, not what.
+# Change how a run computes or how often it reports, not its result.
 _MANNER = (
     "deterministic",
     "mesh.",
@@ -51,14 +51,14 @@ _MANNER = (
     "model.scan_blocks",
 )
 # May differ between a run and its resumption.
-FREE_ON_RESUME = (*_MANNER, *PLACES, "eval.")
-NO_IDENTITY = (*_MANNER, *PLACES, "name", "eval.overlays", "eval.workers")
+FREE_ON_RESUME = (*_MANNER, *PATHS, "eval.")
+NO_IDENTITY = (*_MANNER, *PATHS, "name", "eval.overlays", "eval.workers")
 
 
 def contents(config: ConfigDict) -> dict[str, str | None]:
-    """Field -> SHA-256 of what its path leads to, None where that cannot be read from here.
+    """Returns field -> SHA-256 of the file it names, or None where that cannot be read from here.
 
-    The data set is none of them: it is compared, by its digest, with a run that goes on.
+    The data set is not included: its digest is compared when a run resumes.
     """
     fields, found = flat(config.to_dict()), {}
     for field in sorted(given_files(config.to_dict())):
@@ -70,13 +70,13 @@ def contents(config: ConfigDict) -> dict[str, str | None]:
 
 
 def given_files(config: dict) -> set[str]:
-    """The fields of a configuration (as JSON) that `contents` is about and that name a file."""
+    """Returns the fields of a configuration (as JSON) that name a file with a content digest."""
     fields = flat(config)
     return {field for field in _DIGESTS if fields.get(field)}
 
 
 def digest_of(field: str, path) -> str | None:
-    """SHA-256 of what a path holds, as the field means it; None of weights that are not there."""
+    """Returns the SHA-256 of a field's file by its meaning; None for missing weights."""
     return _DIGESTS[field](path)
 
 
@@ -110,15 +110,20 @@ _DIGESTS = {
 
 
 def fingerprint(config: ConfigDict) -> str:
-    """SHA-256 of all that decides a result: two runs with the same one are one run."""
+    """Returns the SHA-256 of all settings that determine a result: equal for equal runs."""
     fields = flat(configuration.to_json(config))
     held = {field: digest or fields[field] for field, digest in contents(config).items()}
     fields = {k: v for k, v in fields.items() if not k.startswith(NO_IDENTITY)}
     return _of_value(fields | held)
 
 
-def differences(stored: dict, ours: dict, free: tuple[str, ...] = PLACES) -> list[str]:
-    """Fields of two configurations (as JSON) that differ, in words; `free` prefixes may."""
+def differences(stored: dict, ours: dict, free: tuple[str, ...] = PATHS) -> list[str]:
+    """Describes the fields in which two configurations (as JSON) differ.
+
+    Args:
+      stored, ours: the earlier and the present configuration.
+      free: prefixes of fields that may differ.
+    """
     stored, ours = flat(stored), flat(ours)
     return [
         f"{key}: {stored.get(key)!r} there, {ours.get(key)!r} now"
@@ -128,10 +133,18 @@ def differences(stored: dict, ours: dict, free: tuple[str, ...] = PLACES) -> lis
 
 
 def check_same(stored: ConfigDict, ours: ConfigDict, workdir, free: tuple[str, ...] = ()) -> None:
-    """Refuse a configuration of another run than the one that a workdir holds.
+    """Checks that a configuration describes the run that a workdir holds.
 
-    The split is free where the workdir has a copy to compare it with, and the rule of the few-shot
-    list where a list is given. `free`: further fields that may differ.
+    The split may differ if the workdir has a copy to compare it with, and the few-shot rule if a
+    list is given.
+
+    Args:
+      stored, ours: the workdir's and the present configuration.
+      workdir: of the run.
+      free: further fields that may differ.
+
+    Raises:
+      UserError: names the fields that differ.
     """
     free += FREE_ON_RESUME
     if (Path(workdir) / "split.json").is_file():
@@ -142,7 +155,7 @@ def check_same(stored: ConfigDict, ours: ConfigDict, workdir, free: tuple[str, .
     if ours.fewshot.file:
         free += LIST
     different = differences(*map(configuration.to_json, (stored, ours)), free)
-    for field in ("fewshot.file", "model.cnn_base"):  # there is no content to compare
+    for field in ("fewshot.file", "model.cnn_base"):  # no content to compare
         section, name = field.split(".")
         if stored[section][name] and not ours[section][name]:
             different.append(f"{field}: {stored[section][name]!r} there, none now")

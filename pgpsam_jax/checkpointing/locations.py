@@ -1,9 +1,9 @@
-"""Where the files of a run are now: its folder, its data, the repository or the machine may change.
+"""Finds the files of a run after its workdir, its data or the repository has moved.
 
-A path of the configuration is looked for as it is given, from here; where it is the one that the
-run was made with, also at its absolute place then, and as it lay from the workdir (`places.json`).
-Of label table, split and few-shot list the workdir has copies. What is found has to hold what it
-held: another content under the same name is refused.
+A configured path is tried as given, relative to the current folder; if it is the path the run was
+made with, also at its former absolute location and relative to the workdir (`places.json`). The
+workdir has copies of label table, split and few-shot list. Files whose content has changed are
+refused.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from pgpsam_jax.checkpointing import frozen_weights
-from pgpsam_jax.checkpointing.identity import PLACES, digest_of
+from pgpsam_jax.checkpointing.identity import PATHS, digest_of
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.baselines import resnet_weights
@@ -23,18 +23,23 @@ from pgpsam_jax.utils.files import read_json, write_json
 RECORD = "places.json"
 LABELS, LIST, SPLIT, ORIGIN = "labels.json", "fewshot.txt", "split.json", "provenance.json"
 PARTS = ("train", "validation", "test")
-_RECORDED = tuple(field for field in PLACES if not field.endswith("_glob"))
+_RECORDED = tuple(field for field in PATHS if not field.endswith("_glob"))
 _NAME_BASE = (
     "name those with --base STEM (predict and report), --config.model.base=STEM (main) or "
     "load_run(workdir, base=STEM)"
 )
 
 
-def found(config: ConfigDict, workdir, root_flag: str = "--config.data.root") -> ConfigDict:
-    """A copy of a configuration whose paths lead to the files of the run in `workdir`.
+def resolve_paths(config: ConfigDict, workdir, root_flag: str = "--config.data.root") -> ConfigDict:
+    """Returns a copy of a configuration with the present paths of a run's files.
 
-    root_flag: how the caller lets users say where the data are. Raises `UserError` where data or
-    weights are nowhere, or something else lies in the place of a file.
+    Args:
+      config: the configuration with paths as given.
+      workdir: of the run; without a `config.json` the configuration is copied unchanged.
+      root_flag: the caller's flag for the data folder, for error messages.
+
+    Raises:
+      UserError: data or weights cannot be found, or the content of a file has changed.
     """
     config, workdir = config.copy_and_resolve_references(), Path(workdir)
     if not (workdir / "config.json").is_file():
@@ -53,9 +58,10 @@ def found(config: ConfigDict, workdir, root_flag: str = "--config.data.root") ->
 
 
 def find_base(config: ConfigDict, workdir) -> str:
-    """The stem of the converted SAM that a run was trained on; "" where it hangs on none.
+    """Returns the stem of the converted SAM that a run was trained on, "" if it needs none.
 
-    Raises `UserError` where it is not where `config.model.base` leads.
+    Raises:
+      UserError: `config.model.base` and the recorded locations do not lead to those weights.
     """
     given, wanted = config.model.base, frozen_weights.base_digest(workdir)
     if not given or wanted is None:
@@ -76,20 +82,20 @@ def find_base(config: ConfigDict, workdir) -> str:
     )
 
 
-def record(workdir, config: ConfigDict) -> None:
-    """Keep where the files of a run that begins, or goes on, are; `config`: of `found`."""
+def record_locations(workdir, config: ConfigDict) -> None:
+    """Stores where the files of a run are at this start; `config`: of `resolve_paths`."""
     places, workdir = _read(workdir), Path(os.path.abspath(workdir))
     for field in _RECORDED:
         path = attrgetter(field)(config)
         absolute = os.path.abspath(path)
-        if path and Path(absolute).parent != workdir:  # but for its own copies
+        if path and Path(absolute).parent != workdir:  # not the workdir's copies
             beside = os.path.relpath(absolute, workdir)
             places[field] = {"absolute": absolute, "from_workdir": beside}
     write_json(workdir / RECORD, places)
 
 
 class _Candidates:
-    """Paths at which a field's file may be, the likeliest first; none for an empty field."""
+    """Possible paths of a field's file, the most likely first; none for an empty field."""
 
     def __init__(self, config: ConfigDict, workdir: Path):
         self._config, self._workdir = config, workdir
@@ -115,13 +121,13 @@ def _read(workdir) -> dict:
 def _root(paths: list[str], data: ConfigDict, workdir: Path, flag: str) -> str:
     for path in filter(os.path.isdir, paths):
         return path
-    if not paths or data.layout == "phantom":  # it is generated where it is missing
+    if not paths or data.layout == "phantom":  # generated if missing
         return data.root
     raise UserError(f"the data of {workdir} are not at {' or '.join(paths)}; give {flag}=FOLDER")
 
 
 def _file(candidates, field: str, own: Path) -> str:
-    """The first file that holds what the workdir's own copy does, which stands in where none is."""
+    """First existing file with the content of the workdir's copy `own`, else that copy."""
     paths = candidates(field)
     there = [path for path in paths if os.path.lexists(path)]
     if not paths or not own.is_file():
@@ -130,13 +136,13 @@ def _file(candidates, field: str, own: Path) -> str:
         return str(own)
     wanted = digest_of(field, own)
     same = [path for path in there if digest_of(field, path) == wanted]
-    if field == "data.split_file":  # whose order counts in digests; `resumption.compare` tells more
+    if field == "data.split_file":  # order changes its digest; `resumption.check_split` compares
         return str(own) if same else there[0]
     if same:
         return same[0]
     raise UserError(
-        f"{there[0]} ({field}) holds {_OTHER[field]} than the run in {own.parent} was begun with; "
-        f"give its own copy, --config.{field}={own}, or train in another --workdir"
+        f"{there[0]} ({field}) has {_OTHER[field]} than the run in {own.parent} started with; "
+        f"give the run's copy, --config.{field}={own}, or train in another --workdir"
     )
 
 
@@ -144,7 +150,7 @@ _OTHER = {"data.label_table": "other classes or source ids", "fewshot.file": "ot
 
 
 def _cnn(paths: list[str], workdir: Path) -> str:
-    """Compared with the run's where training goes on; other uses do without."""
+    """Prefers the file the run was trained with; training compares it on resume."""
     wanted = (read_json(workdir / ORIGIN) or {}).get("cnn_base")
     there = [path for path in paths if resnet_weights.cnn_file(path).is_file()]
     right = [path for path in there if resnet_weights.digests(path)["cnn_base"] == wanted]

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, git revision, source fingerprint, devices, input hashes."""
+"""Provenance of a result: versions, git revision, source fingerprint, devices, input hashes."""
 
 import hashlib
 import importlib.metadata
@@ -10,13 +10,13 @@ from pgpsam_jax.version import __version__
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "nibabel")
 _PACKAGE = Path(__file__).parents[1]
-# These draw and print what a run left behind; a change in them changes no result.
+# Rooms that only display stored results; changes there change no result.
 _READERS = ("report/", "results/", "visualization/")
 
 
 def provenance(**inputs) -> dict:
-    """The record of one run; `inputs` are the hashes of what it read."""
-    import jax  # starts its backends: callers that only want the code's version do without
+    """Returns the record of one run; `inputs` are the hashes of the files it read."""
+    import jax  # starts the backends, which `code_version` does not need
 
     return {
         "pgpsam_jax": __version__,
@@ -30,10 +30,10 @@ def provenance(**inputs) -> dict:
 
 
 def code_version() -> dict:
-    """`git` (commit or None) and `code`, a hash of the sources that can change a result.
+    """Returns `git` (commit or None) and `code`, a hash of the sources that can change a result.
 
-    The hash tells two versions apart where there is no git, and does not change with a commit
-    that touches only tests, documents or pictures.
+    The hash distinguishes versions without git and is not changed by commits that touch only
+    tests, documents or figures.
     """
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
@@ -44,7 +44,7 @@ def code_version() -> dict:
 
 
 def _git_revision() -> str | None:
-    """Commit of the checkout this package runs from, with `+changes` if files differ from it."""
+    """Commit of this package's checkout, with `+changes` if tracked files differ."""
     git = ["git", "-C", str(_PACKAGE)]
     try:
         run = dict(capture_output=True, text=True, check=True, timeout=10)

@@ -1,4 +1,4 @@
-"""Whether a workdir holds a run already, and whether what goes on there would be the same run."""
+"""Records which run a workdir holds, and checks that a resumed run is still that run."""
 
 from pathlib import Path
 
@@ -23,18 +23,22 @@ _INPUTS = {
 }
 
 
-def compare(workdir, split: Split) -> None:
-    """Refuse cases on another side than when the run began, and another label table."""
+def check_split(workdir, split: Split) -> None:
+    """Checks that split and label table are those the run started with.
+
+    Raises:
+      UserError: a case has moved to another part of the split, or the label table differs.
+    """
     labels = Path(workdir) / LABELS
     if labels.is_file() and load_label_table(labels).to_json() != split.table.to_json():
         raise UserError(
-            f"{labels} has other classes or source ids than the data now; give the label table of "
-            f"that run, --config.data.label_table={labels}, or choose another --workdir"
+            f"{labels} has other classes or source ids than the data have now; give the run's "
+            f"label table, --config.data.label_table={labels}, or choose another --workdir"
         )
     path = Path(workdir) / SPLIT
-    if not path.is_file():  # of a run that was begun before there was one
+    if not path.is_file():  # written by a version without split records
         return
-    then, now = _sides(read_json(path)), _sides(_ids(split))
+    then, now = _parts_by_case(read_json(path)), _parts_by_case(_ids(split))
     changed = [
         f"{case}: {then.get(case, 'in no part')} then, {now.get(case, 'in no part')} now"
         for case in sorted(then.keys() | now.keys())
@@ -43,28 +47,28 @@ def compare(workdir, split: Split) -> None:
     if changed:
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise UserError(
-            f"the split has changed since the run in {workdir} began ({'; '.join(changed[:5])}"
+            f"the split has changed since the run in {workdir} started ({'; '.join(changed[:5])}"
             f"{more}); restore the data, or give the run's own split with --config.data.split=file "
             f"--config.data.split_file={path}, or train in another --workdir"
         )
 
 
 def notice(workdir, split: Split) -> str | None:
-    """What to know of scores of other images than those that were there when the run began."""
+    """Returns a notice if the test images are not those present when the run started."""
     then = (read_json(Path(workdir) / ORIGIN) or {}).get("test")
     if then in (None, images_digest(split.test)):
         return None
-    return "The scored images are not those of the test cases when this run began, by SHA-256."
+    return "The scored test images have changed since this run started (SHA-256)."
 
 
 def _ids(split: Split) -> dict[str, list[str]]:
-    """The split as `data.split_file` has it."""
+    """The split in the format of `data.split_file`."""
     ids = {part: [case.case_id for case in getattr(split, part)] for part in PARTS}
     return {part: cases for part, cases in ids.items() if cases}
 
 
-def _sides(ids: dict) -> dict[str, str]:
-    """Case -> the parts that it is in."""
+def _parts_by_case(ids: dict) -> dict[str, str]:
+    """Case -> the parts of the split that contain it."""
     found = {}
     for part in PARTS:
         for case in ids.get(part, ()):
@@ -72,23 +76,33 @@ def _sides(ids: dict) -> dict[str, str]:
     return found
 
 
-def claim(
+def record_run_identity(
     given: ConfigDict, config: ConfigDict, workdir, split: Split, slices: FewShotList, origin: dict
 ) -> None:
-    """Write what says which run the workdir holds; on resume, what is there must agree.
+    """Writes which run a workdir holds; on resume, checks the inputs first.
 
-    given: the configuration with paths as users wrote them; config: of `places.found`. origin:
-    `provenance.provenance`. `config.json` comes last: it makes the workdir this run's.
+    `config.json` is written last: it marks the workdir as this run's.
+
+    Args:
+      given: the configuration with paths as the user wrote them.
+      config: of `locations.resolve_paths`.
+      workdir: of the run.
+      split: of the data set.
+      slices: the few-shot list.
+      origin: of `provenance.provenance`.
+
+    Raises:
+      UserError: an input has changed since the run started.
     """
     if not multihost.is_first():
         return
     workdir = Path(workdir)
     resume = (workdir / "config.json").is_file()
     if resume:
-        _compare(workdir / ORIGIN, origin)
+        _check_inputs(workdir / ORIGIN, origin)
         stored = configuration.load_config(workdir)
-        # Places of files, and the length of the run, may change when it resumes.
-        for section, name in (field.split(".") for field in (*identity.PLACES, *identity.LENGTH)):
+        # Paths and the length of the run may change on resume.
+        for section, name in (field.split(".") for field in (*identity.PATHS, *identity.LENGTH)):
             length = f"{section}.{name}" in identity.LENGTH
             if length or (stored[section][name] and given[section][name]):
                 stored[section][name] = given[section][name]
@@ -99,23 +113,23 @@ def claim(
         if not resume or not (workdir / name).is_file():
             write_json(workdir / name, value)
     write_json(workdir / ORIGIN, origin)
-    locations.record(workdir, config)
+    locations.record_locations(workdir, config)
     configuration.store(given, workdir)
 
 
-def _compare(path: Path, origin: dict) -> None:
-    """Refuse other inputs than those of the start; say where the program is another."""
+def _check_inputs(path: Path, origin: dict) -> None:
+    """Refuses inputs that have changed since the start; warns if the code has."""
     before = read_json(path) or {}
     for name, what in _INPUTS.items():
         then, now = before.get(name), origin.get(name)
         if then and now and then != now:
             raise UserError(
-                f"the {what} has changed since the run in {path.parent} began ({then[:12]} then, "
+                f"the {what} has changed since the run in {path.parent} started ({then[:12]} then, "
                 f"{now[:12]} now, by SHA-256); restore it, or train in another --workdir"
             )
     changed = [k for k in ("code", "packages") if before.get(k) not in (None, origin[k])]
     if changed:
         multihost.print_once(
-            f"warning: {' and '.join(changed)} changed since this run began; it goes on, though "
+            f"warning: {' and '.join(changed)} changed since this run started; it resumes, but "
             "not bit for bit as it would have"
         )

@@ -12,15 +12,15 @@ from pathlib import Path
 import filelock
 
 from pgpsam_jax.distributed import multihost
-from pgpsam_jax.errors import UserError, explained
+from pgpsam_jax.errors import UserError, as_user_error
 from pgpsam_jax.utils.files import local, refuse_foreign, remove_temporaries, write_json
 
 LOCK = ".lock"
 HOLDER = "running.json"  # who holds it; where there are locks, they decide
 STALE_SECONDS = 120  # a holder on another host that keeps its file fresh counts as dead after this
-# What file systems without locks answer.
+# Errors of file systems without locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-_MARKS = ("config.json", LOCK, "checkpoints", "state.json")  # of a run, or of a cell of a grid
+_MARKS = ("config.json", LOCK, "checkpoints", "state.json")  # of a run or an experiment grid's cell
 _ours: set[Path] = set()  # workdirs that this process holds
 
 
@@ -29,7 +29,7 @@ class Taken(UserError):
 
 
 @contextlib.contextmanager
-def held(workdir, doing: str):
+def hold(workdir, doing: str):
     """Holds the workdir's write lock inside the block; creates the directory if needed.
 
     A workdir that this process holds already stays held by the outer block. A folder that was
@@ -44,16 +44,16 @@ def held(workdir, doing: str):
       UserError: the folder is not a workdir, or the disk is full or read-only.
     """
     try:
-        with _held(Path(workdir), doing):
+        with _hold(Path(workdir), doing):
             yield
     except Exception as error:
-        if (told := explained(error)) is error:
+        if (converted := as_user_error(error)) is error:
             raise
-        raise told from error
+        raise converted from error
 
 
 @contextlib.contextmanager
-def _held(workdir: Path, doing: str):
+def _hold(workdir: Path, doing: str):
     local(workdir, "--workdir")
     if workdir.resolve() in _ours:
         yield
@@ -79,7 +79,7 @@ def _held(workdir: Path, doing: str):
         (workdir / HOLDER).unlink(missing_ok=True)
         if made and {path.name for path in workdir.iterdir()} <= {LOCK}:
             (workdir / LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another process has come meanwhile
+            with contextlib.suppress(OSError):  # another process has started meanwhile
                 workdir.rmdir()
         lock.release()
 
@@ -117,7 +117,7 @@ def is_held(workdir: Path) -> bool:
 
 
 def _holder(workdir: Path) -> dict:
-    """What `running.json` says; empty before its holder has written it."""
+    """Contents of `running.json`; empty before its holder has written it."""
     try:
         who = json.loads((workdir / HOLDER).read_text(encoding="utf-8"))
         return {name: who[name] for name in ("pid", "host", "doing", "since")}
@@ -134,18 +134,18 @@ def _warn(workdir: Path) -> None:
             raise Taken(_taken(workdir))
     warnings.warn(
         f"the file system of {workdir} has no locks: nothing keeps a second process from writing "
-        "there, so start none",
+        "there, so do not start one",
         stacklevel=4,
     )
 
 
 def _taken(workdir: Path) -> str:
-    by = "another process writes to it"  # which has only just begun
+    by = "another process writes to it"  # it has only just started
     if who := _holder(workdir):
         by = "process {pid} on {host} has been {doing} there since {since}".format(**who)
-    return f"{workdir} is in use: {by}; wait until that has ended, or choose another --workdir"
+    return f"{workdir} is in use: {by}; wait until it has ended, or choose another --workdir"
 
 
 def locked(workdir, doing: str):
-    """The workdir's lock, which the first of several processes holds for all."""
-    return held(workdir, doing) if multihost.is_first() else contextlib.nullcontext()
+    """Holds the workdir's lock in the first of several processes, for all of them."""
+    return hold(workdir, doing) if multihost.is_first() else contextlib.nullcontext()

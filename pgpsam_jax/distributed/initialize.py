@@ -17,7 +17,7 @@ import jax
 
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.distributed.cluster_env import START_SECONDS, ProcessInfo
-from pgpsam_jax.errors import AGAIN, Interrupted, UserError, explained
+from pgpsam_jax.errors import AGAIN, Interrupted, UserError, as_user_error
 from pgpsam_jax.runtime import jax_internals, preemption
 
 PEER_LOST = 69  # exit code (EX_UNAVAILABLE): another process ended without reporting an error
@@ -195,7 +195,7 @@ class ProcessGroup:
 
 
 def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
-    if isinstance(told := explained(error), UserError):
+    if isinstance(told := as_user_error(error), UserError):
         return 2, str(told)
     if isinstance(error, Interrupted):
         return AGAIN, str(error)

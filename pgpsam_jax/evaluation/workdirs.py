@@ -27,12 +27,12 @@ def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
     determinism.demand((config or stored).deterministic)
     multihost.check_shared(workdir)
     with locked(workdir, "evaluating"):
-        config = locations.found(stored if config is None else config, workdir)
+        config = locations.resolve_paths(stored if config is None else config, workdir)
         config = build.settled(config)
         split = dataset.find_split(config.data)
         config.data.axis = dataset.axis_of(config.data, split.train)
         identity.check_same(stored, config, workdir, free=identity.LENGTH)
-        resumption.compare(workdir, split)
+        resumption.check_split(workdir, split)
         predictor = load_predictor(config, workdir, split.table.num_classes)
         return run_evaluation(config, workdir, predictor, split)
 

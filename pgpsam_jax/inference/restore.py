@@ -27,11 +27,11 @@ def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
         config.model, num_classes, config.seed if new else None
     )
     random_frozen = pretrained.randomly_initialized_frozen_params(config.model, frozen)
-    frozen_weights.settle_base(workdir, config.model.base, digest, frozen, random_frozen)
+    frozen_weights.pin_frozen_weights(workdir, config.model.base, digest, frozen, random_frozen)
     everywhere = device_mesh.replicated(device_mesh.make_mesh())
     abstract = checkpoint.abstract_like(params, jax.tree.map(lambda _: everywhere, params))
     params = best_parameters.restore_params(
-        workdir, abstract, best=best_parameters.is_on(config.validation)
+        workdir, abstract, best=best_parameters.keeps_best(config.validation)
     )
     if notice := best_parameters.notice(config.validation, workdir):
         multihost.print_once(notice)

@@ -89,7 +89,7 @@ def advice(config: ConfigDict, workdir, reason: str, segmenting: bool = False) -
     minutes = SECONDS // 60
     multihost.print_once(f"{head}: looking for settings that fit, for {minutes} minutes at most")
     resident = _resident_bytes(config.model.image_size, config.data.resident_gib, workdir)
-    classes = dataset.label_table(locations.found(config, workdir).data).num_classes
+    classes = dataset.label_table(locations.resolve_paths(config, workdir).data).num_classes
 
     def measure(setting: ConfigDict) -> int:
         return needed(setting, classes) + resident

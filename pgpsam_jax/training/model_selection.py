@@ -55,7 +55,7 @@ class Selection:
         self._data, self._total, self._workdir = data, total, Path(workdir)
         self._batch_size, self._epoch_size = batch_size, epoch_size
         self._slices = validation.every_epochs * epoch_size  # seen between two validations
-        self._best = best_parameters.Best(workdir)
+        self._best = best_parameters.BestCheckpoint(workdir)
         names = names or [f"class_{i}" for i in range(data.num_classes)]
         self._silent = SilentClasses(names, data.labels, validation.dead_epochs)
         self._fresh = True

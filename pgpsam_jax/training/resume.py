@@ -1,4 +1,4 @@
-"""Whether a workdir holds this run already, and what it means for the run to be longer."""
+"""Whether a workdir holds this run already, and whether its length may change."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from pgpsam_jax.checkpointing import checkpoint, identity
 from pgpsam_jax.checkpointing.locations import LIST
-from pgpsam_jax.checkpointing.resumption import compare
+from pgpsam_jax.checkpointing.resumption import check_split
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.data.dataset import Split, stored_list
 from pgpsam_jax.distributed import multihost
@@ -16,14 +16,21 @@ from pgpsam_jax.training.plan import TrainingPlan
 
 
 def is_resume(config: ConfigDict, workdir, split: Split) -> bool:
-    """Whether the workdir holds this run; one that cannot go on as it began is refused.
+    """Whether the workdir holds this run, to be resumed.
 
-    config: of `places.found`. A run that is to take more steps than before goes on too, and it is
-    said what that means.
+    A longer run than before resumes too; what that changes is printed.
+
+    Args:
+      config: of `locations.resolve_paths`.
+      workdir: of the run.
+      split: of the data set.
+
+    Raises:
+      UserError: the workdir holds another run or is incomplete, or the run got shorter.
     """
     workdir = Path(workdir)
     if not (workdir / "config.json").is_file():
-        if checkpoint.numbers(workdir):
+        if checkpoint.saved_steps(workdir):
             raise UserError(
                 f"{workdir} holds checkpoints but no config.json; restore it from a copy, or "
                 "choose another --workdir"
@@ -36,32 +43,32 @@ def is_resume(config: ConfigDict, workdir, split: Split) -> bool:
             f"{workdir / LIST} is missing; restore it from a copy (a workdir that was converted "
             "from a checkpoint has none: use --mode evaluate, or train in another --workdir)"
         )
-    compare(workdir, split)
+    check_split(workdir, split)
     plans = TrainingPlan.of(stored), TrainingPlan.of(config)
     _check_length(*plans, config.validation.every_epochs, workdir)
     return True
 
 
 def _check_length(old: TrainingPlan, new: TrainingPlan, every_epochs: int, workdir: Path) -> None:
-    """Refuses fewer steps than the run began with; prints what more of them mean."""
+    """Refuses fewer steps than the run started with; prints what more of them change."""
     slices = len(stored_list(workdir))
     before, now = old.total_steps(slices), new.total_steps(slices)
     if before == now:
         return
-    done = max(checkpoint.numbers(workdir), default=0)
+    done = max(checkpoint.saved_steps(workdir), default=0)
     if now < before:
         raise UserError(
-            f"{workdir} belongs to a run of {before} steps, of which {done} are done: it cannot be "
-            f"made one of {now}; give --config.train.steps={before} or more, or train in another "
+            f"{workdir} belongs to a run of {before} steps, {done} of them done: it cannot be "
+            f"shortened to {now}; give --config.train.steps={before} or more, or train in another "
             "--workdir"
         )
-    said = [f"the run of {before} steps goes on from step {done} to step {now}"]
+    said = [f"the run of {before} steps resumes from step {done} and continues to step {now}"]
     rates = [plan.learning_rates(slices)[:done] for plan in (old, new)]
     if not np.array_equal(*rates, equal_nan=True):
         said.append(
-            f"its learning rates so far were those of {before} steps, so what comes out is not "
-            f"what one run of {now} steps gives"
+            f"its learning rates so far were those of {before} steps, so the result differs from "
+            f"that of one run of {now} steps"
         )
     if every_epochs and done == before and before * new.batch_size % (every_epochs * slices):
-        said.append(f"validation judged step {before} as well, which was the last")
+        said.append(f"step {before} was validated as well, as the last step then")
     multihost.print_once("; ".join(said))

@@ -73,7 +73,7 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
     Raises:
       UserError: the first thing that is wrong; nothing was written then but caches.
     """
-    config = build.settled(locations.found(given, workdir))
+    config = build.settled(locations.resolve_paths(given, workdir))
     given = build.settled(given, like=config)
     watch, mesh, plan = (
         Stopwatch(workdir),
@@ -95,7 +95,7 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
         with multihost.first_before_others("verify"):
             verification.ensure(config.data, split, workdir, say=multihost.print_once)
         source = config.data, config.model.image_size
-        validated = split.validation if best_parameters.is_on(config.validation) else []
+        validated = split.validation if best_parameters.keeps_best(config.validation) else []
         if multihost.is_multiprocess():  # share the work of filling the cache
             cases = multihost.shard_for_process(split.train + validated)
             dataset.read_cases(*source, cases, split.table, workdir)
@@ -120,11 +120,13 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
     if multihost.is_multiprocess():
         about = {"whether --workdir holds this run": resume, "config": to_json(config)}
         _agree(about, origin, params)
-    resumption.claim(given, config, workdir, split, data.list, origin)
+    resumption.record_run_identity(given, config, workdir, split, data.list, origin)
     if multihost.is_first():
         write_json(workdir / appearance.FILE, data.looks)
-    random_frozen = pretrained.randomly_initialized_frozen_params(config.model, frozen)
-    frozen_weights.settle_base(workdir, config.model.base, base_digest, frozen, random_frozen)
+    sampled = pretrained.randomly_initialized_frozen_params(config.model, frozen)
+    frozen_weights.pin_frozen_weights(
+        workdir, config.model.base, base_digest, frozen, random_frozen
+    )
     total = plan.total_steps(len(data.list))
     with device_mesh.traced_on(mesh):
         kernels = build.attention_of(config.model, graphdef, params, frozen)

@@ -24,7 +24,7 @@ class TestSet:
         if config.data.layout == "phantom":
             config.data.layout = "btcv"  # the layout it was written in
         config.model.base = config.fewshot.file = ""  # not needed here
-        config = locations.found(config, run.workdir, root_flag="--data")
+        config = locations.resolve_paths(config, run.workdir, root_flag="--data")
         cases = dataset.find_cases(config.data)
         self.table = dataset.label_table(config.data)
         if self.table.names != run.names:
