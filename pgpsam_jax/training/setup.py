@@ -124,9 +124,7 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
     if multihost.is_first():
         write_json(workdir / appearance.FILE, data.looks)
     sampled = pretrained.randomly_initialized_frozen_params(config.model, frozen)
-    frozen_weights.pin_frozen_weights(
-        workdir, config.model.base, base_digest, frozen, random_frozen
-    )
+    frozen_weights.pin_frozen_weights(workdir, config.model.base, base_digest, frozen, sampled)
     total = plan.total_steps(len(data.list))
     with device_mesh.traced_on(mesh):
         kernels = build.attention_of(config.model, graphdef, params, frozen)
