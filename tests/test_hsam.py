@@ -20,7 +20,7 @@ from method_runs import loss_falls
 from release_numpy import resize
 
 from pgpsam_jax.checkpointing import checkpoint
-from pgpsam_jax.checkpointing.best_parameters import Best, restore_params
+from pgpsam_jax.checkpointing.best_parameters import BestCheckpoint, restore_params
 from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.data.augmentation.augment import AugmentConfig
 from pgpsam_jax.errors import UserError
@@ -340,7 +340,7 @@ def test_a_checkpoint_with_other_parameters_is_refused(tmp_path):
     stored, ours = (
         nnx.state(random_model(gate, depth=1)[0], nnx.Param) for gate in ("intended", "released")
     )
-    with Best(tmp_path) as best:
+    with BestCheckpoint(tmp_path) as best:
         best.save(stored, 1, 0.5)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = checkpoint.abstract_like(ours, jax.tree.map(lambda _: device, ours))
