@@ -7,6 +7,7 @@ centre of the first pixel; pixels are taken to be square.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.ndimage import map_coordinates
 
 from pgpsam_jax.config.augmentation import AugmentConfig
 from pgpsam_jax.data.augmentation.sampling import between, one_of
@@ -155,48 +156,17 @@ def _mirrored(place, shape, margin: float):
 
 
 def resample(image, label, coordinates):
-    """Read (H, W) image (bilinear) and label (nearest, half up) at the same (2, H, W) points.
+    """Samples (H, W) image (bilinear) and label (nearest, half up) at the same (2, H, W) points.
 
-    Outside the picture both are 0: the lower end of the intensity window (air, in CT) and
-    background. Repeating or reflecting the border would draw anatomy that is not there, and
-    label it. Equals `scipy.ndimage.map_coordinates` with `mode="grid-constant"`, orders 1 and 0.
+    Both are 0 outside the image: the lower end of the intensity window (air, in CT) and background.
+    Repeating or reflecting the border would draw anatomy that is not there, and label it. Equals
+    `scipy.ndimage.map_coordinates` with `mode="grid-constant"`, orders 1 and 0.
     """
-    return bilinear(image, coordinates).astype(image.dtype), nearest(label, coordinates)
+    # JAX rounds half away from 0, which would put this one outside.
+    rows_columns = jnp.where(coordinates == -0.5, 0, coordinates)
+    return bilinear(image, coordinates), map_coordinates(label, rows_columns, order=0)
 
 
-def bilinear(picture, coordinates):
-    """Read (H, W) at (2, H, W) points, linearly; 0 outside."""
-    pixels, corner, stride, below, right = _neighbours(picture, coordinates)
-    top = _blend(_take(pixels, corner), _take(pixels, corner + 1), right)
-    bottom = _blend(_take(pixels, corner + stride), _take(pixels, corner + stride + 1), right)
-    return _blend(top, bottom, below)
-
-
-def nearest(picture, coordinates):
-    """Read (H, W) at the pixels closest to (2, H, W) points, half up; 0 outside."""
-    pixels, corner, stride, below, right = _neighbours(picture, coordinates)
-    return _take(pixels, corner + (below >= 0.5) * stride + (right >= 0.5))
-
-
-def _neighbours(picture, coordinates):
-    """Flat pixels, the index of each point's upper left neighbour, the stride, the fractions."""
-    row, below = _cell(coordinates[0], picture.shape[0])
-    column, right = _cell(coordinates[1], picture.shape[1])
-    # A border of one zero pixel, so that every neighbour exists.
-    stride = picture.shape[1] + 2
-    return jnp.pad(picture, 1).ravel(), (row + 1) * stride + column + 1, stride, below, right
-
-
-def _cell(coordinate, size: int):
-    """The pixel at or before a coordinate, from -1 to size - 1, and the fraction past it."""
-    coordinate = jnp.clip(coordinate, -1, size)
-    first = jnp.clip(jnp.floor(coordinate), -1, size - 1)
-    return first.astype(jnp.int32), coordinate - first
-
-
-def _blend(first, second, fraction):
-    return (1 - fraction) * first + fraction * second
-
-
-def _take(flat, index):
-    return flat.at[index].get(mode="promise_in_bounds")
+def bilinear(image, coordinates):
+    """Samples (H, W) bilinearly at (2, H, W) points; 0 outside."""
+    return map_coordinates(image, coordinates, order=1)
