@@ -31,6 +31,7 @@ from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.results.grid import is_grid, read_grid
 from pgpsam_jax.runtime.cli import Parser, running
 from pgpsam_jax.utils.files import csv_text, write_text
+from pgpsam_jax.utils.markdown import pipe_table
 
 _LORA = {"LoRA of the encoder": {r"image_encoder/blocks/\d+/attn/lora/b": 0.0}}
 
@@ -113,17 +114,16 @@ def summary(rows) -> str:
     """Returns a Markdown table: mean Dice (class mean, %) and its change with each part off."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
     parts = list(dict.fromkeys(row["part"] for row in rows))
-    lines = ["| switched off | runs | Dice (%) | change | smallest to largest change |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: |")
+    table = [["switched off", "runs", "Dice (%)", "change", "smallest to largest change"]]
     whole = {run: _class_mean(rows, run, WHOLE) for run in runs}
     for part in parts:
         means = {run: _class_mean(rows, run, part) for run in runs}
         means = {run: mean for run, mean in means.items() if not np.isnan(mean)}
         change = [100 * (mean - whole[run]) for run, mean in means.items()]
-        cells = [part, len(means), f"{100 * np.mean(list(means.values())):.2f}"]
+        cells = [part, str(len(means)), f"{100 * np.mean(list(means.values())):.2f}"]
         cells += [f"{np.mean(change):+.2f}", f"{min(change):+.2f} to {max(change):+.2f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+        table.append(cells)
+    return "\n".join(pipe_table(table)) + "\n"
 
 
 def _class_mean(rows, run: str, part: str) -> float:

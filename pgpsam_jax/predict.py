@@ -26,7 +26,7 @@ from pgpsam_jax.evaluation.masks import VOLUMES, Masks
 from pgpsam_jax.runtime.cli import Parser, positive, running
 from pgpsam_jax.runtime.malloc import keep_freed_memory
 from pgpsam_jax.runtime.worker_pool import check, map_ahead, map_in_order, worker_count
-from pgpsam_jax.utils.untrusted_text import shown
+from pgpsam_jax.utils.untrusted_text import sanitize
 
 _LONGEST = 2000  # characters of a line
 
@@ -111,7 +111,7 @@ def predict(
 
 
 def _print_line(line: str) -> None:
-    tqdm.write(shown(line, _LONGEST))  # file names are untrusted
+    tqdm.write(sanitize(line, _LONGEST))  # file names are untrusted
 
 
 def by_stem(inputs: Iterable[Path]) -> dict[str, Path]:

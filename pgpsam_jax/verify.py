@@ -25,11 +25,12 @@ from pgpsam_jax.data.io.array_files import NO_GRID
 from pgpsam_jax.data.layouts import find
 from pgpsam_jax.data.layouts.cases import Listing
 from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
+from pgpsam_jax.data.layouts.split import split_cases
 from pgpsam_jax.data.quality.verification import check_cases, findings_of, spoken, summarise
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime.cli import Parser, pair, positive, running
 from pgpsam_jax.utils.files import write_json
-from pgpsam_jax.utils.untrusted_text import read_json, shown
+from pgpsam_jax.utils.untrusted_text import read_user_json, sanitize
 
 # Fields of `config.data`; short names count only where they are no part of a path.
 _SETTINGS = re.compile(
@@ -59,7 +60,7 @@ def verify(
     started, base = time.perf_counter(), Path(root)
 
     def tell(line: str) -> None:  # names of files are untrusted too
-        say(shown(spelled(line), _LONGEST))
+        say(sanitize(spelled(line), _LONGEST))
 
     if layout == "auto":
         layout = find.detect(root, image_glob)
@@ -107,7 +108,7 @@ def _split(listing: Listing, kind: str, file) -> None:
     """Write the parts of a split into the cases; one that does not fit is a finding."""
     cases = [case for case in listing.cases if case.label is not None]
     try:
-        parts = find.split_cases(cases, kind, file=file)
+        parts = split_cases(cases, kind, file=file)
     except UserError as error:
         listing.add("split", "", str(error))
         return
@@ -227,7 +228,7 @@ def _refuse_other(path: Path) -> None:
             raise UserError(f"--report {path} cannot be written: {place} does not take files")
         return
     try:
-        there = read_json(path, "report")
+        there = read_user_json(path, "report")
     except UserError:
         there = None
     if not (isinstance(there, dict) and {"schema", "files", "counts"} <= there.keys()):

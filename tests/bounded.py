@@ -12,7 +12,7 @@ from pathlib import Path
 from pgpsam_jax.data import fewshot_list
 from pgpsam_jax.data.io import volumes
 from pgpsam_jax.data.io.array_files import ArrayFiles
-from pgpsam_jax.data.layouts import find, label_table, nnunet, transunet
+from pgpsam_jax.data.layouts import label_table, nnunet, split, transunet
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.sam.weights import read_safetensors
 from weights_conversion.checkpoint_files import read_checkpoint
@@ -25,7 +25,7 @@ READERS = {
     "safetensors": read_safetensors,
     "few-shot list": fewshot_list.read_list,
     "label table": label_table.load_label_table,
-    "split": lambda path: find.split_cases([], "file", file=path),
+    "split": lambda path: split.split_cases([], "file", file=path),
     "nnunet": lambda path: nnunet.scan(path.parent),
     "transunet": lambda path: transunet.scan(path.parent),
 }

@@ -60,9 +60,9 @@ def spoiled(value):
     return spoil
 
 
-def moved(path, millimetres=5.0):
+def moved(path, millimeters=5.0):
     affine = nib.load(path).affine.copy()
-    affine[0, 3] += millimetres
+    affine[0, 3] += millimeters
     change(path, affine=affine)
 
 

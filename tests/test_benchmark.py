@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 from unittest import mock
 
 import jax
@@ -173,13 +174,13 @@ def test_command_line_end_to_end(tmp_path, capsys, knowing):
     assert "nonsense" in failed["error"] and "seconds" not in failed
     assert rows["matmul float32"]["record"]["flops_per_second"] > 1e8
     assert "matmul float32: size 1024" in text and "**failed**" in text
-    assert f"torch eager {theirs['attention']}" in text and text.count("| training |") == 2
+    assert f"torch eager {theirs['attention']}" in text and text.count("| training ") == 2
     assert "failed" in capsys.readouterr().out
 
     code, rows, text = run(tmp_path, "--tasks", "inference", *SMALL)
     assert code == 0 and len(rows) == 4  # with those of the first start
     assert rows[f"inference pgpsam {micro.NAME} 64 1 float32"]["seconds"]["count"] == 2
-    assert text.count("| training |") == 2 and text.count("| inference |") == 1
+    assert text.count("| training ") == 2 and text.count("| inference ") == 1
 
 
 @pytest.mark.parametrize("model", [pytest.param("pgpsam", marks=pytest.mark.slow), "sam"])
@@ -281,7 +282,7 @@ def test_a_stopped_run_keeps_its_rows(tmp_path, monkeypatch):
         run(tmp_path, "--tasks", "inference", "--batches", "1,2")
     assert ended.value.code == 130
     assert len(table.load(tmp_path)) == 2
-    assert "| inference |" in (tmp_path / table.TABLE).read_text()
+    assert "| inference " in (tmp_path / table.TABLE).read_text()
 
 
 def test_markdown_by_hand():
@@ -297,7 +298,9 @@ def test_markdown_by_hand():
     known["point"] = known["point"] | {"dtype": "bfloat16"}
     known |= runner.rates(known, dataclasses.replace(points[1], dtype="bfloat16"))
     assert known["mfu"] == pytest.approx(12e9 / 989e12)
-    assert " 0.0% |  |" in table.markdown([known])  # of matmul: none was measured there
+    assert re.search(
+        r" 0\.0% \| +\|", table.markdown([known])
+    )  # of matmul: none was measured there
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from label_tables import PAIR, TOTAL, TOTAL_TABLE
 from places import shared
 
 from pgpsam_jax.data.cache import build_cache, gather_slices, read_case
-from pgpsam_jax.data.layouts.find import Case, find_cases
+from pgpsam_jax.data.layouts.cases import Case
+from pgpsam_jax.data.layouts.find import find_cases
 from pgpsam_jax.data.layouts.label_table import LabelTable
-from pgpsam_jax.data.letterbox import Fit, model_slices, to_model
+from pgpsam_jax.data.letterbox import Letterbox, model_slices, to_model
 from pgpsam_jax.errors import UserError
 
 
@@ -55,9 +56,9 @@ def test_cache_content(tmp_path):
 
     volume, ids = read_case(case, PAIR)
     window = np.clip((volume.array + 125) / 400, 0, 1)
-    fit = Fit.of((30, 20), 64)
-    np.testing.assert_allclose(images, to_model(window, fit, 1), atol=6e-4)  # half precision
-    np.testing.assert_array_equal(labels, to_model(ids, fit, 0))
+    letterbox = Letterbox.of((30, 20), 64)
+    np.testing.assert_allclose(images, to_model(window, letterbox, 1), atol=6e-4)  # half precision
+    np.testing.assert_array_equal(labels, to_model(ids, letterbox, 0))
     counts = [[(part == k).sum() for k in range(3)] for part in ids]
     np.testing.assert_array_equal(cached.areas, counts)
     assert cached.areas[3].tolist() == [600 - 75 - 36, 75, 36]
@@ -126,9 +127,9 @@ def test_grey_levels_are_stored_and_part_of_the_key(tmp_path):
     (byte,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache", levels=256)
     (coarse,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache", levels=16)
     assert same.file == plain.file and len({plain.file, byte.file, coarse.file}) == 3
-    array, fit = read_case(case, PAIR)[0].array, Fit.of((30, 20), 64)
+    array, letterbox = read_case(case, PAIR)[0].array, Letterbox.of((30, 20), 64)
     for cached, levels in ((plain, 0), (byte, 256), (coarse, 16)):
-        seen = model_slices(array, WINDOW, fit, levels)  # what prediction gives the network
+        seen = model_slices(array, WINDOW, letterbox, levels)  # what prediction gives the network
         np.testing.assert_array_equal(cached.load()[0], seen.astype(np.float16))
     for levels in (1, -1):
         with pytest.raises(UserError, match=rf"data\.levels is {levels}; give 0"):

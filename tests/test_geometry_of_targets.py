@@ -16,7 +16,7 @@ import pytest
 
 from experiments import pretrain
 from pgpsam_jax.config import default_config, method_recipes
-from pgpsam_jax.data.letterbox import Fit
+from pgpsam_jax.data.letterbox import Letterbox
 from pgpsam_jax.inference.predictor import _class_ids
 from pgpsam_jax.methods import build
 from pgpsam_jax.methods.registry import METHODS, RELEASE, Training, name_of
@@ -119,7 +119,7 @@ def test_what_is_perfect_for_the_loss_is_perfect_for_the_labels(key):
     predict = Hsam.predict if key[0] == "hsam" else Segmenter.predict
     answers = {"predict": jax.jit(lambda: predict(Answering(), None))()} | outputs
     for name, logits in answers.items():
-        ids = _class_ids(logits, Fit.of((SIZE, SIZE), SIZE), (SIZE, SIZE))
+        ids = _class_ids(logits, Letterbox.of((SIZE, SIZE), SIZE), (SIZE, SIZE))
         for radius, (dice, shift) in zip(RADII, judged(np.asarray(ids)), strict=True):
             assert dice >= 0.99, (name, radius, dice)
             assert shift <= 0.05, (name, radius, shift)
@@ -176,10 +176,10 @@ def test_the_small_sam_learns_masks_in_place():
 @pytest.mark.parametrize("shape", [(128, 128), (256, 256), (100, 128), (128, 90), (101, 77)])
 def test_logits_become_masks_in_place(shape):
     """Low-resolution logits of a disc, through the letterbox and through SAM's own way back."""
-    fit = Fit.of(shape, SIZE)
+    letterbox = Letterbox.of(shape, SIZE)
     center, radius = np.array([0.47, 0.55]) * shape[::-1], 0.3 * min(shape)
     wanted = away(shape, center) <= radius
-    factors = fit.width / shape[1], fit.height / shape[0]
+    factors = letterbox.width / shape[1], letterbox.height / shape[0]
     cells = SIZE // 4
     place = [(np.arange(cells) + 0.5) * 4 - 0.5] * 2  # pixels of the network's image
 
@@ -192,8 +192,10 @@ def test_logits_become_masks_in_place(shape):
         field = radius - np.hypot(*np.meshgrid(x - center[0], y - center[1]))
         return np.stack([np.zeros_like(field), field], -1)[None]
 
-    ids = np.asarray(_class_ids(jnp.asarray(logits((fit.left, fit.top))), fit, shape))[0]
-    resized = fit.height, fit.width
+    ids = np.asarray(
+        _class_ids(jnp.asarray(logits((letterbox.left, letterbox.top))), letterbox, shape)
+    )[0]
+    resized = letterbox.height, letterbox.width
     back = jax.jit(lambda x: postprocess(x, (SIZE, SIZE), resized, shape))
     theirs = back(jnp.asarray(logits((0, 0))))
     for mask in (ids, np.asarray(theirs)[0, ..., 1] > 0):

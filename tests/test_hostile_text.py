@@ -17,10 +17,10 @@ from pgpsam_jax.config import defaults
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.data import fewshot_list
 from pgpsam_jax.data.io.nifti import read_image
-from pgpsam_jax.data.layouts import find, label_table, nnunet, transunet
+from pgpsam_jax.data.layouts import cases, find, label_table, nnunet, split, transunet
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.untrusted_text import shown
+from pgpsam_jax.utils.untrusted_text import sanitize
 
 
 def nnunet_folder(root, text: str):
@@ -39,7 +39,7 @@ def transunet_folder(root, lines: str):
 
 def split_of(file):
     cases = [Case(i, Path(i), Path(i)) for i in "ab"]
-    return find.split_cases(cases, "file", file=file)
+    return split.split_cases(cases, "file", file=file)
 
 
 def test_marks_and_line_ends_of_windows_are_read(tmp_path):
@@ -183,7 +183,7 @@ def test_any_bytes_as_text_are_sound_or_refused(tmp_path_factory, data):
             assert sound_or_refused(read, path) is None
         found = sound_or_refused(fewshot_list.read_list, path)
         for case_id, index in found.entries if found is not None else ():
-            assert find.safe_case_id(case_id) == case_id and 0 <= index < 10**6
+            assert cases.safe_case_id(case_id) == case_id and 0 <= index < 10**6
         (root / "train.txt").write_bytes(head + data)
         sound_or_refused(transunet.scan, root)
 
@@ -191,8 +191,8 @@ def test_any_bytes_as_text_are_sound_or_refused(tmp_path_factory, data):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ('{"classes": [], "classes": [{"name": "a", "source": [1]}]}', "'classes' is there twice"),
-        ('{"classes": [{"name": "a", "name": "b", "source": [1]}]}', "'name' is there twice"),
+        ('{"classes": [], "classes": [{"name": "a", "source": [1]}]}', "'classes' appears twice"),
+        ('{"classes": [{"name": "a", "name": "b", "source": [1]}]}', "'name' appears twice"),
         ('{"classes": [{"name": "a", "source": [%s]}]}' % ("9" * 5000), "cannot be read as JSON"),
         ('{"classes": [{"name": "a", "source": [%s]}]}' % ("9" * 4000), "integers in 0..65535"),
         ('{"classes": [{"name": "a", "source": [NaN]}]}', "must be an integer"),
@@ -214,7 +214,7 @@ def test_label_tables_made_to_harm(tmp_path, text, said):
 def test_descriptions_of_nnunet_made_to_harm(tmp_path):
     """Found here: a name of 5000 digits was taken for a number, as version 1 wrote them."""
     for text, said in {
-        '{"background": 0, "a": 1, "a": 2}': "'a' is there twice",
+        '{"background": 0, "a": 1, "a": 2}': "'a' appears twice",
         '{"background": 0, "%s": "liver"}' % ("9" * 5000): "not one id",
         '{"background": 0, "liver": 1.5}': "not one id",
         '{"background": 0, "liver": 70000}': "integers in 0..65535",
@@ -235,11 +235,11 @@ def test_names_of_files_cannot_forge_lines(tmp_path, capsys):
     assert report["counts"]["cases"] == 4 and report["counts"]["errors"] == 0
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("ok")]) == 6
-    of_name = [line for line in lines if "is no UTF-8" in line]
+    of_name = [line for line in lines if "is not UTF-8" in line]
     assert len(of_name) == 2 and all(line.startswith("warning") for line in of_name)
     assert all(line.isprintable() for line in lines)
     assert any("c\\x1b[31m" in line for line in lines) and any("d\\udcff" in line for line in lines)
-    assert shown("a" * 200) == "a" * 100 + "..." and shown("\n", 1) == "\\n"
+    assert sanitize("a" * 200) == "a" * 100 + "..." and sanitize("\n", 1) == "\\n"
 
 
 def test_links_in_a_data_folder(tmp_path):
@@ -267,11 +267,11 @@ def test_links_in_a_data_folder(tmp_path):
 def test_long_names_in_lists_are_refused(tmp_path):
     """The system knows no names of over 255 characters: asking for one is an error of its own."""
     long = "a" * 300
-    with pytest.raises(UserError, match="no plain file name"):
+    with pytest.raises(UserError, match="not a plain file name"):
         transunet.scan(transunet_folder(tmp_path, f"{long}_slice0\n"))
     cases = {"one": {"images": [f"imagesTr/{long}"], "label": "labelsTr/a"}}
     for listed, said in (
-        (cases, "no path inside"),
+        (cases, "not a path inside"),
         ({long: cases["one"]}, "cannot make a case id"),
     ):
         root = nnunet_folder(tmp_path / "n", json.dumps(NNUNET | {"dataset": listed}))

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from pgpsam_jax.data.io.nifti import Volume
-from pgpsam_jax.data.letterbox import Fit, model_slices, to_model, to_model_on_device
+from pgpsam_jax.data.letterbox import Letterbox, model_slices, to_model, to_model_on_device
 from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.models.segmenter import Segmenter
 from pgpsam_jax.sharding import device_mesh
@@ -44,10 +44,10 @@ def volume_of(shape, seed=0):
 )
 def test_the_device_resizes_as_the_host(shape, size):
     images = np.random.default_rng(0).random((3, *shape), np.float32)
-    fit = Fit.of(shape, size)
-    ours = jax.jit(to_model_on_device, static_argnums=1)(images, fit)
+    letterbox = Letterbox.of(shape, size)
+    ours = jax.jit(to_model_on_device, static_argnums=1)(images, letterbox)
     assert ours.dtype == np.float32
-    np.testing.assert_allclose(ours, to_model(images, fit, order=1), atol=5e-7)
+    np.testing.assert_allclose(ours, to_model(images, letterbox, order=1), atol=5e-7)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -57,7 +57,7 @@ def test_every_slice_has_its_class_at_any_depth(depth, devices):
     predictor = predictor_of(devices=devices)
     assert predictor.batch_size == (4 if devices == 4 else 3)
     volume = volume_of((depth, SIZE, SIZE))
-    seen = model_slices(volume.array, WINDOW, Fit.of((SIZE, SIZE), SIZE), 0)
+    seen = model_slices(volume.array, WINDOW, Letterbox.of((SIZE, SIZE), SIZE), 0)
     wanted = np.abs(seen[..., None] - np.float32(LEVELS)).argmin(-1)
     found = predictor(volume)
     assert found.dtype == np.uint8

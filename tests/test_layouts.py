@@ -9,14 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layout_data import write_nnunet
 
-from pgpsam_jax.data.layouts.find import (
+from pgpsam_jax.data.layouts.cases import Case, safe_case_id
+from pgpsam_jax.data.layouts.find import find_cases
+from pgpsam_jax.data.layouts.split import (
     BTCV_TEST,
     BTCV_TEST_6,
     BTCV_TRAIN,
     BTCV_VALIDATION_6,
-    Case,
-    find_cases,
-    safe_case_id,
     split_cases,
 )
 from pgpsam_jax.errors import UserError

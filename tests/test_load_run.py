@@ -16,7 +16,7 @@ from pgpsam_jax import predict
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.io.nibabel_image import from_nibabel
 from pgpsam_jax.data.io.nifti import read_image
-from pgpsam_jax.data.letterbox import Fit, logits_to_native
+from pgpsam_jax.data.letterbox import Letterbox, logits_to_native
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.models.sam.mask_decoder import upsample_logits
@@ -75,7 +75,7 @@ def test_the_model_gives_the_logits_behind_the_mask(run, root):
     volume = read_image(root / "images" / "c.nii.gz")
     logits = run.passes(volume, range(len(volume.array)))[-1].logits
     shape = volume.array.shape[1:]
-    native = logits_to_native(logits, Fit.of(shape, 32), shape)
+    native = logits_to_native(logits, Letterbox.of(shape, 32), shape)
     assert np.mean(np.argmax(native, -1) == run.predictor(volume)) > 0.999  # ties may differ
     inputs = run.inputs(volume, range(len(volume.array)))
     assert len(inputs) > run.predictor.batch_size

@@ -19,8 +19,8 @@ from pgpsam_jax.data.layouts.cases import safe_case_id
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.outputs import PredictedVolume, score_and_write
 from pgpsam_jax.report.html.markup import escape, link
-from pgpsam_jax.results.tables.text import pipe
 from pgpsam_jax.utils.files import atomic_path, write_text
+from pgpsam_jax.utils.markdown import escape_cell
 from pgpsam_jax.visualization import overlays
 
 NAMES = ["Müller", "pat 1", "病例" * 40, "日本語", "محمد", "हिन्दी", "a$b$ <c>", 'x|y, "q"']
@@ -76,7 +76,7 @@ def test_names_that_become_one_id(tmp_path):
             (root / kind / f"_{case}").mkdir()
             os.link(root / kind / f"{case}.nii.gz", root / kind / f"_{case}" / "t1.nii.gz")
     listing = find.scan("pairs", root, *GLOBS)
-    assert not listing.errors and "upper and lower case only" in listing.findings[0].message
+    assert not listing.errors and "only by upper and lower case" in listing.findings[0].message
     (root / "images/_a b").mkdir()
     os.link(root / "images/c.nii.gz", root / "images/_a b/t1.nii.gz")
     with pytest.raises(UserError, match=r"\S+/_a b/t1.nii.gz, \S+/_a_b/t1.nii.gz"):
@@ -136,7 +136,7 @@ def test_figures_show_names_literally(tmp_path):
 
 def test_pages_and_tables_show_names_literally():
     for name in HARD[1:]:
-        cell = pipe(name)
+        cell = escape_cell(name)
         assert re.sub(r"\\([^\w\s]|_)", r"\1", cell) == name  # a renderer drops the backslashes
         assert not re.search(r"(?<!\\)(\\\\)*[|*<`$\[~]", cell)
         assert html.unescape(escape(name)) == name and not re.search("[<>]", escape(name))

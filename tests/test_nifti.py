@@ -159,7 +159,7 @@ def test_trailing_axis_nifti2_and_big_endian(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "big.nii").array, two.array)
 
 
-def test_units_become_millimetres(tmp_path):
+def test_units_become_millimeters(tmp_path):
     image = nib.Nifti1Image(np.zeros((2, 3, 4), np.uint8), np.diag([500.0, 500, 2000, 1]))
     image.header.set_xyzt_units("micron")
     nib.save(image, tmp_path / "u.nii")

@@ -62,7 +62,7 @@ def test_paths_in_the_description(tmp_path):
     for path in ("../a.nii", "/etc/passwd", "x/../../y", "C:\\a", "..\\a", "", None, 3, "a\0b"):
         for bad in (entry | {"images": [path]}, entry | {"label": path}):
             describe(tmp_path, dataset={"one": bad})
-            with pytest.raises(UserError, match="which is no path inside the data set"):
+            with pytest.raises(UserError, match="which is not a path inside the data set"):
                 find_cases("nnunet", tmp_path)
     for bad in ({"one": []}, {"one": {}}, {"one": entry | {"images": ["a", "b"]}}, 7):
         describe(tmp_path, dataset=bad)
@@ -97,8 +97,8 @@ def test_descriptions_that_are_refused(tmp_path, fields, message):
         ({"background": 0, "a": 1, "ignore": 2}, "ignore label"),
         ({"a": 1}, '"background": 0'),
         ({"background": 1, "a": 0}, '"background": 0'),
-        ({"background": 0, "a": 1, "b": 1}, "there twice"),
-        ({"0": "background", "1": "a", "2": "a"}, "there twice"),
+        ({"background": 0, "a": 1, "b": 1}, "appears twice"),
+        ({"0": "background", "1": "a", "2": "a"}, "appears twice"),
         ({"background": 0, "a": True}, "not one id"),
         ({"background": 0, "a": -1}, "must be integers"),
         ({"background": 0}, "named classes"),
@@ -221,4 +221,4 @@ def test_which_of_the_two_layouts_it_is(tmp_path):
     (root / "imagesTr" / "organ_2.nii.gz").symlink_to("not fetched")
     report = program.verify(root, say=lambda line: None)
     (found,) = [f for file in report["files"] for f in file["findings"] if f["level"] == "error"]
-    assert found["code"] == "missing" and "link to nothing" in found["message"]
+    assert found["code"] == "missing" and "broken link" in found["message"]

@@ -135,7 +135,7 @@ def test_contradictions_are_refused():
     assert pairing.code == AWAY
     turn = np.eye(4)
     turn[:3, :3] = Rotation.from_euler("xyz", (45, 40, 0), degrees=True).as_matrix()
-    with pytest.raises(UserError, match="which of the two is right cannot be told"):
+    with pytest.raises(UserError, match="neither is evidently wrong"):
         paired(volume(), volume(affine=turn @ AFFINE))
 
 

@@ -114,5 +114,5 @@ def test_refusals(tmp_path):
         inputs = predict.find_inputs(tmp_path)
         predict.predict(Oracle(), NAMES, inputs, tmp_path, run=RUN)
     (tmp_path / "link.nii").symlink_to(tmp_path / "nothing")
-    with pytest.raises(UserError, match="a link to nothing"):
+    with pytest.raises(UserError, match="a broken link"):
         predict.find_inputs(tmp_path / "link.nii")

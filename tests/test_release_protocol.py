@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pgpsam_jax.metrics import release_protocol
+from pgpsam_jax.metrics.overlap import dice_of_counts, overlap_counts
 from pgpsam_jax.metrics.protocols import COLUMNS, METRICS, score_case
-from pgpsam_jax.metrics.release_protocol import SLICE_COLUMNS, score_release, slice_dice
+from pgpsam_jax.metrics.release_protocol import SLICE_COLUMNS, mean_slice_dice, score_release
 from pgpsam_jax.metrics.summary import summarise
 
 NAMES = ("background", "spleen", "liver", "aorta")
@@ -89,7 +90,7 @@ def test_both_modes_equal_the_literal_loop(drawn, min_pixels, left_out):
         np.testing.assert_allclose(np.array(found, float), want, rtol=1e-12)
         assert got["n_slices"] == len(slices)
         stacked = [np.stack(side) for side in zip(*slices, strict=True)]
-        assert slice_dice(*stacked, len(NAMES)) == pytest.approx(want[0], rel=1e-12)
+        assert mean_slice_dice(*stacked, len(NAMES)) == pytest.approx(want[0], rel=1e-12)
 
 
 def one_slice(*organs):
@@ -111,16 +112,16 @@ def one_slice(*organs):
 )
 def test_rules_of_one_item(predicted, true, dice, per_class):
     pair = one_slice(*predicted), one_slice(*true)
-    counts = release_protocol.overlaps(*pair, 4)
-    np.testing.assert_array_equal(release_protocol.dice(counts)[0], per_class)
-    assert slice_dice(*pair, 4) == pytest.approx(dice)
+    counts = overlap_counts(*pair, 4)
+    np.testing.assert_array_equal(dice_of_counts(counts)[0], per_class)
+    assert mean_slice_dice(*pair, 4) == pytest.approx(dice)
 
 
 def test_the_two_means_differ():
     """Two slices: an organ in one of them weighs as much as one in both in the class mean."""
     prediction = np.concatenate([one_slice(1), one_slice(1)])
     truth = np.concatenate([one_slice(1), one_slice(1, 2)])
-    scores = release_protocol.dice(release_protocol.overlaps(prediction, truth, 4))
+    scores = dice_of_counts(overlap_counts(prediction, truth, 4))
     assert release_protocol.item_mean(scores) == pytest.approx((1.0 + 0.5) / 2)
     assert release_protocol.organ_mean(scores) == pytest.approx((1.0 + 0.0) / 2)
 

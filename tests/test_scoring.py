@@ -19,12 +19,12 @@ from surface_oracle import oracle_surface
 from worker_jobs import echo, refuse
 
 from experiments.benchmark import scoring
-from pgpsam_jax.data.layouts.find import Case
+from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.evaluate import evaluate
 from pgpsam_jax.metrics import surface
-from pgpsam_jax.metrics.protocols import overlaps
+from pgpsam_jax.metrics.overlap import overlap_counts
 from pgpsam_jax.runtime import worker_pool
 
 NAMES = ("a", "b", "c")
@@ -45,7 +45,7 @@ maps = hnp.arrays(np.uint8, (2, 3, 3), elements=st.integers(0, 3))
 @settings(max_examples=30, deadline=None)
 @given(maps, maps)
 def test_overlaps_count_voxels(prediction, truth):
-    counts = overlaps(prediction, truth, 4)
+    counts = overlap_counts(prediction, truth, 4)
     for z in range(2):
         for k in (1, 2, 3):
             ours, theirs = prediction[z] == k, truth[z] == k

@@ -22,7 +22,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.inference import restore
 from pgpsam_jax.methods import build
-from pgpsam_jax.metrics.release_protocol import slice_dice
+from pgpsam_jax.metrics.release_protocol import mean_slice_dice
 from pgpsam_jax.metrics.summary import read_cases, read_slices
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.sharding import device_mesh
@@ -142,7 +142,7 @@ def test_the_best_parameters_are_kept_and_used(finished):
     held_out = dataset.validation_data(
         config.data, config.model.image_size, config.fewshot.min_pixels, split, workdir
     )
-    again = slice_dice(predictor.slices(held_out.images), held_out.labels, 3)
+    again = mean_slice_dice(predictor.slices(held_out.images), held_out.labels, 3)
     assert again == best["score"]
 
 

@@ -135,7 +135,7 @@ def test_lists_that_lead_elsewhere(tmp_path, line, file):
     write_transunet(tmp_path)
     path = tmp_path / "lists" / "lists_Synapse" / file
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=r"line \d+ is .*, no plain file name"):
+    with pytest.raises(UserError, match=r"line \d+ is .*, not a plain file name"):
         find_cases("transunet", tmp_path)
 
 
@@ -154,7 +154,7 @@ def test_lists_that_are_amiss(tmp_path):
     problem("case0005_slice010.npz is in the list but not there", before + "case0005_slice010\n")
     problem("case0009.* is in the list but not there", tests="case0009\n")
     problem("names case0005_slice000 twice", before + "case0005_slice000\n")
-    problem("slice 0 of case0005 is there twice", before + "case0005_slice0\n")
+    problem("slice 0 of case0005 appears twice", before + "case0005_slice0\n")
     problem("not named CASE_sliceNUMBER", before + "case0005\n")
     problem("case0005 is in the training and the test list, which leaks", tests="case0005\n")
     problem("no cases found", "", "")
@@ -229,7 +229,7 @@ def test_arrays_that_lie(tmp_path):
     refused(npz(tmp_path / "h.npz", head((4, 4)), bytes(64), "other.npy"), "no array 'image'")
     for body in (bytes(63), bytes(65), bytes(64 << 20)):
         path = npz(tmp_path / "i.npz", head((4, 4)), body)
-        with pytest.raises(UserError, match="not as long as it declares"):
+        with pytest.raises(UserError, match="not have its declared length"):
             volumes.read_image(ArrayFiles((path,), "image"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

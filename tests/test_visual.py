@@ -8,11 +8,11 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
+from pgpsam_jax.metrics.overlap import slice_dice
 from pgpsam_jax.visualization import overlays, training_curve
 from pgpsam_jax.visualization.overlays import (
     overlay_slice,
     palette,
-    slice_dice,
     write_overlays,
     write_preview,
 )

@@ -154,7 +154,7 @@ def test_pairs_that_cannot_be_read(tmp_path):
     (tmp_path / "p.img").write_bytes(whole[:-1])
     refuse(volumes.read_image, tmp_path / "p.img", "cut off")
     (tmp_path / "p.hdr").unlink()
-    refuse(volumes.read_image, tmp_path / "p.img", r"whose \.hdr is not beside it")
+    refuse(volumes.read_image, tmp_path / "p.img", r"whose \.hdr is missing")
     for suffix in ("hdr", "img"):
         nib.save(nib.Nifti1Image(VOXELS, AFFINE), tmp_path / "s.nii")
         (tmp_path / "s.nii").rename(tmp_path / f"s.{suffix}")

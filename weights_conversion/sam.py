@@ -9,7 +9,7 @@ import numpy as np
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.sam.weights import FORMAT, FORMAT_VERSION, base_files
 from pgpsam_jax.utils.files import write_json
-from pgpsam_jax.utils.untrusted_text import read_json
+from pgpsam_jax.utils.untrusted_text import read_user_json
 from weights_conversion import sam_table
 from weights_conversion.checkpoint_files import write_weights, writing
 from weights_conversion.remap import Tensors, read, write
@@ -110,7 +110,7 @@ def store(output, tensors: Tensors, origin: dict, *, overwrite: bool = False) ->
 
 def _is_sidecar(path: Path) -> bool:
     try:
-        value = read_json(path, "description")
+        value = read_user_json(path, "description")
     except UserError:
         return False
     return isinstance(value, dict) and value.get("format") == FORMAT

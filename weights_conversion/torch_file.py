@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.untrusted_text import shown
+from pgpsam_jax.utils.untrusted_text import sanitize
 from weights_conversion.torch_pickle import Tensor, interpret
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -46,7 +46,8 @@ def read_torch_file(path) -> TorchFile:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} is damaged or incomplete ({shown(str(error), 200)}); download or copy it again"
+            f"{path} is damaged or incomplete ({sanitize(str(error), 200)}); download or copy it "
+            "again"
         ) from None
 
 
@@ -102,7 +103,7 @@ class _Records:
 
     def read(self, name: str) -> np.ndarray:
         """Returns the bytes of a record: uncompressed, in bounds, with the recorded CRC-32."""
-        info, name = self.infos.get(name), shown(name)
+        info, name = self.infos.get(name), sanitize(name)
         if info is None:
             raise zipfile.BadZipFile(f"record {name} is missing")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
@@ -137,7 +138,8 @@ def _state_dict(path: Path, value) -> tuple[dict[str, Tensor], dict]:
     if wrong:
         raise UserError(
             f"{path} holds {len(wrong)} entries that are not named tensors "
-            f"({', '.join(shown(name) for name in wrong[:10])}); save only the model's state dict"
+            f"({', '.join(sanitize(name) for name in wrong[:10])}); save only the model's state "
+            "dict"
         )
     return value, beside
 
@@ -147,14 +149,14 @@ def _array(records: _Records, name: str, tensor: Tensor) -> np.ndarray:
     data = records.read(f"data/{key}")
     if data.size != count * dtype.itemsize:
         raise zipfile.BadZipFile(
-            f"{shown(name)} needs {count * dtype.itemsize} bytes, its record has {data.size}"
+            f"{sanitize(name)} needs {count * dtype.itemsize} bytes, its record has {data.size}"
         )
     if 0 in tensor.shape:
         return np.empty(tensor.shape, dtype)
     strides = [s if n > 1 else 0 for n, s in zip(tensor.shape, tensor.strides, strict=True)]
     last = sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True))
     if tensor.offset + last >= count:
-        raise zipfile.BadZipFile(f"{shown(name)} reaches beyond its record")
+        raise zipfile.BadZipFile(f"{sanitize(name)} reaches beyond its record")
     return np.lib.stride_tricks.as_strided(
         data.view(dtype)[tensor.offset :],
         tensor.shape,

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.untrusted_text import shown
+from pgpsam_jax.utils.untrusted_text import sanitize
 
 _DTYPES = {
     "torch.DoubleStorage": np.dtype("<f8"),
@@ -71,7 +71,7 @@ def interpret(path, data: bytes):
         return _run(path, data)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} holds no well-formed state dict ({shown(str(error))}); save it again with "
+            f"{path} holds no well-formed state dict ({sanitize(str(error))}); save it again with "
             "torch.save"
         ) from None
 
@@ -151,7 +151,7 @@ def _global(path, module, name) -> _Global:
     full = f"{module}.{name}"
     if full not in _CALLS and full not in _DTYPES:
         raise UserError(
-            f"{path} asks for {shown(full)}, which plain tensors do not need and which could run "
+            f"{path} asks for {sanitize(full)}, which plain tensors do not need and could run "
             "code, so nothing was read; use another source, or save only the model's state dict"
         )
     return _Global(full)

@@ -10,7 +10,8 @@ import numpy as np
 from scipy import ndimage
 
 from pgpsam_jax.metrics import surface
-from pgpsam_jax.metrics.protocols import overlaps, score_case
+from pgpsam_jax.metrics.overlap import overlap_counts
+from pgpsam_jax.metrics.protocols import score_case
 from pgpsam_jax.metrics.release_protocol import score_release
 
 FIELD_MM = (360.0, 384.0, 384.0)
@@ -69,7 +70,7 @@ def _parts(prediction, truth, spacing):
             surface.point_distances(*edges, (step,))
 
     yield "total", whole
-    yield "counts", lambda: overlaps(prediction, truth, len(NAMES))
+    yield "counts", lambda: overlap_counts(prediction, truth, len(NAMES))
     yield "surfaces", surfaces
     yield "distances_mm", lambda: distances(spacing)
     yield "distances_voxels", lambda: distances((1.0, 1.0, 1.0))

@@ -1,10 +1,9 @@
 """Folder of a benchmark: finished rows in JSON, and one table in Markdown."""
 
-import json
 from pathlib import Path
 
-from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.files import write_json, write_text
+from pgpsam_jax.utils.files import read_record, write_json, write_text
+from pgpsam_jax.utils.markdown import pipe_table
 
 ROWS, TABLE = "benchmark.json", "benchmark.md"
 _HEADS = (
@@ -22,13 +21,12 @@ temporary: planned by the compiler. torch / jax: seconds of PyTorch over ours, i
 
 def load(folder) -> dict[str, dict]:
     """Returns the rows of an earlier run by key; {} if there are none."""
-    path = Path(folder) / ROWS
-    if not path.is_file():
-        return {}
-    try:
-        return {row["key"]: row for row in json.loads(path.read_text())["rows"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give another --output") from None
+    return read_record(
+        Path(folder) / ROWS,
+        lambda value: {row["key"]: row for row in value["rows"]},
+        missing={},
+        remedy="give another --output",
+    )
 
 
 def finished(row: dict | None) -> bool:
@@ -52,7 +50,7 @@ def markdown(rows: list[dict]) -> str:
             lines.append(f"- {row['key']}: **failed**, {row['error']}")
         else:
             cells += _cells(row, rows)
-    table = [_HEADS, ["---"] * len(_HEADS), *cells] if cells else []
+    table = pipe_table([_HEADS, *cells]) if cells else []
     devices = dict.fromkeys(
         ", ".join([found.get("device", "PyTorch"), *map(" ".join, found["versions"].items())])
         for row in rows
@@ -61,7 +59,7 @@ def markdown(rows: list[dict]) -> str:
     )
     text = "# Benchmark\n\n" + "".join(f"- {device}\n" for device in devices)
     text += "\n".join(lines) + "\n" * bool(lines)
-    text += "\n" + "".join("| " + " | ".join(row) + " |\n" for row in table)
+    text += "\n" + "".join(f"{line}\n" for line in table)
     return text + (_NOTE if cells else "")
 
 

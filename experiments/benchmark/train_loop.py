@@ -14,8 +14,8 @@ from experiments.measurement.points import SLICES
 from experiments.measurement.synthetic_step import SyntheticStep, random_slices
 from pgpsam_jax.config import default_config, use_small_encoder
 from pgpsam_jax.data.batch_sampler import make_loader
-from pgpsam_jax.data.layouts.find import BTCV_TEST, BTCV_TRAIN
 from pgpsam_jax.data.layouts.label_table import SYNAPSE8
+from pgpsam_jax.data.layouts.split import BTCV_TEST, BTCV_TRAIN
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training.device_batches import Feed
 from pgpsam_jax.training.metric_logger import RunLog

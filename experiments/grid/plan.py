@@ -19,7 +19,7 @@ from pgpsam_jax.config.overrides import assign, load_file, load_function
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.results.grid import DONE, PENDING, PLAN, Cell, Grid, Row, read_grid
-from pgpsam_jax.utils.files import read_json, refuse_foreign, write_json
+from pgpsam_jax.utils.files import read_record, refuse_foreign, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +253,7 @@ def _other_images(old: Cell, new: Cell) -> list[str]:
     )
     if then == now or old.state["state"] != DONE or not Path(now["data.root"]).is_dir():
         return []
-    wanted = (read_json(old.folder / "provenance.json") or {}).get("test")
+    wanted = read_record(old.folder / "provenance.json", missing={}).get("test")
     if wanted in (None, _images(json.dumps(new.config["data"]))):
         return []
     return [f"data.root: {now['data.root']!r} holds other test images than {then['data.root']!r}"]

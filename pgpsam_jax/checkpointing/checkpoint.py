@@ -22,7 +22,7 @@ from absl import logging
 from pgpsam_jax.checkpointing import checksums
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import Interrupted, UserError, as_user_error
-from pgpsam_jax.utils.untrusted_text import shown
+from pgpsam_jax.utils.untrusted_text import sanitize
 
 KEEP = 2
 CHECKPOINTS = "checkpoints"
@@ -98,8 +98,9 @@ class _Folder:
                 ) from None
             if other := self._other_parameters(number, abstract["params"]):
                 raise UserError(
-                    f"checkpoint {folder} is of another version of this model ({shown(other[0])} "
-                    f"and {len(other) - 1} more parameters are in one of them only); read it with "
+                    f"checkpoint {folder} is of another version of this model "
+                    f"({sanitize(other[0])} and {len(other) - 1} more parameters are in one of them "
+                    "only); read it with "
                     "the version that wrote it (provenance.json), or train again in another workdir"
                 ) from None
             before = [c.step for c in self._checkpointer.checkpoints if c.step != number]

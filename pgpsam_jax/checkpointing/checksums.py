@@ -1,11 +1,10 @@
 """SHA-256 manifest of a checkpoint folder."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.files import file_digest, write_json
+from pgpsam_jax.utils.files import file_digest, read_record, write_json
 
 FILE = "sha256.json"
 
@@ -27,12 +26,12 @@ def check(folder, parts: Iterable[str]) -> None:
     folder, parts = Path(folder), tuple(parts)
     if not (folder / FILE).is_file():
         return
-    try:
-        record = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        wanted = {name: digest for name, digest in record.items() if name.startswith(parts)}
-    except (OSError, ValueError, AttributeError):
-        raise UserError(f"{FILE} is damaged") from None
-    for name, digest in wanted.items():
+    record = read_record(folder / FILE, damaged=None)
+    if record is None:
+        raise UserError(f"{FILE} is damaged")
+    for name, digest in record.items():
+        if not name.startswith(parts):
+            continue
         if not (folder / name).is_file():
             raise UserError(f"{name} is missing")
         if file_digest(folder / name) != digest:

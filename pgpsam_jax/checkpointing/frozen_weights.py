@@ -5,7 +5,6 @@ weights (a random backbone; leaves that SAM does not provide) are written to the
 `frozen.safetensors`. `base.json` records the origin and the SHA-256 of that file.
 """
 
-import json
 from pathlib import Path
 
 import jax
@@ -21,7 +20,7 @@ from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam import weights
 from pgpsam_jax.models.sam.weights import read_safetensors
-from pgpsam_jax.utils.files import atomic_path, file_digest, write_json
+from pgpsam_jax.utils.files import atomic_path, file_digest, read_record, write_json
 
 FROZEN = "frozen.safetensors"
 _RECORD = "base.json"
@@ -94,13 +93,7 @@ def _pin(workdir: Path, base: str, digest: str | None, kept: dict) -> None:
 
 
 def _recorded(path: Path) -> dict | None:
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {"base": record["base"], "sha256": record["sha256"]} | record
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it from a copy") from None
+    return read_record(path, lambda value: {key: value[key] for key in ("base", "sha256")} | value)
 
 
 def _load(path: Path, digest: str | None, leaves: dict) -> None:

@@ -20,7 +20,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.models.sam import weights
 from pgpsam_jax.utils.files import file_digest
-from pgpsam_jax.utils.untrusted_text import read_json
+from pgpsam_jax.utils.untrusted_text import read_user_json
 
 # Paths: their targets may move between starts.
 DATA = ("data.root", "data.image_glob", "data.label_glob")
@@ -85,7 +85,7 @@ def _of_value(value) -> str:
 
 
 def _of_split(path) -> str:
-    value = read_json(path, "split file")
+    value = read_user_json(path, "split file")
     parts = value.items() if isinstance(value, dict) else ()
     return _of_value({part: sorted(map(str, ids)) for part, ids in parts})
 

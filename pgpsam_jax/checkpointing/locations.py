@@ -18,7 +18,7 @@ from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.models.sam import weights
-from pgpsam_jax.utils.files import read_json, write_json
+from pgpsam_jax.utils.files import read_record, write_json
 
 RECORD = "places.json"
 LABELS, LIST, SPLIT, ORIGIN = "labels.json", "fewshot.txt", "split.json", "provenance.json"
@@ -115,7 +115,7 @@ class _Candidates:
 
 
 def _read(workdir) -> dict:
-    return read_json(Path(workdir) / RECORD) or {}
+    return read_record(Path(workdir) / RECORD, missing={})
 
 
 def _root(paths: list[str], data: ConfigDict, workdir: Path, flag: str) -> str:
@@ -151,7 +151,7 @@ _OTHER = {"data.label_table": "other classes or source ids", "fewshot.file": "ot
 
 def _cnn(paths: list[str], workdir: Path) -> str:
     """Prefers the file the run was trained with; training compares it on resume."""
-    wanted = (read_json(workdir / ORIGIN) or {}).get("cnn_base")
+    wanted = read_record(workdir / ORIGIN, missing={}).get("cnn_base")
     there = [path for path in paths if resnet_weights.cnn_file(path).is_file()]
     right = [path for path in there if resnet_weights.digests(path)["cnn_base"] == wanted]
     return (right or there or paths or [""])[0]

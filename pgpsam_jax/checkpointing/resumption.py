@@ -12,7 +12,7 @@ from pgpsam_jax.data.fewshot_list import FewShotList
 from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.files import read_json, write_json
+from pgpsam_jax.utils.files import read_record, write_json
 
 _INPUTS = {
     "list": "few-shot list",
@@ -38,7 +38,7 @@ def check_split(workdir, split: Split) -> None:
     path = Path(workdir) / SPLIT
     if not path.is_file():  # written by a version without split records
         return
-    then, now = _parts_by_case(read_json(path)), _parts_by_case(_ids(split))
+    then, now = _parts_by_case(read_record(path)), _parts_by_case(_ids(split))
     changed = [
         f"{case}: {then.get(case, 'in no part')} then, {now.get(case, 'in no part')} now"
         for case in sorted(then.keys() | now.keys())
@@ -55,7 +55,7 @@ def check_split(workdir, split: Split) -> None:
 
 def notice(workdir, split: Split) -> str | None:
     """Returns a notice if the test images are not those present when the run started."""
-    then = (read_json(Path(workdir) / ORIGIN) or {}).get("test")
+    then = read_record(Path(workdir) / ORIGIN, missing={}).get("test")
     if then in (None, images_digest(split.test)):
         return None
     return "The scored test images have changed since this run started (SHA-256)."
@@ -119,7 +119,7 @@ def record_run_identity(
 
 def _check_inputs(path: Path, origin: dict) -> None:
     """Refuses inputs that have changed since the start; warns if the code has."""
-    before = read_json(path) or {}
+    before = read_record(path, missing={})
     for name, what in _INPUTS.items():
         then, now = before.get(name), origin.get(name)
         if then and now and then != now:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 import socket
 import time
@@ -13,7 +12,13 @@ import filelock
 
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError, as_user_error
-from pgpsam_jax.utils.files import local, refuse_foreign, remove_temporaries, write_json
+from pgpsam_jax.utils.files import (
+    local,
+    read_record,
+    refuse_foreign,
+    remove_temporaries,
+    write_json,
+)
 
 LOCK = ".lock"
 HOLDER = "running.json"  # who holds it; where there are locks, they decide
@@ -118,11 +123,12 @@ def is_held(workdir: Path) -> bool:
 
 def _holder(workdir: Path) -> dict:
     """Contents of `running.json`; empty before its holder has written it."""
-    try:
-        who = json.loads((workdir / HOLDER).read_text(encoding="utf-8"))
-        return {name: who[name] for name in ("pid", "host", "doing", "since")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    return read_record(
+        workdir / HOLDER,
+        lambda who: {name: who[name] for name in ("pid", "host", "doing", "since")},
+        missing={},
+        damaged={},
+    )
 
 
 def _warn(workdir: Path) -> None:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from pgpsam_jax.config import defaults, exclusive
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.untrusted_text import shown
+from pgpsam_jax.utils.untrusted_text import sanitize
 
 _FLAG = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 _WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
@@ -139,7 +139,7 @@ def _default(field: str) -> tuple:
     except (AttributeError, KeyError, TypeError, ValueError):
         near = difflib.get_close_matches(field, configuration.flat(every.to_dict()), 1, 0.75)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"no such configuration field: {shown(field)}{hint}") from None
+        raise UserError(f"no such configuration field: {sanitize(field)}{hint}") from None
     if isinstance(value, ConfigDict):
         raise UserError(f"{field} is a section; set a field of it, as {field}.{next(iter(value))}")
     return value, kind
@@ -163,7 +163,7 @@ def _read(field: str, text: str, default, kind: type):
         return kind(word)
     except (KeyError, ValueError, OverflowError):
         raise UserError(
-            f"{field} cannot be {shown(text, 60)!r}; {_wanted(default, kind)}"
+            f"{field} cannot be {sanitize(text, 60)!r}; {_wanted(default, kind)}"
         ) from None
 
 
@@ -197,4 +197,4 @@ def _reason(error: Exception) -> str:
             text = f"no such configuration field: {unknown[1]}"
     else:
         text = str(error)
-    return shown(" ".join(text.split()) or type(error).__name__, 300)
+    return sanitize(" ".join(text.split()) or type(error).__name__, 300)

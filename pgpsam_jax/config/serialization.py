@@ -15,7 +15,7 @@ from pgpsam_jax.config.defaults import default_config
 from pgpsam_jax.config.exclusive import SIZES
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import local, write_json
-from pgpsam_jax.utils.untrusted_text import read_json, shown
+from pgpsam_jax.utils.untrusted_text import read_user_json, sanitize
 
 MOST = 2**31 - 1  # of a whole number, a seed too: the step carries them in 32 bits
 # Numbers are 0 or more, but for these: 1 or more, -1 or more, any. Optimiser and augmentation look
@@ -49,7 +49,7 @@ def from_json(value: dict, where: str = "stored configuration") -> ConfigDict:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        reason = shown(str(error), 200)
+        reason = sanitize(str(error), 200)
         raise UserError(f"{where} does not fit this version: {reason}") from None
     return config
 
@@ -63,10 +63,10 @@ def check(config: ConfigDict) -> None:
                 local(item, key)
             if type(item) is int and not max(least, -MOST) <= item <= MOST:
                 wanted = f"a whole number from {max(least, -MOST)} to {MOST}"
-                raise UserError(f"{key} is {shown(str(item), 30)}; give {wanted}")
+                raise UserError(f"{key} is {sanitize(str(item), 30)}; give {wanted}")
             if isinstance(item, float) and not (math.isfinite(item) and item >= least):
                 wanted = "a finite number" + f", {least} or more" * (least > -math.inf)
-                raise UserError(f"{key} is {shown(str(value), 60)}; give {wanted}")
+                raise UserError(f"{key} is {sanitize(str(value), 60)}; give {wanted}")
     if len(config.data.window) != 2:
         raise UserError(f"data.window is {config.data.window}; give two numbers, (low, high)")
     exclusive.check(config.fewshot)
@@ -119,7 +119,7 @@ def load_config(workdir) -> ConfigDict:
             f"{path} not found, so {workdir} is no training workdir; train one with "
             "python -m pgpsam_jax.main --config CONFIG --workdir WORKDIR"
         )
-    return from_json(read_json(path, "configuration"), f"configuration {path}")
+    return from_json(read_user_json(path, "configuration"), f"configuration {path}")
 
 
 def store(config: ConfigDict, workdir) -> None:

@@ -1,9 +1,9 @@
-"""Decode every volume once: windowed float16 slices and uint8 labels at network size, on disk.
+"""Cache of preprocessed volumes: windowed float16 slices and uint8 labels at network size.
 
-One uncompressed `.npz` per case, named after the case and a hash of everything that went into
-it, so a changed file, window, size or label table makes a new cache file and a stale one is
-never read. Files are verified (zip checksums) before use and rebuilt where damaged. When a new one
-is made, those of the same source files with another content are removed: none could be used again.
+One uncompressed `.npz` per case, named after the case and a hash of all inputs, so a changed file,
+window, size or label table makes a new cache file and a stale one is never read. Files are verified
+(zip checksums) before use and rebuilt if damaged. Writing a file removes those made from earlier
+contents of the same source files, which cannot be used again.
 """
 
 import contextlib
@@ -21,14 +21,21 @@ from pgpsam_jax.data.io.nifti import Volume
 from pgpsam_jax.data.io.pairing import LOST, pair_grids
 from pgpsam_jax.data.io.volumes import digest, files_of, read_grid, read_image, read_label
 from pgpsam_jax.data.io.voxel_grid import AXES, AXIAL, to_source
-from pgpsam_jax.data.layouts.find import Case
+from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
-from pgpsam_jax.data.letterbox import Fit, Percentiles, Window, ends_of, model_slices, to_model
+from pgpsam_jax.data.letterbox import (
+    Letterbox,
+    Percentiles,
+    Window,
+    ends_of,
+    model_slices,
+    to_model,
+)
 from pgpsam_jax.data.quality import appearance
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import atomic_path
 
-FORMAT = 1  # raise it whenever the content of a cache file would change
+FORMAT = 1  # increase it whenever the content of cache files changes
 _BLOCK = 16  # slices resized at a time
 
 
@@ -36,8 +43,10 @@ _BLOCK = 16  # slices resized at a time
 class CachedCase:
     """A verified cache file.
 
-    `areas` (D, K) counts native pixels per slice and class; `meta` holds spacing (mm) and shape
-    in display order (D, H, W), the source orientation, the SHA-256 of both sources and the key.
+    Attributes:
+        areas: (D, K) native pixels per slice and class.
+        meta: spacing (mm) and shape in display order (D, H, W), source orientation, SHA-256 of both
+            sources, and the key.
     """
 
     case: Case
@@ -58,7 +67,7 @@ class CachedCase:
         return tuple(self.meta["spacing"])
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """Images (D, S, S) float16 in [0, 1] and labels (D, S, S) uint8."""
+        """Returns images (D, S, S) float16 in [0, 1] and labels (D, S, S) uint8."""
         with np.load(self.file, allow_pickle=False) as file:
             return file["images"], file["labels"]
 
@@ -74,19 +83,27 @@ def build_cache(
     levels: int = 0,
     axis: str = AXIAL,
 ) -> list[CachedCase]:
-    """Make or reuse the cache file of each case, in the order given.
+    """Creates or reuses the cache file of each case, in order.
 
-    `window` is mapped to [0, 1], in `levels` steps (`geometry.quantise`). `axis` is the one along
-    which slices are cut (`grid.AXES`).
-    `progress(index, total, case_id)` is called before each case. Errors: unreadable or
-    mismatching files, label ids outside the table.
+    Args:
+        cases: with labels.
+        table: maps source ids to class ids.
+        window: intensities that map to 0 and 1.
+        image_size: S, side of the network input.
+        cache_dir: folder of the files.
+        progress: called with (index, total, case_id) before each case.
+        levels: number of gray levels, see `letterbox.quantize`.
+        axis: the axis to slice along, one of `voxel_grid.AXES`.
+
+    Raises:
+        UserError: unreadable or mismatching files, or label ids outside the table.
     """
     low, high = map(float, window)
     if not low < high:
         raise UserError(f"window {tuple(window)} is empty; give (low, high) with low < high")
     if levels < 0 or levels == 1:
         raise UserError(
-            f"data.levels is {levels}; give 0 (continuous intensities) or the number of grey "
+            f"data.levels is {levels}; give 0 (continuous intensities) or the number of gray "
             "levels, 256 for 8 bits"
         )
     recipe = {
@@ -95,7 +112,7 @@ def build_cache(
         "size": image_size,
         "table": table.to_json(),
     }
-    if levels:  # left out otherwise, so that files made before there was a choice stay valid
+    if levels:  # otherwise omitted, which keeps older files valid
         recipe["levels"] = levels
     if isinstance(window, Percentiles):
         recipe["percentiles"] = True
@@ -112,10 +129,17 @@ def build_cache(
 
 
 def read_case(case: Case, table: LabelTable, axis: str = AXIAL) -> tuple[Volume, np.ndarray]:
-    """The image and its class ids (D, H, W) uint8 on the same native grid.
+    """Reads an image and its class ids (D, H, W) uint8 on the same native grid.
 
-    axis: along which slices are cut. The label is turned to fit as `pairing` says; what there is
-    to say about the pair is a warning, and a pair that does not fit an error.
+    The label is reoriented to the image (see `pairing`), with a warning if their affines disagree.
+
+    Args:
+        case: with a label.
+        table: maps source ids to class ids.
+        axis: the axis to slice along, one of `voxel_grid.AXES`.
+
+    Raises:
+        UserError: image and label do not match.
     """
     if case.label is None:
         raise UserError(f"case {case.case_id} ({case.image}) has no label file")
@@ -130,7 +154,7 @@ def read_case(case: Case, table: LabelTable, axis: str = AXIAL) -> tuple[Volume,
 def gather_slices(
     cached: Sequence[CachedCase], entries: Sequence[tuple[str, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, S, S) float16 and labels (N, S, S) uint8 of (case_id, slice) entries, in order.
+    """Returns images (N, S, S) float16 and labels (N, S, S) uint8 of (case_id, slice) entries.
 
     Each case is read once, one at a time.
     """
@@ -163,7 +187,7 @@ def _cached(case: Case, table: LabelTable, recipe: dict, folder: Path) -> Cached
     sources = {"image": digest(case.image), "label": digest(case.label)}
     pairing = pair_grids(read_grid(case.image), read_grid(case.label))
     content = recipe | {"sources": sources}
-    if pairing.code == LOST or (pairing.code and pairing.turns):  # once paired in another way
+    if pairing.code == LOST or (pairing.code and pairing.turns):  # formerly paired in another way
         content["pairing"] = pairing.code
     text = json.dumps(content, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()
@@ -180,19 +204,19 @@ def _cached(case: Case, table: LabelTable, recipe: dict, folder: Path) -> Cached
 
 
 def _places(case: Case) -> str:
-    """A hash of where the files of a case lie."""
+    """Returns a hash of the paths of a case."""
     files = [str(file.absolute()) for s in (case.image, case.label) for file in files_of(s)]
     return hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()
 
 
 def _remove_outdated(folder: Path, about: dict) -> None:
-    """Remove cache files of the same case and source files that have another content today.
+    """Removes cache files made from earlier contents of the same source files.
 
-    Those of other window, size or table stay, and so do those of another data set's case of that
-    name: several runs may share the folder.
+    Those for another window, size or table are kept, as are those of other data sets with the same
+    case id: several runs may share the folder.
     """
     for file in folder.glob(f"{about['case_id']}-*.npz"):
-        with contextlib.suppress(Exception):  # what cannot be read, or removed, stays
+        with contextlib.suppress(Exception):  # unreadable files are kept
             meta = _meta(file)
             same = all(meta[name] == about[name] for name in ("case_id", "places"))
             if same and meta["sources"] != about["sources"]:
@@ -205,7 +229,7 @@ def _meta(file: Path) -> dict:
 
 
 def _verify(file: Path, key: str) -> tuple[np.ndarray, dict] | None:
-    """Areas and metadata of an intact cache file made with this key, else None."""
+    """Returns areas and metadata of an intact cache file with this key, else None."""
     try:
         with zipfile.ZipFile(file) as archive:
             if archive.testzip() is not None:
@@ -213,11 +237,11 @@ def _verify(file: Path, key: str) -> tuple[np.ndarray, dict] | None:
         with np.load(file, allow_pickle=False) as arrays:
             meta = json.loads(str(arrays["meta"]))
             intact = meta["key"] == key and {"images", "labels"} <= set(arrays.files)
-            current = "appearance" in meta  # not so in files of before it was recorded
+            current = "appearance" in meta  # missing in older files
             return (arrays["areas"], meta) if intact and current else None
     except FileNotFoundError:
         return None
-    except Exception as error:  # damage shows in a dozen types, and the cure is the same
+    except Exception as error:  # damage raises a dozen types, all with the same remedy
         warnings.warn(f"cache file {file} is damaged ({error}); rebuilding it", stacklevel=2)
         return None
 
@@ -226,15 +250,15 @@ def _build(file: Path, case: Case, table: LabelTable, recipe: dict, meta: dict) 
     image, ids = read_case(case, table, recipe.get("axis", AXIAL))
     depth, *native = image.array.shape
     size = recipe["size"]
-    fit, levels = Fit.of(tuple(native), size), recipe.get("levels", 0)
+    letterbox, levels = Letterbox.of(tuple(native), size), recipe.get("levels", 0)
     window = Percentiles(*recipe["window"]) if "percentiles" in recipe else recipe["window"]
     ends = ends_of(window, image.array)
     images = np.empty((depth, size, size), np.float16)
     labels = np.empty((depth, size, size), np.uint8)
     for start in range(0, depth, _BLOCK):
         part = slice(start, start + _BLOCK)
-        images[part] = model_slices(image.array[part], ends, fit, levels)
-        labels[part] = to_model(ids[part], fit, order=0)
+        images[part] = model_slices(image.array[part], ends, letterbox, levels)
+        labels[part] = to_model(ids[part], letterbox, order=0)
     meta = meta | {
         "case_id": case.case_id,
         "shape": list(image.array.shape),
@@ -249,5 +273,5 @@ def _build(file: Path, case: Case, table: LabelTable, recipe: dict, meta: dict) 
 
 
 def slice_areas(ids: np.ndarray, num_classes: int) -> np.ndarray:
-    """Pixels per slice and class, (D, H, W) -> (D, K)."""
+    """Counts pixels per slice and class, (D, H, W) -> (D, K)."""
     return np.stack([np.bincount(part.ravel(), minlength=num_classes) for part in ids])

@@ -1,4 +1,4 @@
-"""From a configuration to what training and evaluation read: cases, labels, few-shot slices."""
+"""Data of a configuration: cases, splits, label table, few-shot and validation slices."""
 
 import contextlib
 import dataclasses
@@ -15,27 +15,32 @@ from pgpsam_jax.data import cache, fewshot_list
 from pgpsam_jax.data.io import array_checks, volumes
 from pgpsam_jax.data.io.voxel_grid import AXES, AXIAL
 from pgpsam_jax.data.layouts import find
+from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
+from pgpsam_jax.data.layouts.split import split_cases
 from pgpsam_jax.data.letterbox import Percentiles, Window
 from pgpsam_jax.data.quality import appearance
 from pgpsam_jax.errors import UserError
 
 
 class Split(NamedTuple):
-    """The cases of each part, no patient in two (see `layouts.split_cases`), and their labels."""
+    """Cases of each part (see `layouts.split`) and their label table."""
 
-    train: list[find.Case]
-    validation: list[find.Case]
-    test: list[find.Case]
+    train: list[Case]
+    validation: list[Case]
+    test: list[Case]
     table: LabelTable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FewShotData:
-    """The training set in memory: images (N, S, S) float16, labels (N, S, S) uint8, its list.
+    """The training set in memory.
 
-    `digest` is a hash of the training volumes, their labels and how they were preprocessed, `looks`
-    the record of what the volumes look like (`appearance`).
+    Attributes:
+        images: (N, S, S) float16.
+        labels: (N, S, S) uint8.
+        digest: hash of the training volumes, their labels and the preprocessing.
+        looks: intensity and size statistics of the volumes (`quality.appearance`).
     """
 
     images: np.ndarray
@@ -48,9 +53,14 @@ class FewShotData:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ValidationData:
-    """Valid slices of `cases` cases: images (N, S, S) float16, labels (N, S, S) uint8, K classes.
+    """Valid slices of the validation cases.
 
-    `digest` as in `FewShotData`.
+    Attributes:
+        images: (N, S, S) float16.
+        labels: (N, S, S) uint8.
+        num_classes: K, background included.
+        cases: number of cases.
+        digest: as in `FewShotData`.
     """
 
     images: np.ndarray
@@ -61,7 +71,7 @@ class ValidationData:
 
 
 def label_table(data: ConfigDict) -> LabelTable:
-    """The label table of `config.data`; layouts without a built-in one need a file."""
+    """Returns the label table of `config.data`; some layouts have one built in."""
     if data.label_table:
         return load_label_table(data.label_table)
     table = find.label_table(data.layout, data.root)
@@ -73,8 +83,8 @@ def label_table(data: ConfigDict) -> LabelTable:
     )
 
 
-def find_cases(data: ConfigDict) -> list[find.Case]:
-    """The cases of `config.data`; the phantom is generated where it lacks."""
+def find_cases(data: ConfigDict) -> list[Case]:
+    """Returns the cases of `config.data`; generates the phantom if it is missing."""
     array_checks.allow(data.max_gib)
     layout = data.layout
     if not (data.root and (layout == "phantom" or Path(data.root).is_dir())):
@@ -90,9 +100,9 @@ def find_cases(data: ConfigDict) -> list[find.Case]:
 
 
 def find_split(data: ConfigDict) -> Split:
-    """The cases of `config.data` by part."""
+    """Returns the cases of `config.data` by part."""
     table = label_table(data)
-    parts = find.split_cases(
+    parts = split_cases(
         find_cases(data),
         data.split,
         file=data.split_file or None,
@@ -104,9 +114,9 @@ def find_split(data: ConfigDict) -> Split:
 
 
 def axis_of(data: ConfigDict, cases) -> str:
-    """Returns `data.axis`; for "auto" the axis that most of the cases' slices were taken along.
+    """Returns `data.axis`; for "auto" the acquisition axis of most cases.
 
-    Cases with even voxels have none; where all are so, slices are axial.
+    Cases with nearly isotropic voxels do not count; if all are, slices are axial.
     """
     if data.axis not in ("auto", *AXES):
         raise UserError(f"data.axis is {data.axis!r}; give auto, {', '.join(AXES)}")
@@ -121,7 +131,7 @@ def axis_of(data: ConfigDict, cases) -> str:
 
 
 def window_of(data: ConfigDict) -> Window:
-    """What of a volume's intensities a run maps to [0, 1], as `config.data` says."""
+    """Returns the intensities that `config.data` maps to [0, 1]."""
     low, high = map(float, data.window)
     if data.window_unit not in ("intensity", "percent"):
         raise UserError(f"data.window_unit is {data.window_unit!r}; give intensity, percent")
@@ -142,7 +152,7 @@ def few_shot_data(
     *,
     resume: bool,
 ) -> FewShotData:
-    """Slices of the few-shot list, by way of the cache; on resume, of the workdir's own list."""
+    """Returns the slices of the few-shot list, or of the list in the workdir when resuming."""
     cached = read_cases(data, image_size, cases, table, workdir)
     areas = {case.case_id: case.areas for case in cached}
     settings = dict(fewshot)
@@ -162,7 +172,7 @@ def few_shot_data(
 def validation_data(
     data: ConfigDict, image_size: int, min_pixels: int, split: Split, workdir
 ) -> ValidationData:
-    """Returns all valid slices of the validation cases, by way of the cache."""
+    """Returns all valid slices of the validation cases."""
     cached = read_cases(data, image_size, split.validation, split.table, workdir)
     entries = [
         (case.case_id, int(index))
@@ -181,7 +191,7 @@ def validation_data(
 def read_cases(
     data: ConfigDict, image_size: int, cases, table: LabelTable, workdir
 ) -> list[cache.CachedCase]:
-    """The cache files of some cases, made where they lack."""
+    """Returns the cache files of cases, creating missing ones."""
     bar = tqdm(total=len(cases), desc="reading volumes", unit="case", leave=False)
     with bar:
         return cache.build_cache(
@@ -202,18 +212,18 @@ def _digest(cached: list[cache.CachedCase]) -> str:
 
 
 def images_digest(cases) -> str:
-    """SHA-256 of the files of some cases' images, with their ids."""
+    """Returns the SHA-256 of the image files of cases, with their ids."""
     files = "".join(f"{case.case_id} {volumes.digest(case.image)}\n" for case in cases)
     return hashlib.sha256(files.encode()).hexdigest()
 
 
 def stored_list(workdir, areas=None) -> fewshot_list.FewShotList:
-    """The few-shot list a workdir was trained on."""
+    """Returns the few-shot list of a workdir."""
     return fewshot_list.read_list(Path(workdir) / "fewshot.txt", areas)
 
 
 def unseen_slices(fewshot: ConfigDict, table: LabelTable, entries):
-    """(case id, truth (D, H, W)) -> boolean (D,): slices of the few-shot pool not trained on."""
+    """Returns (case id, truth (D, H, W)) -> boolean (D,): pool slices not trained on."""
     trained: dict[str, list[int]] = {}
     for case_id, index in entries:
         trained.setdefault(case_id, []).append(index)

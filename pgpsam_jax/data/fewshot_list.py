@@ -1,4 +1,4 @@
-"""Few-shot lists: which slices are trained on, as a file with a hash, and how they are drawn."""
+"""Few-shot slice lists: sampling rules, file format, hash."""
 
 import hashlib
 import json
@@ -13,14 +13,14 @@ from pgpsam_jax.config.exclusive import RULES
 from pgpsam_jax.data.layouts.cases import safe_case_id
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import write_text
-from pgpsam_jax.utils.untrusted_text import read_text, shown
+from pgpsam_jax.utils.untrusted_text import read_text, sanitize
 
 Areas = Mapping[str, np.ndarray]  # case id -> (D, K) native pixels per slice and class
 
 
 @dataclass(frozen=True)
 class FewShotList:
-    """Sorted (case_id, slice index) entries and the rule they were drawn by."""
+    """Sorted (case_id, slice index) entries and the sampling rule."""
 
     entries: tuple[tuple[str, int], ...]
     rule: dict = field(compare=False)
@@ -33,18 +33,18 @@ class FewShotList:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the entries alone: two lists of the same slices have the same hash."""
+        """SHA-256 of the entries, which does not depend on the rule."""
         return hashlib.sha256(_text(self.entries).encode()).hexdigest()
 
     def summary(self, areas: Areas, names: Sequence[str]) -> str:
-        """One line: slices, patients, and in how many of the slices each organ appears."""
+        """Returns one line: slices, patients, and the number of slices with each organ."""
         present = sum(areas[case_id][index] > 0 for case_id, index in self.entries)
         organs = ", ".join(f"{names[k]} {present[k]}" for k in range(1, len(names)))
         patients = len({case_id for case_id, _ in self.entries})
         return f"{len(self)} slices of {patients} of {len(areas)} patients; with {organs}"
 
     def write(self, path) -> None:
-        """Write the list as text: `#` header lines, then `case_id<TAB>slice` per line."""
+        """Writes the list as text: `#` header lines, then `case_id<TAB>slice` per line."""
         patients = len({case_id for case_id, _ in self.entries})
         head = [
             f"# rule: {json.dumps(self.rule, sort_keys=True)}",
@@ -66,12 +66,14 @@ def make_list(
     every: int | None = None,
     min_pixels: int = 100,
 ) -> FewShotList:
-    """Draw a few-shot list from per-slice areas.
+    """Samples a few-shot list.
 
-    `pool` "valid" keeps the slices where some organ has at least `min_pixels` native pixels.
-    Rules: `random`, a `fraction` or `count` of the pool; `area`, the authors' rule
-    (docs/release_code.md#few-shot-list; seed 42 unless given); `volumes`, the pool of that many
-    random cases; `every`, each n-th slice of the pool of every case, from its first; `all`.
+    Args:
+        areas: case id -> (D, K) native pixels per slice and class.
+        rule: "random", a `fraction` or `count` of the pool; "area", the rule of the authors' code
+            (docs/release_code.md#few-shot-list; seed 42 by default); "volumes", the pool of as many
+            random cases; "every", each n-th slice of the pool of each case, from its first; "all".
+        pool: "valid" for slices in which some organ has at least `min_pixels` pixels, else all.
     """
     if rule not in RULES:
         raise UserError(f"unknown few-shot rule {rule!r}; known are {', '.join(RULES)}")
@@ -99,10 +101,12 @@ def make_list(
 
 
 def read_list(path, areas: Areas | None = None) -> FewShotList:
-    """Read and check a list; with `areas`, also that its cases and slices exist.
+    """Reads and checks a list, including its hash if it has one.
 
-    It may name a case as its file is named: `safe_case_id` makes the id of it.
-    The hash is verified where the file carries one; a list written by hand may have no header.
+    Args:
+        path: the file; its header is optional. Cases may be named like their files, which
+            `safe_case_id` converts.
+        areas: if given, all cases and slices must exist in them.
     """
     lines = read_text(path, "few-shot list").splitlines()
     head = dict(line[1:].strip().partition(": ")[::2] for line in lines if line.startswith("#"))
@@ -123,7 +127,7 @@ def read_list(path, areas: Areas | None = None) -> FewShotList:
     if head.get("hash", result.hash) != result.hash:
         raise UserError(
             f"few-shot list {path} was changed after it was written (hash {result.hash[:12]}, "
-            f"recorded {shown(head['hash'], 12)}); restore it, or remove the hash line to accept it"
+            f"recorded {sanitize(head['hash'], 12)}); restore it or remove the hash line"
         )
     return result
 
@@ -149,7 +153,7 @@ def _text(entries) -> str:
 
 
 def in_pool(areas: np.ndarray, pool: str, min_pixels: int) -> np.ndarray:
-    """Which slices of one case belong to a pool: (D, K) native pixels to boolean (D,)."""
+    """Returns which slices of a case belong to a pool: (D, K) native pixels to boolean (D,)."""
     if pool not in ("all", "valid"):
         raise UserError(f'few-shot pool must be "all" or "valid", got {pool!r}')
     if pool == "all":
@@ -169,7 +173,7 @@ def _pool(areas: Areas, pool: str, min_pixels: int) -> list[tuple[str, int]]:
 
 
 def _size(total: int, fraction, count, extra: int = 0) -> int:
-    """Slices to draw, checked; `extra` 1 is the area rule's floor(M * fraction) + 1."""
+    """Returns the number of slices to draw; `extra` 1: the area rule's floor(M * fraction) + 1."""
     if count is None:
         if not 0 < fraction <= 1:
             raise UserError(f"few-shot fraction must lie in (0, 1], got {fraction}")
@@ -182,7 +186,7 @@ def _size(total: int, fraction, count, extra: int = 0) -> int:
 
 
 def _by_area(areas: Areas, slices, fraction, count, draw: random.Random):
-    """The slices richest in each organ, thinned or topped up to the target."""
+    """Returns the slices with most of each organ, thinned or topped up to the target size."""
     target = _size(len(slices), fraction, count, extra=1)
     organs = next(iter(areas.values())).shape[1] - 1
     chosen: dict[tuple[str, int], None] = {}  # keeps the order of first appearance

@@ -1,4 +1,4 @@
-"""What is wrong with a data set: one finding per fault, and the error of a file that is refused."""
+"""Problems of a data set: `Finding` in reports, `BadFile` as an exception."""
 
 from dataclasses import asdict, dataclass
 
@@ -8,7 +8,7 @@ ERROR, WARNING = "error", "warning"
 
 
 class BadFile(UserError):
-    """A file that cannot be used; `code` is the kind of fault, one word for reports."""
+    """A file that cannot be used; `code` is the kind of problem, one word for reports."""
 
     def __init__(self, message: str, code: str = "unreadable"):
         super().__init__(message)
@@ -17,9 +17,13 @@ class BadFile(UserError):
 
 @dataclass(frozen=True)
 class Finding:
-    """`level` is error or warning, `code` one word, `message` a sentence that says what to do.
+    """One problem of a file or data set.
 
-    `file` is the file it is about; empty where it is about the data set.
+    Attributes:
+        level: `ERROR` or `WARNING`.
+        code: kind of problem, one word.
+        file: the file; empty for the data set as a whole.
+        message: a sentence with the remedy.
     """
 
     level: str

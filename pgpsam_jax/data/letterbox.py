@@ -1,10 +1,10 @@
-"""Between native slices (H, W) and the square network input (S, S): one map, both directions.
+"""Resize-and-pad between native slices (H, W) and the square network input (S, S), both ways.
 
-The longer side fills S, the shorter is centred and padded; pixels keep their aspect. Coordinates
-are continuous with pixel centres at half integers, on every grid and at every resolution.
-Letters: N slices, B batch, H W native grid, S input side, h w logit grid, K classes.
+The longer side fills S, the shorter one is centered and padded; pixels keep their aspect ratio.
+Coordinates are continuous with pixel centers at half integers, at every resolution. Letters: N
+slices, B batch, H W native size, S input side, h w size of the logits, K classes.
 
-The functions for the device import JAX themselves: the others serve processes without it.
+Functions that need JAX import it themselves; the others serve worker processes without it.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-_SAMPLE = 1 << 21  # voxels; as many give a percentile to three digits
+_SAMPLE = 1 << 21  # voxels, enough for percentiles to three digits
 
 
 @dataclass(frozen=True)
-class Fit:
-    """Where a native slice lies in the (size, size) input: rows top..top+height, same for W."""
+class Letterbox:
+    """Position of a native slice in the (size, size) input: rows top..top+height, same for W."""
 
     height: int
     width: int
@@ -26,36 +26,44 @@ class Fit:
     size: int
 
     @classmethod
-    def of(cls, shape_hw: tuple[int, int], size: int) -> "Fit":
-        """Fit a native (H, W) slice into (size, size)."""
+    def of(cls, shape_hw: tuple[int, int], size: int) -> "Letterbox":
+        """Fits a native (H, W) slice into (size, size)."""
         longer = max(shape_hw)
         height, width = (max(1, (2 * n * size + longer) // (2 * longer)) for n in shape_hw)
         return cls(height, width, (size - height) // 2, (size - width) // 2, size)
 
+    @property
+    def inside(self) -> tuple[slice, slice]:
+        """Rows and columns of the input that the slice fills."""
+        return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
 
-def to_model(images: np.ndarray, fit: Fit, order: int) -> np.ndarray:
-    """Native slices (N, H, W) -> (N, S, S), padded with 0.
 
-    `order` 1 is for intensities: bilinear, with a triangle as wide as the step when shrinking, so
-    that nothing aliases; float32 out. `order` 0 is for label ids: nearest pixel, same dtype out.
+def to_model(images: np.ndarray, letterbox: Letterbox, order: int) -> np.ndarray:
+    """Resizes native slices (N, H, W) to (N, S, S), padded with 0.
+
+    Args:
+        images: (N, H, W).
+        letterbox: of (H, W).
+        order: 1 for intensities: bilinear, with antialiasing when shrinking, returns float32. 0 for
+            label ids: nearest pixel, returns the same dtype.
     """
     dtype = images.dtype if order == 0 else np.float32
     count, *native = images.shape
-    out = np.zeros((count, fit.size, fit.size), dtype)
-    inside = out[:, fit.top : fit.top + fit.height, fit.left : fit.left + fit.width]
-    if tuple(native) == (fit.height, fit.width):
+    out = np.zeros((count, letterbox.size, letterbox.size), dtype)
+    inside = out[:, *letterbox.inside]
+    if tuple(native) == (letterbox.height, letterbox.width):
         inside[...] = images
     elif order == 0:
         rows, columns = (_nearest(n, m) for n, m in zip(native, inside.shape[1:], strict=True))
         inside[...] = images[:, rows[:, None], columns]
     else:
-        rows = _resample(images.astype(np.float32, copy=False), 1, fit.height)
-        inside[...] = _resample(rows, 2, fit.width)
+        rows = _resample(images.astype(np.float32, copy=False), 1, letterbox.height)
+        inside[...] = _resample(rows, 2, letterbox.width)
     return out
 
 
 class Percentiles(NamedTuple):
-    """A window for intensities without a unit, as in MR: percent of a volume's own voxels."""
+    """Window in percent of the voxels of each volume, for intensities without a unit as in MR."""
 
     low: float
     high: float
@@ -65,7 +73,7 @@ Window = tuple[float, float] | Percentiles
 
 
 def ends_of(window: Window, volume: np.ndarray) -> tuple[float, float]:
-    """The intensities of a volume (D, H, W) that map to 0 and 1, from a regular sample of it."""
+    """Returns the intensities of a volume (D, H, W) that map to 0 and 1, from a subsample."""
     if not isinstance(window, Percentiles):
         return window
     sample = volume.reshape(-1)[:: -(-volume.size // _SAMPLE)]
@@ -74,7 +82,7 @@ def ends_of(window: Window, volume: np.ndarray) -> tuple[float, float]:
 
 
 def rescale(images: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Intensities to [0, 1] float32: the window's ends map to 0 and 1, the rest is clipped."""
+    """Maps a window of intensities to [0, 1] float32, clipping the rest."""
     low, high = window
     out = np.clip(images, low, high)
     place = out if out.dtype.kind == "f" else None
@@ -82,11 +90,11 @@ def rescale(images: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     return out.astype(np.float32, copy=False)
 
 
-def quantise(images: np.ndarray, levels: int) -> np.ndarray:
-    """Intensities in [0, 1] rounded down to `levels` equal steps; 0 leaves them continuous.
+def quantize(images: np.ndarray, levels: int) -> np.ndarray:
+    """Rounds intensities in [0, 1] down to `levels` equal steps; 0 leaves them continuous.
 
-    256 is what the release stores: 8-bit pictures, truncated. It takes a volume's own extremes
-    for the ends of the window, which is the same wherever a CT reaches beyond both.
+    The authors' code stores 256 levels: truncated 8-bit images. It uses the extremes of each volume
+    as the window, which makes no difference if a CT exceeds the window on both sides.
     """
     if not levels:
         return images
@@ -94,48 +102,47 @@ def quantise(images: np.ndarray, levels: int) -> np.ndarray:
 
 
 def model_slices(
-    images: np.ndarray, window: tuple[float, float], fit: Fit, levels: int
+    images: np.ndarray, window: tuple[float, float], letterbox: Letterbox, levels: int
 ) -> np.ndarray:
-    """Native slices (N, H, W) as the network sees them, (N, S, S) float32.
+    """Converts native slices (N, H, W) to network inputs (N, S, S) float32.
 
-    Clipped before the resize: metal at 3000 HU must not bleed through it. `levels` as in
-    `quantise`.
+    Clips before resizing, or metal at 3000 HU would bleed into its neighbors.
     """
-    return to_model(windowed(images, window, levels), fit, order=1)
+    return to_model(windowed(images, window, levels), letterbox, order=1)
 
 
 def windowed(images: np.ndarray, window: tuple[float, float], levels: int) -> np.ndarray:
-    """Native slices (N, H, W) in [0, 1] float32, clipped to the window, in `levels` steps."""
-    return quantise(rescale(images, window), levels)
+    """Maps native slices (N, H, W) to [0, 1] float32, clipped to the window, in `levels` steps."""
+    return quantize(rescale(images, window), levels)
 
 
-def to_model_on_device(images, fit: Fit):
-    """`to_model` of order 1 in JAX: (B, H, W) float32 -> (B, S, S), equal but for rounding."""
+def to_model_on_device(images, letterbox: Letterbox):
+    """`to_model` of order 1 in JAX, equal up to rounding: (B, H, W) float32 -> (B, S, S)."""
     import jax.numpy as jnp
 
-    sides = images.shape[1:], (fit.height, fit.width)
+    sides = images.shape[1:], (letterbox.height, letterbox.width)
     rows, columns = (_linear(n, m) for n, m in zip(*sides, strict=True))
     inside = _product(images[..., None], rows, columns)[..., 0]
     margins = [(0, 0)]
-    for start, length in ((fit.top, fit.height), (fit.left, fit.width)):
-        margins.append((start, fit.size - start - length))
+    for start, length in ((letterbox.top, letterbox.height), (letterbox.left, letterbox.width)):
+        margins.append((start, letterbox.size - start - length))
     return jnp.pad(inside, margins)
 
 
-def logits_to_native(logits, fit: Fit, shape_hw: tuple[int, int]):
-    """Logits (B, h, w, K) over the whole input, at any resolution -> (B, H, W, K) float32, in JAX.
+def logits_to_native(logits, letterbox: Letterbox, shape_hw: tuple[int, int]):
+    """Resamples logits (B, h, w, K) of the input, at any resolution, to (B, H, W, K) float32.
 
-    Bilinear at the native pixel centres, never reading logits of the padding. `fit` and
+    Bilinear at the native pixel centers, without reading logits of the padding. `letterbox` and
     `shape_hw` are static: the weights are constants of the compiled program.
     """
     _, h, w, _ = logits.shape
-    rows = _bilinear(fit.top, fit.height, fit.size, h, shape_hw[0])
-    columns = _bilinear(fit.left, fit.width, fit.size, w, shape_hw[1])
+    rows = _bilinear(letterbox.top, letterbox.height, letterbox.size, h, shape_hw[0])
+    columns = _bilinear(letterbox.left, letterbox.width, letterbox.size, w, shape_hw[1])
     return _product(logits.astype("float32"), rows, columns)
 
 
 def _product(images, rows: np.ndarray, columns: np.ndarray):
-    """Weights (H, h) and (W, w) applied to (B, h, w, K) in JAX."""
+    """Applies weights (H, h) and (W, w) to (B, h, w, K)."""
     import jax
 
     exact = jax.lax.Precision.HIGHEST  # TPUs and TF32 would round the interpolation weights
@@ -147,7 +154,7 @@ def _product(images, rows: np.ndarray, columns: np.ndarray):
 
 
 def _nearest(source: int, target: int) -> np.ndarray:
-    """Source index of each target pixel's centre, in integers: no rounding to disagree about."""
+    """Source index of each target pixel's center, in exact integer arithmetic."""
     return (2 * np.arange(target) + 1) * source // (2 * target)
 
 
@@ -165,9 +172,9 @@ def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     """Source indices and float32 weights (target, taps) of a linear resampling."""
     step = source / target
     reach = max(step, 1)
-    centres = ((np.arange(target) + 0.5) * step - 0.5)[:, None]
-    taps = np.ceil(centres - reach).astype(int) + np.arange(int(2 * reach) + 1)
-    weights = np.maximum(0, 1 - np.abs(taps - centres) / reach) * (taps >= 0) * (taps < source)
+    centers = ((np.arange(target) + 0.5) * step - 0.5)[:, None]
+    taps = np.ceil(centers - reach).astype(int) + np.arange(int(2 * reach) + 1)
+    weights = np.maximum(0, 1 - np.abs(taps - centers) / reach) * (taps >= 0) * (taps < source)
     weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     return taps.clip(0, source - 1), weights
 

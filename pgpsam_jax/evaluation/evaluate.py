@@ -12,7 +12,7 @@ from pgpsam_jax.data.cache import read_case
 from pgpsam_jax.data.io.pairing import LOST, pair_grids
 from pgpsam_jax.data.io.volumes import read_grid
 from pgpsam_jax.data.io.voxel_grid import AXIAL
-from pgpsam_jax.data.layouts.find import Case
+from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.evaluation.outputs import PredictedVolume, score_and_write

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import csv_text, file_digest, write_json, write_text
-from pgpsam_jax.utils.untrusted_text import read_json, shown
+from pgpsam_jax.utils.untrusted_text import read_user_json, sanitize
 
 RECORD, LABELS, VOLUMES = "predictions.json", "labels.json", "volumes.csv"
 SCHEMA = 1
@@ -196,7 +196,7 @@ class Masks:
 def _valid_record(path: Path) -> dict | None:
     """The record in a file; None if the file is not a valid record."""
     try:
-        value = read_json(path, "record")
+        value = read_user_json(path, "record")
     except UserError:
         return None
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
@@ -239,4 +239,4 @@ def _file_id(path: Path):
 def _name_list(names) -> str:
     names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(shown(name, 60) for name in names[:3]) + more
+    return ", ".join(sanitize(name, 60) for name in names[:3]) + more

@@ -10,7 +10,7 @@ from flax import nnx
 
 from pgpsam_jax.data.io.nifti import Volume
 from pgpsam_jax.data.letterbox import (
-    Fit,
+    Letterbox,
     ends_of,
     logits_to_native,
     to_model,
@@ -115,15 +115,15 @@ class Predictor:
             raise ValueError("labels are for an oracle only")
         out = np.empty(images.shape, np.uint8)
         shape = images.shape[1:]
-        fit = Fit.of(shape, self.image_size)
+        letterbox = Letterbox.of(shape, self.image_size)
         pending = None  # one batch in flight: the host prepares while the device computes
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
             batch = np.zeros((self.batch_size, *shape), np.float32)
             batch[: len(images[part])] = prepare(images[part])
-            inputs = self._to_model(multihost.put_global(batch, self._sharding), fit)
-            labels = () if truth is None else (self._labels(truth[part], fit),)
-            ids = _class_ids(self._predict(*self._states, inputs, *labels), fit, shape)
+            inputs = self._to_model(multihost.put_global(batch, self._sharding), letterbox)
+            labels = () if truth is None else (self._labels(truth[part], letterbox),)
+            ids = _class_ids(self._predict(*self._states, inputs, *labels), letterbox, shape)
             if pending:
                 self._collect(out, *pending)
             pending = part, ids
@@ -131,10 +131,10 @@ class Predictor:
             self._collect(out, *pending)
         return out
 
-    def _labels(self, ids, fit: Fit):
+    def _labels(self, ids, letterbox: Letterbox):
         """A batch of class ids at the network's size, on the device."""
-        batch = np.zeros((self.batch_size, fit.size, fit.size), np.uint8)
-        batch[: len(ids)] = to_model(ids, fit, order=0)
+        batch = np.zeros((self.batch_size, letterbox.size, letterbox.size), np.uint8)
+        batch[: len(ids)] = to_model(ids, letterbox, order=0)
         return multihost.put_global(batch, self._sharding)
 
     @staticmethod
@@ -143,8 +143,8 @@ class Predictor:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _class_ids(logits, fit: Fit, native: tuple[int, int]):
-    return jnp.argmax(logits_to_native(logits, fit, native), axis=-1).astype(jnp.uint8)
+def _class_ids(logits, letterbox: Letterbox, native: tuple[int, int]):
+    return jnp.argmax(logits_to_native(logits, letterbox, native), axis=-1).astype(jnp.uint8)
 
 
 def make_predict_step(graphdef):

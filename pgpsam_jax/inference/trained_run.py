@@ -17,7 +17,7 @@ from pgpsam_jax.data.io.nibabel_image import from_nibabel
 from pgpsam_jax.data.io.nifti import Volume, label_image, read_image
 from pgpsam_jax.data.io.voxel_grid import AXIAL
 from pgpsam_jax.data.layouts.label_table import load_label_table
-from pgpsam_jax.data.letterbox import Fit, ends_of, model_slices
+from pgpsam_jax.data.letterbox import Letterbox, ends_of, model_slices
 from pgpsam_jax.data.quality import appearance
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
@@ -104,10 +104,10 @@ class TrainedRun:
     def inputs(self, volume, slices):
         """Some slices as the network sees them, (N, S, S) in [0, 1]."""
         array = self.read(volume).array
-        fit = Fit.of(array.shape[1:], self.config.model.image_size)
+        letterbox = Letterbox.of(array.shape[1:], self.config.model.image_size)
         predictor = self.predictor
         ends = ends_of(predictor.window, array)
-        return model_slices(array[list(slices)], ends, fit, predictor.levels)
+        return model_slices(array[list(slices)], ends, letterbox, predictor.levels)
 
     @functools.cached_property
     def _passes(self):

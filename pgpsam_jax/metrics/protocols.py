@@ -19,6 +19,7 @@ import numpy as np
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.metrics import surface
+from pgpsam_jax.metrics.overlap import overlap_counts
 
 NAN = float("nan")
 COLUMNS = (
@@ -87,7 +88,7 @@ def score_case(
         region = np.asarray(region, bool)
         if region.shape != truth.shape[:1]:
             raise ValueError(f"region has shape {region.shape}, expected {truth.shape[:1]}")
-    counts = overlaps(prediction, truth, len(names))
+    counts = overlap_counts(prediction, truth, len(names))
     counts = counts[:, slice(None) if region is None else region].sum(axis=1)
     surfaces = [surface.surface_points(volume) for volume in (prediction, truth)]
     rows = []
@@ -98,21 +99,6 @@ def score_case(
         )
         rows += _rows(case_id, class_id, names[class_id], *score)
     return rows
-
-
-def overlaps(prediction, truth, num_classes: int) -> np.ndarray:
-    """Pixels of each organ in both, in the prediction and in the truth, (3, N, K - 1).
-
-    prediction, truth: label maps (N, H, W).
-    """
-    counts = np.zeros((3, len(truth), num_classes - 1), np.int64)
-    for place, (ours, theirs) in enumerate(zip(prediction, truth, strict=True)):
-        organs = np.flatnonzero((ours != 0) | (theirs != 0))
-        pairs = ours.ravel()[organs].astype(np.int64) * num_classes + theirs.ravel()[organs]
-        table = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-        for kind, ids in enumerate((table.diagonal(), table.sum(axis=1), table.sum(axis=0))):
-            counts[kind, place] = ids[1:]
-    return counts
 
 
 def _check(prediction, truth, names, case_id) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 from pgpsam_jax.data.cache import slice_areas
 from pgpsam_jax.data.fewshot_list import in_pool
 from pgpsam_jax.metrics.aggregate import defined_mean
-from pgpsam_jax.metrics.protocols import COLUMNS, STATUSES, overlaps
+from pgpsam_jax.metrics.overlap import dice_of_counts, overlap_counts, slice_dice
+from pgpsam_jax.metrics.protocols import COLUMNS, STATUSES
 
 NAME = "release"
 SLICE_COLUMNS = ("case", "slice", "class", "dice")
@@ -25,13 +26,6 @@ SLICE_COLUMNS = ("case", "slice", "class", "dice")
 def valid_slices(truth, num_classes: int, min_pixels: int) -> np.ndarray:
     """Which slices of a label map (N, H, W) are scored, boolean (N,)."""
     return in_pool(slice_areas(truth, num_classes), "valid", min_pixels)
-
-
-def dice(counts) -> np.ndarray:
-    """Counts of `overlaps` (3, ...) to Dice (...); NaN for an organ in neither."""
-    both, predicted, true = counts
-    size = predicted + true
-    return np.where(size > 0, 2.0 * both / np.maximum(size, 1), np.nan)
 
 
 def item_mean(scores) -> float:
@@ -44,9 +38,9 @@ def organ_mean(scores) -> float:
     return float(defined_mean(defined_mean(scores, axis=0)))
 
 
-def slice_dice(prediction, truth, num_classes: int) -> float:
+def mean_slice_dice(prediction, truth, num_classes: int) -> float:
     """The release's slice-level "Dice" of label maps (N, H, W), slices of any number of cases."""
-    return item_mean(dice(overlaps(prediction, truth, num_classes)))
+    return item_mean(slice_dice(prediction, truth, num_classes))
 
 
 def score_release(
@@ -61,14 +55,14 @@ def score_release(
     scored = valid_slices(truth, len(names), min_pixels)
     if region is not None:
         scored &= region
-    counts = overlaps(prediction[scored], truth[scored], len(names))
+    counts = overlap_counts(prediction[scored], truth[scored], len(names))
     volume, rows = counts.sum(axis=1), []
-    for class_id, value in enumerate(dice(volume).tolist(), start=1):
+    for class_id, value in enumerate(dice_of_counts(volume).tolist(), start=1):
         _, predicted, true = volume[:, class_id - 1].tolist()
         entries = (str(case_id), class_id, names[class_id], NAME, "dice", value, true, predicted)
         status = STATUSES[true > 0, predicted > 0]
         rows.append(dict(zip(COLUMNS, (*entries, status), strict=True)))
-    per_slice = zip(np.flatnonzero(scored).tolist(), dice(counts).tolist(), strict=True)
+    per_slice = zip(np.flatnonzero(scored).tolist(), dice_of_counts(counts).tolist(), strict=True)
     slices = [
         dict(zip(SLICE_COLUMNS, (str(case_id), index, name, value), strict=True))
         for index, values in per_slice

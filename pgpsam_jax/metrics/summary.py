@@ -20,15 +20,13 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.metrics import release_protocol
 from pgpsam_jax.metrics.aggregate import (
     INTERVAL,
-    SMALL,
-    SMALL_SAMPLE,
     defined_mean,
     score_arrays,
     spread,
 )
 from pgpsam_jax.metrics.protocols import COLUMNS, DEFINITIONS, METRICS
 from pgpsam_jax.metrics.release_protocol import SLICE_COLUMNS
-from pgpsam_jax.results.tables.text import pipe
+from pgpsam_jax.metrics.summary_markdown import format_markdown
 from pgpsam_jax.utils.files import csv_text, write_json, write_text
 
 _TYPES = {"class_id": int, "truth_voxels": int, "predicted_voxels": int, "value": float}
@@ -171,85 +169,3 @@ def _jsonable(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, int | float | str | bool | None) else str(value)
-
-
-def format_markdown(summary) -> str:
-    """The summary as a page: notices, tables (an organ a row), and what the numbers mean."""
-    strict, transunet = summary["strict"], summary["transunet"]
-    tolerance = summary.get("nsd_tolerance_mm")
-    at = "" if tolerance is None else f" at {tolerance:g} mm"
-    head = ["organ", "n", "Dice", "SD", "95 % CI", "HD95 (mm)", f"NSD{at}", "missed"]
-    head += ["hallucinated", "absent", "Dice (transunet)", "HD95 (transunet, voxels)"]
-    lines = [f"# Evaluation of {summary['n_cases']} case(s)", ""]
-    for notice in summary.get("notices", ()):
-        lines += [f"> **Note:** {' '.join(str(notice).split())}", ""]
-    lines += [_row(head), _row(["---"] + ["---:"] * (len(head) - 1))]
-    for name, entry in strict["per_class"].items():
-        counts = [entry[f"n_{kind}"] for kind in ("missed", "hallucinated", "both_empty")]
-        label, other = pipe(name), transunet["per_class"][name]
-        lines.append(_table_row(label, entry["n"], entry, "dice", counts, other))
-    for kind in ("class", "case"):
-        means, others = (
-            {metric: part[f"{metric}_{kind}_mean"] for metric in METRICS[protocol]}
-            for protocol, part in (("strict", strict), ("transunet", transunet))
-        )
-        label = f"**{kind} mean**"
-        lines.append(
-            _table_row(label, summary["n_cases"], strict | means, f"dice_{kind}", [""] * 3, others)
-        )
-    if "slice_dice" in summary.get("release", {}):
-        lines += ["", *_release_table(summary)]
-    return "\n".join([*lines, "", *_explanations(summary)]) + "\n"
-
-
-def _release_table(summary) -> list[str]:
-    """Both modes of `release`; its "Dice" and "mcDice" are our case mean and class mean."""
-    release, n = summary["release"], summary["n_cases"]
-    head = ["organ (`release`)", "n volumes", "Dice of volumes", "n slices", "Dice of slices"]
-    keys = "n", "dice", "n_slices", "slice_dice"
-    rows = [
-        [pipe(name), *(entry[key] for key in keys)] for name, entry in release["per_class"].items()
-    ]
-    of_slices = release["n_slices"], release["slice_mcdice"], release["slice_dice"]
-    rows.append(["**mcDice**", n, release["dice_class_mean"], *of_slices[:2]])
-    rows.append(["**Dice**", n, release["dice_case_mean"], *of_slices[::2]])
-    lines = [_row(head), _row(["---"] + ["---:"] * (len(head) - 1))]
-    return lines + [_row([*row[:2], _number(row[2]), row[3], _number(row[4])]) for row in rows]
-
-
-def _table_row(label, n, strict, spread, counts, transunet) -> str:
-    """One line of the table; `spread` names the SD and interval, blank where there is none."""
-    sd, ends = (strict.get(f"{spread}_{part}", "") for part in ("sd", "ci95"))
-    cells = [label, n, _number(strict["dice"]), _number(sd), _interval(ends)]
-    cells += [_number(strict["hd95"], 2), _number(strict["nsd"]), *counts]
-    return _row([*cells, _number(transunet["dice"]), _number(transunet["hd95"], 2)])
-
-
-def _explanations(summary) -> list[str]:
-    definitions = summary.get("definitions", DEFINITIONS)
-    lines = [
-        "- Columns without a protocol are `strict`; n is the number of cases in which Dice is "
-        "defined, and HD95 averages the cases in which truth and prediction both have the organ.",
-        "- Class mean: mean over organs of their mean over cases. Case mean: mean over cases of "
-        "the mean over the organs defined in the case.",
-        f"- Interval: {summary.get('interval', INTERVAL)}.",
-    ]
-    if "valid_min_pixels" in summary:
-        least = summary["valid_min_pixels"]
-        lines.append(f"- A slice is valid if some organ has {least} pixels or more in it.")
-    if summary["n_cases"] < SMALL:
-        lines.append(f"- {SMALL_SAMPLE}.")
-    return lines + [f"- `{name}`: {text}." for name, text in definitions.items()]
-
-
-def _row(cells) -> str:
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
-
-
-def _number(value, digits: int = 3) -> str:
-    """Undefined (None) reads n/a; a cell that means nothing here ("") stays blank."""
-    return value if value == "" else "n/a" if value is None else f"{value:.{digits}f}"
-
-
-def _interval(ends) -> str:
-    return " to ".join(_number(end) for end in ends) if ends else _number(ends)

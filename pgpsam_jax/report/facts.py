@@ -1,6 +1,5 @@
 """Settings, provenance, cell states and files of a run or an experiment grid, as HTML."""
 
-import json
 from pathlib import Path
 
 from pgpsam_jax.config import defaults
@@ -8,6 +7,7 @@ from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.report.html.markup import escape, link, paragraph, text_table
 from pgpsam_jax.results.grid import DONE, FAILED, PENDING, RUNNING, Cell, Grid
 from pgpsam_jax.results.runs import Run
+from pgpsam_jax.utils.files import read_record
 
 _SIGNS = {DONE: "✓ done", FAILED: "✗ failed", RUNNING: "… running", PENDING: "pending"}
 
@@ -80,21 +80,13 @@ def provenance_table(runs: list[Run], extra: dict) -> str:
     """Table of versions, git revision, devices and hashes; values that differ are all listed."""
     records = []
     for run in runs:
-        base = _json(run.workdir / "base.json")
+        base = read_record(run.workdir / "base.json", missing={}, damaged={})
         record = flat(run.provenance) | {f"base weights: {key}": base[key] for key in base}
         records.append(record | {"few-shot list hash": run.list_hash})
     rows = [(key, format_value(value)) for key, value in (extra | merge_values(records)).items()]
     if not rows:
         return paragraph("Nothing has run yet.", "missing")
     return text_table(["", "value"], rows, "provenance")
-
-
-def _json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def cell_tables(grid: Grid) -> str:

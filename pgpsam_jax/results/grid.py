@@ -5,12 +5,11 @@ run) and one run folder per cell; `experiments/run_grid.py` fills it.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.results.runs import Run, read_run
-from pgpsam_jax.utils.files import read_json
+from pgpsam_jax.utils.files import read_record
 
 PLAN = "grid.json"
 STATE = "state.json"
@@ -45,10 +44,8 @@ class Cell:
     @property
     def state(self) -> dict:
         """The content of `state.json`; `{"state": "pending"}` if there is none."""
-        try:
-            return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {"state": PENDING}
+        pending = {"state": PENDING}
+        return read_record(self.folder / STATE, missing=pending, damaged=pending)
 
     def run(self) -> Run | None:
         """The run of a finished cell, else None."""
@@ -105,13 +102,10 @@ def is_grid(path) -> bool:
 def read_grid(path) -> Grid:
     """Reads the plan of a grid folder; `UserError` if it is missing or damaged."""
     path = Path(path)
-    plan = read_json(path / PLAN)
-    if plan is None:
+    grid = read_record(path / PLAN, lambda plan: Grid.from_json(plan, path))
+    if grid is None:
         raise UserError(
             f"{path / PLAN} not found, so {path} is not an experiment grid; run one with "
             "python -m experiments.run_grid --grid GRID --workdir FOLDER"
         )
-    try:
-        return Grid.from_json(plan, path)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path / PLAN} is damaged ({error!r}); restore it from a copy") from None
+    return grid

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from pgpsam_jax.config import serialization as configuration
 from pgpsam_jax.data.layouts.label_table import load_label_table
-from pgpsam_jax.utils.files import read_json, read_metrics
+from pgpsam_jax.utils.files import read_metrics, read_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,12 @@ def read_run(workdir) -> Run:
         workdir,
         config,
         tuple(load_label_table(workdir / "labels.json").names),
-        read_json(workdir / "provenance.json") or {},
-        read_json(workdir / "timing.json") or {},
-        read_json(workdir / "cost.json") or {},
+        read_record(workdir / "provenance.json", missing={}),
+        read_record(workdir / "timing.json", missing={}),
+        read_record(workdir / "cost.json", missing={}),
         read_metrics(workdir / "metrics.jsonl"),
         read_cases(cases) if cases.is_file() else [],
-        read_json(evaluation / "summary.json"),
+        read_record(evaluation / "summary.json"),
         _list_hash(workdir / "fewshot.txt"),
     )
 

@@ -1,4 +1,4 @@
-"""What all commands share: how they read their arguments, heed signals and end."""
+"""Shared by all commands: parsing arguments, handling signals, exiting."""
 
 import argparse
 import contextlib
@@ -13,9 +13,9 @@ from pgpsam_jax.utils.files import local
 
 @contextlib.contextmanager
 def running():
-    """The whole of a command that cannot go on where it was: signals and mistakes end it."""
+    """Runs a command that cannot be resumed: signals and user errors end it."""
     with exit_on_user_error():
-        if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        if threading.current_thread() is not threading.main_thread():  # only that one gets signals
             yield
             return
         with preemption.handle_signals(resumes=False):
@@ -23,7 +23,7 @@ def running():
 
 
 def positive(text: str) -> float:
-    """A number above 0, for `add_argument(type=...)`."""
+    """Parses a number above 0, for `add_argument(type=...)`."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
@@ -31,7 +31,7 @@ def positive(text: str) -> float:
 
 
 def pair(text: str) -> tuple[float, float]:
-    """Two numbers such as -125,275, the lower first, for `add_argument(type=...)`."""
+    """Parses two ascending numbers such as -125,275, for `add_argument(type=...)`."""
     low, high = (float(part) for part in text.strip("()[] ").split(","))
     if not -math.inf < low < high < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a lower and a higher number")
@@ -39,7 +39,7 @@ def pair(text: str) -> tuple[float, float]:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written; the default of every flag that has one."""
+    """Help with unwrapped descriptions and the defaults of all flags that have one."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False or action.default in ("", []):
@@ -48,23 +48,26 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 class Parser(argparse.ArgumentParser):
-    """The arguments of a command; its module's documentation is the help, examples at the end.
+    """Argument parser of a command; refuses addresses such as gs://bucket/x in all arguments.
 
-    module: name behind `python -m`. text: what it does, then perhaps "Examples:" and these. An
-    address such as gs://bucket/x is refused wherever a folder or file may stand.
+    Args:
+        module: name after `python -m`.
+        text: the module's docstring; what follows the line "Examples:" is the epilog.
+        prog: replaces `python -m module`.
+        **options: for `argparse.ArgumentParser`.
     """
 
     def __init__(self, module: str = "", text: str = "", prog: str | None = None, **options):
         described, examples, rest = text.strip().partition("\nExamples:\n")
         super().__init__(
-            prog=prog or f"python -m {module}",  # argparse names commands within a command itself
+            prog=prog or f"python -m {module}",  # argparse sets it for subcommands
             description=described,
             epilog=(examples + rest).strip() or None,
             formatter_class=_Help,
             allow_abbrev=False,
             **options,
         )
-        self._negative_number_matcher = re.compile(r"-[\d.]")  # else -125,275 would be a flag
+        self._negative_number_matcher = re.compile(r"-[\d.]")  # or -125,275 would be a flag
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the flags)")

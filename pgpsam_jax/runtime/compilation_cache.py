@@ -1,9 +1,8 @@
-"""Compiled programs on disk: a second start of the same configuration compiles nothing.
+"""Persistent XLA compilation cache: restarting the same configuration compiles nothing.
 
-JAX keeps them; here it is told where, for every command. Its key covers the program, the version,
-the compiler's flags and the device. For code that runs on the CPU it lacks the processor it was
-built for and the number of cores its loops were divided over, so that each kind of machine has a
-folder of its own.
+JAX's cache key covers the program, the versions, the compiler flags and the device. For the CPU it
+lacks the processor model and the number of cores that loops were divided over, so each kind of
+machine gets its own folder.
 """
 
 import hashlib
@@ -18,7 +17,7 @@ from pgpsam_jax.errors import UserError
 
 MAX_BYTES = 5 * 10**9
 
-# Every program is kept, however small: a start has dozens, each far below JAX's own threshold.
+# Small programs count too: a start has dozens, each far below JAX's own threshold.
 _KEEP_ALL = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -28,10 +27,10 @@ _CPU_FIELDS += ("CPU implementer", "CPU variant", "CPU part", "Features")  # and
 
 
 def keep_compiled() -> None:
-    """Have JAX keep what it compiles in the user's cache folder; call before anything is compiled.
+    """Enables JAX's compilation cache in the user's cache folder; call before compiling anything.
 
-    A folder that was chosen already (`JAX_COMPILATION_CACHE_DIR`, empty for none) stays. Where the
-    default cannot be used, a warning says why and the run goes on without.
+    A folder set by the user (`JAX_COMPILATION_CACHE_DIR`, empty for none) is kept. If the default
+    folder cannot be used, the process warns and continues without a cache.
     """
     for name, value in _KEEP_ALL.items():
         if name.upper() not in os.environ:
@@ -44,7 +43,7 @@ def keep_compiled() -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         warnings.warn(
             f"compiled programs are not kept ({error}); set JAX_COMPILATION_CACHE_DIR to a folder "
-            "of yours, or to nothing for none",
+            "of yours, or leave it empty to disable the cache",
             stacklevel=2,
         )
         return
@@ -54,7 +53,7 @@ def keep_compiled() -> None:
 
 
 def start() -> None:
-    """Have JAX start its platforms; a `UserError` where one that was asked for is not there."""
+    """Initializes JAX's backends; raises a `UserError` if the requested platform is missing."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter for CUDA without a GPU
@@ -68,18 +67,15 @@ def start() -> None:
 
 
 def cache_folder() -> Path:
-    """Where they are kept: `$XDG_CACHE_HOME/pgpsam_jax/compiled/<kind of machine>`.
-
-    Without that variable it is `~/.cache/pgpsam_jax/...`.
-    """
+    """Returns `$XDG_CACHE_HOME/pgpsam_jax/compiled/<kind of machine>`, by default in `~/.cache`."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # unset; the XDG specification has a relative path ignored
+    if not base.is_absolute():  # unset, or relative, which the XDG specification ignores
         base = Path.home() / ".cache"
     return base / "pgpsam_jax" / "compiled" / machine_kind()
 
 
 def machine_kind() -> str:
-    """Architecture, cores that this process may use, hash of the processor and its instructions."""
+    """Returns the architecture, available cores and a hash of the processor and its features."""
     try:
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
         fields = [line for line in first.splitlines() if line.split("\t")[0] in _CPU_FIELDS]
@@ -92,24 +88,24 @@ def machine_kind() -> str:
 
 
 def _prepare(folder: Path) -> None:
-    """Make the folder, its owner's alone since it holds code, and tidy it."""
+    """Creates the folder, private because its content is executed, and removes torn files."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
-        raise PermissionError(f"others can write to {folder}, and what it holds is run")
+        raise PermissionError(f"others can write to {folder}, whose content is executed")
     import filelock  # late: importing this module stays light
 
     try:
         with filelock.FileLock(folder / ".lockfile", timeout=0):  # the lock of JAX itself
             _remove_torn(folder)
-    except filelock.Timeout:  # another process is at it
+    except filelock.Timeout:  # another process is tidying up
         pass
 
 
 def _remove_torn(folder: Path) -> None:
-    """Remove programs whose writing was killed.
+    """Removes programs whose writing was interrupted.
 
-    JAX writes a program, then its time of use. A program without one is incomplete, is never
+    JAX writes a program, then its access time. A program without one may be incomplete, is never
     replaced, and keeps JAX up to 0.11 from writing any other (JAX issue 39880).
     """
     for program in folder.glob("*-cache"):

@@ -1,11 +1,10 @@
-"""The switch `deterministic`: a run that gives the same bits when it is done again.
+"""Bitwise reproducible runs (`deterministic`).
 
-On CPU and TPU it does so without the switch, on the same machine with the same versions: the
-compiler divides and orders every sum by the program alone, and all that is drawn comes from
-seeds. On a GPU it takes `--xla_gpu_deterministic_ops=true`: sums without atomic additions
-(scatters, cuDNN's backward attention, split products), compilation that fails where an operation
-has no such form, and kernels chosen by rule instead of by timing them, which comes out differently
-from start to start.
+On CPU and TPU runs are reproducible anyway, on the same machine with the same versions: the program
+alone determines the order of all sums, and all random numbers come from seeds. On a GPU
+`--xla_gpu_deterministic_ops=true` is needed: sums without atomics (scatters, cuDNN's backward
+attention, split-k matmuls), an error for operations without a deterministic form, and kernels
+chosen by rule instead of by timing, which varies from start to start.
 """
 
 import os
@@ -20,10 +19,16 @@ FLAG = "--xla_gpu_deterministic_ops"
 
 
 def demand(deterministic: bool, seeded: bool = True) -> None:
-    """Have all that this process compiles be deterministic, where the configuration wants it.
+    """Makes all programs that this process compiles deterministic, if configured.
 
-    Call it before anything is computed: XLA reads its flags once. Raises a `UserError` where it is
-    too late, or where other settings contradict.
+    Call it before anything is computed: XLA reads its flags once.
+
+    Args:
+        deterministic: the setting.
+        seeded: whether the augmentation is seeded.
+
+    Raises:
+        UserError: it is too late, or other settings contradict.
     """
     if not deterministic:
         return
@@ -32,7 +37,7 @@ def demand(deterministic: bool, seeded: bool = True) -> None:
             "deterministic is on, but augment.seeded=False draws the augmentation from the "
             "operating system; switch one of them off"
         )
-    if _cpu_alone():  # where the flag would only have everything compiled anew
+    if _cpu_alone():  # where the flag would only cause recompilation
         return
     flags = os.environ.get("XLA_FLAGS", "")
     if given := re.findall(rf"{FLAG}(?:=(\S+)|(?=\s|$))", flags):
@@ -50,5 +55,5 @@ def demand(deterministic: bool, seeded: bool = True) -> None:
 
 
 def _cpu_alone() -> bool:
-    """Whether JAX is kept from accelerators (`JAX_PLATFORMS`)."""
+    """Whether `JAX_PLATFORMS` excludes accelerators."""
     return jax.config.jax_platforms == "cpu"

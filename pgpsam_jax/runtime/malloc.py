@@ -1,30 +1,29 @@
-"""Memory of the process as a training step on CPU wants it: kept when freed, and in large pages.
+"""glibc malloc tuning for CPU training: keep freed memory, use huge pages.
 
-A step frees and takes its buffers anew. glibc gives large blocks back to the system at once, and
-the next step pays for every page again: with pages of 4 KiB a fifth of a ViT-b step at 512 px and
-a quarter of the step of `configs/phantom.py`; with pages of 2 MiB, which the system must clear,
-still a second of CPU time in a ViT-b step of two images. Blocks that are kept cost neither.
+Each step frees and reallocates its buffers. By default glibc returns large blocks to the system at
+once, and the next step pays for each page again: with 4 KiB pages a fifth of a ViT-b step at 512 px
+and a quarter of the step of `configs/phantom.py`; with 2 MiB pages, which the system must clear,
+still a second of CPU time in a ViT-b step of two images.
 """
 
 import os
 import sys
 
 _VARIABLE = "GLIBC_TUNABLES"
-_NEVER = 1 << 40  # bytes: from this size on blocks are given back
+_NEVER = 1 << 40  # bytes from which blocks are returned to the system
 _WANTED = {
     "glibc.malloc.hugetlb": 1,  # ask for pages of 2 MiB
     "glibc.malloc.mmap_threshold": _NEVER,
     "glibc.malloc.trim_threshold": _NEVER,
-    "glibc.malloc.arena_max": 1,  # what one thread freed serves the next
+    "glibc.malloc.arena_max": 1,  # threads reuse each other's freed memory
 }
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed for reuse, in large pages. Call it first in a program.
+    """Makes glibc keep freed memory, in huge pages. Call it first in a program.
 
-    glibc is told by an environment variable that it reads when a process starts, so the program is
-    started again in its place, with the same arguments, files and process id. Settings that the
-    variable already has stay as they are.
+    glibc reads these settings from an environment variable at process start, so this re-executes
+    the program with the same arguments, files and process id. Existing settings are kept.
     """
     if not sys.platform.startswith("linux"):
         return

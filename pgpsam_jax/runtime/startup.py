@@ -1,4 +1,4 @@
-"""The first thing that a command does, before its imports take seconds; hence it has few itself."""
+"""First step of a command, before its slow imports; imports little itself."""
 
 import os
 import signal
@@ -6,14 +6,14 @@ import sys
 
 
 def begin() -> None:
-    """Ready this process for `python -m`: what may go wrong while the command's modules load.
+    """Prepares this process for `python -m` while the modules of the command load.
 
-    An interrupt ends it at once, as nothing can be lost yet, until the command listens itself.
-    Names that the terminal's encoding lacks are printed in escaped form, which is no error.
+    An interrupt exits at once, as nothing can be lost yet, until the command installs its own
+    handlers. Characters that the terminal cannot encode are printed escaped.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
-    if hasattr(sys.stdout, "reconfigure"):  # else it is closed, or replaced
+    if hasattr(sys.stdout, "reconfigure"):  # not closed or replaced
         sys.stdout.reconfigure(errors="backslashreplace")
 
 

@@ -67,13 +67,13 @@ class Selection:
 
     def judge(self, predictor: Predictor, step: int) -> float:
         """The score of the predictor's parameters; they are kept if it is the highest so far."""
-        from pgpsam_jax.metrics.release_protocol import slice_dice
+        from pgpsam_jax.metrics.release_protocol import mean_slice_dice
 
         prediction = predictor.slices(self._data.images)  # by all devices, whole on all processes
         if self._fresh:
             self._go_on(step)
         alarms = self._silent.see(prediction, self._epoch(step))
-        score = slice_dice(prediction, self._data.labels, self._data.num_classes)
+        score = mean_slice_dice(prediction, self._data.labels, self._data.num_classes)
         best = self._best.record
         if best is None or score > best["score"]:
             self._best.save(predictor.params, step, score)

@@ -11,7 +11,6 @@ often its loops run and are not told; or "none" where nothing trains, and only i
 """
 
 import inspect
-import json
 import math
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ from pgpsam_jax.inference.predictor import make_predict_step
 from pgpsam_jax.methods import registry
 from pgpsam_jax.models.parameters import count
 from pgpsam_jax.sharding.context import Placement, traced_for
-from pgpsam_jax.utils.files import write_json
+from pgpsam_jax.utils.files import read_record, write_json
 
 try:
     import resource
@@ -180,11 +179,7 @@ def update(workdir, records: list[dict]) -> None:
 
 def read(workdir) -> dict:
     """The record of a workdir; {} where there is none or it cannot be read."""
-    try:
-        record = json.loads((Path(workdir) / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    return read_record(Path(workdir) / FILE, missing={}, damaged={})
 
 
 def _store(workdir, record: dict) -> None:

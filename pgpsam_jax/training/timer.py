@@ -1,11 +1,10 @@
 """Where the time of a run goes: seconds by activity, kept over its restarts."""
 
 import contextlib
-import json
 import time
 from pathlib import Path
 
-from pgpsam_jax.utils.files import write_json
+from pgpsam_jax.utils.files import read_record, write_json
 
 FILE = "timing.json"
 
@@ -18,11 +17,12 @@ class Stopwatch:
 
     def __init__(self, workdir):
         self._path, self._running = Path(workdir) / FILE, []
-        try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-            self.seconds = {str(name): float(value) for name, value in found.items()}
-        except (OSError, ValueError, AttributeError, TypeError):  # none, or damaged
-            self.seconds = {}
+        self.seconds: dict[str, float] = read_record(
+            self._path,
+            lambda value: {name: float(seconds) for name, seconds in value.items()},
+            missing={},
+            damaged={},
+        )
 
     @contextlib.contextmanager
     def __call__(self, activity: str):

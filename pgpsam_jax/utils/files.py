@@ -1,4 +1,4 @@
-"""Atomic writes and hashes, so that a killed run never leaves a half-written file."""
+"""Atomic writes, digests, JSON, JSONL and CSV."""
 
 import contextlib
 import csv
@@ -10,22 +10,26 @@ import re
 import secrets
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pgpsam_jax.errors import UserError
 
 _PREFIX = ".tmp-"
-_KEPT = 40  # characters of a name, of up to 4 bytes; file systems know no names over 255 bytes
+_RAISE = object()
+_DAMAGE = OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError
+_KEPT = 40  # characters of up to 4 bytes; file systems limit names to 255 bytes
 _WRITTEN = (  # by runs and grids, at the top of their folders
     "base.json best config.json cost.json evaluation fewshot.txt frozen.safetensors grid.json "
     "labels.json metrics.jsonl provenance.json slurm.sh timing.json training.png verify.json"
 ).split()
-# A `Path` makes one slash of two; one letter would be a drive of Windows.
+# `Path` collapses two slashes; a single letter would be a Windows drive.
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
 def local(path, what: str) -> Path:
-    """The path; a `UserError` that names `what` where it is an address, such as gs://bucket/x."""
+    """Returns the path; raises a `UserError` for an address such as gs://bucket/x."""
     if found := _ADDRESS.match(str(path)):
         if found[1].lower() == "file":
             how = "give the path itself, without file://"
@@ -37,20 +41,20 @@ def local(path, what: str) -> Path:
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary path beside `path` (same suffixes); renamed onto it only on success.
+    """Yields a temporary path beside `path` with the same suffixes, renamed to it on success.
 
-    It gets the mode that the user's umask gives, whatever is written by. An `OSError` names `path`.
+    The file gets the mode of the user's umask. An `OSError` names `path`.
     """
     path = Path(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         name = _beside(path)
-        try:  # already here: a signal may come as soon as there is a file
-            handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
+        try:  # inside `try`: a signal may come as soon as the file exists
+            handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # minus the umask
             mode = stat.S_IMODE(os.fstat(handle).st_mode)
             os.close(handle)
             yield name
-            if stat.S_IMODE(name.stat().st_mode) != mode:  # a library has made a file of its own
+            if stat.S_IMODE(name.stat().st_mode) != mode:  # a library has replaced the file
                 name.chmod(mode)
             _to_disk(name)
             os.replace(name, path)
@@ -61,7 +65,7 @@ def atomic_path(path):
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """Yield a new folder beside `path` to fill; renamed to it only on success."""
+    """Yields a new folder beside `path`, renamed to it on success."""
     path = Path(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,13 +80,13 @@ def atomic_folder(path):
 
 
 def _beside(path: Path) -> Path:
-    """A new name in the same folder with the same suffixes, short enough for any file system."""
+    """Returns a new name in the same folder with the same suffixes, short enough for any system."""
     return path.with_name(f"{_PREFIX}{secrets.token_hex(6)}-{path.name[-_KEPT:]}")
 
 
 @contextlib.contextmanager
 def naming(path):
-    """Have an `OSError` of the block name this file: one of a write to an open file names none."""
+    """Adds the file name to an `OSError` of the block; those of open files have none."""
     try:
         yield
     except OSError as error:
@@ -92,7 +96,7 @@ def naming(path):
 
 
 def _to_disk(name) -> None:
-    """Else a machine that loses power may be left with the new name and no content."""
+    """Flushes a file; a power failure could otherwise leave the new name without content."""
     handle = os.open(name, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -101,7 +105,7 @@ def _to_disk(name) -> None:
 
 
 def remove_temporaries(folder) -> None:
-    """Remove what writers that were killed left in a folder and below, its caches left out."""
+    """Removes temporary files of killed writers from a folder tree, except from caches."""
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != "cache"]  # other runs may write there
         for name in names:
@@ -110,10 +114,13 @@ def remove_temporaries(folder) -> None:
 
 
 def refuse_foreign(folder, marks, kind: str) -> None:
-    """A `UserError` where a folder has other things than a run or a grid (`kind`) in it.
+    """Raises a `UserError` if a folder holds something else than a run or grid.
 
-    marks: names of which it would hold one. Loose files, such as logs, stay as they are unless
-    they have a name that is written there.
+    Args:
+        folder: may be missing or empty. Loose files such as logs are accepted, unless a run or
+            grid would overwrite them.
+        marks: names of files of which a run or grid has at least one.
+        kind: "run" or "grid", for the message.
     """
     folder = Path(folder)
     if not folder.is_dir() or any((folder / mark).exists() for mark in marks):
@@ -128,7 +135,7 @@ def refuse_foreign(folder, marks, kind: str) -> None:
 
 def write_text(path, text: str) -> None:
     with atomic_path(path) as temporary:
-        # Names of files that are no UTF-8 come out as the bytes that they are.
+        # Keeps the bytes of file names that are not UTF-8.
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
@@ -137,7 +144,7 @@ def write_json(path, value) -> None:
 
 
 def csv_text(columns, rows) -> str:
-    """Rows (dictionaries with these keys) as CSV with a head line."""
+    """Formats rows (dictionaries with these keys) as CSV with a header."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -146,7 +153,7 @@ def csv_text(columns, rows) -> str:
 
 
 def file_digest(path, algorithm: str = "sha256") -> str:
-    """Hex digest of a file's bytes, read in blocks."""
+    """Returns the hex digest of a file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
@@ -163,14 +170,34 @@ def read_metrics(path) -> list[dict]:
     return records
 
 
-def read_json(path: Path) -> dict | None:
-    """The object in a JSON file that a run wrote; None where there is no file."""
-    if not path.is_file():
-        return None
+def read_record(
+    path,
+    parse: Callable[[dict], Any] = lambda value: value,
+    *,
+    missing: Any = None,
+    damaged: Any = _RAISE,
+    remedy: str = "restore it from a copy",
+) -> Any:
+    """Returns the content of a JSON file that this program wrote. For others: `read_user_json`.
+
+    Args:
+        path: the file, which holds a JSON object.
+        parse: converts the object; may raise `LookupError`, `TypeError`, ... for wrong content.
+        missing: returned if there is no file.
+        damaged: returned if the file cannot be read or parsed.
+        remedy: end of the error message.
+
+    Raises:
+        UserError: the file cannot be read or parsed, and `damaged` is not given.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it holds no JSON object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it from a copy") from None
-    return value
+        return parse(value)
+    except (FileNotFoundError, NotADirectoryError):
+        return missing
+    except _DAMAGE as error:
+        if damaged is not _RAISE:
+            return damaged
+        raise UserError(f"{path} is damaged ({error!r}); {remedy}") from None

@@ -1,17 +1,22 @@
-"""Small text files that users and data sets bring, lists and JSON. They are untrusted."""
+"""Small text and JSON files of users and data sets, which are untrusted."""
 
 import json
 from pathlib import Path
 
 from pgpsam_jax.errors import UserError
 
-MAX_BYTES = 64 << 20  # a list of a million slices has a third of it
+MAX_BYTES = 64 << 20  # a list of a million slices has a third of that
 
 
 def read_text(path, what: str) -> str:
-    """The UTF-8 text of a regular file, without a byte order mark.
+    """Returns the UTF-8 text of a regular file, without a byte order mark.
 
-    `what` starts the error message: `UserError` if the file is missing, too large or no text.
+    Args:
+        path: the file.
+        what: start of the error message, such as "split file".
+
+    Raises:
+        UserError: the file is missing, too large or not text.
     """
     path = Path(path)
     try:
@@ -19,7 +24,7 @@ def read_text(path, what: str) -> str:
             raise UserError(f"{what} {path} cannot be read: there is no such file; check the path")
         if path.stat().st_size > MAX_BYTES:
             raise UserError(
-                f"{what} {path} is over {MAX_BYTES >> 20} MiB; it should be a short text"
+                f"{what} {path} is over {MAX_BYTES >> 20} MiB; it should be a short text file"
             )
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -29,8 +34,8 @@ def read_text(path, what: str) -> str:
         raise UserError(f"{what} {path} cannot be read: {reason}; check the path") from None
 
 
-def read_json(path, what: str):
-    """The value in a JSON file; one that names a key twice is refused: which one counts?"""
+def read_user_json(path, what: str):
+    """Returns the value in a JSON file; raises a `UserError`, also for repeated keys."""
     try:
         return json.loads(read_text(path, what), object_pairs_hook=_object)
     except RecursionError:
@@ -40,8 +45,8 @@ def read_json(path, what: str):
     raise UserError(f"{what} {path} cannot be read as JSON: {reason}; correct it")
 
 
-def shown(text: str, most: int = 100) -> str:
-    """What a message may repeat of a text from a file: one line, no control characters, short."""
+def sanitize(text: str, most: int = 100) -> str:
+    """Makes text from a file safe for a message: one short line without control characters."""
     plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
     return plain if len(text) <= most else f"{plain[:most]}..."
 
@@ -51,5 +56,5 @@ def _object(pairs: list) -> dict:
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in value if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r:.60} is there twice")
+        raise ValueError(f"the key {twice!r:.60} appears twice")
     return value

@@ -16,9 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from pgpsam_jax.data.layouts.cases import safe_case_id
-from pgpsam_jax.metrics.protocols import overlaps
-from pgpsam_jax.metrics.release_protocol import dice
-from pgpsam_jax.utils.untrusted_text import shown
+from pgpsam_jax.metrics.overlap import slice_dice
+from pgpsam_jax.utils.untrusted_text import sanitize
 from pgpsam_jax.visualization.theme import save_png
 
 # Okabe and Ito's color-blind-safe set, with violet in place of black: eight colors that stand out
@@ -82,11 +81,6 @@ def overlay_slice(image, truth, prediction, spacing, names, title: str) -> Figur
         draw_slice(ax, image, labels, spacing, names)
         ax.set_title(what, fontsize=10, pad=4)
     return figure
-
-
-def slice_dice(prediction, truth, num_classes: int) -> np.ndarray:
-    """Dice (D, K - 1) per slice and class of two (D, H, W) maps; NaN where absent from both."""
-    return dice(overlaps(prediction, truth, num_classes))
 
 
 def write_overlays(
@@ -240,7 +234,7 @@ def panels(layout, shape, spacing, width, legend, names, title, head, top=0.35):
         12, 120 * total / max(1, len(title))
     )  # a long case name must not run off a narrow sheet
     style = {"ha": "center", "va": "center", "fontsize": size, "parse_math": False}
-    figure.text(0.5, 1 - 0.2 / tall, shown(title, 1000), **style)
+    figure.text(0.5, 1 - 0.2 / tall, sanitize(title, 1000), **style)
     colors = palette(names)
     handles = [
         Patch(color=colors[names[k]], label=text.replace("_", " ")) for k, text in legend.items()

@@ -1,8 +1,8 @@
-"""Volumes kept as plain arrays: `.npz` slices and HDF5 volumes, which carry no voxel grid.
+"""Volumes from `.npz` slices and HDF5, which carry no voxel grid.
 
-Array axes are taken for display orientation (slices, rows, columns) with voxels of 1 mm: nothing
-in such a file says otherwise. Files are untrusted: no pickle, types and sizes checked before memory
-is taken; for HDF5 see that module.
+Array axes are assumed to be in display orientation (slices, rows, columns) with voxels of 1 mm.
+Files are untrusted: no pickle; types and sizes are checked before memory is allocated. For HDF5
+see `hdf5`.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.data.io import hdf5
 from pgpsam_jax.data.io.array_checks import check_size, check_type
 from pgpsam_jax.data.io.volume_files import check_entry
-from pgpsam_jax.data.io.volume_streams import told
+from pgpsam_jax.data.io.volume_streams import reading_errors
 from pgpsam_jax.data.io.voxel_grid import SourceGrid
 from pgpsam_jax.utils.files import file_digest
 
@@ -29,7 +29,7 @@ NO_GRID = (
     "in voxels, and masks are written on such a grid with the arrays' own axes."
 )
 _UNIT_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_MAX_SIDE = 32767  # what a NIfTI header can say of a prediction
+_MAX_SIDE = 32767  # the limit of a NIfTI header, for predictions
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,17 @@ class ArrayFiles:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+Source = Path | ArrayFiles  # read by `volumes`
+
+
 def read_grid(source: ArrayFiles) -> SourceGrid:
-    """The unit grid of the volume, from the first file's header."""
+    """Returns the unit grid of the volume, from the header of the first file."""
     with _array(source.files[0], source.key) as array:
         return _grid(source, array.shape)
 
 
 def read_raw(source: ArrayFiles) -> tuple[np.ndarray, SourceGrid]:
-    """Voxels (W, H, D) in the files' own type, and the unit grid: as `nifti.read_raw` gives."""
+    """Returns voxels (W, H, D) in their stored type and the unit grid, like `nifti.read_raw`."""
     with _array(source.files[0], source.key) as array:
         grid, first = _grid(source, array.shape), array.read()
     if first.ndim == 3:
@@ -101,9 +104,9 @@ def _grid(source: ArrayFiles, shape) -> SourceGrid:
 
 @contextlib.contextmanager
 def _array(path: Path, key: str):
-    """An open array with `shape`, `dtype` and `read()`, all checked but not read yet."""
+    """Opens an array with checked `shape` and `dtype`, which `read()` reads."""
     opened = _npz if path.suffix.lower() == ".npz" else hdf5.opened
-    with told(path):
+    with reading_errors(path):
         check_entry(path)
         with opened(path, key) as array:
             yield array
@@ -111,7 +114,7 @@ def _array(path: Path, key: str):
 
 @dataclass(frozen=True)
 class _Npy:
-    """An array inside a zip, positioned behind its header."""
+    """An array inside a zip archive, positioned after its header."""
 
     path: Path
     stream: object
@@ -125,7 +128,9 @@ class _Npy:
         while done < array.nbytes and (count := self.stream.readinto(view[done:])):
             done += count
         if done < array.nbytes or self.stream.read(1):  # the last read checks the CRC
-            raise BadFile(f"{self.path} is not as long as it declares; get a new copy", "damaged")
+            raise BadFile(
+                f"{self.path} does not have its declared length; get a new copy", "damaged"
+            )
         return array.reshape(self.shape, order=self.order)
 
 
@@ -139,7 +144,7 @@ def _npz(path: Path, key: str):
                 held = ", ".join(sorted(archive.namelist())[:5]) or "nothing"
                 raise BadFile(f"{path} has no array {key!r} (it holds {held})", "key") from None
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise BadFile(f"{path} is compressed in an unusual way; save it anew", "header")
+                raise BadFile(f"{path} is compressed in an unusual way; save it again", "header")
             with archive.open(entry) as stream:
                 array = _Npy(path, stream, *_npy_header(path, stream))
                 check_type(path, key, array.shape, array.dtype)
@@ -152,14 +157,14 @@ def _npz(path: Path, key: str):
 
 def _npy_header(path: Path, stream):
     try:
-        if np.lib.format.read_magic(stream) != (1, 0):  # later ones are for what is no plain array
+        if np.lib.format.read_magic(stream) != (1, 0):  # later versions are not for plain arrays
             raise ValueError("its version is not 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except Exception as error:  # of the tokenizer, the parser or the data type
+    except Exception as error:  # from tokenizer, parser or dtype
         error = str(error).partition("\n")[0] or type(error).__name__
         raise BadFile(
-            f"{path} has a broken array header ({error}); save it anew", "header"
+            f"{path} has a broken array header ({error}); save it again", "header"
         ) from None
     if any(n < 0 for n in shape):
-        raise BadFile(f"{path} declares the shape {shape}; save it anew", "shape")
+        raise BadFile(f"{path} declares the shape {shape}; save it again", "shape")
     return shape, dtype, "F" if fortran else "C"

@@ -1,4 +1,4 @@
-"""Datasets of HDF5 files, which are untrusted: no plugin, no link to another file, no bomb."""
+"""Safe reading of HDF5 datasets: no plugins, external links or decompression bombs."""
 
 import contextlib
 import itertools
@@ -14,9 +14,9 @@ from pgpsam_jax.data.io.array_checks import check_size, check_type
 
 _DEFLATE, _SHUFFLE, _CHECKSUM, _LZF = 1, 2, 3, 32000
 _FILTERS = {_DEFLATE, _SHUFFLE, _CHECKSUM, _LZF}  # all built in
-_PACKING = {_DEFLATE: 1032, _LZF: 88}  # bytes that one stored byte can stand for
-_HARMLESS = 256 << 20  # bytes; a chunk that cannot unpack to more is left to the library
-_SLACK = 4096  # bytes that headers and checksums add to a chunk
+_PACKING = {_DEFLATE: 1032, _LZF: 88}  # most bytes that one stored byte can unpack to
+_HARMLESS = 256 << 20  # bytes; chunks that cannot unpack to more need no check
+_SLACK = 4096  # bytes of headers and checksums of a chunk
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Dataset:
 
 @contextlib.contextmanager
 def opened(path: Path, key: str):
-    """An open dataset with `shape`, `dtype` and `read()`, all checked but not read yet."""
+    """Opens a dataset with checked `shape` and `dtype`, which `read()` reads."""
     import h5py
 
     try:
@@ -47,7 +47,7 @@ def opened(path: Path, key: str):
                 raise BadFile(f"{path} has no array {key!r} (it holds {held})", "key")
             dataset = file[key] if isinstance(link, h5py.HardLink) else None
             if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
-                raise BadFile(f"{path} holds no plain array as {key!r}; save it anew", "key")
+                raise BadFile(f"{path} holds no plain array as {key!r}; save it again", "key")
             check_type(path, key, dataset.shape, dataset.dtype)
             _check_storage(path, dataset)
             yield _Dataset(path, dataset.shape, dataset.dtype, dataset)
@@ -61,13 +61,13 @@ def opened(path: Path, key: str):
 
 
 def _check_storage(path: Path, dataset) -> None:
-    """All voxels lie in this file, packed by what the library itself unpacks."""
+    """Checks that all voxels are in this file and compressed by built-in filters."""
     filters = _filters(dataset)
     packers = sum(code in _PACKING for code in filters)
     if dataset.is_virtual or dataset.external or set(filters) - _FILTERS or packers > 1:
         raise BadFile(
-            f"{path} keeps its voxels in other files or packed by a plugin; save it anew with "
-            "gzip or without compression",
+            f"{path} keeps its voxels in other files or compressed by a plugin; save it again "
+            "with gzip or without compression",
             "storage",
         )
     if dataset.chunks:
@@ -84,13 +84,13 @@ def _check_storage(path: Path, dataset) -> None:
 
 
 def _filters(dataset) -> list[int]:
-    """Codes of what a chunk goes through when it is written, in order."""
+    """Returns the codes of the filters applied when writing a chunk, in order."""
     plan = dataset.id.get_create_plist()
     return [plan.get_filter(index)[0] for index in range(plan.get_nfilters())]
 
 
 def _check_chunks(path: Path, dataset) -> None:
-    """No chunk unpacks to more than it declares: the library would inflate whatever is there."""
+    """Checks that no chunk unpacks to more than it declares; the library would not."""
     filters = _filters(dataset)
     plain = math.prod(dataset.chunks) * dataset.dtype.itemsize
     corners = [range(0, n, c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)]
@@ -105,14 +105,14 @@ def _check_chunks(path: Path, dataset) -> None:
             sound = skipped >> place & 1 or _inflated(data, plain + _SLACK) <= plain + _SLACK
         if not sound:
             raise BadFile(
-                f"{path} has a piece at {corner} that unpacks to more than it declares, or may; "
-                "save it anew with gzip or without compression",
+                f"{path} has a chunk at {corner} that unpacks to more than it declares, or may; "
+                "save it again with gzip or without compression",
                 "storage",
             )
 
 
 def _inflated(data: bytes, limit: int) -> int:
-    """Bytes that a deflate stream holds, counted at most to a little over the limit."""
+    """Counts the bytes of a deflate stream, stopping a little above the limit."""
     stream, count = zlib.decompressobj(), 0
     try:
         while data and not stream.eof and count <= limit:

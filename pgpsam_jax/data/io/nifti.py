@@ -1,10 +1,10 @@
-"""NIfTI in and out: one display orientation inside the program, the file's own grid outside.
+"""Reads and writes NIfTI volumes in display orientation.
 
-Inside, a volume is `(D, H, W)`: slices, rows, columns; of axial slices, D goes from inferior to
-superior, H from anterior to posterior, W from the patient's right to left. A `SourceGrid` remembers
-how the file stored it, so that a prediction goes back voxel by voxel. Files are untrusted: sizes
-are checked before memory is taken, gzip streams are read to their end (that is where the checksum
-is) but never past the declared size.
+A volume in memory is `(D, H, W)`: slices, rows, columns. For axial slices, D runs from inferior to
+superior, H from anterior to posterior, W from the patient's right to left. A `SourceGrid` keeps how
+the file stores the volume, so that predictions are written voxel by voxel. Files are untrusted:
+sizes are checked before memory is allocated; gzip streams are read to their end, where the checksum
+is, but never past the declared size.
 """
 
 import functools
@@ -24,7 +24,7 @@ from pgpsam_jax.utils.files import atomic_path
 
 _CHUNK = 16 << 20
 _MAX_TRAILING = 1 << 20  # padding tolerated after the voxels before a gzip counts as a bomb
-_MAX_PACKING = 1032  # bytes that one byte of a deflate stream can stand for: 258 in two bits
+_MAX_PACKING = 1032  # bytes that one byte of a deflate stream can unpack to: 258 per two bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,36 +36,41 @@ class Volume:
     source: SourceGrid
 
     def along(self, axis: str) -> "Volume":
-        """The same voxels with slices along another axis of the body, one of `grid.AXES`."""
+        """Returns the same voxels sliced along another axis, one of `voxel_grid.AXES`."""
         grid = self.source.along(axis)
         array = to_display(to_source(self.array, self.source), grid)
         return Volume(np.ascontiguousarray(array), grid.spacing, grid)
 
 
 def read_image(path, axis: str = AXIAL) -> Volume:
-    """Intensities as float32; a `UserError` for anything but one intact, finite volume or slice.
+    """Reads intensities as float32.
 
-    axis: along which slices are cut, one of `grid.AXES`.
+    Args:
+        path: NIfTI file.
+        axis: the axis of the body to slice along, one of `voxel_grid.AXES`.
+
+    Raises:
+        UserError: the file is not one intact, finite volume or slice.
     """
     raw, grid, _ = read_raw(path)
     return to_volume(raw, grid.along(axis), np.float32)
 
 
 def read_label(path, axis: str = AXIAL) -> Volume:
-    """Source label ids as int32, `_as_ids` says which floats count as such; axis as above."""
+    """Reads source label ids as int32, also if stored as floats; see `read_image`."""
     raw, grid, _ = read_raw(path)
     return to_volume(raw, grid.along(axis), np.int32)
 
 
 def read_grid(path) -> SourceGrid:
-    """Header only: the grid that a prediction for this file has to be written on."""
+    """Reads the header: the grid on which a prediction for this file is written."""
     path = Path(path)
     with opened(path) as file:
         return parse_header(file.header, path, paired=file.paired)
 
 
 def write_label(path, array: np.ndarray, source: SourceGrid) -> None:
-    """Write class ids (D, H, W) uint8 on the source's grid; affine, qform and sform unchanged."""
+    """Writes class ids (D, H, W) uint8 on the source grid, with its affine, qform and sform."""
     image = label_image(array, source)
     if not str(path).endswith((".nii", ".nii.gz")):
         raise UserError(f"cannot write {path}: name the file .nii or .nii.gz")
@@ -74,7 +79,7 @@ def write_label(path, array: np.ndarray, source: SourceGrid) -> None:
 
 
 def label_image(array: np.ndarray, source: SourceGrid) -> nib.Nifti1Image:
-    """Class ids (D, H, W) uint8 as an image on the source's grid: what `write_label` writes."""
+    """Returns class ids (D, H, W) uint8 as an image on the source grid; see `write_label`."""
     if array.dtype != np.uint8 or array.shape != source.display_shape:
         raise ValueError(
             f"need uint8 {source.display_shape}, got {array.dtype} {tuple(array.shape)}"
@@ -91,15 +96,16 @@ def label_image(array: np.ndarray, source: SourceGrid) -> nib.Nifti1Image:
 
 
 def to_volume(raw: np.ndarray, grid: SourceGrid, dtype) -> Volume:
-    """Stored voxels, scaled, in display orientation: float32 intensities or int32 label ids."""
+    """Scales stored voxels to float32 intensities or int32 label ids in display orientation."""
     array = np.ascontiguousarray(to_display(decode(raw, grid, dtype), grid))
     return Volume(array, grid.spacing, grid)
 
 
 def read_raw(path) -> tuple[np.ndarray, SourceGrid, int]:
-    """Voxels (X, Y, Z) as stored, not scaled, of an intact file; its grid; bytes left over.
+    """Returns the stored, unscaled voxels (X, Y, Z), the grid and the number of trailing bytes.
 
-    The whole file is read, a gzip to its checksum, but at most `_MAX_TRAILING` bytes too far.
+    Reads the file to its end, including the checksum of a gzip, but at most `_MAX_TRAILING` bytes
+    past the voxels.
     """
     path = Path(path)
     with opened(path) as file:
@@ -114,9 +120,9 @@ def read_raw(path) -> tuple[np.ndarray, SourceGrid, int]:
 
 
 def _voxels(file: Opened, grid: SourceGrid) -> np.ndarray:
-    """Exactly the declared voxels, (X, Y, Z) in the file's own type.
+    """Returns the declared voxels (X, Y, Z) in their stored type.
 
-    A claim of more bytes than the file can hold, unpacked, takes no memory.
+    Headers that declare more than the file can hold are rejected before memory is allocated.
     """
     start, dtype = int(grid.header["vox_offset"]), grid.header.get_data_dtype()
     start -= grid.header.single_vox_offset if file.paired else 0
@@ -143,7 +149,7 @@ def _voxels(file: Opened, grid: SourceGrid) -> np.ndarray:
 
 
 def decode(raw: np.ndarray, grid: SourceGrid, dtype) -> np.ndarray:
-    """Scale and convert slab by slab, so that no float64 copy of the volume is made."""
+    """Scales and converts slice by slice, which avoids a float64 copy of the volume."""
     slope, inter = scale_of(grid)
     if dtype == np.int32 and (slope, inter) != (1.0, 0.0) and raw.dtype.kind in "iu":
         return _scaled_ids(raw, slope, inter, grid.path)
@@ -161,16 +167,16 @@ def decode(raw: np.ndarray, grid: SourceGrid, dtype) -> np.ndarray:
 
 
 def scale_of(grid: SourceGrid) -> tuple[float, float]:
-    """Slope and intercept that lead from stored values to those meant."""
+    """Returns slope and intercept from stored to real values."""
     slope, inter = grid.header.get_slope_inter()
     return (1.0, 0.0) if slope is None else (float(slope), float(inter or 0.0))
 
 
 def _scaled_ids(raw: np.ndarray, slope: float, inter: float, path: Path) -> np.ndarray:
-    """Ids of a label that was saved in fractions of its largest one, as some tools do.
+    """Restores the ids of a label that was saved with a scale factor, as some tools do.
 
-    A stored code counts as the id next to it if it is the one code that comes nearest to that id:
-    then the rounding of the program that saved it is undone. Anything else is refused.
+    A stored code maps to the nearest id if it is the only code nearest to that id, which undoes the
+    rounding of the program that saved it. Raises `BadFile` otherwise.
     """
     codes = functools.reduce(np.union1d, map(np.unique, raw.T))
     values = codes * np.float64(slope) + inter
@@ -191,13 +197,13 @@ def _scaled_ids(raw: np.ndarray, slope: float, inter: float, path: Path) -> np.n
 
 
 def _finite(slab: np.ndarray) -> bool:
-    """Whether float32 holds every value."""
+    """Whether float32 can represent all values."""
     with np.errstate(over="ignore"):
         return bool(np.isfinite(slab.astype(np.float32, copy=False)).all())
 
 
 def _as_ids(slab: np.ndarray, path: Path) -> np.ndarray:
-    """Label ids; floats count as such within 1e-3 of an integer."""
+    """Returns label ids, also from floats within 1e-3 of an integer."""
     ids = np.rint(slab) if slab.dtype.kind == "f" else slab
     if slab.dtype.kind == "f" and np.abs(slab - ids).max() > 1e-3:
         value = slab.flat[np.abs(slab - ids).argmax()]

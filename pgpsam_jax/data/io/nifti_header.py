@@ -1,4 +1,4 @@
-"""The header of a NIfTI file, which is untrusted: one plain volume or slice of a credible size."""
+"""Parses and validates NIfTI headers, which are untrusted."""
 
 import logging
 import struct
@@ -14,16 +14,22 @@ from pgpsam_jax.data.io.array_checks import check_size
 from pgpsam_jax.data.io.voxel_grid import SourceGrid
 
 _MAX_OFFSET = 64 << 20  # room for header extensions
-_VOXEL_SIZES = (1e-6, 1e6)  # in the file's unit; what is beyond is a broken header
+_VOXEL_SIZES = (1e-6, 1e6)  # in the unit of the file; others suggest a broken header
 _MAX_POSITION = 1e9
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _QUIET = logging.Logger("nifti header", logging.CRITICAL + 1)  # nibabel reports every small repair
 
 
 def parse_header(stream, path: Path, *, paired: bool = False) -> SourceGrid:
-    """Read and check the header; leaves the stream right behind it.
+    """Reads and checks a header; leaves the stream right behind it.
 
-    That of a pair becomes that of the single file with the same voxels.
+    Args:
+        stream: binary file object.
+        path: for error messages.
+        paired: whether this is the `.hdr` of a pair, which is converted to a single-file header.
+
+    Raises:
+        BadFile: anything but one plain volume or slice of a plausible size.
     """
     start = stream.read(4)
     size = next((n for n in _HEADERS if start in (struct.pack("<i", n), struct.pack(">i", n))), 0)
@@ -49,12 +55,12 @@ def parse_header(stream, path: Path, *, paired: bool = False) -> SourceGrid:
 
 
 def _join(header, path: Path) -> None:
-    """Make of a pair's header that of a single file."""
+    """Converts the header of a pair to that of a single file."""
     magic = header["magic"].item()
     if not magic.startswith((b"ni", b"n+")):
         raise BadFile(
             f"{path} belongs to an Analyze 7.5 pair, which does not say where the patient's right "
-            "and left are; export it anew as NIfTI from where it came from",
+            "and left are; export it again as NIfTI from its source",
             "header",
         )
     if magic.startswith(b"n+"):
@@ -68,7 +74,7 @@ def _join(header, path: Path) -> None:
 
 
 def _check_header(header, path: Path) -> None:
-    """Only one plain 3-D volume of ordinary numbers and of a credible size goes on."""
+    """Checks for one plain 3-D volume of integers or floats and of a plausible size."""
     if not header["magic"].item().startswith(b"n+"):
         raise BadFile(
             f"{path} is one half of a .hdr/.img pair; convert it to a single .nii.gz", "header"
@@ -91,7 +97,7 @@ def _check_header(header, path: Path) -> None:
 
 
 def _with_normal(affine: np.ndarray) -> np.ndarray:
-    """The affine of a single slice, which may give its third axis no length."""
+    """Gives the third axis of a single slice a length if it has none."""
     first, second, third = affine[:3, :3].T
     normal = np.cross(first, second)
     if np.any(third) or not np.any(normal):
@@ -102,7 +108,7 @@ def _with_normal(affine: np.ndarray) -> np.ndarray:
 
 
 def _check_affine(affine: np.ndarray, path: Path) -> None:
-    """Refuse an affine that has lost an axis or cannot be one of a body."""
+    """Checks that the affine is regular and plausible for a body."""
     columns = affine[:3, :3]
     with np.errstate(all="ignore"):
         sizes = np.linalg.norm(columns, axis=0)
@@ -113,6 +119,6 @@ def _check_affine(affine: np.ndarray, path: Path) -> None:
     if sizes.min() < low or sizes.max() > high or np.abs(affine[:3, 3]).max() > _MAX_POSITION:
         raise BadFile(
             f"{path} has voxels of {' x '.join(f'{s:.3g}' for s in sizes)} at a distance of "
-            f"{np.abs(affine[:3, 3]).max():.3g}, which cannot be; repair its sform or qform",
+            f"{np.abs(affine[:3, 3]).max():.3g}, which is impossible; repair its sform or qform",
             "affine",
         )

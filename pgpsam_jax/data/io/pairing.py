@@ -1,9 +1,9 @@
-"""Which voxel of an image each voxel of its label belongs to, by the affines of both.
+"""Aligns the voxels of a label with those of its image, by the affines of both.
 
-A label may be stored with its axes in another order or direction than its image. Its affine says
-so, and its array is turned to fit. Where one of the two has evidently lost its orientation, and
-only there, the arrays are paired as they are stored, and that is said. Where the two affines
-contradict each other and none is evidently wrong, the pair is refused. Nothing is resampled.
+A label may be stored with its axes in another order or direction than its image; its affine says
+so, and its array is reoriented. If one of the two has evidently lost its orientation, the arrays
+are paired as stored, with a warning. If the affines contradict each other and neither is evidently
+wrong, the pair is rejected. Nothing is resampled.
 """
 
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.data.io.voxel_grid import TOLERANCE_MM, SourceGrid, corner_distance, to_display
 
 LOST, AWAY = "orientation_lost", "affine_mismatch"
-_NEAR = 0.5  # of the shortest side of the image: so close, two affines speak of the same place
+_NEAR = 0.5  # of the shortest side of the image; within it two affines describe the same place
 _SPACING = 1e-3  # relative
-_STRAIGHT = 0.8  # cosine between matching axes; below it no axis is the other's
+_STRAIGHT = 0.8  # cosine between matching axes; below it they do not match
 _WHO = ("the image", "the label")
 _LOOK = "look at an overlay, then copy the affine from the one that is right"
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """How a label is turned to fit its image, and what is to be said about it.
+    """Reorientation of a label to its image.
 
-    Stored axis `a` of the image is the label's stored axis `axes[a]`, reversed where `flips[a]`.
-    `code` and `remark` (about the label's file) are empty where the affines agree.
+    Stored axis `a` of the image is the label's stored axis `axes[a]`, reversed if `flips[a]`. The
+    warning about the label file, `code` and `remark`, is empty if the affines agree.
     """
 
     image: SourceGrid
@@ -38,17 +38,17 @@ class Pairing:
 
     @property
     def turns(self) -> bool:
-        """Whether the label's array is not taken as it is stored."""
+        """Whether the label's array is reoriented."""
         return self.axes != (0, 1, 2) or any(self.flips)
 
     def display(self, stored: np.ndarray) -> np.ndarray:
-        """The label's array as stored, (X, Y, Z), in the image's display orientation (D, H, W)."""
+        """Reorients the stored array (X, Y, Z) of the label to the displayed image (D, H, W)."""
         turned = np.flip(stored.transpose(self.axes), [a for a in range(3) if self.flips[a]])
         return to_display(turned, self.image)
 
 
 def pair_grids(image: SourceGrid, label: SourceGrid) -> Pairing:
-    """How to turn a label to fit its image; `BadFile` where they do not fit or contradict."""
+    """Returns how to reorient a label to its image; raises `BadFile` if they do not match."""
     if image.has_orientation != label.has_orientation:
         who = _WHO[image.has_orientation]
         return _as_stored(image, label, f"{who} says nothing about its orientation")
@@ -68,21 +68,21 @@ def pair_grids(image: SourceGrid, label: SourceGrid) -> Pairing:
             raise _conflict(image, label, distance)
     if distance is None:
         raise _mismatch(image, label, [label.shape[a] for a in axes])
-    return Pairing(image, axes, flips, AWAY, _told(image, label, distance))
+    return Pairing(image, axes, flips, AWAY, _offset_remark(image, label, distance))
 
 
 def _as_stored(image: SourceGrid, label: SourceGrid, why: str) -> Pairing:
     if image.shape[:3] != label.shape[:3]:
         raise _mismatch(image, label, label.shape[:3])
     remark = (
-        f"is paired with its image voxel by voxel as both are stored, because {why}; if they lie "
-        f"differently on disk the labels are turned: {_LOOK}"
+        f"is paired with its image voxel by voxel as both are stored, because {why}; if their "
+        f"orientations differ on disk, the labels are misaligned: {_LOOK}"
     )
     return Pairing(image, code=LOST, remark=remark)
 
 
 def _mismatch(image: SourceGrid, label: SourceGrid, shape) -> BadFile:
-    """`shape`: the label's, turned to the stored axes of the image."""
+    """`shape`: that of the label, along the stored axes of the image."""
     shown = tuple(int(shape[a]) for a in image.axes)
     return BadFile(
         f"{label.path} has shape {shown} but its image {image.path} has {image.display_shape} "
@@ -95,14 +95,14 @@ def _conflict(image: SourceGrid, label: SourceGrid, distance: float | None) -> B
     apart = "" if distance is None else f", {distance:.0f} mm apart"
     return BadFile(
         f"{label.path} contradicts its image {image.path} by its affine ({label.orientation} "
-        f"and {image.orientation}{apart}), and which of the two is right cannot be told; copy the "
+        f"and {image.orientation}{apart}), and neither is evidently wrong; copy the "
         "affine from the image if the voxels are stored alike, else resample the label",
         "affine_conflict",
     )
 
 
 def _turn(image: SourceGrid, label: SourceGrid):
-    """Axes and flips of a `Pairing` by the affines, and whether the axes match at all."""
+    """Returns axes and flips of a `Pairing` by the affines, and whether the axes match at all."""
     between = np.linalg.solve(image.affine, label.affine)  # label voxel -> image voxel
     moves = nib.io_orientation(between)
     if np.isnan(moves).any():
@@ -114,7 +114,7 @@ def _turn(image: SourceGrid, label: SourceGrid):
 
 
 def _distance(image: SourceGrid, label: SourceGrid, axes, flips) -> float | None:
-    """Largest distance in mm between corners after the turn; None where shapes differ."""
+    """Returns the largest distance in mm between corners; None if the shapes differ."""
     shape = image.shape[:3]
     if tuple(label.shape[a] for a in axes) != shape:
         return None
@@ -122,12 +122,12 @@ def _distance(image: SourceGrid, label: SourceGrid, axes, flips) -> float | None
     move[3, 3] = 1
     for a, (axis, flip) in enumerate(zip(axes, flips, strict=True)):
         move[axis, a], move[axis, 3] = (-1, shape[a] - 1) if flip else (1, 0)
-    return corner_distance(shape, image.millimetres, label.millimetres @ move)
+    return corner_distance(shape, image.millimeters, label.millimeters @ move)
 
 
 def _sizes(grid: SourceGrid) -> np.ndarray:
-    """Lengths of the stored axes' steps, in mm."""
-    return np.linalg.norm(grid.millimetres[:3, :3], axis=0)
+    """Returns the voxel size along the stored axes, in mm."""
+    return np.linalg.norm(grid.millimeters[:3, :3], axis=0)
 
 
 def _same_spacing(image: SourceGrid, label: SourceGrid) -> bool:
@@ -136,17 +136,17 @@ def _same_spacing(image: SourceGrid, label: SourceGrid) -> bool:
 
 
 def _is_default(grid: SourceGrid) -> bool:
-    """Whether the affine is one that programs write which know the voxel size at most."""
+    """Whether the affine has no rotation and no translation, as programs without one write."""
     columns = grid.affine[:3, :3]
     return not grid.affine[:3, 3].any() and not (columns - np.diag(np.diag(columns))).any()
 
 
 def _is_identity(grid: SourceGrid) -> bool:
-    """Whether the affine is one of arrays that were saved without any."""
+    """Whether the affine is that of arrays saved without one."""
     return _is_default(grid) and bool((np.abs(np.diag(grid.affine)) == 1).all())
 
 
-def _told(image: SourceGrid, label: SourceGrid, distance: float) -> str:
+def _offset_remark(image: SourceGrid, label: SourceGrid, distance: float) -> str:
     sizes = [" x ".join(f"{s:.4g}" for s in grid.spacing) for grid in (label, image)]
     voxels = "" if _same_spacing(image, label) else f", with voxels of {' mm and '.join(sizes)} mm"
     return (

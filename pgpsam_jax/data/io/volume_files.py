@@ -1,7 +1,8 @@
-"""Volume files by their names: one way to find them in a folder, for every layout and program.
+"""Finds volume files in folders, for all layouts and programs.
 
-`.nii`, `.nii.gz` and the two halves of a pair, `.img` and `.hdr`, each perhaps gzipped, in any
-case. A pair is named by its `.img`. Hidden files, which tools leave behind, are no data.
+Suffixes are `.nii`, `.nii.gz` and those of the two halves of a pair, `.img` and `.hdr`, optionally
+gzipped, in any case. A pair is named by its `.img`. Hidden files, which tools leave behind, are
+ignored.
 """
 
 import os
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.untrusted_text import shown
+from pgpsam_jax.utils.untrusted_text import sanitize
 
 _VOLUME = re.compile(r"(.+?)(\.nii|\.img|\.hdr)(\.gz)?", re.DOTALL | re.IGNORECASE)
 _PARTNER = {".hdr": ".img", ".img": ".hdr"}
@@ -29,13 +30,16 @@ _FORMATS = {
     ".nrrd": "NRRD file",
     ".nhdr": "NRRD file",
 }
-_LOOKED_AT = 20  # files of a folder, to see whether it is a DICOM series
+_LOOKED_AT = 20  # files of a folder that are inspected for DICOM
 
 
 class Inputs(NamedTuple):
-    """What a folder holds to segment: volumes, what is wrong with others, and what was no volume.
+    """Files to segment.
 
-    `passed_over` is one line that counts the rest by kind, empty where there is none.
+    Attributes:
+        files: volumes.
+        faults: volumes that cannot be used.
+        passed_over: one line that counts the other entries by kind, or empty.
     """
 
     files: list[Path]
@@ -44,15 +48,15 @@ class Inputs(NamedTuple):
 
 
 def stem_of(path: Path) -> str:
-    """File name without the suffix of a volume."""
+    """Returns the file name without its volume suffix."""
     match = _VOLUME.fullmatch(path.name)
     return match[1] if match else path.name
 
 
 def volumes_in(folder: Path) -> list[Path]:
-    """Entries that are named like volumes, sorted, whatever they are: readers say what is wrong.
+    """Returns the entries named like volumes, sorted, without checking what they are.
 
-    A pair counts once, by its `.img`; a `.hdr` without one stands for itself. No folder: none.
+    A pair is listed by its `.img`, or by its `.hdr` if that is alone. A missing folder is empty.
     """
     found = [path for path in entries(folder) if _kind(path)] if folder.is_dir() else []
     images = {stem_of(path) for path in found if _kind(path) == ".img"}
@@ -60,9 +64,9 @@ def volumes_in(folder: Path) -> list[Path]:
 
 
 def named_alike(path: Path) -> Path:
-    """The path, or where it is not there, the volume of the same name.
+    """Returns the path or, if it does not exist, the volume of an equivalent name.
 
-    Names are the same whatever the case of their suffixes, their letters composed or not.
+    Names are equivalent regardless of the case of their suffixes and of Unicode normalization.
     """
     if os.path.lexists(path) or not _kind(path):
         return path
@@ -76,21 +80,22 @@ def _plain(path: Path) -> str:
 
 
 def halves(path: Path) -> tuple[Path, ...]:
-    """The files of a volume: header and voxels of a pair, else the one file.
+    """Returns the files of a volume: header and voxels of a pair, else the one file.
 
-    Raises `BadFile` where the other half of a pair is not there.
+    Raises:
+        BadFile: the other half of a pair is missing.
     """
     kind = _kind(path)
     if kind not in _PARTNER:
         return (path,)
     others = [path.with_name(stem_of(path) + _swapped(path.name.removeprefix(stem_of(path))))]
-    if not others[0].exists():  # a listing only where the halves are not named in the same way
+    if not others[0].exists():  # list the folder only if the halves have different names
         beside = entries(path.parent) if path.parent.is_dir() else []
         alike = [p for p in beside if stem_of(p) == stem_of(path)]
         others = [p for p in alike if _kind(p) == _PARTNER[kind]]
     if not others:
         raise BadFile(
-            f"{path} is one half of a .hdr/.img pair, whose {_PARTNER[kind]} is not beside it; get "
+            f"{path} is one half of a .hdr/.img pair, whose {_PARTNER[kind]} is missing; get "
             "it, or convert both to a single .nii.gz",
             "missing",
         )
@@ -98,14 +103,14 @@ def halves(path: Path) -> tuple[Path, ...]:
 
 
 def check_entry(path: Path) -> None:
-    """Refuse what is no regular file before it is opened: a pipe would be waited for forever."""
+    """Raises `BadFile` unless the path is a regular file; opening a pipe would block forever."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
         if path.is_symlink():
             raise BadFile(
-                f"{path} is not a file but a link to nothing ({error.strerror}); get the file "
-                "that it stands for, or remove the link",
+                f"{path} is not a file but a broken link ({error.strerror}); get the file "
+                "it points to, or remove the link",
                 "missing",
             ) from None
         if isinstance(error, FileNotFoundError):
@@ -123,7 +128,7 @@ def check_entry(path: Path) -> None:
 
 
 def find_inputs(path) -> Inputs:
-    """The file itself, or the volumes of a folder; a `UserError` where there is none."""
+    """Returns the file itself, or the volumes of a folder; a `UserError` if there are none."""
     path = Path(path)
     if not path.is_dir():
         if not _kind(path):
@@ -148,32 +153,32 @@ def find_inputs(path) -> Inputs:
 
 
 def undecodable(path: Path) -> bool:
-    """Whether the name holds bytes that are no UTF-8, as archives of old systems leave them."""
+    """Whether the name is not valid UTF-8, as in archives of old systems."""
     return any("\ud800" <= character <= "\udfff" for character in path.name)
 
 
 def passed_over(folder: Path, used: Iterable[Path]) -> str:
-    """One line on the entries of a folder that are none of `used`: their number, by kind."""
+    """Returns a line that counts the entries of a folder not in `used`, by kind."""
     used = set(used)
     used |= {folder / half.name for path in used if _kind(path) for half in _known_halves(path)}
     rest: dict[str, list[str]] = {}
     for path in entries(folder) if folder.is_dir() else ():
         if path not in used:
-            rest.setdefault(_described(path), []).append(shown(path.name, 40))
+            rest.setdefault(_described(path), []).append(sanitize(path.name, 40))
     if not rest:
         return ""
     parts = [_counted(kind, names) for kind, names in sorted(rest.items())]
     number = sum(map(len, rest.values()))
     count = "1 entry" if number == 1 else f"{number} entries"
     hint = "; dcm2niix converts DICOM" if any("DICOM" in kind for kind in rest) else ""
-    where = shown(folder.name or str(folder), 60)
+    where = sanitize(folder.name or str(folder), 60)
     return f"{count} of {where} passed over: {', '.join(parts)}{hint}"
 
 
 def _fault(path: Path) -> BadFile | None:
-    """What is wrong with an input before it is read."""
+    """Returns the problem of an input that shows before reading it, if any."""
     if undecodable(path):
-        what = f"{path} has a name that is no UTF-8; rename it"
+        what = f"{path} has a name that is not UTF-8; rename it"
         return BadFile(what, "name")
     if len(os.fsencode(stem_of(path) + _MASK)) > _LONGEST_NAME:
         what = f"{path} has a name too long for its mask; shorten it to 200 bytes"
@@ -191,14 +196,14 @@ def _fault(path: Path) -> BadFile | None:
 def _clash(path: Path, alike: list[Path]) -> BadFile:
     others = ", ".join(other.name for other in alike if other != path)
     return BadFile(
-        f"{path} would write the same mask as {others}: there is more than one volume of that "
+        f"{path} would write the same mask as {others}: several volumes have that "
         "name; keep one of each, or rename them",
         "name",
     )
 
 
 def entries(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted; a `UserError` where it cannot be read."""
+    """Returns the sorted entries of a folder; raises a `UserError` if it cannot be read."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
@@ -208,7 +213,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def _kind(path: Path) -> str:
-    """`.nii`, `.img` or `.hdr`; empty for what is not named like a volume, and for hidden files."""
+    """Returns `.nii`, `.img` or `.hdr`; empty for other names and hidden files."""
     match = _VOLUME.fullmatch(path.name)
     return match[2].lower() if match and path.name[0] != "." else ""
 
@@ -221,7 +226,7 @@ def _known_halves(path: Path) -> tuple[Path, ...]:
 
 
 def _swapped(suffix: str) -> str:
-    """`.hdr` for `.img` and back, `.GZ` and case kept."""
+    """Swaps `.hdr` and `.img`, keeping `.GZ` and case."""
     other = _PARTNER[suffix[:4].lower()]
     return (other.upper() if suffix[:4].isupper() else other) + suffix[4:]
 
@@ -235,7 +240,7 @@ def _described(path: Path) -> str:
 
 
 def _is_series(folder: Path) -> bool:
-    """Whether a folder holds DICOM files, by a suffix or by the mark in their first bytes."""
+    """Whether a folder holds DICOM files, by their suffix or magic bytes."""
     try:
         files = [path for path in sorted(folder.iterdir())[:_LOOKED_AT] if path.is_file()]
     except OSError:

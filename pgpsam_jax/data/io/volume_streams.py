@@ -1,4 +1,4 @@
-"""Open volume files: plain, gzip or the two files of a pair, whatever is wrong in one sentence."""
+"""Opens volume files: plain, gzip, or the two files of a pair."""
 
 import contextlib
 import gzip
@@ -11,7 +11,7 @@ from pgpsam_jax.data.io.volume_files import check_entry, halves
 
 
 class Opened(NamedTuple):
-    """Streams of header and voxels, the same one unless the file is a pair."""
+    """Streams of header and voxels, which are the same unless the file is a pair."""
 
     header: BinaryIO
     voxels: BinaryIO
@@ -25,8 +25,8 @@ class Opened(NamedTuple):
 
 @contextlib.contextmanager
 def opened(path: Path):
-    """Yield the open file, or both files of a pair."""
-    with told(path), contextlib.ExitStack() as stack:
+    """Opens the file, or both files of a pair."""
+    with reading_errors(path), contextlib.ExitStack() as stack:
         streams = []
         for half in halves(path):
             check_entry(half)
@@ -37,7 +37,7 @@ def opened(path: Path):
 
 
 def _is_gzip(file, path: Path) -> bool:
-    """Whether a file is gzip, which its name has to say too."""
+    """Whether a file is gzip; raises `BadFile` if its name says otherwise."""
     named = path.name.lower().endswith(".gz")
     zipped = file.peek(2)[:2] == b"\x1f\x8b"
     if named and not zipped:
@@ -48,8 +48,8 @@ def _is_gzip(file, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def told(path: Path):
-    """Whatever goes wrong while a file is read becomes one sentence."""
+def reading_errors(path: Path):
+    """Converts errors of reading a file to `BadFile`."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -1,7 +1,7 @@
-"""The voxel grid of a file, and the way to the display orientation that the program works in.
+"""Voxel grid of a file and its mapping to display orientation.
 
-A volume is cut into slices along one anatomical axis (`AXES`): axial slices go from inferior to
-superior, coronal ones from anterior to posterior, sagittal ones from the patient's right to left.
+A volume is sliced along one axis of the body (`AXES`): axial slices run from inferior to superior,
+coronal ones from anterior to posterior, sagittal ones from the patient's right to left.
 """
 
 import itertools
@@ -11,20 +11,20 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-TOLERANCE_MM = 0.1  # of image and label corners; below it affines differ by rounding only
-_MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 1e-3}  # NIfTI code of the spatial unit; 0 means millimetres
+TOLERANCE_MM = 0.1  # between corners of image and label; below it affines differ by rounding only
+_MILLIMETERS = {1: 1000.0, 2: 1.0, 3: 1e-3}  # NIfTI code of the spatial unit; 0 means millimeters
 AXIAL = "axial"
-AXES = {AXIAL: "SPL", "coronal": "PIL", "sagittal": "LIP"}  # where slices, rows, columns grow to
-_SLICED = ("sagittal", "coronal", AXIAL)  # along the first, second, third axis of the body
-_THICK = 1.5  # slices that far apart, in pixels, say how a volume was taken
-_SHEAR = 1e-3  # cosine between axes
+AXES = {AXIAL: "SPL", "coronal": "PIL", "sagittal": "LIP"}  # directions of slices, rows, columns
+_SLICED = ("sagittal", "coronal", AXIAL)  # slices along the first, second, third axis of RAS
+_THICK = 1.5  # pixels between slices from which on they give the acquisition axis
+_SHEAR = 1e-3  # cosine between two axes from which on they are reported
 
 
 @dataclass(frozen=True, eq=False)
 class SourceGrid:
-    """Voxel grid of a file, and the axis order and flips that lead to display orientation.
+    """Voxel grid of a file, with the axis order and flips to display orientation.
 
-    Display axis `d` is axis `axes[d]` of the file, reversed where `flips[d]`.
+    Display axis `d` is axis `axes[d]` of the file, reversed if `flips[d]`.
     """
 
     path: Path
@@ -35,13 +35,13 @@ class SourceGrid:
 
     @classmethod
     def of(cls, path: Path, header: nib.Nifti1Header, affine: np.ndarray) -> "SourceGrid":
-        """A grid in axial display orientation."""
+        """Returns a grid in axial display orientation."""
         return cls(path, header, affine, (0, 1, 2), (False,) * 3).along(AXIAL)
 
     def along(self, axis: str) -> "SourceGrid":
-        """The same voxels with slices along an axis of the body, one of `AXES`.
+        """Returns the same voxels sliced along an axis of the body, one of `AXES`.
 
-        A volume that is one slice stays that slice, whichever way it lies.
+        A single slice stays that slice, whatever its orientation.
         """
         body = nib.io_orientation(self.affine)
         thin = [a for a, n in enumerate(self.shape[:3]) if n == 1]
@@ -53,7 +53,7 @@ class SourceGrid:
 
     @property
     def thick_axis(self) -> str | None:
-        """The axis of the body along which slices were taken; None where voxels are even."""
+        """The axis along which slices were acquired; None for nearly isotropic voxels."""
         sizes = np.linalg.norm(self.affine[:3, :3], axis=0)
         *_, second, first = np.argsort(sizes)
         if self.shape[first] == 1 or sizes[first] < _THICK * sizes[second]:
@@ -62,7 +62,7 @@ class SourceGrid:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape in the file, trailing singleton axes included; a single slice gets a third axis."""
+        """Shape in the file, with trailing singleton axes; a single slice gets a third axis."""
         shape = tuple(int(n) for n in self.header.get_data_shape())
         return shape if len(shape) > 2 else (*shape, 1)
 
@@ -72,23 +72,23 @@ class SourceGrid:
 
     @property
     def display_affine(self) -> np.ndarray:
-        """4 x 4 matrix from display voxel (d, h, w) to RAS+ millimetres."""
+        """4 x 4 matrix from display voxel (d, h, w) to RAS+ millimeters."""
         move = np.zeros((4, 4))
         move[3, 3] = 1
         for display, (axis, flip) in enumerate(zip(self.axes, self.flips, strict=True)):
             move[axis, display] = -1 if flip else 1
             move[axis, 3] = self.shape[axis] - 1 if flip else 0
-        return self.millimetres @ move
+        return self.millimeters @ move
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """Voxel size in millimetres, display order (D, H, W)."""
+        """Voxel size in millimeters, display order (D, H, W)."""
         return tuple(float(s) for s in np.linalg.norm(self.display_affine[:3, :3], axis=0))
 
     @property
-    def millimetres(self) -> np.ndarray:
-        """4 x 4 matrix from stored voxel (x, y, z) to RAS+ millimetres, whatever the unit."""
-        scale = _MILLIMETRES.get(int(self.header["xyzt_units"]) & 7, 1.0)
+    def millimeters(self) -> np.ndarray:
+        """4 x 4 matrix from stored voxel (x, y, z) to RAS+ millimeters, whatever the unit."""
+        scale = _MILLIMETERS.get(int(self.header["xyzt_units"]) & 7, 1.0)
         return np.diag([scale, scale, scale, 1]) @ self.affine
 
     @property
@@ -98,19 +98,19 @@ class SourceGrid:
 
     @property
     def has_orientation(self) -> bool:
-        """Whether the file says how its axes lie; where it does not, they are taken for LAS."""
+        """Whether the file states its orientation; otherwise LAS is assumed."""
         return bool(self.header["qform_code"] or self.header["sform_code"])
 
     def remarks(self) -> list[tuple[str, str]]:
-        """(code, sentence) of each thing about the grid that its user should know."""
+        """Returns (code, sentence) for each warning about the grid."""
         found = []
         if not self.has_orientation:
             found.append(
                 (
                     "no_orientation",
                     "says nothing about its orientation (both form codes are 0), so left and right "
-                    f"may be exchanged; its axes are taken for {self.orientation}: copy the affine "
-                    "from the original",
+                    f"may be swapped; its axes are assumed to be {self.orientation}: copy the "
+                    "affine from the original",
                 )
             )
         (qform, qcode), (sform, scode) = self.qform, self.sform
@@ -132,7 +132,7 @@ class SourceGrid:
                 (
                     "shear",
                     f"has axes {degrees:.2f} degrees from a right angle, which other tools refuse; "
-                    "resample it if that is not meant",
+                    "resample it unless that is intended",
                 )
             )
         return found
@@ -149,7 +149,7 @@ class SourceGrid:
 
 
 def corner_distance(shape, first: np.ndarray, second: np.ndarray) -> float:
-    """Largest distance in mm between the corners of one array under two affines (4, 4)."""
+    """Returns the largest distance in mm between corners of an array under two affines."""
     ends = [(0, n - 1) for n in shape]
     corners = np.array([(*corner, 1) for corner in itertools.product(*ends)], float)
     moved = corners @ (first - second).T
@@ -157,12 +157,12 @@ def corner_distance(shape, first: np.ndarray, second: np.ndarray) -> float:
 
 
 def to_display(array: np.ndarray, source: SourceGrid) -> np.ndarray:
-    """View of an array on the file's three axes, (X, Y, Z), as (D, H, W)."""
+    """Returns a view of a stored array (X, Y, Z) as (D, H, W)."""
     flip = [d for d in range(3) if source.flips[d]]
     return np.flip(array.transpose(source.axes), flip)
 
 
 def to_source(array: np.ndarray, source: SourceGrid) -> np.ndarray:
-    """Inverse of `to_display`, also a view."""
+    """Returns a view of a displayed array (D, H, W) as (X, Y, Z); inverse of `to_display`."""
     flip = [d for d in range(3) if source.flips[d]]
     return np.flip(array, flip).transpose(np.argsort(source.axes))

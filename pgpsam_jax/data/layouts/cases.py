@@ -1,4 +1,4 @@
-"""What every layout gives: cases with safe ids, images paired with labels, and what is amiss."""
+"""`Case`, `Listing`, safe case ids, and pairing of images with labels, for all layouts."""
 
 import hashlib
 import re
@@ -9,22 +9,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pgpsam_jax.data.findings import ERROR, WARNING, Finding
-from pgpsam_jax.data.io.array_files import ArrayFiles
+from pgpsam_jax.data.io.array_files import Source
 from pgpsam_jax.data.io.volume_files import passed_over, undecodable
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.untrusted_text import shown
+from pgpsam_jax.utils.untrusted_text import sanitize
 
 _LONGEST_NAME = 255  # bytes that file systems allow
-_LONGEST = 200  # bytes of a case id: names of files are made of it
-
-Source = Path | ArrayFiles  # what `volumes` reads
+_LONGEST = 200  # bytes of a case id, which becomes part of file names
 
 
 @dataclass(frozen=True)
 class Case:
-    """One patient's volume; `case_id` is safe in a file name.
+    """The volume of one patient.
 
-    `part` is "train" or "test" where the layout itself splits the data, else empty.
+    Attributes:
+        case_id: safe as a file name.
+        image: file of the image.
+        label: file of the label, if there is one.
+        part: "train" or "test" if the layout splits the data, else empty.
     """
 
     case_id: str
@@ -35,10 +37,13 @@ class Case:
 
 @dataclass
 class Listing:
-    """All cases of a data set, sorted by id, and what is wrong with their files' names.
+    """All cases of a data set and the problems with the names of their files.
 
-    `expected` says what the layout looks like, `passed_over` counts the entries of its folders
-    that are no data, one line for each folder.
+    Attributes:
+        cases: sorted by id.
+        findings: the problems.
+        expected: description of the layout, for messages.
+        passed_over: one line per folder that counts entries which are not data.
     """
 
     cases: list[Case]
@@ -47,7 +52,7 @@ class Listing:
     passed_over: list[str] = field(default_factory=list)
 
     def pass_over(self, folder: Path, used: Iterable[Source | None]) -> None:
-        """Count what else lies in a folder."""
+        """Counts the entries of a folder that are not used."""
         if line := passed_over(folder, [path for path in used if isinstance(path, Path)]):
             self.passed_over.append(line)
 
@@ -55,34 +60,34 @@ class Listing:
         self.findings.append(Finding(level, code, str(file), message))
 
     def check_names(self) -> None:
-        """Warn of names that other programs and file systems do not tell apart or cannot show."""
+        """Warns about names that other programs or file systems confuse or cannot display."""
         by_case: dict[str, list[Case]] = {}
         for case in self.cases:
             by_case.setdefault(case.case_id.casefold(), []).append(case)
             for source in (case.image, case.label):
                 if isinstance(source, Path) and undecodable(source):
-                    message = f"the name is no UTF-8, case {case.case_id} stands for it; rename it"
+                    message = f"the name is not UTF-8, its case is called {case.case_id}; rename it"
                     self.add("name", source, message, WARNING)
         for alike in by_case.values():
             ids = sorted({case.case_id for case in alike})
             if len(ids) > 1:
                 message = (
-                    f"cases {', '.join(ids)} differ by upper and lower case only: where a file "
-                    "system does not tell them apart, one overwrites the other; rename one"
+                    f"cases {', '.join(ids)} differ only by upper and lower case: on a file system "
+                    "that ignores case, one overwrites the other; rename one"
                 )
                 self.add("name", alike[0].image, message, WARNING)
 
     @property
     def errors(self) -> list[str]:
-        """The messages of the findings that forbid to use the data."""
+        """Messages of the findings that forbid using the data."""
         return [finding.message for finding in self.findings if finding.level == ERROR]
 
 
 def safe_case_id(text: str) -> str:
-    """The case id of a patient's name: fit for a file name, the same in lists and of files.
+    """Converts a patient's name to a case id, for file names and lists alike.
 
-    It keeps letters, digits and combining marks of all scripts and `_`, `.` and `-`, composed
-    (NFC); other characters become `_`. Of long names a hash stands for the rest.
+    Keeps letters, digits and combining marks of all scripts as well as `_`, `.` and `-`, composed
+    (NFC); other characters become `_`. The end of long names is replaced by a hash.
     """
     composed = unicodedata.normalize("NFC", text)
     safe = "".join(c if c in "_.-" or _is_letter(c) else "_" for c in composed).lstrip(".")
@@ -105,28 +110,32 @@ def _is_letter(character: str) -> bool:
 
 
 def inside(root: Path, text, where: str) -> Path:
-    """`root / text` for a relative path without `..`; what a list names must not lead elsewhere."""
+    """Returns `root / text`; raises a `UserError` if an untrusted path leads out of `root`."""
     parts = re.split(r"[/\\]", text) if isinstance(text, str) else [".."]
     long = isinstance(text, str) and (len(text) > 1000 or max(map(len, parts)) > _LONGEST_NAME)
     if long or not text or ".." in parts or not parts[0] or re.search(r"[:\x00-\x1f]", text):
         raise UserError(
-            f"{where} names {shown(repr(text)[:200], 80)}, which is no path inside the data set; "
-            "give relative names without .."
+            f"{where} names {sanitize(repr(text)[:200], 80)}, which is not a path inside the data "
+            "set; give relative names without .."
         )
     return root.joinpath(*parts)
 
 
 def check_root(root: Path, expected: str) -> None:
-    """Refuse a data folder that is not there."""
+    """Raises a `UserError` if the data folder is missing."""
     if not root.is_dir():
         what = "is a file" if root.is_file() else "does not exist"
         raise UserError(f"data folder {root} {what}: {expected}")
 
 
 def pair(images, labels, root: Path, expected: str, part: str = "") -> Listing:
-    """Listing of (case id, source) pairs, matched by id, never by position.
+    """Pairs images with labels by case id, never by position.
 
-    `labels` None means images without labels.
+    Args:
+        images, labels: (case id, source); labels None means images without labels.
+        root: folder of the data set.
+        expected: description of the layout, for messages.
+        part: of all cases.
     """
     if not images:
         raise UserError(f"no images found in {root}: {expected}")

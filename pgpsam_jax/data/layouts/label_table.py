@@ -1,4 +1,4 @@
-"""Label tables: which number in a file is which organ, by name, and the remap to class ids."""
+"""Label tables: source id -> class id, with class names."""
 
 import re
 from collections.abc import Mapping
@@ -8,18 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.untrusted_text import read_json
+from pgpsam_jax.utils.untrusted_text import read_user_json
 
-_LONGEST = 80  # characters of a name; it stands in tables and figures
+_LONGEST = 80  # characters of a name, for tables and figures
 _UNKNOWN = 255  # marks ids outside the table during a remap, hence at most 255 classes
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Class names, the class of every source id, and what becomes of ids not listed.
+    """Class names and the class of each source id.
 
-    `names[0]` is "background"; `source_to_class` maps source ids to 0..num_classes-1 and always
-    holds 0 -> 0; `other` is "error" or "background".
+    Attributes:
+        names: by class id; the first is "background".
+        source_to_class: source id -> class id, 0..num_classes-1; always has 0 -> 0.
+        other: what to do with other source ids, "error" or "background".
     """
 
     names: tuple[str, ...]
@@ -37,9 +39,10 @@ class LabelTable:
         return len(self.names)
 
     def remap(self, array: np.ndarray, path) -> np.ndarray:
-        """Source ids (any shape, integers) -> class ids, uint8, by one gather.
+        """Converts source ids (integers of any shape) to class ids, uint8.
 
-        `path` names the file in the error for ids outside the table.
+        Raises:
+            UserError: `path` holds ids outside the table.
         """
         top = max(self.source_to_class)
         lookup = np.full(top + 2, _UNKNOWN if self.other == "error" else 0, np.uint8)
@@ -59,7 +62,7 @@ class LabelTable:
         return result
 
     def to_json(self) -> dict:
-        """The value to store as JSON; `from_json` inverts it."""
+        """Returns a JSON value, inverse of `from_json`."""
         classes = [
             {"name": name, "source": sorted(s for s, c in self.source_to_class.items() if c == k)}
             for k, name in enumerate(self.names)
@@ -70,12 +73,15 @@ class LabelTable:
 
     @classmethod
     def from_json(cls, value, where="label table") -> "LabelTable":
-        """Build from `{"classes": [{"name", "source": [ids]}], "other", "background": [ids]}`.
+        """Parses `{"classes": [{"name", "source": [ids]}], "other", "background": [ids]}`.
 
-        The last two are optional; a class "background" may stand among the others, with id 0 too.
-        `{"1": "liver"}`, `{"liver": 1}` and `["background", "liver"]` are such tables in short, and
-        `{"labels": ...}` of a `dataset.json` holds one. `where` starts the error message (a file
-        name).
+        The last two are optional; a class "background" may be among the others, also with id 0.
+        Short forms are `{"1": "liver"}`, `{"liver": 1}`, `["background", "liver"]` and the
+        `{"labels": ...}` of a `dataset.json`.
+
+        Args:
+            value: the parsed JSON.
+            where: start of error messages, such as the file name.
         """
         value = _in_full(value, where)
         value = _fields(value, {"classes": list, "other": str, "background": list}, where)
@@ -109,16 +115,16 @@ class LabelTable:
 
 
 def load_label_table(path) -> LabelTable:
-    """Read a label table from a JSON file; errors name the file."""
+    """Reads a label table from a JSON file."""
     path = Path(path)
     if not path.is_file():
         what = "cannot be read: it is a folder" if path.is_dir() else "not found"
         raise UserError(f"label table {path} {what}; write a file that names every class")
-    return LabelTable.from_json(read_json(path, "label table"), str(path))
+    return LabelTable.from_json(read_user_json(path, "label table"), str(path))
 
 
 def as_id(value) -> int | None:
-    """The label id that a value of a JSON file means: 1, 1.0 and "1" are one; None for no id."""
+    """Returns the label id of a JSON value (1, 1.0 and "1" are the same), or None."""
     if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value.strip()):
         return int(value)
     if isinstance(value, float) and value.is_integer():
@@ -127,13 +133,13 @@ def as_id(value) -> int | None:
 
 
 def _in_full(value, where: str):
-    """A table in short as one with classes; anything else as it is."""
+    """Expands a short form; returns other values unchanged."""
     if isinstance(value, dict) and "classes" not in value:
         inner = value.get("labels")
         value = inner if isinstance(inner, dict | list) and inner else value
     if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
         if value[0] != "background":
-            raise UserError(f'{where}: a list of names is by id, so that "background" comes first')
+            raise UserError(f'{where}: a list of names is by id and starts with "background"')
         pairs = [(name, i) for i, name in enumerate(value)]
     elif isinstance(value, dict) and value and not value.keys() & {"classes", "other"}:
         if all(isinstance(i, str) and as_id(i) is None for i in value.values()) and all(
@@ -160,7 +166,7 @@ def _ids(value) -> bool:
 
 
 def _fields(value, types: dict, where: str) -> dict:
-    """A JSON object with none but the expected keys, each of the expected type."""
+    """Checks that a JSON object has only expected keys with values of the expected types."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected an object with {', '.join(types)}, got {value!r:.60}")
     for key, item in value.items():
@@ -205,7 +211,7 @@ SYNAPSE8 = LabelTable(
         *("background", "spleen", "right_kidney", "left_kidney", "gallbladder", "liver"),
         *("stomach", "aorta", "pancreas"),
     ),
-    # BTCV ids: 5 oesophagus, 9 vena cava, 10 portal and splenic veins, 12 and 13 adrenal glands.
+    # BTCV ids: 5 esophagus, 9 vena cava, 10 portal and splenic veins, 12 and 13 adrenal glands.
     source_to_class={
         **{1: 1, 2: 2, 3: 3, 4: 4, 6: 5, 7: 6, 8: 7, 11: 8},
         **{5: 0, 9: 0, 10: 0, 12: 0, 13: 0},

@@ -1,9 +1,8 @@
-"""The raw layout of nnU-Net: dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz.
+"""Layout nnU-Net raw: dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz.
 
-One channel. The class names come from dataset.json. Cases of imagesTs with a label in labelsTs
-are the part "test"; without one they only count when files are checked. A folder of the Medical
-Segmentation Decathlon is the same without `_0000`: its images are named like their labels, and
-dataset.json lists them.
+Only one channel is supported. Class names come from dataset.json. Cases of imagesTs with a label in
+labelsTs are the part "test"; those without are only verified. The Medical Segmentation Decathlon
+uses the same layout without `_0000`: images are named like their labels and listed in dataset.json.
 """
 
 import re
@@ -14,7 +13,7 @@ from pgpsam_jax.data.io.volume_files import named_alike, stem_of, volumes_in
 from pgpsam_jax.data.layouts.cases import Listing, check_root, inside, pair, safe_case_id
 from pgpsam_jax.data.layouts.label_table import LabelTable, as_id
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.untrusted_text import read_json
+from pgpsam_jax.utils.untrusted_text import read_user_json
 
 EXPECTED = (
     "expected the raw layout of nnU-Net: dataset.json, imagesTr/CASE_0000.nii.gz and "
@@ -24,7 +23,7 @@ _CHANNEL = "_0000"
 
 
 def label_table(root) -> LabelTable:
-    """The class names and ids of dataset.json."""
+    """Returns the class names and ids of dataset.json."""
     file, labels = Path(root) / "dataset.json", _description(Path(root))["labels"]
     ids = {}
     for name, value in labels.items():
@@ -40,7 +39,7 @@ def label_table(root) -> LabelTable:
             raise UserError(f"{file}: an ignore label is not supported; label those voxels")
         if name in ids or value in ids.values():
             raise UserError(
-                f"{file}: label {name!r:.60} or its id {value!r:.60} is there twice; keep one"
+                f"{file}: label {name!r:.60} or its id {value!r:.60} appears twice; keep one"
             )
         ids[name] = value
     if ids.pop("background", None) != 0:
@@ -53,7 +52,7 @@ def label_table(root) -> LabelTable:
 
 
 def scan(root: Path) -> Listing:
-    """All cases of the data set."""
+    """Returns all cases of the data set."""
     check_root(root, EXPECTED)
     value = _description(root)
     channels = value.get("channel_names", value.get("modality"))
@@ -76,9 +75,7 @@ def scan(root: Path) -> Listing:
         listing = _of_folders(root, "Tr")
     wanted = value.get("numTraining", len(listing.cases))
     if wanted != len(listing.cases):
-        message = (
-            f"dataset.json speaks of {wanted!r:.20} training cases, {len(listing.cases)} found"
-        )
+        message = f"dataset.json declares {wanted!r:.20} training cases, {len(listing.cases)} found"
         listing.add("count", root / "dataset.json", message, WARNING)
     if volumes_in(root / "imagesTs"):
         tests = _of_folders(root, "Ts", plain=bool(listed))
@@ -100,17 +97,17 @@ def _description(root: Path) -> dict:
     file = root / "dataset.json"
     if not file.is_file():
         raise UserError(f"{file} not found: {EXPECTED}")
-    value = read_json(file, "description")
+    value = read_user_json(file, "description")
     if not isinstance(value, dict) or not isinstance(value.get("labels"), dict):
         raise UserError(f'{file} must be an object with "labels": {{"background": 0, ...}}')
     return value
 
 
 def _of_folders(root: Path, part: str, plain: bool = False) -> Listing:
-    """The cases of imagesTr and labelsTr, or of imagesTs and labelsTs.
+    """Returns the cases of imagesTr and labelsTr, or of imagesTs and labelsTs.
 
-    plain: images are named without `_0000`, as they also are where none has it, or where each one
-    has a label of its own name.
+    plain: images are named without `_0000`. This is also detected: no image has it, or all have a
+    label of the same name.
     """
     found = volumes_in(root / f"images{part}")
     labels = [(safe_case_id(stem_of(path)), path) for path in volumes_in(root / f"labels{part}")]
@@ -122,15 +119,15 @@ def _of_folders(root: Path, part: str, plain: bool = False) -> Listing:
         for path in found
         if plain or _has_channel(stem_of(path))
     ]
-    if part == "Ts":  # labels are not needed, and without any the images have none
+    if part == "Ts":  # labels are optional
         own = dict(images)
         labels = [(case_id, path) for case_id, path in labels if case_id in own] or None
     listing = pair(images, labels, root, EXPECTED, "train" if part == "Tr" else "test")
     for path in found:
         if not plain and not _has_channel(stem_of(path)):
             message = (
-                f"{path} does not end in _0000 before its suffix, as others do; name the one "
-                "channel so, and remove further ones"
+                f"{path} does not end in _0000 before its suffix, as others do; rename the "
+                "first channel and remove the others"
             )
             listing.add("name", path, message)
     return listing
@@ -141,9 +138,9 @@ def _has_channel(stem: str) -> bool:
 
 
 def _decathlon(root: Path, value: dict):
-    """The images and labels that a dataset.json of the Decathlon lists, None if it is no such.
+    """Returns the images and labels listed in a dataset.json of the Decathlon, else None.
 
-    That of nnU-Net's first version has the list too, but its images are not there by these names.
+    That of nnU-Net's first version has the list too, but its images have other names.
     """
     entries, file = value.get("training"), root / "dataset.json"
     keys = {"image", "label"}
@@ -163,7 +160,7 @@ def _decathlon(root: Path, value: dict):
 
 
 def _named_cases(root: Path, entries) -> Listing:
-    """The cases that dataset.json of nnU-Net's second version itself lists, by relative paths."""
+    """Returns the cases listed in a dataset.json of nnU-Net's second version."""
     file, images, labels = root / "dataset.json", [], []
     if not isinstance(entries, dict):
         raise UserError(f'{file}: "dataset" must be an object of cases')

@@ -1,9 +1,9 @@
-"""The layout of TransUNet, SAMed and H-SAM: lists, slices in `.npz`, test volumes in HDF5.
+"""Layout of TransUNet, SAMed and H-SAM: lists, slices in `.npz`, test volumes in HDF5.
 
 `train_npz/case0005_slice042.npz` and `test_vol_h5/case0008.npy.h5` hold `image` and `label`.
-`train.txt` names slices, `test_vol.txt` volumes; the lists lie in the data folder, in `lists` or
-in the one folder inside `lists`. Without lists, all files count. The slices of a case become one
-volume, in order of their numbers: a slice of the few-shot list is a position in that volume.
+`train.txt` lists slices, `test_vol.txt` volumes; the lists are in the data folder, in `lists` or in
+the only folder inside `lists`. Without lists, all files are used. The slices of a case form one
+volume, in order of their numbers: few-shot lists refer to positions in that volume.
 """
 
 import re
@@ -14,7 +14,7 @@ from pgpsam_jax.data.io.array_files import ArrayFiles
 from pgpsam_jax.data.io.volume_files import entries
 from pgpsam_jax.data.layouts.cases import Case, Listing, check_root, safe_case_id
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.untrusted_text import read_text, shown
+from pgpsam_jax.utils.untrusted_text import read_text, sanitize
 
 EXPECTED = (
     "expected the layout of TransUNet: train_npz/case0005_slice000.npz, "
@@ -26,7 +26,7 @@ _SUFFIXES = (".npy.h5", ".h5")
 
 
 def scan(root: Path) -> Listing:
-    """All cases, training volumes first made of their slices."""
+    """Returns all cases; the slices of a training case form a volume."""
     check_root(root, EXPECTED)
     if not (root / TRAIN).is_dir() and not (root / TEST).is_dir():
         raise UserError(f"neither {TRAIN} nor {TEST} found in {root}: {EXPECTED}")
@@ -60,9 +60,9 @@ def _list_folder(root: Path) -> Path | None:
 
 
 def _files(lists: Path | None, file: str, folder: Path, suffixes, listing: Listing):
-    """Safe name -> path of what a list names, or of all files of the folder.
+    """Returns safe name -> path of the files in a list, or of all files of the folder.
 
-    Lists and folders may write a name differently, as far as `safe_case_id` takes them for one.
+    Lists and folders may spell a name differently if `safe_case_id` maps both to the same id.
     """
     there: dict[str, Path] = {}
     for path in entries(folder) if folder.is_dir() else ():
@@ -83,7 +83,7 @@ def _files(lists: Path | None, file: str, folder: Path, suffixes, listing: Listi
 
 
 def _names(path: Path, suffixes, listing: Listing) -> dict[str, str]:
-    """Safe name -> name in a list; what is no plain name is refused."""
+    """Returns safe name -> name in a list; raises a `UserError` for anything but plain names."""
     names: dict[str, str] = {}
     for number, line in enumerate(read_text(path, "list").splitlines(), 1):
         stem = _stem(line.strip(), suffixes)
@@ -91,19 +91,19 @@ def _names(path: Path, suffixes, listing: Listing) -> dict[str, str]:
             continue
         if stem[0] == "." or re.search(r"[/\\\x00-\x1f\x7f]", stem) or len(stem.encode()) > 250:
             raise UserError(
-                f"{path} line {number} is {line[:100]!r:.80}, no plain file name; lists must not "
-                "lead out of the data folder"
+                f"{path} line {number} is {line[:100]!r:.80}, not a plain file name; lists must "
+                "not lead out of the data folder"
             )
         name = _safe(stem)
         if name in names:
-            message = f"{path} names {shown(stem)} twice; keep one line"
+            message = f"{path} names {sanitize(stem)} twice; keep one line"
             listing.add("duplicate_id", path, message)
         names.setdefault(name, stem)
     return names
 
 
 def _safe(stem: str) -> str:
-    """The name with the case's id in place of its name."""
+    """Replaces the name of the case by its id."""
     match = _SLICE.fullmatch(stem)
     return f"{safe_case_id(match[1])}_slice{match[2]}" if match else safe_case_id(stem)
 
@@ -114,7 +114,7 @@ def _stem(name: str, suffixes) -> str:
 
 
 def _add_slices(listing: Listing, files: dict[str, Path]) -> None:
-    """Group slices to cases; a number that lacks is a warning: it may be left out on purpose."""
+    """Groups slices to cases; warns about missing numbers, which may be intended."""
     cases: dict[str, dict[int, Path]] = {}
     for name, path in files.items():
         match = _SLICE.fullmatch(name)
@@ -123,7 +123,7 @@ def _add_slices(listing: Listing, files: dict[str, Path]) -> None:
             listing.add("name", path, message)
             continue
         if int(match[2]) in cases.setdefault(match[1], {}):
-            message = f"slice {int(match[2])} of {match[1]} is there twice; keep one"
+            message = f"slice {int(match[2])} of {match[1]} appears twice; keep one"
             listing.add("duplicate_id", path, message)
         cases[match[1]][int(match[2])] = path
     for case_id, slices in cases.items():
@@ -132,7 +132,7 @@ def _add_slices(listing: Listing, files: dict[str, Path]) -> None:
         if lacking:
             message = (
                 f"case {case_id} lacks {lacking} slices between {numbers[0]} and {numbers[-1]}; "
-                "the others count as neighbours"
+                "the others are treated as neighbors"
             )
             listing.add("slices", slices[numbers[0]], message, WARNING)
         _add(listing, case_id, tuple(slices[number] for number in numbers), "train")

@@ -6,7 +6,6 @@ and keeps it whole. The anatomy is in `phantom_body` and `phantom_organs`.
 
 import contextlib
 import gzip
-import json
 import os
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from pgpsam_jax.data.phantom.body import Patient, draw_body
 from pgpsam_jax.data.phantom.organs import draw_organs
 from pgpsam_jax.data.phantom.shapes import Scene, smooth_field
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.files import file_digest, write_json
+from pgpsam_jax.utils.files import file_digest, read_record, write_json
 
 VERSION = 1  # raise it when the pictures change: data sets of another version are made anew
 CASES = (*range(1, 11), *range(21, 41))  # the 30 labelled BTCV cases of the 18/12 split
@@ -121,13 +120,13 @@ def _paths(case: int):
 
 
 def _inspect(root: Path, seed, cases):
-    """What is on disk: ({intact case: digests}, cases to make, cases of another seed/version)."""
-    try:
-        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+    """Returns ({intact case: digests}, cases to make, cases of another seed or version)."""
+
+    def parse(manifest):
         listed = {int(case): list(digests) for case, digests in manifest["sha256"].items()}
-        same = (manifest["version"], manifest["seed"]) == (VERSION, seed)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}, sorted(cases), []  # none, or not readable: all is made anew
+        return listed, (manifest["version"], manifest["seed"]) == (VERSION, seed)
+
+    listed, same = read_record(root / MANIFEST, parse, missing=({}, True), damaged=({}, True))
     if not same:
         return {}, sorted(cases), sorted(listed)
     intact = {case: digests for case, digests in listed.items() if _digests(root, case) == digests}

@@ -12,7 +12,7 @@ import numpy as np
 
 from pgpsam_jax.data.io.nifti import Volume
 from pgpsam_jax.data.letterbox import Percentiles
-from pgpsam_jax.utils.untrusted_text import read_json
+from pgpsam_jax.utils.untrusted_text import read_user_json
 
 FILE = "training_data.json"
 SCHEMA = 1
@@ -65,7 +65,7 @@ def read_record(workdir) -> dict | None:
     path = Path(workdir) / FILE
     if not path.is_file():
         return None
-    record = read_json(path, "record of training data")
+    record = read_user_json(path, "record of training data")
     return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
 
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from pgpsam_jax.data.findings import ERROR, WARNING, BadFile, Finding
 from pgpsam_jax.data.io import nifti, volumes
-from pgpsam_jax.data.io.array_files import ArrayFiles
+from pgpsam_jax.data.io.array_files import ArrayFiles, Source
 from pgpsam_jax.data.io.pairing import pair_grids
 from pgpsam_jax.data.io.voxel_grid import to_source
-from pgpsam_jax.data.layouts.cases import Case, Source
+from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.data.letterbox import Percentiles, Window, ends_of
 from pgpsam_jax.data.quality import appearance

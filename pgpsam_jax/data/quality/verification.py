@@ -35,7 +35,7 @@ from pgpsam_jax.data.quality.label_order import judge
 from pgpsam_jax.data.quality.organ_priors import organ_of
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime.worker_pool import Work, map_in_order, worker_count
-from pgpsam_jax.utils.files import write_json
+from pgpsam_jax.utils.files import read_record, write_json
 
 SCHEMA = 2
 REPORT = "verify.json"
@@ -248,16 +248,16 @@ def _key(case: Case, table: LabelTable, window) -> str:
 
 def _recall(path: Path) -> dict:
     """Records by key; none where the file is missing, damaged or of another schema."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+
+    def parse(value):
         cases = value["cases"] if value["schema"] == SCHEMA else {}
         whole = all(record.keys() >= {"case", "files", "features"} for record in cases.values())
         return cases if whole else {}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        warnings.warn(f"{path} is damaged ({error}); checking the data anew", stacklevel=2)
-        return {}
+
+    found = read_record(path, parse, missing={}, damaged=None)
+    if found is None:
+        warnings.warn(f"{path} is damaged; checking the data again", stacklevel=2)
+    return found or {}
 
 
 def _remember(path: Path, records: dict) -> None:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import file_digest
-from pgpsam_jax.utils.untrusted_text import read_json, shown
+from pgpsam_jax.utils.untrusted_text import read_user_json, sanitize
 
 FORMAT = "pgpsam_jax SAM weights"
 FORMAT_VERSION = 1
@@ -88,7 +88,7 @@ def read_safetensors(path) -> dict[str, np.ndarray]:
     except (SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is not a complete safetensors file of ordinary numbers "
-            f"({shown(str(error), 200)}); download or convert it again"
+            f"({sanitize(str(error), 200)}); download or convert it again"
         ) from None
 
 
@@ -102,7 +102,7 @@ def load_base(path) -> Base:
     for file in (weights, sidecar):
         if not file.is_file():
             raise UserError(f"{file} does not exist; {how_to_get(weights)}")
-    meta = read_json(sidecar, "description of weights")
+    meta = read_user_json(sidecar, "description of weights")
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise UserError(f"{sidecar} does not describe SAM weights; convert the weights again")
     if meta.get("format_version") != FORMAT_VERSION:
@@ -123,7 +123,7 @@ def recorded_digest(path) -> str | None:
     """SHA-256 of converted weights by their sidecar; None where either file is missing."""
     if not all(file.is_file() for file in base_files(path)):
         return None
-    meta = read_json(base_files(path)[1], "description of weights")
+    meta = read_user_json(base_files(path)[1], "description of weights")
     return meta.get("sha256") if isinstance(meta, dict) else None
 
 
@@ -133,7 +133,7 @@ def colors_of_base(path) -> str:
     Sidecars of before this was written, and weights that are not there, are of SAM.
     """
     sidecar = base_files(path)[1]
-    meta = read_json(sidecar, "description of weights") if sidecar.is_file() else {}
+    meta = read_user_json(sidecar, "description of weights") if sidecar.is_file() else {}
     return meta.get("colors", "normalized") if isinstance(meta, dict) else "normalized"
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.metrics.overlap import slice_dice
 from pgpsam_jax.report.figures.csv_rows import read_rows, scores_of, write_rows
 from pgpsam_jax.report.figures.picture import Picture, draw
 from pgpsam_jax.report.figures.scored_volumes import TestSet, fullest_slice
 from pgpsam_jax.report.figures.slice_panels import Slice, corner_text, draw_panel, frame_ratio
-from pgpsam_jax.utils.untrusted_text import shown
+from pgpsam_jax.utils.untrusted_text import sanitize
 from pgpsam_jax.visualization import overlays
 
 _CASES, _METHODS = 4, 6  # maximum rows and methods in the comparison
@@ -62,7 +63,7 @@ def _read_cases(tests, cases, runs, omitted: list[str]):
         try:
             found = tests.read(case_id, runs)
         except UserError as error:
-            print(f"skipped: {shown(str(error), 1000)}", file=sys.stderr, flush=True)
+            print(f"skipped: {sanitize(str(error), 1000)}", file=sys.stderr, flush=True)
             omitted.append(f"case {case_id} ({error})")
             last = error
         else:
@@ -138,7 +139,7 @@ def failures(group, folder) -> Picture:
 def _worst_slices(case_id, image, truth, predictions, spacing, region, names):
     """Up to two (sort key, CSV row, Slice) per case."""
     prediction = predictions[0]
-    scores = overlays.slice_dice(prediction, truth, len(names))
+    scores = slice_dice(prediction, truth, len(names))
     bearing = np.flatnonzero(np.isfinite(scores).any(axis=1) & region)
     area = np.count_nonzero((truth > 0) | (prediction > 0), axis=(1, 2))
     ranked = sorted((float(np.nanmean(scores[z])), -int(area[z]), int(z)) for z in bearing)
@@ -211,7 +212,7 @@ def _panel_width(columns: int) -> float:
 
 def _mean_dice(prediction, truth, names) -> float:
     """Mean Dice over the organs in either map (H, W), NaN where there is none."""
-    scores = overlays.slice_dice(prediction[None], truth[None], len(names))[0]
+    scores = slice_dice(prediction[None], truth[None], len(names))[0]
     return float(np.nanmean(scores)) if np.isfinite(scores).any() else math.nan
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.data.cache import read_case
-from pgpsam_jax.data.letterbox import Fit, ends_of, rescale, to_model
+from pgpsam_jax.data.letterbox import Letterbox, ends_of, rescale, to_model
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.inference.trained_run import load_run
 from pgpsam_jax.report.figures.csv_rows import write_rows
@@ -145,8 +145,8 @@ def share_rows(probe: Probe) -> list[dict]:
     for number in probe.stages:
         for name, weights in own_token_weights(probe, number).items():
             for index, part in enumerate(probe.slices):
-                fit = Fit.of(part.truth.shape, probe.image_size)
-                touched = _token_masks(part.truth, fit, len(probe.names), weights.shape[2:])
+                letterbox = Letterbox.of(part.truth.shape, probe.image_size)
+                touched = _token_masks(part.truth, letterbox, len(probe.names), weights.shape[2:])
                 for k in np.flatnonzero(touched[1:].any(axis=(1, 2))) + 1:
                     on_organ = float(weights[index, k][touched[k]].sum())
                     values = {"attention": on_organ, "tokens": float(touched[k].mean())}
@@ -155,9 +155,9 @@ def share_rows(probe: Probe) -> list[dict]:
     return rows
 
 
-def _token_masks(truth, fit: Fit, num_classes: int, token_grid) -> np.ndarray:
+def _token_masks(truth, letterbox: Letterbox, num_classes: int, token_grid) -> np.ndarray:
     """Whether each token contains a pixel of each class, boolean (K, h, w)."""
-    labels = to_model(truth[None], fit, order=0)[0]
+    labels = to_model(truth[None], letterbox, order=0)[0]
     one_hot = np.arange(num_classes)[:, None, None] == labels
     h, w = token_grid
     cells = one_hot.reshape(num_classes, h, labels.shape[0] // h, w, labels.shape[1] // w)

@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 
-from pgpsam_jax.data.letterbox import Fit
+from pgpsam_jax.data.letterbox import Letterbox
 from pgpsam_jax.report.figures.slice_panels import Slice, corner_text, draw_panel, frame_ratio
 from pgpsam_jax.report.prototypes.collect import Probe
 from pgpsam_jax.visualization import overlays
@@ -114,10 +114,10 @@ def _sheet(frames, titles, names, legend=()):
 
 def _input_frame(part: Slice, image_size: int) -> tuple[float, float, float, float]:
     """Left, right, bottom, top in mm of the network's input, including the padding."""
-    fit, (rows, columns) = Fit.of(part.image.shape, image_size), part.image.shape
-    down, across = part.spacing[0] * rows / fit.height, part.spacing[1] * columns / fit.width
-    left, top = -fit.left * across, -fit.top * down
-    return left, left + fit.size * across, top + fit.size * down, top
+    box, (rows, columns) = Letterbox.of(part.image.shape, image_size), part.image.shape
+    down, across = part.spacing[0] * rows / box.height, part.spacing[1] * columns / box.width
+    left, top = -box.left * across, -box.top * down
+    return left, left + box.size * across, top + box.size * down, top
 
 
 def _overlay(ax, frame, image, **style) -> None:

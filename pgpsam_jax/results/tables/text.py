@@ -8,6 +8,8 @@ import html
 import math
 import re
 
+from pgpsam_jax.utils.markdown import escape_cell, one_line, pipe_table
+
 NONE, UNDEFINED = "-", "n/a"  # no result yet; an undefined number
 
 
@@ -48,18 +50,10 @@ def display_name(name: str) -> str:
 
 
 def to_markdown(table: Table, level: int = 2) -> str:
-    """A section with a pipe table, padded to be readable as plain text."""
-    lines = [[pipe(cell) for cell in row] for row in [table.head, *table.rows]]
-    widths = [max(3, *(len(cell) for cell in column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    text = [
-        "| " + " | ".join(_pad(cell, width, place) for place, (cell, width) in cells) + " |"
-        for cells in (
-            enumerate(zip(row, widths, strict=True)) for row in [lines[0], rule, *lines[1:]]
-        )
-    ]
+    """A section with a pipe table and its notes."""
+    lines = pipe_table([[escape_cell(cell) for cell in row] for row in [table.head, *table.rows]])
     notes = ["", *(f"- {_prose(note)}" for note in table.notes)] if table.notes else []
-    return "\n".join([f"{'#' * level} {_prose(table.title)}", "", *text, *notes]) + "\n"
+    return "\n".join([f"{'#' * level} {_prose(table.title)}", "", *lines, *notes]) + "\n"
 
 
 def to_latex(table: Table) -> str:
@@ -109,29 +103,15 @@ def to_html(table: Table) -> str:
     return "\n".join(lines + (["<ul>", *notes, "</ul>"] if notes else [])) + "\n"
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def pipe(text: str) -> str:
-    """Escapes text for a cell of a Markdown table."""
-    signs = r"[\\|*<`$\[~]|&(?=[\w#])|(?<![^\W_])_|_(?![^\W_])"  # no `_` inside a word
-    return re.sub(f"({signs})", r"\\\1", _one_line(text))
-
-
 def _prose(text: str) -> str:
     """Escapes Markdown outside code; a lone `<` between spaces needs no escape."""
-    parts = re.split(r"(`[^`]+`)", _one_line(text))
+    parts = re.split(r"(`[^`]+`)", one_line(text))
     parts[::2] = [re.sub(r"([\\*]|<(?=[A-Za-z/!]))", r"\\\1", part) for part in parts[::2]]
     return "".join(parts)
 
 
-def _pad(cell: str, width: int, place: int) -> str:
-    return cell.rjust(width) if place else cell.ljust(width)
-
-
 def _html(text: str, code: bool = False) -> str:
-    text = html.escape(_one_line(text))
+    text = html.escape(one_line(text))
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", text) if code else text
 
 
@@ -157,7 +137,7 @@ _LATEX = {character: f"\\{character}" for character in "%&$#_{}"} | {
 
 def _latex(text: str) -> str:
     """Escapes text; a hyphen before a number becomes a minus sign."""
-    parts = re.split(r"`([^`]+)`", _one_line(text))
+    parts = re.split(r"`([^`]+)`", one_line(text))
     escaped = ["".join(_LATEX.get(character, character) for character in part) for part in parts]
     escaped = [re.sub(r"(?<![\w.)])-(?=\d)", "$-$", part) for part in escaped]
     return "".join(rf"\texttt{{{p}}}" if i % 2 else p for i, p in enumerate(escaped))

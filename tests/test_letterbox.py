@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgpsam_jax.data.letterbox import Fit, logits_to_native, model_slices, quantise, to_model
+from pgpsam_jax.data.letterbox import Letterbox, logits_to_native, model_slices, quantize, to_model
 
 
 @pytest.mark.parametrize("window", [(-125, 275), (10, 90)])
@@ -20,13 +20,13 @@ def test_256_levels_are_the_bytes_that_the_release_stores(window):
     values = np.arange(-1100, 1500, dtype=np.int16).reshape(1, 20, 130)
     clipped = np.clip(values, low, high).astype(int)
     stored = 255 * (clipped - low) // (high - low)
-    fit = Fit.of((20, 130), 130)
-    inside = np.s_[:, fit.top : fit.top + 20, fit.left : fit.left + 130]
-    seen = model_slices(values, window, fit, 256)
+    letterbox = Letterbox.of((20, 130), 130)
+    inside = np.s_[:, letterbox.top : letterbox.top + 20, letterbox.left : letterbox.left + 130]
+    seen = model_slices(values, window, letterbox, 256)
     assert seen.dtype == np.float32
     np.testing.assert_array_equal(seen[inside], stored.astype(np.float32) / 255)
     np.testing.assert_array_equal(np.round(255 * seen.astype(np.float16))[inside], stored)
-    continuous = model_slices(values, window, fit, 0)[inside]
+    continuous = model_slices(values, window, letterbox, 0)[inside]
     assert 0 < (continuous - seen[inside]).max() < 1 / 255
 
 
@@ -34,20 +34,20 @@ def test_256_levels_are_the_bytes_that_the_release_stores(window):
 def test_levels_never_raise_an_intensity(levels, seed):
     images = np.random.default_rng(seed).random(200, np.float32)
     images[:2] = 0, 1
-    seen = quantise(images, levels)
+    seen = quantize(images, levels)
     assert seen.dtype == np.float32 and (seen - images).max() < 1e-6
     assert (images - seen).max() < 1.001 / (levels - 1)
     assert len(np.unique(seen)) <= levels and seen[0] == 0 and seen[1] == 1
-    assert quantise(images, 0) is images
+    assert quantize(images, 0) is images
 
 
 @given(st.integers(1, 600), st.integers(1, 600), st.integers(16, 1024))
 def test_fit_is_centred_and_fills_the_longer_side(height, width, size):
-    fit = Fit.of((height, width), size)
-    assert max(fit.height, fit.width) == size
+    letterbox = Letterbox.of((height, width), size)
+    assert max(letterbox.height, letterbox.width) == size
     exact = (height * size / max(height, width), width * size / max(height, width))
     for side, wanted, start in zip(
-        (fit.height, fit.width), exact, (fit.top, fit.left), strict=True
+        (letterbox.height, letterbox.width), exact, (letterbox.top, letterbox.left), strict=True
     ):
         assert 1 <= side <= size and abs(side - max(wanted, 1)) <= 0.5
         assert 0 <= (size - side) - 2 * start <= 1
@@ -56,10 +56,16 @@ def test_fit_is_centred_and_fills_the_longer_side(height, width, size):
 @pytest.mark.parametrize("shape", [(20, 31), (64, 64), (90, 40), (200, 130), (7, 300)])
 def test_images_match_jax_resize(shape):
     images = np.random.default_rng(0).random((3, *shape), np.float32)
-    fit = Fit.of(shape, 64)
-    out = to_model(images, fit, order=1)
-    inside = out[:, fit.top : fit.top + fit.height, fit.left : fit.left + fit.width]
-    oracle = jax.image.resize(images, (3, fit.height, fit.width), "linear", antialias=True)
+    letterbox = Letterbox.of(shape, 64)
+    out = to_model(images, letterbox, order=1)
+    inside = out[
+        :,
+        letterbox.top : letterbox.top + letterbox.height,
+        letterbox.left : letterbox.left + letterbox.width,
+    ]
+    oracle = jax.image.resize(
+        images, (3, letterbox.height, letterbox.width), "linear", antialias=True
+    )
     np.testing.assert_allclose(inside, oracle, atol=2e-6)
     assert out.dtype == np.float32 and out.sum() == pytest.approx(inside.sum(), rel=1e-5)
 
@@ -67,14 +73,14 @@ def test_images_match_jax_resize(shape):
 @pytest.mark.parametrize("shape", [(20, 31), (64, 64), (90, 40), (200, 130)])
 def test_labels_take_the_nearest_pixel(shape):
     labels = np.random.default_rng(0).integers(0, 9, (2, *shape)).astype(np.uint8)
-    fit = Fit.of(shape, 64)
-    out = to_model(labels, fit, order=0)
+    letterbox = Letterbox.of(shape, 64)
+    out = to_model(labels, letterbox, order=0)
     expected = np.zeros((2, 64, 64), np.uint8)
-    for i in range(fit.height):
-        for j in range(fit.width):
-            y = math.floor((i + 0.5) * shape[0] / fit.height)
-            x = math.floor((j + 0.5) * shape[1] / fit.width)
-            expected[:, fit.top + i, fit.left + j] = labels[:, y, x]
+    for i in range(letterbox.height):
+        for j in range(letterbox.width):
+            y = math.floor((i + 0.5) * shape[0] / letterbox.height)
+            x = math.floor((j + 0.5) * shape[1] / letterbox.width)
+            expected[:, letterbox.top + i, letterbox.left + j] = labels[:, y, x]
     assert out.dtype == np.uint8
     np.testing.assert_array_equal(out, expected)
 
@@ -84,13 +90,13 @@ def test_labels_take_the_nearest_pixel(shape):
 )
 def test_logits_match_torch_interpolate(shape, h):
     """Crop, then torch's half-pixel bilinear (align_corners False), where the crop is whole."""
-    fit = Fit.of(shape, 64)
+    letterbox = Letterbox.of(shape, 64)
     logits = np.random.default_rng(1).normal(size=(2, h, h, 3)).astype(np.float32)
-    rows = slice(fit.top * h // 64, (fit.top + fit.height) * h // 64)
-    assert fit.top * h % 64 == 0 and fit.height * h % 64 == 0 and fit.width == 64
+    rows = slice(letterbox.top * h // 64, (letterbox.top + letterbox.height) * h // 64)
+    assert letterbox.top * h % 64 == 0 and letterbox.height * h % 64 == 0 and letterbox.width == 64
     cropped = torch.from_numpy(logits[:, rows].transpose(0, 3, 1, 2).copy())
     oracle = torch.nn.functional.interpolate(cropped, shape, mode="bilinear", align_corners=False)
-    out = jax.jit(lambda x: logits_to_native(x, fit, shape))(logits)
+    out = jax.jit(lambda x: logits_to_native(x, letterbox, shape))(logits)
     np.testing.assert_allclose(out, oracle.numpy().transpose(0, 2, 3, 1), atol=2e-5)
 
 
@@ -100,11 +106,11 @@ def test_logits_match_torch_interpolate(shape, h):
 )
 def test_logits_keep_linear_ramps(shape, size, stride):
     """A ramp over the input comes back as that ramp at the native pixel centres, at any stride."""
-    fit = Fit.of(shape, size)
+    letterbox = Letterbox.of(shape, size)
     centres = (np.arange(size // stride) + 0.5) * stride
     y, x = np.meshgrid(centres, centres, indexing="ij")
-    out = np.asarray(logits_to_native(jnp.stack([y, x], -1)[None], fit, shape))[0]
-    sides = [(fit.top, fit.height), (fit.left, fit.width)]
+    out = np.asarray(logits_to_native(jnp.stack([y, x], -1)[None], letterbox, shape))[0]
+    sides = [(letterbox.top, letterbox.height), (letterbox.left, letterbox.width)]
     for axis, (start, length) in enumerate(sides):
         wanted = start + (np.arange(shape[axis]) + 0.5) * length / shape[axis]
         got = out[..., axis].mean(axis=1 - axis)
@@ -113,13 +119,16 @@ def test_logits_keep_linear_ramps(shape, size, stride):
 
 
 def test_padding_never_leaks_into_native_pixels():
-    fit = Fit.of((37, 101), 64)
+    letterbox = Letterbox.of((37, 101), 64)
     for h in (16, 64):
         logits = np.full((1, h, h, 1), np.nan, np.float32)
-        first, last = math.ceil(fit.top * h / 64), (fit.top + fit.height) * h // 64
+        first, last = (
+            math.ceil(letterbox.top * h / 64),
+            (letterbox.top + letterbox.height) * h // 64,
+        )
         logits[:, first:last] = 1
         weighted = jnp.where(jnp.isnan(logits), 1e9, logits)
-        np.testing.assert_allclose(logits_to_native(weighted, fit, (37, 101)), 1, atol=1e-6)
+        np.testing.assert_allclose(logits_to_native(weighted, letterbox, (37, 101)), 1, atol=1e-6)
 
 
 def dice(a, b):
@@ -147,18 +156,18 @@ def test_label_round_trip(seed, grid):
     centre = np.array([height, width]) * rng.uniform(0.45, 0.55, 2)
     blob = ((y - centre[0]) / radii[0]) ** 2 + ((x - centre[1]) / radii[1]) ** 2 < 1
     labels = np.where(blob, 1 + (x > centre[1]), 0).astype(np.uint8)[None]
-    fit = Fit.of((height, width), size)
-    logits = jax.nn.one_hot(to_model(labels, fit, order=0), 3)
-    back = np.asarray(logits_to_native(logits, fit, (height, width))).argmax(-1)
+    letterbox = Letterbox.of((height, width), size)
+    logits = jax.nn.one_hot(to_model(labels, letterbox, order=0), 3)
+    back = np.asarray(logits_to_native(logits, letterbox, (height, width))).argmax(-1)
     assert min(dice(back == k, labels == k) for k in (1, 2)) > 0.97
-    if (fit.height, fit.width) == (height, width):
+    if (letterbox.height, letterbox.width) == (height, width):
         np.testing.assert_array_equal(back, labels)
 
 
 @pytest.mark.parametrize("shape", [(96, 96), (50, 96), (96, 51)])
 def test_label_round_trip_is_exact_at_the_same_size(shape):
     labels = np.random.default_rng(0).integers(0, 5, (2, *shape)).astype(np.uint8)
-    fit = Fit.of(shape, 96)
-    logits = jax.nn.one_hot(to_model(labels, fit, order=0), 5)
-    native = logits_to_native(logits, fit, shape)
+    letterbox = Letterbox.of(shape, 96)
+    logits = jax.nn.one_hot(to_model(labels, letterbox, order=0), 5)
+    native = logits_to_native(logits, letterbox, shape)
     np.testing.assert_array_equal(native, jax.nn.one_hot(labels, 5))
