@@ -35,9 +35,9 @@ HEADERS = {  # fields of a NIfTI header: what is said, or "" where it is harmles
     "scale of NaN": ({"scl_slope": np.nan}, ""),
     "infinite scale": ({"scl_slope": 1, "scl_inter": np.inf}, "broken NIfTI header|infinite"),
     "no voxel size": ({"sform_code": 0, "pixdim": (1, 0, 0, 0, 0, 0, 0, 0)}, ""),
-    "tiny voxels": ({"srow_x": (1e-30, 0, 0, 0)}, "which cannot be"),
-    "huge voxels": ({"srow_x": (-1e30, 0, 0, 0)}, "which cannot be"),
-    "far away": ({"srow_z": (0, 0, 3, 1e30)}, "which cannot be"),
+    "tiny voxels": ({"srow_x": (1e-30, 0, 0, 0)}, "which is impossible"),
+    "huge voxels": ({"srow_x": (-1e30, 0, 0, 0)}, "which is impossible"),
+    "far away": ({"srow_z": (0, 0, 3, 1e30)}, "which is impossible"),
     "half of a pair": ({"magic": b"ni1"}, "one half of a .hdr/.img pair"),
 }
 
