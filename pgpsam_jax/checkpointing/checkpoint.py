@@ -99,8 +99,8 @@ class _Folder:
             if other := self._other_parameters(number, abstract["params"]):
                 raise UserError(
                     f"checkpoint {folder} is of another version of this model "
-                    f"({sanitize(other[0])} and {len(other) - 1} more parameters are in one of them "
-                    "only); read it with "
+                    f"({sanitize(other[0])} and {len(other) - 1} more "
+                    "parameters are in one of them only); read it with "
                     "the version that wrote it (provenance.json), or train again in another workdir"
                 ) from None
             before = [c.step for c in self._checkpointer.checkpoints if c.step != number]
