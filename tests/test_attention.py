@@ -22,7 +22,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.sam import attention, relative_position
 from pgpsam_jax.models.sam import attention_kernels as kernels
 from pgpsam_jax.sharding import context, device_mesh
-from pgpsam_jax.sharding.context import Placement
+from pgpsam_jax.sharding.context import TracingContext
 
 # (batch, heads, head dim, grid, window or None for the grid): 14x14 windows of a 26-token side,
 # those that overhang at 512 px, vit_t windows, three blocks of splash, oblong; 512 px, 1024 px.
@@ -149,7 +149,7 @@ def test_how_many_chunks():
     assert [chunks(1, 12, 1024), chunks(12, 12, 1024), chunks(1, 12, 4096)] == [1, 4, 4]
     assert chunks(1, 16, 4096, "bfloat16") == 4  # scores are float32 there, too
     mesh = jax.make_mesh((8,), ("data",))
-    with context.traced_for(Placement("cpu", mesh=mesh, batch_axes=("data",))):
+    with context.traced_for(TracingContext("cpu", mesh=mesh, batch_axes=("data",))):
         # Twelve rows do not divide over eight devices: each has all of them.
         assert [chunks(8, 12, 4096), chunks(12, 12, 4096)] == [4, 64]
 
@@ -158,9 +158,9 @@ def test_how_many_chunks():
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 def test_cudnn_equals_naive_on_a_gpu(case):
     device = gpu()
-    if attention.choose("auto", 1, 192, jnp.bfloat16, Placement.of(device)) != "cudnn":
+    if attention.choose("auto", 1, 192, jnp.bfloat16, TracingContext.of(device)) != "cudnn":
         pytest.skip(f"{device.device_kind} is too old for this head dim")
-    with jax.default_device(device), context.traced_for(Placement.of(device)):
+    with jax.default_device(device), context.traced_for(TracingContext.of(device)):
         errors = errors_of(results_of(case, ["cudnn"], jnp.bfloat16))
     assert max(errors[0]) <= 3 * BFLOAT16_TOLERANCE, errors
 
@@ -251,8 +251,8 @@ def test_bfloat16_folded_is_no_worse_than_naive(case):
     assert errors[0] <= (6e-3 if overhangs else min(BFLOAT16_TOLERANCE, 1.1 * errors[1])), errors
 
 
-AMPERE, HOPPER, TURING = (Placement("gpu", capability) for capability in (8.0, 9.0, 7.5))
-CPU, TPU = Placement("cpu"), Placement("tpu")
+AMPERE, HOPPER, TURING = (TracingContext("gpu", capability) for capability in (8.0, 9.0, 7.5))
+CPU, TPU = TracingContext("cpu"), TracingContext("tpu")
 
 
 @pytest.mark.parametrize(

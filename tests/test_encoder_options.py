@@ -155,9 +155,9 @@ def test_report_of_what_was_picked():
     assert attention_report(folded, jnp.float32) == (
         "folded for global 32x32, windows 14x14, windows 14x4, windows 4x14, windows 4x4"
     )
-    with context.traced_for(context.Placement("tpu")):
+    with context.traced_for(context.TracingContext("tpu")):
         assert attention_report(vit_b, jnp.bfloat16).startswith("splash for global 32x32; ")
-    with context.traced_for(context.Placement("gpu", 8.0)):
+    with context.traced_for(context.TracingContext("gpu", 8.0)):
         large = SamConfig.preset("vit_b", 1024).encoder
         assert "; cudnn for windows 14x14, " in attention_report(large, jnp.bfloat16)
 

@@ -1,4 +1,4 @@
-"""From a configuration to objects: model, optimiser, step; and the backbone it starts from."""
+"""Model construction: initialized or abstract, split into trainable and frozen parameters."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +15,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def make_model(settings: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The module of `config.model`, initialised from `rngs`."""
+    """Builds the module of `config.model`, initialized from `rngs`."""
     if settings.compute_dtype not in DTYPES:
         raise UserError(
             f"model.compute_dtype {settings.compute_dtype!r} unknown; choose {' or '.join(DTYPES)}"
@@ -27,9 +27,9 @@ def make_model(settings: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> nnx.Mo
 
 
 def settled(config: ConfigDict, like: ConfigDict | None = None) -> ConfigDict:
-    """A copy in which what the base or the method decides is written out, as runs keep it.
+    """Returns a copy with `model.colors` and `model.start` resolved, as runs store it.
 
-    like: the same configuration, settled where its files were found.
+    like: the same configuration with the places of its files resolved.
     """
     config, like = config.copy_and_resolve_references(), like or config
     method = method_of(like.model)
@@ -39,7 +39,7 @@ def settled(config: ConfigDict, like: ConfigDict | None = None) -> ConfigDict:
 
 
 def abstract_model(settings: ConfigDict, num_classes: int):
-    """(graphdef, params, frozen) with shapes only: nothing is computed."""
+    """Returns (graphdef, params, frozen) with shapes only: nothing is computed."""
     return _split(_shapes(settings, num_classes), settings)
 
 
@@ -77,6 +77,6 @@ def _split(model: nnx.Module, settings: ConfigDict):
 
 
 def attention_of(settings: ConfigDict, graphdef, params, frozen) -> str:
-    """One line: which attention kernels the encoder's blocks are computed with."""
+    """Returns one line that names the attention kernels of the encoder's blocks."""
     encoder = nnx.merge(graphdef, params, frozen).image_encoder
     return attention_report(encoder.config, DTYPES[settings.compute_dtype])

@@ -23,7 +23,7 @@ for _key in sorted(METHODS, key=lambda key: ([*RECIPES, key[0]].index(key[0]), k
 
 
 def key_of(settings: ConfigDict) -> tuple[str, str]:
-    """Which of `METHODS` `config.model` names: how tables by method are found."""
+    """Returns the key of `METHODS` that `config.model` names."""
     single = settings.name, ""
     key = single if single in METHODS else (settings.name, settings.preset)
     if key not in METHODS:
@@ -35,12 +35,12 @@ def key_of(settings: ConfigDict) -> tuple[str, str]:
 
 
 def name_of(key: tuple[str, str]) -> str:
-    """A key in words: `pgpsam/paper`, `samed`."""
+    """Returns a key as text: `pgpsam/paper`, `samed`."""
     return "/".join(filter(None, key))
 
 
 def method_of(settings: ConfigDict) -> type[Segmenter]:
-    """The method that `config.model` names."""
+    """Returns the class that `config.model` names."""
     return METHODS[key_of(settings)]
 
 
@@ -48,20 +48,20 @@ _TRUE = {"point": "points", "box": "boxes", "both": "points and boxes"}
 
 
 def notice(settings: ConfigDict) -> str | None:
-    """What every print and report of a run of `config.model` must say of its method."""
+    """Returns the notice that logs and reports of a run must show; None for most methods."""
     if not method_of(settings).oracle:
         return None
     return (
-        f"ORACLE: SAM is prompted with the true {_TRUE[settings.prompt]}, made of the labels of "
-        "the volumes that are scored: no prediction, but a bound for methods that find their "
+        f"ORACLE: SAM is prompted with the true {_TRUE[settings.prompt]}, made from the labels of "
+        "the scored volumes: not a prediction but an upper bound for methods that find their "
         "prompts."
     )
 
 
 def refuse_without_labels(settings: ConfigDict) -> None:
-    """A `UserError` for a method that cannot segment what has no labels yet."""
+    """Raises `UserError` for a method that cannot segment a volume without labels."""
     if method_of(settings).oracle:
         raise UserError(
-            f"method {settings.name} takes its prompts from the labels of a volume, so that it "
-            "segments none without (model.name); use a run of another method"
+            f"method {settings.name} takes its prompts from the labels of a volume, so it "
+            "cannot segment one without labels (model.name); use a run of another method"
         )

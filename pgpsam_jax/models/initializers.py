@@ -1,4 +1,4 @@
-"""How parameters start: random numbers, initialisers, and the parameters made of them.
+"""Random numbers, initializers, and parameters made from them.
 
 All are float32. Kernels start from N(0, 1 / fan-in) unless a model says otherwise.
 """
@@ -38,7 +38,7 @@ class Draws(nnx.Rngs):
 
 
 class NoDraws(nnx.Rngs):
-    """In place of random streams where only shapes are asked for: every draw is zero.
+    """Replaces random streams where only shapes are needed: every number is zero.
 
     Tracing a draw per parameter takes longer than the rest of a model (10 s for `release`).
     """
@@ -51,9 +51,9 @@ class NoDraws(nnx.Rngs):
 
 
 def draw(rngs: nnx.Rngs, shape: tuple[int, ...], distribution: str = "normal"):
-    """Random numbers of any shape, N(0, 1) or `uniform` in [0, 1).
+    """Returns random numbers of any shape, N(0, 1) or `uniform` in [0, 1).
 
-    Drawn in chunks of two sizes: a compiled draw per parameter shape would take half a minute.
+    Sampled in chunks of two sizes: a compiled program per parameter shape would take half a minute.
     """
     key, size = rngs.params(), math.prod(shape)
     if key is None:
@@ -74,18 +74,18 @@ def array(values):
 
 
 def kernel_init(key, shape, dtype=jnp.float32):
-    """Initialiser for `nnx.Conv`: N(0, 1 / fan-in), as all kernels here start."""
+    """Initializer for `nnx.Conv`: N(0, 1 / fan-in), as all kernels here start."""
     rngs = NoDraws() if key is None else Draws(key)
     return jnp.asarray(_kernel(rngs, shape, math.prod(shape[:-1])), dtype)
 
 
 def ones_init(key, shape, dtype=jnp.float32):
-    """Initialiser for scales of `nnx`: ones, without a compiled program for every shape."""
+    """Initializer for scales of `nnx`: ones, without a compiled program for every shape."""
     return jnp.asarray(np.ones(shape, dtype), dtype)
 
 
 def zeros_init(key, shape, dtype=jnp.float32):
-    """Initialiser for biases of `nnx`: zeros, without a compiled program for every shape."""
+    """Initializer for biases of `nnx`: zeros, without a compiled program for every shape."""
     return jnp.asarray(np.zeros(shape, dtype), dtype)
 
 
@@ -105,17 +105,17 @@ def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, int]):
 
 
 def normal_param(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
-    """A parameter drawn from N(0, 1), as SAM's and the paper's embeddings start."""
+    """Returns a parameter from N(0, 1), as SAM's and the paper's embeddings are initialized."""
     return nnx.Param(array(draw(rngs, shape)))
 
 
 def kernel_param(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
-    """A kernel drawn from N(0, 1 / fan_in)."""
+    """Returns a kernel from N(0, 1 / fan_in)."""
     return nnx.Param(array(_kernel(rngs, shape, fan_in)))
 
 
 def scale(param: nnx.Param, factor: float) -> None:
-    """Multiplies what a parameter starts at; by 0 for a layer that is to say nothing at first."""
+    """Multiplies the initial value of a parameter; 0 for a layer whose first output is zero."""
     param.set_value(param[...] * np.float32(factor))
 
 

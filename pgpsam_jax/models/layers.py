@@ -27,12 +27,12 @@ DECODER_EPS = 1e-5  # token LayerNorms of the two-way transformer (PyTorch's def
 
 
 def wide(dtype):
-    """The type of softmaxes, long sums and losses: float32, and float64 for a float64 model."""
+    """Returns the type of softmaxes, long sums and losses: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def wide_einsum(spec: str, a, b):
-    """An einsum summed and returned in at least float32."""
+    """Computes an einsum that is summed and returned in at least float32."""
     return jnp.einsum(spec, a, b, preferred_element_type=wide(jnp.result_type(a, b)))
 
 
@@ -43,8 +43,8 @@ class Buffer(nnx.Variable):
 class Linear(nnx.Module):
     """x @ kernel + bias on the last axis; kernel (in, out).
 
-    split: the axis of the kernel that devices which share heads have in parts, for x (B, ...). 1
-    leaves the output so, 0 takes such an input.
+    split: axis of the kernel that is split over the devices of `tensor`; 1 leaves the output split,
+    0 takes a split input (B, ...), None splits nothing.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ def layer_norm(dim: int, *, eps: float, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def resize_bilinear(x, size: tuple[int, int]):
-    """(B, H, W, D) to (B, *size, D): half-pixel centres, no antialias, as PyTorch interpolates."""
+    """(B, H, W, D) to (B, *size, D): half-pixel centers, no antialias, as PyTorch interpolates."""
     shape = (x.shape[0], *size, x.shape[-1])
     if x.shape == shape:
         return x
@@ -147,7 +147,7 @@ class PatchEmbed(nnx.Module):
 class MlpBlock(nnx.Module):
     """Two linear layers with an activation between, on the last axis.
 
-    split: whether devices that share heads share the hidden channels, too.
+    split: whether the hidden channels are split over the devices of `tensor`.
     """
 
     def __init__(

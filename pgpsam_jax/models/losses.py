@@ -1,7 +1,7 @@
-"""Segmentation losses: cross-entropy and soft Dice, their mixes, and the losses of the methods.
+"""Segmentation losses: cross-entropy, soft Dice, their weighted sums, and each method's loss.
 
-The loss of a method takes (outputs of its model, labels (B, H, W), epoch, `step.StepConfig`) and
-returns the scalar and a flat dictionary of float32 scalars to log.
+The loss of a method takes (outputs of its model, labels (B, H, W), epoch, `StepConfig`) and returns
+the scalar and a flat dictionary of float32 scalars to log.
 
 Letters: `B` batch, `H W` pixels, `K` classes with background. Everything is computed in float32
 (float64 for float64 logits).
@@ -21,7 +21,7 @@ _DICE_EPS = 1e-5
 
 
 def cross_entropy(logits, labels):
-    """Mean over pixels of -log softmax(logits)[label]: (B, H, W, K), (B, H, W) -> scalar."""
+    """Returns the mean of -log softmax(logits)[label]: (B, H, W, K), (B, H, W) -> scalar."""
     log_probability = jax.nn.log_softmax(logits.astype(wide(logits.dtype)))
     return -jnp.sum(_where_class(labels, log_probability)) / labels.size
 
@@ -31,7 +31,7 @@ def soft_dice_loss(logits, labels):
 
     Source: docs/release_code.md#loss-schedule-and-selection.
     Dice_k = 2 sum(p y) / (sum p^2 + sum y^2 + 1e-5), sums over batch and pixels together. A class
-    that the batch lacks has Dice 0, hence adds 1 / K to the loss with next to no gradient.
+    absent from the batch has Dice 0, so it adds 1 / K to the loss with almost no gradient.
 
     Args:
       logits: (B, H, W, K).
@@ -45,10 +45,10 @@ def soft_dice_loss(logits, labels):
 
 
 def foreground_dice_loss(logits, labels):
-    """1 - soft Dice, averaged over the classes but the background: AutoSAM's.
+    """1 - soft Dice, averaged over the foreground classes: AutoSAM's.
 
     Dice_k = (2 sum(p y) + 1) / (sum p^2 + sum y^2 + 1), sums over batch and pixels together. A
-    class that the batch lacks has Dice 1 as soon as nothing is taken for it.
+    class absent from the batch has Dice 1 where it is not predicted.
     """
     overlap, sizes = _overlap_and_sizes(logits, labels)
     return jnp.mean(1 - (2 * overlap + 1) / (sizes + 1), where=jnp.arange(len(sizes)) > 0)
@@ -76,10 +76,10 @@ def segmentation_loss(logits, labels, ce_weight: float = 0.2, dice_weight: float
 
 
 def class_shares(labels, shape: tuple[int, int], classes: int):
-    """Share of every cell's pixels that a foreground class has, (B, H, W) -> (B, *shape, M).
+    """Returns the share of each foreground class in each cell, (B, H, W) -> (B, *shape, M).
 
-    The target of outputs that are too small for labels, and too costly to upsample: centered on
-    the cell as bilinear upsampling takes it to be, which no single pixel of an even number is.
+    The target of outputs that are smaller than the labels and too costly to upsample. Unlike a
+    single pixel of a cell of even size, it is centered where bilinear upsampling puts the logit.
 
     Args:
       labels: (B, H, W) class ids.
@@ -95,8 +95,8 @@ def resize_labels_nearest(labels, shape: tuple[int, int]):
     """(B, H, W) -> (B, *shape) by PyTorch's nearest rule: row i comes from floor(i * (H / h)).
 
     That is the first pixel of a cell, while bilinear upsampling puts a logit at its center: masks
-    learned from such labels lie half a cell off, less half a pixel. Only the authors' code, which
-    preset `release` reproduces, has them so.
+    learned from such labels are shifted by half a cell less half a pixel. Only the authors' code
+    does this, which preset `release` reproduces.
     """
     if labels.shape[1:] == tuple(shape):
         return labels
@@ -147,7 +147,7 @@ def deep_supervision(outputs, labels, epoch, config):
 
 
 def released_deep_supervision(outputs, labels, epoch, config):
-    """The same with the bootstrap at its own size, labels read as the authors' code reads them."""
+    """Computes the same with the bootstrap at its own size and the labels resized to it."""
     outputs = outputs | {"final": upsample_logits(outputs["final"], labels.shape[1:])}
     return deep_supervision_loss(outputs, labels, epoch, config.ce_weight, config.dice_weight)
 
@@ -185,7 +185,7 @@ def prototype_prompts(outputs, labels, epoch, config):
 
 
 def prototype_contrast(prototypes, features, labels, temperature: float = 0.07):
-    """NT-Xent that draws each prototype to the mean features of its class in the images.
+    """NT-Xent between each prototype and the mean features of its class in the images.
 
     Args:
       prototypes: (M, C), of classes 1 to M.
@@ -220,8 +220,8 @@ def one_against_rest(outputs, labels, epoch, config):
     """Logistic regression of every class against all else, as scikit-learn's: FSSP-SAM.
 
     `coarse` logits (B, h, w, M) of classes 1 to M and the `kernel` they came from. labels: class
-    ids, or once and for all their `class_shares` (B, h, w, M), of which cells below 0 do not
-    count. Each class has the mean loss of its cells and |w|^2 / 2 over their number (C 1).
+    ids, or their precomputed `class_shares` (B, h, w, M), where cells below 0 do not count. Each
+    class has the mean loss of its cells and |w|^2 / 2 over their number (C 1).
     """
     logits = outputs["coarse"].astype(wide(outputs["coarse"].dtype))
     shares = (

@@ -1,7 +1,7 @@
-"""The one filter that says what trains, and the report of what it lets through.
+"""The filter of trainable parameters, and counts of what it selects.
 
-The filter drives the split of the model, hence the gradients, the optimiser state and the
-checkpoint: a leaf outside it is never differentiated, updated, decayed or saved.
+The filter splits the model, hence decides gradients, optimizer state and checkpoint: a leaf outside
+it is never differentiated, updated, decayed or saved.
 """
 
 import math
@@ -13,7 +13,7 @@ from pgpsam_jax.errors import UserError
 
 ENCODER = "image_encoder"
 
-# What trains of the image encoder; everything else that is a parameter always trains.
+# Which parameters of the image encoder are trainable; all others are, unless a method freezes them.
 ENCODER_MODES = {
     "lora": nnx.LoRAParam,
     "full": nnx.Param,
@@ -22,10 +22,13 @@ ENCODER_MODES = {
 
 
 def trainable(encoder_mode: str, frozen: tuple[str, ...] = ()) -> nnx.filterlib.Filter:
-    """NNX filter of the trained leaves for `encoder_mode` `lora`, `full` or `frozen`.
+    """Returns the NNX filter of the trainable leaves.
 
-    frozen: path prefixes outside the encoder that a method keeps as they are. Running averages of
-    batch statistics have no gradient, but change and are saved with what trains.
+    Running averages of batch statistics have no gradient, but change and are saved with them.
+
+    Args:
+      encoder_mode: `lora`, `full` or `frozen`.
+      frozen: path prefixes outside the encoder that a method does not train.
     """
     if encoder_mode not in ENCODER_MODES:
         raise UserError(
@@ -59,12 +62,12 @@ def is_average(leaf) -> bool:
 
 
 def count(state) -> int:
-    """Number of scalars in a state, running averages left out."""
+    """Returns the number of scalars in a state, without running averages."""
     return sum(math.prod(leaf.shape) for leaf in flat_paths(state).values() if not is_average(leaf))
 
 
 def report(params, frozen) -> str:
-    """Table of trained and frozen parameter counts by top-level module."""
+    """Returns a table of trained and frozen parameter counts per top-level module."""
     rows = defaultdict(lambda: [0, 0])
     for column, state in enumerate((params, frozen)):
         for path, leaf in flat_paths(state).items():
@@ -77,5 +80,5 @@ def report(params, frozen) -> str:
 
 
 def split_model(model: nnx.Module, encoder_mode: str, frozen: tuple[str, ...] = ()):
-    """(graphdef, params, frozen): the model apart, by the one filter of what trains."""
+    """Splits a model into (graphdef, trainable parameters, frozen parameters)."""
     return nnx.split(model, trainable(encoder_mode, frozen), ...)

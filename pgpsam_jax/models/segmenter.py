@@ -26,7 +26,7 @@ class Training(enum.Enum):
     """How the parameters of a method are found."""
 
     SGD = "training"  # steps over batches, by the optimizer of `config.optim`
-    LBFGS = "fit"  # one full-batch fit to the whole few-shot list
+    LBFGS = "fit"  # one full-batch fit to the few-shot list
     NONE = "none"  # there are none
 
 

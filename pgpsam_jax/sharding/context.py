@@ -1,13 +1,13 @@
-"""What a program is traced for: its devices, and the mesh axes of batch, heads and weights.
+"""`TracingContext`: the devices and the mesh axes of batch, heads and weights of a traced program.
 
-Model code names no mesh axis, yet which attention kernel suits depends on the device, and a kernel
-that the compiler cannot partition must be split by hand. Whoever compiles a step says so here.
+Model code names no mesh axis, but the choice of the attention kernel depends on the device, and a
+kernel that the compiler cannot partition must be split by hand. `device_mesh.traced_on` sets it.
 
-Weights are stored in parts and are whole only while a product takes them: `gathered`. Between
-products, activations are split by rows of the batch: `split_batch`. A block of the encoder leaves
+Weights are stored in parts and gathered while a product uses them (`gathered`). Between products,
+activations are split by rows of the batch (`split_batch`). A block of the encoder deviates from
 that in two places, where heads and hidden channels are split instead (Shoeybi et al. 2019,
 "Megatron-LM"): its first kernel is split along its outputs, its second along its inputs, and the
-sum over devices comes once, behind the second. Everything here does nothing without a mesh.
+one sum over devices follows the second. Everything here does nothing without a mesh.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class TracingContext:
     """Platform (cpu, gpu, tpu), CUDA compute capability (8.0 is Ampere, 0 none), mesh if any.
 
-    The axes of the mesh that rows of the batch, heads, and parts of stored weights lie on.
+    And the mesh axes over which rows of the batch, heads, and stored weights are split.
     """
 
     platform: str
@@ -35,8 +35,8 @@ class Placement:
     weight_axes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, device, **axes) -> "Placement":
-        """That of a device, which may be one of a topology that is only compiled for."""
+    def of(cls, device, **axes) -> "TracingContext":
+        """Returns that of a device, which may belong to a topology that is only compiled for."""
         try:
             capability = float(device.compute_capability)
         except (AttributeError, ValueError):  # no GPU, or one of another maker
@@ -45,11 +45,11 @@ class Placement:
         return cls(platform, capability, **axes)
 
     def shares(self, axes: tuple[str, ...]) -> int:
-        """Into how many parts these axes split an array."""
+        """Returns the number of parts into which these axes split an array."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in axes)
 
     def spec(self, shape, split: dict[int, tuple[str, ...]]) -> PartitionSpec:
-        """Dimensions over mesh axes, where they divide; the others are whole."""
+        """Returns the spec that splits dimensions over mesh axes where they divide."""
         axes = (split.get(i, ()) for i in range(len(shape)))
         return PartitionSpec(
             *(
@@ -59,19 +59,19 @@ class Placement:
         )
 
 
-_current: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
+_current: contextvars.ContextVar[TracingContext | None] = contextvars.ContextVar(
     "placement", default=None
 )
 
 
-def current() -> Placement:
-    """What is being traced for; the default backend's first device where nobody said so."""
-    return _current.get() or Placement.of(jax.devices()[0])
+def current() -> TracingContext:
+    """Returns the context set by `traced_for`, or that of the default backend's first device."""
+    return _current.get() or TracingContext.of(jax.devices()[0])
 
 
 @contextlib.contextmanager
-def traced_for(placement: Placement):
-    """Functions traced inside are for this placement."""
+def traced_for(placement: TracingContext):
+    """Sets the context of functions that are traced inside the block."""
     token = _current.set(placement)
     try:
         yield
@@ -80,18 +80,18 @@ def traced_for(placement: Placement):
 
 
 def split_batch(x):
-    """Activations (B, ...): rows on the batch axes, all else whole on every device."""
+    """Constrains activations (B, ...): rows over the batch axes, all else replicated."""
     here = _current.get()
     if here is None or here.mesh is None or here.mesh.size == 1:
         return x
-    if x.shape[0] % here.shares(here.batch_axes):  # nothing is asked for: whole would be worse
+    if x.shape[0] % here.shares(here.batch_axes):  # no constraint: replicating would be worse
         return x
     spec = here.spec(x.shape, {0: here.batch_axes})
     return jax.lax.with_sharding_constraint(x, NamedSharding(here.mesh, spec))
 
 
 def gathered(weight):
-    """A weight, whole. Cast it first: what travels is the argument; its gradient does not."""
+    """Gathers a weight. Cast it first: the argument is communicated, its gradient is not."""
     steps = gathering(weight.shape)
     return _gathered(weight, steps) if steps else weight
 
@@ -99,23 +99,23 @@ def gathered(weight):
 def gathering(shape, split: int | None = None, stored: int | None = None) -> tuple:
     """Steps for `in_steps` from a stored weight to one that a product takes; none without a mesh.
 
-    split: the dimension that devices which share heads then have in parts. stored: the one that
-    they have in parts before, if another; the parts are exchanged.
+    split: the dimension that is then split over the head axes. stored: the dimension that is split
+    over them before, if another; the parts are exchanged.
     """
     here = _current.get()
     if here is None or here.shares(here.weight_axes) == 1:
         return ()
     dimensions = (split,) if stored is None else (stored, split)
     splits = ({} if dimension is None else {dimension: here.head_axes} for dimension in dimensions)
-    # First as it is stored, whatever that be: the compiler would lay out what comes before like
-    # what comes after, and gather float32 to cast it on every device.
+    # First as it is stored: otherwise the compiler would lay out what precedes like what follows,
+    # and gather float32 to cast it on every device.
     stays = PartitionSpec(*(PartitionSpec.UNCONSTRAINED for _ in shape))
     specs = (stays, *(here.spec(shape, axes) for axes in splits))
     return tuple(NamedSharding(here.mesh, spec) for spec in specs)
 
 
 def in_steps(x, steps: tuple):
-    """x laid out as each of `steps` says, one after the other."""
+    """Applies the shardings `steps` to x, one after the other."""
     for sharding in steps:
         x = jax.lax.with_sharding_constraint(x, sharding)
     return x
@@ -126,7 +126,7 @@ def _gathered(weight, steps):
     return in_steps(weight, steps)
 
 
-# The transpose of a constraint is the same one: every device would hold whole gradients.
+# The transpose of a constraint is the same one: every device would hold full gradients.
 _gathered.defvjp(
     lambda weight, steps: (in_steps(weight, steps), None),
     lambda steps, _, gradient: (gradient,),
@@ -134,9 +134,9 @@ _gathered.defvjp(
 
 
 def per_device(kernel, *operands):
-    """kernel(*operands) on (B, N, ...) arrays, on every device its share of batch and heads.
+    """Runs kernel(*operands) on (B, N, ...) arrays, each device on its share of batch and heads.
 
-    An axis that does not divide stays whole: its devices then compute the same.
+    An axis that does not divide is replicated: its devices then compute the same.
     """
     here = current()
     if here.mesh is None or here.mesh.size == 1:

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.sharding.context import Placement, traced_for
+from pgpsam_jax.sharding.context import TracingContext, traced_for
 from pgpsam_jax.sharding.rules import AXES, BATCH, PARTS, spec_of
 
 
@@ -113,7 +113,7 @@ def traced_on(mesh: Mesh):
 
     Also decorates a function that is to be jitted: `jax.jit(traced_on(mesh)(step))`.
     """
-    placement = Placement.of(
+    placement = TracingContext.of(
         mesh.devices.flat[0],
         mesh=mesh,
         batch_axes=BATCH,

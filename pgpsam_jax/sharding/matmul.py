@@ -19,10 +19,10 @@ def matmul(x, kernel):
 
 
 def split_matmul(x, kernel, split: int, stored: int | None = None):
-    """`matmul` of rows x (B, ...) with a stored kernel, of which every device takes its part.
+    """Multiplies rows x (B, ...) with a stored kernel, each device with its part.
 
-    split, stored: see `context.gathering`. What is gathered is not kept for the backward pass:
-    that gathers once more.
+    split, stored: see `context.gathering`. The gathered kernel is not stored for the backward
+    pass, which gathers it again.
     """
     steps = context.gathering(kernel.shape, split, stored)
     if not steps:

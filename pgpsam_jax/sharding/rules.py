@@ -9,13 +9,13 @@ AXES = ("data", "fsdp", "tensor")
 BATCH, PARTS = ("data", "fsdp"), ("fsdp", "tensor")
 
 P = PartitionSpec
-INPUTS, OUTPUTS = P(PARTS, None), P(None, PARTS)  # of a kernel that is gathered whole
+INPUTS, OUTPUTS = P(PARTS, None), P(None, PARTS)  # of kernels that are gathered
 
 # Rows for SAM's parameters, which all methods share. The first match counts; a path that matches no
 # row is replicated. Optimizer moments have the path of their parameter, hence its sharding.
 SAM_RULES = (
-    # q, k and v lie side by side, so a part of the outputs would not be one of whole heads: parts
-    # of the inputs are exchanged for them.
+    # q, k and v are adjacent, so a part of the outputs would not consist of whole heads: the kernel
+    # is stored in parts of its inputs, which are exchanged for parts of its outputs.
     (r"attn/qkv/kernel$", P(("tensor", "fsdp"), None)),
     (r"attn/lora/b$", P(None, None, "tensor")),
     (r"blocks/\d+/mlp/lin1/kernel$", P("fsdp", "tensor")),

@@ -25,7 +25,7 @@ from pgpsam_jax.distributed import multihost
 from pgpsam_jax.inference.predictor import make_predict_step
 from pgpsam_jax.methods import registry
 from pgpsam_jax.models.parameters import count
-from pgpsam_jax.sharding.context import Placement, traced_for
+from pgpsam_jax.sharding.context import TracingContext, traced_for
 from pgpsam_jax.utils.files import read_record, write_json
 
 try:
@@ -113,7 +113,7 @@ def host_flops(function, *arguments) -> float | None:
     except RuntimeError:
         return None
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
-    with jax.default_device(host), traced_for(Placement("cpu")):
+    with jax.default_device(host), traced_for(TracingContext("cpu")):
         traced = jax.jit(function).trace(*shapes)
         return flops_of(traced, traced.lower())
 

@@ -1,4 +1,4 @@
-"""AutoSAM: SAM's encoder as it is, its decoder once for every class, no prompt (Hu et al. 2023).
+"""AutoSAM: SAM's frozen encoder, its decoder once per class, no prompt (Hu et al. 2023).
 
 Letters: B batch, H W token grid, C channels, K classes with background.
 """
@@ -19,9 +19,9 @@ MASKS = 2  # mask tokens of a class; the first one's mask is the class's
 
 
 class ClassDecoder(nnx.Module):
-    """SAM's mask decoder, shared by the classes; each has a quality and two mask tokens of its own.
+    """SAM's mask decoder, shared by the classes; each has a quality token and two mask tokens.
 
-    Nothing is read from the quality token; like all that is named iou, it stays as it was drawn.
+    The output at the quality token is not used; the token is random and frozen.
     """
 
     def __init__(self, config: DecoderConfig, classes: int, *, dtype, rngs: nnx.Rngs):
@@ -37,7 +37,7 @@ class ClassDecoder(nnx.Module):
     def __call__(self, image, image_pe):
         """image (B, H, W, C), image_pe (H, W, C) to logits (B, 4H, 4W, K), float32.
 
-        All classes of all images are one batch (B K): they know nothing of each other.
+        All classes of all images are one batch (B K): they are independent.
         """
         b, h, w, d = image.shape
         own = jnp.concatenate([self.iou_token[...], self.mask_tokens[...]], axis=1)
@@ -54,7 +54,7 @@ class ClassDecoder(nnx.Module):
 class AutoSam(Segmenter):
     """Images (B, S, S, 3) to `final` logits (B, 4H, 4W, K); trains the decoder.
 
-    Its position encoding is a random one of its own, not SAM's.
+    Its position encoding is random, not SAM's.
     """
 
     label = "AutoSAM"

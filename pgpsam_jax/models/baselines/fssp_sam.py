@@ -2,7 +2,7 @@
 
 Letters: B batch, S image side, H W token grid, C channels, K classes with background.
 "Self-prompting large vision models for few-shot medical image segmentation"; the original knows
-one organ, here each class has a classifier of its own against all the rest.
+one organ, here each class has its own classifier against all others.
 """
 
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """From masks to SAM's prompts, on the device: a point deep inside, and a bounding box.
 
 Letters: M masks, H W pixels. Coordinates are pixel indices (x, y), as SAM's prompt encoder takes
-them. Nothing is asked of an empty mask: its point and box mean nothing.
+them. The point and box of an empty mask are meaningless.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def squared_distances(masks):
-    """Exact squared Euclidean distance to the nearest pixel outside: (M, H, W) bool to float32.
+    """Returns squared distances to the nearest pixel outside, (M, H, W) bool to float32; exact.
 
     Pixels beyond the border count as neither, so that in a mask of all pixels all are equally far.
     """
@@ -26,14 +26,14 @@ def squared_distances(masks):
 
 
 def inner_points(masks):
-    """The pixel that is furthest from all outside, the first of several: (M, H, W) to (M, 2)."""
+    """Returns the pixel furthest from all outside, the first if several: (M, H, W) to (M, 2)."""
     m, _, w = masks.shape
     index = jnp.argmax(squared_distances(masks).reshape(m, -1), axis=-1)
     return jnp.stack([index % w, index // w], axis=-1).astype(jnp.float32)
 
 
 def bounding_boxes(masks, *, erosion: int = 0, growth: int = 0):
-    """First and last column and row, (M, H, W) to xyxy (M, 4), of masks eroded by a square.
+    """Returns xyxy (M, 4), first and last column and row, of masks (M, H, W) eroded by a square.
 
     erosion: pixels taken off on every side, so that thin parts do not count; a mask that has none
     but thin parts keeps them. growth: pixels by which the box is widened on every side, as a
@@ -54,7 +54,7 @@ def bounding_boxes(masks, *, erosion: int = 0, growth: int = 0):
 
 
 def eroded(masks, radius: int):
-    """Pixels whose square of side 2 radius + 1 lies in the mask; outside of the image all does."""
+    """Erodes masks by a square of side 2 radius + 1; outside of the image counts as inside."""
     outside = ~masks
     for axis in (1, 2):  # a square is a row of columns
         window = [1, 1, 1]

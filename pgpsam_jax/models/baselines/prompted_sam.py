@@ -1,4 +1,4 @@
-"""SAM whole, asked for one mask per class: what methods that prompt it share.
+"""SAM prompted for one mask per class: what the methods that prompt it share.
 
 Letters: B batch, S image side, H W token grid, C channels, T tokens, K classes with background, M
 prompts per image, one for each foreground class (M = K - 1).
@@ -12,11 +12,11 @@ from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.models.segmenter import SamSegmenter
 
 PROMPTS = ("point", "box", "both")
-NO_MASK = -1e4  # logit of a class that nothing was asked for
+NO_MASK = -1e4  # logit of a class without a prompt
 
 
 class PromptedSam(SamSegmenter):
-    """SAM with its own four mask tokens, of which the first is the mask of a clear prompt."""
+    """SAM with its own four mask tokens; the first is the mask of an unambiguous prompt."""
 
     base_tensors = {name: name for name in ("image_encoder", "prompt_encoder", "mask_decoder")}
     base_unused = ()
@@ -42,7 +42,8 @@ class PromptedSam(SamSegmenter):
     def ask_by_masks(self, feature, masks, prompt: str, *, erosion: int = 0, growth: int = 0):
         """Logits (B, 4H, 4W, K) for the prompts of rough masks (B, S, S, M), background 0.
 
-        prompt: one of `PROMPTS`. erosion, growth: of boxes. A class of an empty mask gets none.
+        prompt: one of `PROMPTS`. erosion, growth: see `bounding_boxes`. A class with an empty mask
+        is predicted nowhere.
         """
         b, h, w, m = masks.shape
         each = jnp.moveaxis(masks, -1, 1).reshape(b * m, h, w)
@@ -66,14 +67,14 @@ class MaskPromptedSam(PromptedSam):
     def options(cls, settings):
         if settings.train_encoder == "full":
             raise UserError(
-                f"method {settings.name} takes SAM's encoder as it is; set "
+                f"method {settings.name} does not train SAM's encoder; set "
                 "model.train_encoder=frozen"
             )
         return {"prompt": settings.prompt}
 
 
 def with_background(logits):
-    """Logits (..., M) of foreground classes to (..., K): background wins where none is above 0."""
+    """Adds the background's logit 0 to logits (..., M) of foreground classes: (..., K)."""
     return jnp.concatenate([jnp.zeros_like(logits[..., :1]), logits], axis=-1)
 
 

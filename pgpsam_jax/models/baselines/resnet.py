@@ -1,7 +1,7 @@
 """ResNet-18 up to its third group of blocks: the CNN that SAM-LST has beside SAM's encoder.
 
-Batches are normalised as the original trains them: in training by the mean and variance of the
-whole global batch, else by running averages, so that a slice's answer does not hang on the others.
+Batches are normalized as the original trains them: in training by the mean and variance of the
+global batch, else by running averages, so that a slice's output does not depend on the others.
 The averages (`nnx.BatchStat`) are set by the training step, not learned.
 
 Letters: B batch, H W grid, C channels. Source: He et al. 2016.

@@ -1,6 +1,6 @@
-"""SAM as it is, prompted by the true masks: what prompts without any error would give.
+"""SAM prompted by the true masks: an upper bound for methods that find their prompts.
 
-No method, as it needs the labels it is scored by: an upper row of a table, and marked as such.
+Not a method, since it needs the labels it is scored with; tables mark its row.
 Letters: B batch, S image side, H W token grid, K classes with background.
 """
 

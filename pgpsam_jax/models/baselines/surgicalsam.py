@@ -40,11 +40,11 @@ class Prompter(nnx.Module):
 
 @register("surgicalsam")
 class SurgicalSam(PromptedSam):
-    """Images (B, S, S, 3) to `final` logits (B, 4H, 4W, K), background 0; every class is asked for.
+    """Images (B, S, S, 3) to `final` logits (B, 4H, 4W, K), background 0; every class is prompted.
 
-    Trains prototypes, prompter and decoder. A class is asked for by its own dense prompt and the
-    sparse ones of all classes, its own marked as points inside, the others' as outside. Which
-    classes an image shows is never given. The loss also takes `features` and `prototypes`.
+    Trains prototypes, prompter and decoder. A class is prompted by its own dense prompt and the
+    sparse ones of all classes, its own marked as points inside, the others' as outside. It is not
+    given which classes an image shows. The loss also takes `features` and `prototypes`.
     start_scale: see `pgpsam.model.PrototypeConfig`.
     """
 

@@ -1,4 +1,4 @@
-"""Contextual Feature Modulation (paper 2.1, Eq 1-2): context gates on an encoder feature.
+"""Contextual Feature Modulation, CFM (paper 2.1, Eq 1-2): context gates on an encoder feature.
 
 Letters: B batch, H W token grid, D encoder width, C feature channels. Channels last.
 """
@@ -74,8 +74,8 @@ class ContextualFeatureModulation(nnx.Module):
             self.channel = ChannelGate(channels, dtype=dtype, rngs=rngs)
         self.enabled = enabled
 
-    def start_small(self, factor: float) -> None:
-        """Scale what is added to the previous feature by the learned scale of its LayerNorm."""
+    def scale_start(self, factor: float) -> None:
+        """Scales what is added to X_{i-1}, by the learned scale of its LayerNorm."""
         initializers.scale(self.norm.scale, factor)
 
     def __call__(self, tap, previous):

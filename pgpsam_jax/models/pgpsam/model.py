@@ -73,7 +73,7 @@ class PrototypeConfig:
 class PgpSamConfig(PrototypeConfig):
     """Preset `paper`: with the switches of Table 3.
 
-    mix_start: value of the learned alpha and beta of Eq 5 at the start; ppr_norm: LayerNorm on P^
+    mix_start: initial value of the learned alpha and beta of Eq 5; ppr_norm: LayerNorm on P^
     and F^ there.
     """
 
@@ -208,7 +208,7 @@ class PgpSam(PrototypeSegmenter):
             )
         if config.start_scale is not None:
             for module in (*self.cfm, *(self.ppg if config.ppg else ())):
-                module.start_small(config.start_scale)
+                module.scale_start(config.start_scale)
         self.config = config
 
     def prompts(self, i: int, feature, intra, inter):

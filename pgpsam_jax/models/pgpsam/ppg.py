@@ -1,4 +1,4 @@
-"""Prototype-based Prompt Generator (paper 2.3, Eq 6-7): dense and sparse prompts, apart.
+"""Prototype-based Prompt Generator, PPG (paper 2.3, Eq 6-7): dense and sparse prompts.
 
 Letters: B batch, H W token grid, L = H*W, C channels, K classes with background, Q inter
 prototypes. Softmaxes in float32.
@@ -35,7 +35,7 @@ def sparse_attention(prototypes, feature, gate=None):
 
 
 class PromptPath(nnx.Module):
-    """What both paths share: prototypes joined with their affinities by an FC, and the MLP."""
+    """Part of both paths: an FC that joins prototypes and affinities, and the MLP."""
 
     def __init__(self, channels: int, others: int, *, dtype, rngs: nnx.Rngs):
         self.join = layers.Linear(channels + others, channels, dtype=dtype, rngs=rngs)
@@ -58,8 +58,8 @@ class PromptGenerator(nnx.Module):
         self.dense = PromptPath(channels, classes, dtype=dtype, rngs=rngs)
         self.sparse = PromptPath(channels, inter, dtype=dtype, rngs=rngs)
 
-    def start_small(self, factor: float) -> None:
-        """Make the dense prompt its last bias, and sparse prompts so much smaller, at the start."""
+    def scale_start(self, factor: float) -> None:
+        """Makes the first dense prompts their last bias, and scales the first sparse ones."""
         initializers.scale(self.dense.mlp.lin2.kernel, 0)
         initializers.scale(self.sparse.mlp.lin2.kernel, factor)
 

@@ -1,8 +1,8 @@
-"""Progressive Prototype Refinement (paper 2.2, Eq 3-5): prototypes updated from image and class.
+"""Progressive Prototype Refinement, PPR (paper 2.2, Eq 3-5): updates prototypes from features.
 
 Letters: B batch, H W token grid, L = H*W, C channels, K classes with background, Q = alpha*K
 inter-class prototypes, k of them per class, n = K*(k+1) prototype tokens.
-The softmaxes run over space in the consistent reading of the equations; float32 throughout them.
+Softmaxes run over space, which is the consistent reading of the equations, in float32.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ COSINE_EPS = 1e-8
 
 
 class Refined(NamedTuple):
-    """Prototypes of a pass, and how a stage of PPR came to them (None: they are not refined).
+    """Prototypes of a pass, and how a stage of PPR refined them (None without PPR).
 
     intra (B, K, C), inter (B, Q, C); picks (B, K, k): the inter prototypes each class took;
     class_weights W_c and query_weights W_q (B, n, L), each summing to one over space. Token
@@ -32,9 +32,9 @@ class Refined(NamedTuple):
 
 
 def select_inter(intra, inter, k: int):
-    """Indices (B, K, k) of the k inter prototypes most similar (cosine) to each class prototype.
+    """Returns indices (B, K, k) of the k inter prototypes closest (cosine) to each intra prototype.
 
-    Of 16-bit prototypes, too, in float32: rounded cosines would be equal and picked by their order.
+    In float32 for 16-bit prototypes, too: rounded cosines would be equal and picked by their order.
     """
     intra, inter = (x.astype(layers.wide(x.dtype)) for x in (intra, inter))
     unit_intra, unit_inter = (
@@ -53,7 +53,7 @@ def gather_tokens(intra, inter, indices):
 
 
 def scatter_tokens(intra, inter, indices, tokens, intra_gain=1.0, inter_gain=1.0):
-    """Add refined tokens (B, n, C): intra directly, inter at its indices (repeats add up).
+    """Adds refined tokens (B, n, C): intra directly, inter at its indices (repeats add up).
 
     The gains, scalars or (C,), scale what is added.
     """
@@ -79,7 +79,7 @@ def attend_tokens(alpha, beta, class_weights, query_weights, fused):
 class ClassAttention(nnx.Module):
     """Eq 3-4: W_c = softmax over space of conv_1->n(F_I'' outer F_M''), (B, n, L).
 
-    expand_std: of the convolution's kernel at the start. The default is small, so that W_c starts
+    expand_std: initial SD of the convolution's kernel. The default is small, so that W_c starts
     as a mean over the image and not as one pixel (F_M is a sum over C). Without a bias: it is
     constant over the space the softmax runs over.
     """
@@ -126,7 +126,7 @@ class ClassAttention(nnx.Module):
 class PrototypeRefinement(nnx.Module):
     """One stage of PPR: intra (B, K, C) and inter (B, Q, C) prototypes to refined ones.
 
-    mix_start: alpha and beta of Eq 5 at the start. norm: LayerNorm on P^ and F^ of Eq 5, which the
+    mix_start: initial alpha and beta of Eq 5. norm: LayerNorm on P^ and F^ of Eq 5, which the
     paper does not print and its release has: without, the products of Eq 5 make W_q one-hot.
     """
 

@@ -47,7 +47,7 @@ class GatedFeedForward(nnx.Module):
 
 
 class UpFeature(nnx.Module):
-    """(B, H, W, C) to (B, 4H, 4W, C / 8): U_s for the decoder, and the map of its own."""
+    """(B, H, W, C) to (B, 4H, 4W, C / 8): U_s for the decoder, and its own map."""
 
     def __init__(self, channels: int, *, activation, dtype, rngs: nnx.Rngs):
         half, last = channels // 4, channels // 8

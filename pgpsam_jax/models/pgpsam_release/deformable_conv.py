@@ -20,10 +20,10 @@ TAPS = _SIDE * _SIDE
 def tap_points(grid: tuple[int, int], dilation: int):
     """(H, W, T, 2) float32: the row and column each tap reads where its offset is zero."""
     rows, columns = np.meshgrid(*(np.arange(n) for n in grid), indexing="ij")
-    centre = np.stack([rows, columns], axis=-1)[:, :, None]
+    center = np.stack([rows, columns], axis=-1)[:, :, None]
     steps = dilation * (np.arange(_SIDE) - 1)
     taps = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(TAPS, 2)
-    return (centre + taps).astype(np.float32)
+    return (center + taps).astype(np.float32)
 
 
 def deformable_depthwise(x, kernel, offsets, modulation, dilation: int):

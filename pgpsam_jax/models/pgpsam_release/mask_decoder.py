@@ -23,7 +23,7 @@ _TEMPERATURE = 1e4
 
 
 def sine_positions(grid: tuple[int, int], channels: int):
-    """DETR's normalised sine encoding, (H, W, C): y in the first half, x in the second."""
+    """DETR's normalized sine encoding, (H, W, C): y in the first half, x in the second."""
     half = channels // 2
     frequency = _TEMPERATURE ** (2 * (np.arange(half) // 2) / half)
     axes = [2 * np.pi * (np.arange(n) + 1) / (n + 1e-6) for n in grid]

@@ -34,7 +34,7 @@ class ReleaseConfig(PrototypeConfig):
 
 
 class PrePrompt(nnx.Module):
-    """What the pre-prompt pass has of its own: X_0 = CSM(neck + v), and its prompt generator."""
+    """Modules of the pre-prompt pass: X_0 = CSM(neck + v), and its prompt generator."""
 
     def __init__(self, channels: int, classes: int, inter: int, *, dcn, dtype, rngs: nnx.Rngs):
         common = dict(dtype=dtype, rngs=rngs)
@@ -110,7 +110,7 @@ class ReleasePgpSam(PrototypeSegmenter):
         self.config = config
 
     def _scale_start(self, factor: float) -> None:
-        """Make X_s nearly the neck, dense prompts nearly their last bias, sparse ones small."""
+        """Makes X_s nearly the neck, dense prompts nearly their last bias, sparse ones small."""
         for added in (self.pre_prompt.mask_embed, self.image_level):
             initializers.scale(added, factor)
         for cfm in self.cfm:

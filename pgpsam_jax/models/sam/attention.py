@@ -21,11 +21,20 @@ NAMES = ("auto", "naive", "folded", "lean", "cudnn", "splash")
 def attention(
     backend: str, q, k, v, rel_h, rel_w, grid: tuple[int, int], padding=None, *, recompute=False
 ):
-    """(B, N, T, C) by the backend of that name, "auto" by `choose`.
+    """Computes self-attention with relative positions.
 
-    rel_h, rel_w: (2n - 1, C) tables of the window's rows and columns. padding: key and value,
-    (N, C) each, of the window's cells outside the grid; wanted where there are any. recompute: a
-    backend that writes scores out computes them once more in the backward pass.
+    Args:
+      backend: one of `NAMES`; see `choose` for "auto".
+      q, k, v: (B, N, T, C).
+      rel_h, rel_w: (2n - 1, C), tables of the window's rows and columns.
+      grid: (H, W), with H * W = T.
+      padding: key and value, (N, C) each, of the window's cells outside the token grid; needed
+        where there are any.
+      recompute: whether a backend that writes scores to memory recomputes them in the backward
+        pass.
+
+    Returns:
+      (B, N, T, C).
     """
     operands = q, k, v, rel_h, rel_w
     depth = q.shape[-1] + sum(grid) + (grid != window_of(rel_h, rel_w))
@@ -38,9 +47,9 @@ def attention(
 
 
 def choose(
-    requested: str, tokens: int, depth: int, dtype, here: context.Placement | None = None
+    requested: str, tokens: int, depth: int, dtype, here: context.TracingContext | None = None
 ) -> str:
-    """The backend for T tokens of q' with `depth` channels; a `UserError` if it cannot run.
+    """Returns the backend for T tokens of `depth` channels after folding, or raises `UserError`.
 
     GPU: the fused kernel wherever its head dim allows. TPU: the fused kernel where tokens fill
     its blocks, which windows do not; in float32 it would not heed JAX's matmul precision. Lean

@@ -116,7 +116,7 @@ def _lean_backward(kept, slope):
 
 
 def _chunks(q, k) -> int:
-    """Into how many equal parts `lean` takes the queries: their scores stay within `CHUNK`."""
+    """Returns the number of equal parts of the queries whose scores stay within `CHUNK`."""
     here, (b, n, t, _) = context.current(), q.shape
     size = b * n * t * k.shape[2] * wide(q.dtype).itemsize
     for axes, length in ((here.batch_axes, b), (here.head_axes, n)):
@@ -126,7 +126,7 @@ def _chunks(q, k) -> int:
 
 
 def _in_chunks(run, carry, parts, count: int):
-    """`jax.lax.scan` of run over leaves (B, N, T, ...) of `parts`, so many equal parts of T."""
+    """`jax.lax.scan` of run over leaves (B, N, T, ...) of `parts`, in `count` equal parts of T."""
     if count == 1:
         return run(carry, parts)
 
@@ -205,7 +205,7 @@ def splash(q, k, v):
 
 
 def _at_default_precision(run):
-    """run with products of 16-bit operands as they are, which the TPU's kernels insist on.
+    """Runs products of 16-bit operands at JAX's default precision, which the TPU's kernels require.
 
     Both passes are traced so, whatever `jax_default_matmul_precision` says.
     """

@@ -19,7 +19,7 @@ from pgpsam_jax.models.sam.lora import LoraConfig, LoraQKV
 from pgpsam_jax.sharding import context
 from pgpsam_jax.sharding.matmul import split_matmul
 
-# What the backward pass recomputes instead of having kept it, from the fastest to the smallest.
+# What the backward pass recomputes instead of storing it, from the fastest to the smallest.
 REMAT = {
     "none": "nothing",
     "attention": "scores and weights of the unfused attention",
@@ -29,7 +29,7 @@ REMAT = {
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
-# What an encoder makes of images in [0, 1] before it looks at them: what its weights were trained
+# How an encoder normalizes images in [0, 1]: as those that its weights were trained
 # on. Unit: nothing. Normalized: mean 0 and SD 1 over the pictures SAM was trained on.
 COLORS = ("unit", "normalized")
 
@@ -83,7 +83,7 @@ class EncoderConfig:
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention over the whole grid or over windows; qkv may carry LoRA."""
+    """Multi-head self-attention over the whole token grid or over windows; qkv may carry LoRA."""
 
     def __init__(self, config: EncoderConfig, window: int, lora, *, dtype, rngs: nnx.Rngs):
         dim, head_dim = config.width, config.width // config.heads

@@ -26,7 +26,7 @@ class FourierPositions(nnx.Module):
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
     def grid(self, size: tuple[int, int]):
-        """Encoding of every cell centre of a grid, (H, W, C)."""
+        """Encoding of every cell center of a token grid, (H, W, C)."""
         h, w = size
         y, x = jnp.meshgrid((jnp.arange(h) + 0.5) / h, (jnp.arange(w) + 0.5) / w, indexing="ij")
         return self.encode(jnp.stack([x, y], axis=-1))

@@ -17,7 +17,7 @@ from pgpsam_jax.models.layers import wide
 
 
 def window_of(rel_h, rel_w) -> tuple[int, int]:
-    """Rows and columns of the window that two tables belong to."""
+    """Returns rows and columns of the window that two tables belong to."""
     return (len(rel_h) + 1) // 2, (len(rel_w) + 1) // 2
 
 
@@ -28,7 +28,7 @@ def relative_positions(table, size: int):
 
 
 def position_scores(q, rel_h, rel_w, grid: tuple[int, int]):
-    """Both position terms of every query: (B, N, T, rows) and (B, N, T, columns) of the window."""
+    """Returns both position terms of each query: (B, N, T, rows), (B, N, T, columns) of the window."""
     h, w = grid
     b, n, t, c = q.shape
     by_row, by_column = (
@@ -37,7 +37,7 @@ def position_scores(q, rel_h, rel_w, grid: tuple[int, int]):
     )
     q = q.reshape(b, n, h, w, c)
     # Batched over h and over w, spelled out: twice as fast on CPU as the einsum. B and N stay two
-    # axes: they may lie on different devices.
+    # axes: they may be on different devices.
     product = functools.partial(jax.lax.dot_general, dimension_numbers=(((4,), (1,)), ((0,), (0,))))
     score_h = jnp.moveaxis(product(jnp.moveaxis(q, 2, 0), by_row), 0, 2)
     score_w = jnp.moveaxis(product(jnp.moveaxis(q, 3, 0), by_column), 0, 3)

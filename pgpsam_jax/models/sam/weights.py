@@ -146,7 +146,7 @@ def fit_base(
     """Weights for an input of `grid` = (height, width) patches; other tensors are shared.
 
     The position embedding is resized bilinearly and the tables of global blocks linearly, to
-    2h-1 and 2w-1 rows, as SAM does it: half-pixel centres, no antialiasing. Window tables stay. A
+    2h-1 and 2w-1 rows, as SAM does it: half-pixel centers, no antialiasing. Window tables stay. A
     block is global if its tables have 2G-1 rows for the checkpoint's own grid G. Where that holds
     for every block the grid may equal the window: then `global_blocks` (block numbers) must tell.
     """
@@ -194,10 +194,10 @@ def _resize(array: np.ndarray, axis: int, size: int) -> np.ndarray:
     if old == size:
         return array
     step = np.float64(np.float32(old) / np.float32(size))
-    centres = (step * (np.arange(size) + 0.5) - 0.5).astype(np.float32).clip(0, old - 1)
-    low = np.floor(centres).astype(int)
+    centers = (step * (np.arange(size) + 0.5) - 0.5).astype(np.float32).clip(0, old - 1)
+    low = np.floor(centers).astype(int)
     high = np.minimum(low + 1, old - 1)
-    weight = (centres - np.floor(centres)).reshape(
+    weight = (centers - np.floor(centers)).reshape(
         [-1 if a == axis else 1 for a in range(array.ndim)]
     )
     return array.take(low, axis) * (1 - weight) + array.take(high, axis) * weight
