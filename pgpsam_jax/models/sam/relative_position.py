@@ -28,7 +28,7 @@ def relative_positions(table, size: int):
 
 
 def position_scores(q, rel_h, rel_w, grid: tuple[int, int]):
-    """Returns both position terms of each query: (B, N, T, rows), (B, N, T, columns) of the window."""
+    """Returns both position terms of each query, (B, N, T, rows) and (B, N, T, columns)."""
     h, w = grid
     b, n, t, c = q.shape
     by_row, by_column = (
