@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import re
 from unittest import mock
@@ -16,6 +17,7 @@ import torch
 from experiments.benchmark import __main__ as program
 from experiments.benchmark import (
     feature_cache,
+    other_tasks,
     random_weights,
     runner,
     sam_jax,
@@ -328,6 +330,12 @@ def test_a_broken_file_is_a_sentence(tmp_path):
     (tmp_path / table.ROWS).write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         table.load(tmp_path)
+
+
+@pytest.mark.parametrize("task", other_tasks._TASKS)
+def test_every_task_has_its_function(task):
+    module, function, _ = other_tasks._TASKS[task]
+    assert callable(getattr(importlib.import_module(f"experiments.benchmark.{module}"), function))
 
 
 def test_points():
