@@ -28,5 +28,5 @@ def get_config(name: str = ""):
     config.fewshot.fraction = 0.10
     if name == "samlst":
         config.model.cnn_base = "weights/resnet18"
-    method_recipes.use(config, name)
+    method_recipes.apply_recipe(config, name)
     return config

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pgpsam_jax.checkpointing import workdir_lock
 from pgpsam_jax.checkpointing.provenance import code_version
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.errors import AGAIN, Interrupted, UserError, exit_on_user_error
 from pgpsam_jax.results.grid import DONE, FAILED, PENDING, RUNNING, STATE, Cell, read_grid
 from pgpsam_jax.runtime import preemption
@@ -83,7 +83,7 @@ def _train(cell: Cell) -> tuple[str | None, int]:
     keep_compiled()
     try:
         start()
-        train.train(configuration.from_json(cell.config), cell.folder)
+        train.train(serialization.from_json(cell.config), cell.folder)
     except Interrupted as error:
         print(f"stopped: {error}", file=sys.stderr)
         return str(error), AGAIN

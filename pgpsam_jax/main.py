@@ -64,7 +64,7 @@ def parse(argv):
 def _configuration(fields: dict[str, str]):
     """The configuration of the flags; None for the workdir's own as it is."""
     from pgpsam_jax.config import overrides
-    from pgpsam_jax.config.serialization import check, load_config
+    from pgpsam_jax.config.serialization import load_config, validate
 
     path, workdir = _CONFIG.value, _WORKDIR.value
     if path is not None:
@@ -76,7 +76,7 @@ def _configuration(fields: dict[str, str]):
     else:
         raise UserError("no configuration; give --config configs/phantom.py, for example")
     overrides.assign(config, fields, "the command line")
-    check(config)
+    validate(config)
     return config
 
 
@@ -101,7 +101,7 @@ def main(arguments):
 
         keep_compiled()
         workdir = _WORKDIR.value or f"runs/{config.name}"
-        with initialize.joined(info, workdir), out_of_memory.explained(config, workdir):
+        with initialize.joined(info, workdir), out_of_memory.oom_to_user_error(config, workdir):
             start()
             if evaluate:
                 workdirs.evaluate_workdir(workdir, config)

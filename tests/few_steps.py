@@ -22,7 +22,7 @@ from pgpsam_jax.distributed import cluster_env, initialize
 from pgpsam_jax.distributed.multihost import put_global
 from pgpsam_jax.methods import build
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training.device_batches import Feed
+from pgpsam_jax.training.device_batches import DeviceBatches
 from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.sharded_step import shard_step, sharding_of
 from pgpsam_jax.training.train_loop import run_steps
@@ -39,11 +39,18 @@ def trained(settings: dict, sizes: dict | None = None):
     images = (labels / CLASSES + 0.1 * rng.random(labels.shape)).astype(np.float16)
     mesh = device_mesh.make_mesh(**sizes or {})
     loader = make_loader(SLICES, batch_size=config.train.batch_size, seed=0)
-    feed = Feed({"image": images, "label": labels.astype(np.uint8)}, loader, mesh, np.inf)
+    feed = DeviceBatches({"image": images, "label": labels.astype(np.uint8)}, loader, mesh, np.inf)
     graphdef, params, frozen, _ = build.init_model(config.model, CLASSES, config.seed)
     batch = feed.abstract(config.train.batch_size)
     step = shard_step(
-        TrainingPlan.of(config), mesh, graphdef, params, frozen, batch, epoch_size=SLICES, seed=0
+        TrainingPlan.from_config(config),
+        mesh,
+        graphdef,
+        params,
+        frozen,
+        batch,
+        epoch_size=SLICES,
+        seed=0,
     )
     state = step.start(put_global(params, sharding_of(step.state.params)))
     said = []

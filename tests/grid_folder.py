@@ -6,8 +6,7 @@ import zlib
 
 import numpy as np
 
-from pgpsam_jax.config import defaults
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import defaults, serialization
 from pgpsam_jax.metrics.protocols import COLUMNS, METRICS
 from pgpsam_jax.metrics.summary import write_evaluation
 from pgpsam_jax.results.grid import DONE, PLAN, STATE
@@ -99,7 +98,7 @@ def write_run(folder, dice, organs=ORGANS, *, tolerance=2.0, truth=None, cost=No
     Returns the folder. `dice` None: trained, but not evaluated. cost: content of `cost.json`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    configuration.store(_config(settings), folder)
+    serialization.save_config(_config(settings), folder)
     names = ["background", *organs]
     classes = [{"name": name, "source": [place]} for place, name in enumerate(organs, start=1)]
     (folder / "labels.json").write_text(json.dumps({"classes": classes, "other": "error"}))
@@ -136,7 +135,7 @@ def write_grid(
         for seed in seeds:
             settings = {key.replace(".", "__"): value for key, value in overrides.items()}
             settings |= {"seed": seed, "name": row}
-            config = configuration.to_json(_config(settings))
+            config = serialization.to_json(_config(settings))
             cell = {"name": f"{row}-seed{seed}", "row": row, "seed": seed, "config": config}
             cells.append(cell | {"folder": f"{row}-seed{seed}-0123abcd"})
             state = states.get((row, seed), DONE)

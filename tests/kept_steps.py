@@ -15,8 +15,8 @@ def kept(draws=False):
 
     What it costs is counted once, and no learning curve is drawn unless it is looked at.
     """
-    make, made, count, counted = train.shard_step, {}, step_cost.of_step, {}
-    draw = metric_logger.RunLog._draw if draws else lambda self: None
+    make, made, count, counted = train.shard_step, {}, step_cost.describe_step, {}
+    draw = metric_logger.MetricLogger._draw if draws else lambda self: None
 
     def shard_step(plan, mesh, graphdef, params, frozen, batch, **numbers):
         leaves, tree = jax.tree.flatten((params, frozen, batch))
@@ -26,14 +26,14 @@ def kept(draws=False):
             made[key] = make(plan, mesh, graphdef, params, frozen, batch, **numbers)
         return made[key]
 
-    def of_step(settings, mesh, graphdef, run, *others):
+    def describe_step(settings, mesh, graphdef, run, *others):
         if run not in counted:
             counted[run] = count(settings, mesh, graphdef, run, *others)
         return copy.deepcopy(counted[run])
 
     with (
         mock.patch.object(train, "shard_step", shard_step),
-        mock.patch.object(step_cost, "of_step", of_step),
-        mock.patch.object(metric_logger.RunLog, "_draw", draw),
+        mock.patch.object(step_cost, "describe_step", describe_step),
+        mock.patch.object(metric_logger.MetricLogger, "_draw", draw),
     ):
         yield

@@ -26,7 +26,7 @@ def small_config(name: str, **settings):
     The encoder is the smallest, random, and frozen where the recipe says so.
     """
     config = default_config()
-    method_recipes.use(config, name)
+    method_recipes.apply_recipe(config, name)
     config.model.encoder = micro.NAME
     config.model.image_size, config.model.patch_size = SIZE, 8
     for kind in ("rotate", "scale", "elastic"):
@@ -84,8 +84,8 @@ def _run_of(name: str, steps: int, **settings) -> Run:
     config, batch = small_config(name, train__steps=steps, **settings), squares()
     graphdef, params, frozen, _ = build.init_model(config.model, CLASSES, config.seed)
     # Over one vector: Adam for each of a hundred leaves took a third of the compilation.
-    optimizer = optax.flatten(TrainingPlan.of(config).make_optimizer(len(batch["label"])))
-    step = jax.jit(make_train_step(graphdef, optimizer, TrainingPlan.of(config).step))
+    optimizer = optax.flatten(TrainingPlan.from_config(config).make_optimizer(len(batch["label"])))
+    step = jax.jit(make_train_step(graphdef, optimizer, TrainingPlan.from_config(config).step))
     state = init_state(params, optimizer, seed=0, epoch_size=len(batch["label"]))
     states, losses = [state], []
     for _ in range(steps):

@@ -3,7 +3,7 @@
 from small_run import config_for
 
 from pgpsam_jax.checkpointing import checkpoint, frozen_weights
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.data import dataset, fewshot_list
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.evaluation import workdirs
@@ -19,7 +19,7 @@ def ready_run(root, workdir, *, predictor=None, evaluated=True, **settings):
 
     `predictor` is evaluated in the model's place where the scores do not matter.
     """
-    config = build.settled(config_for(root, eval__overlays=False, **settings))
+    config = build.resolve_method_defaults(config_for(root, eval__overlays=False, **settings))
     split = dataset.find_split(config.data)
     config.data.axis = dataset.axis_of(config.data, split.train)
     table = split.table
@@ -28,9 +28,11 @@ def ready_run(root, workdir, *, predictor=None, evaluated=True, **settings):
         workdir / "fewshot.txt"
     )
     write_json(workdir / "labels.json", table.to_json())
-    configuration.store(config, workdir)
+    serialization.save_config(config, workdir)
     frozen_weights.pin_frozen_weights(workdir, config.model.base, digest, frozen)
-    state = init_state(params, TrainingPlan.of(config).make_optimizer(2), seed=0, epoch_size=2)
+    state = init_state(
+        params, TrainingPlan.from_config(config).make_optimizer(2), seed=0, epoch_size=2
+    )
     loader = make_loader(8, batch_size=8, seed=0)
     state.step += config.train.steps
     checkpoints = checkpoint.Checkpoints(workdir)

@@ -11,7 +11,7 @@ from pgpsam_jax.config import default_config
 from pgpsam_jax.data.dataset import ValidationData
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.training import model_selection
-from pgpsam_jax.training.dead_classes import SilentClasses
+from pgpsam_jax.training.dead_classes import DeadClassMonitor
 
 NAMES = ("background", "liver", "spleen", "gallbladder")
 TRUTH = np.array([[[0, 1], [2, 2]]], np.uint8)  # no gallbladder
@@ -30,11 +30,11 @@ def picture(*classes):
 )
 def test_alarm_and_all_clear_once_per_silence(seen, limit, every):
     """Against the plain count of epochs since a class was last found."""
-    watch = SilentClasses(NAMES, TRUTH, limit)
+    watch = DeadClassMonitor(NAMES, TRUTH, limit)
     last, dead = {1: 0.0, 2: 0.0}, set()
     for n, classes in enumerate(seen, start=1):
         epoch = n * every
-        lines = watch.see(picture(*classes), epoch)
+        lines = watch.update(picture(*classes), epoch)
         last |= {i: epoch for i in classes & {1, 2}}
         now = {i for i in last if epoch - last[i] >= limit}
         expected = [NAMES[i] for i in sorted(now ^ dead)]
@@ -46,8 +46,8 @@ def test_alarm_and_all_clear_once_per_silence(seen, limit, every):
 
 
 def test_zero_epochs_never_alarm_but_are_recorded():
-    watch = SilentClasses(NAMES, TRUTH, 0)
-    assert [watch.see(picture(1), epoch) for epoch in (1, 1000)] == [[], []]
+    watch = DeadClassMonitor(NAMES, TRUTH, 0)
+    assert [watch.update(picture(1), epoch) for epoch in (1, 1000)] == [[], []]
     assert watch.record == {"silent_epochs_spleen": 1000.0}
 
 
@@ -73,8 +73,8 @@ def test_a_resumed_run_goes_on_counting(tmp_path, capsys):
     run that never was: the record of step 9, of a file that nobody has cut yet, does not count."""
     one, records = selection(tmp_path), []
     for step in (2, 4):
-        score = one.judge(Finds(1), step)
-        records.append({"step": step, "validation_score": score} | one.silent)
+        score = one.evaluate(Finds(1), step)
+        records.append({"step": step, "validation_score": score} | one.never_predicted)
     one.close()
     assert records[-1]["silent_epochs_spleen"] == 2.0
     records += [{"step": 5, "loss": 1.0}, {"step": 9, "validation_score": 1.0}]
@@ -82,15 +82,17 @@ def test_a_resumed_run_goes_on_counting(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text(text)
     two = selection(tmp_path)
     capsys.readouterr()
-    two.judge(Finds(1), 6)
+    two.evaluate(Finds(1), 6)
     said = capsys.readouterr().out
     assert "!!! DEAD CLASS: no pixel of the validation cases was predicted as spleen" in said
     assert "(class 2) for 3 epochs" in said and "liver" not in said
-    two.judge(Finds(1), 8)
-    assert "DEAD" not in capsys.readouterr().out and two.silent == {"silent_epochs_spleen": 4.0}
-    two.judge(Finds(1, 2), 10)
+    two.evaluate(Finds(1), 8)
+    assert "DEAD" not in capsys.readouterr().out and two.never_predicted == {
+        "silent_epochs_spleen": 4.0
+    }
+    two.evaluate(Finds(1, 2), 10)
     assert "spleen (class 2) is predicted again, after 4 epochs" in capsys.readouterr().out
-    assert two.silent == {}
+    assert two.never_predicted == {}
     two.close()
 
 

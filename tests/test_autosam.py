@@ -52,7 +52,7 @@ def segment(model, feature):
 def test_parameters_of_the_original():
     """docs/methods.md#autosam: the decoder without its quality head, two mask tokens per class."""
     config = default_config()
-    method_recipes.use(config, "autosam")
+    method_recipes.apply_recipe(config, "autosam")
     for classes in (5, 9):
         _, params, frozen = build.abstract_model(config.model, classes)
         assert count(params) == 3_644_832 + 2 * classes * 256
@@ -141,7 +141,7 @@ def test_starts_from_sams_decoder_without_tokens_and_positions(tmp_path):
 
 @jax.jit
 def judge(logits, labels):
-    step = TrainingPlan.of(small_config("autosam")).step
+    step = TrainingPlan.from_config(small_config("autosam")).step
     return losses.entropy_and_foreground_dice({"final": logits}, labels, 0, step)
 
 
@@ -174,10 +174,10 @@ def test_the_loss_is_taken_at_the_size_of_the_labels():
 
 def test_the_optimiser_is_plain_adam_at_a_constant_rate():
     config = small_config("autosam")
-    rates = TrainingPlan.of(config).learning_rates(126)
+    rates = TrainingPlan.from_config(config).learning_rates(126)
     np.testing.assert_array_equal(rates, np.float32(5e-4))
     params = {"a": np.ones(3, np.float32)}
-    optimizer = TrainingPlan.of(config).make_optimizer(126)
+    optimizer = TrainingPlan.from_config(config).make_optimizer(126)
     update = jax.jit(lambda slope, p: optimizer.update(slope, optimizer.init(p), p)[0])
     updates = update({"a": np.zeros(3, np.float32)}, params)
     np.testing.assert_array_equal(updates["a"], 0)  # no weight decay

@@ -79,9 +79,9 @@ def test_a_config_makes_model_optimizer_and_settings_of_a_step(name, arguments, 
         sizes.update(SMALL)
     made = synapse()[1] if name == "synapse" else build.abstract_model(settings.model, classes)
     graphdef, params, _ = made
-    optimizer = TrainingPlan.of(settings).make_optimizer(126)
+    optimizer = TrainingPlan.from_config(settings).make_optimizer(126)
     jax.eval_shape(lambda p: init_state(p, optimizer, seed=0, epoch_size=126), params)
-    make_train_step(graphdef, optimizer, TrainingPlan.of(settings).step)
+    make_train_step(graphdef, optimizer, TrainingPlan.from_config(settings).step)
 
 
 STEPS = [("baseline", ("autosam",), SMALL)]
@@ -95,14 +95,14 @@ def test_one_step_by_shapes(name, arguments, model, monkeypatch):
     settings.model.update(model)
     classes = label_table(settings.data).num_classes
     graphdef, params, frozen = build.abstract_model(settings.model, classes)
-    optimizer = TrainingPlan.of(settings).make_optimizer(126)
+    optimizer = TrainingPlan.from_config(settings).make_optimizer(126)
     state = jax.eval_shape(lambda p: init_state(p, optimizer, seed=0, epoch_size=126), params)
     size, batch = settings.model.image_size, settings.train.batch_size
     slices = jax.ShapeDtypeStruct((batch, size, size), jnp.float16)
     labels = jax.ShapeDtypeStruct((batch, size, size), jnp.uint8)
     oracle = registry.method_of(settings.model).oracle
     if not oracle:
-        step = make_train_step(graphdef, optimizer, TrainingPlan.of(settings).step)
+        step = make_train_step(graphdef, optimizer, TrainingPlan.from_config(settings).step)
         after, metrics = jax.eval_shape(step, state, frozen, {"image": slices, "label": labels})
         assert jax.tree.structure(after) == jax.tree.structure(state)
         assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
@@ -118,7 +118,7 @@ def test_the_synapse_config_is_the_paper_run():
     assert settings.optim.learning_rate == 3e-3 and settings.optim.weight_decay == 0.1
     assert settings.train.batch_size == 12 and settings.train.epochs == 300
     assert settings.model.image_size == 512 and settings.model.lora_rank == 4
-    assert TrainingPlan.of(settings).total_steps(126) == 3150
+    assert TrainingPlan.from_config(settings).total_steps(126) == 3150
     paths = parameters.flat_paths(params)
     encoder = [p for p in paths if p.startswith("image_encoder")]
     assert encoder and all("/lora/" in p for p in encoder)

@@ -51,7 +51,7 @@ class Stages:
     def record(self, config, lowered=None):
         stages = self.traced, lowered or self.lowered, self.compiled
         known = self.mesh, self.graphdef, self.step, self.shapes, *stages
-        return step_cost.of_step(config.model, *known, slices=BATCH)
+        return step_cost.describe_step(config.model, *known, slices=BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +161,12 @@ def test_devices_that_count_nothing(stages, config, monkeypatch):
 def test_what_a_step_is_of_a_method(name, kind):
     """What is known without a step: parameters and the forward pass, an oracle's too."""
     config = default_config()
-    method_recipes.use(config, name)
+    method_recipes.apply_recipe(config, name)
     config.model.update(encoder=micro.NAME, image_size=64, patch_size=8, stage_taps=(0,))
     graphdef, *states = build.abstract_model(config.model, CLASSES + 1)
-    found = step_cost.of_inference(config.model, device_mesh.make_mesh(data=8), graphdef, *states)
+    found = step_cost.describe_inference(
+        config.model, device_mesh.make_mesh(data=8), graphdef, *states
+    )
     assert found["kind"] == kind
     assert (found["parameters"]["trained"] == 0) == (kind == "none")
     assert found["flops_per_image"]["forward"] > 1e6
@@ -216,7 +218,7 @@ def test_forward_passes_are_their_products_and_little_else(name, preset):
     config = default_config()
     use_small_encoder(config)
     if preset == "":
-        method_recipes.use(config, name)
+        method_recipes.apply_recipe(config, name)
     config.model.name, config.model.preset, config.model.image_size = name, preset, 64
     graphdef, *states = build.abstract_model(config.model, CLASSES + 1)
     given = [jax.ShapeDtypeStruct((1, 64, 64), jnp.float32)]
@@ -240,13 +242,17 @@ def records(seconds, batch=BATCH):
 
 
 def test_step_time_by_hand():
-    found = step_cost.of_loop(records([5.0, 1.0, 2.0, 4.0, 3.0]), BATCH)
+    found = step_cost.summarize_steps(records([5.0, 1.0, 2.0, 4.0, 3.0]), BATCH)
     assert found["step_seconds"] == {"median": 3.0, "quartiles": [2.0, 4.0], "intervals": 5}
-    later = step_cost.of_loop(records([5.0, 1.0, 2.0, 4.0, 3.0]), BATCH, first=4)  # the last three
+    later = step_cost.summarize_steps(
+        records([5.0, 1.0, 2.0, 4.0, 3.0]), BATCH, first=4
+    )  # the last three
     assert later["step_seconds"] == {"median": 3.0, "quartiles": [2.5, 3.5], "intervals": 3}
     stuck = [{"step": 12, "images_per_second": 0.0}]
-    assert step_cost.of_loop(records([2.0]) + stuck, BATCH)["step_seconds"]["intervals"] == 1
-    assert "step_seconds" not in step_cost.of_loop([], BATCH)
+    assert (
+        step_cost.summarize_steps(records([2.0]) + stuck, BATCH)["step_seconds"]["intervals"] == 1
+    )
+    assert "step_seconds" not in step_cost.summarize_steps([], BATCH)
 
 
 def test_peak_of_the_process():
@@ -255,30 +261,32 @@ def test_peak_of_the_process():
     if not status.is_file():
         pytest.skip("no /proc on this system")
     (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-    peaks = step_cost.of_loop([], BATCH)["peak_bytes"]
+    peaks = step_cost.summarize_steps([], BATCH)["peak_bytes"]
     assert peaks["process"] == pytest.approx(1024 * int(line.split()[1]), rel=0.1)
     assert peaks["device"] is None  # a CPU keeps no count
 
 
 def test_record_over_restarts(stages, config, tmp_path):
     record = stages.record(config)
-    step_cost.update(
+    step_cost.update_record(
         tmp_path, records([1.0])
     )  # a run from before there were records: none is made up
     assert not list(tmp_path.iterdir())
-    step_cost.begin(tmp_path, record, 0)
-    assert step_cost.read(tmp_path) == record | {"timed_from": 0}
-    step_cost.update(tmp_path, records([9.0, 9.0]))
-    step_cost.begin(tmp_path, record, 4)
-    step_cost.update(tmp_path, records([9.0, 9.0, 1.0]))
-    assert step_cost.read(tmp_path)["step_seconds"]["median"] == 9.0  # of both starts
+    step_cost.start_record(tmp_path, record, 0)
+    assert step_cost.read_record(tmp_path) == record | {"timed_from": 0}
+    step_cost.update_record(tmp_path, records([9.0, 9.0]))
+    step_cost.start_record(tmp_path, record, 4)
+    step_cost.update_record(tmp_path, records([9.0, 9.0, 1.0]))
+    assert step_cost.read_record(tmp_path)["step_seconds"]["median"] == 9.0  # of both starts
     elsewhere = record | {"devices": record["devices"] | {"kind": "fast"}}
-    step_cost.begin(tmp_path, elsewhere, 4)
-    assert "step_seconds" not in step_cost.read(tmp_path)
-    step_cost.update(tmp_path, records([9.0, 9.0, 1.0]))
-    assert step_cost.read(tmp_path)["step_seconds"]["median"] == 1.0  # of the new devices alone
+    step_cost.start_record(tmp_path, elsewhere, 4)
+    assert "step_seconds" not in step_cost.read_record(tmp_path)
+    step_cost.update_record(tmp_path, records([9.0, 9.0, 1.0]))
+    assert (
+        step_cost.read_record(tmp_path)["step_seconds"]["median"] == 1.0
+    )  # of the new devices alone
     (tmp_path / step_cost.FILE).write_text("{")
-    assert step_cost.read(tmp_path) == {}
-    step_cost.begin(tmp_path, record, 6)
-    assert step_cost.read(tmp_path)["timed_from"] == 6
+    assert step_cost.read_record(tmp_path) == {}
+    step_cost.start_record(tmp_path, record, 6)
+    assert step_cost.read_record(tmp_path)["timed_from"] == 6
     assert [path.name for path in tmp_path.iterdir()] == [step_cost.FILE]

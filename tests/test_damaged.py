@@ -83,7 +83,14 @@ def abstract(root, finished):
             k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=lanes) for k, v in batch.items()
         }
         step = train.shard_step(
-            TrainingPlan.of(config), mesh, graphdef, params, frozen, batch, epoch_size=9, seed=0
+            TrainingPlan.from_config(config),
+            mesh,
+            graphdef,
+            params,
+            frozen,
+            batch,
+            epoch_size=9,
+            seed=0,
         )
     return step.state, make_loader(9, batch_size=8, seed=0)
 

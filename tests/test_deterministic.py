@@ -21,7 +21,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime import determinism, jax_internals
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import train_state, train_step
-from pgpsam_jax.training.device_batches import Feed
+from pgpsam_jax.training.device_batches import DeviceBatches
 from pgpsam_jax.training.optimizer import make_optimizer
 
 FLAG = "--xla_gpu_deterministic_ops"
@@ -95,7 +95,7 @@ def seen_on(devices, resident, monkeypatch):
     run = jax.jit(train_step.make_train_step(None, optimizer, train_step.StepConfig(ALL)))
     loader = make_loader(SLICES, batch_size=BATCH, seed=3)
     data = {"image": IMAGES, "label": LABELS}
-    feed, found = Feed(data, loader, mesh, np.inf if resident else 0), []
+    feed, found = DeviceBatches(data, loader, mesh, np.inf if resident else 0), []
     state = jax.device_put(state, device_mesh.replicated(mesh))
     for _ in range(3):
         state, metrics = run(state, None, next(feed)[0])

@@ -19,7 +19,7 @@ from pgpsam_jax.methods import build
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import feature_cache, train_state
 from pgpsam_jax.training import train_step as steps
-from pgpsam_jax.training.device_batches import Feed
+from pgpsam_jax.training.device_batches import DeviceBatches
 from pgpsam_jax.training.plan import TrainingPlan
 
 SLICES, SIDE, BATCH, CLASSES, SEED = 5, 32, 2, 3, 3
@@ -60,8 +60,12 @@ def model(configuration):
 def encoded(configuration, few_shot_set, model):
     """Two copies of the set, not augmented, and the one device they are for."""
     mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
-    return feature_cache.encoded_set(
-        TrainingPlan.of(configuration(2, False)).step, mesh, model, *few_shot_set, seed=SEED
+    return feature_cache.encode_few_shot_set(
+        TrainingPlan.from_config(configuration(2, False)).step,
+        mesh,
+        model,
+        *few_shot_set,
+        seed=SEED,
     )
 
 
@@ -73,16 +77,16 @@ def step_on(configuration, model):
     def compiled(copies):
         config = configuration(copies, False)
         optimizer = optax.flatten(
-            TrainingPlan.of(config).make_optimizer(SLICES)
+            TrainingPlan.from_config(config).make_optimizer(SLICES)
         )  # compiles in half the time
         state = train_state.init_state(model[1], optimizer, seed=SEED, epoch_size=SLICES)
-        settings = TrainingPlan.of(config).step
+        settings = TrainingPlan.from_config(config).step
         return state, jax.jit(steps.make_train_step(model[0], optimizer, settings))
 
     def run(copies, given, rows, number=0):
         state, step = compiled(copies)
         mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
-        feed = Feed(given, iter([np.array(rows, np.int32)]), mesh, 1e9)
+        feed = DeviceBatches(given, iter([np.array(rows, np.int32)]), mesh, 1e9)
         state = dataclasses.replace(state, step=jnp.array(number, jnp.int32))
         return step(state, model[2], next(feed)[0])
 
@@ -113,10 +117,12 @@ def test_a_step_on_encoded_slices_is_the_step_on_slices(few_shot_set, model, enc
 def test_copies_are_the_augmented_slices(configuration, few_shot_set, model):
     """Copy c of slice n is augmented by the keys of step c and place n, on any devices."""
     images, labels = few_shot_set
-    step, found = TrainingPlan.of(configuration(2, True)).step, []
+    step, found = TrainingPlan.from_config(configuration(2, True)).step, []
     for devices in (jax.devices()[:1], jax.devices()):
         mesh = device_mesh.make_mesh(devices=devices)
-        found.append(feature_cache.encoded_set(step, mesh, model, images, labels, seed=SEED))
+        found.append(
+            feature_cache.encode_few_shot_set(step, mesh, model, images, labels, seed=SEED)
+        )
     assert found[0]["label"].shape == (2 * SLICES, SIDE, SIDE)
     augmented = jax.jit(lambda *arguments: augment(*arguments, step.augment))
     for copy in range(2):
@@ -146,8 +152,8 @@ def test_epochs_take_the_copies_in_turn(encoded, step_on):
 
 
 def test_what_takes_too_much_is_refused(configuration, few_shot_set, model):
-    step = TrainingPlan.of(configuration(1, False)).step
+    step = TrainingPlan.from_config(configuration(1, False)).step
     with pytest.raises(UserError, match=r"raise that, or lower train\.encoded_copies"):
-        feature_cache.encoded_set(
+        feature_cache.encode_few_shot_set(
             step, device_mesh.make_mesh(), model, *few_shot_set, seed=SEED, resident_gib=1e-6
         )

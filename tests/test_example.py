@@ -81,7 +81,7 @@ class Sketched(TrainedRun):
 
 @pytest.fixture
 def sketched(root, monkeypatch):
-    config = build.settled(config_for(root, model__cfm=False))
+    config = build.resolve_method_defaults(config_for(root, model__cfm=False))
     config.data.axis = dataset.axis_of(config.data, dataset.find_split(config.data).train)
     names = ("background", "liver", "spleen")
     network = Bright(dataset.window_of(config.data), config.data.levels)

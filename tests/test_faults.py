@@ -18,7 +18,7 @@ from places import REPOSITORY
 
 from pgpsam_jax import errors
 from pgpsam_jax.checkpointing import checkpoint, workdir_lock
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.errors import Interrupted, UserError
@@ -78,7 +78,9 @@ def small_disk(tmp_path):
 
 def test_a_full_disk(root, finished, small_disk, monkeypatch):
     """At several points of a run; the older checkpoint stays, and the same command goes on."""
-    monkeypatch.setattr(metric_logger.RunLog, "_draw", lambda self: None)  # the largest file by far
+    monkeypatch.setattr(
+        metric_logger.MetricLogger, "_draw", lambda self: None
+    )  # the largest file by far
     place, _ = small_disk
     workdir, ballast, seen = place / "run", place / "ballast", []
     for room in (0, 60, 100):  # KiB
@@ -117,7 +119,7 @@ def test_a_read_only_workdir(root, finished, small_disk):
         with pytest.raises(UserError, match=r"Read-only file system; make it accessible"):
             again(root, workdir)
     with tiny_method.known():  # reading takes nothing away
-        config = configuration.load_config(place / "run")
+        config = serialization.load_config(place / "run")
         assert restore.load_predictor(config, place / "run", 3) is not None
 
 
@@ -149,7 +151,7 @@ def test_one_writer_at_a_time(root, finished, tmp_path):
     under_way = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
     under_way.mkdir()
     with tiny_method.known():
-        config = configuration.load_config(workdir)
+        config = serialization.load_config(workdir)
         said = rf"in use: process {holder.pid} on \S+ has been training there since \d+-"
         with pytest.raises(UserError, match=said):
             train.train(config, workdir)
@@ -211,9 +213,9 @@ def test_a_loss_that_is_no_number_stops_at_its_step(root, tmp_path, monkeypatch)
 
 
 def test_a_gradient_that_is_no_number_is_said(tmp_path):
-    settings, rows = configuration.default_config().log, np.array([1, 0])
+    settings, rows = serialization.default_config().log, np.array([1, 0])
     slices = [("a", 4), ("b", 7)]
-    with metric_logger.RunLog(tmp_path, settings, 0, np.ones(10), 2, slices) as log:
+    with metric_logger.MetricLogger(tmp_path, settings, 0, np.ones(10), 2, slices) as log:
         with pytest.raises(
             UserError, match=r"the gradient norm is inf at step 3, whose batch is a"
         ):
@@ -223,7 +225,7 @@ def test_a_gradient_that_is_no_number_is_said(tmp_path):
 
 def test_a_stopped_run_goes_on(root, finished, tmp_path, monkeypatch):
     """Nothing that was done is lost, and the end is that of the run that nothing happened to."""
-    record = metric_logger.RunLog.record
+    record = metric_logger.MetricLogger.record
 
     def signaled(log, step, *args, **extra):
         record(log, step, *args, **extra)
@@ -231,7 +233,7 @@ def test_a_stopped_run_goes_on(root, finished, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch, preemption.handle_signals():
-        patch.setattr(metric_logger.RunLog, "record", signaled)
+        patch.setattr(metric_logger.MetricLogger, "record", signaled)
         with pytest.raises(Interrupted, match=r"SIGTERM received, step \d is saved"):
             again(root, tmp_path)
     assert 3 <= newest(tmp_path) == logged(tmp_path) < 6 and not rubbish(tmp_path)

@@ -166,11 +166,11 @@ def test_attention_of_windows_cell_by_cell(grid, window):
 
 
 def test_chips():
-    assert accelerators.utilisation(494.5e12, "NVIDIA H100 80GB HBM3", "bfloat16") == 0.5
-    assert accelerators.utilisation(1e12, "NVIDIA H100 80GB HBM3", "float32") is None
-    assert accelerators.find("cpu") is None
-    assert accelerators.utilisation(1e12, "cpu", "bfloat16") is None
-    assert accelerators.find("TPU v5 lite") == accelerators.find("TPU v5e")
+    assert accelerators.utilization(494.5e12, "NVIDIA H100 80GB HBM3", "bfloat16") == 0.5
+    assert accelerators.utilization(1e12, "NVIDIA H100 80GB HBM3", "float32") is None
+    assert accelerators.find_chip("cpu") is None
+    assert accelerators.utilization(1e12, "cpu", "bfloat16") is None
+    assert accelerators.find_chip("TPU v5 lite") == accelerators.find_chip("TPU v5e")
     for (
         chip
     ) in accelerators.CHIPS.values():  # 150 to 600 FLOPs a byte: no unit is off by a thousand

@@ -28,7 +28,7 @@ from pgpsam_jax.report.page import missing_curve_text
 from pgpsam_jax.results.runs import read_run
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import step_cost, train
-from pgpsam_jax.training.lbfgs_step import minimise
+from pgpsam_jax.training.lbfgs_step import minimize
 from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.sharded_step import shard_step
 
@@ -68,7 +68,7 @@ def test_the_fit_is_that_of_one_regression_per_class():
         return losses.one_against_rest(outputs, shares, 0, None)[0]
 
     start = {"w": np.zeros((12, 2), np.float32), "b": np.zeros(2, np.float32)}
-    fit = jax.jit(lambda p, iterations: minimise(loss, p, iterations=iterations, tolerance=1e-6))
+    fit = jax.jit(lambda p, iterations: minimize(loss, p, iterations=iterations, tolerance=1e-6))
     found = fit(start, 1000)
     assert found.slope <= 1e-6 and 3 < found.iterations < 200
     np.testing.assert_allclose(found.params["w"].T, np.array(wanted)[:, 1:], atol=2e-4)
@@ -78,7 +78,7 @@ def test_the_fit_is_that_of_one_regression_per_class():
 
 def test_what_trains():
     config = default_config()
-    method_recipes.use(config, "fssp")
+    method_recipes.apply_recipe(config, "fssp")
     _, params, _ = build.abstract_model(config.model, 9)
     assert set(flat_paths(params)) == {"classifier/kernel", "classifier/bias"}
     assert count(params) == 8 * 257
@@ -106,7 +106,14 @@ def fitted(sizes, encoded=0):
     batch = jax.device_put(batch, device_mesh.replicated(mesh))
     batch["rows"] = jax.device_put(np.arange(4), device_mesh.batch_sharding(mesh))
     step = shard_step(
-        TrainingPlan.of(config), mesh, graphdef, params, frozen, batch, epoch_size=10, seed=0
+        TrainingPlan.from_config(config),
+        mesh,
+        graphdef,
+        params,
+        frozen,
+        batch,
+        epoch_size=10,
+        seed=0,
     )
     frozen = jax.device_put(frozen, jax.tree.map(lambda leaf: leaf.sharding, step.frozen))
     state, metrics = step.run(step.start(params), frozen, batch)
@@ -152,7 +159,14 @@ def test_a_list_that_is_sent_in_parts_is_refused():
     mesh = device_mesh.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     batch = device_mesh.put_batch(squares(), mesh)
     step = shard_step(
-        TrainingPlan.of(config), mesh, graphdef, params, frozen, batch, epoch_size=8, seed=0
+        TrainingPlan.from_config(config),
+        mesh,
+        graphdef,
+        params,
+        frozen,
+        batch,
+        epoch_size=8,
+        seed=0,
     )
     with pytest.raises(UserError, match=r"all slices .* data\.resident_gib; raise it"):
         step.lower()
@@ -236,13 +250,13 @@ def small_or_whole(request, monkeypatch):
 def test_a_run_fits_once_and_goes_on_like_any(small_or_whole, tmp_path, capsys):
     """Checkpoint 1 is the last, whatever `train.steps`; a further start changes no score."""
     config = config_for(write_data(tmp_path / "data"), eval__overlays=False)
-    method_recipes.use(config, "fssp")
+    method_recipes.apply_recipe(config, "fssp")
     config.train.steps = 3
     summary = train.train(config, tmp_path / "run")
     printed = capsys.readouterr().out
     assert "fit        once, to all 7 slices of 32 px; the encoder takes 8 at a time" in printed
     assert "GFLOP" not in printed and "epochs" not in printed
-    spent = step_cost.read(tmp_path / "run")
+    spent = step_cost.read_record(tmp_path / "run")
     assert spent["kind"] == "fit" and spent["batch_size"] == 7
     assert spent["flops_per_image"]["forward"] > 0 and spent["step_bytes"]["temporaries"] > 0
     checkpoints = Checkpoints(tmp_path / "run")

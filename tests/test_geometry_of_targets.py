@@ -74,7 +74,7 @@ def learned(loss, outputs, steps=300):
 def abstract_outputs(key):
     """(configuration, shapes of a method's outputs for the discs)."""
     config = default_config()
-    method_recipes.use(config, key[0])
+    method_recipes.apply_recipe(config, key[0])
     config.model.preset = key[1] or "paper"
     config.model.encoder = micro.NAME
     config.model.image_size, config.model.patch_size = SIZE, PATCH
@@ -100,7 +100,7 @@ TRAINED = [
 @pytest.mark.parametrize("key", TRAINED)
 def test_what_is_perfect_for_the_loss_is_perfect_for_the_labels(key):
     config, shapes = abstract_outputs(key)
-    settings, labels = TrainingPlan.of(config).step, discs()
+    settings, labels = TrainingPlan.from_config(config).step, discs()
 
     def loss(logits):
         rest = {k: jnp.ones(v.shape) for k, v in shapes.items() if k not in logits}

@@ -13,7 +13,7 @@ from small_run import write_data
 from experiments.grid.plan import _images, load_plan, make_grid, parse_settings, write_plan
 from experiments.run_cell import write_state
 from pgpsam_jax.checkpointing import identity
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.results.grid import DONE, PENDING, read_grid
@@ -53,7 +53,7 @@ def test_shipped_grids_resolve(name, variant, tmp_path, monkeypatch):
     spec = ":".join([f"experiments/grids/{stem}.py", *chosen, *filter(None, [variant])])
     grid = make_grid(spec, tmp_path, {})
     assert len(grid.cells) == 3 * len(grid.rows)
-    prints = {identity.fingerprint(configuration.from_json(c.config)) for c in grid.cells}
+    prints = {identity.fingerprint(serialization.from_json(c.config)) for c in grid.cells}
     assert len(prints) == len(grid.cells)  # no two cells compute the same
     assert (grid.published is not None) == (name.startswith("table") and not variant)
     assert grid.reference in [row.name for row in grid.rows]
@@ -162,7 +162,7 @@ def test_a_done_cell_is_held_to_its_data(data, grid_file, tmp_path):
     first = write_plan(make_grid(grid_file(), folder, {}), mix=False)
     done = first.cells[0]
     write_state(done.folder, DONE, seconds=1.0)
-    test = dataset.find_split(configuration.from_json(done.config).data).test
+    test = dataset.find_split(serialization.from_json(done.config).data).test
     write_json(done.folder / "provenance.json", {"test": dataset.images_digest(test)})
     elsewhere = make_grid(grid_file(), folder, {"data.root": str(copy)})
     assert write_plan(elsewhere, mix=False).cells[0].folder == done.folder

@@ -13,8 +13,7 @@ from refusal import refuse
 from small_run import TABLE, write_data
 
 from pgpsam_jax import verify as program
-from pgpsam_jax.config import defaults
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import defaults, serialization
 from pgpsam_jax.data import fewshot_list
 from pgpsam_jax.data.io.nifti import read_image
 from pgpsam_jax.data.layouts import cases, find, label_table, nnunet, split, transunet
@@ -303,7 +302,7 @@ def test_long_names_in_lists_are_refused(tmp_path):
     ids=str,
 )
 def test_a_stored_configuration_of_other_types(tmp_path, field, value):
-    stored = configuration.to_json(defaults.default_config())
+    stored = serialization.to_json(defaults.default_config())
     *parts, name = field.split(".")
     place = stored
     for part in parts:
@@ -311,7 +310,7 @@ def test_a_stored_configuration_of_other_types(tmp_path, field, value):
     place[name] = value
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(UserError) as caught:
-        configuration.load_config(tmp_path)
+        serialization.load_config(tmp_path)
     said = str(caught.value)
     assert str(tmp_path / "config.json") in said and len(said) < 600
 
@@ -323,4 +322,4 @@ def test_a_stored_configuration_of_other_types(tmp_path, field, value):
 def test_a_stored_configuration_that_is_none(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json"):
-        configuration.load_config(tmp_path)
+        serialization.load_config(tmp_path)

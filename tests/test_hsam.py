@@ -129,7 +129,7 @@ def test_parameters_are_those_of_the_original(mask_gate):
     1024; an attention with inner width I has 3 (C I + I) + I C + C numbers.
     """
     config = default_config()
-    method_recipes.use(config, "hsam")
+    method_recipes.apply_recipe(config, "hsam")
     config.model.mask_gate = mask_gate
     _, params, _ = build.abstract_model(config.model, 9)
     sizes = {path: math.prod(leaf.shape) for path, leaf in flat_paths(params).items()}
@@ -326,7 +326,7 @@ def test_the_loss_falls():
 
 def test_settings_that_make_no_hsam():
     config = default_config()
-    method_recipes.use(config, "hsam")
+    method_recipes.apply_recipe(config, "hsam")
     config.model.mask_gate = "none"
     with pytest.raises(UserError, match=r"model\.mask_gate is 'none'; choose released or intended"):
         build.abstract_model(config.model, 9)

@@ -17,8 +17,7 @@ from small_pgpsam import inputs_for, small
 from small_run import config_for, write_data
 
 from experiments import knockout
-from pgpsam_jax.config import method_recipes
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import method_recipes, serialization
 from pgpsam_jax.methods import build
 from pgpsam_jax.metrics.summary import read_cases
 from pgpsam_jax.models.parameters import flat_paths
@@ -154,7 +153,7 @@ def test_the_parts_of_a_method_are_all_there(name):
     paths = []
     for preset in ("paper", "release") if name == "pgpsam" else ("paper",):
         config = small_config(
-            name, model__train_encoder=method_recipes.of(name).get(ENCODER, "lora")
+            name, model__train_encoder=method_recipes.recipe_of(name).get(ENCODER, "lora")
         )
         config.model.preset = preset
         paths += flat_paths(build.abstract_model(config.model, CLASSES)[1])
@@ -164,7 +163,7 @@ def test_the_parts_of_a_method_are_all_there(name):
 
 
 def test_methods_without_such_parts_are_refused(tmp_path, capsys):
-    configuration.store(small_config("autosam"), tmp_path)
+    serialization.save_config(small_config("autosam"), tmp_path)
     with pytest.raises(SystemExit):
         knockout.main([str(tmp_path)])
     assert "is a run of AutoSAM, which has no part to switch off" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Feed and loop: batches on the device or from the host, order of reports, nothing read unasked."""
+"""Batches on the device or from the host, order of reports, no unasked transfers."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training.device_batches import Feed
+from pgpsam_jax.training.device_batches import DeviceBatches
 from pgpsam_jax.training.train_loop import AHEAD, run_steps
 
 COUNT, SIZE, BATCH = 11, 6, 8
@@ -23,7 +23,7 @@ def mesh():
 
 def feed_of(mesh, resident_bytes):
     loader = make_loader(COUNT, batch_size=BATCH, seed=3)
-    return Feed({"image": IMAGES, "label": LABELS}, loader, mesh, resident_bytes)
+    return DeviceBatches({"image": IMAGES, "label": LABELS}, loader, mesh, resident_bytes)
 
 
 @pytest.mark.parametrize("resident", [False, True])

@@ -34,7 +34,7 @@ def fail(*_):
 
 
 def message_of(config, workdir, act=fail):
-    with pytest.raises(UserError) as caught, out_of_memory.explained(config, workdir):
+    with pytest.raises(UserError) as caught, out_of_memory.oom_to_user_error(config, workdir):
         act()
     return str(caught.value)
 
@@ -54,7 +54,7 @@ def test_every_candidate_is_a_run_that_could_be_started(count, parts, sizes, rem
     config.model.remat, config.model.compute_dtype = remat, dtype
     config.model.encoder = "vit_h"  # 16 heads
     lanes, changed = math.prod(sizes), []
-    for remedy in out_of_memory.candidates(config):
+    for remedy in out_of_memory.list_remedies(config):
         other = remedy.applied(config)
         plan.mesh_of(other.mesh, other.model, other.train.batch_size)
         assert other.train.batch_size % (other.train.microbatches * lanes) == 0
@@ -93,8 +93,8 @@ def one_device_config():
 
 def told(needs, limit, measure, config=None):
     config = config or default_config()
-    remedies = [(r, r.applied(config)) for r in out_of_memory.candidates(config)]
-    found = out_of_memory.weighed(remedies, needs, limit, measure)
+    remedies = [(r, r.applied(config)) for r in out_of_memory.list_remedies(config)]
+    found = out_of_memory.measure_remedies(remedies, needs, limit, measure)
     return out_of_memory._listed("no memory", needs, limit, "Chip X", found)
 
 
@@ -157,12 +157,12 @@ def test_numbers_are_those_of_the_compiler(tmp_path, single, capsys, monkeypatch
         plan = step.memory_analysis()
         needed = plan.argument_size_in_bytes + plan.temp_size_in_bytes
         needed += plan.output_size_in_bytes - plan.alias_size_in_bytes
-        sizes.append(out_of_memory.gib(needed))
+        sizes.append(out_of_memory.format_bytes(needed))
         return step
 
     monkeypatch.setattr(build, "abstract_model", abstract_model)
     monkeypatch.setattr(aot, "compile_step", compiled)
-    monkeypatch.setattr(out_of_memory, "candidates", lambda config: [HALF])
+    monkeypatch.setattr(out_of_memory, "list_remedies", lambda config: [HALF])
     with tiny_method.known():
         text = message_of(config, tmp_path / "run")
     assert len(set(sizes)) == 2
@@ -181,7 +181,9 @@ HALF = out_of_memory.Remedy({"train.batch_size": 16}, "another recipe")
 def test_a_run_that_is_out_of_memory_can_be_started_again(tmp_path, single, monkeypatch, again):
     """The device truly refuses, in a step of the loop; what was saved is gone on from."""
     root, workdir, steps = prepare(tmp_path / "data"), tmp_path / "run", train_loop.run_steps
-    monkeypatch.setattr(metric_logger.RunLog, "_draw", lambda self: None)  # which takes its time
+    monkeypatch.setattr(
+        metric_logger.MetricLogger, "_draw", lambda self: None
+    )  # which takes its time
     whole = run(root, tmp_path / "whole", **NOISE) if again else None
     petabyte = jax.jit(lambda: jnp.zeros((2**48,))).lower().compile()
 
@@ -192,8 +194,8 @@ def test_a_run_that_is_out_of_memory_can_be_started_again(tmp_path, single, monk
         return steps(run_out, state, frozen, feed, done, *rest)
 
     monkeypatch.setattr(train_loop, "run_steps", greedy)
-    monkeypatch.setattr(out_of_memory, "candidates", lambda config: [HALF])
-    monkeypatch.setattr(out_of_memory, "needed", lambda config, classes: GIB)
+    monkeypatch.setattr(out_of_memory, "list_remedies", lambda config: [HALF])
+    monkeypatch.setattr(out_of_memory, "step_bytes", lambda config, classes: GIB)
     text = message_of(
         config_for(root, **TINY, **NOISE), workdir, lambda: run(root, workdir, **NOISE)
     )
@@ -245,7 +247,7 @@ def test_volumes_that_are_segmented_want_a_smaller_batch_of_their_own(tmp_path, 
 def test_other_errors_pass(tmp_path):
     for error in (jax.errors.JaxRuntimeError("INTERNAL: something"), ValueError("RESOURCE_")):
         with pytest.raises(type(error)) as caught:
-            with out_of_memory.explained(default_config(), tmp_path):
+            with out_of_memory.oom_to_user_error(default_config(), tmp_path):
                 raise error
         assert caught.value is error
 
@@ -259,10 +261,10 @@ def test_what_the_compiler_of_a_tpu_says_is_read(monkeypatch):
 
     monkeypatch.setattr(aot, "compile_step", refuse)
     config = default_config()
-    assert out_of_memory.needed(config, 9) == pytest.approx(21.95 * GIB)
+    assert out_of_memory.step_bytes(config, 9) == pytest.approx(21.95 * GIB)
     monkeypatch.setattr(aot, "compile_step", fail)
     with pytest.raises(jax.errors.JaxRuntimeError):
-        out_of_memory.needed(config, 9)
+        out_of_memory.step_bytes(config, 9)
 
 
 def test_several_processes_compile_nothing(tmp_path, monkeypatch):
@@ -275,7 +277,7 @@ def test_several_processes_compile_nothing(tmp_path, monkeypatch):
 
 def test_limits():
     chip = types.SimpleNamespace(device_kind="TPU v5e", memory_stats=lambda: None)
-    assert out_of_memory.limit_of(chip) == 16e9
+    assert out_of_memory.memory_limit(chip) == 16e9
     chip.memory_stats = lambda: {"bytes_limit": 12345}
-    assert out_of_memory.limit_of(chip) == 12345
-    assert out_of_memory.limit_of(jax.devices("cpu")[0]) is None
+    assert out_of_memory.memory_limit(chip) == 12345
+    assert out_of_memory.memory_limit(jax.devices("cpu")[0]) is None

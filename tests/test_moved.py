@@ -189,7 +189,7 @@ def test_another_way_to_the_same_split(run):
         settings.data.split_seed, settings.data.test_fraction = seed, 0.25
         same = [case.case_id for case in dataset.find_split(settings.data).test] == ["d"]
         stored = serialization.load_config(workdir)
-        found = build.settled(locations.resolve_paths(settings, workdir))
+        found = build.resolve_method_defaults(locations.resolve_paths(settings, workdir))
         identity.check_same(stored, found, workdir)
         if same:
             resumption.check_split(workdir, dataset.find_split(found.data))
@@ -284,7 +284,7 @@ def test_the_converted_sam_is_found_by_content(tmp_path, monkeypatch):
     wanted = a_base(tmp_path / "p" / "weights" / "sam", 1)
     workdir.mkdir()
     monkeypatch.chdir(tmp_path / "p")
-    serialization.store(settings, workdir)
+    serialization.save_config(settings, workdir)
     write_json(workdir / "base.json", {"base": "weights/sam", "sha256": wanted})
     locations.record_locations(workdir, settings)
     (tmp_path / "p").rename(tmp_path / "q")

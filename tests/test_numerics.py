@@ -80,7 +80,7 @@ def test_softmaxes_norms_and_losses_are_float32(preset):
     where its rules are our own, those of attention, which are below."""
     config = configuration(preset)
     graphdef, params, frozen = build.abstract_model(config.model, CLASSES)
-    step = TrainingPlan.of(config).step
+    step = TrainingPlan.from_config(config).step
     jaxpr = jax.make_jaxpr(lambda *arrays: steps.loss_of(graphdef, *arrays, 0, step))(
         params,
         frozen,
@@ -93,7 +93,11 @@ def test_softmaxes_norms_and_losses_are_float32(preset):
     assert half.count("dot_general") > 100 and {"erfc", "logistic"} <= set(half)
     assert sum(e.primitive.name == "exp" for e in seen) > 10
     assert {v.aval.dtype for v in jaxpr.outvars} == {jnp.dtype("float32")}
-    state = params, frozen, jax.eval_shape(TrainingPlan.of(config).make_optimizer(4).init, params)
+    state = (
+        params,
+        frozen,
+        jax.eval_shape(TrainingPlan.from_config(config).make_optimizer(4).init, params),
+    )
     floats = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert set(floats) == {jnp.dtype("float32")}  # parameters and moments
 
@@ -108,7 +112,7 @@ def traced_step(preset):
         name: jax.ShapeDtypeStruct((BATCH, SIZE, SIZE), dtype, sharding=lanes)
         for name, dtype in (("image", np.float16), ("label", np.uint8))
     }
-    step = shard_step(TrainingPlan.of(config), mesh, *model, batch, epoch_size=4, seed=0)
+    step = shard_step(TrainingPlan.from_config(config), mesh, *model, batch, epoch_size=4, seed=0)
     return step.run.trace(step.state, step.frozen, step.batch), step.state
 
 

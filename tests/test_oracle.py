@@ -140,7 +140,7 @@ def small_or_whole(request, monkeypatch):
 
 def test_a_run_says_what_it_is_and_predicts_nothing(small_or_whole, tmp_path, capsys, monkeypatch):
     config = config_for(write_data(tmp_path / "data"), eval__overlays=False)
-    method_recipes.use(config, "sam")
+    method_recipes.apply_recipe(config, "sam")
     run = tmp_path / "run"
     summary = train.train(config, run)
     said = "ORACLE: SAM is prompted with the true boxes"
@@ -152,7 +152,7 @@ def test_a_run_says_what_it_is_and_predicts_nothing(small_or_whole, tmp_path, ca
     assert not (run / "checkpoints").exists()
     assert "training   none: no parameters to train" in printed
     assert "epochs" not in printed and "few-shot   7 slices" in printed and "(not used)" in printed
-    spent = step_cost.read(run)
+    spent = step_cost.read_record(run)
     assert spent["kind"] == "none" and spent["parameters"]["trained"] == 0
     assert spent["flops_per_image"]["forward"] > 0 and spent["peak_bytes"]["process"] > 0
     assert missing_curve_text(read_run(run)) == "This method has no trainable parameters."

@@ -17,8 +17,7 @@ from places import REPOSITORY
 from worker_jobs import write_for_long
 
 from pgpsam_jax.checkpointing import workdir_lock
-from pgpsam_jax.config import defaults
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import defaults, serialization
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime import compilation_cache, worker_pool
 from pgpsam_jax.runtime.cli import Parser, pair, positive
@@ -126,12 +125,12 @@ def test_addresses_are_refused(address, tmp_path, monkeypatch):
         section, name = field.split(".")
         config[section][name] = address
         with pytest.raises(UserError, match=f"^{field} {address} is an address"):
-            configuration.check(config)
+            serialization.validate(config)
     for path in (address, Path(address)):
         with pytest.raises(UserError, match="is an address"), workdir_lock.hold(path, "training"):
             pass
         with pytest.raises(UserError, match="is an address"):
-            configuration.load_config(path)
+            serialization.load_config(path)
     assert not list(tmp_path.iterdir())
 
 

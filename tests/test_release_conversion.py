@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from sam_official import assert_equal, save_pth
 from small_run import config_for, write_data
 
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.data.dataset import label_table
 from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.errors import UserError
@@ -107,7 +107,7 @@ def test_what_a_converted_workdir_holds(workdir, source, state):
     record = json.loads((workdir / "provenance.json").read_text())
     assert record["source"] == source.name and record["source_sha256"] == file_digest(source)
     assert record["source_epoch"] == 7
-    config = configuration.load_config(workdir)
+    config = serialization.load_config(workdir)
     assert (config.model.preset, config.model.base, config.seed) == ("release", "", 3)
     names = load_label_table(workdir / "labels.json").names
     assert names == ("background", "liver", "spleen")
@@ -184,7 +184,7 @@ def test_a_run_of_ours_goes_out(root, tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(2)
     for leaf in (flat_paths(params) | flat_paths(frozen)).values():
         leaf.set_value(jnp.asarray(rng.random(leaf.shape, np.float32)))
-    configuration.store(settings, workdir)
+    serialization.save_config(settings, workdir)
     run = types.SimpleNamespace(model=nnx.merge(graphdef, params, frozen))
     monkeypatch.setattr(release, "load_run", {workdir: run}.get)
     program.main(arguments(workdir, tmp_path / "a.safetensors", "--reverse"))

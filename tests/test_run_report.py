@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from report_page import Page, check_figures, check_self_contained
 from small_run import config_for, write_data
 
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.cache import read_case
 from pgpsam_jax.data.fewshot_list import FewShotList
@@ -77,7 +77,7 @@ def write_scored(root, workdir, name="small", split="file"):
     config = config_for(root, data__split=split, data__axis="axial")
     config.name = name
     workdir.mkdir(parents=True)
-    configuration.store(config, workdir)
+    serialization.save_config(config, workdir)
     _, _, tests, table = dataset.find_split(config.data)
     (workdir / "labels.json").write_text(json.dumps(table.to_json()))
     rows = []

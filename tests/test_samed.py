@@ -23,7 +23,7 @@ IDLE = r"mask_decoder/iou_head/|prompt_encoder/(point|not_a_point|mask_down)"
 def test_parameters_are_those_of_the_original():
     """ViT-b, 512 px, 9 classes: LoRA on q and v of 12 blocks, prompt encoder, decoder."""
     config = default_config()
-    method_recipes.use(config, "samed")
+    method_recipes.apply_recipe(config, "samed")
     _, params, _ = build.abstract_model(config.model, 9)
     sizes = {path: math.prod(leaf.shape) for path, leaf in flat_paths(params).items()}
     lora = sum(size for path, size in sizes.items() if "/lora/" in path)

@@ -44,7 +44,7 @@ def encoded():
 def test_parameters_of_the_original():
     """docs/methods.md#sam-lst: the ResNet-18 to its third group, the gate, the upscaling."""
     config = default_config()
-    method_recipes.use(config, "samlst")
+    method_recipes.apply_recipe(config, "samlst")
     _, params, frozen = build.abstract_model(config.model, 9)
     assert count(params) == 2_856_737 == 2_782_784 + 1 + 73_952
     # The averages, two for each of 2240 channels, are none of the parameters.

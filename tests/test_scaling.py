@@ -38,7 +38,7 @@ def test_links():
     """Cloud TPU closes sides of 16 chips of v5e and v6e, and slices of whole cubes of v4, v5p."""
 
     def whole(name):
-        _, shape = aot.shape_of(name)
+        _, shape = aot.parse_topology(name)
         x, y, z = (*shape, 1)[:3]
         return aot.links(name, [(i, j, k) for i in range(x) for j in range(y) for k in range(z)])
 
@@ -88,7 +88,7 @@ RATE = st.floats(1.0, 1e15)
 
 @given(RATE, RATE, RATE, st.sampled_from(sorted(accelerators.CHIPS)))
 def test_the_estimate_is_the_largest_term(flops, accessed, received, kind):
-    chip = accelerators.find(kind)
+    chip = accelerators.find_chip(kind)
     term = roofline.estimate(chip, flops, accessed, received / 1e10)
     assert term.seconds == getattr(term, term.binds) == max(term)
     assert term.compute == pytest.approx(flops / chip.bf16_flops)
@@ -102,7 +102,7 @@ def test_the_estimate_is_the_largest_term(flops, accessed, received, kind):
 )
 def test_the_network_term_adds_up(found):
     """Over all sixteen chips of a 4x4 slice two links serve; a permutation has one."""
-    chip = accelerators.find("TPU v5e")
+    chip = accelerators.find_chip("TPU v5e")
     group, places = tuple(range(16)), [(i // 4, i % 4, 0) for i in range(16)]
     exchanged = [Collective(kind, size, group, times, True) for kind, size, times in found]
     seconds = roofline.exchange_seconds(chip, "v5e:4x4", exchanged, places)
@@ -128,7 +128,7 @@ def fake(point: Compiled) -> dict:
     if point.image_size == 96:
         raise Failed("no answer in 1 s")
     count = 1
-    for side in aot.shape_of(point.topology)[1]:
+    for side in aot.parse_topology(point.topology)[1]:
         count *= side
     total, limit = int(2e9 + 1e9 * point.batch), int(15e9)
     row = {

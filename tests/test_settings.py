@@ -8,12 +8,12 @@ import pytest
 from places import REPOSITORY
 from small_run import config_for
 
-from pgpsam_jax.config import exclusive, overrides
+from pgpsam_jax.config import exclusive_fields, overrides
 from pgpsam_jax.config.defaults import default_config
-from pgpsam_jax.config.serialization import MOST, check, flat, from_json, to_json
+from pgpsam_jax.config.serialization import MAX_INT, flatten, from_json, to_json, validate
 from pgpsam_jax.errors import UserError
 
-FIELDS = flat(default_config().to_dict())
+FIELDS = flatten(default_config().to_dict())
 
 
 def given(*flags, config=None):
@@ -26,7 +26,7 @@ def given(*flags, config=None):
 
 
 def value(config, field):
-    return flat(config.to_dict())[field]
+    return flatten(config.to_dict())[field]
 
 
 def kind_of(field):
@@ -41,7 +41,7 @@ def samples(field):
     if kind is bool:
         yield from (("True", True), ("false", False), ("1", True), ("0", False))
     elif kind is int:
-        yield from (("3", 3), ("-2", -2), ("1e3", 1000), (str(MOST), MOST))
+        yield from (("3", 3), ("-2", -2), ("1e3", 1000), (str(MAX_INT), MAX_INT))
     elif kind is float:
         yield from (("3", 3.0), ("-0.25", -0.25), ("1e-3", 1e-3), ("0", 0.0))
     elif kind is str:
@@ -84,9 +84,9 @@ def test_what_a_field_cannot_be_is_refused(field):
     if kind_of(field) is int:
         for number in (2**31, 2**32, 2**63, -(2**63), 10**400):
             with pytest.raises(
-                UserError, match=f"{field} is .*; give a whole number from .* to {MOST}"
+                UserError, match=f"{field} is .*; give a whole number from .* to {MAX_INT}"
             ):
-                check(given(f"--config.{field}={number}"))
+                validate(given(f"--config.{field}={number}"))
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_what_is_set_later_counts():
     for _ in range(80):
         config = default_config()
         for layer in range(draw.randrange(1, 5)):
-            rule = draw.choice(list(exclusive.RULES))
-            taken = exclusive.RULES[rule][0]
+            rule = draw.choice(list(exclusive_fields.RULES))
+            taken = exclusive_fields.RULES[rule][0]
             fields = {"rule": rule} if draw.random() < 0.5 or not taken else {}
             if taken and (not fields or draw.random() < 0.5):
                 size = draw.choice(taken)
@@ -134,7 +134,7 @@ def test_what_is_set_later_counts():
                 fields = {"file": "list.txt"}
             overrides.assign(config, {f"fewshot.{k}": v for k, v in fields.items()}, str(layer))
             assert all(config.fewshot[key] == value for key, value in fields.items())
-            check(config)
+            validate(config)
             again = from_json(to_json(config))
             assert to_json(again) == to_json(config.copy_and_resolve_references())
 
@@ -145,9 +145,9 @@ def test_shipped_configurations_take_another_size(name, size, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     name, colon, variant = name.partition(":")
     config = overrides.load_file(f"configs/{name}.py{colon}{variant}")
-    check(given(f"--config.fewshot.{size}={SIZES[size]}", config=config))
+    validate(given(f"--config.fewshot.{size}={SIZES[size]}", config=config))
     assert {key: config.fewshot[key] for key in SIZES} == dict.fromkeys(SIZES) | {size: SIZES[size]}
-    check(given("--config.fewshot.rule=all", config=config))
+    validate(given("--config.fewshot.rule=all", config=config))
     assert not any(config.fewshot[key] for key in SIZES)
 
 
@@ -180,7 +180,7 @@ def test_a_config_file_on_top_of_another(tmp_path, monkeypatch):
         path = tmp_path / "mine.py"
         path.write_text(CODE.format(line=line))
         config = overrides.load_file(str(path))
-        check(config)
+        validate(config)
         return config
 
     assert load("config.fewshot.count = 16").fewshot.fraction is None
@@ -212,7 +212,7 @@ def test_a_config_file_on_top_of_another(tmp_path, monkeypatch):
 def test_contradictions_are_refused(flags, message, tmp_path):
     config = given(*(f"--config.{flag}" for flag in flags), config=config_for(tmp_path))
     with pytest.raises(UserError, match=message):
-        check(config)
+        validate(config)
 
 
 def test_what_a_split_or_a_layout_leaves_aside(tmp_path):

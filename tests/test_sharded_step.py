@@ -34,7 +34,14 @@ def run():
         batch = put_global(batch, device_mesh.batch_sharding(mesh))
         graphdef, params, frozen, _ = build.init_model(config.model, CLASSES, config.seed)
         step = shard_step(
-            TrainingPlan.of(config), mesh, graphdef, params, frozen, batch, epoch_size=10**6, seed=3
+            TrainingPlan.from_config(config),
+            mesh,
+            graphdef,
+            params,
+            frozen,
+            batch,
+            epoch_size=10**6,
+            seed=3,
         )
         yield step, params, put_global(frozen, sharding_of(step.frozen)), batch
 
@@ -72,7 +79,9 @@ def test_frozen_weights_lie_in_parts():
         )
         for name, dtype in (("image", jnp.float16), ("label", jnp.uint8))
     }
-    step = shard_step(TrainingPlan.of(config), mesh, graphdef, *states, batch, epoch_size=8, seed=0)
+    step = shard_step(
+        TrainingPlan.from_config(config), mesh, graphdef, *states, batch, epoch_size=8, seed=0
+    )
     for tree in (step.frozen, step.state.params, step.state.opt_state):
         large = [leaf for leaf in jax.tree.leaves(tree) if leaf.size > 1024]
         assert len(large) >= 4

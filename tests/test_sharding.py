@@ -156,7 +156,7 @@ def test_moments_lie_where_their_parameter_does():
     config = configuration(("pgpsam", "paper"), "vit_b")
     graphdef, params, frozen = build.abstract_model(config.model, CLASSES)
     step = shard_step(
-        TrainingPlan.of(config),
+        TrainingPlan.from_config(config),
         device_mesh.make_mesh(2, 2, 2),
         graphdef,
         params,
@@ -186,7 +186,7 @@ def small_model(method):
         if method == TINY:
             config.model.train_encoder = "full"
         else:
-            method_recipes.use(config, method[0])
+            method_recipes.apply_recipe(config, method[0])
         size = 32 if method in (SAMED, TINY) else 64
         encoder = "vit_t" if method[0] == "hsam" else micro.NAME  # its bound was measured so
         config.model.update(encoder=encoder, patch_size=8, image_size=size)
@@ -240,7 +240,14 @@ def real_step(method, sizes):
     mesh = device_mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     placed = device_mesh.put_batch(batch_for(method), mesh)
     step = shard_step(
-        TrainingPlan.of(config), mesh, graphdef, params, frozen, placed, epoch_size=BATCH, seed=0
+        TrainingPlan.from_config(config),
+        mesh,
+        graphdef,
+        params,
+        frozen,
+        placed,
+        epoch_size=BATCH,
+        seed=0,
     )
     compiled = step.lower().compile()
     frozen = jax.device_put(frozen, jax.tree.map(lambda leaf: leaf.sharding, step.frozen))

@@ -44,7 +44,7 @@ def base(tmp_path_factory):
 def configuration(base, name, preset="paper", **settings):
     made = defaults.default_config()
     defaults.use_small_encoder(made)
-    method_recipes.use(made, name)
+    method_recipes.apply_recipe(made, name)
     made.model.encoder, made.model.stage_taps = micro.NAME, (1,)
     made.model.update(base=base, preset=preset, image_size=SIZE, train_encoder="lora", **settings)
     return made
@@ -230,10 +230,10 @@ def test_which_start_and_which_colors(base):
 
 def test_a_run_keeps_what_was_decided(base):
     made = configuration(base, "pgpsam")
-    settled = build.settled(made)
+    settled = build.resolve_method_defaults(made)
     assert (settled.model.colors, settled.model.start) == ("normalized", "sam")
     assert made.model.colors == "auto"
-    assert build.settled(settled) == settled
+    assert build.resolve_method_defaults(settled) == settled
 
 
 def test_runs_of_before_are_what_they_were():

@@ -15,7 +15,7 @@ from faults import NOISE
 from places import QUICK_FLAGS, REPOSITORY
 from small_run import config_for, write_data
 
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.runtime import compilation_cache
 
 # What training imports nowhere, or where it is used.
@@ -191,7 +191,7 @@ from pgpsam_jax.training import train
 from pgpsam_jax.runtime.compilation_cache import keep_compiled
 keep_compiled()
 settings, workdir = sys.argv[1:]
-train.RunLog._draw = lambda self: None  # which takes its time
+train.MetricLogger._draw = lambda self: None  # which takes its time
 with tiny_method.known():
     train.train(config.from_json(json.load(open(settings))), workdir)
 start = "/jax/compilation_cache/"
@@ -220,7 +220,7 @@ def test_second_start_compiles_nothing(model, tmp_path):
     fields |= NOISE if model.get("name") else {}
     stored = tmp_path / "config.json"
     config = config_for(write_data(tmp_path / "data"), **fields)
-    stored.write_text(json.dumps(configuration.to_json(config)))
+    stored.write_text(json.dumps(serialization.to_json(config)))
     # One device: what is partitioned over eight takes longer and has no other keys.
     own = {
         "XLA_FLAGS": QUICK_FLAGS,

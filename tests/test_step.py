@@ -69,8 +69,8 @@ def start(config):
     """(graphdef, settings of the step, step, state, frozen) of a model as it is drawn."""
     graphdef, params, frozen, _ = build.init_model(config.model, CLASSES, config.seed)
     optimizer, settings = (
-        TrainingPlan.of(config).make_optimizer(BATCH),
-        TrainingPlan.of(config).step,
+        TrainingPlan.from_config(config).make_optimizer(BATCH),
+        TrainingPlan.from_config(config).step,
     )
     step = make_train_step(graphdef, optimizer, settings)
     return graphdef, settings, step, init_state(params, optimizer, seed=0, epoch_size=BATCH), frozen

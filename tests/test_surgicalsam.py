@@ -39,7 +39,7 @@ def features(count=2, seed=0):
 )
 def test_trained_parameters(size, classes, tokens, wanted):
     config = default_config()
-    method_recipes.use(config, "surgicalsam")
+    method_recipes.apply_recipe(config, "surgicalsam")
     config.model.image_size, config.model.prompt_tokens = size, tokens
     _, params, frozen = build.abstract_model(config.model, classes)
     decoder, foreground, cells = 4_058_340, classes - 1, (size // 16) ** 2

@@ -22,20 +22,20 @@ def chips(name="v5e:2x2"):
     """The mesh of a topology, or skip."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed (pip install '.[tpu]')")
-    return device_mesh.make_mesh(devices=aot.devices(name))
+    return device_mesh.make_mesh(devices=aot.topology_devices(name))
 
 
 def test_without_libtpu_there_is_a_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"'v5e:2x2' needs libtpu's compiler; pip install"):
-        aot.devices("v5e:2x2")
+        aot.topology_devices("v5e:2x2")
 
 
 @pytest.mark.tpu_backend
 def test_unknown_topology():
     chips()
     with pytest.raises(UserError, match=r"no TPU topology 'v99:2x2' .* as in v5e:2x2"):
-        aot.devices("v99:2x2")
+        aot.topology_devices("v99:2x2")
 
 
 @pytest.mark.tpu_backend
@@ -64,7 +64,7 @@ def attention_temporaries(mesh, backend: str) -> int:
     x = jax.ShapeDtypeStruct((mesh.size, *sizes.grid, sizes.width), jnp.bfloat16)
     lowered = step.lower(state, x)
     assert ("tpu_custom_call" in lowered.as_text()) == (backend == "auto")
-    return aot.figures(lowered.compile()).temporaries
+    return aot.compiled_cost(lowered.compile()).temporaries
 
 
 @pytest.mark.slow

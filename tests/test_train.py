@@ -16,7 +16,7 @@ from small_run import config_for, hold_out, write_data
 
 from pgpsam_jax import predict
 from pgpsam_jax.checkpointing import best_parameters, checkpoint
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import workdirs
@@ -40,7 +40,7 @@ def losses(workdir, but=("images_per_second",)):
 
 def numbers(workdir, folder):
     """Every value of the parameters in a folder of checkpoints, as Orbax wrote them."""
-    config = configuration.load_config(workdir)
+    config = serialization.load_config(workdir)
     mesh = plan.mesh_of(config.mesh, config.model, config.train.batch_size)
     _, params, _ = build.abstract_model(config.model, 3)
     shardings = device_mesh.state_shardings(params, mesh)
@@ -75,7 +75,7 @@ def method(request):
 @pytest.fixture
 def plain(method, monkeypatch):
     """The same settings, of which the pictures are no part: they are drawn for one run alone."""
-    monkeypatch.setattr(metric_logger.RunLog, "_draw", lambda self: None)
+    monkeypatch.setattr(metric_logger.MetricLogger, "_draw", lambda self: None)
     return method | {"eval__overlays": False}
 
 
@@ -134,7 +134,7 @@ def test_the_best_parameters_are_kept_and_used(finished):
     assert any(f"those of step {best['step']}," in notice for notice in summary["notices"])
     kept = numbers(workdir, best_parameters.BestCheckpoint)
     assert same(kept, numbers(workdir, checkpoint.Checkpoints)) == (best["step"] == 6)
-    config = configuration.load_config(workdir)
+    config = serialization.load_config(workdir)
     split = dataset.find_split(config.data)
     predictor = restore.load_predictor(config, workdir, 3)
     used = {k: np.asarray(leaf[...]) for k, leaf in flat_paths(predictor.params).items()}
@@ -158,7 +158,7 @@ def test_same_seed_same_losses_and_validation_changes_none(finished, root, tmp_p
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(finished, root, tmp_path, monkeypatch, plain):
-    workdir, write = tmp_path / "cut", metric_logger.RunLog.write
+    workdir, write = tmp_path / "cut", metric_logger.MetricLogger.write
 
     def stop_in_step_4(log, step, metrics):
         if step == 4:  # validated, but neither logged nor saved
@@ -166,7 +166,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, root, tmp_path, 
         write(log, step, metrics)
 
     with monkeypatch.context() as patch:
-        patch.setattr(metric_logger.RunLog, "write", stop_in_step_4)
+        patch.setattr(metric_logger.MetricLogger, "write", stop_in_step_4)
         with pytest.raises(KeyboardInterrupt):
             train.train(config_for(root, **plain, **SELECT), workdir)
     assert [r["step"] for r in losses(workdir)] == [1, 2, 3]
@@ -228,7 +228,7 @@ def test_settings_that_cannot_run_claim_no_folder(root, tmp_path, settings, mess
 
 def test_predict_equals_evaluation(finished, root, tmp_path):
     workdir, _ = finished
-    config = configuration.load_config(workdir)
+    config = serialization.load_config(workdir)
     predictor = restore.load_predictor(config, workdir, 3)
     names = ["background", "liver", "spleen"]
     inputs = predict.find_inputs(root / "images" / "c.nii.gz")
@@ -251,7 +251,7 @@ def test_a_truncated_checkpoint_is_said(finished, root, tmp_path):
     for path in workdir.glob("*/*/params/**/*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:7])
-    config = configuration.load_config(workdir)
+    config = serialization.load_config(workdir)
     with pytest.raises(UserError, match=r"best/\d cannot be read"):
         restore.load_predictor(config, workdir, 3)
     shutil.rmtree(workdir / "best")
@@ -290,9 +290,9 @@ def test_pauses_are_in_no_rate(tmp_path, monkeypatch):
     """5 steps of 8 images in 10 s, of which 4 went into saving and validating."""
     now = [0.0]
     monkeypatch.setattr(metric_logger.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(metric_logger.RunLog, "_draw", lambda self: None)
-    settings = configuration.default_config().log
-    with metric_logger.RunLog(tmp_path, settings, 0, np.ones(10), 8) as log:
+    monkeypatch.setattr(metric_logger.MetricLogger, "_draw", lambda self: None)
+    settings = serialization.default_config().log
+    with metric_logger.MetricLogger(tmp_path, settings, 0, np.ones(10), 8) as log:
         for begin, end in ((2.0, 5.0), (8.0, 9.0)):
             now[0] = begin
             with log.paused():

@@ -63,12 +63,12 @@ def test_due_after_every_so_many_epochs_and_at_the_end(
         if epochs // every > last or step == total:
             due.append(step)
         last = epochs // every
-    assert [step for step in range(1, total + 1) if one.due(step)] == due
+    assert [step for step in range(1, total + 1) if one.should_validate(step)] == due
 
 
 def test_the_settings_that_decide_when(tmp_path):
     one = selection(tmp_path, every=2, batch_size=3, epoch_size=6, total=9)  # 4 steps
-    assert [step for step in range(1, 10) if one.due(step)] == [4, 8, 9]
+    assert [step for step in range(1, 10) if one.should_validate(step)] == [4, 8, 9]
     one.close()
 
 
@@ -76,7 +76,7 @@ def test_only_an_improvement_replaces_the_best(tmp_path, capsys):
     one = selection(tmp_path)
     for step, right in enumerate((3, 2, 6, 6, 5), start=1):
         predictor = Scripted(right)
-        assert one.judge(predictor, step) == pytest.approx(predictor.score)
+        assert one.evaluate(predictor, step) == pytest.approx(predictor.score)
     one.close()
     record, value = kept(tmp_path)
     assert record == {"step": 3, "score": 0.75} and value == 6
@@ -89,7 +89,7 @@ def test_only_an_improvement_replaces_the_best(tmp_path, capsys):
 def test_a_score_of_nothing_is_kept_too(tmp_path):
     """A model that finds nothing at first: still there is something to go on with."""
     one = selection(tmp_path)
-    one.judge(Scripted(0), 1)
+    one.evaluate(Scripted(0), 1)
     one.close()
     assert kept(tmp_path) == ({"step": 1, "score": 0.0}, 0.0)
 
@@ -97,13 +97,13 @@ def test_a_score_of_nothing_is_kept_too(tmp_path):
 def test_resumed_before_the_best_step(tmp_path):
     """The best may be of a later step than the checkpoint; a better one of an earlier step wins."""
     one = selection(tmp_path)
-    one.judge(Scripted(4), 9)
+    one.evaluate(Scripted(4), 9)
     one.close()
     two = selection(tmp_path)
-    two.judge(Scripted(3), 8)
+    two.evaluate(Scripted(3), 8)
     assert two._best.record["step"] == 9
-    two.judge(Scripted(4), 9)  # the same again, as a resumed run computes it
-    two.judge(Scripted(5), 7)
+    two.evaluate(Scripted(4), 9)  # the same again, as a resumed run computes it
+    two.evaluate(Scripted(5), 7)
     two.close()
     record, value = kept(tmp_path)
     assert record["step"] == 7 and value == 5
@@ -116,7 +116,7 @@ def test_what_is_used_is_said(tmp_path):
     assert "selected no parameters yet" in best_parameters.notice(config.validation, tmp_path)
     assert not (tmp_path / "best").exists()  # looking leaves nothing behind
     one = selection(tmp_path)
-    one.judge(Scripted(6), 12)
+    one.evaluate(Scripted(6), 12)
     one.close()
     said = best_parameters.notice(config.validation, tmp_path)
     assert "from step 12, the best on the validation cases" in said and "slice Dice 0.7500" in said

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from pgpsam_jax.checkpointing import frozen_weights
 from pgpsam_jax.checkpointing.provenance import provenance
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.config.overrides import assign, load_file, split_flags
 from pgpsam_jax.data.dataset import label_table
 from pgpsam_jax.data.io.voxel_grid import AXIAL
@@ -93,7 +93,7 @@ def convert(source, output, settings=(), *, log=print) -> None:
         write_weights(folder / KEPT, unused, {"names": json.dumps(list(tensors))})
         with ocp.training.Checkpointer(folder.absolute() / "checkpoints") as checkpoints:
             checkpoints.save_checkpointables(epoch or 0, {"params": params})
-        configuration.store(build.settled(config), folder)
+        serialization.save_config(build.resolve_method_defaults(config), folder)
     log(f"kept     {len(unused)} tensors that affect no output, in {KEPT}")
     log(f"wrote    {output}: {table.num_classes} classes, checkpoint {epoch or 0}")
 
@@ -106,7 +106,7 @@ def reverse(workdir, output, *, overwrite: bool = False, log=print) -> None:
     """
     workdir, output = Path(workdir), Path(output)
     check_suffix(output)
-    _check_exportable(configuration.load_config(workdir).model, workdir)
+    _check_exportable(serialization.load_config(workdir).model, workdir)
     leaves = flat_paths(nnx.state(load_run(workdir).model))
     ours = {name: np.asarray(leaf[...]) for name, leaf in leaves.items()}
     log(f"read     {len(ours)} tensors of {workdir}")
@@ -145,7 +145,7 @@ def config_of(settings, classes: int, source) -> ConfigDict:
     try:
         config = load_file(str(file))
         assign(config, fields, "the command line")
-        configuration.check(config)
+        serialization.validate(config)
     except UserError as error:
         raise UserError(f"--config cannot be used: {error}") from None
     return config

@@ -19,7 +19,7 @@ from pgpsam_jax.methods import build
 from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import feature_cache, step_cost
-from pgpsam_jax.training.device_batches import Feed
+from pgpsam_jax.training.device_batches import DeviceBatches
 from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.train_state import init_state
 from pgpsam_jax.training.train_step import make_train_step
@@ -72,7 +72,7 @@ def encoded_flops(point: dict) -> dict:
 
 def _config(point: dict, copies: int):
     config = config_of(point)
-    method_recipes.use(config, point["model"])
+    method_recipes.apply_recipe(config, point["model"])
     config.train.batch_size, config.train.encoded_copies = point["batch_size"], copies
     return config
 
@@ -80,7 +80,7 @@ def _config(point: dict, copies: int):
 def _flops(config) -> float:
     size, count = config.model.image_size, config.train.batch_size
     graphdef, params, frozen = build.abstract_model(config.model, CLASSES)
-    optimizer = TrainingPlan.of(config).make_optimizer(SLICES)
+    optimizer = TrainingPlan.from_config(config).make_optimizer(SLICES)
 
     def make(params, frozen, image):
         state = init_state(params, optimizer, seed=0, epoch_size=SLICES)
@@ -90,7 +90,7 @@ def _flops(config) -> float:
     state, encoded = jax.eval_shape(make, params, frozen, image)
     batch = {"label": jax.ShapeDtypeStruct(image.shape, jnp.uint8)}
     batch |= {"encoded": encoded} if config.train.encoded_copies else {"image": image}
-    step = make_train_step(graphdef, optimizer, TrainingPlan.of(config).step)
+    step = make_train_step(graphdef, optimizer, TrainingPlan.from_config(config).step)
     return step_cost.host_flops(step, state, frozen, batch) / count
 
 
@@ -100,11 +100,11 @@ def _step_of(config, slices: dict) -> SyntheticStep:
     def batch_of(model):
         data = slices
         if config.train.encoded_copies:
-            data = feature_cache.encoded_set(
-                TrainingPlan.of(config).step, mesh, model, *slices.values(), seed=0
+            data = feature_cache.encode_few_shot_set(
+                TrainingPlan.from_config(config).step, mesh, model, *slices.values(), seed=0
             )
         loader = make_loader(SLICES, batch_size=config.train.batch_size, seed=0)
-        batch, _ = next(Feed(data, loader, mesh, config.data.resident_gib * 2**30))
+        batch, _ = next(DeviceBatches(data, loader, mesh, config.data.resident_gib * 2**30))
         loader.close()
         return batch
 

@@ -99,5 +99,5 @@ def rates(row: dict, point: Point) -> dict:
     return {
         "images_per_second": images,
         "flops_per_second": flops,
-        "mfu": accelerators.utilisation(flops, row["device"], point.dtype),
+        "mfu": accelerators.utilization(flops, row["device"], point.dtype),
     }

@@ -118,8 +118,8 @@ def _pgpsam(point: dict):
     counted = flops.pgpsam(sizes, "lora", training=task == "training")
     if task == "inference":
         return make_predict_step(graphdef), (), (params, frozen, images), _keep, counted
-    optimizer = TrainingPlan.of(config).make_optimizer(SLICES)
+    optimizer = TrainingPlan.from_config(config).make_optimizer(SLICES)
     state = init_state(params, optimizer, seed=0, epoch_size=SLICES)
     batch = {"image": images, "label": labels.astype(np.uint8)}
-    train_step = make_train_step(graphdef, optimizer, TrainingPlan.of(config).step)
+    train_step = make_train_step(graphdef, optimizer, TrainingPlan.from_config(config).step)
     return train_step, (0,), (state, frozen, batch), lambda out, old: (out[0], *old[1:]), counted

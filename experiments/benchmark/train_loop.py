@@ -17,8 +17,8 @@ from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.data.layouts.label_table import SYNAPSE8
 from pgpsam_jax.data.layouts.split import BTCV_TEST, BTCV_TRAIN
 from pgpsam_jax.sharding import device_mesh
-from pgpsam_jax.training.device_batches import Feed
-from pgpsam_jax.training.metric_logger import RunLog
+from pgpsam_jax.training.device_batches import DeviceBatches
+from pgpsam_jax.training.metric_logger import MetricLogger
 from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.train_loop import run_steps
 
@@ -36,13 +36,15 @@ def loop_benchmark(point: dict, turn: int = 40) -> dict:
     config.train.steps = (2 * TURNS + 1) * turn
     mesh = device_mesh.make_mesh(**config.mesh)
     loader = make_loader(SLICES, batch_size=batch_size, seed=0)
-    feed = Feed(random_slices(SLICES, size), loader, mesh, config.data.resident_gib * 2**30)
+    feed = DeviceBatches(
+        random_slices(SLICES, size), loader, mesh, config.data.resident_gib * 2**30
+    )
     step = SyntheticStep(config, mesh, lambda model: next(feed)[0])
-    rates = TrainingPlan.of(config).learning_rates(SLICES)
+    rates = TrainingPlan.from_config(config).learning_rates(SLICES)
     seconds = {"bare": [], "loop": []}
     with (
         tempfile.TemporaryDirectory() as workdir,
-        RunLog(Path(workdir), config.log, 0, rates, batch_size) as log,
+        MetricLogger(Path(workdir), config.log, 0, rates, batch_size) as log,
     ):
         done = turn
         step(turn)  # warm-up

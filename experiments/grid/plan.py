@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from pgpsam_jax.checkpointing import identity
 from pgpsam_jax.checkpointing.provenance import code_version
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.config.overrides import assign, load_file, load_function
 from pgpsam_jax.data import dataset
 from pgpsam_jax.errors import UserError
@@ -83,7 +83,7 @@ def method_rows(only: str = "", equal: bool = False) -> tuple[Row, ...]:
     keys = [key for key in registry.METHODS if not only or key[0] == only]
     if equal:
         keys = [key for key in keys if registry.METHODS[key].training is registry.Training.SGD]
-    recipe = method_recipes.equal if equal else method_recipes.of
+    recipe = method_recipes.intrinsic_settings if equal else method_recipes.recipe_of
     return tuple(
         Row(
             "_".join(filter(None, key)),
@@ -111,7 +111,7 @@ def resolve(plan: Plan, row: Row, seed: int, settings: dict) -> ConfigDict:
     assign(config, row.overrides, f"row {row.name}")
     assign(config, {field: seed for field in plan.seed_fields}, "the seeds")
     assign(config, settings, "--set")
-    configuration.check(config)
+    serialization.validate(config)
     config.name = f"{row.name}-seed{seed}"
     return config
 
@@ -153,8 +153,8 @@ def make_grid(spec: str, folder, settings: dict) -> Grid:
                     "row": row.name,
                     "seed": seed,
                     "folder": f"{config.name}-{key}",
-                    "config": configuration.to_json(config),
-                    "contents": identity.contents(config),
+                    "config": serialization.to_json(config),
+                    "contents": identity.content_digests(config),
                 }
             )
     rows = [dataclasses.asdict(row) for row in plan.rows]
@@ -241,14 +241,14 @@ def _differ(old: Cell, new: Cell) -> list[str]:
 @functools.cache
 def _images(data: str) -> str:
     """Returns the digest of the test images of `config.data`, given as JSON."""
-    config = configuration.from_json({"data": json.loads(data)})
+    config = serialization.from_json({"data": json.loads(data)})
     return dataset.images_digest(dataset.find_split(config.data).test)
 
 
 def _other_images(old: Cell, new: Cell) -> list[str]:
     """Describes whether a finished cell was scored on other images than those of `data.root`."""
     then, now = (
-        {field: configuration.flat(cell.config).get(field) for field in identity.DATA}
+        {field: serialization.flatten(cell.config).get(field) for field in identity.DATA}
         for cell in (old, new)
     )
     if then == now or old.state["state"] != DONE or not Path(now["data.root"]).is_dir():

@@ -12,8 +12,7 @@ from tqdm import tqdm
 from experiments.grid.device_assignment import assign_devices
 from experiments.run_cell import BUSY, DIED, standing, write_state
 from pgpsam_jax.checkpointing.provenance import code_version
-from pgpsam_jax.config import defaults
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import defaults, serialization
 from pgpsam_jax.errors import AGAIN, SIGNALED, Interrupted
 from pgpsam_jax.results.grid import DONE, FAILED, PENDING, RUNNING, Cell, Grid
 from pgpsam_jax.utils.files import read_metrics
@@ -139,7 +138,7 @@ def _share_done(cell: Cell) -> float:
         return 0.0
     lines = (cell.folder / "fewshot.txt").read_text(encoding="utf-8").splitlines()
     slices = sum(not line.startswith("#") for line in lines)
-    train = configuration.from_json(cell.config).train
+    train = serialization.from_json(cell.config).train
     total = defaults.total_steps(train.steps, train.epochs, train.batch_size, slices)
     return 0.9 * min(1.0, records[-1]["step"] / total)  # the rest is evaluation
 

@@ -14,7 +14,7 @@ def device_info(device: jax.Device) -> dict:
     return {
         "device": device.device_kind,
         "platform": device.platform,
-        "known_chip": accelerators.find(device.device_kind) is not None,
+        "known_chip": accelerators.find_chip(device.device_kind) is not None,
         "versions": {
             "python": platform.python_version(),
             "jax": jax.__version__,

@@ -52,7 +52,7 @@ class SyntheticStep:
             self.batch,
         )
         step = shard_step(
-            TrainingPlan.of(config),
+            TrainingPlan.from_config(config),
             mesh,
             *self.model,
             shapes,

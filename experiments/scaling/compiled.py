@@ -31,8 +31,8 @@ def compile_point(point: Compiled) -> dict:
     compiler's count and includes the chip's fast memory; `hbm_bytes` does not.
     """
     jax.config.update("jax_enable_compilation_cache", False)  # else reading it would be timed
-    chips = aot.devices(point.topology)
-    chip = accelerators.find(chips[0].device_kind)
+    chips = aot.topology_devices(point.topology)
+    chip = accelerators.find_chip(chips[0].device_kind)
     if chip is None:
         raise UserError(
             f"{chips[0].device_kind} is unknown; add it to pgpsam_jax/profiling/accelerators.py"
@@ -41,7 +41,9 @@ def compile_point(point: Compiled) -> dict:
     mesh = plan.mesh_of(config.mesh, config.model, config.train.batch_size, chips)
     start = time.perf_counter()
     model = aot.abstract_model(config.model, CLASSES, mesh)
-    lowered = aot.lower_step(TrainingPlan.of(config), mesh, model, config.model.image_size, SLICES)
+    lowered = aot.lower_step(
+        TrainingPlan.from_config(config), mesh, model, config.model.image_size, SLICES
+    )
     traced = time.perf_counter()
     row = {
         **dict(zip(rules.AXES, mesh.devices.shape, strict=True)),
@@ -71,7 +73,7 @@ def needed_bytes(message: str) -> int | None:
 
 
 def _figures(point, config, mesh, chip, model, compiled, limit) -> dict:
-    found = aot.figures(compiled)
+    found = aot.compiled_cost(compiled)
     needed = flops.total(flops.pgpsam(nnx.merge(*model).config, "lora", training=True))
     per_chip = needed.training * config.train.batch_size / mesh.size
     row = {

@@ -29,7 +29,7 @@ class Step:
             "platform": known["platform"],
             **self._step.seconds,
             "flops_per_image": flops.total(flops.pgpsam(sizes, "lora", training=True)).training,
-            "planned_bytes": aot.figures(self._step.compiled).total,
+            "planned_bytes": aot.compiled_cost(self._step.compiled).total,
         }
 
     def __call__(self) -> None:

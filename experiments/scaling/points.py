@@ -84,7 +84,7 @@ class Compiled(Step):
 
     def __post_init__(self):
         super().__post_init__()
-        aot.shape_of(self.topology)
+        aot.parse_topology(self.topology)
 
 
 @dataclasses.dataclass(frozen=True)

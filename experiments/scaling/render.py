@@ -100,7 +100,7 @@ def _in_order(kind: Kind, rows) -> list[dict]:
         model = _ENCODERS.find(row["encoder"]), row["image_size"]
         if kind is MEASURED:
             return *model, row["mesh"], row["remat"], row["scaling"] != "weak", row["devices"]
-        chip, shape = aot.shape_of(row["topology"])
+        chip, shape = aot.parse_topology(row["topology"])
         return *model, chip, math.prod(shape), row["mesh"], row["remat"], row["batch"]
 
     return sorted(rows, key=place)

@@ -142,7 +142,7 @@ def measure_with(limit: float, effort: timing.Effort) -> Callable[[Measured], di
             "first_quartile_seconds": low,
             "third_quartile_seconds": high,
             "images_per_second": rate,
-            "mfu": accelerators.utilisation(per_device, row["device"], point.dtype),
+            "mfu": accelerators.utilization(per_device, row["device"], point.dtype),
             "note": SIMULATION.format(point.devices) if point.simulated else None,
         }
 

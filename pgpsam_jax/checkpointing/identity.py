@@ -11,9 +11,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from pgpsam_jax.config import exclusive
-from pgpsam_jax.config import serialization as configuration
-from pgpsam_jax.config.serialization import flat
+from pgpsam_jax.config import exclusive_fields, serialization
+from pgpsam_jax.config.serialization import flatten
 from pgpsam_jax.data.fewshot_list import read_list
 from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.errors import UserError
@@ -34,7 +33,7 @@ PATHS = (
     "model.cnn_base",
 )
 SPLIT = ("data.split", "data.split_seed", "data.test_fraction", "data.validation_fraction")
-LIST = ("fewshot.rule", "fewshot.seed", *(f"fewshot.{size}" for size in exclusive.SIZES))
+LIST = ("fewshot.rule", "fewshot.seed", *(f"fewshot.{size}" for size in exclusive_fields.SIZES))
 LENGTH = ("train.epochs", "train.steps")
 
 # Change how a run computes or how often it reports, not its result.
@@ -55,12 +54,12 @@ FREE_ON_RESUME = (*_MANNER, *PATHS, "eval.")
 NO_IDENTITY = (*_MANNER, *PATHS, "name", "eval.overlays", "eval.workers")
 
 
-def contents(config: ConfigDict) -> dict[str, str | None]:
+def content_digests(config: ConfigDict) -> dict[str, str | None]:
     """Returns field -> SHA-256 of the file it names, or None where that cannot be read from here.
 
     The data set is not included: its digest is compared when a run resumes.
     """
-    fields, found = flat(config.to_dict()), {}
+    fields, found = flatten(config.to_dict()), {}
     for field in sorted(given_files(config.to_dict())):
         try:
             found[field] = digest_of(field, fields[field])
@@ -71,7 +70,7 @@ def contents(config: ConfigDict) -> dict[str, str | None]:
 
 def given_files(config: dict) -> set[str]:
     """Returns the fields of a configuration (as JSON) that name a file with a content digest."""
-    fields = flat(config)
+    fields = flatten(config)
     return {field for field in _DIGESTS if fields.get(field)}
 
 
@@ -111,8 +110,8 @@ _DIGESTS = {
 
 def fingerprint(config: ConfigDict) -> str:
     """Returns the SHA-256 of all settings that determine a result: equal for equal runs."""
-    fields = flat(configuration.to_json(config))
-    held = {field: digest or fields[field] for field, digest in contents(config).items()}
+    fields = flatten(serialization.to_json(config))
+    held = {field: digest or fields[field] for field, digest in content_digests(config).items()}
     fields = {k: v for k, v in fields.items() if not k.startswith(NO_IDENTITY)}
     return _of_value(fields | held)
 
@@ -124,7 +123,7 @@ def differences(stored: dict, ours: dict, free: tuple[str, ...] = PATHS) -> list
       stored, ours: the earlier and the present configuration.
       free: prefixes of fields that may differ.
     """
-    stored, ours = flat(stored), flat(ours)
+    stored, ours = flatten(stored), flatten(ours)
     return [
         f"{key}: {stored.get(key)!r} there, {ours.get(key)!r} now"
         for key in sorted(stored.keys() | ours.keys())
@@ -154,7 +153,7 @@ def check_same(stored: ConfigDict, ours: ConfigDict, workdir, free: tuple[str, .
         free = tuple(field for field in free if field != "data.split_file")
     if ours.fewshot.file:
         free += LIST
-    different = differences(*map(configuration.to_json, (stored, ours)), free)
+    different = differences(*map(serialization.to_json, (stored, ours)), free)
     for field in ("fewshot.file", "model.cnn_base"):  # no content to compare
         section, name = field.split(".")
         if stored[section][name] and not ours[section][name]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from pgpsam_jax.checkpointing import frozen_weights
 from pgpsam_jax.checkpointing.identity import PATHS, digest_of
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.models.sam import weights
@@ -99,7 +99,7 @@ class _Candidates:
 
     def __init__(self, config: ConfigDict, workdir: Path):
         self._config, self._workdir = config, workdir
-        self._stored = configuration.load_config(workdir)
+        self._stored = serialization.load_config(workdir)
         self._places = _read(workdir)
 
     def __call__(self, field: str) -> list[str]:

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from pgpsam_jax.checkpointing import identity, locations
 from pgpsam_jax.checkpointing.locations import LABELS, LIST, ORIGIN, PARTS, SPLIT
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.data.dataset import Split, images_digest
 from pgpsam_jax.data.fewshot_list import FewShotList
 from pgpsam_jax.data.layouts.label_table import load_label_table
@@ -100,7 +100,7 @@ def record_run_identity(
     resume = (workdir / "config.json").is_file()
     if resume:
         _check_inputs(workdir / ORIGIN, origin)
-        stored = configuration.load_config(workdir)
+        stored = serialization.load_config(workdir)
         # Paths and the length of the run may change on resume.
         for section, name in (field.split(".") for field in (*identity.PATHS, *identity.LENGTH)):
             length = f"{section}.{name}" in identity.LENGTH
@@ -114,7 +114,7 @@ def record_run_identity(
             write_json(workdir / name, value)
     write_json(workdir / ORIGIN, origin)
     locations.record_locations(workdir, config)
-    configuration.store(given, workdir)
+    serialization.save_config(given, workdir)
 
 
 def _check_inputs(path: Path, origin: dict) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 from ml_collections import ConfigDict, config_dict
 
 from pgpsam_jax.config.augmentation import RELEASE, AugmentConfig
-from pgpsam_jax.config.exclusive import DataSettings, FewShotSettings, TrainSettings
+from pgpsam_jax.config.exclusive_fields import DataSettings, FewShotSettings, TrainSettings
 from pgpsam_jax.config.optimizer import OptimConfig
 
 

@@ -86,21 +86,21 @@ RECIPES: dict[str, dict] = {
 }
 
 
-def of(name: str) -> dict:
+def recipe_of(name: str) -> dict:
     """The fields of the configuration that a method's recipe sets, {"optim.name": ...}."""
     return RECIPES.get(name, {})
 
 
-def equal(name: str) -> dict:
+def intrinsic_settings(name: str) -> dict:
     """What of a recipe is the method itself; all else is left to the configuration.
 
     So every method has the same optimizer, schedule, loss weights, batch and LoRA rank.
     """
-    own = of(name).items()
+    own = recipe_of(name).items()
     return {k: v for k, v in own if k.startswith("model.") and k != "model.lora_rank"}
 
 
-def use(config: ConfigDict, name: str) -> None:
+def apply_recipe(config: ConfigDict, name: str) -> None:
     """Make a configuration that of a method, trained by its recipe."""
     config.model.name = name
-    config.update_from_flattened_dict(of(name))
+    config.update_from_flattened_dict(recipe_of(name))

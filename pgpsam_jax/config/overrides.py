@@ -16,8 +16,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from pgpsam_jax.config import defaults, exclusive
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import defaults, exclusive_fields, serialization
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.untrusted_text import sanitize
 
@@ -97,7 +96,7 @@ def assign(config: ConfigDict, fields: dict, source: str) -> None:
     """
     if {"train.steps", "train.epochs"} <= fields.keys() and fields["train.steps"] not in (0, "0"):
         raise UserError(f"train.steps and train.epochs exclude each other; give one ({source})")
-    with exclusive.source(source):
+    with exclusive_fields.set_by(source):
         for field, value in fields.items():
             _set(config, field, value)
 
@@ -137,7 +136,7 @@ def _default(field: str) -> tuple:
         kind = value.get_type(last)
         value = value[last]
     except (AttributeError, KeyError, TypeError, ValueError):
-        near = difflib.get_close_matches(field, configuration.flat(every.to_dict()), 1, 0.75)
+        near = difflib.get_close_matches(field, serialization.flatten(every.to_dict()), 1, 0.75)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"no such configuration field: {sanitize(field)}{hint}") from None
     if isinstance(value, ConfigDict):

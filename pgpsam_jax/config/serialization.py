@@ -10,14 +10,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from pgpsam_jax.config import exclusive
+from pgpsam_jax.config import exclusive_fields
 from pgpsam_jax.config.defaults import default_config
-from pgpsam_jax.config.exclusive import SIZES
+from pgpsam_jax.config.exclusive_fields import SIZES
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import local, write_json
 from pgpsam_jax.utils.untrusted_text import read_user_json, sanitize
 
-MOST = 2**31 - 1  # of a whole number, a seed too: the step carries them in 32 bits
+MAX_INT = 2**31 - 1  # of a whole number, a seed too: the step carries them in 32 bits
 # Numbers are 0 or more, but for these: 1 or more, -1 or more, any. Optimiser and augmentation look
 # after their own (`OptimConfig`, `AugmentConfig`).
 _COUNTS = """
@@ -42,10 +42,10 @@ def from_json(value: dict, where: str = "stored configuration") -> ConfigDict:
     """
     config = default_config()
     try:
-        value = _tuples(_of_today(value))
-        _check_kinds(flat(value), flat(config.to_dict()))
+        value = _tuples(_upgrade(value))
+        _check_kinds(flatten(value), flatten(config.to_dict()))
         config.update(value)
-        check(config)
+        validate(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -54,22 +54,22 @@ def from_json(value: dict, where: str = "stored configuration") -> ConfigDict:
     return config
 
 
-def check(config: ConfigDict) -> None:
+def validate(config: ConfigDict) -> None:
     """Refuse addresses, numbers that their field cannot be, and few-shot settings at odds."""
-    for key, value in flat(config.to_dict()).items():
+    for key, value in flatten(config.to_dict()).items():
         least = -math.inf if key.startswith(("optim.", "augment.")) else _LEAST.get(key, 0)
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, str):
                 local(item, key)
-            if type(item) is int and not max(least, -MOST) <= item <= MOST:
-                wanted = f"a whole number from {max(least, -MOST)} to {MOST}"
+            if type(item) is int and not max(least, -MAX_INT) <= item <= MAX_INT:
+                wanted = f"a whole number from {max(least, -MAX_INT)} to {MAX_INT}"
                 raise UserError(f"{key} is {sanitize(str(item), 30)}; give {wanted}")
             if isinstance(item, float) and not (math.isfinite(item) and item >= least):
                 wanted = "a finite number" + f", {least} or more" * (least > -math.inf)
                 raise UserError(f"{key} is {sanitize(str(value), 60)}; give {wanted}")
     if len(config.data.window) != 2:
         raise UserError(f"data.window is {config.data.window}; give two numbers, (low, high)")
-    exclusive.check(config.fewshot)
+    exclusive_fields.check_few_shot(config.fewshot)
 
 
 def _check_kinds(stored: dict, defaults: dict) -> None:
@@ -88,7 +88,7 @@ def _check_kinds(stored: dict, defaults: dict) -> None:
             raise ValueError(f"{key} is {value!r:.60}, but by default {default!r:.60}")
 
 
-def _of_today(value: dict) -> dict:
+def _upgrade(value: dict) -> dict:
     """A configuration of an earlier version in the fields of this one, where nothing is lost."""
     value = {part: dict(v) if isinstance(v, dict) else v for part, v in value.items()}
     if isinstance(remat := value.get("model", {}).get("remat"), bool):  # before it had names
@@ -122,7 +122,7 @@ def load_config(workdir) -> ConfigDict:
     return from_json(read_user_json(path, "configuration"), f"configuration {path}")
 
 
-def store(config: ConfigDict, workdir) -> None:
+def save_config(config: ConfigDict, workdir) -> None:
     """Write `config.json`: from here on the workdir belongs to this configuration."""
     write_json(Path(workdir) / "config.json", to_json(config))
 
@@ -133,10 +133,10 @@ def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def flat(value: dict, prefix: str = "") -> dict:
+def flatten(value: dict, prefix: str = "") -> dict:
     """Nested sections as one dictionary, its keys as `model.k`."""
     fields = {}
     for key, item in value.items():
         nested = isinstance(item, dict)
-        fields |= flat(item, f"{prefix}{key}.") if nested else {prefix + key: item}
+        fields |= flatten(item, f"{prefix}{key}.") if nested else {prefix + key: item}
     return fields

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pgpsam_jax.config.exclusive import RULES
+from pgpsam_jax.config.exclusive_fields import RULES
 from pgpsam_jax.data.layouts.cases import safe_case_id
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import write_text

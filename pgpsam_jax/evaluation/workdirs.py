@@ -12,7 +12,7 @@ from pgpsam_jax.checkpointing import (
     resumption,
 )
 from pgpsam_jax.checkpointing.workdir_lock import locked
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.io import array_files
 from pgpsam_jax.distributed import multihost
@@ -23,12 +23,12 @@ from pgpsam_jax.runtime import determinism
 
 def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
     """Score a workdir's parameters, newest or best, again: `--mode evaluate`."""
-    stored = configuration.load_config(workdir)
+    stored = serialization.load_config(workdir)
     determinism.demand((config or stored).deterministic)
     multihost.check_shared(workdir)
     with locked(workdir, "evaluating"):
         config = locations.resolve_paths(stored if config is None else config, workdir)
-        config = build.settled(config)
+        config = build.resolve_method_defaults(config)
         split = dataset.find_split(config.data)
         config.data.axis = dataset.axis_of(config.data, split.train)
         identity.check_same(stored, config, workdir, free=identity.LENGTH)

@@ -26,10 +26,10 @@ def make_model(settings: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> nnx.Mo
     return model
 
 
-def settled(config: ConfigDict, like: ConfigDict | None = None) -> ConfigDict:
+def resolve_method_defaults(config: ConfigDict, like: ConfigDict | None = None) -> ConfigDict:
     """Returns a copy with `model.colors` and `model.start` resolved, as runs store it.
 
-    like: the same configuration with the places of its files resolved.
+    like: the same configuration with the paths of its files resolved.
     """
     config, like = config.copy_and_resolve_references(), like or config
     method = method_of(like.model)

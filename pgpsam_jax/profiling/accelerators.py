@@ -36,12 +36,12 @@ CHIPS = {
 }
 
 
-def find(device_kind: str) -> Chip | None:
+def find_chip(device_kind: str) -> Chip | None:
     """The chip of a `jax.Device.device_kind`; None for one that is not in the table."""
     return CHIPS.get(device_kind)
 
 
-def utilisation(flops_per_second: float, device_kind: str, dtype: str) -> float | None:
+def utilization(flops_per_second: float, device_kind: str, dtype: str) -> float | None:
     """Share of the chip's dense bfloat16 peak (MFU); None for other types and unknown chips."""
-    chip = find(device_kind)
+    chip = find_chip(device_kind)
     return flops_per_second / chip.bf16_flops if chip and dtype == "bfloat16" else None

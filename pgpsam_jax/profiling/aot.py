@@ -26,7 +26,7 @@ _COUNTED_BY_CORE = ("v4", "v5p")
 
 
 @dataclasses.dataclass(frozen=True)
-class Figures:
+class CompiledCost:
     """Of one chip, bytes: what it is given, what it needs besides, what it returns.
 
     aliased: outputs that take the place of arguments. flops leave out those of hand-written
@@ -47,7 +47,7 @@ class Figures:
         return self.arguments + self.temporaries + self.outputs - self.aliased
 
 
-def shape_of(name: str) -> tuple[str, tuple[int, ...]]:
+def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     """(chip, shape) of `v5e:4x8`."""
     match = re.fullmatch(r"(v\w+):(\d+(?:x\d+)*)", name)
     if not match:
@@ -57,7 +57,7 @@ def shape_of(name: str) -> tuple[str, tuple[int, ...]]:
 
 def slice_name(name: str) -> str:
     """What Cloud TPU calls a topology: `v5p-1024` for `v5p:8x8x8`."""
-    chip, shape = shape_of(name)
+    chip, shape = parse_topology(name)
     return f"{chip}-{math.prod(shape) * (2 if chip in _COUNTED_BY_CORE else 1)}"
 
 
@@ -68,7 +68,7 @@ def links(name: str, coordinates) -> int:
     other side that it extends over. v5e and v6e close sides of 16, v4 and v5p those of slices made
     of whole 4x4x4 cubes.
     """
-    chip, shape = shape_of(name)
+    chip, shape = parse_topology(name)
     cubes = len(shape) == 3 and all(side % 4 == 0 for side in shape)
     count = 0
     for side, places in zip(shape, zip(*coordinates, strict=True), strict=False):
@@ -78,7 +78,7 @@ def links(name: str, coordinates) -> int:
     return count
 
 
-def devices(name: str) -> list:
+def topology_devices(name: str) -> list:
     """The chips of a TPU topology such as `v5e:2x2` or `v6e:4x4`, only to be compiled for."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"topology {name!r} needs libtpu's compiler; pip install '.[tpu]'")
@@ -125,10 +125,10 @@ def compile_step(
     return lower_step(plan, mesh, model, settings.image_size).compile()
 
 
-def figures(compiled: jax.stages.Compiled) -> Figures:
+def compiled_cost(compiled: jax.stages.Compiled) -> CompiledCost:
     """What the compiler plans for one chip."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    return Figures(
+    return CompiledCost(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes,

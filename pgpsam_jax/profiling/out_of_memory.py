@@ -1,9 +1,9 @@
-"""When a device runs out of memory: what the training step needs, and which settings need less.
+"""Suggestions for out-of-memory errors: what the train step needs, and which settings need less.
 
-Every number is the compiler's plan for one device (`topology.Figures.total`) of the very step that
-would run: each setting is compiled for the mesh at hand, without a weight on a device. A step of
-SAM's size takes most of a minute to compile, so the cheapest remedies come first and the search
-ends when enough of them fit or its time is up.
+All numbers are the compiler's plan for one device (`aot.CompiledCost.total`) of the actual step:
+each setting is compiled for the current mesh, without weights on a device. A step of SAM's size
+takes most of a minute to compile, so the cheapest remedies come first, and the search ends once
+enough of them fit or its time is up.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import jax
 from ml_collections import ConfigDict
 
 from pgpsam_jax.checkpointing import locations
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.data import dataset
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
@@ -53,7 +53,7 @@ class Remedy(NamedTuple):
 
 
 @contextlib.contextmanager
-def explained(config: ConfigDict | None, workdir):
+def oom_to_user_error(config: ConfigDict | None, workdir):
     """A device that runs out of memory inside is a `UserError` that says what would help.
 
     config: the run's; None for the one that the workdir holds.
@@ -67,7 +67,7 @@ def explained(config: ConfigDict | None, workdir):
         # Arrays of the run live on in the frames it went through, and compiling needs room too.
         traceback.clear_frames(error.__traceback__)
         gc.collect()
-        config = configuration.load_config(workdir) if config is None else config
+        config = serialization.load_config(workdir) if config is None else config
         raise UserError(advice(config, workdir, reason, segmenting)) from None
 
 
@@ -82,7 +82,7 @@ def advice(config: ConfigDict, workdir, reason: str, segmenting: bool = False) -
         tell = smaller if size > 1 else "no smaller batch is left: use a device with more memory"
         return f"a device ran out of memory while volumes were segmented ({reason}); {tell}"
     head = f"a device ran out of memory ({reason})"
-    remedies = candidates(config)
+    remedies = list_remedies(config)
     if multihost.is_multiprocess():  # compiling is work of all processes, and the others are stuck
         listed = "\n".join(f"  {remedy.flags}  ({remedy.price})" for remedy in remedies)
         return f"{head}; settings that need less, cheapest first:\n{listed}"
@@ -92,18 +92,18 @@ def advice(config: ConfigDict, workdir, reason: str, segmenting: bool = False) -
     classes = dataset.label_table(locations.resolve_paths(config, workdir).data).num_classes
 
     def measure(setting: ConfigDict) -> int:
-        return needed(setting, classes) + resident
+        return step_bytes(setting, classes) + resident
 
     device = jax.local_devices()[0]
-    needs, limit = measure(config), limit_of(device)
-    found = weighed([(r, r.applied(config)) for r in remedies], needs, limit, measure)
+    needs, limit = measure(config), memory_limit(device)
+    found = measure_remedies([(r, r.applied(config)) for r in remedies], needs, limit, measure)
     return _listed(head, needs, limit, device.device_kind, found)
 
 
 def _listed(head: str, needs: int, limit, kind: str, remedies) -> str:
     """The sentence and the list, from bytes needed and those of the device (None: unknown)."""
-    room = f", and {kind} offers {gib(limit)}" if limit else ""
-    text = f"{head}: a training step needs {gib(needs)} on each device{room}"
+    room = f", and {kind} offers {format_bytes(limit)}" if limit else ""
+    text = f"{head}: a training step needs {format_bytes(needs)} on each device{room}"
     if limit and needs < limit:
         text += (
             ", which should fit: see whether another program uses the device, or give JAX more of "
@@ -111,7 +111,7 @@ def _listed(head: str, needs: int, limit, kind: str, remedies) -> str:
         )
     lines = []
     for remedy, size in remedies:
-        verdict = "not compiled for want of time" if size is None else gib(size)
+        verdict = "not compiled for want of time" if size is None else format_bytes(size)
         if limit and size is not None:
             verdict += ", fits" if size < limit else ", still too much"
         lines.append(f"  {remedy.flags}  ->  {verdict} ({remedy.price})")
@@ -120,7 +120,7 @@ def _listed(head: str, needs: int, limit, kind: str, remedies) -> str:
     return "\n".join([f"{text}; what would help:", *lines])
 
 
-def weighed(
+def measure_remedies(
     remedies: list[tuple[Remedy, ConfigDict]],
     needs: int,
     limit: int | None,
@@ -143,7 +143,7 @@ def weighed(
             return
 
 
-def candidates(config: ConfigDict) -> list[Remedy]:
+def list_remedies(config: ConfigDict) -> list[Remedy]:
     """What needs less memory, by what it costs the user, and last all that leaves the recipe."""
     batch, parts, mesh = (
         config.train.batch_size,
@@ -182,32 +182,35 @@ def candidates(config: ConfigDict) -> list[Remedy]:
     return list(filter(runs, found))
 
 
-def needed(config: ConfigDict, classes: int) -> int:
+def step_bytes(config: ConfigDict, classes: int) -> int:
     """Bytes a training step needs at once on a device; the few-shot set, if it stays there, apart.
 
     A TPU's compiler refuses a step that does not fit, and says what it would need.
     """
     try:
         compiled = aot.compile_step(
-            config.model, TrainingPlan.of(config), classes, device_mesh.make_mesh(**config.mesh)
+            config.model,
+            TrainingPlan.from_config(config),
+            classes,
+            device_mesh.make_mesh(**config.mesh),
         )
     except jax.errors.JaxRuntimeError as error:
         if (used := re.search(r"Used ([\d.]+)([KMGT]?) of", str(error))) is None:
             raise
         return math.ceil(float(used[1]) * 2 ** _UNITS[used[2]])
-    return aot.figures(compiled).total
+    return aot.compiled_cost(compiled).total
 
 
-def limit_of(device) -> int | None:
+def memory_limit(device) -> int | None:
     """Bytes of a device that JAX may use; those of its data sheet, or None where neither is known.
 
     The memory of a CPU is that of the machine: JAX knows no limit.
     """
-    stats, chip = device.memory_stats() or {}, accelerators.find(device.device_kind)
+    stats, chip = device.memory_stats() or {}, accelerators.find_chip(device.device_kind)
     return stats.get("bytes_limit") or (chip and int(chip.memory_bytes))
 
 
-def gib(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes in words."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from pgpsam_jax.config import defaults
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import defaults, serialization
 from pgpsam_jax.report.html.markup import escape, link, paragraph, text_table
 from pgpsam_jax.results.grid import DONE, FAILED, PENDING, RUNNING, Cell, Grid
 from pgpsam_jax.results.runs import Run
@@ -52,7 +51,7 @@ def configuration_tables(configs: list[dict]) -> str:
     configs: stored configurations; for an experiment grid those of all cells.
     """
     ours = merge_values(flat(config) for config in configs)
-    default = flat(configuration.to_json(defaults.default_config()))
+    default = flat(serialization.to_json(defaults.default_config()))
     groups: dict[str, list[str]] = {}
     for key in ours:
         groups.setdefault(key.rpartition(".")[0], []).append(key)

@@ -31,7 +31,7 @@ class Cell:
     """One run of a grid.
 
     config: resolved configuration as plain JSON. contents: digests of the files it names at
-    planning time, `identity.contents`.
+    planning time, `identity.content_digests`.
     """
 
     name: str

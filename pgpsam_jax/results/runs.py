@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.utils.files import read_metrics, read_record
 
@@ -34,7 +34,7 @@ def read_run(workdir) -> Run:
     from pgpsam_jax.metrics.summary import read_cases
 
     workdir = Path(workdir)
-    config = configuration.load_config(workdir)
+    config = serialization.load_config(workdir)
     evaluation = workdir / "evaluation"
     cases = evaluation / "cases.csv"
     return Run(

@@ -12,7 +12,7 @@ import numpy as np
 _PREFIX = "silent_epochs_"  # and the name of the class: fields of metrics.jsonl
 
 
-class SilentClasses:
+class DeadClassMonitor:
     """How long each class has been silent, from one validation to the next.
 
     names: K class names, background (which is not watched) first. truth: labels (N, H, W) of the
@@ -26,12 +26,12 @@ class SilentClasses:
         self._silent = dict.fromkeys(self._watched, 0.0)
         self._epoch = 0.0
 
-    def go_on(self, record: dict, epoch: float) -> None:
+    def resume(self, record: dict, epoch: float) -> None:
         """Stand where an earlier start of the run stood after its validation at `epoch`."""
         self._epoch = epoch
         self._silent = {i: record.get(_PREFIX + n, 0.0) for i, n in self._watched.items()}
 
-    def see(self, prediction: np.ndarray, epoch: float) -> list[str]:
+    def update(self, prediction: np.ndarray, epoch: float) -> list[str]:
         """Take in class ids (N, H, W) found at `epoch`; lines to be said, one per class."""
         found = np.bincount(prediction.ravel(), minlength=max(self._watched, default=0) + 1) > 0
         passed, self._epoch, lines = epoch - self._epoch, epoch, []

@@ -10,7 +10,7 @@ from pgpsam_jax.distributed import multihost
 from pgpsam_jax.sharding import device_mesh
 
 
-class Feed:
+class DeviceBatches:
     """Iterator of (batch, rows) over the few-shot set: see `step.make_train_step` for `batch`.
 
     A set of up to `resident_bytes` is put on every device once, and a batch is no more than the

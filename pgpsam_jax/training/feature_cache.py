@@ -20,7 +20,7 @@ from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training.train_step import StepConfig
 
 
-def encoded_set(
+def encode_few_shot_set(
     step: StepConfig,
     mesh: Mesh,
     model,

@@ -33,7 +33,7 @@ class Minimum(NamedTuple):
     slope: jax.Array
 
 
-def minimise(loss, params, *, iterations: int = ITERATIONS, tolerance: float = TOLERANCE):
+def minimize(loss, params, *, iterations: int = ITERATIONS, tolerance: float = TOLERANCE):
     """The `Minimum` of a smooth function of a tree by L-BFGS, until all slopes are small."""
     search = optax.lbfgs()
     value_and_slope = optax.value_and_grad_from_state(loss)
@@ -91,7 +91,7 @@ def make_fit_step(graphdef, optimizer: optax.GradientTransformation, config: Ste
         def judged(params):
             return loss_of(graphdef, params, frozen, features, shares, 0, settings)
 
-        found = minimise(lambda params: judged(params)[0], state.params)
+        found = minimize(lambda params: judged(params)[0], state.params)
         _, (metrics, _) = judged(found.params)
         metrics |= {"iterations": found.iterations, "gradient_norm": found.slope}
         state = dataclasses.replace(state, params=found.params, step=state.step + 1)

@@ -18,7 +18,7 @@ from pgpsam_jax.utils.files import naming, read_metrics, write_text
 _CURVE_SECONDS = 30
 
 
-class RunLog:
+class MetricLogger:
     """Writer of one run, a context manager. Only the first process writes files."""
 
     def __init__(self, workdir, config_log, start: int, rates, batch_size: int, slices=()):

@@ -17,7 +17,7 @@ from pgpsam_jax.data.dataset import Split, ValidationData
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.inference.predictor import Predictor
-from pgpsam_jax.training.dead_classes import SilentClasses
+from pgpsam_jax.training.dead_classes import DeadClassMonitor
 from pgpsam_jax.utils.files import read_metrics
 
 
@@ -57,22 +57,22 @@ class Selection:
         self._slices = validation.every_epochs * epoch_size  # seen between two validations
         self._best = best_parameters.BestCheckpoint(workdir)
         names = names or [f"class_{i}" for i in range(data.num_classes)]
-        self._silent = SilentClasses(names, data.labels, validation.dead_epochs)
+        self._dead_classes = DeadClassMonitor(names, data.labels, validation.dead_epochs)
         self._fresh = True
 
-    def due(self, step: int) -> bool:
+    def should_validate(self, step: int) -> bool:
         """Whether a validation's worth of epochs is complete with this step, or the run is."""
         done, before = (n * self._batch_size // self._slices for n in (step, step - 1))
         return done > before or step == self._total
 
-    def judge(self, predictor: Predictor, step: int) -> float:
+    def evaluate(self, predictor: Predictor, step: int) -> float:
         """The score of the predictor's parameters; they are kept if it is the highest so far."""
         from pgpsam_jax.metrics.release_protocol import mean_slice_dice
 
         prediction = predictor.slices(self._data.images)  # by all devices, whole on all processes
         if self._fresh:
             self._go_on(step)
-        alarms = self._silent.see(prediction, self._epoch(step))
+        alarms = self._dead_classes.update(prediction, self._epoch(step))
         score = mean_slice_dice(prediction, self._data.labels, self._data.num_classes)
         best = self._best.record
         if best is None or score > best["score"]:
@@ -86,9 +86,9 @@ class Selection:
         return score
 
     @property
-    def silent(self) -> dict[str, float]:
+    def never_predicted(self) -> dict[str, float]:
         """After `judge`: for how many epochs which classes were not predicted, to be recorded."""
-        return self._silent.record
+        return self._dead_classes.record
 
     def _epoch(self, step: int) -> float:
         return step * self._batch_size / self._epoch_size
@@ -99,7 +99,7 @@ class Selection:
         validated = [r for r in read_metrics(self._workdir / "metrics.jsonl") if r["step"] < step]
         for record in reversed(validated):
             if "validation_score" in record:
-                self._silent.go_on(record, self._epoch(record["step"]))
+                self._dead_classes.resume(record, self._epoch(record["step"]))
                 return
 
     def close(self) -> None:

@@ -60,7 +60,7 @@ class TrainingPlan:
     steps: int
 
     @classmethod
-    def of(cls, config: ConfigDict) -> "TrainingPlan":
+    def from_config(cls, config: ConfigDict) -> "TrainingPlan":
         """Resolves a configuration; refuses settings with which no step can be made."""
         method, train = method_of(config.model), config.train
         step = StepConfig(

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from pgpsam_jax.checkpointing import checkpoint, identity
 from pgpsam_jax.checkpointing.locations import LIST
 from pgpsam_jax.checkpointing.resumption import check_split
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.data.dataset import Split, stored_list
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
@@ -36,7 +36,7 @@ def is_resume(config: ConfigDict, workdir, split: Split) -> bool:
                 "choose another --workdir"
             )
         return False
-    stored = configuration.load_config(workdir)
+    stored = serialization.load_config(workdir)
     identity.check_same(stored, config, workdir, free=identity.LENGTH)
     if not (workdir / LIST).is_file():
         raise UserError(
@@ -44,7 +44,7 @@ def is_resume(config: ConfigDict, workdir, split: Split) -> bool:
             "from a checkpoint has none: use --mode evaluate, or train in another --workdir)"
         )
     check_split(workdir, split)
-    plans = TrainingPlan.of(stored), TrainingPlan.of(config)
+    plans = TrainingPlan.from_config(stored), TrainingPlan.from_config(config)
     _check_length(*plans, config.validation.every_epochs, workdir)
     return True
 

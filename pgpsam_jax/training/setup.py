@@ -14,7 +14,7 @@ from pgpsam_jax.checkpointing import (
     resumption,
 )
 from pgpsam_jax.checkpointing.provenance import provenance
-from pgpsam_jax.config import exclusive, to_json
+from pgpsam_jax.config import exclusive_fields, to_json
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.quality import appearance, verification
 from pgpsam_jax.distributed import multihost
@@ -73,14 +73,14 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
     Raises:
       UserError: the first thing that is wrong; nothing was written then but caches.
     """
-    config = build.settled(locations.resolve_paths(given, workdir))
-    given = build.settled(given, like=config)
+    config = build.resolve_method_defaults(locations.resolve_paths(given, workdir))
+    given = build.resolve_method_defaults(given, like=config)
     watch, mesh, plan = (
         Stopwatch(workdir),
         mesh_of(config.mesh, config.model, config.train.batch_size),
-        TrainingPlan.of(config),
+        TrainingPlan.from_config(config),
     )
-    exclusive.check_run(config)
+    exclusive_fields.check_run_settings(config)
     with watch("data"), multihost.first_before_others("split"):
         split = dataset.find_split(config.data)
     given.data.axis = config.data.axis = dataset.axis_of(config.data, split.train)
@@ -130,7 +130,7 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
         kernels = build.attention_of(config.model, graphdef, params, frozen)
     model = graphdef, params, frozen
     run = Run(config, plan, workdir, watch, mesh, split, data, held_out, resume, total, *model)
-    multihost.print_once(startup_summary.of_run(run, kernels))
+    multihost.print_once(startup_summary.describe_run(run, kernels))
     return run
 
 

@@ -10,7 +10,7 @@ from pgpsam_jax.models.segmenter import Training
 from pgpsam_jax.training.plan import TrainingPlan
 
 
-def of_run(run, kernels: str) -> str:
+def describe_run(run, kernels: str) -> str:
     """Returns what is printed before the first step.
 
     Args:
@@ -69,7 +69,7 @@ def _schedule(plan: TrainingPlan, size: int, slices: int) -> str:
     )
 
 
-def step(compiled, seconds: float, flops: float | None, *, fit: bool = False) -> str:
+def describe_step(compiled, seconds: float, flops: float | None, *, fit: bool = False) -> str:
     """What a step costs, once it is compiled; flops: of a device, None where they are not known."""
     memory, gib = compiled.memory_analysis(), 2**30
     told = "" if flops is None else f"{flops / 1e9:.1f} GFLOP per device, "

@@ -37,7 +37,7 @@ FILE = "cost.json"
 _SETTING = ("devices", "compute_dtype", "image_size", "batch_size", "flops_per_image")
 
 
-def of_step(
+def describe_step(
     settings: ConfigDict,
     mesh,
     graphdef,
@@ -75,8 +75,8 @@ def of_step(
     }
 
 
-def of_inference(settings: ConfigDict, mesh, graphdef, params, frozen) -> dict:
-    """Like `of_step`, for methods without trainable parameters."""
+def describe_inference(settings: ConfigDict, mesh, graphdef, params, frozen) -> dict:
+    """Like `describe_step`, for methods without trainable parameters."""
     return _of_model(settings, mesh, graphdef, params, frozen)
 
 
@@ -141,7 +141,7 @@ def _further_rounds(jaxpr, rounds: int = 1) -> float:
     return total
 
 
-def of_loop(records: list[dict], batch_size: int, first: int = 0) -> dict:
+def summarize_steps(records: list[dict], batch_size: int, first: int = 0) -> dict:
     """Seconds per step over the intervals between records after step `first`, and memory peaks.
 
     The rates of `metrics.jsonl` leave out saving and validating; compiling comes before them.
@@ -159,25 +159,25 @@ def of_loop(records: list[dict], batch_size: int, first: int = 0) -> dict:
     return spent
 
 
-def begin(workdir, record: dict, step: int) -> None:
-    """Keep a record of `of_step` for a run that starts, or goes on, after `step`.
+def start_record(workdir, record: dict, step: int) -> None:
+    """Keep a record of `describe_step` for a run that starts, or goes on, after `step`.
 
     Steps are timed from there; from where an earlier start began if its setting was the same.
     """
-    earlier, timed_from = read(workdir), step
+    earlier, timed_from = read_record(workdir), step
     if all(earlier.get(key) == record[key] for key in _SETTING):
         timed_from = earlier["timed_from"]
     _store(workdir, record | {"timed_from": timed_from})
 
 
-def update(workdir, records: list[dict]) -> None:
+def update_record(workdir, records: list[dict]) -> None:
     """Add what the steps took so far to the record that `begin` left."""
-    if record := read(workdir):
-        spent = of_loop(records, record["batch_size"], record["timed_from"])
+    if record := read_record(workdir):
+        spent = summarize_steps(records, record["batch_size"], record["timed_from"])
         _store(workdir, record | spent)
 
 
-def read(workdir) -> dict:
+def read_record(workdir) -> dict:
     """The record of a workdir; {} where there is none or it cannot be read."""
     return read_record(Path(workdir) / FILE, missing={}, damaged={})
 

@@ -16,8 +16,8 @@ from pgpsam_jax.inference.restore import make_predictor
 from pgpsam_jax.methods.registry import Training
 from pgpsam_jax.runtime import determinism, preemption
 from pgpsam_jax.training import feature_cache, startup_summary, step_cost
-from pgpsam_jax.training.device_batches import Feed
-from pgpsam_jax.training.metric_logger import RunLog
+from pgpsam_jax.training.device_batches import DeviceBatches
+from pgpsam_jax.training.metric_logger import MetricLogger
 from pgpsam_jax.training.model_selection import Selection
 from pgpsam_jax.training.setup import Run, set_up
 from pgpsam_jax.training.sharded_step import ShardedStep, shard_step, sharding_of
@@ -71,7 +71,7 @@ def fit(run: Run) -> Predictor:
         run.total,
         run.split.table.names,
     )
-    log = RunLog(
+    log = MetricLogger(
         run.workdir,
         config.log,
         done,
@@ -82,8 +82,8 @@ def fit(run: Run) -> Predictor:
 
     def validate(moment: Moment) -> None:
         with run.watch("validate"), log.paused():
-            score = selection.judge(predictor.with_params(moment.state.params), moment.step)
-        moment.scalars |= {"validation_score": score} | selection.silent
+            score = selection.evaluate(predictor.with_params(moment.state.params), moment.step)
+        moment.scalars |= {"validation_score": score} | selection.never_predicted
 
     def record(moment: Moment) -> None:
         log.record(moment.step, moment.metrics, moment.rows, **moment.scalars)
@@ -92,13 +92,13 @@ def fit(run: Run) -> Predictor:
         with run.watch("checkpoint"), log.paused():
             checkpoints.save(moment.state, feed.loader)
         run.store_times()
-        step_cost.update(run.workdir, log.records)
+        step_cost.update_record(run.workdir, log.records)
 
     with preemption.defer_to_step(done) as stop, run.watch("train"), checkpoints, log:
         loop = TrainLoop(run.total, log.record, stop.should_stop)
         loop.add_hook(lambda moment: log.check_finite(moment.step, moment.metrics, moment.rows))
         if selection:
-            loop.add_hook(validate, when=selection.due)
+            loop.add_hook(validate, when=selection.should_validate)
         loop.add_hook(record)
         loop.add_hook(save, every=config.log.checkpoint_steps, at_end=True)
         state, done = loop.run(compiled, state, run.frozen, feed, done)
@@ -119,14 +119,14 @@ def fit(run: Run) -> Predictor:
     return predictor.on_local_devices() if multihost.is_multiprocess() else predictor
 
 
-def _make_feed(run: Run) -> tuple[Feed, int]:
+def _make_feed(run: Run) -> tuple[DeviceBatches, int]:
     """Returns the batches of the run, encoded beforehand where it says so, and the seed."""
     config, plan = run.config, run.plan
     seed = augmentation_seed(config.seed, plan.step.augment)
     slices = {"image": run.data.images, "label": run.data.labels}
     if plan.step.encoded:
         with run.watch("data"):
-            slices = feature_cache.encoded_set(
+            slices = feature_cache.encode_few_shot_set(
                 plan.step,
                 run.mesh,
                 (run.graphdef, run.params, run.frozen),
@@ -136,7 +136,7 @@ def _make_feed(run: Run) -> tuple[Feed, int]:
                 resident_gib=config.data.resident_gib,
             )
     loader = make_loader(len(run.data.list), batch_size=plan.batch_size, seed=config.seed)
-    return Feed(slices, loader, run.mesh, config.data.resident_gib * 2**30), seed
+    return DeviceBatches(slices, loader, run.mesh, config.data.resident_gib * 2**30), seed
 
 
 def _restore_or_start(run: Run, step: ShardedStep, checkpoints, loader):
@@ -159,7 +159,7 @@ def _compile(run: Run, step: ShardedStep, done: int):
         lowered = traced.lower()
         compiled = lowered.compile()
     seconds, slices = time.perf_counter() - before, run.plan.slices_per_step(len(run.data.list))
-    spent = step_cost.of_step(
+    spent = step_cost.describe_step(
         run.config.model,
         run.mesh,
         run.graphdef,
@@ -173,15 +173,17 @@ def _compile(run: Run, step: ShardedStep, done: int):
     flops = spent["flops_per_image"]["training"]
     flops = None if flops is None else flops * slices / run.mesh.size
     fitted = run.plan.training is Training.LBFGS
-    multihost.print_once(startup_summary.step(compiled, seconds, flops, fit=fitted))
-    step_cost.begin(run.workdir, spent, done)
+    multihost.print_once(startup_summary.describe_step(compiled, seconds, flops, fit=fitted))
+    step_cost.start_record(run.workdir, spent, done)
     return compiled
 
 
 def _as_loaded(run: Run) -> Predictor:
     """Returns a predictor of a method without training."""
     model = run.graphdef, run.params, run.frozen
-    step_cost.begin(run.workdir, step_cost.of_inference(run.config.model, run.mesh, *model), 0)
+    step_cost.start_record(
+        run.workdir, step_cost.describe_inference(run.config.model, run.mesh, *model), 0
+    )
     return _predictor_of(run, run.params).on_local_devices()
 
 
@@ -195,6 +197,6 @@ def _evaluate(run: Run, predictor: Predictor) -> dict:
     with run.watch("evaluate"):
         summary = workdirs.run_evaluation(run.config, run.workdir, predictor, run.split)
     if not run.total:
-        step_cost.update(run.workdir, [])
+        step_cost.update_record(run.workdir, [])
     run.store_times()
     return summary

@@ -5,7 +5,7 @@ import json
 from collections import Counter
 
 from pgpsam_jax.checkpointing import identity
-from pgpsam_jax.config import serialization as configuration
+from pgpsam_jax.config import serialization
 from pgpsam_jax.metrics.protocols import COLUMNS
 from pgpsam_jax.results.grid import DONE, Grid
 from pgpsam_jax.results.runs import Run
@@ -80,7 +80,7 @@ def from_runs(runs: list[Run]) -> Study:
     lines = []
     for label, (_, members) in zip(labels, groups, strict=True):
         evaluated = {seed: run for seed, run in members.items() if run.cases}
-        config = configuration.to_json(next(iter(members.values())).config)
+        config = serialization.to_json(next(iter(members.values())).config)
         lines.append(Line(label, label, None, len(members), evaluated, config))
     notes = tuple(_run_notes(lines))
     return Study("runs", "Runs", tuple(lines), lines[0].name, None, notes)
@@ -138,7 +138,7 @@ def _run_notes(lines) -> list[str]:
 def _key_without_seed(run: Run) -> str:
     """Key of the inputs that determine a run's results, except for seeds."""
     apart = (*identity.NO_IDENTITY, "seed", "fewshot.seed", "eval.")
-    fields = configuration.flat(configuration.to_json(run.config))
+    fields = serialization.flatten(serialization.to_json(run.config))
     fields = {key: value for key, value in fields.items() if not key.startswith(apart)}
     inputs = {key: run.provenance.get(key) for key in ("data", "test", "base", "cnn_base")}
     return json.dumps([fields, run.names, inputs], sort_keys=True)

@@ -30,7 +30,7 @@ _BETWEEN = (str(Path(ml_collections.__file__).parent), __file__)
 
 
 @contextlib.contextmanager
-def source(name: str):
+def set_by(name: str):
     """Fields set inside the block are set by `name`, not by the file whose code sets them."""
     token = _named.set(name)
     try:
@@ -95,7 +95,7 @@ class FewShotSettings(_Section):
         return others
 
 
-def check(fewshot: ConfigDict) -> None:
+def check_few_shot(fewshot: ConfigDict) -> None:
     """Refuse few-shot settings that contradict each other."""
     sizes = {key: fewshot[key] for key in SIZES if fewshot.get(key) is not None}
     rule = fewshot.rule
@@ -117,7 +117,7 @@ def check(fewshot: ConfigDict) -> None:
         raise UserError(f"fewshot.rule is {rule!r}, which takes {takes}, not {_told(sizes)}")
 
 
-def check_complete(fewshot: ConfigDict) -> None:
+def check_few_shot_size(fewshot: ConfigDict) -> None:
     """Refuse a rule without the size that it takes."""
     taken = RULES[fewshot.rule][0]
     if not fewshot.file and taken and all(fewshot.get(size) is None for size in taken):
@@ -140,10 +140,10 @@ def _caller() -> str:
     return frame.f_code.co_filename if frame else ""
 
 
-def check_run(config: ConfigDict) -> None:
+def check_run_settings(config: ConfigDict) -> None:
     """Refuses settings that contradict each other, before anything is read or claimed."""
-    check(config.fewshot)
-    check_complete(config.fewshot)
+    check_few_shot(config.fewshot)
+    check_few_shot_size(config.fewshot)
     _check_used(config.data)
     copies, trains = config.train.encoded_copies, config.model.train_encoder
     if copies and trains != "frozen":
