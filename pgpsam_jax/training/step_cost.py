@@ -26,7 +26,8 @@ from pgpsam_jax.inference.predictor import make_predict_step
 from pgpsam_jax.methods import registry
 from pgpsam_jax.models.parameters import count
 from pgpsam_jax.sharding.context import TracingContext, traced_for
-from pgpsam_jax.utils.files import read_record, write_json
+from pgpsam_jax.utils import files
+from pgpsam_jax.utils.files import write_json
 
 try:
     import resource
@@ -179,7 +180,7 @@ def update_record(workdir, records: list[dict]) -> None:
 
 def read_record(workdir) -> dict:
     """The record of a workdir; {} where there is none or it cannot be read."""
-    return read_record(Path(workdir) / FILE, missing={}, damaged={})
+    return files.read_record(Path(workdir) / FILE, missing={}, damaged={})
 
 
 def _store(workdir, record: dict) -> None:
