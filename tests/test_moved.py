@@ -115,7 +115,7 @@ def test_an_unrelated_folder_of_the_same_name(project, moved):
     assert Path(found.data.split_file) == moved / "runs/x/split.json"
     for name in ("table.json", "split.json"):
         (moved / "data" / name).unlink()
-    with pytest.raises(UserError, match=r"label_table\) holds other classes .*labels.json"):
+    with pytest.raises(UserError, match=r"label_table\) has other classes .*labels.json"):
         evaluate(moved / "runs/x")
     Path("data/table.json").unlink()
     with pytest.raises(UserError, match=r"the split has changed .*a: train then, test now"):
@@ -150,12 +150,12 @@ def test_a_file_renamed_is_the_same_and_one_edited_is_not(run, tmp_path):
     train.train(here, workdir)
     paths["table"].write_text(json.dumps(table).replace("liver", "lever"))
     for begin in (evaluate, lambda workdir, settings: train.train(settings, workdir)):
-        with pytest.raises(UserError, match=r"my table.json \(data.label_table\) holds other"):
+        with pytest.raises(UserError, match=r"my table.json \(data.label_table\) has other"):
             begin(workdir, here)
     paths["table"].unlink()
     lines = paths["list"].read_text().splitlines()
     paths["list"].write_text("\n".join(line for line in lines[:-1] if "hash" not in line))
-    with pytest.raises(UserError, match=r"my list.json \(fewshot.file\) holds other slices"):
+    with pytest.raises(UserError, match=r"my list.json \(fewshot.file\) has other slices"):
         train.train(here, workdir)
 
 
