@@ -254,7 +254,7 @@ def test_a_run_fits_once_and_goes_on_like_any(small_or_whole, tmp_path, capsys):
     config.train.steps = 3
     summary = train.train(config, tmp_path / "run")
     printed = capsys.readouterr().out
-    assert "fit        once, to all 7 slices of 32 px; the encoder takes 8 at a time" in printed
+    assert "fit        once, to all 7 slices of 32 px; encoded 8 at a time" in printed
     assert "GFLOP" not in printed and "epochs" not in printed
     spent = step_cost.read_record(tmp_path / "run")
     assert spent["kind"] == "fit" and spent["batch_size"] == 7

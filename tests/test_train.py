@@ -261,7 +261,7 @@ def test_a_truncated_checkpoint_is_said(finished, root, tmp_path):
 
 def test_validation_without_validation_cases_is_said(root, tmp_path):
     config = config_for(root, data__split="fraction", data__split_file="", **SELECT)
-    with pytest.raises(UserError, match=r"'fraction' holds no validation case; use btcv_18_6_6"):
+    with pytest.raises(UserError, match=r"'fraction' has no validation cases; use btcv_18_6_6"):
         train.train(config, tmp_path / "run")
     config = config_for(root, validation__every_epochs=-1)
     with pytest.raises(UserError, match=r"every_epochs is -1; give a number of epochs"):

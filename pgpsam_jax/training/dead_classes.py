@@ -1,22 +1,23 @@
-"""Classes that a model stopped predicting, or never began to: seen in validation, and said once.
+"""Warnings for classes that are never predicted in validation.
 
-A class is *silent* while no pixel of any validation slice gets it though their labels have it.
-Small organs are silent for a while at the start of a run; one that stays so is dead: its Dice is
-zero, and a mean over organs hides it.
+Small organs are often not predicted for a while at the start of a run. A class that stays so is
+dead: its Dice is zero, which a mean over organs hides.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-_PREFIX = "silent_epochs_"  # and the name of the class: fields of metrics.jsonl
+_PREFIX = "silent_epochs_"  # + class name: fields of metrics.jsonl
 
 
 class DeadClassMonitor:
-    """How long each class has been silent, from one validation to the next.
+    """Counts the epochs for which each class present in the labels is not predicted.
 
-    names: K class names, background (which is not watched) first. truth: labels (N, H, W) of the
-    validation slices. dead_epochs: after so many the alarm is raised; 0 = never.
+    Args:
+      names: K class names, the background first.
+      truth: (N, H, W) class ids of the validation slices.
+      dead_epochs: epochs after which a class is reported as dead; 0 = never.
     """
 
     def __init__(self, names: Sequence[str], truth: np.ndarray, dead_epochs: float):
@@ -27,12 +28,12 @@ class DeadClassMonitor:
         self._epoch = 0.0
 
     def resume(self, record: dict, epoch: float) -> None:
-        """Stand where an earlier start of the run stood after its validation at `epoch`."""
+        """Restores the counts from the metrics record of the last validation, at `epoch`."""
         self._epoch = epoch
         self._silent = {i: record.get(_PREFIX + n, 0.0) for i, n in self._watched.items()}
 
     def update(self, prediction: np.ndarray, epoch: float) -> list[str]:
-        """Take in class ids (N, H, W) found at `epoch`; lines to be said, one per class."""
+        """Counts predicted class ids (N, H, W) at `epoch`; returns messages to print."""
         found = np.bincount(prediction.ravel(), minlength=max(self._watched, default=0) + 1) > 0
         passed, self._epoch, lines = epoch - self._epoch, epoch, []
         for i, name in self._watched.items():
@@ -43,8 +44,8 @@ class DeadClassMonitor:
             if before < self._limit <= now:
                 lines.append(
                     f"!!! DEAD CLASS: no pixel of the validation cases was predicted as {name} "
-                    f"(class {i}) for {now:g} epochs; if it stays so, lower optim.learning_rate, "
-                    "or give the few-shot list more slices that show it"
+                    f"(class {i}) for {now:g} epochs; if this persists, lower optim.learning_rate, "
+                    "or add slices that show it to the few-shot list"
                 )
             elif now < self._limit <= before:
                 lines.append(f"{name} (class {i}) is predicted again, after {before:g} epochs")
@@ -52,5 +53,5 @@ class DeadClassMonitor:
 
     @property
     def record(self) -> dict[str, float]:
-        """Epochs of silence of each class that is silent, as fields of the metrics file."""
+        """Epochs without a prediction, for each such class, as fields of metrics.jsonl."""
         return {_PREFIX + self._watched[i]: n for i, n in self._silent.items() if n > 0}

@@ -1,4 +1,4 @@
-"""What the step takes, batch after batch: rows of a set that lives on the device, or slices."""
+"""Feeds the train step: row indices into a device-resident set, or slices from the host."""
 
 from collections.abc import Iterator
 
@@ -11,12 +11,14 @@ from pgpsam_jax.sharding import device_mesh
 
 
 class DeviceBatches:
-    """Iterator of (batch, rows) over the few-shot set: see `step.make_train_step` for `batch`.
+    """Iterator of (batch, rows) over the few-shot set; for `batch` see `make_train_step`.
 
-    A set of up to `resident_bytes` is put on every device once, and a batch is no more than the
-    numbers of its rows; a larger one stays on the host, and its slices are sent batch by batch,
-    by each process those of its devices. `data` (a tree of arrays, slices first) is the same on
-    all processes; `loader` yields the rows (B,) of the global batch.
+    Args:
+      data: tree of (N, ...) host arrays, the same in all processes.
+      loader: yields the rows (B,) of the global batch.
+      mesh: the devices.
+      resident_bytes: a set up to this size is copied to each device once, and batches hold row
+        indices only; of a larger one, each process sends its devices their slices per batch.
     """
 
     def __init__(self, data: dict, loader: Iterator[np.ndarray], mesh: Mesh, resident_bytes: float):
@@ -36,7 +38,7 @@ class DeviceBatches:
         return jax.tree.map(lambda array: _chosen(array, rows, lanes), self._set), rows
 
     def abstract(self, batch_size: int) -> dict:
-        """Shapes and shardings of a batch of `batch_size` over all processes, to compile for."""
+        """Returns shapes and shardings of a global batch of `batch_size`, to compile for."""
         lanes, shape = device_mesh.batch_sharding(self._mesh), (batch_size,)
         if self.resident:
             rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=lanes)
@@ -46,7 +48,7 @@ class DeviceBatches:
 
 
 def _chosen(array, rows, lanes):
-    """The rows of an array of the host, one after the other over the lanes."""
+    """Rows of a host array, sharded over the batch axes."""
     shape = rows.shape + array.shape[1:]
     return jax.make_array_from_callback(shape, lanes, lambda index: array[rows[index[0]]])
 

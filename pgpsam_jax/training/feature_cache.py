@@ -1,6 +1,6 @@
-"""The few-shot set as a frozen encoder sees it, encoded once instead of in every step.
+"""Features of the few-shot set from a frozen encoder, computed once instead of in each step.
 
-With augmentation, every slice is encoded in several augmented copies, which epochs take in turn.
+With augmentation, each slice is encoded in several augmented copies that epochs use in turn.
 """
 
 import math
@@ -39,11 +39,14 @@ def encode_few_shot_set(
       images: (N, S, S) in [0, 1].
       labels: (N, S, S) class ids.
       seed: of augmentation.
-      batch_size: slices that are encoded at a time.
+      batch_size: slices encoded at a time.
       resident_gib: GiB that the set may take on each device.
 
     Returns:
-      (copies * N, ...) host arrays, all copies of the set one after the other.
+      (copies * N, ...) host arrays, one copy of the set after the other.
+
+    Raises:
+      UserError: the set is larger than `resident_gib`.
     """
     copies, count = step.encoded, len(images)
     lanes = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -60,7 +63,7 @@ def encode_few_shot_set(
     parts = []
     for copy in range(copies):
         for start in range(0, count, size):
-            # The last batch is filled up with its last slice, which is then left out again.
+            # The last batch is padded with its last slice; the padding is dropped below.
             places = np.minimum(np.arange(start, start + size), count - 1)
             batch = multihost.put_global(
                 (images[places], labels[places], places.astype(np.int32)), rows
@@ -72,9 +75,8 @@ def encode_few_shot_set(
     taken = sum(leaf.nbytes for leaf in jax.tree.leaves((encoded, labels))) / 2**30
     if taken > resident_gib:
         raise UserError(
-            f"{copies} encoded copies of {count} slices take {taken:.1f} GiB of every device, more "
-            f"than data.resident_gib ({resident_gib:g}); raise that, or lower "
-            "train.encoded_copies"
+            f"{copies} encoded copies of {count} slices take {taken:.1f} GiB on each device, more "
+            f"than data.resident_gib ({resident_gib:g}); raise it, or lower train.encoded_copies"
         )
     return {"encoded": encoded, "label": labels}
 

@@ -1,8 +1,7 @@
-"""A fit in place of training: one step, over the whole few-shot list, to the minimum of the loss.
+"""Fits a method in one step: minimizes the loss over the whole few-shot list with L-BFGS.
 
-For methods of which so little trains that the loss is convex in it: the encoder sees every slice
-once, as it is, and L-BFGS takes all of them in every iteration. The run around it is that of any
-method: its first checkpoint is its last.
+For methods whose loss is convex in the trainable parameters. The encoder sees each slice once,
+without augmentation; every L-BFGS iteration uses all slices. The run has a single checkpoint.
 """
 
 import dataclasses
@@ -21,12 +20,13 @@ from pgpsam_jax.sharding.context import split_batch
 from pgpsam_jax.training.train_state import TrainState
 from pgpsam_jax.training.train_step import StepConfig, loss_of
 
-ITERATIONS, TOLERANCE = 1000, 1e-4  # scikit-learn's for FSSP: the largest slope of the mean loss
-UNKNOWN = -1  # share of a class in what fills up the last part of the list
+# scikit-learn's for FSSP; the tolerance bounds the largest gradient component of the mean loss.
+ITERATIONS, TOLERANCE = 1000, 1e-4
+UNKNOWN = -1  # class share of the padding after the last slice
 
 
 class Minimum(NamedTuple):
-    """Parameters, how many iterations led to them, and the largest slope that is left."""
+    """Parameters, the number of iterations, and the largest remaining gradient component."""
 
     params: object
     iterations: jax.Array
@@ -34,7 +34,14 @@ class Minimum(NamedTuple):
 
 
 def minimize(loss, params, *, iterations: int = ITERATIONS, tolerance: float = TOLERANCE):
-    """The `Minimum` of a smooth function of a tree by L-BFGS, until all slopes are small."""
+    """Minimizes a smooth function of a tree with L-BFGS.
+
+    Args:
+      loss: tree -> scalar.
+      params: the starting point.
+      iterations: at most.
+      tolerance: stops once no gradient component is larger.
+    """
     search = optax.lbfgs()
     value_and_slope = optax.value_and_grad_from_state(loss)
 
@@ -58,20 +65,20 @@ def minimize(loss, params, *, iterations: int = ITERATIONS, tolerance: float = T
 
 
 def make_fit_step(graphdef, optimizer: optax.GradientTransformation, config: StepConfig):
-    """As `step.make_train_step`, for a model whose `encode` does not depend on what trains.
+    """Like `make_train_step`, for models whose `encode` has no trainable parameters.
 
-    batch: the whole list on the device; `rows` say how many slices the encoder takes at a time.
-    The optimiser and the augmentation of the run have no part in it.
+    `batch` holds the whole list on the device; the length of its `rows` is the number of slices
+    encoded at a time. Optimizer and augmentation are not used.
     """
 
     def fit_step(state: TrainState, frozen, batch):
         if "rows" not in batch:
             raise UserError(
-                "this method is fitted to all slices of the few-shot list at once, which are too "
-                "many for data.resident_gib; raise it, or choose fewer slices"
+                "this method is fitted to all slices of the few-shot list at once, which exceed "
+                "data.resident_gib; raise it, or choose fewer slices"
             )
         size, labels = len(batch["rows"]), batch["label"]
-        count = len(labels) // max(config.encoded, 1)  # of copies, the first
+        count = len(labels) // max(config.encoded, 1)  # only the first copy
         labels = labels[:count].astype(jnp.int32)
         filled = -count % size
         model = nnx.merge(graphdef, state.params, frozen)

@@ -1,4 +1,4 @@
-"""What a run leaves behind as it trains: metrics.jsonl, the curve, TensorBoard, a progress bar."""
+"""Logs of a training run: metrics.jsonl, the loss curve, TensorBoard, a progress bar."""
 
 import contextlib
 import json
@@ -19,13 +19,18 @@ _CURVE_SECONDS = 30
 
 
 class MetricLogger:
-    """Writer of one run, a context manager. Only the first process writes files."""
+    """Context manager that logs one run; only the first process writes files."""
 
     def __init__(self, workdir, config_log, start: int, rates, batch_size: int, slices=()):
-        """`rates`: the learning rate of every step of the run, NaN where there is none; `start`:
-        steps done before; batch_size: slices of a step.
+        """Opens the logs of a run.
 
-        slices: (case id, slice) of every row of the few-shot list.
+        Args:
+          workdir: of the run.
+          config_log: `config.log`.
+          start: steps done before.
+          rates: learning rate of each step of the run; NaN for a fit.
+          batch_size: slices per step.
+          slices: (case id, slice) of each row of the few-shot list.
         """
         total, self._slices = len(rates), slices
         self.workdir, self.batch_size = Path(workdir), batch_size
@@ -42,7 +47,7 @@ class MetricLogger:
             self._file = open(self.workdir / "metrics.jsonl", "a", encoding="utf-8")
 
     def _kept_records(self, start: int) -> list[dict]:
-        """Records up to the restored step; later ones are dropped from the file as well."""
+        """Records up to the restored step; removes later ones from the file."""
         path = self.workdir / "metrics.jsonl"
         records = [r for r in read_metrics(path) if r["step"] <= start]
         steps = [0, *(r["step"] for r in records)]
@@ -63,9 +68,15 @@ class MetricLogger:
         return SummaryWriter(str(self.workdir / "tensorboard"))
 
     def record(self, step: int, metrics: dict, rows, **extra) -> None:
-        """One step done, with its metrics on the device; all are fetched only to be written.
+        """Counts one finished step and logs it if due; metrics are fetched only then.
 
-        Written is every `log.every_steps`-th step, the last, and one with `extra` host scalars.
+        Logged are each `log.every_steps`-th step, the last, and those with `extra` host scalars.
+
+        Args:
+          step: number of steps done.
+          metrics: scalars on the device.
+          rows: (B,) rows of the few-shot list in the batch.
+          extra: further host scalars for the record.
         """
         self._bar.update()
         self.check_finite(step, metrics, rows)
@@ -77,18 +88,18 @@ class MetricLogger:
         self.write(step, values | extra | rates)
 
     def check_finite(self, step: int, metrics: dict, rows) -> None:
-        """Raise a `UserError` with the slices of the batch where a step has gone wrong."""
+        """Raises a `UserError` that names the batch if loss or gradient norm is not finite."""
         for name in ("loss", "gradient_norm"):
             value = float(jax.device_get(metrics[name]))
             if not math.isfinite(value):
                 raise UserError(
                     f"the {name.replace('_', ' ')} is {value} at step {step}, whose batch is "
-                    f"{self._named(rows)}; what was saved before stays as it is; start again in a "
-                    "new --workdir with a lower optim.learning_rate or with optim.clip_norm=1"
+                    f"{self._named(rows)}; earlier checkpoints are kept; start again in a new "
+                    "--workdir with a lower optim.learning_rate or with optim.clip_norm=1"
                 )
 
     def _named(self, rows) -> str:
-        """The slices of a batch by case."""
+        """Names the slices of a batch by case."""
         if not self._slices:
             return f"rows {rows.tolist()}"
         found = defaultdict(list)
@@ -97,7 +108,7 @@ class MetricLogger:
         return ", ".join(f"{case} slice {' '.join(found[case])}" for case in sorted(found))
 
     def write(self, step: int, metrics: dict) -> None:
-        """Append one record of host scalars; refreshes the curve every half minute."""
+        """Appends one record of host scalars; refreshes the curve every half minute."""
         now = time.perf_counter()
         rate = (step - self._last_step) * self.batch_size / (now - self._last_time)
         self._last_step, self._last_time = step, now
@@ -126,7 +137,7 @@ class MetricLogger:
 
     @contextlib.contextmanager
     def paused(self):
-        """Leave the time inside (saving, validating) out of the next rate."""
+        """Excludes the time inside the block (saving, validating) from the next rate."""
         start = time.perf_counter()
         yield
         self._last_time += time.perf_counter() - start

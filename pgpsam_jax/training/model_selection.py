@@ -1,9 +1,8 @@
-"""Selection of the parameters to keep: by the Dice of the validation cases during training.
+"""Selects the parameters to keep by the Dice of the validation cases during training.
 
-The release's rule (docs/release_code.md#loss-schedule-and-selection): after an epoch all valid
-slices of the validation cases are segmented, and the parameters with the highest slice-level Dice
-of protocol `release` are kept.
-Slices are scored at network size, where the release's argmax is taken too.
+The release's rule (docs/release_code.md#loss-schedule-and-selection): validation segments all
+valid slices of the validation cases and keeps the parameters with the highest slice-level Dice of
+protocol `release`. Slices are scored at network size, where the release takes its argmax too.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,11 @@ from pgpsam_jax.utils.files import read_metrics
 
 
 def check(validation: ConfigDict, data: ConfigDict, split: Split) -> None:
-    """Refuse, before anything is computed, a validation that cannot take place."""
+    """Checks the settings of validation before anything is computed.
+
+    Raises:
+      UserError: a setting is negative, or there are no validation cases.
+    """
     every = validation.every_epochs
     if every < 0:
         raise UserError(f"validation.every_epochs is {every}; give a number of epochs, or 0 (off)")
@@ -30,16 +33,23 @@ def check(validation: ConfigDict, data: ConfigDict, split: Split) -> None:
         raise UserError(f"validation.dead_epochs is {dead}; give a number of epochs, or 0 (never)")
     if every and not split.validation:
         raise UserError(
-            f"validation.every_epochs is {every} but data.split {data.split!r} holds no "
-            "validation case; use btcv_18_6_6, or fraction with data.validation_fraction, or name "
+            f"validation.every_epochs is {every}, but data.split {data.split!r} has no validation "
+            "cases; use btcv_18_6_6, or fraction with data.validation_fraction, or list "
             '"validation" in data.split_file, or set validation.every_epochs to 0'
         )
 
 
 class Selection:
-    """When to validate, the best parameters so far, in `<workdir>/best`, and who is silent.
+    """Validates during training, keeps the best parameters and warns of dead classes.
 
-    epoch_size: few-shot slices. total: steps of the run. names: of the K classes, for alarms.
+    Args:
+      validation: `config.validation`.
+      data: the validation slices.
+      workdir: the best parameters are kept in its folder `best`.
+      batch_size: slices per step.
+      epoch_size: slices of the few-shot list.
+      total: steps of the run.
+      names: of the K classes, for warnings.
     """
 
     def __init__(
@@ -54,19 +64,19 @@ class Selection:
     ):
         self._data, self._total, self._workdir = data, total, Path(workdir)
         self._batch_size, self._epoch_size = batch_size, epoch_size
-        self._slices = validation.every_epochs * epoch_size  # seen between two validations
+        self._slices = validation.every_epochs * epoch_size  # between two validations
         self._best = best_parameters.BestCheckpoint(workdir)
         names = names or [f"class_{i}" for i in range(data.num_classes)]
         self._dead_classes = DeadClassMonitor(names, data.labels, validation.dead_epochs)
         self._fresh = True
 
     def should_validate(self, step: int) -> bool:
-        """Whether a validation's worth of epochs is complete with this step, or the run is."""
+        """Whether this step completes `validation.every_epochs` epochs, or the run."""
         done, before = (n * self._batch_size // self._slices for n in (step, step - 1))
         return done > before or step == self._total
 
     def evaluate(self, predictor: Predictor, step: int) -> float:
-        """The score of the predictor's parameters; they are kept if it is the highest so far."""
+        """Scores the predictor's parameters and keeps them if they are the best so far."""
         from pgpsam_jax.metrics.release_protocol import mean_slice_dice
 
         prediction = predictor.slices(self._data.images)  # by all devices, whole on all processes
@@ -87,14 +97,14 @@ class Selection:
 
     @property
     def never_predicted(self) -> dict[str, float]:
-        """After `judge`: for how many epochs which classes were not predicted, to be recorded."""
+        """After `evaluate`: epochs for which classes were not predicted, for metrics.jsonl."""
         return self._dead_classes.record
 
     def _epoch(self, step: int) -> float:
         return step * self._batch_size / self._epoch_size
 
     def _go_on(self, step: int) -> None:
-        """Take up the alarms where the run that goes on before `step` had them."""
+        """Restores the counts of dead classes from the last validation before `step`."""
         self._fresh = False
         validated = [r for r in read_metrics(self._workdir / "metrics.jsonl") if r["step"] < step]
         for record in reversed(validated):
@@ -103,5 +113,5 @@ class Selection:
                 return
 
     def close(self) -> None:
-        """Release the folder."""
+        """Releases the folder."""
         self._best.close()

@@ -10,7 +10,7 @@ import optax
 
 from pgpsam_jax.config.optimizer import OptimConfig, refuse
 
-# Name -> share of the way from peak to final that is left, by progress (0 to 1) and exponent.
+# Name -> remaining fraction of the decay from peak to final, by progress (0 to 1) and exponent.
 _DECAYS = {
     "cosine": lambda progress, power: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
     "polynomial": lambda progress, power: (1 - progress) ** power,
@@ -19,17 +19,17 @@ _DECAYS = {
 
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
-    """min(fraction of the run, maximum); 0 where the run is too short for a single step of it."""
-    # The small term undoes binary fractions: 0.29 * 100 is 28.999999999999996.
+    """Returns min(fraction of the run, maximum); 0 for runs too short for a single step."""
+    # The small term absorbs rounding: 0.29 * 100 is 28.999999999999996.
     fraction = math.floor(config.warmup_fraction * total_steps + 1e-9)
     return min(fraction, config.warmup_max_steps)
 
 
 def learning_rate_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate of update t = 0, 1, ... of `total_steps`.
+    """Returns the learning rate as a function of the update t = 0, 1, ... of `total_steps`.
 
     t < T_w: peak * (t + 1) / T_w; then final + (peak - final) * decay((t - T_w) / (T - T_w)), with
-    T `decay_horizon` times the run; beyond T it stays at the final value.
+    T `decay_horizon` times the run; constant at the final value beyond T.
     """
     if total_steps < 1:
         refuse(f"the run has {total_steps} steps; it needs at least one")
@@ -47,7 +47,7 @@ def learning_rate_schedule(config: OptimConfig, total_steps: int) -> optax.Sched
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
-    """The optimiser of all parameters it is given, over a run of `total_steps`."""
+    """Returns the optimizer of the trainable parameters for a run of `total_steps`."""
     steps, schedule = [], learning_rate_schedule(config, total_steps)
     moments = dict(b1=config.beta1, b2=config.beta2, eps=config.eps)
     if config.clip_norm is not None:

@@ -1,4 +1,4 @@
-"""How a run trains: its configuration, resolved once into what functions take."""
+"""How a run trains: its configuration, resolved once into typed parts."""
 
 import dataclasses
 
@@ -21,16 +21,16 @@ from pgpsam_jax.training.train_step import StepConfig, make_train_step
 
 
 def mesh_of(sizes: ConfigDict, model: ConfigDict, batch_size: int, devices=None) -> Mesh:
-    """Returns the mesh of `config.mesh` over all devices, or those given.
+    """Returns the mesh of `config.mesh`.
 
     Args:
       sizes: `config.mesh`.
-      model: `config.model`, which has to divide over the mesh.
+      model: `config.model`.
       batch_size: slices per step.
       devices: all by default.
 
     Raises:
-      UserError: the encoder or the batch does not divide over it.
+      UserError: the encoder or the batch is not divisible over the mesh.
     """
     mesh = device_mesh.make_mesh(**sizes, devices=devices)
     encoder = SamConfig.preset(model.encoder, model.image_size, model.patch_size).encoder
@@ -40,15 +40,15 @@ def mesh_of(sizes: ConfigDict, model: ConfigDict, batch_size: int, devices=None)
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """How the parameters of a run are found.
+    """How a run trains.
 
     Attributes:
       method: key of `registry.METHODS`, for sharding rules.
-      training: SGD, a fit, or none.
+      training: SGD, an L-BFGS fit, or none.
       step: settings of the pure train step.
       optimizer: settings of the optimizer and its schedule.
       batch_size: slices per step over all devices.
-      epochs, steps: length of the run; steps count where both are given.
+      epochs, steps: length of the run; steps > 0 override epochs.
     """
 
     method: tuple[str, str]
@@ -61,7 +61,7 @@ class TrainingPlan:
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "TrainingPlan":
-        """Resolves a configuration; refuses settings with which no step can be made."""
+        """Resolves a configuration; refuses invalid settings of the step."""
         method, train = method_of(config.model), config.train
         step = StepConfig(
             augment=AugmentConfig(**config.augment),

@@ -1,4 +1,4 @@
-"""Everything that can be refused before the first step."""
+"""Sets up a run: reads data and model and checks everything before the first step."""
 
 import dataclasses
 from pathlib import Path
@@ -34,11 +34,11 @@ class Run:
     """A run that is ready for its first step.
 
     Attributes:
-      config: its configuration, with paths as they were found.
+      config: its configuration, with resolved paths.
       plan: how it trains.
-      watch: seconds by activity.
+      watch: seconds per activity.
       split, data, held_out: cases, few-shot slices, and validation slices or None.
-      resume: whether the workdir held this run already.
+      resume: whether the workdir already held this run.
       total: steps of the whole run.
       graphdef, params, frozen: the model before the first step, moved to the mesh in place.
     """
@@ -64,14 +64,14 @@ class Run:
 
 
 def set_up(given: ConfigDict, workdir: Path) -> Run:
-    """Reads data and model, checks everything that can be wrong, and claims the workdir.
+    """Reads data and model, checks them, and records the run in the workdir.
 
     Args:
-      given: the configuration with paths as users wrote them.
+      given: the configuration with paths as the user wrote them.
       workdir: locked by this process.
 
     Raises:
-      UserError: the first thing that is wrong; nothing was written then but caches.
+      UserError: the first fault; only caches have been written then.
     """
     config = build.resolve_method_defaults(locations.resolve_paths(given, workdir))
     given = build.resolve_method_defaults(given, like=config)
@@ -135,6 +135,6 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
 
 
 def _agree(values: dict, origin: dict, params) -> None:
-    """Refuses processes that are about to do different things."""
+    """Checks that all processes have the same configuration, inputs and initial parameters."""
     values |= {k: v for k, v in origin.items() if k not in ("git", "devices")}
     multihost.agree(values | {"initial parameters": multihost.checksum(params)})

@@ -1,4 +1,4 @@
-"""The train step on a mesh: what loop, benchmark and ahead-of-time compiler share."""
+"""Shards the train step over a mesh, for train loop, benchmark and ahead-of-time compiler."""
 
 import dataclasses
 import functools
@@ -15,11 +15,13 @@ from pgpsam_jax.training.train_state import init_state
 
 
 class ShardedStep(NamedTuple):
-    """Jitted functions, and shapes with shardings of the trees they take.
+    """Jitted functions, and the shapes and shardings of their arguments.
 
-    run(state, frozen, batch) -> (state, metrics); donates the state it is given.
-    start(params) -> state before the first step. Parameters that lie on the mesh already are not
-    copied: the first step donates them.
+    Attributes:
+      run: (state, frozen, batch) -> (state, metrics); donates the state.
+      start: params -> state before the first step; parameters already on the mesh are not copied,
+        so the first step donates them.
+      state, frozen, batch: shapes with shardings.
     """
 
     run: Callable
@@ -29,7 +31,7 @@ class ShardedStep(NamedTuple):
     batch: dict
 
     def trace(self) -> jax.stages.Traced:
-        """`run`, traced for its shapes."""
+        """Traces `run` for its shapes."""
         return self.run.trace(self.state, self.frozen, self.batch)
 
     def lower(self) -> jax.stages.Lowered:
@@ -39,9 +41,15 @@ class ShardedStep(NamedTuple):
 def shard_step(
     plan: TrainingPlan, mesh: Mesh, graphdef, params, frozen, batch: dict, *, epoch_size, seed: int
 ) -> ShardedStep:
-    """The step for a model's states (arrays or shapes) and the shapes, with shardings, of a batch.
+    """Shards the train step of a plan over a mesh.
 
-    epoch_size: slices of the few-shot set. seed: of augmentation.
+    Args:
+      plan: how the run trains.
+      mesh: the devices.
+      graphdef, params, frozen: the model, arrays or shapes.
+      batch: shapes with shardings of a batch.
+      epoch_size: slices of the few-shot set.
+      seed: of augmentation.
     """
     optimizer = plan.make_optimizer(epoch_size)
     init = functools.partial(init_state, optimizer=optimizer, seed=seed, epoch_size=epoch_size)
@@ -68,7 +76,7 @@ def shard_step(
 
 
 def sharding_of(tree):
-    """The shardings of a tree of arrays or shapes."""
+    """Returns the shardings of a tree of arrays or shapes."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 

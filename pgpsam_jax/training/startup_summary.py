@@ -1,4 +1,4 @@
-"""What a run prints before its first step."""
+"""The summary that a run prints before its first step."""
 
 import jax
 
@@ -11,11 +11,11 @@ from pgpsam_jax.training.plan import TrainingPlan
 
 
 def describe_run(run, kernels: str) -> str:
-    """Returns what is printed before the first step.
+    """Describes devices, model, schedule and data of a run, with warnings first.
 
     Args:
       run: of `setup.set_up`.
-      kernels: which attention kernels the encoder uses.
+      kernels: the attention kernels of the encoder.
     """
     config, data, devices = run.config, run.data, run.mesh.devices.ravel()
     notices = frozen_weights.base_notice(config.model, run.workdir), registry.notice(config.model)
@@ -42,7 +42,7 @@ def describe_run(run, kernels: str) -> str:
 
 
 def _conventions(settings) -> str:
-    """What the encoder sees, and where the method starts."""
+    """Describes the encoder's input colors and the initialization of the method's additions."""
     method = registry.method_of(settings)
     colors, start = method.resolve_colors(settings), method.resolve_start(settings)
     line = f"colors     {colors}; the method's additions to SAM start: {start}"
@@ -59,7 +59,7 @@ def _schedule(plan: TrainingPlan, size: int, slices: int) -> str:
             return f"training   none: no parameters to train; slices have {size} px"
         case Training.LBFGS:
             return (
-                f"fit        once, to all {slices} slices of {size} px; the encoder takes "
+                f"fit        once, to all {slices} slices of {size} px; encoded "
                 f"{plan.batch_size} at a time over all devices"
             )
     total = plan.total_steps(slices)
@@ -70,11 +70,18 @@ def _schedule(plan: TrainingPlan, size: int, slices: int) -> str:
 
 
 def describe_step(compiled, seconds: float, flops: float | None, *, fit: bool = False) -> str:
-    """What a step costs, once it is compiled; flops: of a device, None where they are not known."""
+    """Describes the cost of a compiled step.
+
+    Args:
+      compiled: the step.
+      seconds: it took to compile.
+      flops: per device; None if unknown.
+      fit: whether the step is an L-BFGS fit.
+    """
     memory, gib = compiled.memory_analysis(), 2**30
-    told = "" if flops is None else f"{flops / 1e9:.1f} GFLOP per device, "
+    gflop = "" if flops is None else f"{flops / 1e9:.1f} GFLOP per device, "
     return (
-        f"{'fit        ' if fit else 'step       '}{told}expected memory "
+        f"{'fit        ' if fit else 'step       '}{gflop}expected memory "
         f"{(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / gib:.2f} GiB per device "
         f"({memory.temp_size_in_bytes / gib:.2f} temporary), compiled in {seconds:.1f} s"
     )

@@ -1,13 +1,13 @@
-"""What a run costs: parameters, FLOPs, memory and time, kept in `<workdir>/cost.json`.
+"""The cost of a run: parameters, FLOPs, memory and time, kept in `<workdir>/cost.json`.
 
-FLOPs are XLA's count of the program it is given, before it optimizes it for a device, so that
-device and mesh do not change them: a multiply-add is two, any elementwise operation one. Of a loop
-XLA counts one round; the products of the others are added. (What XLA counts afterwards differs by
-2 % on CPU and leaves out the products of cuBLAS on GPU, JAX issue 22249.) Bytes of a step are what
-the compiler plans for one device; peaks are measured, of this process (of several, the first).
+FLOPs are XLA's count before device-specific optimization, hence independent of device and mesh: a
+multiply-add is two, any elementwise operation one. XLA counts loop bodies once; the products of
+the further iterations are added. (XLA's count after optimization differs by 2 % on CPU and omits
+cuBLAS products on GPU, JAX issue 22249.) Bytes of a step are the compiler's plan for one device;
+peaks are measured in this process (the first of several).
 
-`kind` says what a step is: of "training"; a "fit", all of it at once, whose FLOPs depend on how
-often its loops run and are not told; or "none" where nothing trains, and only inference costs.
+`kind` is "training", "fit" (L-BFGS: FLOPs depend on the number of iterations and are omitted) or
+"none" (no trainable parameters: only inference has a cost).
 """
 
 import inspect
@@ -49,20 +49,23 @@ def describe_step(
     compiled,
     slices: int,
 ) -> dict:
-    """What is known before the first step.
+    """Returns the cost of a train step, as known before the first one.
 
-    `settings` is `config.model`, `train_step` the jitted step, `arguments` the shapes of its
-    (state, frozen, batch), `traced`,
-    `lowered` and `compiled` its stages for them. A step augments, runs forward and back and
-    updates; its FLOPs are divided by the images of a step, `slices`. The forward pass ends with
-    the logits.
+    Args:
+      settings: `config.model`.
+      mesh: the devices.
+      graphdef: of the model.
+      train_step: the jitted step: augmentation, forward and backward pass, update.
+      arguments: shapes of its (state, frozen, batch).
+      traced, lowered, compiled: its stages for these shapes.
+      slices: images per step, by which FLOPs are divided.
     """
     state, frozen, _ = arguments
     record = _of_model(settings, mesh, graphdef, state.params, frozen)
     memory = compiled.memory_analysis()
     if record["kind"] == "training":
         counted = flops_of(traced, lowered)
-        if counted is None:  # devices behind a plugin have none
+        if counted is None:  # devices behind a plugin
             counted = host_flops(inspect.unwrap(train_step), *arguments)
         record["flops_per_image"]["training"] = None if counted is None else counted / slices
     return record | {
@@ -71,7 +74,7 @@ def describe_step(
             "arguments": memory.argument_size_in_bytes,
             "outputs": memory.output_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
-            "aliased": memory.alias_size_in_bytes,  # outputs that take the place of arguments
+            "aliased": memory.alias_size_in_bytes,  # outputs that reuse arguments' memory
         },
     }
 
@@ -82,7 +85,7 @@ def describe_inference(settings: ConfigDict, mesh, graphdef, params, frozen) -> 
 
 
 def _of_model(settings: ConfigDict, mesh, graphdef, params, frozen) -> dict:
-    """What does not depend on the step."""
+    """The part that does not depend on the step."""
     size, device = settings.image_size, mesh.devices.flat[0]
     method = registry.method_of(settings)
     image = jax.ShapeDtypeStruct((1, size, size), jnp.float32)
@@ -105,9 +108,9 @@ def _of_model(settings: ConfigDict, mesh, graphdef, params, frozen) -> dict:
 
 
 def host_flops(function, *arguments) -> float | None:
-    """FLOPs of a pure function of arrays or shapes, lowered for the CPU but never compiled.
+    """Returns the FLOPs of a pure function of arrays or shapes, lowered for the CPU.
 
-    None where JAX is kept from the CPU (`JAX_PLATFORMS`).
+    None if JAX may not use the CPU (`JAX_PLATFORMS`).
     """
     try:
         host = jax.local_devices(backend="cpu")[0]
@@ -120,7 +123,7 @@ def host_flops(function, *arguments) -> float | None:
 
 
 def flops_of(traced, lowered) -> float | None:
-    """XLA's count of a program, which has one round of a loop, and the products of the others.
+    """Returns XLA's count of a program plus the products of further loop iterations.
 
     Loops are microbatches, `model.scan_blocks`, and attention in chunks.
     """
@@ -129,7 +132,7 @@ def flops_of(traced, lowered) -> float | None:
 
 
 def _further_rounds(jaxpr, rounds: int = 1) -> float:
-    """FLOPs of the matrix products in loops of known length, without each loop's first round."""
+    """FLOPs of the matrix products in loops of known length, without the first iterations."""
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general" and rounds > 1:
@@ -143,9 +146,14 @@ def _further_rounds(jaxpr, rounds: int = 1) -> float:
 
 
 def summarize_steps(records: list[dict], batch_size: int, first: int = 0) -> dict:
-    """Seconds per step over the intervals between records after step `first`, and memory peaks.
+    """Returns seconds per step between records after step `first`, and memory peaks.
 
-    The rates of `metrics.jsonl` leave out saving and validating; compiling comes before them.
+    The rates in `metrics.jsonl` exclude compiling, saving and validating.
+
+    Args:
+      records: of `metrics.jsonl`.
+      batch_size: slices per step.
+      first: step after which to measure.
     """
     rates = [record["images_per_second"] for record in records if record["step"] > first]
     seconds = [batch_size / rate for rate in rates if rate > 0]
@@ -161,9 +169,9 @@ def summarize_steps(records: list[dict], batch_size: int, first: int = 0) -> dic
 
 
 def start_record(workdir, record: dict, step: int) -> None:
-    """Keep a record of `describe_step` for a run that starts, or goes on, after `step`.
+    """Stores a record of `describe_step` for a run that starts or resumes after `step`.
 
-    Steps are timed from there; from where an earlier start began if its setting was the same.
+    Steps are timed from there, or from an earlier start with the same settings.
     """
     earlier, timed_from = read_record(workdir), step
     if all(earlier.get(key) == record[key] for key in _SETTING):
@@ -172,14 +180,14 @@ def start_record(workdir, record: dict, step: int) -> None:
 
 
 def update_record(workdir, records: list[dict]) -> None:
-    """Add what the steps took so far to the record that `begin` left."""
+    """Adds the measured times and peaks to the record of `start_record`."""
     if record := read_record(workdir):
         spent = summarize_steps(records, record["batch_size"], record["timed_from"])
         _store(workdir, record | spent)
 
 
 def read_record(workdir) -> dict:
-    """The record of a workdir; {} where there is none or it cannot be read."""
+    """Returns the record of a workdir; {} if missing or damaged."""
     return files.read_record(Path(workdir) / FILE, missing={}, damaged={})
 
 
@@ -189,7 +197,7 @@ def _store(workdir, record: dict) -> None:
 
 
 def _process_peak() -> int | None:
-    """Largest resident size of this process so far, compiling and reading data included."""
+    """Peak resident bytes of this process, including compilation and data loading."""
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -197,6 +205,6 @@ def _process_peak() -> int | None:
 
 
 def _device_peak() -> int | None:
-    """Most bytes ever in use on one local device; None where devices keep no count."""
+    """Peak bytes in use on a local device; None if devices do not count them."""
     counts = [device.memory_stats() or {} for device in jax.local_devices()]
     return max((c["peak_bytes_in_use"] for c in counts if "peak_bytes_in_use" in c), default=None)

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: seconds by activity, kept over its restarts."""
+"""Times a run: seconds per activity, accumulated over restarts."""
 
 import contextlib
 import time
@@ -10,9 +10,9 @@ FILE = "timing.json"
 
 
 class Stopwatch:
-    """`with watch("train"): ...` adds to that activity; an activity inside another interrupts it.
+    """Adds time to activities: `with watch("train"): ...`; a nested activity pauses the outer one.
 
-    The totals of the workdir's earlier starts are the beginning, so that a resumed run adds up.
+    Totals continue from the workdir's earlier starts.
     """
 
     def __init__(self, workdir):
@@ -35,7 +35,7 @@ class Stopwatch:
             self._running.pop()
 
     def _credit(self) -> None:
-        """Give the time since the last change to the innermost activity."""
+        """Adds the time since the last change to the innermost activity."""
         now = time.perf_counter()
         if self._running:
             activity = self._running[-1]
@@ -43,6 +43,6 @@ class Stopwatch:
         self._since = now
 
     def store(self) -> None:
-        """Write `timing.json` as things stand."""
+        """Writes the totals to `timing.json`."""
         self._credit()
         write_json(self._path, {name: round(value, 3) for name, value in self.seconds.items()})

@@ -41,7 +41,7 @@ def train(config: ConfigDict, workdir) -> dict:
 
 
 def fit(run: Run) -> Predictor:
-    """Trains from where the workdir stands to the last step; returns a predictor of the result."""
+    """Trains from the workdir's newest state to the last step; returns a predictor."""
     config, plan, size = run.config, run.plan, len(run.data.list)
     feed, seed = _make_feed(run)
     step = shard_step(
@@ -115,12 +115,12 @@ def fit(run: Run) -> Predictor:
         with run.watch("checkpoint"):
             params = best_parameters.restore_params(run.workdir, step.state.params, best=True)
     predictor = predictor.with_params(params)
-    # Of several processes, each evaluates cases of its own.
+    # Each of several processes evaluates its share of the cases.
     return predictor.on_local_devices() if multihost.is_multiprocess() else predictor
 
 
 def _make_feed(run: Run) -> tuple[DeviceBatches, int]:
-    """Returns the batches of the run, encoded beforehand where it says so, and the seed."""
+    """Returns the batches of the run, precomputed features if configured, and the seed."""
     config, plan = run.config, run.plan
     seed = augmentation_seed(config.seed, plan.step.augment)
     slices = {"image": run.data.images, "label": run.data.labels}
@@ -140,19 +140,19 @@ def _make_feed(run: Run) -> tuple[DeviceBatches, int]:
 
 
 def _restore_or_start(run: Run, step: ShardedStep, checkpoints, loader):
-    """Returns the newest state of the workdir, or the one before the first step."""
+    """Returns the newest state of the workdir, or the initial state."""
     if checkpoints.latest is not None:
         state = checkpoints.restore(step.state, loader)
         multihost.print_once(f"resumed from step {int(state.step)}")
         return state
     if run.resume:
-        multihost.print_once(f"{run.workdir} holds no checkpoint yet: training starts anew")
+        multihost.print_once(f"{run.workdir} holds no checkpoint yet; training starts over")
     multihost.put_state_global(run.params, sharding_of(step.state.params))
     return step.start(run.params)
 
 
 def _compile(run: Run, step: ShardedStep, done: int):
-    """Compiles the step; prints and stores what it costs."""
+    """Compiles the step; prints and stores its cost."""
     before = time.perf_counter()
     with run.watch("compile"):
         traced = step.trace()
@@ -179,7 +179,7 @@ def _compile(run: Run, step: ShardedStep, done: int):
 
 
 def _as_loaded(run: Run) -> Predictor:
-    """Returns a predictor of a method without training."""
+    """Returns the predictor of a method without trainable parameters."""
     model = run.graphdef, run.params, run.frozen
     step_cost.start_record(
         run.workdir, step_cost.describe_inference(run.config.model, run.mesh, *model), 0
@@ -193,7 +193,7 @@ def _predictor_of(run: Run, params) -> Predictor:
 
 
 def _evaluate(run: Run, predictor: Predictor) -> dict:
-    run.watch.seconds.pop("evaluate", None)  # of an evaluation that this one replaces
+    run.watch.seconds.pop("evaluate", None)  # of a replaced evaluation
     with run.watch("evaluate"):
         summary = workdirs.run_evaluation(run.config, run.workdir, predictor, run.split)
     if not run.total:

@@ -1,4 +1,4 @@
-"""The train loop: steps are dispatched ahead of the device, and hooks run between them."""
+"""The train loop: dispatches steps ahead of the device and runs hooks between them."""
 
 import collections
 import dataclasses
@@ -7,8 +7,7 @@ from typing import Any
 
 import jax
 
-# Steps under way at a time: the host prepares the next while the device computes, and what waits
-# on the device stays bounded.
+# Steps in flight: the host prepares the next while the device computes, with bounded memory.
 AHEAD = 2
 
 
@@ -22,14 +21,17 @@ def run_steps(
     report: Callable,
     stop_after: Callable[[int], bool] = lambda step: False,
 ):
-    """Runs the steps after `step`, up to `until` or a stop. Nothing is fetched from the device.
+    """Runs the steps after `step`, up to `until` or a stop; fetches nothing from the device.
 
     Args:
-      train_step: compiled; the state it is given is donated.
+      train_step: compiled; donates the state.
+      state, frozen: train state and frozen parameters.
       feed: iterator of (batch, rows).
+      step: steps done.
+      until: last step.
       report: called with (step, metrics on the device, rows) for each step but the last, in order,
         once its metrics are ready.
-      stop_after: asked once about each step; where it is true, that step is the last.
+      stop_after: called once per step; True makes that step the last.
 
     Returns:
       The state, and the number, metrics and rows of the last step.
@@ -53,14 +55,14 @@ def run_steps(
 
 @dataclasses.dataclass
 class Moment:
-    """Where a run stands when hooks are called.
+    """The state of a run when hooks are called.
 
     Attributes:
       step: steps done.
       state: the train state; the next step donates it.
       metrics: of the last step, on the device.
       rows: (B,) rows of the few-shot list in the last batch.
-      scalars: host numbers that hooks add for those after them.
+      scalars: host numbers that hooks add for later hooks.
     """
 
     step: int
@@ -71,12 +73,12 @@ class Moment:
 
 
 class TrainLoop:
-    """Steps until the run ends or a signal stops it; pauses where a hook is due.
+    """Runs steps until the run ends or a signal stops it; pauses when a hook is due.
 
     Args:
       total: steps of the whole run.
-      report: see `run_steps`, for steps without a pause.
-      stop_after: whether a step is to be the last; asked once about each.
+      report: see `run_steps`; called for steps without a pause.
+      stop_after: called once per step; True makes that step the last.
     """
 
     def __init__(self, total: int, report: Callable, stop_after: Callable[[int], bool]):
@@ -92,13 +94,15 @@ class TrainLoop:
         when: Callable[[int], bool] | None = None,
         at_end: bool = False,
     ) -> None:
-        """Adds a callback; those due at a step run in the order in which they were added.
+        """Adds a callback; hooks run in the order in which they were added.
+
+        With neither `every` nor `when`, the hook runs at each pause that other hooks ask for.
 
         Args:
           hook: called with the `Moment`.
-          every: runs it after each `every`-th step; or `when`: after steps for which that is true.
-            With neither, it runs at each pause that other hooks ask for.
-          at_end: runs it after the last step as well, be that the run's or one before a stop.
+          every: runs the hook after each `every`-th step.
+          when: runs the hook after the steps for which it returns True.
+          at_end: also runs the hook after the last step, of the run or before a stop.
         """
         if every:
             when = lambda step: step % every == 0  # noqa: E731

@@ -12,10 +12,10 @@ from flax import nnx
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """What a step changes: parameters that train, their optimiser state, the step counter.
+    """Trainable parameters, their optimizer state and the step counter.
 
-    `seed` and `epoch_size` (few-shot slices) stay as they are. They are carried, not compiled in,
-    so that another seed or list reuses the compiled step.
+    `seed` and `epoch_size` (few-shot slices) are constant; they are carried rather than compiled
+    in, so another seed or list reuses the compiled step.
     """
 
     params: nnx.State
@@ -28,6 +28,6 @@ class TrainState:
 def init_state(
     params, optimizer: optax.GradientTransformation, *, seed: int, epoch_size: int
 ) -> TrainState:
-    """A fresh training state around `params`."""
+    """Returns the training state before the first step."""
     step, seed, epoch_size = (jnp.array(n, jnp.int32) for n in (0, seed, epoch_size))
     return TrainState(params, optimizer.init(params), step, seed, epoch_size)

@@ -1,7 +1,7 @@
-"""The pure steps that loop, benchmark, ahead-of-time compiler and tests share.
+"""The pure train step, shared by train loop, benchmark, ahead-of-time compiler and tests.
 
-State is split once: `params` (what the filter trains), `frozen` (the rest), optimiser state and
-step. Gradients are taken with respect to `params` only, so no dW of a frozen weight exists.
+Gradients are taken with respect to the trainable `params` only, so no weight gradient of a frozen
+parameter exists.
 """
 
 import dataclasses
@@ -18,18 +18,20 @@ from pgpsam_jax.models.losses import deep_supervision
 from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.training.train_state import TrainState
 
-_MODEL = 1 << 20  # what a sample's key is folded with for the model's own draws
+_MODEL = 1 << 20  # folded into a sample's key for the model's own random numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """Static settings of the training step.
+    """Static settings of the train step.
 
-    loss: the method's, (outputs, labels (B, S, S), epoch, this) -> (scalar, metrics).
-    microbatches: the batch goes through the model in so many parts, one after the other, and
-    their gradients are averaged: less memory for the same batch. Soft Dice then sums over each
-    part, so that this is close to, not the same as, the whole batch at once.
-    encoded: 0, or how many augmented copies of every slice were encoded beforehand.
+    Attributes:
+      augment: settings of the augmentation.
+      ce_weight, dice_weight: weights of the two losses.
+      microbatches: parts of the batch that are processed in turn, with averaged gradients: less
+        memory. Soft Dice is then computed per part, which is close but not equal to the full batch.
+      loss: of the method: (outputs, labels (B, S, S), epoch, this) -> (scalar, metrics).
+      encoded: number of precomputed augmented copies of each slice; 0 = encode in each step.
     """
 
     augment: AugmentConfig
@@ -41,10 +43,15 @@ class StepConfig:
 
 
 def loss_of(graphdef, params, frozen, inputs, labels, epoch, config: StepConfig, keys=None):
-    """(loss, (metrics, running averages of batch statistics)) of a batch.
+    """Returns (loss, (metrics, running averages of batch statistics)) of a batch.
 
-    labels (B, S, S) are class ids, inputs images (B, S, S) in [0, 1]; with `config.encoded`, what
-    the model's `encode` made of images. keys (B,): for what the model draws in training.
+    Args:
+      graphdef, params, frozen: the model.
+      inputs: images (B, S, S) in [0, 1]; with `config.encoded`, the encoder's features of them.
+      labels: (B, S, S) class ids.
+      epoch: full epochs done.
+      config: settings.
+      keys: (B,) for the model's random numbers in training.
     """
     model = nnx.merge(graphdef, params, frozen)
     outputs = model.segment(inputs, keys) if config.encoded else model(to_input(inputs), keys)
@@ -53,7 +60,7 @@ def loss_of(graphdef, params, frozen, inputs, labels, epoch, config: StepConfig,
 
 
 def gradients_of(graphdef, params, frozen, inputs, labels, epoch, config: StepConfig, keys=None):
-    """(gradients of `loss_of` to `params`, what else it returns), over a batch's microbatches."""
+    """Returns the gradients of `loss_of` in `params` and its auxiliary output, microbatched."""
     parts = config.microbatches
     differentiate = jax.grad(loss_of, argnums=1, has_aux=True)
 
@@ -64,7 +71,7 @@ def gradients_of(graphdef, params, frozen, inputs, labels, epoch, config: StepCo
     if parts == 1:
         return of_part(*batch)
 
-    def deal(x):  # every device keeps its own rows
+    def deal(x):  # each device keeps its rows
         return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total, part):
@@ -78,13 +85,12 @@ def gradients_of(graphdef, params, frozen, inputs, labels, epoch, config: StepCo
 
 
 def make_train_step(graphdef, optimizer: optax.GradientTransformation, config: StepConfig):
-    """Pure function (state, frozen, batch) -> (state, metrics), to be jitted by the caller.
+    """Returns the pure function (state, frozen, batch) -> (state, metrics), for the caller to jit.
 
-    batch: `image` (B, S, S) in [0, 1] and `label` (B, S, S), the global batch; or a whole data set
-    of N slices that stays on the device, with `rows` (B,), those the batch consists of. With
-    `config.encoded` copies, `encoded` is in place of `image`, the set holds all copies, one after
-    the other, and epochs take them in turn. Keys depend on (seed, step, row of the global batch)
-    only.
+    `batch` holds the global batch: `image` (B, S, S) in [0, 1] and `label` (B, S, S); or a
+    device-resident set of N slices and `rows` (B,), the slices of the batch. With `config.encoded`
+    copies, `encoded` replaces `image`, the set holds one copy after the other, and epochs use them
+    in turn. Random keys depend only on (seed, step, row of the global batch).
     """
 
     def train_step(state: TrainState, frozen, batch):
