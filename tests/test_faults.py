@@ -145,8 +145,8 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
 def test_one_writer_at_a_time(root, finished, tmp_path):
     """The lock goes with a killed process; reading needs none and disturbs no save."""
     workdir = copied(finished[0], tmp_path / "run")
-    heed = REPOSITORY / "tests" / "heed.py"
-    holder = start(heed, "hold", workdir)
+    programs = REPOSITORY / "tests" / "signal_programs.py"
+    holder = start(programs, "hold", workdir)
     assert holder.stdout.readline() == "ready\n"
     under_way = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
     under_way.mkdir()

@@ -13,12 +13,12 @@ from pgpsam_jax.errors import AGAIN, Interrupted
 from pgpsam_jax.runtime import preemption
 
 pytestmark = pytest.mark.faults
-HEED = REPOSITORY / "tests" / "heed.py"
+PROGRAMS = REPOSITORY / "tests" / "signal_programs.py"
 
 
 def begun(scenario, folder):
-    """A program of `heed.py` that is where the signal is to reach it."""
-    process = start(HEED, scenario, folder)
+    """A program of `signal_programs.py` that is where the signal is to reach it."""
+    process = start(PROGRAMS, scenario, folder)
     assert process.stdout.readline() == "ready\n"
     return process
 

@@ -23,13 +23,13 @@ from pgpsam_jax.runtime import compilation_cache, worker_pool
 from pgpsam_jax.runtime.cli import Parser, pair, positive
 from pgpsam_jax.utils.files import atomic_folder, atomic_path, local, refuse_foreign
 
-HEED = REPOSITORY / "tests" / "heed.py"
+PROGRAMS = REPOSITORY / "tests" / "signal_programs.py"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("scenario", ["command", "masked", "deaf"])
 def test_a_signal_ends_a_command_in_one_line(scenario, number, tmp_path):
-    process = start(HEED, scenario, tmp_path)
+    process = start(PROGRAMS, scenario, tmp_path)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
@@ -58,7 +58,7 @@ time.sleep(60)
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path):
-    process = start(HEED, "talk", tmp_path)
+    process = start(PROGRAMS, "talk", tmp_path)
     assert process.stdout.readline() == "ready\n"
     process.stdout.close()
     assert process.wait(60) == 141
@@ -71,7 +71,7 @@ def test_output_that_cannot_be_written(tmp_path):
         pytest.skip("no /dev/full")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, HEED, "say", tmp_path],
+            [sys.executable, PROGRAMS, "say", tmp_path],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -180,7 +180,7 @@ def test_a_file_system_without_locks(number, tmp_path, monkeypatch):
 
 
 def test_without_locks_a_process_of_this_host_is_still_seen(tmp_path, monkeypatch):
-    process = start(HEED, "hold", tmp_path)
+    process = start(PROGRAMS, "hold", tmp_path)
     assert process.stdout.readline() == "ready\n"
     unlocked(monkeypatch, errno.ENOLCK)
     with pytest.raises(UserError, match="is in use"), workdir_lock.hold(tmp_path, "training"):

@@ -92,3 +92,9 @@ def test_files_are_short():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     long = {path.relative_to(REPOSITORY).as_posix(): n for path, n in lines.items() if n > 300}
     assert not long, long
+
+
+def test_jax_internals_are_used_in_one_file():
+    """It is what a new version of JAX may break, so that one place is to be looked at."""
+    users = [path.name for path in FILES if "jax._src" in path.read_text(encoding="utf-8")]
+    assert users == ["jax_internals.py"]

@@ -142,7 +142,10 @@ class ProcessGroup:
     def fail(self, error: BaseException) -> None:
         """Ends this process because of an error, which the others then report too."""
         if _raised_by_runtime(error):  # JAX aborts this process if another one is gone
-            time.sleep(self._heartbeat_seconds + _MARGIN_SECONDS)
+            seconds = self._heartbeat_seconds + _MARGIN_SECONDS
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            print(f"\n{reason}: waiting {seconds} s for word of the others", file=sys.stderr)
+            time.sleep(seconds)
         code, message = _exit_code_and_message(error)
         words = [self.info.process, socket.gethostname(), code, message]
         with contextlib.suppress(RuntimeError):  # another one failed first, or process 0 is gone

@@ -1,4 +1,4 @@
-"""Programs that signals reach, without JAX: python heed.py SCENARIO [FOLDER], a function below."""
+"""Programs that signals reach, without JAX: python signal_programs.py SCENARIO [FOLDER], a function below."""
 
 import signal
 import sys
@@ -25,7 +25,7 @@ def read(folder):
 
 
 def compile_(folder):
-    """The same, where no Python code runs that could heed a signal."""
+    """The same, where no Python code runs that could handle a signal."""
     with preemption.handle_signals():
         signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
         ready()
