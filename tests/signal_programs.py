@@ -1,4 +1,4 @@
-"""Programs that signals reach, without JAX: python signal_programs.py SCENARIO [FOLDER], a function below."""
+"""Programs for tests of signals, without JAX: python signal_programs.py SCENARIO [FOLDER]."""
 
 import signal
 import sys
