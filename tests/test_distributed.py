@@ -243,6 +243,7 @@ def test_a_killed_process_ends_the_training(root, tmp_path, killed):
     processes[killed].kill()
     start_of_end = time.monotonic()
     [(code, _, said)] = ends(processes[1 - killed])
-    assert code == PEER_LOST and f"process {killed} of 2 on " in said, said
-    assert time.monotonic() - start_of_end < 40
+    assert code == PEER_LOST and f"process {killed} of 2 has ended without a word" in said, said
+    assert f"to resume {tmp_path} from the last checkpoint" in said
+    assert time.monotonic() - start_of_end < 90  # as docs/distributed.md promises
     ends(processes[killed])
