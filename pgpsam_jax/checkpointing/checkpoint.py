@@ -116,7 +116,9 @@ class _Folder:
             stored = self._checkpointer.checkpointables_metadata(number).metadata["params"]
         except Exception:  # damaged
             return []
-        return sorted(_paths(stored) ^ _paths(abstract))
+        theirs, ours = _paths(stored), _paths(abstract)
+        # A checkpoint that has nothing in common with the model is damaged, not of another version.
+        return sorted(theirs ^ ours) if theirs & ours else []
 
     def _save(self, number: int, parts: dict, **options) -> None:
         """Starts a background save; the arrays may be changed right after the call."""
