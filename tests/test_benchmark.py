@@ -328,7 +328,7 @@ def test_mistakes_are_sentences(arguments, message, tmp_path, capsys):
 
 def test_a_broken_file_is_a_sentence(tmp_path):
     (tmp_path / table.ROWS).write_text("{")
-    with pytest.raises(UserError, match="benchmark.json is damaged .*give another --output"):
+    with pytest.raises(UserError, match=r"benchmark\.json is damaged .*give another --output"):
         table.load(tmp_path)
 
 
