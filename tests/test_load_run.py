@@ -176,11 +176,13 @@ def test_missing_files_are_said(run, tmp_path):
         pgpsam_jax.load_run(tmp_path)
 
 
-def test_importing_the_package_does_not_import_jax():
+def test_imports_are_late():
+    """The package without JAX; `load_run` without the training loop, Orbax and locks."""
     code = (
         "import sys, pgpsam_jax; assert 'jax' not in sys.modules and 'nibabel' not in sys.modules; "
         "assert 'load_run' in pgpsam_jax.__all__ and not hasattr(pgpsam_jax, 'load_runs'); "
-        "print('light')"
+        "pgpsam_jax.load_run; heavy = {'pgpsam_jax.training', 'orbax.checkpoint', 'filelock'}; "
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules); print('light')"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
