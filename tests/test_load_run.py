@@ -177,11 +177,11 @@ def test_missing_files_are_said(run, tmp_path):
 
 
 def test_imports_are_late():
-    """The package without JAX; `load_run` without the training loop, Orbax and locks."""
+    """The package without JAX; `load_run` without the training loop and Orbax."""
     code = (
         "import sys, pgpsam_jax; assert 'jax' not in sys.modules and 'nibabel' not in sys.modules; "
         "assert 'load_run' in pgpsam_jax.__all__ and not hasattr(pgpsam_jax, 'load_runs'); "
-        "pgpsam_jax.load_run; heavy = {'pgpsam_jax.training', 'orbax.checkpoint', 'filelock'}; "
+        "pgpsam_jax.load_run; heavy = {'pgpsam_jax.training', 'orbax.checkpoint'}; "
         "assert not heavy & set(sys.modules), heavy & set(sys.modules); print('light')"
     )
     result = subprocess.run(

@@ -11,6 +11,7 @@ import platform
 import warnings
 from pathlib import Path
 
+import filelock
 import jax
 
 from pgpsam_jax.errors import UserError
@@ -93,7 +94,6 @@ def _prepare(folder: Path) -> None:
     status = folder.stat()
     if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
         raise PermissionError(f"others can write to {folder}, whose content is executed")
-    import filelock  # late: importing this module stays light
 
     try:
         with filelock.FileLock(folder / ".lockfile", timeout=0):  # the lock of JAX itself
