@@ -103,10 +103,10 @@ def test_image_size_not_divisible(refuses, tmp_path):
 def test_workdir_that_is_none(refuses, program, tmp_path):
     arguments = ["--workdir", tmp_path / "none"]
     if program is main:
-        refuses("is no training workdir", *arguments, "--mode", "evaluate")
+        refuses("is not a training workdir", *arguments, "--mode", "evaluate")
     else:
         arguments += ["--input", tmp_path, "--output", tmp_path / "out"]
-        refuses("is no training workdir", *arguments, run=predict.main)
+        refuses("is not a training workdir", *arguments, run=predict.main)
 
 
 @pytest.fixture

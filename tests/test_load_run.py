@@ -172,7 +172,7 @@ def test_other_inputs_are_refused(run, wrong):
 def test_missing_files_are_said(run, tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.nii is not a file"):
         run.segment(tmp_path / "nowhere.nii")
-    with pytest.raises(UserError, match="is no training workdir"):
+    with pytest.raises(UserError, match="is not a training workdir"):
         pgpsam_jax.load_run(tmp_path)
 
 

@@ -274,7 +274,7 @@ def test_mistaken_paths(source, config, workdir, tmp_path, capsys):
     assert "already; choose another --output" in fail(capsys, source, workdir, f"--config={config}")
     assert "is not a file" in fail(capsys, tmp_path, tmp_path / "w")
     assert "should end in .pth" in fail(capsys, workdir, tmp_path / "a.bin", "--reverse")
-    assert "is no training workdir" in fail(capsys, tmp_path, tmp_path / "a.pth", "--reverse")
+    assert "is not a training workdir" in fail(capsys, tmp_path, tmp_path / "a.pth", "--reverse")
     assert "there is no default for that number" in fail(capsys, source, tmp_path / "w")
 
 

@@ -327,7 +327,7 @@ def test_program(tmp_path, capsys, monkeypatch, sketched):
     with pytest.raises(SystemExit) as stop:
         program.main([str(tmp_path / "nothing")])
     assert stop.value.code == 2
-    assert "is no training workdir" in capsys.readouterr().err
+    assert "is not a training workdir" in capsys.readouterr().err
 
 
 def luminance(color):

@@ -190,7 +190,7 @@ def test_a_config_file_on_top_of_another(tmp_path, monkeypatch):
         load("config.fewshot.count = 3; config.fewshot.every = 2")
     with pytest.raises(UserError, match=r"fewshot.rule is 'all', which takes no size, not .*=3"):
         load("config.fewshot.rule = 'all'; config.fewshot.count = 3")
-    with pytest.raises(UserError, match=r"beside which fewshot.count=3 means nothing"):
+    with pytest.raises(UserError, match=r"a complete list and excludes fewshot.count=3"):
         load("config.fewshot.file = 'x'; config.fewshot.count = 3")
     with pytest.raises(UserError, match=r"mine.py: no such configuration field: speed"):
         load("config.optim.speed = 3")
@@ -203,8 +203,8 @@ def test_a_config_file_on_top_of_another(tmp_path, monkeypatch):
     [
         (["fewshot.count=3", "fewshot.fraction=0.5"], "fraction=0.5 and fewshot.count=3 exclude"),
         (["fewshot.rule=area", "fewshot.every=3"], "takes fewshot.fraction or fewshot.count, not"),
-        (["fewshot.file=x", "fewshot.seed=3"], "beside which fewshot.seed=3 means nothing"),
-        (["fewshot.file=x", "fewshot.rule=area"], "beside which fewshot.rule=area means nothing"),
+        (["fewshot.file=x", "fewshot.seed=3"], "a complete list and excludes fewshot.seed=3"),
+        (["fewshot.file=x", "fewshot.rule=area"], "a complete list and excludes fewshot.rule=area"),
         (["fewshot.rule=some"], "fewshot.rule is 'some'; choose from"),
         (["data.window=1,2,3"], "give two numbers"),
     ],

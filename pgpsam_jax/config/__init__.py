@@ -1,4 +1,4 @@
-"""What a run is told: every field with its default, files, flags, and what is stored."""
+"""The configuration of a run: fields and defaults, config files, flags, storage."""
 
 from pgpsam_jax.config.defaults import default_config, use_release_recipe, use_small_encoder
 from pgpsam_jax.config.serialization import from_json, load_config, to_json

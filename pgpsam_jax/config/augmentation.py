@@ -1,4 +1,4 @@
-"""Settings of the training augmentation, and the authors' release as one of them."""
+"""Validated augmentation settings, and those of the authors' release."""
 
 import dataclasses
 
@@ -14,37 +14,35 @@ LABEL_WARPS = ("nearest", "linear")
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """How often and how strongly a training slice is warped; hashable, so a static argument.
+    """How often and how strongly training slices are augmented; hashable, for static arguments.
 
-    The paper names elastic deformation, rotation and scaling and gives no figures; frequencies
-    and the rotation range are the release's (docs/release_code.md#augmentation), all of whose
-    figures are `RELEASE`.
-    `exclusive=True` draws at most one of the three per sample, as the release does; `False` draws
-    each on its own, so that they combine. Probabilities of 0 leave samples bit for bit as they
-    were.
+    The paper names elastic deformation, rotation and scaling without numbers; frequencies and the
+    rotation range are the release's (docs/release_code.md#augmentation), whose settings are
+    `RELEASE`. With `exclusive=True` at most one of the three is applied per sample, as in the
+    release; with `False` they are sampled independently and combine. Probabilities of 0 leave
+    samples bit-identical.
 
     Attributes:
       rotate_probability, rotate_degrees: angle uniform in +-`rotate_degrees`.
       whole_degrees: round the angle down to a whole number of degrees.
-      scale_probability, scale_range: zoom factor (> 1 enlarges), uniform in its logarithm, about
-        the centre.
-      random_window: show a window anywhere in the picture instead; its side, 1 / zoom of the
-        picture's, is then what is uniform.
+      scale_probability, scale_range: zoom factor about the center (> 1 enlarges), log-uniform.
+      random_window: crop a window anywhere in the image instead; its side, 1 / zoom of the
+        image's, is then uniform.
       elastic_probability, elastic: "spline" or "gaussian".
       elastic_amplitude, elastic_grid: of "spline", a cubic B-spline over `elastic_grid`^2 random
         control points; no pixel moves further than `elastic_amplitude` (a fraction of the side)
-        along either axis, and a third of that is typical. "gaussian" has the release's figures:
-        a random affine map, then a smooth displacement of 0.8 % of the side (standard deviation).
-      label_warp: "linear" interpolates the class *ids* of elastic samples and rounds them, a fault
-        of the release that invents classes along boundaries; "nearest" takes one pixel's.
+        along either axis; a third of that is typical. "gaussian" uses the release's settings: a
+        random affine map, then a smooth displacement of 0.8 % of the side (standard deviation).
+      label_warp: "linear" interpolates the class *ids* of elastic samples and rounds them, a bug
+        of the release that invents classes along boundaries; "nearest" takes the nearest pixel.
       exclusive: see above.
       noise_probability, noise_sigma: additive Gaussian noise for images in [0, 1], clipped to
         that range.
-      poisson_probability: Poisson noise of counts that the number of grey levels scales.
-      salt_pepper_probability, salt_pepper_fraction: that fraction of pixels set, half of them to
-        0 and half to 1. At most one of the three kinds of noise is drawn per sample.
-      seeded: `False` draws the seed of the augmentation from the operating system, as the
-        release's elastic deformation does, so that no two runs are alike.
+      poisson_probability: Poisson noise with counts scaled by the number of gray levels.
+      salt_pepper_probability, salt_pepper_fraction: fraction of pixels set, half of them to 0 and
+        half to 1. At most one of the three kinds of noise is applied per sample.
+      seeded: `False` takes the augmentation seed from the operating system, as the release's
+        elastic deformation does, so no two runs are equal.
     """
 
     rotate_probability: float = 0.3
@@ -114,10 +112,10 @@ class AugmentConfig:
         return self.noise_probability, self.poisson_probability, self.salt_pepper_probability
 
 
-# Frequencies and ranges of the authors' release. What still differs from it: every sample is read
-# once, images linearly (the release: rotations to the nearest pixel, elastic samples linearly
-# twice, windows by cubic splines) and labels to the nearest; noise comes after the warp (the
-# release adds it to a window before enlarging it); values are not rounded to 8 bits again.
+# Frequencies and ranges of the authors' release. Remaining differences: samples are interpolated
+# once, images linearly (release: rotations to the nearest pixel, elastic samples linearly twice,
+# windows by cubic splines) and labels to the nearest pixel; noise follows the warp (the release
+# adds it to a window before enlarging it); values are not rounded to 8 bits again.
 RELEASE = AugmentConfig(
     whole_degrees=True,
     scale_range=(1 / 0.9, 1 / 0.4),

@@ -1,8 +1,7 @@
-"""Sections of a configuration whose fields exclude each other: a later one unsets those before.
+"""Configuration sections with mutually exclusive fields: setting one unsets the others.
 
-What is set later wins: on the command line over the config file, in a config file over the one it
-builds on. Fields that are set in one and the same place stay as they are, and `check` refuses them
-where they contradict each other.
+The later source wins: the command line over the config file, a config file over the one it builds
+on. Fields set by the same source are all kept; the checks below refuse contradictions.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ _BETWEEN = (str(Path(ml_collections.__file__).parent), __file__)
 
 @contextlib.contextmanager
 def set_by(name: str):
-    """Fields set inside the block are set by `name`, not by the file whose code sets them."""
+    """Attributes fields set inside the block to the source `name`, not to the calling file."""
     token = _named.set(name)
     try:
         yield
@@ -40,7 +39,7 @@ def set_by(name: str):
 
 
 class _Section(ConfigDict):
-    """Remembers which source set a field."""
+    """Remembers which source set each field."""
 
     def __setitem__(self, key, value):
         super().__setitem__(key, value)
@@ -51,12 +50,12 @@ class _Section(ConfigDict):
                 super().__setitem__(field, unset)
 
     def _excluded(self, key: str) -> dict:
-        """Field that `key` as it is now excludes -> its value once unset."""
+        """Fields excluded by the value of `key` -> their unset values."""
         return {}
 
 
 class DataSettings(_Section):
-    """`config.data`: a split file is a split of its own, globs are of the layout `pairs`."""
+    """`config.data`: a split file implies split `file`; globs belong to layout `pairs`."""
 
     def _excluded(self, key: str) -> dict:
         if key == "split_file" and self[key]:
@@ -69,14 +68,14 @@ class DataSettings(_Section):
 
 
 class TrainSettings(_Section):
-    """`config.train`: epochs that are set later than steps count."""
+    """`config.train`: epochs set after steps replace them."""
 
     def _excluded(self, key: str) -> dict:
         return {"steps": 0} if key == "epochs" else {}
 
 
 class FewShotSettings(_Section):
-    """`config.fewshot`: a list, or a rule with the one size that it takes."""
+    """`config.fewshot`: a list, or a rule with its one size."""
 
     def _excluded(self, key: str) -> dict:
         value = self[key]
@@ -96,7 +95,7 @@ class FewShotSettings(_Section):
 
 
 def check_few_shot(fewshot: ConfigDict) -> None:
-    """Refuse few-shot settings that contradict each other."""
+    """Refuses few-shot settings that contradict each other."""
     sizes = {key: fewshot[key] for key in SIZES if fewshot.get(key) is not None}
     rule = fewshot.rule
     if fewshot.file:
@@ -104,36 +103,36 @@ def check_few_shot(fewshot: ConfigDict) -> None:
         beside |= {"rule": rule} if rule != _DEFAULT_RULE else {}
         if beside:
             raise UserError(
-                f"fewshot.file is a list that is drawn already, beside which {_told(beside)} "
-                "means nothing; give one or the other"
+                f"fewshot.file is a complete list and excludes {_listed(beside)}; give one or the "
+                "other"
             )
     if len(sizes) > 1:
-        raise UserError(f"{_told(sizes)} exclude each other; give one of them")
+        raise UserError(f"{_listed(sizes)} exclude each other; give one of them")
     if rule not in RULES:
         raise UserError(f"fewshot.rule is {rule!r}; choose from {', '.join(RULES)}")
     taken = RULES[rule][0]
     if set(sizes) - set(taken):
         takes = " or ".join(f"fewshot.{size}" for size in taken) or "no size"
-        raise UserError(f"fewshot.rule is {rule!r}, which takes {takes}, not {_told(sizes)}")
+        raise UserError(f"fewshot.rule is {rule!r}, which takes {takes}, not {_listed(sizes)}")
 
 
 def check_few_shot_size(fewshot: ConfigDict) -> None:
-    """Refuse a rule without the size that it takes."""
+    """Refuses a few-shot rule without its size."""
     taken = RULES[fewshot.rule][0]
     if not fewshot.file and taken and all(fewshot.get(size) is None for size in taken):
         raise UserError(
-            f"fewshot.rule is {fewshot.rule!r}, which takes one setting, "
-            f"{' or '.join(f'fewshot.{size}' for size in taken)}; give it"
+            f"fewshot.rule is {fewshot.rule!r}, which needs a size; give "
+            f"{' or '.join(f'fewshot.{size}' for size in taken)}"
         )
 
 
-def _told(fields: dict) -> str:
+def _listed(fields: dict) -> str:
     *first, last = (f"fewshot.{key}={value}" for key, value in fields.items())
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def _caller() -> str:
-    """The file whose code sets a field."""
+    """The file whose code set a field."""
     frame = sys._getframe(2)
     while frame and frame.f_code.co_filename.startswith(_BETWEEN):
         frame = frame.f_back
@@ -141,21 +140,21 @@ def _caller() -> str:
 
 
 def check_run_settings(config: ConfigDict) -> None:
-    """Refuses settings that contradict each other, before anything is read or claimed."""
+    """Refuses settings that contradict each other, before anything is read or written."""
     check_few_shot(config.fewshot)
     check_few_shot_size(config.fewshot)
     _check_used(config.data)
     copies, trains = config.train.encoded_copies, config.model.train_encoder
     if copies and trains != "frozen":
         raise UserError(
-            f"train.encoded_copies is {copies}, but model.train_encoder is {trains!r}: what trains "
-            "cannot be encoded beforehand; set train.encoded_copies=0, or "
+            f"train.encoded_copies is {copies}, but model.train_encoder is {trains!r}: only a "
+            "frozen encoder's features can be precomputed; set train.encoded_copies=0, or "
             "model.train_encoder=frozen"
         )
 
 
 def _check_used(data: ConfigDict) -> None:
-    """Refuse paths that the layout or the split would leave aside."""
+    """Refuses paths that layout or split would not use."""
     unused = {"split_file": data.split != "file" and ("split", data.split, "file")}
     pairs = data.layout != "pairs" and ("layout", data.layout, "pairs")
     for field, used_by in (unused | dict.fromkeys(("image_glob", "label_glob"), pairs)).items():

@@ -1,8 +1,8 @@
-"""How the compared methods were trained by their authors, adapted to the common protocol.
+"""Training recipes of the compared methods' authors, adapted to the common protocol.
 
-Common to all: data, few-shot list, augmentation, image size, evaluation, and the steps of a run.
-What is a method's own: optimiser, schedule, loss weights, batch, and what of the encoder trains
-(docs/methods.md). Each recipe's comment says what of the original is left out, and why.
+Common to all methods: data, few-shot list, augmentation, image size, evaluation, number of steps.
+Specific to a method: optimizer, schedule, loss weights, batch size and trainable parts of the
+encoder (docs/methods.md). Comments name what is left out of the original recipe.
 """
 
 from ml_collections import ConfigDict
@@ -27,8 +27,8 @@ _HSAM = {
     "train.dice_weight": 0.9,
 }
 
-# Left out: batch 32, 500 epochs, crops and colours varied; classes asked for are all, not those
-# that an image is known to show.
+# Left out: batch 32, 500 epochs, crop and color augmentation. All classes are prompted, not only
+# those present in an image.
 _SURGICALSAM = {
     "model.train_encoder": "frozen",
     "optim.name": "adam",
@@ -39,20 +39,20 @@ _SURGICALSAM = {
     "optim.warmup_fraction": 0.0,
 }
 
-_AS_IT_IS = {
+_NO_AUGMENTATION = {
     "model.train_encoder": "frozen",
     "augment.rotate_probability": 0.0,
     "augment.scale_probability": 0.0,
     "augment.elastic_probability": 0.0,
     "train.steps": 1,
 }
-# Fitted once to the slices as they are (`fit.py`). Left out: ten images at random, SAM at 1024 px.
-_FSSP = _AS_IT_IS | {"model.prompt": "both"}
-# Nothing trains.
-_SAM = _AS_IT_IS | {"model.prompt": "box"}
+# Fitted once, without augmentation (`lbfgs_step.py`). Left out: ten random images, SAM at 1024 px.
+_FSSP = _NO_AUGMENTATION | {"model.prompt": "both"}
+# No trainable parameters.
+_SAM = _NO_AUGMENTATION | {"model.prompt": "box"}
 
-# Adam at a constant rate, batch 4. Left out: the rate's fall whenever the last batch's loss has not
-# improved for ten epochs, which noise decides; 120 epochs; input of 1024 px.
+# Adam at a constant rate, batch 4. Left out: decay on plateaus of the last batch's loss, which
+# depends on noise; 120 epochs; input of 1024 px.
 _AUTOSAM = {
     "model.train_encoder": "frozen",
     "optim.name": "adam",
@@ -65,7 +65,7 @@ _AUTOSAM = {
     "train.dice_weight": 1.0,
 }
 
-# SAMed's at a fifth of its rate, decay to the end of the run. Left out: what SAMed's leaves out.
+# SAMed's at a fifth of its rate, decay to the end of the run. Left out: the same as for SAMed.
 _SAMLST = {
     "model.train_encoder": "frozen",
     "optim.learning_rate": 1e-3,
@@ -87,20 +87,20 @@ RECIPES: dict[str, dict] = {
 
 
 def recipe_of(name: str) -> dict:
-    """The fields of the configuration that a method's recipe sets, {"optim.name": ...}."""
+    """Returns the configuration fields that a method's recipe sets, {"optim.name": ...}."""
     return RECIPES.get(name, {})
 
 
 def intrinsic_settings(name: str) -> dict:
-    """What of a recipe is the method itself; all else is left to the configuration.
+    """Returns the part of a recipe that defines the method itself.
 
-    So every method has the same optimizer, schedule, loss weights, batch and LoRA rank.
+    All methods then share optimizer, schedule, loss weights, batch and LoRA rank.
     """
     own = recipe_of(name).items()
     return {k: v for k, v in own if k.startswith("model.") and k != "model.lora_rank"}
 
 
 def apply_recipe(config: ConfigDict, name: str) -> None:
-    """Make a configuration that of a method, trained by its recipe."""
+    """Sets a method and its recipe in a configuration."""
     config.model.name = name
     config.update_from_flattened_dict(recipe_of(name))

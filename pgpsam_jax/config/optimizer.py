@@ -1,4 +1,4 @@
-"""Optimizer settings, validated where they are made."""
+"""Validated optimizer settings."""
 
 import dataclasses
 
@@ -9,18 +9,18 @@ OPTIMIZERS, DECAYS = ("adamw", "adam"), ("cosine", "polynomial", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Optimiser settings; the defaults are the paper's and its release's.
+    """Optimizer settings; the defaults are those of the paper and its release.
 
     Attributes:
       name: `adamw`, or `adam`, whose weight decay is added to the gradient.
       learning_rate: peak, reached at the end of the warm-up.
-      weight_decay: on *every* trained parameter (norms, biases and prototypes too), as PyTorch
-        does; adamw's is decoupled and scaled by the learning rate.
-      warmup_fraction, warmup_max_steps: warm-up length = the smaller of the two.
-      decay: one of `DECAYS`, how the learning rate falls after the warm-up.
-      decay_horizon: length of the decay in lengths of the run; beyond 1, it is cut off.
+      weight_decay: on *all* trainable parameters (norms, biases and prototypes too), as in
+        PyTorch; adamw's is decoupled and scaled by the learning rate.
+      warmup_fraction, warmup_max_steps: fraction of the run and steps; the smaller counts.
+      decay: one of `DECAYS`, after the warm-up.
+      decay_horizon: length of the decay relative to the run; beyond 1, it is cut off.
       decay_power: exponent of the polynomial decay.
-      final_learning_rate: where the decay ends.
+      final_learning_rate: at the end of the decay.
       clip_norm: bound on the global gradient norm; None = off.
     """
 
@@ -45,15 +45,15 @@ class OptimConfig:
                 f"learning_rate ({self.learning_rate})"
             )
         if not 0 <= self.warmup_fraction <= 1 or self.warmup_max_steps < 0:
-            refuse("warmup_fraction goes from 0 to 1 and warmup_max_steps from 0")
+            refuse("keep warmup_fraction from 0 to 1 and warmup_max_steps at 0 or more")
         for field, known in (("name", OPTIMIZERS), ("decay", DECAYS)):
             if getattr(self, field) not in known:
                 refuse(f"{field} is {getattr(self, field)!r}; choose from {', '.join(known)}")
         if self.decay_horizon < 1 or self.decay_power <= 0:
-            refuse("decay_horizon is 1 or more, decay_power above 0")
+            refuse("keep decay_horizon at 1 or more and decay_power above 0")
         if self.clip_norm is not None and self.clip_norm <= 0:
             refuse(f"clip_norm is {self.clip_norm}; give a positive norm, or None for no clipping")
 
 
 def refuse(problem: str):
-    raise UserError(f"optimiser settings: {problem}.")
+    raise UserError(f"optimizer settings: {problem}.")

@@ -1,8 +1,8 @@
-"""Settings as users write them: config files, `--config.model.k=2`, `--set model.k=2`.
+"""User settings: config files, `--config.model.k=2`, `--set model.k=2`.
 
-A config file is Python with `get_config()`, or `get_config(variant)` for `FILE:VARIANT`. A value
-on the command line is read by the kind of its field: None unsets a field that may be unset, `()`
-is an empty tuple, text is taken as it stands.
+A config file is Python with `get_config()`, or `get_config(variant)` for `FILE:VARIANT`. Values on
+the command line are parsed by the type of their field: None unsets an optional field, `()` is an
+empty tuple, text needs no quotes.
 """
 
 import ast
@@ -25,7 +25,7 @@ _WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no"
 
 
 def load_file(spec: str) -> ConfigDict:
-    """The configuration of `FILE` or `FILE:VARIANT`."""
+    """Returns the configuration of `FILE` or `FILE:VARIANT`."""
     path, get_config, variant = load_function(spec, "get_config", "config")
     try:
         return get_config(variant) if variant else get_config()
@@ -35,25 +35,34 @@ def load_file(spec: str) -> ConfigDict:
         raise UserError(f"config file {path}: {_reason(error)}") from None
 
 
-class _AsWritten(importlib.machinery.SourceFileLoader):
-    """Compiles a file as it is now.
-
-    Python's own cache tells two versions apart by size and second: too coarse for settings.
-    """
+class _Uncached(importlib.machinery.SourceFileLoader):
+    """Compiles a file without Python's cache, which compares only size and second."""
 
     def get_code(self, fullname):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def load_function(spec: str, name: str, what: str) -> tuple[str, Callable, str]:
-    """(file, its function `name`, variant) of `FILE` or `FILE:VARIANT`."""
+    """Loads a function from a Python file.
+
+    Args:
+      spec: `FILE` or `FILE:VARIANT`.
+      name: of the function.
+      what: kind of file, for error messages.
+
+    Returns:
+      (file, function, variant).
+
+    Raises:
+      UserError: the file is missing, fails to run, or lacks the function.
+    """
     path, _, variant = spec.partition(":")
     if not Path(path).is_file():
         raise UserError(f"{what} file {path} not found; run from the folder that holds it")
     if Path(path).suffix != ".py":
-        raise UserError(f"{what} file {path} is no Python file; its name ends in .py")
+        raise UserError(f"{what} file {path} is not a Python file; its name must end in .py")
     title = f"_{what}_{Path(path).stem}"
-    module_spec = importlib.util.spec_from_loader(title, _AsWritten(title, path))
+    module_spec = importlib.util.spec_from_loader(title, _Uncached(title, path))
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
@@ -67,7 +76,7 @@ def load_function(spec: str, name: str, what: str) -> tuple[str, Callable, str]:
 
 
 def split_flags(argv: Iterable[str]) -> tuple[list[str], dict[str, str]]:
-    """Arguments without those that set a field, and the fields with their text."""
+    """Splits arguments into those that set no field, and field -> text."""
     rest, fields, arguments = [], {}, iter(argv)
     for argument in arguments:
         if argument == "--":
@@ -145,7 +154,7 @@ def _default(field: str) -> tuple:
 
 
 def _read(field: str, text: str, default, kind: type):
-    """The value that a text means for a field that is no text."""
+    """Parses the text of a field that is not a string."""
     word = text.strip()
     try:
         if default is None and word.lower() in ("none", ""):
@@ -167,7 +176,7 @@ def _read(field: str, text: str, default, kind: type):
 
 
 def _tuple(word: str, default: tuple) -> tuple:
-    """`(0, 100)`, `0,100`, `7`, `()`, and words without quotes: `q,v`."""
+    """Parses `(0, 100)`, `0,100`, `7`, `()`, and words without quotes: `q,v`."""
     try:
         value = ast.literal_eval(word or "()")
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -181,7 +190,7 @@ def _tuple(word: str, default: tuple) -> tuple:
 
 
 def _wanted(default, kind: type) -> str:
-    """What to give for a field."""
+    """The remedy for an invalid value."""
     if kind is tuple:
         return f"give a list such as {default}" if default else "give a list such as (2, 5) or ()"
     names = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
@@ -189,7 +198,7 @@ def _wanted(default, kind: type) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """An error of a user's code in one line."""
+    """An error in a user's code as one line."""
     if isinstance(error, AttributeError | KeyError) and error.args:
         text = str(error.args[0])
         if unknown := re.search(r'Key "([^"]*)" does not exist and cannot', text):

@@ -1,7 +1,7 @@
-"""The run configuration: every field with its default, and how it is stored and compared.
+"""Stores, loads and validates configurations (`config.json`).
 
-A config file (`configs/*.py`) calls `default_config()` and changes what differs. The dictionary is
-locked: a field that does not exist is an error, in a file and on the command line.
+A config file (`configs/*.py`) calls `default_config()` and changes fields. The dictionary is
+locked: unknown fields are errors, in a file and on the command line.
 """
 
 import json
@@ -17,9 +17,9 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import local, write_json
 from pgpsam_jax.utils.untrusted_text import read_user_json, sanitize
 
-MAX_INT = 2**31 - 1  # of a whole number, a seed too: the step carries them in 32 bits
-# Numbers are 0 or more, but for these: 1 or more, -1 or more, any. Optimiser and augmentation look
-# after their own (`OptimConfig`, `AugmentConfig`).
+MAX_INT = 2**31 - 1  # of integers and seeds: the step carries them in 32 bits
+# Numbers are 0 or more, except for these: 1 or more, -1 or more, any. `OptimConfig` and
+# `AugmentConfig` validate their fields.
 _COUNTS = """
     model.image_size model.patch_size model.alpha model.k model.prompt_tokens train.batch_size
     train.microbatches train.epochs fewshot.count fewshot.volumes fewshot.every log.every_steps
@@ -31,14 +31,19 @@ _LEAST |= dict.fromkeys(("model.mix_start", "data.window"), -math.inf)
 
 
 def to_json(config: ConfigDict) -> dict:
-    """The configuration as plain JSON values."""
+    """Returns the configuration as plain JSON values."""
     return json.loads(config.to_json(sort_keys=True))
 
 
 def from_json(value: dict, where: str = "stored configuration") -> ConfigDict:
-    """A stored configuration on top of the defaults; unknown fields are an error.
+    """Returns a stored configuration on top of the defaults.
 
-    `where` starts the error message.
+    Args:
+      value: of `to_json`, by this or an earlier version.
+      where: names the source in errors.
+
+    Raises:
+      UserError: unknown fields or invalid values.
     """
     config = default_config()
     try:
@@ -55,7 +60,7 @@ def from_json(value: dict, where: str = "stored configuration") -> ConfigDict:
 
 
 def validate(config: ConfigDict) -> None:
-    """Refuse addresses, numbers that their field cannot be, and few-shot settings at odds."""
+    """Refuses URLs, numbers out of range, and contradictory few-shot settings."""
     for key, value in flatten(config.to_dict()).items():
         least = -math.inf if key.startswith(("optim.", "augment.")) else _LEAST.get(key, 0)
         for item in value if isinstance(value, tuple) else (value,):
@@ -73,7 +78,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_kinds(stored: dict, defaults: dict) -> None:
-    """Refuse what `ConfigDict.update` lets through: no value, True for a number, odd lists."""
+    """Refuses what `ConfigDict.update` accepts: None, True for a number, mixed lists."""
     for key, default in defaults.items():
         value = stored.get(key, default)
         if default is None:  # a placeholder, which knows its own type
@@ -89,7 +94,7 @@ def _check_kinds(stored: dict, defaults: dict) -> None:
 
 
 def _upgrade(value: dict) -> dict:
-    """A configuration of an earlier version in the fields of this one, where nothing is lost."""
+    """Converts a configuration of an earlier version to the present fields."""
     value = {part: dict(v) if isinstance(v, dict) else v for part, v in value.items()}
     if isinstance(remat := value.get("model", {}).get("remat"), bool):  # before it had names
         value["model"]["remat"] = "blocks" if remat else "none"
@@ -112,18 +117,18 @@ def _upgrade(value: dict) -> dict:
 
 
 def load_config(workdir) -> ConfigDict:
-    """The configuration a workdir was trained with."""
+    """Returns the configuration a workdir was trained with."""
     path = local(workdir, "workdir") / "config.json"
     if not path.is_file():
         raise UserError(
-            f"{path} not found, so {workdir} is no training workdir; train one with "
+            f"{path} not found, so {workdir} is not a training workdir; train one with "
             "python -m pgpsam_jax.main --config CONFIG --workdir WORKDIR"
         )
     return from_json(read_user_json(path, "configuration"), f"configuration {path}")
 
 
 def save_config(config: ConfigDict, workdir) -> None:
-    """Write `config.json`: from here on the workdir belongs to this configuration."""
+    """Writes `config.json`, which ties the workdir to this configuration."""
     write_json(Path(workdir) / "config.json", to_json(config))
 
 
@@ -134,7 +139,7 @@ def _tuples(value):
 
 
 def flatten(value: dict, prefix: str = "") -> dict:
-    """Nested sections as one dictionary, its keys as `model.k`."""
+    """Flattens nested sections to one dictionary with keys such as `model.k`."""
     fields = {}
     for key, item in value.items():
         nested = isinstance(item, dict)
