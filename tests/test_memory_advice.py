@@ -130,7 +130,7 @@ def test_the_search_ends_when_its_time_is_up(single, monkeypatch):
         return 5 * GIB
 
     text = told(9 * GIB, None, measure)
-    assert text.count("5.00 GiB") == 2 and text.count("not compiled for want of time") == 3
+    assert text.count("5.00 GiB") == 2 and text.count("not compiled for lack of time") == 3
     assert "offers" not in text and "fits" not in text  # no limit is known
     assert now.seconds == 200
 

@@ -99,9 +99,15 @@ def split_flags(argv: Iterable[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def assign(config: ConfigDict, fields: dict, source: str) -> None:
-    """Set fields (`model.k` -> value, or its text) that a source gives together.
+    """Sets the fields given by one source; unsets exclusive ones of other sources.
 
-    They unset what they exclude and another source has set; see `exclusive`.
+    Args:
+      config: changed in place.
+      fields: `model.k` -> value, or its text.
+      source: names the source, for error messages and `exclusive_fields`.
+
+    Raises:
+      UserError: a field does not exist or cannot have the value.
     """
     if {"train.steps", "train.epochs"} <= fields.keys() and fields["train.steps"] not in (0, "0"):
         raise UserError(f"train.steps and train.epochs exclude each other; give one ({source})")

@@ -1,15 +1,15 @@
-"""Peaks of accelerators by JAX's `device_kind`: what utilisation is measured against.
+"""Peak performance of accelerators by JAX's `device_kind`, the reference for utilization.
 
-Per device as JAX counts them (a chip, also where it has two cores). Sources: Google Cloud's TPU
-pages and the scaling book (TPU), NVIDIA's data sheets (GPU). NVIDIA's headline figures for sparse
-products are twice the dense ones here.
+Per device as JAX counts them (a chip, even with two cores). Sources: Google Cloud's TPU pages and
+the scaling book (TPU), NVIDIA's data sheets (GPU). NVIDIA's headline numbers for sparse products
+are twice the dense ones here.
 """
 
 from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """Dense bfloat16 FLOP/s, memory in bytes and bytes/s; bytes/s of one link, one way (TPU)."""
+    """Dense bfloat16 FLOP/s, memory bytes and bytes/s, bytes/s of a link in one direction (TPU)."""
 
     bf16_flops: float
     memory_bytes: float
@@ -37,11 +37,17 @@ CHIPS = {
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`; None for one that is not in the table."""
+    """Returns the chip of a `jax.Device.device_kind`, or None if unknown."""
     return CHIPS.get(device_kind)
 
 
 def utilization(flops_per_second: float, device_kind: str, dtype: str) -> float | None:
-    """Share of the chip's dense bfloat16 peak (MFU); None for other types and unknown chips."""
+    """Returns the share of the chip's dense bfloat16 peak (MFU).
+
+    Args:
+      flops_per_second: of one device.
+      device_kind: as in JAX; None is returned for unknown chips.
+      dtype: compute type; None is returned for all but bfloat16.
+    """
     chip = find_chip(device_kind)
     return flops_per_second / chip.bf16_flops if chip and dtype == "bfloat16" else None

@@ -1,8 +1,8 @@
-"""Training steps compiled for TPUs that are not there: memory and FLOPs of a chip, never time.
+"""Compiles train steps ahead of time for absent TPUs: memory and FLOPs per chip, never time.
 
 The compiler comes with libtpu, which needs no TPU: pip install '.[tpu]'. A topology is named by
 its chip and its shape in chips, `v5p:8x8x8`; Cloud TPU calls that slice v5p-1024, since it counts
-the cores of v4 and v5p, of which a chip has two, and the chips of v5e and v6e.
+cores for v4 and v5p, which have two per chip, and chips for v5e and v6e.
 """
 
 import dataclasses
@@ -27,11 +27,13 @@ _COUNTED_BY_CORE = ("v4", "v5p")
 
 @dataclasses.dataclass(frozen=True)
 class CompiledCost:
-    """Of one chip, bytes: what it is given, what it needs besides, what it returns.
+    """The compiler's plan for one chip.
 
-    aliased: outputs that take the place of arguments. flops leave out those of hand-written
-    kernels; accessed: bytes that operations read and write. A loop's body counts once in both;
-    None where the compiler keeps no count.
+    Attributes:
+      arguments, temporaries, outputs: bytes.
+      aliased: bytes of outputs that reuse arguments' memory.
+      flops: without those of hand-written kernels; loop bodies count once. None if not counted.
+      accessed: bytes that operations read and write, counted likewise.
     """
 
     arguments: int
@@ -43,30 +45,34 @@ class CompiledCost:
 
     @property
     def total(self) -> int:
-        """Bytes the step needs at once."""
+        """Bytes of memory that the step needs."""
         return self.arguments + self.temporaries + self.outputs - self.aliased
 
 
 def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
-    """(chip, shape) of `v5e:4x8`."""
+    """Returns (chip, shape) of a topology such as `v5e:4x8`."""
     match = re.fullmatch(r"(v\w+):(\d+(?:x\d+)*)", name)
     if not match:
-        raise UserError(f"topology {name!r} is no chip and shape, write it as in v5e:2x2")
+        raise UserError(f"topology {name!r} is not a chip and a shape; write it as in v5e:2x2")
     return match[1], tuple(map(int, match[2].split("x")))
 
 
 def slice_name(name: str) -> str:
-    """What Cloud TPU calls a topology: `v5p-1024` for `v5p:8x8x8`."""
+    """Returns Cloud TPU's name of a topology: `v5p-1024` for `v5p:8x8x8`."""
     chip, shape = parse_topology(name)
     return f"{chip}-{math.prod(shape) * (2 if chip in _COUNTED_BY_CORE else 1)}"
 
 
 def links(name: str, coordinates) -> int:
-    """Links over which each chip of a group receives at once, by the chips' coordinates.
+    """Returns the number of links over which each chip of a group receives concurrently.
 
-    Two along a side of the slice that the group spans and that closes to a ring, one along any
-    other side that it extends over. v5e and v6e close sides of 16, v4 and v5p those of slices made
-    of whole 4x4x4 cubes.
+    Two along each side of the slice that the group spans and that wraps around to a ring, one
+    along any other side over which it extends. v5e and v6e wrap sides of 16; v4 and v5p wrap the
+    sides of slices made of full 4x4x4 cubes.
+
+    Args:
+      name: of the topology.
+      coordinates: of the group's chips.
     """
     chip, shape = parse_topology(name)
     cubes = len(shape) == 3 and all(side % 4 == 0 for side in shape)
@@ -79,13 +85,13 @@ def links(name: str, coordinates) -> int:
 
 
 def topology_devices(name: str) -> list:
-    """The chips of a TPU topology such as `v5e:2x2` or `v6e:4x4`, only to be compiled for."""
+    """Returns the chips of a TPU topology such as `v5e:2x2`, as compilation targets."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"topology {name!r} needs libtpu's compiler; pip install '.[tpu]'")
-    # No chip is held, so processes need not wait for one another, nor ask a cloud who they are.
+    # No chip is used: processes need not wait for each other or query cloud metadata.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # Both cores of a v4 chip as one device, as JAX runs there; by default it would be two.
+    # Both cores of a v4 chip as one device, as JAX runs there; the default would be two.
     options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
         return list(topologies.get_topology_desc(name, "tpu", **options).devices)
@@ -97,7 +103,7 @@ def topology_devices(name: str) -> list:
 
 
 def abstract_model(settings: ConfigDict, num_classes: int, mesh):
-    """(graphdef, params, frozen) of a configuration as it is for the mesh, shapes only."""
+    """Returns (graphdef, params, frozen) of a configuration for the mesh, shapes only."""
     with device_mesh.traced_on(mesh):
         return build.abstract_model(settings, num_classes)
 
@@ -105,9 +111,17 @@ def abstract_model(settings: ConfigDict, num_classes: int, mesh):
 def lower_step(
     plan: TrainingPlan, mesh, model, image_size: int, slices: int = 126, seed: int = 0
 ) -> jax.stages.Lowered:
-    """The training step of an `abstract_model` on a mesh whose devices need not exist, traced.
+    """Lowers the train step of an `abstract_model` for a mesh whose devices need not exist.
 
-    slices: of the few-shot set. Batches come from the host: float16 images, uint8 labels.
+    Batches come from the host: float16 images, uint8 labels.
+
+    Args:
+      plan: how the run trains.
+      mesh: the target devices.
+      model: (graphdef, params, frozen).
+      image_size: side of the slices in pixels.
+      slices: of the few-shot set.
+      seed: of augmentation.
     """
     lanes, size = device_mesh.batch_sharding(mesh), image_size
     batch = {
@@ -120,13 +134,20 @@ def lower_step(
 def compile_step(
     settings: ConfigDict, plan: TrainingPlan, num_classes: int, mesh
 ) -> jax.stages.Compiled:
-    """The training step of a configuration for the mesh."""
+    """Compiles the train step of a configuration for the mesh.
+
+    Args:
+      settings: `config.model`.
+      plan: how the run trains.
+      num_classes: K, including the background.
+      mesh: the target devices.
+    """
     model = abstract_model(settings, num_classes, mesh)
     return lower_step(plan, mesh, model, settings.image_size).compile()
 
 
 def compiled_cost(compiled: jax.stages.Compiled) -> CompiledCost:
-    """What the compiler plans for one chip."""
+    """Returns the compiler's plan for one chip."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     return CompiledCost(
         memory.argument_size_in_bytes,

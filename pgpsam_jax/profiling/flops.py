@@ -1,15 +1,15 @@
-"""FLOPs a model needs, in closed form from its sizes: what model FLOP utilisation divides.
+"""Model FLOPs in closed form from the model's sizes, the basis of model FLOP utilization (MFU).
 
-Two FLOPs for a multiply-add; products alone (linear layers, convolutions, attention), no
-elementwise work, nothing that is computed twice to save memory. Per image.
+Two FLOPs per multiply-add; only products (linear layers, convolutions, attention), no elementwise
+work, no recomputation. Per image.
 
-A product costs its forward pass once more for each of its operands that needs a gradient: one
-time more for a frozen weight (none where no gradient goes further back), two times for a weight
-that trains and for the two activations of an attention product. So the encoder with LoRA costs
-about 2.1x its forward pass in training, what trains 3x.
+The backward pass repeats a product once per operand that needs a gradient: once for a frozen
+weight (never if no gradient flows further back), twice for a trainable weight and for the two
+activations of an attention product. In training, the encoder with LoRA thus costs about 2.1x its
+forward pass, trainable parts 3x.
 
-Window padding is apart: a window that overhangs the grid needs its real cells, the rest of it is
-`padding`. Letters as in models/: L grid cells, D encoder width, C decoder width, K classes, Q inter
+Window padding is counted separately, as `padding`: the cells of a window outside the token grid.
+Letters as in models/: L tokens, D encoder width, C decoder width, K classes, Q inter-class
 prototypes, r rank.
 """
 
@@ -32,7 +32,7 @@ class Product(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """Per image: needed by the forward pass and by a training step, and both on padded cells."""
+    """Per image: forward pass and training step, and both on padded cells."""
 
     forward: float
     training: float
@@ -41,7 +41,7 @@ class Flops(NamedTuple):
 
 
 def total(products: Iterable[Product]) -> Flops:
-    """The sum over products."""
+    """Sums over products."""
     products = list(products)
     return Flops(
         sum(p.forward for p in products),
@@ -54,17 +54,21 @@ def total(products: Iterable[Product]) -> Flops:
 def encoder(
     config: EncoderConfig, lora: LoraConfig | None, train: str, *, pad_projections: bool = False
 ) -> list[Product]:
-    """The image encoder; `train` is `lora`, `full` or `frozen`.
+    """Returns the products of the image encoder.
 
-    pad_projections: windows are padded before the qkv projection and cut after the output
-    projection, as the published SAM does, not between the two, as this package does.
+    Args:
+      config: sizes of the encoder.
+      lora: sizes of the LoRA layers, or None.
+      train: `lora`, `full` or `frozen`.
+      pad_projections: pads windows before the qkv projection and crops them after the output
+        projection, as the published SAM does, rather than between the two, as this package does.
     """
     (h, w), d, out = config.grid, config.width, config.out_channels
     tokens, full = h * w, train == "full"
     products = [Product(2 * tokens * d * 3 * config.patch_size**2, int(full))]
     adapted = len(lora.targets) if lora and train == "lora" else 0
     for i in range(config.depth):
-        below = full or (adapted > 0 and i > 0)  # something trains under this block's input
+        below = full or (adapted > 0 and i > 0)  # earlier blocks have trainable parameters
         within = full or adapted > 0
         window = 0 if i in config.global_blocks else config.window_size
         products += _attention_products(config, window, within, full)
@@ -84,7 +88,7 @@ def encoder(
 
 
 def _linear(rows, dim, out, input_gradient=True, trained=True, padded_rows=0) -> Product:
-    """(rows, dim) @ (dim, out), with so many rows of padding besides."""
+    """(rows, dim) @ (dim, out), plus `padded_rows` of padding."""
     flops = 2 * dim * out
     return Product(flops * rows, int(input_gradient) + int(trained), flops * padded_rows)
 
@@ -96,7 +100,7 @@ def _attention_products(config: EncoderConfig, window: int, gradient: bool, tabl
     size_h, size_w = (window, window) if window else (h, w)
     needed = sum((a * b) ** 2 for a in rows for b in columns)
     computed = len(rows) * len(columns) * (size_h * size_w) ** 2
-    # Every cell's query meets one row of R_h for each row of keys, and so with the columns.
+    # Each token's query meets one row of R_h per row of keys, and likewise for columns.
     places = sum(a * b * (a + b) for a in rows for b in columns)
     all_places = len(rows) * len(columns) * size_h * size_w * (size_h + size_w)
     d = config.width
@@ -106,7 +110,7 @@ def _attention_products(config: EncoderConfig, window: int, gradient: bool, tabl
 
 
 def _windows(length: int, size: int) -> list[int]:
-    """Real cells along one axis of each window."""
+    """Tokens along one axis of each window, without padding."""
     return [min(size, length - start) for start in range(0, length, size)]
 
 
@@ -115,7 +119,7 @@ def _padded_cells(grid, size: int) -> int:
 
 
 def two_way_transformer(config: DecoderConfig, cells: int, tokens: int) -> list[Product]:
-    """The decoder's transformer, all of it trained."""
+    """Returns the products of the decoder's transformer, fully trained."""
     d, inner = config.width, config.width // config.downsample
 
     def attention(queries, keys, width):
@@ -132,7 +136,7 @@ def two_way_transformer(config: DecoderConfig, cells: int, tokens: int) -> list[
 
 
 def masks(config: DecoderConfig, cells: int, count: int) -> list[Product]:
-    """Upscaling, hypernetworks and their product with the image: `count` masks at 4H x 4W."""
+    """Returns the products of upscaling and hypernetworks: `count` masks at 4H x 4W."""
     d = config.width
     return [
         _linear(cells, d, d),
@@ -145,7 +149,7 @@ def masks(config: DecoderConfig, cells: int, count: int) -> list[Product]:
 def sam(
     encoder_config: EncoderConfig, decoder: DecoderConfig, lora: LoraConfig | None, train: str
 ) -> list[Product]:
-    """Encoder and SAM's decoder without a prompt: four mask tokens and the quality token."""
+    """Returns the products of SAM without a prompt: four mask tokens and the quality token."""
     cells = math.prod(encoder_config.grid)
     return [
         *encoder(encoder_config, lora, train),
@@ -155,12 +159,18 @@ def sam(
 
 
 def pgpsam(config: PgpSamConfig, train: str, *, training: bool) -> list[Product]:
-    """Preset `paper`. In training the bootstrap's masks are needed too (deep supervision)."""
+    """Returns the products of PGP-SAM, preset `paper`.
+
+    Args:
+      config: sizes of the model.
+      train: `lora`, `full` or `frozen`.
+      training: counts the bootstrap masks of deep supervision as well.
+    """
     sizes, decoder = config.sam.encoder, config.sam.decoder
     cells, c = math.prod(sizes.grid), decoder.width
     classes, inter = config.num_classes, config.inter
     stages = len(config.stage_taps)
-    # Without PPR nothing of the bootstrap goes on: it is needed for its own loss alone.
+    # Without PPR the bootstrap is needed for its own loss only.
     passes = 1 + (stages if config.ppr else training)
     tokens = classes * (1 + config.ppg)
     adapts = train == "full" or (train == "lora" and config.lora.rank > 0)
@@ -178,7 +188,7 @@ def pgpsam(config: PgpSamConfig, train: str, *, training: bool) -> list[Product]
 
 
 def _prompts(cells: int, c: int, classes: int, inter: int) -> list[Product]:
-    """PPG: affinities, joins, the two attentions and the two MLPs (Eq 6 and 7)."""
+    """PPG: affinities, concatenations, two attentions and two MLPs (Eq 6 and 7)."""
     return [
         Product(4 * classes * inter * c),
         _linear(inter, c + classes, c),
@@ -191,13 +201,13 @@ def _prompts(cells: int, c: int, classes: int, inter: int) -> list[Product]:
 
 
 def _refinement(config: PgpSamConfig) -> list[Product]:
-    """PPR of one stage: fusion, choice of prototypes, class and query attention (Eq 3 to 5)."""
+    """PPR of one stage: fusion, prototype selection, class and query attention (Eq 3 to 5)."""
     (h, w), c = config.sam.encoder.grid, config.sam.decoder.width
     classes, cells = config.num_classes, h * w
     tokens = classes * (config.k + 1)
     return [
         _linear(cells, c + classes, c),
-        Product(2 * classes * config.inter * c, 0),  # the choice has no gradient
+        Product(2 * classes * config.inter * c, 0),  # selection has no gradient
         Product(2 * cells * (c + classes + h + w + tokens)),
         Product(4 * tokens * cells * c),
     ]

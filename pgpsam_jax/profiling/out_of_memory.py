@@ -27,26 +27,26 @@ from pgpsam_jax.profiling import accelerators, aot
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training.plan import TrainingPlan, mesh_of
 
-SECONDS = 240  # after which no other setting is compiled
-ENOUGH = 3  # settings that fit are as many as anybody reads
+SECONDS = 240  # time limit of the search
+ENOUGH = 3  # fitting settings end the search
 _EXHAUSTED = "RESOURCE_EXHAUSTED"
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-_BYTES_PER_PIXEL = 3  # of the few-shot set: float16 grey value, uint8 label
+_BYTES_PER_PIXEL = 3  # of the few-shot set: float16 gray value, uint8 label
 
 
 class Remedy(NamedTuple):
-    """Settings that may need less memory (field -> value), and what one gives for it."""
+    """Settings that may need less memory (field -> value), and their price."""
 
     settings: dict
     price: str
 
     @property
     def flags(self) -> str:
-        """As they are written on the command line."""
+        """The settings as command-line flags."""
         return " ".join(f"--config.{field}={value}" for field, value in self.settings.items())
 
     def applied(self, config: ConfigDict) -> ConfigDict:
-        """A copy of the configuration with the settings."""
+        """Returns a copy of the configuration with the settings."""
         config = config.copy_and_resolve_references()
         config.update_from_flattened_dict(self.settings)
         return config
@@ -54,9 +54,11 @@ class Remedy(NamedTuple):
 
 @contextlib.contextmanager
 def oom_to_user_error(config: ConfigDict | None, workdir):
-    """A device that runs out of memory inside is a `UserError` that says what would help.
+    """Converts out-of-memory errors inside the block to a `UserError` with suggestions.
 
-    config: the run's; None for the one that the workdir holds.
+    Args:
+      config: of the run; None for the workdir's.
+      workdir: of the run.
     """
     try:
         yield
@@ -64,7 +66,7 @@ def oom_to_user_error(config: ConfigDict | None, workdir):
         if _EXHAUSTED not in str(error):
             raise
         reason, segmenting = _reason(error), _was_segmenting(error)
-        # Arrays of the run live on in the frames it went through, and compiling needs room too.
+        # The traceback's frames keep the run's arrays alive, and compiling needs memory too.
         traceback.clear_frames(error.__traceback__)
         gc.collect()
         config = serialization.load_config(workdir) if config is None else config
@@ -72,18 +74,22 @@ def oom_to_user_error(config: ConfigDict | None, workdir):
 
 
 def advice(config: ConfigDict, workdir, reason: str, segmenting: bool = False) -> str:
-    """One sentence on what went wrong and, line by line, what would help.
+    """Returns one sentence on the fault, and one line per suggestion.
 
-    segmenting: it happened in validation or evaluation, not in a training step.
+    Args:
+      config: of the run.
+      workdir: of the run.
+      reason: of the device.
+      segmenting: whether it happened in validation or evaluation, not in a train step.
     """
     if segmenting:
         size = config.eval.batch_size
         smaller = f"choose --config.eval.batch_size={size // 2} or less, it is {size}"
-        tell = smaller if size > 1 else "no smaller batch is left: use a device with more memory"
-        return f"a device ran out of memory while volumes were segmented ({reason}); {tell}"
+        remedy = smaller if size > 1 else "one slice is the least: use a device with more memory"
+        return f"a device ran out of memory while volumes were segmented ({reason}); {remedy}"
     head = f"a device ran out of memory ({reason})"
     remedies = list_remedies(config)
-    if multihost.is_multiprocess():  # compiling is work of all processes, and the others are stuck
+    if multihost.is_multiprocess():  # compiling takes all processes, and the others are stuck
         listed = "\n".join(f"  {remedy.flags}  ({remedy.price})" for remedy in remedies)
         return f"{head}; settings that need less, cheapest first:\n{listed}"
     minutes = SECONDS // 60
@@ -101,17 +107,17 @@ def advice(config: ConfigDict, workdir, reason: str, segmenting: bool = False) -
 
 
 def _listed(head: str, needs: int, limit, kind: str, remedies) -> str:
-    """The sentence and the list, from bytes needed and those of the device (None: unknown)."""
+    """Formats sentence and list from the bytes needed and the device's (None: unknown)."""
     room = f", and {kind} offers {format_bytes(limit)}" if limit else ""
     text = f"{head}: a training step needs {format_bytes(needs)} on each device{room}"
     if limit and needs < limit:
         text += (
-            ", which should fit: see whether another program uses the device, or give JAX more of "
-            "it with XLA_CLIENT_MEM_FRACTION=0.95"
+            ", which should fit: check whether another program uses the device, or give JAX more "
+            "of it with XLA_CLIENT_MEM_FRACTION=0.95"
         )
     lines = []
     for remedy, size in remedies:
-        verdict = "not compiled for want of time" if size is None else format_bytes(size)
+        verdict = "not compiled for lack of time" if size is None else format_bytes(size)
         if limit and size is not None:
             verdict += ", fits" if size < limit else ", still too much"
         lines.append(f"  {remedy.flags}  ->  {verdict} ({remedy.price})")
@@ -126,7 +132,14 @@ def measure_remedies(
     limit: int | None,
     measure: Callable[[ConfigDict], int],
 ) -> Iterator[tuple[Remedy, int | None]]:
-    """Each remedy that needs less than `needs`, with its bytes; None where time ran out before."""
+    """Yields each remedy that needs less memory, with its bytes, until enough of them fit.
+
+    Args:
+      remedies: with the configurations they lead to, the cheapest first.
+      needs: bytes the present configuration needs.
+      limit: bytes of the device; None if unknown.
+      measure: configuration -> bytes. Remedies get None instead once time has run out.
+    """
     start, fits, longest = time.monotonic(), 0, 0.0
     for remedy, applied in remedies:
         before = time.monotonic()
@@ -144,7 +157,7 @@ def measure_remedies(
 
 
 def list_remedies(config: ConfigDict) -> list[Remedy]:
-    """What needs less memory, by what it costs the user, and last all that leaves the recipe."""
+    """Returns settings that need less memory, the cheapest first, another recipe last."""
     batch, parts, mesh = (
         config.train.batch_size,
         config.train.microbatches,
@@ -183,9 +196,9 @@ def list_remedies(config: ConfigDict) -> list[Remedy]:
 
 
 def step_bytes(config: ConfigDict, classes: int) -> int:
-    """Bytes a training step needs at once on a device; the few-shot set, if it stays there, apart.
+    """Returns the bytes that a train step needs on a device, without a resident few-shot set.
 
-    A TPU's compiler refuses a step that does not fit, and says what it would need.
+    The TPU compiler refuses a step that does not fit; its error states the size.
     """
     try:
         compiled = aot.compile_step(
@@ -202,21 +215,21 @@ def step_bytes(config: ConfigDict, classes: int) -> int:
 
 
 def memory_limit(device) -> int | None:
-    """Bytes of a device that JAX may use; those of its data sheet, or None where neither is known.
+    """Returns the bytes of a device that JAX may use, else those of its data sheet, else None.
 
-    The memory of a CPU is that of the machine: JAX knows no limit.
+    JAX knows no limit for CPUs.
     """
     stats, chip = device.memory_stats() or {}, accelerators.find_chip(device.device_kind)
     return stats.get("bytes_limit") or (chip and int(chip.memory_bytes))
 
 
 def format_bytes(size: float) -> str:
-    """Bytes in words."""
+    """Formats bytes as GiB or MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _resident_bytes(image_size: int, resident_gib: float, workdir) -> int:
-    """Of the few-shot set, where it stays on every device; 0 before the run has a list."""
+    """Bytes of a device-resident few-shot set; 0 if it is not resident or there is no list yet."""
     try:
         count = len(dataset.stored_list(workdir))
     except UserError:
@@ -226,7 +239,7 @@ def _resident_bytes(image_size: int, resident_gib: float, workdir) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error without its code."""
+    """First line of an error, without its code."""
     return str(error).splitlines()[0].removeprefix(f"{_EXHAUSTED}: ").strip().rstrip(".")
 
 
