@@ -1,8 +1,8 @@
-"""Check a data set before training: every file, one line each, and what is wrong with it.
+"""Check a data set before training: prints one line per file with its findings.
 
-Ends with 0 if there are no errors (warnings there may be), 1 if there are, 2 if nothing could be
-checked. `--report FILE` writes what was found as JSON (`data/verification.py` says in which form;
-`passed_over` counts what in the folders is no data).
+Exit status: 0 without errors (warnings allowed), 1 with errors, 2 if nothing could be checked.
+`--report FILE` writes the report as JSON (format: `data/quality/verification.py`; `passed_over`
+counts files in the folders that are not data).
 
 Examples:
   python -m pgpsam_jax.verify --data datasets/BTCV
@@ -26,18 +26,18 @@ from pgpsam_jax.data.layouts import find
 from pgpsam_jax.data.layouts.cases import Listing
 from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
 from pgpsam_jax.data.layouts.split import split_cases
-from pgpsam_jax.data.quality.verification import check_cases, findings_of, spoken, summarise
+from pgpsam_jax.data.quality.verification import check_cases, findings_of, format_finding, summarise
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime.cli import Parser, pair, positive, running
 from pgpsam_jax.utils.files import write_json
 from pgpsam_jax.utils.untrusted_text import read_user_json, sanitize
 
-# Fields of `config.data`; short names count only where they are no part of a path.
+# Fields of `config.data`; names without `data.` match only outside paths.
 _SETTINGS = re.compile(
     r"\bdata\.(?P<name>layout|image_glob|label_glob|label_table|split_file|split|window)\b"
     r"|(?<![\w/.'\"-])(?P<short>image_glob|label_glob|label_table|split_file)(?![\w/.'\"-])"
 )
-_LONGEST = 4000  # characters of a line
+_MAX_LINE = 4000  # characters
 
 
 def verify(
@@ -53,14 +53,25 @@ def verify(
     workers: int = 0,
     say=print,
 ) -> dict:
-    """Check all files of a data set, saying a line for each; returns the report.
+    """Checks all files of a data set and prints one line per file.
 
-    `split` and `split_file` as in `data`: where given, no patient may be in two of its parts.
+    Args:
+        root: folder of the data set.
+        layout: one of `find.LAYOUTS`, or "auto" to detect it.
+        image_glob, label_glob: file patterns of the layout "pairs".
+        table: label table; by default that of the layout.
+        split, split_file: as in the data configuration; reports patients in more than one part.
+        window: intensities (low, high) that a run maps to [0, 1].
+        workers: processes; 0 = this one, -1 = one per core.
+        say: prints a line.
+
+    Returns:
+        The report (see `data.quality.verification`) with `passed_over` and `seconds`.
     """
     started, base = time.perf_counter(), Path(root)
 
-    def tell(line: str) -> None:  # names of files are untrusted too
-        say(sanitize(spelled(line), _LONGEST))
+    def emit(line: str) -> None:  # file names are untrusted too
+        say(sanitize(with_flag_names(line), _MAX_LINE))
 
     if layout == "auto":
         layout = find.detect(root, image_glob)
@@ -71,18 +82,18 @@ def verify(
     of_file = {}
     for finding in listing.findings:
         of_file.setdefault(finding.file, []).append(finding)
-    records, said = [], set()
+    records, printed = [], set()
     for record in check_cases(listing.cases, table, window=window, workers=workers):
         records.append(record)
         for file in record["files"]:
             file["findings"] += [f.to_json() for f in of_file.pop(file["file"], ())]
-            said |= {id(finding) for finding in file["findings"]}
-            tell(_line(file, base))
+            printed |= {id(finding) for finding in file["findings"]}
+            emit(_line(file, base))
     rest = [finding for findings in of_file.values() for finding in findings]
     if layout == "transunet":
         say(f"note     {NO_GRID}")
     for line in listing.passed_over:
-        tell(f"note     {line}")
+        emit(f"note     {line}")
     report = summarise(
         records,
         table,
@@ -93,8 +104,8 @@ def verify(
         passed_over=listing.passed_over,
     )
     for finding in findings_of(report):
-        if id(finding) not in said:
-            tell(f"{finding['level']:8} {_short(spoken(finding), base)}")
+        if id(finding) not in printed:
+            emit(f"{finding['level']:8} {_relative(format_finding(finding), base)}")
     say(_order_line(report["order"]))
     counts, seconds = report["counts"], time.perf_counter() - started
     say(
@@ -105,7 +116,7 @@ def verify(
 
 
 def _split(listing: Listing, kind: str, file) -> None:
-    """Write the parts of a split into the cases; one that does not fit is a finding."""
+    """Assigns each case its part of the split; an invalid split is a finding."""
     cases = [case for case in listing.cases if case.label is not None]
     try:
         parts = split_cases(cases, kind, file=file)
@@ -123,29 +134,29 @@ def _split(listing: Listing, kind: str, file) -> None:
 
 
 def _line(file: dict, base: Path) -> str:
-    """The line of a file: how it is, its name, its shape or what is wrong with it."""
+    """Formats the line of a file: level, name, and its findings or else its shape."""
     levels = {finding["level"] for finding in file["findings"]}
     level = ERROR if ERROR in levels else WARNING if levels else "ok"
     text = "; ".join(finding["message"] for finding in file["findings"])
     if not text:
         text = " x ".join(map(str, file["shape"]))
         text += f" voxels of {' x '.join(f'{s:.4g}' for s in file['spacing'])} mm"
-    return f"{level:8} {_short(file['file'], base)}: {_short(text, base)}"
+    return f"{level:8} {_relative(file['file'], base)}: {_relative(text, base)}"
 
 
-def _short(text: str, base: Path) -> str:
-    """Paths as seen from the data folder."""
+def _relative(text: str, base: Path) -> str:
+    """Makes paths relative to the data folder."""
     return text.replace(f"{base}{os.sep}", "") if str(base) != "." else text
 
 
 def _order_line(order: dict) -> str:
-    looks = f" The ids look like {order['order']}." if order["order"] else ""
+    looks = f" The ids match {order['order']}." if order["order"] else ""
     return {
-        "consistent": "label order: the organs lie as the label table says.",
-        "mixed_up": f"label order: NOT as the label table says.{looks}",
+        "consistent": "label order: organ positions match the label table.",
+        "mixed_up": f"label order: organ positions do NOT match the label table.{looks}",
         "guess": f"label order: no label table.{looks}",
-        "unclear": "label order: cannot be told (it takes three organs of the abdomen that lie as "
-        "in a CT of an adult).",
+        "unclear": "label order: not determined (needs at least three abdominal organs, placed as in "
+        "an adult CT).",
     }[order["verdict"]]
 
 
@@ -153,14 +164,17 @@ def main(arguments=None) -> int:
     parser = Parser("pgpsam_jax.verify", __doc__)
     parser.add_argument("--data", required=True, help="folder of the data set")
     parser.add_argument(
-        "--layout", default="auto", choices=["auto", *find.LAYOUTS], help="how its files lie"
+        "--layout",
+        default="auto",
+        choices=["auto", *find.LAYOUTS],
+        help="file organization",
     )
-    parser.add_argument("--image-glob", help="layout pairs: such as images/*.nii.gz")
-    parser.add_argument("--label-glob", help="layout pairs: such as labels/*.nii.gz")
+    parser.add_argument("--image-glob", help="layout pairs: image files, e.g. images/*.nii.gz")
+    parser.add_argument("--label-glob", help="layout pairs: label files, e.g. labels/*.nii.gz")
     parser.add_argument("--label-table", help="JSON file that names the classes")
-    parser.add_argument("--split", help="as data.split: btcv_18_12, btcv_18_6_6, given, file")
-    parser.add_argument("--split-file", help="JSON lists of case ids, for --split file")
-    parser.add_argument("--report", help="write what was found as JSON")
+    parser.add_argument("--split", help="like data.split: btcv_18_12, btcv_18_6_6, given or file")
+    parser.add_argument("--split-file", help="JSON lists of case ids; implies --split file")
+    parser.add_argument("--report", help="JSON file to write the report to")
     parser.add_argument(
         "--workers", type=int, default=0, help="processes; 0 = this one, -1 = one per core"
     )
@@ -168,18 +182,18 @@ def main(arguments=None) -> int:
         "--window",
         type=pair,
         metavar="LOW,HIGH",
-        help="as data.window: intensities that a run tells apart, such as -125,275",
+        help="like data.window: intensities that a run maps to [0, 1], e.g. -125,275",
     )
     parser.add_argument(
         "--max-gib",
         type=positive,
         default=array_checks.MAX_GIB,
-        help="largest volume, as float32, that is read, in three times as much memory",
+        help="largest volume (as float32) to read; reading takes three times as much memory",
     )
-    with running(), _flags_named():
+    with running(), _errors_with_flag_names():
         given = parser.parse_args(arguments)
         if given.report:
-            _refuse_other(Path(given.report))
+            _check_report_path(Path(given.report))
         array_checks.allow(given.max_gib)
         report = verify(
             given.data,
@@ -197,35 +211,38 @@ def main(arguments=None) -> int:
                 write_json(given.report, report)
             except OSError as error:
                 raise UserError(
-                    f"report {given.report} cannot be written: {error.strerror or error}"
+                    f"report {given.report} cannot be written ({error.strerror or error}); "
+                    "give a writable path"
                 ) from error
             print(f"report in {given.report}")
         return 1 if report["counts"]["errors"] else 0
 
 
-def spelled(text: str) -> str:
-    """A message with settings of a run's configuration named as the flags of this command."""
+def with_flag_names(text: str) -> str:
+    """Replaces configuration names in a message (`data.window`) by flags (`--window`)."""
     return _SETTINGS.sub(
         lambda found: f"--{(found['name'] or found['short']).replace('_', '-')}", text
     )
 
 
 @contextlib.contextmanager
-def _flags_named():
+def _errors_with_flag_names():
     try:
         yield
     except UserError as error:
-        raise UserError(spelled(str(error))) from error
+        raise UserError(with_flag_names(str(error))) from error
 
 
-def _refuse_other(path: Path) -> None:
-    """A `UserError` where a report would take the place of another file."""
+def _check_report_path(path: Path) -> None:
+    """Raises `UserError` if a report cannot be written or would overwrite another file."""
     if path.is_dir():
-        raise UserError(f"--report {path} is a folder; name a file in it")
+        raise UserError(f"--report {path} is a folder; give a file in it")
     if not path.exists():
         place = next(folder for folder in path.absolute().parents if folder.exists())
         if not (place.is_dir() and os.access(place, os.W_OK)):
-            raise UserError(f"--report {path} cannot be written: {place} does not take files")
+            raise UserError(
+                f"--report {path} cannot be written: {place} is not writable; give another path"
+            )
         return
     try:
         there = read_user_json(path, "report")
@@ -233,7 +250,7 @@ def _refuse_other(path: Path) -> None:
         there = None
     if not (isinstance(there, dict) and {"schema", "files", "counts"} <= there.keys()):
         raise UserError(
-            f"--report {path} is there and is no report of verify; give another name, or remove it"
+            f"--report {path} exists and is not a report of verify; give another name, or remove it"
         )
 
 

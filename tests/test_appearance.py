@@ -46,12 +46,12 @@ def volume(root, edit=lambda array: array, spacing=(1, 1, 1)):
 
 
 def test_a_volume_like_those_of_training_is_not_warned_of(root, record):
-    assert appearance.unlike(volume(root), record) == []
-    assert appearance.unlike(volume(root, lambda a: a[:, 2:-2, 3:]), record) == []
-    assert appearance.unlike(volume(root, lambda a: a + 8), record) == []
+    assert appearance.differences(volume(root), record) == []
+    assert appearance.differences(volume(root, lambda a: a[:, 2:-2, 3:]), record) == []
+    assert appearance.differences(volume(root, lambda a: a + 8), record) == []
     padded = np.float32(-2000)  # outside the field of view, as some scanners have it
     edge = lambda a: np.where(np.indices(a.shape)[1] < 2, padded, a)  # noqa: E731
-    assert appearance.unlike(volume(root, edge), record) == []
+    assert appearance.differences(volume(root, edge), record) == []
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_volume_like_those_of_training_is_not_warned_of(root, record):
     ids=["+1024", "-1024", "0 to 1", "negated", "x 10", "/ 10", "zero", "MR"],
 )
 def test_other_intensities(root, record, edit):
-    (said,) = appearance.unlike(volume(root, edit), record)
+    (said,) = appearance.differences(volume(root, edit), record)
     assert (
         said.startswith("its intensities differ from those of the training data")
         and "check" in said
@@ -81,7 +81,7 @@ def test_other_intensities(root, record, edit):
     [((1, 2, 2), "mm wide"), ((1, 0.5, 0.5), "mm wide"), ((4, 1, 1), "apart"), ((2, 1, 1), None)],
 )
 def test_other_voxels(root, record, factors, said):
-    found = appearance.unlike(volume(root, spacing=factors), record)
+    found = appearance.differences(volume(root, spacing=factors), record)
     assert [said in text for text in found] == ([True] if said else [])
 
 
@@ -90,8 +90,8 @@ def test_a_run_on_slices_in_0_to_1_is_given_hu(root, record):
     of_arrays = record | {"layout": "transunet", "window": [0.0, 1.0]}
     of_arrays |= {"whole": [[q, q] for q in appearance.describe(unit.array)["whole"]]}
     of_arrays |= {"foreground": [], "share": []}
-    assert appearance.unlike(unit, of_arrays) == []
-    (said,) = appearance.unlike(volume(root), of_arrays)
+    assert appearance.differences(unit, of_arrays) == []
+    (said,) = appearance.differences(volume(root), of_arrays)
     assert "HU clipped to -125 to 275" in said
 
 
@@ -176,7 +176,7 @@ def test_a_window_that_cuts_what_is_labelled(root):
     for window, cut in (((-125, 275), False), ((-125, 150), True), ((150, 275), True)):
         (image, _) = check_case(case, table, window)["files"]
         assert [f["code"] for f in image["findings"]] == ["cut"] * cut
-        assert not cut or "of its labelled voxels outside data.window" in str(image["findings"])
+        assert not cut or "of its labeled voxels outside data.window" in str(image["findings"])
 
 
 def test_no_orientation_is_named(root):
@@ -240,7 +240,7 @@ def test_a_window_in_percent_makes_intensities_relative(root, tmp_path):
         inside = np.mean((volume.array >= ends[0]) & (volume.array <= ends[1]))
         assert inside == pytest.approx(0.98, abs=0.005)
         record = appearance.record_of(cached, window=dataset.window_of(config.data), layout="pairs")
-        assert appearance.unlike(volume, record) == []
+        assert appearance.differences(volume, record) == []
     np.testing.assert_allclose(*inputs, atol=2e-3)
     fixed = config_for(other, data__axis="axial")
     (plain,) = dataset.read_cases(

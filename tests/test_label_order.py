@@ -11,14 +11,14 @@ from label_orders import ALPHABETICAL, BTCV, CASCADE, EIGHT, SAMED, TABLES, renu
 from places import shared
 
 from pgpsam_jax.data.io.nifti import read_image, read_label
-from pgpsam_jax.data.quality.label_order import judge, known_orders
+from pgpsam_jax.data.quality.label_order import check_label_order, known_orders
 from pgpsam_jax.data.quality.organ_priors import (
     NAMES,
     ORIENTATIONS,
     PRIOR,
+    flips_of,
     misfits,
     organ_of,
-    turned,
 )
 
 PHANTOMS = {
@@ -51,10 +51,10 @@ def test_a_right_order_never_alarms(kind):
     """Thirty phantoms, one by one and together; nothing fits better, so the gain is 0."""
     names, has_grid = known_orders()[BTCV if kind == "btcv" else SAMED], kind != "no_grid"
     for described in ([case] for case in of_kind(kind)):
-        answer = judge(described, names, has_grid=has_grid)
+        answer = check_label_order(described, names, has_grid=has_grid)
         assert answer["verdict"] == "consistent" and answer["gain"] < 1  # measured: 0
         assert answer["distance"] < 1  # measured: 0.2 to 0.9
-    together = judge(of_kind(kind), names, has_grid=has_grid)
+    together = check_label_order(of_kind(kind), names, has_grid=has_grid)
     assert together["verdict"] == "consistent" and together["cases"] == 30
 
 
@@ -65,7 +65,7 @@ def test_every_mix_up_is_named(kind, believed, true):
     """Files in one order, a table of another, one phantom at a time."""
     names, order = TABLES[believed], TABLES[true]
     for case in of_kind(kind):
-        answer = judge([renumbered(case, order)], names, has_grid=kind != "no_grid")
+        answer = check_label_order([renumbered(case, order)], names, has_grid=kind != "no_grid")
         if believed == true:
             assert answer["verdict"] == "consistent"
             continue
@@ -77,19 +77,19 @@ def test_every_mix_up_is_named(kind, believed, true):
 def test_unmapped_source_ids_are_told_from_mapped_ones():
     for case in of_kind("btcv"):
         for believed in (SAMED, CASCADE, ALPHABETICAL):
-            answer = judge([case], TABLES[believed])
+            answer = check_label_order([case], TABLES[believed])
             assert answer["verdict"] == "mixed_up" and answer["order"] == BTCV
-        assert judge([case], TABLES["SYNAPSE8"])["verdict"] == "consistent"
+        assert check_label_order([case], TABLES["SYNAPSE8"])["verdict"] == "consistent"
     for case in of_kind("eight"):
-        assert judge([case], None)["order"] == SAMED
-    assert judge(of_kind("btcv"), None)["order"] == BTCV
+        assert check_label_order([case], None)["order"] == SAMED
+    assert check_label_order(of_kind("btcv"), None)["order"] == BTCV
 
 
 @pytest.mark.parametrize("kind", ["eight", "no_grid"])
 def test_swapped_kidneys(kind):
     names = EIGHT | {2: "left kidney", 3: "Kidney (R)"}
     for case in of_kind(kind):
-        answer = judge([case], names, has_grid=kind != "no_grid")
+        answer = check_label_order([case], names, has_grid=kind != "no_grid")
         assert answer["verdict"] == "mixed_up" and answer["gain"] > 14  # measured: 15.9
         assert answer["likely"][2] == "right_kidney" and answer["order"] == SAMED
 
@@ -98,7 +98,7 @@ def test_swapped_kidneys(kind):
 @settings(max_examples=40, deadline=None)
 def test_any_permutation_is_undone(organs, case):
     names = dict(enumerate(organs, 1))
-    answer = judge([PHANTOMS[case]["eight"]], names)
+    answer = check_label_order([PHANTOMS[case]["eight"]], names)
     if names == EIGHT:
         assert answer["verdict"] == "consistent"
     else:
@@ -109,12 +109,12 @@ def test_a_volume_that_lies_otherwise_than_its_affine_says():
     words = {1: "left and right flipped", 2: "front and back flipped", 4: "head and feet flipped"}
     for case in of_kind("btcv"):
         names = known_orders()[BTCV]
-        assert turned(case, names) is None
+        assert flips_of(case, names) is None
         for turn, expected in words.items():
             _, side, depth, height = ORIENTATIONS[turn]
             signs = np.array([1, side, depth, height, 1])
             flipped = {i: list(np.array(f) * signs) for i, f in case.items()}
-            assert turned(flipped, names) == expected
+            assert flips_of(flipped, names) == expected
 
 
 @pytest.mark.golden
@@ -127,10 +127,10 @@ def test_a_real_ct():
     kinds = features_of(image.array, lookup[ids], image.spacing)
     for kind, true in (("btcv", BTCV), ("eight", SAMED), ("no_grid", SAMED)):
         has_grid = kind != "no_grid"
-        answer = judge([kinds[kind]], known_orders()[true], has_grid=has_grid)
+        answer = check_label_order([kinds[kind]], known_orders()[true], has_grid=has_grid)
         assert answer["verdict"] == "consistent" and answer["distance"] < 1  # measured: 0.5, 0.7
         for believed in {SAMED, ALPHABETICAL, CASCADE, BTCV} - {true}:
-            answer = judge([kinds[kind]], known_orders()[believed], has_grid=has_grid)
+            answer = check_label_order([kinds[kind]], known_orders()[believed], has_grid=has_grid)
             assert answer["verdict"] == "mixed_up" and answer["order"] == true
 
 
@@ -139,20 +139,20 @@ def test_one_odd_case_does_not_decide():
     odd = {i: list(values) for i, values in cases[0].items() if i != 2}  # a kidney removed
     odd[6][0] = np.log(2000.0)  # the stomach full
     odd[4][0] = np.log(1.0)  # the gallbladder shrunken
-    assert judge([odd, *cases[1:]], EIGHT)["verdict"] == "consistent"
-    assert judge([odd], EIGHT)["verdict"] == "consistent"
+    assert check_label_order([odd, *cases[1:]], EIGHT)["verdict"] == "consistent"
+    assert check_label_order([odd], EIGHT)["verdict"] == "consistent"
 
 
 def test_what_cannot_be_told():
     case = of_kind("eight")[0]
     ventricles = {i: f"ventricle {i}" for i in case}
-    assert judge([case], ventricles)["verdict"] == "unclear"
-    assert judge([case], {1: "liver", 2: "spleen", 3: "tumour"})["verdict"] == "unclear"
-    assert judge([], EIGHT)["verdict"] == "unclear"
-    assert judge([], None)["verdict"] == "unclear"
+    assert check_label_order([case], ventricles)["verdict"] == "unclear"
+    assert check_label_order([case], {1: "liver", 2: "spleen", 3: "tumour"})["verdict"] == "unclear"
+    assert check_label_order([], EIGHT)["verdict"] == "unclear"
+    assert check_label_order([], None)["verdict"] == "unclear"
     nowhere = {i: [20.0, 5.0, 5.0, 5.0, 0.0] for i in case}
-    assert judge([nowhere], EIGHT)["verdict"] == "unclear"
-    json.dumps(judge([case], EIGHT))
+    assert check_label_order([nowhere], EIGHT)["verdict"] == "unclear"
+    json.dumps(check_label_order([case], EIGHT))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pgpsam_jax.data import dataset
 from pgpsam_jax.data.io import array_checks
 from pgpsam_jax.data.layouts.label_table import SYNAPSE8, load_label_table
 from pgpsam_jax.data.quality import verification
-from pgpsam_jax.data.quality.verification import ensure, findings_of
+from pgpsam_jax.data.quality.verification import findings_of, verify_run_data
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime import worker_pool
 
@@ -116,7 +116,7 @@ def test_the_same_voxels_twice(root):
         ("error", "duplicate", "d.nii.gz"),
         ("warning", "duplicate", "d.nii.gz"),
     }
-    assert any("holds the same voxels as images/a.nii.gz; keep one" in line for line in lines)
+    assert any("has the same voxels as images/a.nii.gz; keep only one" in line for line in lines)
     split = root / "split.json"
     split.write_text(json.dumps({"train": ["a", "b"], "test": ["c", "d"]}))
     report, _ = check(root, split="file", split_file=split)
@@ -186,7 +186,7 @@ def split_of(root):
 
 def test_a_run_checks_its_data_once(root, tmp_path, monkeypatch):
     workdir, config, said = tmp_path / "run", config_for(root), []
-    report = ensure(config.data, split_of(root), workdir, say=said.append)
+    report = verify_run_data(config.data, split_of(root), workdir, say=said.append)
     assert report["counts"]["cases"] == 3 and said == ["checked 3 of 3 cases: 0 errors, 0 warnings"]
     assert json.loads((workdir / "verify.json").read_text()) == json.loads(json.dumps(report))
     assert {file["part"] for file in report["files"]} == {"train", "test"}
@@ -195,16 +195,16 @@ def test_a_run_checks_its_data_once(root, tmp_path, monkeypatch):
     monkeypatch.setattr(
         verification, "check_case", lambda case, *a: seen.append(case.case_id) or original(case, *a)
     )
-    again = ensure(config.data, split_of(root), workdir, say=said.append)
+    again = verify_run_data(config.data, split_of(root), workdir, say=said.append)
     assert seen == [] and len(said) == 1 and again["counts"] == report["counts"]
     moved(root / "labels" / "b.nii.gz")
-    ensure(config.data, split_of(root), workdir, say=said.append)
+    verify_run_data(config.data, split_of(root), workdir, say=said.append)
     assert seen == ["b"] and said[1] == "checked 1 of 3 cases: 0 errors, 1 warnings"
     assert re.match(r"warning: .*/labels/b\.nii\.gz lies up to 5\.00 mm off", said[2])
 
     (workdir / "cache" / "verified.json").write_text("{")
     with pytest.warns(UserWarning, match="damaged"):
-        ensure(config.data, split_of(root), workdir, say=said.append)
+        verify_run_data(config.data, split_of(root), workdir, say=said.append)
     assert seen == ["b", "a", "b", "c"]
 
 
@@ -212,16 +212,16 @@ def test_a_run_on_bad_data_is_refused(root, tmp_path):
     config = config_for(root)
     spoiled(np.nan)(root / "images" / "c.nii.gz")
     for _ in range(2):  # and remembered
-        with pytest.raises(UserError, match=r"cannot be trusted: .*c\.nii\.gz holds NaN.*verify"):
-            ensure(config.data, split_of(root), tmp_path / "run", say=lambda line: None)
+        with pytest.raises(UserError, match=r"has errors: .*c\.nii\.gz holds NaN.*verify"):
+            verify_run_data(config.data, split_of(root), tmp_path / "run", say=lambda line: None)
     stored = json.loads((tmp_path / "run" / "verify.json").read_text())
     assert stored["counts"]["errors"] == 1
 
 
 def test_a_window_that_shows_nothing_is_refused(root, tmp_path):
     config = config_for(root, data__window=(5000.0, 9000.0))
-    with pytest.raises(UserError, match=r"shows next to nothing; set data\.window"):
-        ensure(config.data, split_of(root), tmp_path, say=lambda line: None)
+    with pytest.raises(UserError, match=r"almost all .* data\.window \(.*\); set data\.window"):
+        verify_run_data(config.data, split_of(root), tmp_path, say=lambda line: None)
 
 
 def test_a_mixed_up_order_is_an_error_with_its_name(tmp_path):
@@ -276,7 +276,7 @@ def test_another_file_is_no_place_for_the_report(root, tmp_path, capsys):
         (tmp_path / name).write_text(content)
         with pytest.raises(SystemExit):
             program.main([*arguments, "--report", str(tmp_path / name)])
-        assert "is no report of verify" in capsys.readouterr().err
+        assert "is not a report of verify" in capsys.readouterr().err
         assert (tmp_path / name).read_text() == content
     with pytest.raises(SystemExit):
         program.main([*arguments, "--report", str(tmp_path)])
@@ -291,12 +291,12 @@ def test_another_file_is_no_place_for_the_report(root, tmp_path, capsys):
         ("choose another data.split", "choose another --split"),
         ("set data.window to it", "set --window to it"),
         ("needs an image_glob such as", "needs an --image-glob such as"),
-        ("give it as data.label_table", "give it as --label-table"),
+        ("set data.label_table to it", "set --label-table to it"),
         ("/x/image_glob/a.nii and split", "/x/image_glob/a.nii and split"),
     ],
 )
 def test_flags_are_named_as_they_are_spelled(said, wanted):
-    assert program.spelled(said) == wanted
+    assert program.with_flag_names(said) == wanted
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -229,7 +229,7 @@ def test_training_names_the_image_that_is_none(tmp_path, make):
     config = config_for(root, data__axis="axial")
     split = dataset.find_split(config.data)
     with pytest.raises(UserError, match=r"b\.nii\.gz is not a file"):
-        verification.ensure(config.data, split, tmp_path / "run")
+        verification.verify_run_data(config.data, split, tmp_path / "run")
     with pytest.raises(UserError, match=r"b\.nii\.gz not found"):
         dataset.few_shot_data(
             config.data,

@@ -81,7 +81,7 @@ class TrainedRun:
                 f"was taken in {thick} slices, but this run knows {axis} ones and cuts it along "
                 "them; train one on such volumes with data.axis"
             )
-        return found + (appearance.unlike(volume, self.looks) if self.looks else [])
+        return found + (appearance.differences(volume, self.looks) if self.looks else [])
 
     @functools.cached_property
     def looks(self) -> dict | None:

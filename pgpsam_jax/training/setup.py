@@ -93,7 +93,7 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
         )
     with watch("data"):
         with multihost.first_before_others("verify"):
-            verification.ensure(config.data, split, workdir, say=multihost.print_once)
+            verification.verify_run_data(config.data, split, workdir, say=multihost.print_once)
         source = config.data, config.model.image_size
         validated = split.validation if best_parameters.keeps_best(config.validation) else []
         if multihost.is_multiprocess():  # share the work of filling the cache

@@ -1,7 +1,7 @@
-"""What volumes look like: intensities, voxel and field size of the cases that a run was trained on.
+"""Intensity and size statistics of a run's training cases, to compare new volumes with.
 
-A network that learned on one kind of image answers nonsense on another, without a word. The record
-of the training cases lies in the workdir, and every volume to predict is compared with it.
+A network silently predicts nonsense on images unlike its training data. The workdir keeps the
+statistics of the training cases, and each volume to predict is checked against them.
 Letters: Q quantiles.
 """
 
@@ -17,20 +17,25 @@ from pgpsam_jax.utils.untrusted_text import read_user_json
 FILE = "training_data.json"
 SCHEMA = 1
 QUANTILES = (0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995)
-_SAMPLE = 1 << 21  # voxels; as many give a quantile to three digits
+_SAMPLE = 1 << 21  # voxels; enough for three digits of a quantile
 _LOW, _HIGH = QUANTILES.index(0.05), QUANTILES.index(0.95)
-# Recorded on the phantom, one real CT and 40 hippocampus MRs: cases of one set stay well inside,
-# a lost intercept and a rescaled volume far outside.
+# Chosen on the phantom, one real CT and 40 hippocampus MRs: cases of one data set stay well inside;
+# volumes with a lost intercept or another scale are far outside.
 _ENDS = 0.25  # of the window
-_SHARE = 0.25  # of the least share seen in training
+_SHARE = 0.25  # of the smallest share in training
 _WIDTH, _SLICES = 1.5, 3.0  # factors
 
 
 def describe(image: np.ndarray, ids: np.ndarray | None = None) -> dict:
-    """Quantiles (Q,) of a volume and of its labelled voxels, from a regular sample.
+    """Returns quantiles (Q,) of a volume and of its labelled voxels, from a regular sample.
 
-    image, ids: (D, H, W). `foreground` and `share`, the part of the volume with intensities
-    between the 5 % and 95 % quantiles of labelled voxels, are None without labelled voxels.
+    Args:
+        image, ids: (D, H, W) intensities and label ids.
+
+    Returns:
+        `whole` and `foreground` quantiles, and `share`, the fraction of the volume with intensities
+        between the 5 % and 95 % quantiles of labelled voxels. `foreground` and `share` are None
+        without labelled voxels.
     """
     sample = _sample(image)
     found = {"whole": _quantiles(sample), "foreground": None, "share": None}
@@ -42,7 +47,7 @@ def describe(image: np.ndarray, ids: np.ndarray | None = None) -> dict:
 
 
 def record_of(cached: Sequence, *, window, layout: str) -> dict:
-    """The record of training cases, `cache.CachedCase`, in plain JSON: ranges over cases."""
+    """Returns the ranges over training cases (`cache.CachedCase`) as plain JSON."""
     looks = [case.meta["appearance"] for case in cached]
     labelled = [look for look in looks if look["foreground"]]
     return {
@@ -61,7 +66,7 @@ def record_of(cached: Sequence, *, window, layout: str) -> dict:
 
 
 def read_record(workdir) -> dict | None:
-    """The record of a workdir; None for a run of before there was one."""
+    """Reads the record of a workdir; None for runs older than the record."""
     path = Path(workdir) / FILE
     if not path.is_file():
         return None
@@ -69,35 +74,35 @@ def read_record(workdir) -> dict | None:
     return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
 
 
-def unlike(volume: Volume, record: dict) -> list[str]:
-    """How a volume differs from the training cases, in sentences; none where it does not."""
+def differences(volume: Volume, record: dict) -> list[str]:
+    """Describes how a volume differs from the training cases, one sentence per difference."""
     found = _intensities(_sample(volume.array), record)
     if record["layout"] == "transunet":  # its files carry no voxel size
         return found
     width, (low, high) = _width(volume.array.shape, volume.spacing), record["width_mm"][0]
     if not low / _WIDTH <= width <= high * _WIDTH:
         found.append(
-            f"its slices are {width:.0f} mm wide, those of the training data {_range(low, high)} "
-            "mm, so organs appear in another size: crop or pad it, and check its voxel size"
+            f"its slices are {width:.0f} mm wide, but the training slices {_range(low, high)} mm, "
+            "so organs appear at a different size: check its voxel size, or crop or pad it"
         )
     thick, (low, high) = volume.spacing[0], record["spacing_mm"][0]
     if len(volume.array) > 1 and not low / _SLICES <= thick <= high * _SLICES:
         found.append(
-            f"its slices are {thick:.3g} mm apart, those of the training data {_range(low, high)} "
-            "mm: check its voxel size"
+            f"its slices are {thick:.3g} mm apart, but the training slices {_range(low, high)} mm: "
+            "check its voxel size"
         )
     return found
 
 
 def _intensities(sample: np.ndarray, record: dict) -> list[str]:
-    if record["percentiles"]:  # every volume is mapped by its own
+    if record["percentiles"]:  # each volume is normalized by its own percentiles
         return []
     (low, high), whole = record["window"], _quantiles(sample)
     if record["layout"] == "transunet" and (whole[0] < low - 1 or whole[-1] > high + 1):
         return [
-            f"its intensities, {_range(whole[0], whole[-1])}, are no fractions of a window, which "
-            f"this run was trained on ({low:g} to {high:g}): map them as the training slices were "
-            "(TransUNet: HU clipped to -125 to 275, then to 0 to 1)"
+            f"its intensities, {_range(whole[0], whole[-1])}, are not normalized to {low:g} to "
+            f"{high:g} like the training slices of this run: normalize them the same way "
+            "(TransUNet: HU clipped to -125 to 275, then scaled to 0 to 1)"
         ]
     ends = []
     for place, name in ((0, "darkest"), (-1, "brightest")):
@@ -105,14 +110,14 @@ def _intensities(sample: np.ndarray, record: dict) -> list[str]:
         value = _in_window(whole[place], low, high)
         if not seen[0] - _ENDS <= value <= seen[1] + _ENDS:
             least, most = record["whole"][place]
-            ends.append(f"the {name} are {whole[place]:.4g}, in training {_range(least, most)}")
+            ends.append(f"{name} {whole[place]:.4g}, in training {_range(least, most)}")
     if record["foreground"] and not ends:
         least, most = record["foreground"][_LOW][0], record["foreground"][_HIGH][1]
         share, usual = _share(sample, least, most), record["share"][0]
         if share < _SHARE * usual[0]:
             ends.append(
-                f"only {share:.1%} of it lie between {least:.4g} and {most:.4g}, as labelled "
-                f"voxels do, in training {_range(100 * usual[0], 100 * usual[1])} %"
+                f"only {share:.1%} of the volume is within {least:.4g} to {most:.4g}, the range of "
+                f"labeled voxels, in training {_range(100 * usual[0], 100 * usual[1])} %"
             )
     if not ends:
         return []
@@ -127,7 +132,7 @@ def _sample(image: np.ndarray) -> np.ndarray:
 
 
 def _width(shape, spacing) -> float:
-    """Millimetres of a slice's longer side, which fills the network's input."""
+    """Longer side of a slice in mm, which fills the network's input."""
     return max(n * s for n, s in zip(shape[1:], spacing[1:], strict=True))
 
 
@@ -144,7 +149,7 @@ def _share(values: np.ndarray, low: float, high: float) -> float:
 
 
 def _ranges(rows: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Smallest and largest of each column; [] without rows."""
+    """Minimum and maximum of each column; [] without rows."""
     return [[float(min(column)), float(max(column))] for column in zip(*rows, strict=True)]
 
 

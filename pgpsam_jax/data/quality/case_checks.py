@@ -1,6 +1,6 @@
-"""The checks of one case: its image, its label and the two together, as a record in plain JSON.
+"""Checks of one case (image, label and their match), recorded as plain JSON.
 
-A record never raises: what cannot be read is a finding. Without JAX, for worker processes.
+Unreadable files are findings, not exceptions. JAX is not imported: worker processes run this.
 """
 
 import hashlib
@@ -17,57 +17,62 @@ from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.data.letterbox import Percentiles, Window, ends_of
 from pgpsam_jax.data.quality import appearance
-from pgpsam_jax.data.quality.organ_priors import describe, turned
+from pgpsam_jax.data.quality.organ_priors import describe, flips_of
 from pgpsam_jax.errors import UserError
 
 _HU = (-2048, 4000)
-_CUT = 0.1  # of the labelled voxels, outside the window
-_MAX_ID = 4096  # ids beyond get no anatomy
+_MAX_CLIPPED = 0.1  # fraction of the labeled voxels outside the window
+_MAX_ID = 4096  # larger ids skip the anatomy checks
 
 
 def check_case(case: Case, table: LabelTable | None = None, window: Window | None = None) -> dict:
-    """All there is to say about a case.
+    """Runs all checks of a case.
 
-    `{"case", "part", "files": [record], "features": {id: [floats]}}`; a file's record has `file`,
-    `kind` ("image" or "label"), `findings` and, where it could be read, `shape` (D, H, W),
-    `spacing` (mm), `orientation`, `content` (SHA-256 of the voxels in display orientation) and
-    `range` or `voxels` (`{id: number}`). `window`: the intensities that a run maps to [0, 1].
+    Args:
+        table: label table of the data set; without one, label values are not checked.
+        window: intensities that a run maps to [0, 1]; without one, clipping is not checked.
+
+    Returns:
+        `{"case", "part", "files": [record], "features": {id: [floats]}}`. The record of a file has
+        `file`, `kind` ("image" or "label"), `findings` and, if readable, `shape` (D, H, W),
+        `spacing` (mm), `orientation`, `content` (SHA-256 of the voxels in display orientation) and
+        `range` or `voxels` (`{id: count}`).
     """
     record = {"case": case.case_id, "part": case.part, "features": {}}
     image = _File(case.image, "image", np.float32)
     files = [image]
-    image.guarded(lambda: _check_image(image, window))
+    image.run(lambda: _check_image(image, window))
     if case.label is not None:
         label = _File(case.label, "label", np.int32)
         files.append(label)
-        label.guarded(lambda: _check_label(label, table))
-        label.guarded(lambda: _check_pair(image, label, record, table, window))
+        label.run(lambda: _check_label(label, table))
+        label.run(lambda: _check_pair(image, label, record, table, window))
     record["files"] = [file.record for file in files]
     return record
 
 
 class _File:
-    """A file being checked: its record, and grid and display array as far as it can be read."""
+    """A file under check: its record and, as far as readable, its voxel grid and array."""
 
     def __init__(self, source: Source, kind: str, dtype):
         self.source, self.has_grid = source, not isinstance(source, ArrayFiles)
         self.record = {"file": str(source), "kind": kind, "findings": []}
         self.raw = self.grid = self.array = None
-        self.guarded(lambda: self._read(dtype))
+        self.run(lambda: self._read(dtype))
 
     def add(self, level: str, code: str, message: str) -> None:
         message = message.removeprefix(f"{self.source} ")
         finding = Finding(level, code, self.record["file"], message)
         self.record["findings"].append(finding.to_json())
 
-    def guarded(self, action: Callable[[], None]) -> None:
-        """Whatever goes wrong with a file is a finding, and the next one is looked at."""
+    def run(self, action: Callable[[], None]) -> None:
+        """Runs a check and records any exception as a finding."""
         try:
             action()
         except UserError as error:
             self.add(ERROR, error.code if isinstance(error, BadFile) else "content", str(error))
         except MemoryError:
-            self.add(ERROR, "size", "does not fit into memory; crop it, or use a larger machine")
+            self.add(ERROR, "size", "does not fit in memory; crop it, or use a larger machine")
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
             self.add(ERROR, "unreadable", f"cannot be read ({what:.200}); export it again")
@@ -79,10 +84,10 @@ class _File:
         self.record["orientation"] = self.grid.orientation if self.has_grid else None
         if trailing:
             more = f"{trailing} bytes" if trailing < 1 << 20 else "a MiB or more"
-            message = f"holds {more} behind its voxels; check that its header is right"
+            message = f"has {more} after its voxel data; check its header"
             self.add(WARNING, "trailing", message)
         if self.has_grid:
-            self.guarded(self._check_grid)
+            self.run(self._check_grid)
         self.array = nifti.to_volume(raw, self.grid, dtype).array
         content = hashlib.sha256(f"{self.array.dtype} {self.array.shape}".encode())
         content.update(self.array)
@@ -96,8 +101,8 @@ class _File:
             self.add(
                 WARNING,
                 "scaled",
-                f"has a scale factor ({slope:.6g}, intercept {inter:g}), which its label ids are "
-                "rounded for; save them as integers without one",
+                f"stores label ids with a scale factor ({slope:.6g}, intercept {inter:g}), so they "
+                "had to be rounded; save them as integers without scaling",
             )
 
 
@@ -109,13 +114,13 @@ def _check_image(image: _File, window) -> None:
     image.record |= {"range": [low, high], "appearance": appearance.describe(array)}
     image.record["thick_axis"] = image.grid.thick_axis if image.has_grid else None
     if low == high:
-        image.add(WARNING, "constant", f"has the same value {low:g} everywhere; is it an image?")
+        image.add(WARNING, "constant", f"has the constant value {low:g}; check that it is an image")
     elif image.has_grid and (low < _HU[0] or high > _HU[1]):
         image.add(
             WARNING,
             "intensity",
-            f"holds {low:g} to {high:g}, outside [{_HU[0]}, {_HU[1]}] HU; check its scale if it is "
-            "a CT",
+            f"has values from {low:g} to {high:g}, outside [{_HU[0]}, {_HU[1]}] HU; if it is a CT, "
+            "check its scale",
         )
     if window is not None and not isinstance(window, Percentiles):
         seen = min(high, window[1]) - max(low, window[0])
@@ -123,8 +128,8 @@ def _check_image(image: _File, window) -> None:
             image.add(
                 ERROR,
                 "window",
-                f"holds {low:g} to {high:g}, of which data.window {tuple(window)} shows next to "
-                "nothing; set data.window to the intensities of the data",
+                f"has values from {low:g} to {high:g}, almost all of them outside data.window "
+                f"{tuple(window)}; set data.window to the intensities of the data",
             )
 
 
@@ -134,7 +139,7 @@ def _check_label(label: _File, table: LabelTable | None) -> None:
     counts = _counts(label.array)
     label.record["voxels"] = {str(i): n for i, n in counts.items()}
     if set(counts) == {0}:
-        label.add(WARNING, "empty", "is all background; leave the case out or label it")
+        label.add(WARNING, "empty", "is all background; remove the case or label it")
     if table is None:
         return
     if table.other == "error":
@@ -145,8 +150,8 @@ def _check_label(label: _File, table: LabelTable | None) -> None:
             label.add(
                 ERROR,
                 "unknown_label",
-                f"holds label values outside the label table: {listed}{more}; list them in the "
-                'table or set its "other" to "background"',
+                f"has label values that are not in the label table: {listed}{more}; add them to "
+                'the table or set its "other" to "background"',
             )
     classes = {table.source_to_class[i] for i in counts if i in table.source_to_class}
     absent = [name for k, name in enumerate(table.names) if k and k not in classes]
@@ -154,18 +159,18 @@ def _check_label(label: _File, table: LabelTable | None) -> None:
         label.add(
             WARNING,
             "absent",
-            f"has no {', '.join(absent)}; if the patient has, check the label and the table",
+            f"has no {', '.join(absent)}; if the scan shows them, check the label and the table",
         )
 
 
 def _counts(ids: np.ndarray) -> dict[int, int]:
-    """Voxels of every id, sorted by id."""
+    """Number of voxels per id, sorted by id."""
     if ids.min() < 0 or ids.max() > 1 << 16:
         values, numbers = np.unique(ids, return_counts=True)
         return dict(zip(values.tolist(), numbers.tolist(), strict=True))
     top = int(ids.max()) + 1
     total = np.zeros(top, np.int64)
-    for part in ids:  # slice by slice: the count converts what it counts
+    for part in ids:  # slice by slice, as bincount converts its input to int64
         total += np.bincount(part.ravel(), minlength=top)
     return {int(i): int(total[i]) for i in np.flatnonzero(total)}
 
@@ -180,37 +185,37 @@ def _check_pair(image: _File, label: _File, record: dict, table: LabelTable | No
     if ids is None or image.array is None or ids.min() < 0 or ids.max() > _MAX_ID:
         return
     ids = pairing.display(to_source(ids, label.grid))
-    if table is not None:  # what the table ignores must not count as an organ
-        listed = np.arange(_MAX_ID + 1, dtype=np.int32)
-        listed[[not table.source_to_class.get(i) for i in range(_MAX_ID + 1)]] = 0
-        ids = listed[ids]
+    if table is not None:  # ids that the table ignores are not organs
+        kept = np.arange(_MAX_ID + 1, dtype=np.int32)
+        kept[[not table.source_to_class.get(i) for i in range(_MAX_ID + 1)]] = 0
+        ids = kept[ids]
     image.record["appearance"] = appearance.describe(image.array, ids)
     if window is not None:
-        _check_cut(image, ids, ends_of(window, image.array))
+        _check_clipping(image, ids, ends_of(window, image.array))
     features = describe(image.array, ids, image.grid.spacing, has_grid=image.has_grid)
     record["features"] = {str(i): values for i, values in features.items()}
     if table is not None and image.has_grid:
         names = {i: table.names[k] for i, k in table.source_to_class.items() if k}
-        if how := turned(features, names):
+        if flips := flips_of(features, names):
             label.add(
                 WARNING,
                 "turned",
-                f"has its organs as if the volume lay with {how}; check the affine of the image",
+                f"has its organs where they would be with {flips}; check the affine of the image",
             )
 
 
-def _check_cut(image: _File, ids: np.ndarray, window) -> None:
-    """Say how much of what is labelled the window clips."""
+def _check_clipping(image: _File, ids: np.ndarray, window) -> None:
+    """Warns when the window clips a large part of the labeled voxels."""
     values = image.array[ids > 0]
     if not len(values):
         return
     below, above = float(np.mean(values < window[0])), float(np.mean(values > window[1]))
-    if below + above > _CUT:
+    if below + above > _MAX_CLIPPED:
         image.add(
             WARNING,
             "cut",
-            f"has {below + above:.0%} of its labelled voxels outside data.window "
-            f"({window[0]:g}, {window[1]:g}) ({below:.0%} below, {above:.0%} above), where nothing "
-            f"can be told apart; they range from {np.quantile(values, 0.005):.4g} to "
-            f"{np.quantile(values, 0.995):.4g}: set data.window to show them",
+            f"has {below + above:.0%} of its labeled voxels outside data.window ({window[0]:g}, "
+            f"{window[1]:g}) ({below:.0%} below, {above:.0%} above), where contrast is lost; they "
+            f"range from {np.quantile(values, 0.005):.4g} to {np.quantile(values, 0.995):.4g}: "
+            "widen data.window to cover them",
         )

@@ -1,7 +1,7 @@
-"""Do the organs lie where their names say, and if not, which known order of label ids fits?
+"""Detection of permuted label ids: do organ positions match the label table or another known order?
 
-Several orders of the same eight organs go around under the same file names. A data set read with
-the wrong one trains without complaint. The misfits of `anatomy` tell them apart.
+Several orders of the same eight organs circulate under the same file names, and training does not
+notice a wrong one. The misfits of `organ_priors` do.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ from pgpsam_jax.data.quality.organ_priors import (
     organ_of,
 )
 
-_LOST = 10.0  # gain where an order has an organ that the table looks for in vain
-_FOUND = 2.0  # largest distance of such an organ
-_FAR = 4.0  # mean distance of an organ beyond which nothing fits; good data has 0.5
+_LOST = 10.0  # gain of an order that finds an organ missing under the table
+_FOUND = 2.0  # maximum distance of such an organ
+_FAR = 4.0  # mean distance per organ above which no order fits; good data has 0.5
 
-# Source ids as data sets and code bases number them; None: a structure not described above.
+# Source ids of data sets and code bases; None: a structure without a prior.
 SAMED = ("spleen", "right_kidney", "left_kidney", "gallbladder", "liver", "stomach", "aorta")
 BTCV = ("spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach")
 ORDERS = {
@@ -49,10 +49,10 @@ ORDERS = {
 }
 
 
-def _of_organ(cases: list[dict], order: Mapping[int, str], ids, *, free: bool) -> float:
+def _misfit(cases: list[dict], order: Mapping[int, str], ids, *, free: bool) -> float:
     """Misfit of ids under an order, summed over ids and averaged over cases.
 
-    `free` lets every case lie in the orientation that suits the order best.
+    With `free`, each case takes the orientation that fits best.
     """
     totals = []
     for case in cases:
@@ -64,16 +64,16 @@ def _of_organ(cases: list[dict], order: Mapping[int, str], ids, *, free: bool) -
 
 
 def _distance(cases: list[dict], order: Mapping[int, str], *, free: bool) -> float:
-    """How far a typical organ is from what is expected: 0.5 on good data, 20 at the most."""
+    """Mean misfit per organ above its minimum: 0.5 on good data, at most 20."""
     ids = [i for i in order if any(i in case for case in cases)]
     if not ids:
         return np.inf
     least = [np.log(PRIOR[NAMES.index(order[i]), :, 1]).sum() for i in ids]
-    return (_of_organ(cases, order, ids, free=free) - float(np.sum(least))) / len(ids)
+    return (_misfit(cases, order, ids, free=free) - float(np.sum(least))) / len(ids)
 
 
 def _best_assignment(cases: list[dict], order: Mapping[int, str], *, free: bool) -> dict[int, str]:
-    """The organs of the order, dealt to its ids so that they fit best."""
+    """Permutes the organs of an order over its ids for the best fit."""
     from scipy.optimize import linear_sum_assignment
 
     ids = [i for i in order if any(i in case for case in cases)]
@@ -92,24 +92,29 @@ _NOTHING = np.zeros((len(ORIENTATIONS), len(NAMES)))
 
 
 def known_orders() -> dict[str, dict[int, str]]:
-    """Name -> {id: organ} of `ORDERS`, without the structures that are not described."""
+    """Returns `ORDERS` as name -> {id: organ}, without structures that have no prior."""
     return {name: {i: o for i, o in enumerate(organs, 1) if o} for name, organs in ORDERS.items()}
 
 
-def judge(
+def check_label_order(
     described: list[Mapping[int, list[float]]],
     names: Mapping[int, str] | None,
     *,
     has_grid: bool = True,
 ) -> dict:
-    """What the anatomy says of the order of ids: the value that a report holds as JSON.
+    """Compares the positions and sizes of the labels with those of the organs they name.
 
-    `described` has the features of every case, `names` what the label table calls each id (None:
-    there is no table). `verdict` is `consistent`, `mixed_up` (`likely` says which id looks like
-    which organ, `order` names a known order if one fits), `unclear` where fewer than three known
-    organs are named or nothing fits, or `guess` where there is no table. `gain` is how much
-    better `likely` fits, in units of log-likelihood; over `CERTAIN` counts, and a swap of the
-    kidneys gives 16, of spleen and left kidney 6.
+    Args:
+        described: features per case, {id: (F,)}, from `organ_priors.describe`.
+        names: class name per id; None without a label table.
+        has_grid: False for plain arrays, whose orientation is unknown.
+
+    Returns:
+        A JSON-compatible dict. `verdict`: `consistent`; `mixed_up` (`likely` maps ids to the organs
+        they look like, `order` names the known order if one fits); `unclear` (fewer than three
+        known organs, or nothing fits); `guess` (no label table). `gain`: how much better `likely`
+        fits, in log-likelihood; significant above `CERTAIN` (swapped kidneys give 16, spleen and
+        left kidney 6). `distance`: mean misfit per organ.
     """
     cases = [misfits(features) for features in described if features]
     present = {i for case in cases for i in case}
@@ -138,20 +143,20 @@ def judge(
 
 
 def _better(cases, table, possible, lost: set, *, free: bool):
-    """(order, its name or None, gain) that fits the ids of the table best.
+    """Returns the best-fitting order of the table's ids, its name (or None) and its gain.
 
-    `lost` are organs of the table that no case has: an order that finds them, well in place, under
-    another id gains by that too.
+    An order also gains by each of the `lost` organs (in the table but in no case) that it finds in
+    a plausible place under another id.
     """
-    own = _of_organ(cases, table, table, free=free)
+    own = _misfit(cases, table, table, free=free)
     likely, name = _best_assignment(cases, table, free=free), None
-    gain = own - _of_organ(cases, likely, likely, free=free)
+    gain = own - _misfit(cases, likely, likely, free=free)
     for known, order in possible.items():
         both = [i for i in table if i in order]
         if len(both) < 3:
             continue
-        better = _of_organ(cases, table, both, free=free)
-        better -= _of_organ(cases, order, both, free=free)
+        better = _misfit(cases, table, both, free=free)
+        better -= _misfit(cases, order, both, free=free)
         for i in order:
             if order[i] in lost and _distance(cases, {i: order[i]}, free=free) < _FOUND:
                 better += _LOST
@@ -161,7 +166,7 @@ def _better(cases, table, possible, lost: set, *, free: bool):
 
 
 def _guess(cases, possible, *, free: bool) -> dict:
-    """The known order that fits best, where there is no table."""
+    """Returns the best-fitting known order when there is no label table."""
     fits = {
         name: _distance(cases, order, free=free)
         for name, order in possible.items()

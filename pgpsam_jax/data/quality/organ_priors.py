@@ -1,14 +1,14 @@
-"""Where the organs of the abdomen lie and how large they are, and how well a label id fits one.
+"""Priors of abdominal organ positions and sizes, and the misfit of a label id to each organ.
 
-Each label id of a case is described by five numbers: volume, side, depth, height and extent in z,
-relative to the body and to the other organs. `ORGANS` holds what general knowledge of the adult
-abdomen lets one expect of each, with generous spreads: the liver is the largest organ (1.4 l) and
-lies right, the spleen (0.2 l) left and behind, the kidneys (0.16 l each) on either side of the
-spine, the right one lower; aorta and vena cava are tubes through all slices beside the midline;
-the gallbladder (30 ml) lies right and in front, the stomach left and in front, the pancreas
-(70 ml) between them near the midline, portal and splenic vein behind it, oesophagus and adrenal
-glands high up. No data set was fitted: the mean positions are round numbers between what one real
-CT (the abdomen of the TotalSegmentator tests) and two phantoms show.
+Five features describe each label id of a case: volume, side, depth, height and extent in z,
+relative to the body and to the other organs. `ORGANS` holds their means, from general knowledge of
+the adult abdomen, with generous spreads: the liver is the largest organ (1.4 l), on the right; the
+spleen (0.2 l) is on the left, posterior; the kidneys (0.16 l each) are on either side of the spine,
+the right one lower; aorta and vena cava run through all slices beside the midline; the gallbladder
+(30 ml) is right and anterior, the stomach left and anterior, the pancreas (70 ml) between them near
+the midline, portal and splenic vein behind it, esophagus and adrenal glands high up. The means were
+not fitted to a data set: they are round numbers between those of one real CT (the abdomen of the
+TotalSegmentator tests) and two phantoms.
 
 The misfit of an id to an organ is the negative log-likelihood under independent normal
 distributions, each term bounded so that one odd case (a removed kidney, a huge stomach) cannot
@@ -20,9 +20,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# organ: (ml, log spread), then (mean, spread) of side (left is positive) and depth (back is) in
-# half body widths from the centre of the body, height above the mean organ in extents of the
-# labelled region, and extent in z as a part of that region.
+# organ: (ml, log spread), then (mean, spread) of side (left positive) and depth (posterior
+# positive) in half body widths from the body center, height above the mean organ and extent in z,
+# both as fractions of the z extent of the labeled region.
 ORGANS = {
     "spleen": ((200, 0.5), (0.55, 0.12), (0.17, 0.15), (0.13, 0.10), (0.50, 0.15)),
     "right_kidney": ((160, 0.35), (-0.40, 0.10), (0.16, 0.13), (-0.14, 0.10), (0.55, 0.15)),
@@ -42,11 +42,11 @@ NAMES = tuple(ORGANS)
 PRIOR = np.array(
     [((np.log(ml), spread), *rest) for (ml, spread), *rest in ORGANS.values()]
 )  # (N, F, 2)
-_BOUND = 4.0  # spreads; a feature further out counts no more
-CERTAIN = 5.0  # gain in log-likelihood; 6 is the smallest of two organs swapped in one case seen
-_TYPICAL_ML = 2300.0  # all labelled organs together, where the voxel size is not known
+_BOUND = 4.0  # spreads; deviations are capped here
+CERTAIN = 5.0  # gain in log-likelihood; swapping two organs in one case gives at least 6
+_TYPICAL_ML = 2300.0  # all organs together, assumed when the voxel size is unknown
 
-_KEYS = {  # any of the sets of words; a trailing _ asks for a side
+_KEYS = {  # organ: alternative sets of words; a trailing _ requires a side
     "portal_splenic_vein": ({"portal"},),
     "vena_cava": ({"cava"}, {"postcava"}, {"ivc"}),
     "kidney_": ({"kidney"},),
@@ -58,7 +58,7 @@ _PARTS = {"tumor", "tumour", "tumors", "lesion", "lesions", "cyst", "cysts", "ca
 
 
 def organ_of(name: str) -> str | None:
-    """The organ of `ORGANS` that a class name means; None if it is none of them."""
+    """Returns the organ of `ORGANS` that a class name means, or None."""
     words = set(re.findall(r"[a-z]+", name.lower().replace("oeso", "eso")))
     side = next((s for s in ("left", "right") if words & {s, s[0]}), None)
     for organ, keys in _KEYS.items():
@@ -70,12 +70,14 @@ def organ_of(name: str) -> str | None:
 def describe(
     image: np.ndarray, ids: np.ndarray, spacing, *, has_grid: bool = True
 ) -> dict[int, list[float]]:
-    """The features of every label id of a case, `{id: [F floats]}`.
+    """Returns the features of each label id of a case, `{id: [F floats]}`.
 
-    `image` and `ids` are (D, H, W) in display orientation, `spacing` in mm; without a grid the
-    volumes are taken relative to all organs together.
+    Args:
+        image, ids: (D, H, W) in display orientation.
+        spacing: voxel size in mm along (D, H, W).
+        has_grid: False if the voxel size is unknown; volumes are then relative to all organs.
     """
-    from scipy import ndimage  # slow to import, and most starts of a run know their data
+    from scipy import ndimage  # slow to import, and most runs find their checks cached
 
     boxes = ndimage.find_objects(ids)
     found = {i: box for i, box in enumerate(boxes, 1) if box is not None}
@@ -105,7 +107,7 @@ def describe(
 
 
 def _body(image: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Centre and half width of what is not air, in voxels along each axis, from a coarse sample."""
+    """Center and half width of the body (not air) in voxels per axis, from a coarse sample."""
     steps = [max(1, n // 64) for n in image.shape]
     sample = image[:: steps[0], :: steps[1], :: steps[2]]
     low, high = float(sample.min()), float(sample.max())
@@ -117,7 +119,7 @@ def _body(image: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _orientations() -> list[tuple[bool, int, int, int]]:
-    """All (transposed in plane, sign of side, of depth, of height), the stored one first."""
+    """All (transposed in plane, sign of side, of depth, of height), identity first."""
     signs = (1, -1)
     return [(t, s, d, h) for t in (False, True) for h in signs for d in signs for s in signs]
 
@@ -126,7 +128,7 @@ ORIENTATIONS = _orientations()
 
 
 def misfits(features: Mapping[int, list[float]]) -> dict[int, np.ndarray]:
-    """Per id: misfit to each organ under each orientation of the volume, (orientations, N)."""
+    """Returns per id the misfit (orientations, N) to each organ in each orientation."""
     result = {}
     for i, values in features.items():
         volume, side, depth, height, extent = values
@@ -147,8 +149,8 @@ def misfits(features: Mapping[int, list[float]]) -> dict[int, np.ndarray]:
     return result
 
 
-def turned(features: Mapping[int, list[float]], names: Mapping[int, str]) -> str | None:
-    """How a case lies otherwise than its affine says, in words; None where it seems right."""
+def flips_of(features: Mapping[int, list[float]], names: Mapping[int, str]) -> str | None:
+    """Names the flips and transpositions that its affine misses; None if the case looks right."""
     fits = misfits(features)
     table = {i: organ_of(names[i]) for i in fits if i in names}
     table = {i: organ for i, organ in table.items() if organ}

@@ -1,8 +1,8 @@
-"""The cases of a data set held against each other: which one is unlike the rest, and in what.
+"""Outliers among the cases of a data set.
 
-An outlier lies further from the median than `_SPREADS` robust standard deviations (1.48 times the
-median absolute deviation) and than a floor, below which cases of one set differ anyway. It takes
-three cases to tell which one is odd.
+An outlier differs from the median by more than five robust standard deviations (1.48 times the
+median absolute deviation) and by more than a floor, the usual variation within a data set. At least
+three cases are needed.
 """
 
 import math
@@ -18,14 +18,14 @@ from pgpsam_jax.data.quality.appearance import QUANTILES
 _SPREADS = 5 * 1.4826
 _MEDIAN, _UPPER = QUANTILES.index(0.5), QUANTILES.index(0.75)
 _SHIFT = 0.25  # of the usual span of intensities
-_FEW = 0.15  # of the cases; more are no odd ones
+_FEW = 0.15  # of the cases; more are not outliers
 _SPAN, _PIXEL, _SLICES, _WIDTH, _ORGAN = 3.0, 2.0, 3.0, 1.7, 4.0  # factors
 
 
 def compare(
     files: Sequence[dict], table: LabelTable | None, *, has_grid: bool
 ) -> Iterable[Finding]:
-    """Findings about cases that are unlike the others; `files` as `verification.summarise` has."""
+    """Reports cases that differ from the others; `files`: records with `case` and `part`."""
     images = [f for f in files if f["kind"] == "image" and f.get("appearance")]
     labels = {f["case"]: f for f in files if f["kind"] == "label" and "voxels" in f}
     yield from _intensities(images)
@@ -39,7 +39,7 @@ def compare(
 
 
 def outliers(values: Mapping[str, float], floor: float) -> dict[str, tuple[float, float, float]]:
-    """Named values far from the rest: name -> the value, least and most of the rest."""
+    """Returns name -> (value, minimum and maximum of the inliers) of each outlier."""
     if len(values) < 3:
         return {}
     numbers = np.array(list(values.values()))
@@ -53,10 +53,12 @@ def outliers(values: Mapping[str, float], floor: float) -> dict[str, tuple[float
     }
 
 
-def _tell(code: str, odd: Mapping[str, tuple], total: int, text: str) -> Iterable[Finding]:
-    """A finding for each odd case, or one for all where they are too many to be odd.
+def _report_outliers(
+    code: str, odd: Mapping[str, tuple], total: int, text: str
+) -> Iterable[Finding]:
+    """Yields a finding per outlier, or a single one if there are too many to be outliers.
 
-    text: what differs, with places for the value and for the range of the rest.
+    text: message with placeholders for the value and for the range of the inliers.
     """
     if len(odd) <= max(_FEW * total, 1):
         for file, numbers in odd.items():
@@ -69,8 +71,9 @@ def _tell(code: str, odd: Mapping[str, tuple], total: int, text: str) -> Iterabl
         WARNING,
         code,
         "",
-        f"the cases differ among themselves: {len(odd)} of {total} are far from the others ({what} "
-        f"{min(values):.4g} to {max(values):.4g} in all), such as {next(iter(odd))}",
+        f"the cases vary widely: {len(odd)} of {total} differ from the others ({what} "
+        f"{min(values):.4g} to {max(values):.4g} overall), for example {next(iter(odd))}; check "
+        "that they belong together",
     )
 
 
@@ -83,12 +86,12 @@ def _intensities(images) -> Iterable[Finding]:
     part, place = ("foreground", _MEDIAN) if labelled else ("whole", _UPPER)
     places = {i["file"]: i["appearance"][part][place] for i in images}
     far = outliers(places, _SHIFT * usual)
-    what = "labelled voxels with a median of" if labelled else "an upper quartile of"
-    text = f"has {what} {{}}, other cases of {{}} to {{}}; check its unit, scale and intercept"
-    yield from _tell("unlike", far, len(places), text)
+    what = "labeled voxels with a median of" if labelled else "an upper quartile of"
+    text = f"has {what} {{}}, other cases {{}} to {{}}; check its unit, scale and intercept"
+    yield from _report_outliers("unlike", far, len(places), text)
     wide = {f: v for f, v in _by_factor(spans, _SPAN).items() if f not in far}
-    text = "has intensities over a span of {}, other cases of {} to {}; check its unit and scale"
-    yield from _tell("unlike", wide, len(places), text)
+    text = "has an intensity range of {}, other cases {} to {}; check its unit and scale"
+    yield from _report_outliers("unlike", wide, len(places), text)
 
 
 def _span(whole: Sequence[float]) -> float:
@@ -96,7 +99,7 @@ def _span(whole: Sequence[float]) -> float:
 
 
 def _by_factor(values: Mapping[str, float], factor: float) -> dict:
-    """`outliers` of positive values, judged by their ratio."""
+    """`outliers` of positive values, compared by ratio."""
     found = outliers({name: math.log(value) for name, value in values.items()}, math.log(factor))
     return {name: tuple(map(math.exp, numbers)) for name, numbers in found.items()}
 
@@ -107,16 +110,16 @@ def _grids(images) -> Iterable[Finding]:
 
     stacks = [image for image in images if image["shape"][0] > 1]
     for what, factor, values in (
-        ("pixels of {} mm", _PIXEL, {i["file"]: min(i["spacing"][1:]) for i in images}),
-        ("slices at a distance of {} mm", _SLICES, {i["file"]: i["spacing"][0] for i in stacks}),
-        ("slices with a width of {} mm", _WIDTH, {i["file"]: width(i) for i in images}),
+        ("a pixel size of {} mm", _PIXEL, {i["file"]: min(i["spacing"][1:]) for i in images}),
+        ("a slice distance of {} mm", _SLICES, {i["file"]: i["spacing"][0] for i in stacks}),
+        ("a slice width of {} mm", _WIDTH, {i["file"]: width(i) for i in images}),
     ):
-        text = f"has {what}, other cases of {{}} to {{}}; check its voxel size"
-        yield from _tell("spacing", _by_factor(values, factor), len(values), text)
+        text = f"has {what}, other cases {{}} to {{}}; check its voxel size"
+        yield from _report_outliers("spacing", _by_factor(values, factor), len(values), text)
 
 
 def _axes(images) -> Iterable[Finding]:
-    """Cases whose slices were taken along another axis than those of most."""
+    """Reports cases whose slices were acquired along another axis than most."""
     known = {i["file"]: axis for i in images if (axis := i.get("thick_axis"))}
     if len(set(known.values())) < 2:
         return
@@ -127,35 +130,35 @@ def _axes(images) -> Iterable[Finding]:
                 WARNING,
                 "axis",
                 file,
-                f"has {axis} slices, most cases {usual} ones; all are cut along one axis "
-                "(data.axis): leave it out, or resample it",
+                f"has {axis} slices, but most cases {usual} ones, and all are sliced along one "
+                "axis (data.axis): remove or resample it",
             )
 
 
 def _organs(images, labels, table: LabelTable) -> Iterable[Finding]:
-    litre = {i["case"]: np.prod(i["spacing"]) / 1e6 for i in images}
+    liters = {i["case"]: np.prod(i["spacing"]) / 1e6 for i in images}
     volumes: dict[str, dict[str, float]] = {name: {} for name in table.names[1:]}
     for case, label in labels.items():
         for source, count in label["voxels"].items():
             organ = table.source_to_class.get(int(source), 0)
-            if organ and case in litre:
+            if organ and case in liters:
                 found = volumes[table.names[organ]]
-                millilitres = 1000 * litre[case] * count
-                found[label["file"]] = found.get(label["file"], 0.0) + millilitres
-    told: dict[str, list[str]] = {}
+                milliliters = 1000 * liters[case] * count
+                found[label["file"]] = found.get(label["file"], 0.0) + milliliters
+    messages: dict[str, list[str]] = {}
     for name, values in volumes.items():
         if len(values) < 4:
             continue
         for file, (value, least, most) in _by_factor(values, _ORGAN).items():
-            text = f"{name} of {value:.3g} ml, in the other cases {least:.3g} to {most:.3g}"
-            told.setdefault(file, []).append(text)
-    for file, texts in told.items():
-        message = f"has a {'; a '.join(texts)}; look at an overlay"
+            text = f"{name} of {value:.3g} ml (other cases {least:.3g} to {most:.3g})"
+            messages.setdefault(file, []).append(text)
+    for file, texts in messages.items():
+        message = f"has a {', a '.join(texts)}; inspect an overlay of its label"
         yield Finding(WARNING, "volume", file, message)
 
 
 def _rows_and_columns(images) -> Iterable[Finding]:
-    """Volumes of plain arrays whose axes are in another order than the training slices have."""
+    """Reports plain arrays whose slice shape or axis order differs from the training slices."""
     sizes = Counter(tuple(i["shape"][1:]) for i in images if i["part"] == "train")
     if not sizes:
         return
@@ -169,13 +172,14 @@ def _rows_and_columns(images) -> Iterable[Finding]:
                 ERROR,
                 "shape",
                 image["file"],
-                f"has shape {shape}, but training slices have {usual}: its slices do not come "
-                "first; store it as slices, rows, columns",
+                f"has shape {shape}, but training slices have {usual}: its slice axis is not the "
+                "first; store it as (slices, rows, columns)",
             )
         else:
             yield Finding(
                 WARNING,
                 "size",
                 image["file"],
-                f"has slices of {shape[1:]} pixels, most training slices have {usual}",
+                f"has slices of {shape[1:]} pixels, but most training slices have {usual}; check that "
+                "it was exported like them",
             )

@@ -1,14 +1,14 @@
-"""A whole data set checked: every case, then what only shows across cases; nothing twice.
+"""Data-set verification: runs all checks, caches them per case, and reports the findings.
 
-The report is JSON: `schema` 2, `root`, `layout`, `label_table` (or null), `files` (a record per
-file, `checks.check_case`, with its `case` and `part`), `data_set` (findings about no single
-file), `order` (`label_order.judge`) and `counts` (files, cases, errors, warnings). A finding has
-`level` ("error" or "warning"), `code`, `file` and `message`. Codes of errors:
+The report is JSON: `schema` 2, `root`, `layout`, `label_table` (or null), `files` (the file records
+of `case_checks.check_case`, with `case` and `part`), `data_set` (findings without a single file),
+`order` (`label_order.check_label_order`) and `counts` (files, cases, errors, warnings). A finding
+has `level` ("error" or "warning"), `code`, `file` and `message`. Codes of errors:
 - of a file: missing, unreadable, damaged (cut off, checksum), name, header, shape (4-D), dtype,
   size, trailing (inflates past its header), affine (singular), key, storage, not_finite,
   not_integer, unknown_label, window;
 - of a pair or the data set: missing_pair, shape_mismatch, affine_conflict, duplicate_id, duplicate
-  (the same voxels), both_splits, split, order, no_table, shape (of plain arrays: axes exchanged).
+  (the same voxels), both_splits, split, order, no_table, shape (plain arrays with swapped axes).
 Codes of warnings:
 - of a file or a pair: trailing (a little), no_orientation, two_affines, shear, scaled, intensity,
   constant, empty, absent, affine_mismatch, orientation_lost, turned, cut (by the window);
@@ -31,7 +31,7 @@ from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.data.letterbox import Window
 from pgpsam_jax.data.quality import outliers
 from pgpsam_jax.data.quality.case_checks import check_case
-from pgpsam_jax.data.quality.label_order import judge
+from pgpsam_jax.data.quality.label_order import check_label_order
 from pgpsam_jax.data.quality.organ_priors import organ_of
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime.worker_pool import Work, map_in_order, worker_count
@@ -39,9 +39,9 @@ from pgpsam_jax.utils.files import read_record, write_json
 
 SCHEMA = 2
 REPORT = "verify.json"
-_MANY = 1 << 40  # voxels: always worth the processes, where they are asked for
+_MANY = 1 << 40  # voxels: always enough work for the requested processes
 _CHECKING = Work("checks cases", "--workers")
-_MEMORY = "verified.json"  # in the cache folder: records of cases that were checked before
+_CACHE = "verified.json"  # in the cache folder: records of checked cases
 
 
 def check_cases(
@@ -51,7 +51,7 @@ def check_cases(
     window: Window | None = None,
     workers: int = 0,
 ) -> Iterable[dict]:
-    """The record of each case, in order; one case in memory per process, -1: one per core."""
+    """Yields the record of each case in order; `workers`: processes, -1 = one per core."""
     count = worker_count(workers, len(cases), _MANY, _CHECKING)
     check = functools.partial(check_case, table=table, window=window)
     limit = array_checks.worker_initializer()
@@ -66,7 +66,14 @@ def summarise(
     has_grid: bool = True,
     **about,
 ) -> dict:
-    """The report of checked cases; `findings` are of the listing, `about` goes into the report."""
+    """Builds the report of checked cases.
+
+    Args:
+        records: from `check_cases`.
+        findings: additional ones, of the listing.
+        has_grid: False for plain arrays without voxel size and orientation.
+        **about: entries to add to the report.
+    """
     files = [
         {"case": record["case"], "part": record["part"], **file}
         for record in records
@@ -78,8 +85,8 @@ def summarise(
     by_file = {file["file"]: file for file in files}
     data_set = []
     for finding in found:
-        place = by_file.get(finding.file)
-        (place["findings"] if place else data_set).append(finding.to_json())
+        record = by_file.get(finding.file)
+        (record["findings"] if record else data_set).append(finding.to_json())
     every = [*data_set, *(f for file in files for f in file["findings"])]
     levels = [finding["level"] for finding in every]
     return {
@@ -99,7 +106,7 @@ def summarise(
 
 
 def _duplicates(files: list[dict]) -> list[Finding]:
-    """The same voxels under two names: one patient twice, or a label copied to the wrong case."""
+    """Reports files with equal voxels: a duplicated patient, or a label of another case."""
     found, seen = [], {}
     for file in files:
         content = file.get("content")
@@ -117,8 +124,8 @@ def _duplicates(files: list[dict]) -> list[Finding]:
                 ERROR if image or leak else WARNING,
                 "duplicate",
                 file["file"],
-                f"holds the same voxels as {first['file']}{parts}; "
-                + ("keep one of the two" if image else "give each case its own label"),
+                f"has the same voxels as {first['file']}{parts}; "
+                + ("keep only one of them" if image else "give each case its own label"),
             )
         )
     return found
@@ -127,16 +134,16 @@ def _duplicates(files: list[dict]) -> list[Finding]:
 def _order(records, table: LabelTable | None, *, has_grid: bool) -> dict:
     described = [{int(i): f for i, f in record["features"].items()} for record in records]
     names = table and {i: table.names[k] for i, k in table.source_to_class.items() if k}
-    return judge(described, names, has_grid=has_grid)
+    return check_label_order(described, names, has_grid=has_grid)
 
 
 def _order_findings(order: dict, table: LabelTable | None) -> list[Finding]:
     if table is None:
-        known = f"; the organs look like {order['order']}" if order["order"] else ""
+        known = f"; the organs match {order['order']}" if order["order"] else ""
         message = (
-            f"there is no label table, so ids have no names{known}; write a JSON file that names "
-            'every class, {"classes": [{"name": "spleen", "source": [1]}, ...]}, and give it as '
-            "data.label_table"
+            f"there is no label table, so label ids have no names{known}; write a JSON file that "
+            'names each class, {"classes": [{"name": "spleen", "source": [1]}, ...]}, and set '
+            "data.label_table to it"
         )
         return [Finding(ERROR, "no_table", "", message)]
     if order["verdict"] != "mixed_up":
@@ -147,25 +154,35 @@ def _order_findings(order: dict, table: LabelTable | None) -> list[Finding]:
         for i, organ in sorted(order["likely"].items())
         if _differs(named.get(i), organ)
     ]
-    likely = f"; they look like {order['order']}" if order["order"] else ""
+    likely = f"; they match {order['order']}" if order["order"] else ""
     message = (
-        f"by their places and sizes the label ids do not mean what the label table says{likely}: "
-        f"{', '.join(wrong)}; correct the table (or the affines, if the sides are wrong)"
+        f"organ positions and sizes contradict the label table{likely}: {', '.join(wrong)}; "
+        "correct the table (or the affines, if left and right are swapped)"
     )
     return [Finding(ERROR, "order", "", message)]
 
 
 def _differs(name: str | None, organ: str) -> bool:
-    """Whether a class name means another organ."""
+    """Whether a class name means a different organ."""
     return name is None or organ_of(name) != organ
 
 
-def ensure(data, split, workdir, *, say: Callable[[str], None] = print) -> dict | None:
-    """Check the cases of a run before it trains; a data set with errors is refused.
+def verify_run_data(data, split, workdir, *, say: Callable[[str], None] = print) -> dict | None:
+    """Checks the cases of a run before training and writes `<workdir>/verify.json`.
 
-    Cases that were checked before, known by the content of their files, the label table and the
-    window, are not read again: their records lie in the cache folder. The report goes to
-    `<workdir>/verify.json`. Warnings are said where a case is new. `data.verify` False skips it.
+    Records are cached in the cache folder, keyed by file contents, label table and window, so only
+    new or changed cases are read and reported.
+
+    Args:
+        data: data configuration; `verify=False` skips the checks.
+        split: cases of each part, and the label table.
+        say: prints a line.
+
+    Returns:
+        The report; None if skipped.
+
+    Raises:
+        UserError: the data has errors.
     """
     if not data.get("verify", True):
         return None
@@ -176,14 +193,14 @@ def ensure(data, split, workdir, *, say: Callable[[str], None] = print) -> dict 
         for case in members
     }
     window = window_of(data)
-    memory = Path(data.cache_dir or Path(workdir) / "cache") / _MEMORY
-    known, records, fresh = _recall(memory), [], []
+    cache = Path(data.cache_dir or Path(workdir) / "cache") / _CACHE
+    cached, records, fresh = _read_cache(cache), [], []
     for case in sorted(cases.values(), key=lambda case: case.case_id):
         key = _key(case, split.table, window)
-        if key not in known:
-            known[key] = check_case(case, split.table, window)
+        if key not in cached:
+            cached[key] = check_case(case, split.table, window)
             fresh.append(case.case_id)
-        records.append(json.loads(json.dumps(known[key])) | {"part": case.part})
+        records.append(json.loads(json.dumps(cached[key])) | {"part": case.part})
     report = summarise(
         records,
         split.table,
@@ -192,31 +209,31 @@ def ensure(data, split, workdir, *, say: Callable[[str], None] = print) -> dict 
         layout=data.layout,
     )
     if fresh:
-        _remember(memory, known)
+        _write_cache(cache, cached)
         write_json(Path(workdir) / REPORT, report)
-        _tell(report, fresh, say)
+        _print_findings(report, fresh, say)
     if report["counts"]["errors"]:
         first = next(f for f in findings_of(report) if f["level"] == ERROR)
         more = report["counts"]["errors"] - 1
         rest = f" and {more} more" if more else ""
         raise UserError(
-            f"the data of {data.root} cannot be trusted: {spoken(first)}{rest} (all in "
-            f"{Path(workdir) / REPORT}; set data.verify to False to train in spite of it)"
+            f"the data in {data.root} has errors: {format_finding(first)}{rest} (full list in "
+            f"{Path(workdir) / REPORT}; fix them, or set data.verify to False to train anyway)"
         )
     return report
 
 
 def findings_of(report: dict) -> list[dict]:
-    """All findings of a report."""
+    """Returns all findings of a report."""
     return [f for file in report["files"] for f in file["findings"]] + report["data_set"]
 
 
-def spoken(finding: dict) -> str:
-    """A finding in one line that names its file."""
+def format_finding(finding: dict) -> str:
+    """Returns a finding as one line that starts with its file."""
     return f"{finding['file']} {finding['message']}".strip()
 
 
-def _tell(report: dict, fresh: list[str], say) -> None:
+def _print_findings(report: dict, fresh: list[str], say) -> None:
     counts = report["counts"]
     say(
         f"checked {len(fresh)} of {counts['cases']} cases: {counts['errors']} errors, "
@@ -225,7 +242,7 @@ def _tell(report: dict, fresh: list[str], say) -> None:
     of_fresh = [f for file in report["files"] if file["case"] in fresh for f in file["findings"]]
     for finding in [*of_fresh, *report["data_set"]][:20]:
         if finding["level"] == WARNING:
-            say(f"warning: {spoken(finding)}")
+            say(f"warning: {format_finding(finding)}")
 
 
 def _key(case: Case, table: LabelTable, window) -> str:
@@ -246,13 +263,13 @@ def _key(case: Case, table: LabelTable, window) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _recall(path: Path) -> dict:
-    """Records by key; none where the file is missing, damaged or of another schema."""
+def _read_cache(path: Path) -> dict:
+    """Reads records by key; empty if the file is missing, damaged or of another schema."""
 
     def parse(value):
         cases = value["cases"] if value["schema"] == SCHEMA else {}
-        whole = all(record.keys() >= {"case", "files", "features"} for record in cases.values())
-        return cases if whole else {}
+        complete = all(record.keys() >= {"case", "files", "features"} for record in cases.values())
+        return cases if complete else {}
 
     found = read_record(path, parse, missing={}, damaged=None)
     if found is None:
@@ -260,8 +277,8 @@ def _recall(path: Path) -> dict:
     return found or {}
 
 
-def _remember(path: Path, records: dict) -> None:
+def _write_cache(path: Path, records: dict) -> None:
     try:
         write_json(path, {"schema": SCHEMA, "cases": records})
-    except OSError as error:  # a cache that cannot be written costs time, no more
+    except OSError as error:  # without the cache, the next run repeats the checks
         warnings.warn(f"{path} cannot be written ({error})", stacklevel=2)
