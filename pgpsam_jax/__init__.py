@@ -6,7 +6,7 @@ from pgpsam_jax.version import __version__
 
 __all__ = ["SamPredictor", "__version__", "load_run"]
 
-if sys.argv[:1] == ["-m"]:  # while Python looks for the command that it was asked to start
+if sys.argv[:1] == ["-m"]:  # while Python resolves the module of `python -m`
     from pgpsam_jax.runtime.startup import begin
 
     begin()

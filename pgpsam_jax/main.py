@@ -1,7 +1,7 @@
 """Command line: python -m pgpsam_jax.main --config configs/synapse.py --workdir runs/synapse.
 
-The same command goes on with a run that was stopped; --workdir alone takes the configuration that
-the run has. Fields are set as --config.model.lora_rank=8 and --config.optim.clip_norm=None.
+The same command resumes a stopped run; --workdir alone uses the run's configuration. Fields are
+set as --config.model.lora_rank=8 and --config.optim.clip_norm=None.
 Exit codes: 0 done; 2 a mistake, said in a sentence; 69 another process of the run is gone; 75
 stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, after the step under way and its checkpoint; 130 by
 a second Ctrl-C, at once; 1 anything else.
@@ -22,7 +22,7 @@ from pgpsam_jax.utils.files import local
 _CONFIG = flags.DEFINE_string(
     "config",
     None,
-    "Config file, its variant behind a colon; fields are set as --config.model.lora_rank=8.",
+    "Config file, or FILE:VARIANT; fields are set as --config.model.lora_rank=8.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config name>.")
 _MODE = flags.DEFINE_enum(
@@ -32,24 +32,24 @@ _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
     ["auto", "off"],
-    "Several processes as SLURM, Open MPI, Cloud TPU or Kubernetes starts them, or this one alone.",
+    "auto: join processes that SLURM, Open MPI, Cloud TPU or Kubernetes started; off: run alone.",
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, where no scheduler names it."
+    "coordinator", None, "HOST:PORT of process 0, if no scheduler names it."
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
-_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+_PROCESS = flags.DEFINE_integer("process", None, "Index of this process, from 0.")
 
 
 def parse(argv):
-    """The program's name and the fields that are set, as (field, text); mistakes in a sentence."""
+    """Parses flags; returns the program's name and the (field, text) pairs that are set."""
     with exit_on_user_error():
         for before, word in itertools.pairwise(argv):
             name, _, value = word.rpartition("=")
             local(value, name or before)
         try:
             fields = {}
-            if any("config." in argument for argument in argv):  # its fields: only with JAX
+            if any("config." in argument for argument in argv):  # needs JAX
                 from pgpsam_jax.config.overrides import split_flags
 
                 argv, fields = split_flags(argv)
@@ -62,7 +62,7 @@ def parse(argv):
 
 
 def _configuration(fields: dict[str, str]):
-    """The configuration of the flags; None for the workdir's own as it is."""
+    """Returns the configuration of the flags; None for the unchanged one of the workdir."""
     from pgpsam_jax.config import overrides
     from pgpsam_jax.config.serialization import load_config, validate
 
@@ -82,7 +82,7 @@ def _configuration(fields: dict[str, str]):
 
 def main(arguments):
     with exit_on_user_error(), preemption.handle_signals():
-        logging.set_verbosity(logging.WARNING)  # orbax tells every file it writes
+        logging.set_verbosity(logging.WARNING)  # orbax logs each file it writes
         warnings.filterwarnings("default", module="pgpsam_jax")
         evaluate = _MODE.value == "evaluate"
         if evaluate and _WORKDIR.value is None:
@@ -91,7 +91,7 @@ def main(arguments):
             raise UserError("no configuration; give --config configs/phantom.py, for example")
         local(_WORKDIR.value or "", "--workdir")
         info = _process_info()
-        # JAX: not before the mistakes that show without it
+        # JAX is imported after the checks that do not need it.
         config = _configuration(dict(arguments[1:]))
         from pgpsam_jax.distributed import initialize
         from pgpsam_jax.evaluation import workdirs

@@ -1,4 +1,4 @@
-"""Score every test case on its own grid and write the tables, masks and pictures."""
+"""Scores test cases on their native voxel grids and writes tables, masks and overlays."""
 
 import functools
 import math
@@ -36,15 +36,25 @@ def evaluate(
     oracle: bool = False,
     axis: str = AXIAL,
 ) -> dict:
-    """Predict, score and write `folder`; returns the summary that `summary.json` holds.
+    """Predicts and scores cases, writes `folder` and returns the contents of `summary.json`.
 
-    `min_pixels` is what some organ needs for its slice to be valid (protocol `release`).
-    `axis` is the one along which slices are cut (`grid.AXES`). `region_of(case_id, truth)` may say
-    which slices (D,) to score, where training and test share volumes. `notices` stand at the top of
-    the report. `workers` (`eval.workers`, see `worker_count`) processes score and draw meanwhile;
-    they change no number. In a run of several processes each takes its share of the cases, with a
-    predictor on its own devices; the first one writes the tables. Only with `oracle` does the
-    predictor see the labels.
+    Of several processes, each takes its share of the cases with a predictor on its local devices;
+    the first writes the tables.
+
+    Args:
+      predictor: on the local devices.
+      cases: with labels.
+      table: class names and ids.
+      folder: for tables, masks and overlays.
+      nsd_tolerance_mm: tolerance of the NSD in mm.
+      min_pixels: of some organ, for a slice to be valid (protocol `release`).
+      overlays: whether to draw overlays.
+      region_of: (case id, truth) -> slices (D,) to score, or None for all; used where training and
+        test share volumes.
+      notices: shown above the tables.
+      workers: processes that score and draw (`eval.workers`); they change no number.
+      oracle: whether the predictor is given the labels.
+      axis: of the slices, one of `voxel_grid.AXES`.
     """
     folder, rows, slices = Path(folder), [], []
     notices = [*notices, *_doubtful_pairs(cases)]
@@ -88,7 +98,7 @@ def evaluate(
 
 
 def _doubtful_pairs(cases: Sequence[Case]) -> list[str]:
-    """A notice where the scores hang on labels that were paired by how they are stored."""
+    """A notice if scores depend on labels paired with images by storage order."""
     found = []
     for case in cases:
         pairing = pair_grids(read_grid(case.image), read_grid(case.label))

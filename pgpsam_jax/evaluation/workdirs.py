@@ -1,4 +1,4 @@
-"""Evaluates a workdir: `--mode evaluate`, and the end of training."""
+"""Evaluates a workdir, for `--mode evaluate` and at the end of training."""
 
 from pathlib import Path
 
@@ -22,7 +22,15 @@ from pgpsam_jax.runtime import determinism
 
 
 def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
-    """Score a workdir's parameters, newest or best, again: `--mode evaluate`."""
+    """Scores the newest or best parameters of a workdir: `--mode evaluate`.
+
+    Args:
+      workdir: of the run.
+      config: with changed evaluation settings; None for the workdir's.
+
+    Raises:
+      UserError: the workdir holds another run, or its files are missing or have changed.
+    """
     stored = serialization.load_config(workdir)
     determinism.demand((config or stored).deterministic)
     multihost.check_shared(workdir)
@@ -38,8 +46,8 @@ def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
 
 
 def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split) -> dict:
-    """Write `<workdir>/evaluation` and print its table."""
-    from pgpsam_jax.evaluation.evaluate import evaluate  # brings what draws and scores
+    """Writes `<workdir>/evaluation`, prints its table and returns the summary."""
+    from pgpsam_jax.evaluation.evaluate import evaluate  # imports scoring and plotting libraries
 
     notices = [frozen_weights.base_notice(config.model, workdir), registry.notice(config.model)]
     notices += [
@@ -51,9 +59,9 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
         notices.append(array_files.NO_GRID)
     if config.data.split == "within_volume":
         notices.append(
-            "Training and scored slices come from the same volumes: no claim of generalisation. "
+            "Training and scored slices come from the same volumes: no claim of generalization. "
             f'Scored are the slices of the few-shot pool ("{config.fewshot.pool}") that were not '
-            "trained on."
+            "used for training."
         )
         entries = dataset.stored_list(workdir).entries
         options["region_of"] = dataset.unseen_slices(config.fewshot, split.table, entries)

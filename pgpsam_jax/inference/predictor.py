@@ -1,4 +1,4 @@
-"""Whole volumes to class ids on their own grid; evaluation and prediction share it."""
+"""`Predictor`: volumes or slices to class ids, for evaluation and prediction."""
 
 import copy
 import functools
@@ -26,9 +26,17 @@ from pgpsam_jax.sharding import device_mesh
 class Predictor:
     """A model ready to segment volumes: fixed-size batches, resize and argmax on the device.
 
-    The model is compiled once; a new in-plane shape compiles only the resizes from and to it. On a
-    mesh over several processes all of them ask for the same slices, and each gets all the answers.
-    An `oracle` (see `methods.Method`) is given the truth with every volume, any other never.
+    The model is compiled once; a new in-plane shape only compiles the resizing. On a mesh over
+    several processes, all processes pass the same slices, and each gets all results.
+
+    Args:
+      graphdef, params, frozen: the model.
+      image_size: side of the network input in pixels.
+      window: intensities mapped to [0, 1], see `data.letterbox.ends_of`.
+      levels: gray levels to round down to; 0 = continuous.
+      batch_size: slices segmented at a time, rounded up to a multiple of the mesh's batch shards.
+      mesh: the devices.
+      oracle: whether the method takes prompts from the labels, which only then may be passed.
     """
 
     def __init__(
@@ -72,11 +80,11 @@ class Predictor:
 
     @property
     def params(self):
-        """State of the trained weights."""
+        """State of the trainable parameters."""
         return self._states[0]
 
     def on_local_devices(self) -> "Predictor":
-        """The same model on all devices of this process, whatever mesh it was on."""
+        """Returns a copy of the predictor on all devices of this process."""
         mesh = device_mesh.make_mesh(devices=jax.local_devices())
         states = (
             multihost.put_global(multihost.all_gather(tree), device_mesh.replicated(mesh))
@@ -85,15 +93,17 @@ class Predictor:
         return Predictor(self._graphdef, *states, mesh=mesh, **self._options)
 
     def with_params(self, params) -> "Predictor":
-        """The same compiled program with other trained weights."""
+        """Returns a predictor with the same compiled program and other trainable parameters."""
         other = copy.copy(self)
         other._states = params, self._states[1]
         return other
 
     def __call__(self, volume: Volume, truth=None) -> np.ndarray:
-        """Class ids (D, H, W) uint8 in the volume's display orientation.
+        """Returns class ids (D, H, W) uint8 in the volume's display orientation.
 
-        truth: its true class ids (D, H, W), for an oracle only.
+        Args:
+          volume: to segment.
+          truth: its true class ids (D, H, W), for an oracle only.
         """
 
         ends = ends_of(self.window, volume.array)
@@ -104,13 +114,16 @@ class Predictor:
         return self._segment(volume.array, prepare, truth)
 
     def slices(self, images) -> np.ndarray:
-        """Class ids (N, S, S) uint8 of slices (N, S, S) that are as the network sees them."""
+        """Returns class ids (N, S, S) uint8 of preprocessed slices (N, S, S)."""
         return self._segment(images, lambda part: part)
 
     def _segment(self, images, prepare, truth=None) -> np.ndarray:
-        """Class ids of `images` (N, H, W); `prepare` gives a batch its intensities in [0, 1]."""
+        """Class ids of `images` (N, H, W); `prepare` maps a batch to intensities in [0, 1]."""
         if self.oracle and truth is None:
-            raise UserError("an oracle takes its prompts from labels, and there are none")
+            raise UserError(
+                "this method takes its prompts from labels, and there are none; evaluate it on "
+                "labeled cases instead"
+            )
         if truth is not None and not self.oracle:
             raise ValueError("labels are for an oracle only")
         out = np.empty(images.shape, np.uint8)
@@ -148,9 +161,9 @@ def _class_ids(logits, letterbox: Letterbox, native: tuple[int, int]):
 
 
 def make_predict_step(graphdef):
-    """Pure function (params, frozen, images (B, S, S)) -> logits (B, h, w, K).
+    """Returns the pure function (params, frozen, images (B, S, S)) -> logits (B, h, w, K).
 
-    Of an oracle it takes the true class ids (B, S, S), too.
+    For an oracle, the function also takes the true class ids (B, S, S).
     """
 
     def predict_step(params, frozen, images, *labels):

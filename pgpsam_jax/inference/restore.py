@@ -17,9 +17,18 @@ from pgpsam_jax.sharding import device_mesh
 
 
 def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
-    """The trained parameters of a workdir, newest or best, ready for volumes."""
+    """Restores a predictor with the newest or best parameters of a workdir.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      num_classes: K, including the background.
+
+    Raises:
+      UserError: there is no checkpoint, or weights are missing, damaged or not those of the run.
+    """
     config = config.copy_and_resolve_references()
-    config.model.cnn_base = ""  # where training started; what trained comes from the workdir
+    config.model.cnn_base = ""  # only initializes training; the workdir has the trained CNN
     no_base = frozen_weights.holds_all(workdir)
     config.model.base = "" if no_base else locations.find_base(config, workdir)
     new = frozen_weights.frozen_origin(workdir) is None
@@ -43,12 +52,13 @@ def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
 def make_predictor(
     data: ConfigDict, settings: ConfigDict, batch_size: int, model: tuple, mesh
 ) -> Predictor:
-    """Returns a predictor that sees volumes as a run does.
+    """Returns a predictor with the preprocessing of a run.
 
     Args:
       data, settings: `config.data` and `config.model` of the run.
-      batch_size: slices that are segmented at a time.
+      batch_size: slices segmented at a time.
       model: (graphdef, params, frozen).
+      mesh: the devices.
     """
     return Predictor(
         *model,

@@ -1,4 +1,4 @@
-"""A trained run for notebooks and scripts: `run = pgpsam_jax.load_run("runs/x")`."""
+"""The Python API of a trained run: `run = pgpsam_jax.load_run("runs/x")`."""
 
 import dataclasses
 import functools
@@ -31,9 +31,13 @@ from pgpsam_jax.runtime.compilation_cache import keep_compiled, start
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedRun:
-    """A workdir's newest parameters, or those that validation chose (`config.validation`).
+    """A run with its newest parameters, or the best with `config.validation`.
 
-    `label_names` has K names, the background first.
+    Attributes:
+      workdir: of the run.
+      config: of the run.
+      label_names: K names, the background first.
+      predictor: volumes to class ids.
     """
 
     workdir: Path
@@ -48,19 +52,23 @@ class TrainedRun:
 
     @functools.cached_property
     def identity(self) -> dict:
-        """What tells this run from others, wherever its folder is: a digest of all its numbers."""
+        """Workdir and checksum of all parameters, which identify the run."""
         numbers = multihost.checksum(nnx.state(self.model))
         return {"workdir": str(self.workdir), "parameters": f"{numbers:08x}"}
 
     @property
     def results(self) -> runs.Run:
-        """What the run left on disk: loss records, scores per case, provenance."""
+        """Results on disk: loss records, scores per case, provenance."""
         return runs.read_run(self.workdir)
 
     def segment(self, volume) -> nib.Nifti1Image:
-        """Class ids, uint8, on exactly the volume's grid: what `pgpsam_jax.predict` writes.
+        """Returns class ids, uint8, on the volume's voxel grid, as written by `predict`.
 
-        volume: path of a NIfTI file, nibabel NIfTI image, or `pgpsam_jax.data.io.nifti.Volume`.
+        Args:
+          volume: path of a NIfTI file, nibabel NIfTI image, or `data.io.nifti.Volume`.
+
+        Raises:
+          UserError: the file cannot be read, or the method needs labels.
         """
         registry.refuse_without_labels(self.config.model)
         volume = self.read(volume)
@@ -69,29 +77,34 @@ class TrainedRun:
         return label_image(self.predictor(volume), volume.source)
 
     def read(self, volume) -> Volume:
-        """The volume, given as in `segment`, with slices along the axis that the run's have."""
+        """Reads a volume, given as in `segment`, with slices along the run's axis."""
         return as_volume(volume, self.config.data.axis)
 
     def remarks(self, volume: Volume) -> list[str]:
-        """What is odd about a volume, a sentence each: its grid, and how training's differ."""
+        """Returns warnings about a volume's voxel grid and differences from training volumes."""
         found = [text for _, text in volume.source.remarks()]
         axis, thick = self.config.data.axis, volume.source.thick_axis
         if thick not in (None, axis) and len(volume.array) > 1:
             found.append(
-                f"was taken in {thick} slices, but this run knows {axis} ones and cuts it along "
-                "them; train one on such volumes with data.axis"
+                f"was acquired in {thick} slices, but this run was trained on {axis} slices and "
+                "cuts it along those; train a run on such volumes with data.axis"
             )
         return found + (appearance.differences(volume, self.looks) if self.looks else [])
 
     @functools.cached_property
     def looks(self) -> dict | None:
-        """What the training volumes look like (`appearance`); None in runs of before."""
+        """Appearance of the training volumes; None in runs of earlier versions."""
         return appearance.read_record(self.workdir)
 
     def passes(self, volume, slices) -> list:
-        """All that the model computes on its way for some slices: `PgpSam.passes`, on the host.
+        """Returns the intermediate results of `PgpSam.passes` for some slices, on the host.
 
-        volume: as in `segment`; slices: N indices along `data.axis`, one batch.
+        Args:
+          volume: as in `segment`.
+          slices: N indices along `data.axis`, one batch.
+
+        Raises:
+          UserError: the method has no decoder passes.
         """
         if not hasattr(self.model, "passes"):
             name = registry.name_of(registry.key_of(self.config.model))
@@ -102,7 +115,7 @@ class TrainedRun:
         return jax.device_get(self._passes(images))
 
     def inputs(self, volume, slices):
-        """Some slices as the network sees them, (N, S, S) in [0, 1]."""
+        """Returns preprocessed slices, (N, S, S) in [0, 1]; arguments as for `passes`."""
         array = self.read(volume).array
         letterbox = Letterbox.of(array.shape[1:], self.config.model.image_size)
         predictor = self.predictor
@@ -120,10 +133,14 @@ class TrainedRun:
 
 
 def load_run(workdir, base=None) -> TrainedRun:
-    """The trained parameters of a workdir, ready to use; `UserError` if there are none.
+    """Loads a trained run.
 
-    base: stem of the converted SAM that the run was trained on, where it is no longer at the place
-    that the run knows.
+    Args:
+      workdir: of the run.
+      base: stem of the converted SAM it was trained on, if that has moved.
+
+    Raises:
+      UserError: there is no run, no checkpoint, or its weights cannot be found.
     """
     keep_compiled()
     config = load_config(workdir)
@@ -136,9 +153,11 @@ def load_run(workdir, base=None) -> TrainedRun:
 
 
 def as_volume(volume, axis: str = AXIAL) -> Volume:
-    """A volume in display orientation from a path, a nibabel NIfTI image or one read already.
+    """Returns a volume in display orientation.
 
-    axis: along which slices are cut, one of `grid.AXES`.
+    Args:
+      volume: a path, a nibabel NIfTI image or a `Volume`.
+      axis: of the slices, one of `voxel_grid.AXES`.
     """
     if isinstance(volume, str | os.PathLike):
         return read_image(volume, axis)

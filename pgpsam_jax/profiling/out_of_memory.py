@@ -85,7 +85,9 @@ def advice(config: ConfigDict, workdir, reason: str, segmenting: bool = False) -
     if segmenting:
         size = config.eval.batch_size
         smaller = f"choose --config.eval.batch_size={size // 2} or less, it is {size}"
-        remedy = smaller if size > 1 else "one slice is the least: use a device with more memory"
+        remedy = (
+            smaller if size > 1 else "the batch is a single slice: use a device with more memory"
+        )
         return f"a device ran out of memory while volumes were segmented ({reason}); {remedy}"
     head = f"a device ran out of memory ({reason})"
     remedies = list_remedies(config)

@@ -59,7 +59,7 @@ def warp_coordinates(key, shape, config: AugmentConfig):
 
 def _choose(draws, config):
     """(3,) of 0.0 or 1.0: whether this sample is rotated, deformed, scaled."""
-    if config.exclusive_fields:
+    if config.exclusive:
         chosen = one_of(draws[0], config.geometric)
     else:
         chosen = draws < np.array(config.geometric, np.float32)
