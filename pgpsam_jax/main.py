@@ -2,9 +2,9 @@
 
 The same command resumes a stopped run; --workdir alone uses the run's configuration. Fields are
 set as --config.model.lora_rank=8 and --config.optim.clip_norm=None.
-Exit codes: 0 done; 2 a mistake, said in a sentence; 69 another process of the run is gone; 75
-stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, after the step under way and its checkpoint; 130 by
-a second Ctrl-C, at once; 1 anything else.
+Exit codes: 0 done; 2 user error, reported in one sentence; 69 another process of the run is gone;
+75 stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, after the current step and its checkpoint; 130
+stopped at once by a second Ctrl-C; 1 anything else.
 """
 
 import itertools

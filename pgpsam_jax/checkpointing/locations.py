@@ -84,14 +84,14 @@ def find_base(config: ConfigDict, workdir) -> str:
 
 def record_locations(workdir, config: ConfigDict) -> None:
     """Stores where the files of a run are at this start; `config`: of `resolve_paths`."""
-    places, workdir = _read(workdir), Path(os.path.abspath(workdir))
+    locations, workdir = _read(workdir), Path(os.path.abspath(workdir))
     for field in _RECORDED:
         path = attrgetter(field)(config)
         absolute = os.path.abspath(path)
         if path and Path(absolute).parent != workdir:  # not the workdir's copies
             beside = os.path.relpath(absolute, workdir)
-            places[field] = {"absolute": absolute, "from_workdir": beside}
-    write_json(workdir / RECORD, places)
+            locations[field] = {"absolute": absolute, "from_workdir": beside}
+    write_json(workdir / RECORD, locations)
 
 
 class _Candidates:
@@ -100,16 +100,16 @@ class _Candidates:
     def __init__(self, config: ConfigDict, workdir: Path):
         self._config, self._workdir = config, workdir
         self._stored = serialization.load_config(workdir)
-        self._places = _read(workdir)
+        self._locations = _read(workdir)
 
     def __call__(self, field: str) -> list[str]:
         given = attrgetter(field)(self._config)
         if not given:
             return []
-        paths, place = [given], self._places.get(field)
-        if given == attrgetter(field)(self._stored) and isinstance(place, dict):
-            paths.append(str(place.get("absolute", given)))
-            beside = self._workdir / str(place.get("from_workdir", "."))
+        paths, location = [given], self._locations.get(field)
+        if given == attrgetter(field)(self._stored) and isinstance(location, dict):
+            paths.append(str(location.get("absolute", given)))
+            beside = self._workdir / str(location.get("from_workdir", "."))
             paths.append(os.path.normpath(os.path.abspath(beside)))
         return list(dict.fromkeys(paths))
 

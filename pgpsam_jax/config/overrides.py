@@ -143,7 +143,7 @@ def _defaults() -> ConfigDict:
 
 def _default(field: str) -> tuple:
     """(default value, kind) of a field."""
-    value = every = _defaults()
+    value = fields = _defaults()
     section, _, last = field.rpartition(".")
     try:
         for part in section.split(".") if section else ():
@@ -151,7 +151,7 @@ def _default(field: str) -> tuple:
         kind = value.get_type(last)
         value = value[last]
     except (AttributeError, KeyError, TypeError, ValueError):
-        near = difflib.get_close_matches(field, serialization.flatten(every.to_dict()), 1, 0.75)
+        near = difflib.get_close_matches(field, serialization.flatten(fields.to_dict()), 1, 0.75)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"no such configuration field: {sanitize(field)}{hint}") from None
     if isinstance(value, ConfigDict):

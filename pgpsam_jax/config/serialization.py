@@ -105,7 +105,7 @@ def _upgrade(value: dict) -> dict:
     if isinstance(model, dict) and model.get("start") == "drawn":
         value["model"] |= {"start": "random"}
     fewshot, data = value.get("fewshot"), value.get("data")
-    if isinstance(fewshot, dict) and fewshot.get("file"):  # beside which a rule was not used
+    if isinstance(fewshot, dict) and fewshot.get("file"):  # the rule was not used
         value["fewshot"] = fewshot | dict.fromkeys((*SIZES, "seed")) | {"rule": "random"}
     if isinstance(data, dict):
         value["data"] = data = {"axis": "axial"} | data  # before there was a choice

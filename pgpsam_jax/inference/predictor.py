@@ -59,8 +59,8 @@ class Predictor:
             "batch_size": batch_size,
             "oracle": oracle,
         }
-        lanes = mesh.shape["data"] * mesh.shape["fsdp"]
-        self.batch_size = -(-batch_size // lanes) * lanes
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch_size = -(-batch_size // shards) * shards
         self.image_size, self.window, self.levels = image_size, window, levels
         self.oracle = oracle
         self._sharding = device_mesh.batch_sharding(mesh)

@@ -77,8 +77,8 @@ def links(name: str, coordinates) -> int:
     chip, shape = parse_topology(name)
     cubes = len(shape) == 3 and all(side % 4 == 0 for side in shape)
     count = 0
-    for side, places in zip(shape, zip(*coordinates, strict=True), strict=False):
-        extent = len(set(places))
+    for side, values in zip(shape, zip(*coordinates, strict=True), strict=False):
+        extent = len(set(values))
         closed = cubes if chip in _COUNTED_BY_CORE else side == 16
         count += 0 if extent == 1 else 2 if closed and extent == side else 1
     return count
@@ -123,9 +123,9 @@ def lower_step(
       slices: of the few-shot set.
       seed: of augmentation.
     """
-    lanes, size = device_mesh.batch_sharding(mesh), image_size
+    sharding, size = device_mesh.batch_sharding(mesh), image_size
     batch = {
-        name: jax.ShapeDtypeStruct((plan.batch_size, size, size), dtype, sharding=lanes)
+        name: jax.ShapeDtypeStruct((plan.batch_size, size, size), dtype, sharding=sharding)
         for name, dtype in (("image", np.float16), ("label", np.uint8))
     }
     return shard_step(plan, mesh, *model, batch, epoch_size=slices, seed=seed).lower()

@@ -165,25 +165,25 @@ def list_remedies(config: ConfigDict) -> list[Remedy]:
         config.train.microbatches,
         device_mesh.make_mesh(**config.mesh),
     )
-    lanes = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     found, together = [], {}
     if config.model.remat != "blocks":
         together["model.remat"] = "blocks"
         found.append(Remedy({"model.remat": "blocks"}, "the same results, a slower step"))
-    if lanes > mesh.shape["fsdp"]:
-        spread = {"mesh.data": 1, "mesh.fsdp": lanes}
+    if shards > mesh.shape["fsdp"]:
+        spread = {"mesh.data": 1, "mesh.fsdp": shards}
         found.append(Remedy(spread, "the same results, weights in parts over the devices"))
     if config.model.compute_dtype != "bfloat16":
         together["model.compute_dtype"] = "bfloat16"
         found.append(Remedy({"model.compute_dtype": "bfloat16"}, "faster on GPU and TPU, rounded"))
-    divided = [n for n in range(2 * parts, batch + 1, parts) if batch % (n * lanes) == 0]
+    divided = [n for n in range(2 * parts, batch + 1, parts) if batch % (n * shards) == 0]
     if divided:
         together["train.microbatches"] = divided[-1]
         price = "the same batch in parts, more time; Dice loss of a part"
         found.append(Remedy({"train.microbatches": divided[0]}, price))
     if len(together) > 1:
         found.append(Remedy(together, "all of that"))
-    if half := batch // 2 // (lanes * parts) * lanes * parts:
+    if half := batch // 2 // (shards * parts) * shards * parts:
         found.append(Remedy({"train.batch_size": half}, "another recipe"))
 
     def runs(remedy: Remedy) -> bool:

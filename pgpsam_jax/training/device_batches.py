@@ -25,33 +25,36 @@ class DeviceBatches:
         self._set, self.loader, self._mesh = data, loader, mesh
         self.resident = sum(array.nbytes for array in jax.tree.leaves(data)) <= resident_bytes
         if self.resident:
-            whole = device_mesh.replicated(mesh)
-            self._set = multihost.put_global(self._set, whole)
+            self._set = multihost.put_global(self._set, device_mesh.replicated(mesh))
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        rows, lanes = next(self.loader), device_mesh.batch_sharding(self._mesh)
+        rows, sharding = next(self.loader), device_mesh.batch_sharding(self._mesh)
         if self.resident:
-            return self._set | {"rows": multihost.put_global(rows, lanes)}, rows
-        return jax.tree.map(lambda array: _chosen(array, rows, lanes), self._set), rows
+            return self._set | {"rows": multihost.put_global(rows, sharding)}, rows
+        return jax.tree.map(lambda array: _select(array, rows, sharding), self._set), rows
 
     def abstract(self, batch_size: int) -> dict:
         """Returns shapes and shardings of a global batch of `batch_size`, to compile for."""
-        lanes, shape = device_mesh.batch_sharding(self._mesh), (batch_size,)
+        sharding, shape = device_mesh.batch_sharding(self._mesh), (batch_size,)
         if self.resident:
-            rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=lanes)
-            whole = jax.tree.map(lambda array: _like(array, array.shape, array.sharding), self._set)
-            return whole | {"rows": rows}
-        return jax.tree.map(lambda array: _like(array, shape + array.shape[1:], lanes), self._set)
+            rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+            resident = jax.tree.map(
+                lambda array: _like(array, array.shape, array.sharding), self._set
+            )
+            return resident | {"rows": rows}
+        return jax.tree.map(
+            lambda array: _like(array, shape + array.shape[1:], sharding), self._set
+        )
 
 
-def _chosen(array, rows, lanes):
+def _select(array, rows, sharding):
     """Rows of a host array, sharded over the batch axes."""
     shape = rows.shape + array.shape[1:]
-    return jax.make_array_from_callback(shape, lanes, lambda index: array[rows[index[0]]])
+    return jax.make_array_from_callback(shape, sharding, lambda index: array[rows[index[0]]])
 
 
-def _like(array, shape, placed):
-    return jax.ShapeDtypeStruct(shape, array.dtype, sharding=placed)
+def _like(array, shape, sharding):
+    return jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding)

@@ -49,13 +49,13 @@ def encode_few_shot_set(
       UserError: the set is larger than `resident_gib`.
     """
     copies, count = step.encoded, len(images)
-    lanes = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = math.ceil(batch_size / lanes) * lanes
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = math.ceil(batch_size / shards) * shards
     settings, rows = step.augment, device_mesh.batch_sharding(mesh)
     graphdef, *states = model
 
-    def encode(states, images, labels, copy, places):
-        keys = sample_keys(jax.random.key(seed), copy, places)
+    def encode(states, images, labels, copy, indices):
+        keys = sample_keys(jax.random.key(seed), copy, indices)
         images, labels = augment(keys, images.astype(wide(images.dtype)), labels, settings)
         return nnx.merge(graphdef, *states).encode(to_input(images)), labels.astype(jnp.uint8)
 
@@ -64,9 +64,9 @@ def encode_few_shot_set(
     for copy in range(copies):
         for start in range(0, count, size):
             # The last batch is padded with its last slice; the padding is dropped below.
-            places = np.minimum(np.arange(start, start + size), count - 1)
+            indices = np.minimum(np.arange(start, start + size), count - 1)
             batch = multihost.put_global(
-                (images[places], labels[places], places.astype(np.int32)), rows
+                (images[indices], labels[indices], indices.astype(np.int32)), rows
             )
             found = run(states, *batch[:2], np.int32(copy), batch[2])
             kept = min(size, count - start)

@@ -79,7 +79,7 @@ class Selection:
         """Scores the predictor's parameters and keeps them if they are the best so far."""
         from pgpsam_jax.metrics.release_protocol import mean_slice_dice
 
-        prediction = predictor.slices(self._data.images)  # by all devices, whole on all processes
+        prediction = predictor.slices(self._data.images)  # gathered to all processes
         if self._fresh:
             self._go_on(step)
         alarms = self._dead_classes.update(prediction, self._epoch(step))

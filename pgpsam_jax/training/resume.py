@@ -62,13 +62,13 @@ def _check_length(old: TrainingPlan, new: TrainingPlan, every_epochs: int, workd
             f"shortened to {now}; give --config.train.steps={before} or more, or train in another "
             "--workdir"
         )
-    said = [f"the run of {before} steps resumes from step {done} and continues to step {now}"]
+    messages = [f"the run of {before} steps resumes from step {done} and continues to step {now}"]
     rates = [plan.learning_rates(slices)[:done] for plan in (old, new)]
     if not np.array_equal(*rates, equal_nan=True):
-        said.append(
+        messages.append(
             f"its learning rates so far were those of {before} steps, so the result differs from "
             f"that of one run of {now} steps"
         )
     if every_epochs and done == before and before * new.batch_size % (every_epochs * slices):
-        said.append(f"step {before} was validated as well, as the last step then")
-    multihost.print_once("; ".join(said))
+        messages.append(f"step {before} was validated as well, as the last step then")
+    multihost.print_once("; ".join(messages))

@@ -118,8 +118,8 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
     inputs |= resnet_weights.digests(config.model.cnn_base)
     origin = provenance(**inputs)
     if multihost.is_multiprocess():
-        about = {"whether --workdir holds this run": resume, "config": to_json(config)}
-        _agree(about, origin, params)
+        shared = {"whether --workdir holds this run": resume, "config": to_json(config)}
+        _agree(shared, origin, params)
     resumption.record_run_identity(given, config, workdir, split, data.list, origin)
     if multihost.is_first():
         write_json(workdir / appearance.FILE, data.looks)
