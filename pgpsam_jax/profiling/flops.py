@@ -101,11 +101,11 @@ def _attention_products(config: EncoderConfig, window: int, gradient: bool, tabl
     needed = sum((a * b) ** 2 for a in rows for b in columns)
     computed = len(rows) * len(columns) * (size_h * size_w) ** 2
     # Each token's query meets one row of R_h per row of keys, and likewise for columns.
-    cells = sum(a * b * (a + b) for a in rows for b in columns)
-    all_cells = len(rows) * len(columns) * size_h * size_w * (size_h + size_w)
+    pairs = sum(a * b * (a + b) for a in rows for b in columns)
+    all_pairs = len(rows) * len(columns) * size_h * size_w * (size_h + size_w)
     d = config.width
     scores = Product(4 * d * needed, 2 * int(gradient), 4 * d * (computed - needed))
-    position = Product(2 * d * cells, int(gradient) + int(tables), 2 * d * (all_cells - cells))
+    position = Product(2 * d * pairs, int(gradient) + int(tables), 2 * d * (all_pairs - pairs))
     return [scores, position]
 
 

@@ -41,13 +41,8 @@ class DeviceBatches:
         sharding, shape = device_mesh.batch_sharding(self._mesh), (batch_size,)
         if self.resident:
             rows = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
-            resident = jax.tree.map(
-                lambda array: _like(array, array.shape, array.sharding), self._set
-            )
-            return resident | {"rows": rows}
-        return jax.tree.map(
-            lambda array: _like(array, shape + array.shape[1:], sharding), self._set
-        )
+            return jax.tree.map(lambda x: _like(x, x.shape, x.sharding), self._set) | {"rows": rows}
+        return jax.tree.map(lambda x: _like(x, shape + x.shape[1:], sharding), self._set)
 
 
 def _select(array, rows, sharding):

@@ -81,7 +81,7 @@ class Selection:
 
         prediction = predictor.slices(self._data.images)  # gathered to all processes
         if self._fresh:
-            self._go_on(step)
+            self._resume(step)
         alarms = self._dead_classes.update(prediction, self._epoch(step))
         score = mean_slice_dice(prediction, self._data.labels, self._data.num_classes)
         best = self._best.record
@@ -103,7 +103,7 @@ class Selection:
     def _epoch(self, step: int) -> float:
         return step * self._batch_size / self._epoch_size
 
-    def _go_on(self, step: int) -> None:
+    def _resume(self, step: int) -> None:
         """Restores the counts of dead classes from the last validation before `step`."""
         self._fresh = False
         validated = [r for r in read_metrics(self._workdir / "metrics.jsonl") if r["step"] < step]
