@@ -251,8 +251,8 @@ def test_gradients_are_not_stopped():
     assert jaxprs.own_gradients(traced("small")[0].jaxpr.jaxpr) == {
         ("stop_gradient", "ppr.py", "select_inter"),
         ("stop_gradient", "deformable_conv.py", "_neighbours"),
-        ("stop_gradient", "attention.py", "attend"),  # the largest score
-        ("custom_vjp_call", "attention.py", "lean"),
+        ("stop_gradient", "attention_kernels.py", "attend"),  # the largest score
+        ("custom_vjp_call", "attention_kernels.py", "lean"),
     }
 
 
