@@ -153,7 +153,7 @@ def test_epochs_take_the_copies_in_turn(encoded, step_on):
 
 def test_what_takes_too_much_is_refused(configuration, few_shot_set, model):
     step = TrainingPlan.from_config(configuration(1, False)).step
-    with pytest.raises(UserError, match=r"raise that, or lower train\.encoded_copies"):
+    with pytest.raises(UserError, match=r"raise it, or lower train\.encoded_copies"):
         feature_cache.encode_few_shot_set(
             step, device_mesh.make_mesh(), model, *few_shot_set, seed=SEED, resident_gib=1e-6
         )

@@ -281,7 +281,7 @@ def test_a_run_fits_once_and_goes_on_like_any(small_or_whole, tmp_path, capsys):
     ("field", "value", "message"),
     [
         ("prompt", "mask", "choose from point, box, both"),
-        ("train_encoder", "full", "as it is; set"),
+        ("train_encoder", "full", "does not train SAM.s encoder; set"),
     ],
 )
 def test_refusals(field, value, message):

@@ -247,7 +247,7 @@ def test_efficiency_is_against_the_fewest_devices():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compiled", "--topologies", "v5e"], "no chip and shape"),
+        (["compiled", "--topologies", "v5e"], "not a chip and a shape"),
         (["compiled", "--meshes", "pipeline"], "mesh 'pipeline' unknown"),
         (["compiled", "--meshes", "fsdp+tensor"], "several axes"),
         (["compiled", "--batches", "0"], "must be 1 or more"),

@@ -131,7 +131,7 @@ def test_the_best_parameters_are_kept_and_used(finished):
     best = best_parameters.best_record(workdir)
     assert best == {"step": 1 + int(np.argmax(scores)), "score": max(scores)}
     assert len({path.name for path in (workdir / "best").iterdir()}) == 1
-    assert any(f"those of step {best['step']}," in notice for notice in summary["notices"])
+    assert any(f"from step {best['step']}," in notice for notice in summary["notices"])
     kept = numbers(workdir, best_parameters.BestCheckpoint)
     assert same(kept, numbers(workdir, checkpoint.Checkpoints)) == (best["step"] == 6)
     config = serialization.load_config(workdir)
@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train__encoded_copies": 2, "model__train_encoder": "full"}, "cannot be encoded"),
+        ({"train__encoded_copies": 2, "model__train_encoder": "full"}, "can be precomputed"),
         ({"optim__final_learning_rate": 1.0}, "keep it from 0 to learning_rate"),
         ({"augment__elastic_grid": 2}, "a cubic spline needs at least 4"),
     ],

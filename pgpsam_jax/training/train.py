@@ -36,7 +36,7 @@ def train(config: ConfigDict, workdir) -> dict:
     multihost.check_shared(workdir)
     with locked(workdir, "training"):
         run = set_up(config, Path(workdir))
-        predictor = fit(run) if run.total else _as_loaded(run)
+        predictor = fit(run) if run.total else _untrained_predictor(run)
         return _evaluate(run, predictor)
 
 
@@ -178,7 +178,7 @@ def _compile(run: Run, step: ShardedStep, done: int):
     return compiled
 
 
-def _as_loaded(run: Run) -> Predictor:
+def _untrained_predictor(run: Run) -> Predictor:
     """Returns the predictor of a method without trainable parameters."""
     model = run.graphdef, run.params, run.frozen
     step_cost.start_record(
