@@ -155,8 +155,8 @@ def _order_line(order: dict) -> str:
         "consistent": "label order: organ positions match the label table.",
         "mixed_up": f"label order: organ positions do NOT match the label table.{looks}",
         "guess": f"label order: no label table.{looks}",
-        "unclear": "label order: not determined (needs at least three abdominal organs, placed as in "
-        "an adult CT).",
+        "unclear": "label order: not determined (needs at least three abdominal organs, placed as "
+        "in an adult CT).",
     }[order["verdict"]]
 
 

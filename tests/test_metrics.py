@@ -297,9 +297,9 @@ def test_bad_volumes_are_refused():
     ones = np.ones((3, 4, 5), np.uint8)
     with pytest.raises(UserError, match=r"case1: prediction .* differ in shape"):
         rows_of(ones[:2], ones)
-    with pytest.raises(UserError, match=r"label holds class 7, .* only ids 0 to 2"):
+    with pytest.raises(UserError, match=r"label has class 7, .* only ids 0 to 2"):
         rows_of(ones, ones * np.uint8(7))
-    with pytest.raises(UserError, match="prediction holds class -1"):
+    with pytest.raises(UserError, match="prediction has class -1"):
         rows_of(-ones.astype(np.int16), ones)
     with pytest.raises(ValueError, match="region has shape"):
         rows_of(ones, ones, region=np.ones(4, bool))

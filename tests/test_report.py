@@ -254,12 +254,12 @@ def test_mistakes_are_refused(tmp_path):
 def test_damaged_table_is_named(tmp_path, text):
     path = tmp_path / "cases.csv"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"cases\.csv: not a readable evaluation table"):
+    with pytest.raises(UserError, match=r"cases\.csv is not a readable evaluation table"):
         read_cases(path)
 
 
 def test_missing_table_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"absent\.csv: not a readable evaluation table"):
+    with pytest.raises(UserError, match=r"absent\.csv is not a readable evaluation table"):
         read_cases(tmp_path / "absent.csv")
 
 

@@ -118,7 +118,7 @@ def test_an_error_is_the_same_sentence(cases, tmp_path, count):
             return super().__call__(volume) + np.uint8(volume.source.path.name[0] == "b") * 7
 
     options = {"nsd_tolerance_mm": 2.0, "min_pixels": 3, "overlays": False, "workers": count}
-    with pytest.raises(UserError, match=r"^case b: the prediction holds class 9, but the label"):
+    with pytest.raises(UserError, match=r"^case b: the prediction has class 9, but the label"):
         evaluate(Wrong(), *cases, tmp_path / "out", **options)
 
 

@@ -123,7 +123,7 @@ def test_strongest_elastic_stays_in_bounds_and_never_folds(seed, controls):
 
 def frequencies(config):
     draws = jax.random.uniform(jax.random.key(3), (20_000, 3))
-    active = np.asarray(jax.vmap(lambda u: module._choose(u, config))(draws))
+    active = np.asarray(jax.vmap(lambda u: module._active_transforms(u, config))(draws))
     assert set(np.unique(active)) <= {0.0, 1.0}
     return active.mean(0), active.sum(1)
 

@@ -1,7 +1,7 @@
-"""Scores as arrays: rows of `cases.csv` to means, spreads and, over seeds, the `Scores` of a row.
+"""Aggregation of scores: means, SDs and confidence intervals over cases, organs and seeds.
 
-Undefined scores are NaN and left out of every mean. The *class mean* averages the cases of an organ
-first and the organs afterwards, the *case mean* the organs of a case first.
+Undefined scores are NaN and excluded from every mean. The *class mean* averages over the cases of
+each organ first, then over organs; the *case mean* over the organs of each case first.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ SMALL = 50
 
 
 def defined_mean(values, axis=None):
-    """Mean over what is defined, NaN (without numpy's warning) where nothing is."""
+    """Returns the mean over defined values; NaN (without numpy's warning) where there are none."""
     defined = np.isfinite(values)
     count = defined.sum(axis=axis)
     total = np.where(defined, values, 0.0).sum(axis=axis)
@@ -32,7 +32,7 @@ def defined_mean(values, axis=None):
 
 
 def spread(values) -> tuple[float | None, list[float] | None]:
-    """Sample SD and t interval of the mean; None for fewer than two defined values."""
+    """Returns sample SD and t interval of the mean; None for fewer than two defined values."""
     values = np.asarray(values, float)
     values = values[np.isfinite(values)]
     if values.size < 2:
@@ -44,11 +44,21 @@ def spread(values) -> tuple[float | None, list[float] | None]:
 
 
 def score_arrays(rows, protocol, cases, classes):
-    """{metric: (cases, classes) values} and the statuses of one protocol.
+    """Arranges the rows of one protocol as arrays.
 
-    classes: {class id: name}. Raises `UserError` where a case occurs twice.
+    Args:
+        rows: rows of `cases.csv`.
+        cases: ids of the N cases, in output order.
+        classes: {class id: name} of the C classes, in output order.
+
+    Returns:
+        {metric: (N, C) values} and (N, C) statuses.
+
+    Raises:
+        UserError: a case occurs twice.
     """
-    place = {case: i for i, case in enumerate(cases)}, {key: j for j, key in enumerate(classes)}
+    row_of = {case: i for i, case in enumerate(cases)}
+    column_of = {key: j for j, key in enumerate(classes)}
     shape = len(cases), len(classes)
     values = {metric: np.full(shape, np.nan) for metric in METRICS[protocol]}
     status = np.full(shape, "", dtype=object)
@@ -59,20 +69,20 @@ def score_arrays(rows, protocol, cases, classes):
         key = row["case"], row["class_id"], row["metric"]
         if key in seen:
             raise UserError(
-                f"case {row['case']} was evaluated twice; give every case a name of its own."
+                f"case {row['case']} was evaluated twice; give each case a unique name."
             )
         seen.add(key)
-        where = place[0][row["case"]], place[1][row["class_id"]]
-        values[row["metric"]][where] = row["value"]
-        status[where] = row["status"]
+        index = row_of[row["case"]], column_of[row["class_id"]]
+        values[row["metric"]][index] = row["value"]
+        status[index] = row["status"]
     return values, status
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """One metric of one protocol for the seeds of one row of a table.
+    """Scores of one metric and protocol over seeds, cases and organs.
 
-    values: (S, N, C), S seeds, N cases, C organs; NaN where undefined.
+    values: (S, N, C) for S seeds, N cases, C organs; NaN where undefined.
     """
 
     seeds: tuple[int, ...]
@@ -81,33 +91,33 @@ class Scores:
     values: np.ndarray
 
     def select(self, seeds, cases, organs) -> "Scores":
-        """These seeds, cases and organs only, in the order given."""
+        """Returns the scores of these seeds, cases and organs, in the given order."""
         wanted = tuple(seeds), tuple(cases), tuple(organs)
         axes = self.seeds, self.cases, self.organs
         picks = [[axis.index(key) for key in keys] for axis, keys in zip(axes, wanted, strict=True)]
         return Scores(*wanted, self.values[np.ix_(*picks)])
 
     def per_case(self) -> np.ndarray:
-        """(N, C): the mean over seeds."""
+        """Returns the mean over seeds, (N, C)."""
         return defined_mean(self.values, axis=0)
 
     def case_scores(self) -> np.ndarray:
-        """(N,): a case's mean over organs, averaged over seeds."""
+        """Returns the mean over organs of each case, averaged over seeds, (N,)."""
         return defined_mean(defined_mean(self.values, axis=2), axis=0)
 
     def organ_means(self) -> np.ndarray:
-        """(C,): mean over seeds of the mean over cases."""
+        """Returns the mean over cases of each organ, averaged over seeds, (C,)."""
         return defined_mean(defined_mean(self.values, axis=1), axis=0)
 
     def over_seeds(self, kind: str) -> tuple[float, float | None]:
-        """Mean and sample SD over seeds of the "class" or "case" mean; no SD for one seed."""
+        """Returns mean and SD (None for one seed) over seeds of the "class" or "case" mean."""
         inner = {"class": 1, "case": 2}[kind]
         means = defined_mean(defined_mean(self.values, axis=inner), axis=1)
         return float(defined_mean(means)), spread(means)[0]
 
 
 def gather(by_seed, protocol: str, metric: str) -> Scores | None:
-    """The scores of {seed: rows of `cases.csv`} in the cases and organs that all seeds share.
+    """Collects the scores of {seed: rows of `cases.csv`} over the cases and organs of all seeds.
 
     Seeds without rows of the protocol are left out; None if no seed has any.
     """
@@ -128,6 +138,6 @@ def gather(by_seed, protocol: str, metric: str) -> Scores | None:
 
 
 def shared(lists, key: str) -> tuple[str, ...]:
-    """What every list of rows has under `key` ("case" or "class"), in the first one's order."""
+    """Returns the values of `key` ("case" or "class") common to all lists, in the first's order."""
     found = [dict.fromkeys(row[key] for row in rows) for rows in lists]
     return tuple(name for name in found[0] if all(name in other for other in found))

@@ -14,12 +14,12 @@ def overlap_counts(prediction, truth, num_classes: int) -> np.ndarray:
         (3, N, K - 1).
     """
     counts = np.zeros((3, len(truth), num_classes - 1), np.int64)
-    for place, (ours, theirs) in enumerate(zip(prediction, truth, strict=True)):
+    for index, (ours, theirs) in enumerate(zip(prediction, truth, strict=True)):
         organs = np.flatnonzero((ours != 0) | (theirs != 0))
         pairs = ours.ravel()[organs].astype(np.int64) * num_classes + theirs.ravel()[organs]
         table = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
         for kind, ids in enumerate((table.diagonal(), table.sum(axis=1), table.sum(axis=0))):
-            counts[kind, place] = ids[1:]
+            counts[kind, index] = ids[1:]
     return counts
 
 

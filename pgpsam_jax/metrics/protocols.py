@@ -1,6 +1,6 @@
-"""Score one case under the protocols `strict` and `transunet`, and what all protocols share.
+"""Scoring protocols `strict` and `transunet`, and definitions shared by all protocols.
 
-Both use `metrics`; they differ in the rule for an organ that truth, prediction or both lack:
+Both use `surface`; they differ for organs absent from the truth, the prediction or both:
 
 | status       | truth | prediction | strict (mm)              | transunet (voxels)  |
 |--------------|-------|------------|--------------------------|---------------------|
@@ -9,10 +9,9 @@ Both use `metrics`; they differ in the rule for an organ that truth, prediction 
 | hallucinated | -     | yes        | Dice 0, NSD 0, HD95 NaN  | Dice 1, HD95 0      |
 | ok           | yes   | yes        | Dice, directed HD95, NSD | Dice, pooled HD95   |
 
-`transunet` is the convention behind the published tables of this family, kept with its flaws
-(a hallucinated organ scores Dice 1, a missed one HD95 0) so that its numbers can be compared with
-those tables; `strict` is the one to judge a model by. The third protocol that is always written,
-`release`, has a module of its own: `release_protocol`.
+`transunet` is the convention of the published tables of this model family, flaws included (a
+hallucinated organ scores Dice 1, a missed one HD95 0), for comparison with those tables; judge
+models by `strict`. The third protocol, `release`, is in `release_protocol`.
 """
 
 import numpy as np
@@ -41,14 +40,15 @@ METRICS = {
 DEFINITIONS = {
     "strict": "distances in mm between voxel-centre surfaces (6-connected erosion); HD95 is the "
     "larger of the two directed 95th percentiles; NSD is the share of surface voxels within the "
-    "tolerance; an organ absent from truth and prediction is left out, one absent from either has "
-    "Dice 0, NSD 0 and no HD95 (counted as missed or hallucinated)",
+    "tolerance; an organ absent from truth and prediction is left out, one absent from one of "
+    "them has Dice 0, NSD 0 and no HD95 (counted as missed or hallucinated)",
     "transunet": "distances in voxels; HD95 is the 95th percentile of both directions pooled; an "
     "organ absent from both or from the prediction has Dice 0 and HD95 0, one absent from the "
     "truth only has Dice 1 and HD95 0 (the rule of the published tables, rewarding both failures)",
-    "release": "valid slices only (some organ has enough pixels in them), so that nothing found in "
-    "slices without organs counts; an item is such a slice, or a volume made of them; an organ "
-    "absent from truth and prediction of an item is left out, one absent from either has Dice 0; "
+    "release": "valid slices only (those where some organ has enough pixels), so false positives "
+    "in slices without organs do not count; an item is such a slice, or the volume of them; an "
+    "organ absent from truth and prediction of an item is left out, one absent from one of them "
+    "has Dice 0; "
     '"Dice" is the mean over items of their mean over organs (for volumes the case mean), "mcDice" '
     "the mean over organs of their mean over items (the class mean)",
 }
@@ -75,13 +75,21 @@ _EMPTY_VALUES = {
 def score_case(
     prediction, truth, spacing, names, *, case_id, nsd_tolerance_mm: float = 2.0, region=None
 ) -> list[dict]:
-    """Long-form rows (one per organ, metric and protocol of the two) of one predicted volume.
+    """Scores one predicted volume under `strict` and `transunet`. Pure and picklable.
 
-    prediction, truth: integer (D, H, W) label maps on the same grid. spacing: mm along (D, H, W).
-    names: K class names, index = id, background first (not scored). region: boolean (D,), slices to
-    score (see `metrics`), all by default; status and voxel counts then speak of those slices only.
-    Returns dicts with the keys `COLUMNS`. Pure and picklable: safe to map over a process pool.
-    Raises `UserError` where shapes differ or a label has no name.
+    Args:
+        prediction, truth: integer (D, H, W) label maps on the same voxel grid.
+        spacing: mm along (D, H, W).
+        names: K class names, index = id, background first (not scored).
+        nsd_tolerance_mm: tolerance of the NSD.
+        region: boolean (D,), slices to score (see `surface`), by default all; status and voxel
+            counts refer to these slices only.
+
+    Returns:
+        Rows with the keys `COLUMNS`, one per organ, metric and protocol.
+
+    Raises:
+        UserError: shapes differ or a label has no name.
     """
     _check(prediction, truth, names, case_id)
     if region is not None:
@@ -105,19 +113,19 @@ def _check(prediction, truth, names, case_id) -> None:
     if prediction.shape != truth.shape:
         raise UserError(
             f"case {case_id}: prediction {prediction.shape} and label {truth.shape} differ in "
-            "shape; predict on the grid of the label."
+            "shape; predict on the voxel grid of the label."
         )
     for what, volume in (("prediction", prediction), ("label", truth)):
         low, high = (int(volume.min()), int(volume.max())) if volume.size else (0, 0)
         if low < 0 or high >= len(names):
             raise UserError(
-                f"case {case_id}: the {what} holds class {low if low < 0 else high}, but the label "
+                f"case {case_id}: the {what} has class {low if low < 0 else high}, but the label "
                 f"table has only ids 0 to {len(names) - 1}; use the label table of this data set."
             )
 
 
 def _score_organ(counts, edges, spacing, tolerance_mm, region):
-    """Status, voxel counts (truth, predicted) and {protocol: {metric: value}} of one organ.
+    """Returns status, voxel counts (truth, predicted) and {protocol: {metric: value}} of one organ.
 
     counts: voxels in both, in the prediction and in the truth. edges: surface voxels of the
     prediction and of the truth.

@@ -1,12 +1,11 @@
-"""Protocol `release`: the scores of the authors' code (docs/release_code.md#scores).
+"""Scoring protocol `release`: the scores of the authors' code (docs/release_code.md#scores).
 
-Only *valid* slices enter, those in which some organ has at least `min_pixels` pixels. They are
-scored in two modes: an *item* is a slice, or a volume made of its valid slices alone. Dice is
-defined for the classes in the item's prediction or truth, and everything follows from that:
-a missed organ scores 0, a false positive on an absent class adds a 0 to that class, and a
-prediction of background alone scores 0 in each class of the truth. The release's "Dice" is the
-mean over items of an item's mean over its classes; "mcDice" is the mean over classes of a class's
-mean over items. Items without any class in prediction and truth are skipped.
+Only *valid* slices are scored, those in which some organ has at least `min_pixels` pixels, in two
+modes: an *item* is one such slice, or the volume of all valid slices of a case. Dice is defined for
+the classes in the item's prediction or truth. Hence a missed organ scores 0, a false positive on an
+absent class adds a 0 to that class, and a prediction of only background scores 0 in each class of
+the truth. The release's "Dice" averages over the classes of each item, then over items; "mcDice"
+averages over the items of each class, then over classes. Items without any class are skipped.
 
 Letters: N slices, K classes with the background as id 0.
 """
@@ -24,33 +23,39 @@ SLICE_COLUMNS = ("case", "slice", "class", "dice")
 
 
 def valid_slices(truth, num_classes: int, min_pixels: int) -> np.ndarray:
-    """Which slices of a label map (N, H, W) are scored, boolean (N,)."""
+    """Returns the mask (N,) of the slices of a label map (N, H, W) to score."""
     return in_pool(slice_areas(truth, num_classes), "valid", min_pixels)
 
 
 def item_mean(scores) -> float:
-    """The release's "Dice": items x organs to the mean over items of their means over organs."""
+    """Returns the release's "Dice" of (items, organs) scores: mean over organs, then items."""
     return float(defined_mean(defined_mean(scores, axis=1)))
 
 
 def organ_mean(scores) -> float:
-    """The release's "mcDice": items x organs to the mean over organs of their means over items."""
+    """Returns the release's "mcDice" of (items, organs) scores: mean over items, then organs."""
     return float(defined_mean(defined_mean(scores, axis=0)))
 
 
 def mean_slice_dice(prediction, truth, num_classes: int) -> float:
-    """The release's slice-level "Dice" of label maps (N, H, W), slices of any number of cases."""
+    """Returns the release's slice-level "Dice" of label maps (N, H, W)."""
     return item_mean(slice_dice(prediction, truth, num_classes))
 
 
 def score_release(
     prediction, truth, names, *, case_id, min_pixels: int, region=None
 ) -> tuple[list[dict], list[dict]]:
-    """Rows of `cases.csv` (volume mode, one per organ) and of `slices.csv` (slice x organ).
+    """Scores one predicted volume under `release`.
 
-    prediction, truth: integer (D, H, W) label maps on the same grid. names: K class names,
-    background first. region: boolean (D,), slices that may be scored, all by default. Status and
-    voxel counts speak of the scored slices only.
+    Args:
+        prediction, truth: integer (D, H, W) label maps on the same voxel grid.
+        names: K class names, index = id, background first.
+        min_pixels: pixels of one organ that make a slice valid.
+        region: boolean (D,), slices that may be scored, by default all.
+
+    Returns:
+        Rows of `cases.csv` (volume mode, one per organ) and of `slices.csv` (one per slice and
+        organ). Status and voxel counts refer to the scored slices only.
     """
     scored = valid_slices(truth, len(names), min_pixels)
     if region is not None:

@@ -1,13 +1,13 @@
-"""Result files of an evaluation: `cases.csv` and `slices.csv`, then `summary.json`, `summary.md`.
+"""Result files of an evaluation: `cases.csv`, `slices.csv`, `summary.json` and `summary.md`.
 
-Everything but the run's own notes is computed from the rows of the two tables, so that summaries
-can be made again, or differently, without the volumes: `summarise(read_cases(path),
-read_slices(path))`. Protocols and slices that an older table does not have are left out.
+The summary is computed from the rows of the two tables, except the notes of the run, so it can be
+recomputed without the volumes: `summarise(read_cases(path), read_slices(path))`. Protocols and
+slices missing from older tables are left out.
 
-Two means are always given because published tables do not say which they print. The *class mean*
-averages the cases of a class first and the classes afterwards; the *case mean* averages the classes
-of a case first. They differ as soon as a class is undefined in some case. Undefined values (NaN)
-are left out of every mean and counted instead; a mean of nothing is null in JSON.
+Both means are reported because published tables do not say which one they print. The *class mean*
+averages over the cases of each class first, then over classes; the *case mean* over the classes of
+each case first. They differ if a class is undefined in some case. Undefined values (NaN) are
+excluded from every mean and counted instead; the mean of no values is null in JSON.
 """
 
 import csv
@@ -34,13 +34,17 @@ _TYPES |= {"slice": int, "dice": float}
 
 
 def write_evaluation(rows, out_dir, names, meta, slices=()) -> dict:
-    """Write the four files into `out_dir` and return the summary.
+    """Writes the four files into `out_dir`, each atomically, and returns the summary.
 
-    rows: from `score_case` and `score_release`, all cases. names: K class names, background first.
-    meta: notes added to `summary.json` (weights, definitions, ...); of them `summary.md` prints the
-    list `notices` at its top, `nsd_tolerance_mm` in the table head, and `valid_min_pixels`.
-    slices: rows of single slices from `score_release`. Each file is written atomically, the tables
-    first. Raises `UserError` if there is no case or a case occurs twice.
+    Args:
+        rows: rows of all cases, from `score_case` and `score_release`.
+        names: K class names, background first.
+        meta: notes to add to `summary.json` (weights, definitions, ...); `summary.md` prints
+            `notices`, `nsd_tolerance_mm` and `valid_min_pixels` of them.
+        slices: rows of single slices, from `score_release`.
+
+    Raises:
+        UserError: there is no case, or a case occurs twice.
     """
     summary = summarise(rows, slices)
     found = list(summary["strict"]["per_class"])
@@ -59,17 +63,17 @@ def write_evaluation(rows, out_dir, names, meta, slices=()) -> dict:
 
 
 def _format(rows, columns, score: str) -> str:
-    """Rows as CSV text; scores in full precision, undefined ones as `nan`."""
+    """Formats rows as CSV; scores in full precision, undefined ones as `nan`."""
     return csv_text(columns, ({**row, score: repr(float(row[score]))} for row in rows))
 
 
 def read_cases(path) -> list[dict]:
-    """Rows of a `cases.csv` as they were written; `UserError` if the file is not one."""
+    """Reads the rows of a `cases.csv`; raises `UserError` if the file is not one."""
     return _read(path, COLUMNS)
 
 
 def read_slices(path) -> list[dict]:
-    """Rows of a `slices.csv` as they were written; `UserError` if the file is not one."""
+    """Reads the rows of a `slices.csv`; raises `UserError` if the file is not one."""
     return _read(path, SLICE_COLUMNS)
 
 
@@ -82,20 +86,21 @@ def _read(path, columns) -> list[dict]:
             return [_typed(row, reader.line_num) for row in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(
-            f"{path}: not a readable evaluation table ({error}); run the evaluation again."
+            f"{path} is not a readable evaluation table ({error}); run the evaluation again."
         ) from error
 
 
 def _typed(row, line) -> dict:
     if None in row or None in row.values():
-        raise ValueError(f"line {line} has not {len(row) - (None in row)} fields")
+        raise ValueError(f"line {line} does not have {len(row) - (None in row)} fields")
     return {key: _TYPES.get(key, str)(text) for key, text in row.items()}
 
 
 def summarise(rows, slices=()) -> dict:
-    """Class means, case means and per-class statistics of each protocol; null where undefined.
+    """Computes class means, case means and per-class statistics of each protocol.
 
-    With rows of single slices, `release` also has `slice_dice`, `slice_mcdice` and their counts.
+    Undefined values are None. With rows of single slices, `release` also has `slice_dice`,
+    `slice_mcdice` and their counts.
     """
     if not rows:
         raise UserError("no case was evaluated; check that the evaluation list is not empty.")
@@ -113,7 +118,7 @@ def summarise(rows, slices=()) -> dict:
 
 
 def _add_slices(release: dict, slices) -> None:
-    """Add the slice mode to the summary of the protocol, and of each of its classes."""
+    """Adds the slice mode to the summary of the protocol and of each class."""
     items = {key: i for i, key in enumerate(dict.fromkeys(map(_slice_key, slices)))}
     per_class = release["per_class"]
     columns = {name: j for j, name in enumerate(per_class)}
@@ -159,7 +164,7 @@ def _spread(values, label) -> dict:
 
 
 def _jsonable(value):
-    """Plain Python values only; NaN and infinity become null, which JSON has a token for."""
+    """Converts to plain Python values; NaN and infinity become None, as JSON lacks them."""
     if isinstance(value, dict):
         return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

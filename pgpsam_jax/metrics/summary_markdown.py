@@ -6,7 +6,7 @@ from pgpsam_jax.utils.markdown import escape_cell, pipe_table
 
 
 def format_markdown(summary) -> str:
-    """The summary as a page: notices, tables (an organ a row), and what the numbers mean."""
+    """Formats the summary as Markdown: notices, tables (one row per organ), definitions."""
     strict, transunet = summary["strict"], summary["transunet"]
     tolerance = summary.get("nsd_tolerance_mm")
     at = "" if tolerance is None else f" at {tolerance:g} mm"
@@ -36,7 +36,7 @@ def format_markdown(summary) -> str:
 
 
 def _release_table(summary) -> list[str]:
-    """Both modes of `release`; its "Dice" and "mcDice" are our case mean and class mean."""
+    """Formats both modes of `release`; its "Dice" and "mcDice" are our case and class means."""
     release, n = summary["release"], summary["n_cases"]
     head = ["organ (`release`)", "n volumes", "Dice of volumes", "n slices", "Dice of slices"]
     keys = "n", "dice", "n_slices", "slice_dice"
@@ -52,7 +52,7 @@ def _release_table(summary) -> list[str]:
 
 
 def _table_row(label, n, strict, spread, counts, transunet) -> list[str]:
-    """One row of the table; `spread` names the SD and interval, blank if there is none."""
+    """Formats a table row; `spread` is the key prefix of SD and interval, blank if missing."""
     sd, ends = (strict.get(f"{spread}_{part}", "") for part in ("sd", "ci95"))
     cells = [label, n, _number(strict["dice"]), _number(sd), _interval(ends)]
     cells += [_number(strict["hd95"], 2), _number(strict["nsd"]), *counts]
@@ -63,22 +63,22 @@ def _table_row(label, n, strict, spread, counts, transunet) -> list[str]:
 def _explanations(summary) -> list[str]:
     definitions = summary.get("definitions", DEFINITIONS)
     lines = [
-        "- Columns without a protocol are `strict`; n is the number of cases in which Dice is "
-        "defined, and HD95 averages the cases in which truth and prediction both have the organ.",
+        "- Columns without a protocol are `strict`; n is the number of cases with a defined Dice; "
+        "HD95 averages over cases with the organ in both truth and prediction.",
         "- Class mean: mean over organs of their mean over cases. Case mean: mean over cases of "
         "the mean over the organs defined in the case.",
         f"- Interval: {summary.get('interval', INTERVAL)}.",
     ]
     if "valid_min_pixels" in summary:
         least = summary["valid_min_pixels"]
-        lines.append(f"- A slice is valid if some organ has {least} pixels or more in it.")
+        lines.append(f"- A slice is valid if some organ has at least {least} pixels in it.")
     if summary["n_cases"] < SMALL:
         lines.append(f"- {SMALL_SAMPLE}.")
     return lines + [f"- `{name}`: {text}." for name, text in definitions.items()]
 
 
 def _number(value, digits: int = 3) -> str:
-    """Undefined (None) reads n/a; a cell that means nothing here ("") stays blank."""
+    """Formats a number; None as n/a, and "" (not applicable) stays blank."""
     return value if value == "" else "n/a" if value is None else f"{value:.{digits}f}"
 
 

@@ -1,19 +1,19 @@
-"""Dice, 95th-percentile Hausdorff distance and normalised surface Dice of one pair of 3-D masks.
+"""Dice, 95th-percentile Hausdorff distance and normalized surface Dice of a pair of 3-D masks.
 
-Definitions, used throughout:
+Definitions:
 
-- The *surface* of a mask is the set of its voxels that a 6-connected erosion removes; outside the
+- The *surface* of a mask is the set of voxels removed by a 6-connected erosion; the outside of the
   volume counts as background, so a mask that touches the border has a surface there.
-- Surface distances are Euclidean, from voxel centre to voxel centre, in the unit of the spacing.
+- Surface distances are Euclidean, between voxel centers, in the unit of the spacing.
 - HD95 is the larger of the two directed 95th percentiles (as in MONAI and MetricsReloaded); the
   pooled HD95 is the percentile of both directions together (as in medpy and the TransUNet family).
-- NSD is the share of surface voxels of both masks that lie within a tolerance of the other surface
+- NSD is the share of surface voxels of both masks within a tolerance of the other surface
   (voxel counting: MONAI's `use_subvoxels=False`; not the area-weighted surface-distance variant).
 
 A *region* is an optional boolean `(D,)` mask of the slices to score. Only voxels and surface voxels
-in those slices are counted, but distances run to the other mask's surface in the whole volume, so
-that hiding a slice never invents a surface. What is undefined is NaN: see `protocols` for the rules
-on empty masks.
+in these slices count, but distances are to the other mask's surface in the entire volume, so that
+excluding a slice never creates a surface. Undefined values are NaN; `protocols` defines the scores
+of empty masks.
 """
 
 import math
@@ -23,15 +23,15 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-# A surface exactly at the tolerance counts, although spacing is stored in float32.
+# Counts a surface exactly at the tolerance despite a float32 spacing.
 _TOLERANCE_SLACK = 1e-6
-# A tree costs time per surface voxel and the distance transform per voxel of the box. Measured
-# break-even: about ten voxels per surface voxel (speckled masks are below it, organs far above).
+# A k-d tree costs time per surface voxel, the distance transform per voxel of the bounding box.
+# Measured break-even: about ten voxels per surface voxel (speckled masks below, organs far above).
 _VOXELS_PER_TREE_POINT = 10
 
 
 def dice(prediction, truth, region=None) -> float:
-    """2 |P and T| / (|P| + |T|) over the scored slices; NaN where both are empty.
+    """Returns 2 |P and T| / (|P| + |T|) over the scored slices; NaN if both are empty.
 
     prediction, truth: boolean (D, H, W). region: None or boolean (D,).
     """
@@ -42,36 +42,36 @@ def dice(prediction, truth, region=None) -> float:
 
 
 def hd95(prediction, truth, spacing, region=None) -> float:
-    """Larger of the two directed 95th percentiles, in mm; NaN where either mask is empty."""
+    """Returns the larger of the two directed 95th percentiles, in mm; NaN if a mask is empty."""
     return directed_percentile(*surface_distances(prediction, truth, spacing, region))
 
 
 def hd95_pooled(prediction, truth, spacing=(1.0, 1.0, 1.0), region=None) -> float:
-    """95th percentile of both directions together, by default in voxels; NaN if one is empty."""
+    """Returns the 95th percentile of both directions, by default in voxels; NaN if one is empty."""
     return pooled_percentile(*surface_distances(prediction, truth, spacing, region))
 
 
 def nsd(prediction, truth, spacing, tolerance_mm, region=None) -> float:
-    """Share of both surfaces within `tolerance_mm` of the other; one empty 0, both empty NaN."""
+    """Returns the share of both surfaces within `tolerance_mm`; 0 if one is empty, NaN if both."""
     return share_within(*surface_distances(prediction, truth, spacing, region), tolerance_mm)
 
 
 def directed_percentile(forward, backward, percent: float = 95.0) -> float:
-    """max(percentile(forward), percentile(backward)); NaN where a direction has no distance."""
+    """Returns the larger percentile of the two directions; NaN if a direction is empty."""
     if not (forward.size and backward.size):
         return float("nan")
     return float(max(np.percentile(forward, percent), np.percentile(backward, percent)))
 
 
 def pooled_percentile(forward, backward, percent: float = 95.0) -> float:
-    """Percentile of the two directions joined; NaN where a direction has no distance."""
+    """Returns the percentile of both directions together; NaN if a direction is empty."""
     if not (forward.size and backward.size):
         return float("nan")
     return float(np.percentile(np.concatenate([forward, backward]), percent))
 
 
 def share_within(forward, backward, tolerance: float) -> float:
-    """Share of all distances <= tolerance; 0 where one direction is empty, NaN where both are."""
+    """Returns the share of distances <= tolerance; 0 if a direction is empty, NaN if both are."""
     if not (forward.size and backward.size):
         return 0.0 if forward.size or backward.size else float("nan")
     limit = tolerance * (1.0 + _TOLERANCE_SLACK)
@@ -80,14 +80,14 @@ def share_within(forward, backward, tolerance: float) -> float:
 
 
 def surface(labels) -> np.ndarray:
-    """Voxels (D, H, W) with a 6-neighbour of another class, or at the end of the volume.
+    """Returns the mask (D, H, W) of surface voxels of all classes, in one pass.
 
-    labels: a boolean mask, or class ids with 0 for the background, which has no surface here: the
-    surfaces of all classes of a map in one pass.
+    labels: a boolean mask, or class ids with 0 for the background (no surface). Surface voxels have
+    a 6-neighbor of another class or are at the border of the volume.
     """
     edge = np.empty(labels.shape, bool)
     last = len(labels) - 1
-    for z, part in enumerate(labels):  # a slice and its neighbours stay in the processor's cache
+    for z, part in enumerate(labels):  # a slice and its neighbors fit in the CPU cache
         if not part.any():
             edge[z] = False
             continue
@@ -105,18 +105,23 @@ def surface(labels) -> np.ndarray:
 
 
 def surface_points(labels) -> tuple[np.ndarray, np.ndarray]:
-    """Surface voxels (N, 3) of a mask or label map in the order of its voxels, and their ids."""
-    places = np.flatnonzero(surface(labels))
-    points = np.stack(np.unravel_index(places, labels.shape), axis=1)
-    return points, labels.ravel()[places]
+    """Returns the surface voxels (N, 3) of a mask or label map in voxel order, and their ids."""
+    indices = np.flatnonzero(surface(labels))
+    points = np.stack(np.unravel_index(indices, labels.shape), axis=1)
+    return points, labels.ravel()[indices]
 
 
 def surface_distances(prediction, truth, spacing, region=None) -> tuple[np.ndarray, np.ndarray]:
-    """Distances from each scored surface voxel to the other mask's surface, both ways.
+    """Computes the distance of each scored surface voxel to the other mask's surface, both ways.
 
-    prediction, truth: boolean (D, H, W). spacing: mm along (D, H, W). region: boolean (D,) or None.
-    Returns two float64 vectors (prediction to truth, truth to prediction). A mask without a voxel
-    in the scored slices has an empty vector; where the other mask is empty the distances are inf.
+    Args:
+        prediction, truth: boolean (D, H, W).
+        spacing: mm along (D, H, W).
+        region: boolean (D,) or None.
+
+    Returns:
+        Two float64 vectors (prediction to truth, truth to prediction): empty for a mask without
+        voxels in the scored slices, inf if the other mask is empty.
     """
     points = surface_points(prediction)[0], surface_points(truth)[0]
     return point_distances(*points, (spacing,), region)[0]
@@ -129,34 +134,34 @@ def point_distances(
     both = np.concatenate([prediction, truth])
     if not len(both):
         return [(np.empty(0), np.empty(0))] * len(spacings)
-    # From the corner of their box, so that moving a pair of masks cannot change a distance.
+    # Relative to their bounding box, so that translating both masks changes no distance.
     corner = both.min(axis=0)
     box = tuple((both.max(axis=0) - corner + 1).tolist())
     sides = [points - corner for points in (prediction, truth)]
-    places = [np.ravel_multi_index(tuple(side.T), box) for side in sides]
+    indices = [np.ravel_multi_index(tuple(side.T), box) for side in sides]
     scored = [
         np.ones(len(points), bool) if region is None else region[points[:, 0]]
         for points in (prediction, truth)
     ]
     directions = []
     for ours, theirs in ((0, 1), (1, 0)):
-        wanted, apart = scored[ours], ~_among(places[ours], places[theirs])
-        far = sides[ours][wanted & apart]
-        found = _distances(far, sides[theirs], spacings, box, np.count_nonzero(wanted))
-        directions.append([_spread(apart[wanted], values) for values in found])
+        kept, apart = scored[ours], ~_is_in(indices[ours], indices[theirs])
+        far = sides[ours][kept & apart]
+        found = _distances(far, sides[theirs], spacings, box, np.count_nonzero(kept))
+        directions.append([_fill(apart[kept], values) for values in found])
     return list(zip(*directions, strict=True))
 
 
-def _among(places, others) -> np.ndarray:
-    """Which of some rising numbers are among other rising numbers."""
+def _is_in(values, others) -> np.ndarray:
+    """`np.isin` of two sorted arrays."""
     if not others.size:
-        return np.zeros(len(places), bool)
-    nearest = np.searchsorted(others, places).clip(max=len(others) - 1)
-    return others[nearest] == places
+        return np.zeros(len(values), bool)
+    nearest = np.searchsorted(others, values).clip(max=len(others) - 1)
+    return others[nearest] == values
 
 
-def _spread(apart, values) -> np.ndarray:
-    """Values where `apart`, 0 for the voxels that both surfaces share."""
+def _fill(apart, values) -> np.ndarray:
+    """Distances of all voxels: `values` where `apart`, 0 for voxels of both surfaces."""
     distances = np.zeros(len(apart))
     distances[apart] = values
     return distances
@@ -165,7 +170,7 @@ def _spread(apart, values) -> np.ndarray:
 def _distances(far, targets, spacings, box, count: int) -> list[np.ndarray]:
     """Distances of the points `far` to the nearest of `targets` for each spacing.
 
-    box: shape that holds both. count: of the surface voxels of which `far` are not shared.
+    box: shape of the bounding box. count: number of scored surface voxels, shared ones included.
     """
     if not len(targets):
         return [np.full(len(far), np.inf)] * len(spacings)
@@ -178,15 +183,15 @@ def _distances(far, targets, spacings, box, count: int) -> list[np.ndarray]:
     found = []
     for spacing in np.asarray(spacings, float):
         if by_transform:
-            # Indices alone: the transform's own distances take a dozen bytes more per voxel.
+            # Indices only: the distances would take a dozen more bytes per voxel.
             field = ndimage.distance_transform_edt(
                 free, sampling=spacing, return_distances=False, return_indices=True
             )
             nearest = field[(slice(None), *far.T)].T
         else:
-            # Unbalanced trees build faster and answer as fast on points this regular.
+            # On such regular points, unbalanced trees build faster and query as fast.
             tree = cKDTree(targets * spacing, balanced_tree=False, compact_nodes=False)
             nearest = targets[tree.query(far * spacing)[1]]
-        # From whole voxel steps, so that no rounding depends on where the masks lie.
+        # From integer voxel offsets, so that rounding does not depend on the position.
         found.append(np.sqrt(np.square((far - nearest) * spacing).sum(axis=1)))
     return found

@@ -1,7 +1,7 @@
 """Augmentation on the accelerator: one smooth warp, one resampling and noise per sample.
 
-Letters: `B` samples, `H W` image rows and columns. There are no flips: kidneys, liver and spleen
-have sides.
+There are no flips: kidneys, liver and spleen have sides. Letters: `B` samples, `H W` image rows and
+columns.
 """
 
 import secrets
@@ -17,9 +17,9 @@ from pgpsam_jax.data.augmentation.warp import bilinear, resample, warp_coordinat
 
 
 def augmentation_seed(seed: int, config: AugmentConfig) -> int:
-    """The seed of a run's augmentation: the run's own, or 31 bits from the operating system.
+    """Returns the run's seed if `config.seeded`, else 31 bits from the operating system.
 
-    All processes of a run get the same. It must be kept with the run, or a resumed one differs.
+    All processes get the same seed. Store it with the run: a resumed run needs it again.
     """
     if config.seeded:
         return seed
@@ -27,25 +27,25 @@ def augmentation_seed(seed: int, config: AugmentConfig) -> int:
 
 
 def sample_keys(key, step, positions):
-    """(B,) keys from (seed key, step, position in the *global* batch).
+    """Derives (B,) keys from the seed key, the step and positions in the *global* batch.
 
-    The result does not depend on how many devices or processes share the batch. `step` may be
-    traced, so that a jitted train step is compiled once.
+    The keys do not depend on the number of devices or processes. `step` may be traced, so a jitted
+    train step compiles once.
     """
     step_key = jax.random.fold_in(key, step)
     return jax.vmap(lambda position: jax.random.fold_in(step_key, position))(positions)
 
 
 def augment(keys, images, labels, config: AugmentConfig):
-    """Warp each sample by its own random transform, then add noise where configured.
+    """Warps each sample by a random transform, then adds noise if configured.
 
     Args:
-      keys: (B,) PRNG keys, from `sample_keys`.
-      images: (B, H, W) floating point, 0 at the lower end of the intensity window.
-      labels: (B, H, W) integer class ids, 0 = background.
+        keys: (B,) PRNG keys, from `sample_keys`.
+        images: (B, H, W) floating point, 0 at the lower end of the intensity window.
+        labels: (B, H, W) integer class ids, 0 = background.
 
     Returns:
-      images and labels of the same shapes and types.
+        Images and labels of the same shapes and types.
     """
     return jax.vmap(lambda *sample: _augment_one(*sample, config))(keys, images, labels)
 

@@ -1,4 +1,4 @@
-"""The release's three kinds of noise for slices in [0, 1]; at most one of them per sample."""
+"""Intensity noise of the authors' release for slices in [0, 1], at most one kind per sample."""
 
 from statistics import NormalDist
 
@@ -10,9 +10,9 @@ from pgpsam_jax.data.augmentation.sampling import one_of
 
 
 def add_noise(key, image, config: AugmentConfig):
-    """(H, W) floating point in [0, 1] -> the same, with one kind of noise or none."""
+    """Adds one kind of noise, or none, to an (H, W) floating-point image in [0, 1]."""
     choice_key, value_key = jax.random.split(key)
-    # A sample has one kind of noise at most, so the three can read the same random numbers.
+    # At most one kind is applied, so all three can share the same random numbers.
     normal = jax.random.normal(value_key, image.shape, image.dtype)
     chosen = one_of(jax.random.uniform(choice_key), config.noises)
     noisy = image
@@ -28,12 +28,12 @@ def _gaussian(image, normal, config):
 
 
 def _poisson(image, normal, config):
-    """Poisson counts of mean v x over v, for grey values x in 0..255.
+    """Poisson noise: counts with mean v x, divided by v, for gray values x in 0..255.
 
-    v is the number of grey levels in the image, up to the next power of two: 256 for a slice with
-    more than 128, whose noise is then one grey level at most. Drawn from the normal distribution
-    of that mean and variance, whose quantiles differ from the counts' by less than 2 / v grey
-    levels: `jax.random.poisson` takes twenty times as long.
+    v is the number of gray levels in the image, rounded up to a power of two (256 for more than 128
+    levels: noise of at most one gray level). Sampled from the normal distribution of the same mean
+    and variance, whose quantiles differ by less than 2 / v gray levels; `jax.random.poisson` takes
+    twenty times as long.
     """
     levels = jnp.zeros(256, bool).at[jnp.round(255 * image).astype(jnp.int32)].set(True).sum()
     scale = 1 << (32 - jax.lax.clz(levels - 1))

@@ -1,14 +1,14 @@
-"""Uniform draws from [0, 1) as the choices and ranges of augmentation."""
+"""Maps uniform random numbers from [0, 1) to ranges and choices."""
 
 import numpy as np
 
 
 def between(uniform, low: float, high: float):
-    """Draws from [0, 1) moved to [low, high)."""
+    """Maps [0, 1) to [low, high)."""
     return low + (high - low) * uniform
 
 
 def one_of(draw, probabilities):
-    """(n,) booleans, at most one of them true: the adjoining interval that one draw falls into."""
+    """Chooses at most one of n events by one draw; returns (n,) booleans."""
     edge = np.concatenate([[0], np.cumsum(probabilities)]).astype(np.float32)
     return (draw >= edge[:-1]) & (draw < edge[1:])

@@ -180,6 +180,6 @@ def _rows_and_columns(images) -> Iterable[Finding]:
                 WARNING,
                 "size",
                 image["file"],
-                f"has slices of {shape[1:]} pixels, but most training slices have {usual}; check that "
-                "it was exported like them",
+                f"has slices of {shape[1:]} pixels, but most training slices have {usual}; "
+                "check that it was exported like them",
             )
