@@ -95,7 +95,7 @@ def fitted(sizes, encoded=0):
     config = small_config(
         "fssp", model__encoder="vit_t", train__batch_size=4, train__encoded_copies=encoded
     )
-    graphdef, params, frozen = initial()
+    graphdef, params, frozen = jax.tree.map(jnp.copy, initial())  # the step donates them
     mesh = device_mesh.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     batch = dict(squares(10))
     if encoded:  # two copies of the set, of which the second is another one
