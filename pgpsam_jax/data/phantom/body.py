@@ -1,6 +1,6 @@
-"""The phantom's body: skin, fat, muscle, spine, ribs, lungs, heart, couch, and the cavity left.
+"""Phantom body: skin, fat, muscle, spine, ribs, lungs, heart and couch.
 
-What it leaves free of `Scene.taken` is the abdominal cavity that `phantom_organs` fills.
+The body leaves the abdominal cavity free in `Scene.taken`; `organs` fills it.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pgpsam_jax.data.phantom.shapes import Scene, smooth_max
 
 VERTEBRA_MM = 36.0  # one vertebral body and its disc
 FIRST_RIB, LAST_RIB = 5, 12
-# Course (mm beside and behind the vertebral body, height z), radii, HU.
+# Path (mm lateral and posterior to the vertebral body, height z), radii, HU.
 PARASPINAL = (
     (
         [(24, 10, 20), (30, 8, -20), (38, 4, -60), (44, -2, -110), (46, -4, -130)],
@@ -25,7 +25,7 @@ PARASPINAL = (
 
 @dataclass(frozen=True)
 class Patient:
-    """Build, in mm: muscle-wall half width and half depth, fat thickness, dome heights, spine."""
+    """Body measures in mm: half axes of the muscle wall, fat thickness, dome heights, spine."""
 
     half_width: float
     half_depth: float
@@ -39,7 +39,7 @@ class Patient:
 
     @classmethod
     def draw(cls, rng):
-        """A random patient."""
+        """Samples a random patient."""
         return cls(
             half_width=rng.uniform(136, 148),
             half_depth=rng.uniform(95, 107),
@@ -53,32 +53,32 @@ class Patient:
         )
 
     def spine(self, z):
-        """Centre line (x, y) of the vertebral bodies at height z."""
+        """Returns the center line (x, y) of the vertebral bodies at height z."""
         bend = np.cos((z + 40) * np.float32(np.pi / 150))
         x = np.float32(self.sway) * np.sin(z / np.float32(60))
         return x, 19 - np.float32(self.lordosis) * bend
 
     def wall(self, angle, z):
-        """(x, y) of the muscle wall's outer face at `angle` from posterior, left positive."""
+        """Returns (x, y) of the wall's outer face at `angle` from posterior, left positive."""
         s, c = np.sin(angle), np.cos(angle)
         wide, deep = self.half_axes(z)
         f = _oval(s / wide, c / deep)
         return s / f, c / f
 
     def half_axes(self, z):
-        """Half width and half depth of the muscle wall at height z: the chest is the wider part."""
+        """Returns half width and half depth of the muscle wall at height z; the chest is wider."""
         chest = np.tanh((z - 15) / 45)
         return self.half_width * (1 + 0.03 * chest), self.half_depth * (1 + 0.02 * chest)
 
 
 def _oval(u, v):
-    """Norm of exponent 2.5, the body's cross-section; square roots are faster than powers."""
+    """Norm of exponent 2.5 (body cross-section); square roots are faster than powers."""
     u, v = np.abs(u), np.abs(v)
     return (u * u * np.sqrt(u) + v * v * np.sqrt(v)) ** np.float32(0.4)
 
 
 def draw_body(scene: Scene, patient: Patient, rng):
-    """Everything but the abdominal organs; sets `scene.wall` and `scene.taken`."""
+    """Draws everything except the abdominal organs; sets `scene.wall` and `scene.taken`."""
     everywhere = (slice(None),) * 3
     x, y, z = scene.x, scene.y, scene.z
     wide, deep = patient.half_axes(z)
@@ -108,7 +108,7 @@ def draw_body(scene: Scene, patient: Patient, rng):
 
 
 def _dome(patient, x, y):
-    """Height of the diaphragm: two domes that fall towards the wall, most of all behind."""
+    """Height of the diaphragm: two domes that fall toward the wall, most steeply posterior."""
     fall = np.where(y > 0, np.float32(78), np.float32(38)) * ((y + 8) / 82) ** 2
     right = patient.dome_right - fall - 55 * ((x + 62) / 75) ** 2
     left = patient.dome_left - fall - 55 * ((x - 66) / 70) ** 2
@@ -116,7 +116,7 @@ def _dome(patient, x, y):
 
 
 def _chest(scene, patient, rng, cavity, above, everywhere):
-    """Diaphragm, lungs with vessels, mediastinum with the heart; `above` is mm over the dome."""
+    """Draws diaphragm, lungs, mediastinum and heart; `above`: height over the dome in mm."""
     scene.paint(everywhere, smooth_max(cavity, -above - 3, 4), 60)
     scene.paint(everywhere, smooth_max(cavity, -above, 4), -95)
     lungs = np.maximum(cavity + 2, 3 - above)
@@ -133,7 +133,7 @@ def _chest(scene, patient, rng, cavity, above, everywhere):
 
 
 def _couch(scene, patient):
-    """The couch top, a thin curved shell under the back."""
+    """Draws the couch top, a thin curved shell under the back."""
     _, y, x = scene.axes
     top = patient.half_depth + 1.3 * patient.fat + patient.couch + 6
     shell = np.abs(top - 30 * (x / 190) ** 2 - y[:, None]) - 1.5
@@ -141,7 +141,7 @@ def _couch(scene, patient):
 
 
 def _muscles(scene, patient, outer):
-    """Psoas, quadratus lumborum, the erector spinae group and the crura, on both sides."""
+    """Draws psoas, quadratus lumborum, erector spinae and crura, on both sides."""
     box = scene.box((-80, 20, -400), (80, 140, 400))
     x, y, z = scene.at(box)
     sx, sy = patient.spine(z)
@@ -152,19 +152,19 @@ def _muscles(scene, patient, outer):
     septum = np.maximum(np.abs(x - 33 - 0.2 * (y - 45)) - 0.7, np.abs(y - 46) - 14)
     scene.paint(box, np.minimum(septum, np.maximum(x - 1, 62 - y)), -40)
     for sign in (-1, 1):
-        for course, radii, hu in PARASPINAL:
-            path = [_beside(patient, sign, *point) for point in course]
+        for points, radii, hu in PARASPINAL:
+            path = [_beside_spine(patient, sign, *point) for point in points]
             scene.place(*scene.tube(path, radii), hu, gap=None)
 
 
-def _beside(patient, sign, sideways, behind, z):
-    """The point `sideways` and `behind` (mm) of the vertebral body at height z."""
+def _beside_spine(patient, sign, lateral, posterior, z):
+    """Point at `lateral` and `posterior` mm from the vertebral body at height z."""
     x, y = patient.spine(z)
-    return x + sign * sideways, y + behind, z
+    return x + sign * lateral, y + posterior, z
 
 
 def _spine(scene, patient, rng):
-    """Vertebral bodies and discs, canal, pedicles and laminae, spinous and transverse processes."""
+    """Draws vertebral bodies, discs, canal, pedicles, laminae and processes."""
     box = scene.box((-65, -25, -400), (65, 105, 400))
     x, y, z = scene.at(box)
     sx, sy = patient.spine(z)
@@ -192,7 +192,7 @@ def _spine(scene, patient, rng):
 
 
 def _ribs(scene, patient):
-    """Ribs round the wall, sloping down to the front, and the costal cartilage rising again."""
+    """Draws ribs around the wall, sloping down anteriorly, and rising costal cartilage."""
     for sign in (-1, 1):
         for rib in range(FIRST_RIB, LAST_RIB + 1):
             start = 25 + (LAST_RIB - rib) * 27
@@ -200,8 +200,8 @@ def _ribs(scene, patient):
             angles = np.linspace(0.74, end, 9)
             heights = start - 112 * np.sin(np.clip((angles - 0.2) * 0.75, 0, np.pi / 2))
             inner = [
-                _beside(patient, sign, 24, 22, start + 2),
-                _beside(patient, sign, 52, 36, start - 2),
+                _beside_spine(patient, sign, 24, 22, start + 2),
+                _beside_spine(patient, sign, 52, 36, start - 2),
             ]
             path = np.concatenate([inner, _along_wall(patient, sign * angles, heights)])
             box, bone = scene.tube(path, np.full(len(path), 4.7), flat=1.25)
@@ -214,6 +214,6 @@ def _ribs(scene, patient):
 
 
 def _along_wall(patient, angles, heights):
-    """Points within the muscle wall at `angles` from posterior."""
+    """Points in the muscle wall at `angles` from posterior."""
     points = [(*patient.wall(a, z), z) for a, z in zip(angles, heights, strict=True)]
     return np.array(points) * (0.953, 0.948, 1)

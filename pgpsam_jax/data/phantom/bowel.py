@@ -1,13 +1,13 @@
-"""The phantom's stomach and bowel: walls, contents, and gas above a level (the patient is supine).
+"""Phantom stomach and bowel: walls, contents, and gas above a fluid level (patient supine).
 
-Each takes the `Painter` of `phantom_organs`.
+Functions take the `Painter` of `organs`.
 """
 
 import numpy as np
 
 from pgpsam_jax.data.phantom.shapes import smooth_max
 
-STOMACH_COURSE = (
+STOMACH_PATH = (
     (58, 12, 80), (66, -8, 62), (70, -34, 36), (58, -52, 10), (28, -57, -8), (-4, -50, -4),
 )  # fmt: skip
 DUODENUM = (
@@ -23,9 +23,9 @@ SMALL_BOWEL_LOOPS = 34
 
 
 def draw_stomach(p, label):
-    """Fundus behind under the left dome, body, antrum across to the pylorus; gas in front."""
+    """Draws fundus (posterior, under the left dome), body and antrum, with anterior gas."""
     s, size = p.scene, p.size(0.85, 1.1)
-    path = p.near(STOMACH_COURSE)
+    path = p.jitter(STOMACH_PATH)
     box, bag = s.tube(path, size * np.array([30, 36, 33, 28, 20, 12]))
     bag = smooth_max(bag + 1.5 * p.bump[box], 1.5 - s.taken[box], 6)
     bag = s.place(box, bag, p.tissue(box, p.rng.uniform(78, 95), 5), label=label, gap=1.5)
@@ -39,12 +39,12 @@ def draw_stomach(p, label):
 
 
 def draw_bowel(p):
-    """Duodenum, colon with gas and stool, and loops of small bowel in the room that is left."""
+    """Draws duodenum, colon with gas and stool, and small-bowel loops in the remaining space."""
     rng, s = p.rng, p.scene
-    _loop(p, p.near(DUODENUM, 2), np.full(len(DUODENUM), 12.0), fluid=25)
+    _loop(p, p.jitter(DUODENUM, 2), np.full(len(DUODENUM), 12.0), fluid=25)
     for path, radius in COLON:
         radii = rng.uniform(0.85, 1.15, len(path)) * radius
-        _loop(p, p.near(path), radii, fluid=20, gas=rng.uniform(0.3, 0.6), stool=True)
+        _loop(p, p.jitter(path), radii, fluid=20, gas=rng.uniform(0.3, 0.6), stool=True)
     for _ in range(SMALL_BOWEL_LOOPS):
         room = s.taken[::2, ::4, ::4] * (s.z[::2, ::4, ::4] < -22) * (s.y[::2, ::4, ::4] < 22)
         spots = np.argwhere(room > 10)
@@ -59,7 +59,7 @@ def draw_bowel(p):
 
 
 def _loop(p, path, radii, *, fluid, gas=0.0, stool=False):
-    """A tube of bowel: wall, contents of `fluid` HU or stool, the fraction `gas` of gas."""
+    """Draws a bowel segment: wall, fluid of `fluid` HU or stool, and a fraction `gas` of gas."""
     s = p.scene
     box, gut = s.tube(path, radii)
     gut = s.place(box, gut + 0.8 * p.bump[box], p.tissue(box, 80, 5), gap=1.8)
@@ -73,7 +73,7 @@ def _loop(p, path, radii, *, fluid, gas=0.0, stool=False):
 
 
 def _above_fluid(scene, box, fraction, lumen):
-    """Shape of the gas: what lies before the level that leaves `fraction` of a lumen to it."""
+    """Shape of the gas that fills the anterior `fraction` of a lumen."""
     height = np.broadcast_to(scene.axes[1][box[1]][None, :, None], lumen.shape)
     within = height[lumen < 0]
     return height - np.float32(np.quantile(within, fraction) if within.size else 0.0)

@@ -1,7 +1,7 @@
-"""Abdominal CT phantoms in the BTCV/Synapse layout: the data set that needs no download.
+"""Generator of abdominal CT phantoms in the BTCV/Synapse layout; needs no download.
 
-`make_case` is the pure function from (seed, case) to one volume; `generate` writes a data set
-and keeps it whole. The anatomy is in `phantom_body` and `phantom_organs`.
+`make_case` maps (seed, case) to one volume; `generate` writes a data set and repairs it. The
+anatomy is in `body`, `organs` and `bowel`.
 """
 
 import contextlib
@@ -23,20 +23,21 @@ from pgpsam_jax.data.phantom.shapes import Scene, smooth_field
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import file_digest, read_record, write_json
 
-VERSION = 1  # raise it when the pictures change: data sets of another version are made anew
+VERSION = 1  # increment when images change: data sets of other versions are regenerated
 CASES = (*range(1, 11), *range(21, 41))  # the 30 labelled BTCV cases of the 18/12 split
 MANIFEST = "phantom.json"
 PIXELS = 160
-# Axes as stored, and (qform code, sform code): every case is read by another path of a reader.
+# Stored axes and (qform code, sform code) vary over cases, to exercise all paths of a reader.
 ORIENTATIONS = ("LPS", "RAS", "LAS", "PSR", "RPI", "SAL")
 FORM_CODES = ((1, 1), (1, 0), (0, 2), (2, 1))
 
 
 def make_case(seed: int, case_id: int):
-    """One phantom; the same (seed, case_id) gives the same bytes on the same software.
+    """Generates one phantom; the same (seed, case_id) and software give the same bytes.
 
-    Returns (image int16 HU, label uint8 BTCV ids, affine (4, 4) voxel -> RAS mm); the array axes
-    are those of the case's storage orientation.
+    Returns:
+        image (int16 HU), label (uint8 BTCV ids), affine (4, 4) from voxel to RAS mm; array axes in
+        the storage orientation of the case.
     """
     rng = np.random.default_rng([seed, int(case_id)])
     scene = _draw(rng)
@@ -58,9 +59,9 @@ def make_case(seed: int, case_id: int):
 
 
 def _draw(rng) -> Scene:
-    """A patient on the table: noise-free HU and labels."""
+    """Draws a patient on the couch: noise-free HU and labels."""
     patient = Patient.draw(rng)
-    # The field of view just holds the body, as a radiographer would set it.
+    # The field of view fits the body, as a radiographer would set it.
     width = 2 * (1.03 * patient.half_width + 1.2 * patient.fat + 12)
     pixel = float(np.clip(width / PIXELS, 2.2, 2.6))
     slice_mm = float(rng.uniform(4.1, 5.9))
@@ -76,7 +77,7 @@ def _draw(rng) -> Scene:
 
 
 def _scan(scene: Scene, rng):
-    """Point spread, correlated noise and a slight shading; int16 HU."""
+    """Adds point spread, correlated noise and slight shading; returns int16 HU."""
     hu = ndimage.gaussian_filter(scene.hu, (0.3, 0.45, 0.45))
     noise = rng.standard_normal(scene.shape, dtype=np.float32)
     noise = ndimage.gaussian_filter(noise, (0.35, 0.75, 0.75))
@@ -86,13 +87,22 @@ def _scan(scene: Scene, rng):
 
 
 def generate(root, *, seed: int = 0, cases=None, workers: int | None = None) -> Path:
-    """Make sure that `root` holds the phantom data set; returns `root` as a Path.
+    """Generates the phantom data set in `root`, keeping intact cases.
 
     Writes `RawData/Training/{img/imgNNNN,label/labelNNNN}.nii.gz` and `phantom.json` (version,
-    seed, SHA-256 of both files of each case). Cases that are there and match are kept; missing,
-    damaged or half-written ones, and those of another seed or version, are made anew. `cases`
-    (default: the 30 BTCV ids) and `workers` (threads; default: one per core, 8 at most) change no
-    byte of a case. Raises `UserError` where `root` cannot be written or holds other `RawData`.
+    seed, SHA-256 of both files of each case). Missing, damaged or half-written cases, and those of
+    another seed or version, are regenerated.
+
+    Args:
+        root: folder to write.
+        cases: case ids; default: the 30 labeled BTCV cases.
+        workers: threads; default: one per core, at most 8. Does not affect the data.
+
+    Returns:
+        `root` as a Path.
+
+    Raises:
+        UserError: `root` cannot be written, or has a `RawData` folder of other origin.
     """
     root = Path(root)
     cases = {int(case) for case in (CASES if cases is None else cases)}
@@ -100,16 +110,16 @@ def generate(root, *, seed: int = 0, cases=None, workers: int | None = None) -> 
         return root
     if (root / "RawData").exists() and not (root / MANIFEST).exists():
         raise UserError(
-            f"{root} holds a RawData folder that the phantom generator did not write: "
-            "name another folder for the phantom."
+            f"{root} has a RawData folder not written by the phantom generator; "
+            "choose another folder for the phantom."
         )
     try:
         with _locked(root):
             _complete(root, seed, cases, workers or min(os.cpu_count() or 1, 8))
     except OSError as error:
         raise UserError(
-            f"cannot write the phantom to {root} ({error.strerror or error}): "
-            "name a writable folder with 100 MB free."
+            f"cannot write the phantom to {root} ({error.strerror or error}); "
+            "choose a writable folder with 100 MB of free space."
         ) from error
     return root
 
@@ -120,7 +130,7 @@ def _paths(case: int):
 
 
 def _inspect(root: Path, seed, cases):
-    """Returns ({intact case: digests}, cases to make, cases of another seed or version)."""
+    """Returns ({intact case: digests}, missing cases, cases of another seed or version)."""
 
     def parse(manifest):
         listed = {int(case): list(digests) for case, digests in manifest["sha256"].items()}
@@ -140,25 +150,29 @@ def _digests(root: Path, case):
 
 @contextlib.contextmanager
 def _locked(root: Path):
-    """One generator at a time per folder; the lock goes with the process that holds it."""
+    """Locks `root` for one generator at a time; the lock ends with the process."""
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".phantom.lock", "w") as file:
-        with contextlib.suppress(ImportError, OSError):  # not on every system or file system
+        with contextlib.suppress(
+            ImportError, OSError
+        ):  # not supported on every system or file system
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
-            for left_over in root.glob(".tmp-phantom-*"):  # of a killed run: we hold the lock
+            for left_over in root.glob(".tmp-phantom-*"):  # of a killed run, as we hold the lock
                 shutil.rmtree(left_over, ignore_errors=True)
         yield
 
 
 def _complete(root: Path, seed, cases, workers):
-    """Make what is missing in a temporary folder, list it, then move it into place.
+    """Generates missing cases in a temporary folder, lists them, then moves them into place.
 
-    The list is written before the files are moved: where a run is killed in between, they do not
-    match it and are made anew.
+    The manifest is written before the files are moved: if the process is killed in between, the
+    files do not match it and are regenerated.
     """
-    intact, missing, stale = _inspect(root, seed, cases)  # again: we may have waited for the lock
+    intact, missing, stale = _inspect(
+        root, seed, cases
+    )  # again: another generator may have held the lock
     with tempfile.TemporaryDirectory(prefix=".tmp-phantom-", dir=root) as temporary:
         folder = Path(temporary)
         with ThreadPoolExecutor(workers) as pool:
@@ -175,7 +189,7 @@ def _complete(root: Path, seed, cases, workers):
 
 
 def _write_case(folder: Path, seed, case):
-    """Write image and label of a case below `folder`; returns their SHA-256."""
+    """Writes image and label of a case under `folder`; returns their SHA-256."""
     image, label, affine = make_case(seed, case)
     qform, sform = FORM_CODES[case % len(FORM_CODES)]
     for path, data in zip(_paths(case), (image, label), strict=True):
@@ -185,6 +199,6 @@ def _write_case(folder: Path, seed, case):
         nifti.header.set_xyzt_units("mm")
         nifti.header["descrip"] = f"pgpsam_jax phantom {VERSION}, seed {seed}".encode()
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        # No time stamp, so that the same case is the same file.
+        # No time stamp, so that the same case gives the same file.
         (folder / path).write_bytes(gzip.compress(nifti.to_bytes(), 1, mtime=0))
     return _digests(folder, case)

@@ -1,4 +1,4 @@
-"""The phantom's abdominal organs, placed by priority: what comes first keeps its ground.
+"""Phantom abdominal organs, placed by priority: earlier organs displace later ones.
 
 Label ids are those of BTCV. Sizes and HU follow a portal-venous abdominal CT.
 """
@@ -14,29 +14,29 @@ AORTA, VENA_CAVA, PORTAL_SPLENIC, PANCREAS, RIGHT_ADRENAL, LEFT_ADRENAL = range(
 
 
 class Painter:
-    """What every organ needs: the scene, the patient, the random stream, shared textures."""
+    """Shared state of the organs: scene, patient, random generator and textures."""
 
     def __init__(self, scene: Scene, patient: Patient, rng):
         self.scene, self.patient, self.rng = scene, patient, rng
         self.blood = rng.uniform(166, 182) * patient.phase
         self.fine, self.coarse, self.bump = scene.fine, scene.coarse, scene.bump
 
-    def near(self, points, spread=3.0):
-        """The points, each moved by about `spread` mm."""
+    def jitter(self, points, spread=3.0):
+        """Moves each point by about `spread` mm."""
         points = np.asarray(points, float)
         return points + self.rng.normal(0, spread, points.shape).clip(-2 * spread, 2 * spread)
 
     def size(self, low=0.93, high=1.1):
-        """A random scale."""
+        """Samples a scale factor."""
         return self.rng.uniform(low, high)
 
     def tissue(self, box, hu, texture=4.0):
-        """HU with the texture of parenchyma."""
+        """Adds parenchymal texture to a HU value."""
         return hu + texture * (self.fine[box] + 0.7 * self.coarse[box]) * np.float32(0.8)
 
 
 def draw_organs(scene: Scene, patient: Patient, rng):
-    """Place all organs; every BTCV label is present afterwards."""
+    """Places all organs; every BTCV label is present afterwards."""
     painter = Painter(scene, patient, rng)
     _great_vessels(painter)
     _kidneys(painter)
@@ -50,36 +50,36 @@ def draw_organs(scene: Scene, patient: Patient, rng):
 
 
 def _great_vessels(p):
-    """Aorta left of the midline, vena cava right of it up to the heart, oesophagus."""
+    """Places aorta (left of the midline), vena cava (right, up to the heart) and esophagus."""
     low, high = p.scene.axes[0][0] - 25, p.scene.axes[0][-1] + 25
     z = np.linspace(low, high, 10)
     sx, sy = p.patient.spine(z)
     up = np.clip((z + 100) / 220, 0, 1)  # 0 at the bifurcation, 1 in the chest
-    path = p.near(np.stack([sx + 9 + 10 * up**3, sy - 32 + 14 * up**3, z], 1), 1.0)
+    path = p.jitter(np.stack([sx + 9 + 10 * up**3, sy - 32 + 14 * up**3, z], 1), 1.0)
     radius = p.size(0.95, 1.12) * (9.8 + 2.2 * up)
     box, aorta = p.scene.tube(path, radius)
     p.scene.place(box, aorta, p.tissue(box, p.blood, 1.5), label=AORTA, gap=None)
     path = np.stack([sx - 18 - 8 * up**2, sy - 28 - 8 * up**2, z], 1)
-    box, cava = p.scene.tube(p.near(path, 1.0), p.size() * (10.5 + 2.0 * up))
+    box, cava = p.scene.tube(p.jitter(path, 1.0), p.size() * (10.5 + 2.0 * up))
     cava = np.maximum(cava, p.scene.z[box] - np.float32(p.patient.dome_right + 8))  # the heart
     hu = p.tissue(box, p.blood - p.rng.uniform(8, 28), 2)
-    p.scene.place(box, cava, hu, label=VENA_CAVA, gap=0.5, yields=1.7)
-    gullet = [(14, -8, 125), (16, -16, 95), (22, -20, 74), (36, -14, 62)]
-    box, tube = p.scene.tube(p.near(gullet, 1.5), p.size() * np.array([8, 8, 8, 9]))
+    p.scene.place(box, cava, hu, label=VENA_CAVA, gap=0.5, rim=1.7)
+    esophagus = [(14, -8, 125), (16, -16, 95), (22, -20, 74), (36, -14, 62)]
+    box, tube = p.scene.tube(p.jitter(esophagus, 1.5), p.size() * np.array([8, 8, 8, 9]))
     p.scene.place(box, tube, p.tissue(box, 68), label=ESOPHAGUS, gap=None)
 
 
 def _kidneys(p):
-    """Beans that lean along the psoas, hilum inwards and forwards; the right one lower."""
+    """Places the kidneys along the psoas, hilum medial and anterior; the right one lower."""
     places = ((-1, RIGHT_KIDNEY, (-66, 25, -30)), (1, LEFT_KIDNEY, (64, 25, -12)))
     for sign, label, centre in places:
-        centre = p.near(centre)
+        centre = p.jitter(centre)
         radii = np.array([28, 26, 53]) * p.size(0.92, 1.08) * p.rng.uniform(0.96, 1.04, 3)
         turn = (sign * p.rng.uniform(20, 40), sign * p.rng.uniform(8, 16))
         box, kidney = p.scene.ellipsoid(centre, radii, power=2.3, turn_deg=turn)
         inward = np.array([-sign * 0.82, -0.57, 0.0])
         sinus, pelvis = (
-            _on(box, *p.scene.ellipsoid(centre + off * inward, radii, turn_deg=turn))
+            _move_to(box, *p.scene.ellipsoid(centre + off * inward, radii, turn_deg=turn))
             for off, radii in ((14, (12, 7, 20)), (15, (8, 4.5, 9)))
         )
         kidney = smooth_max(kidney + 0.8 * p.bump[box], 1.0 - sinus, 4)
@@ -93,8 +93,8 @@ def _kidneys(p):
         p.scene.place(*p.scene.tube(vein, (4.5, 5)), p.blood - 8, gap=0.5)
 
 
-def _on(box, other, shape):
-    """A shape moved from the box `other` to `box`, far away where they do not meet."""
+def _move_to(box, other, shape):
+    """Crops a shape from the box `other` to `box`, filled with `FAR` where they do not overlap."""
     whole = np.full([s.stop - s.start for s in box], FAR, np.float32)
     meet = [(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, other, strict=True)]
     if all(i < j for i, j in meet):
@@ -107,7 +107,7 @@ def _on(box, other, shape):
 
 
 class _LiverEdge:
-    """The visceral surface x = edge(y, z): a right lobe, and a left lobe that tapers to its tip."""
+    """Visceral surface of the liver x = edge(y, z): right lobe, and tapering left lobe."""
 
     heights = (-85, -60, -30, 0, 20, 50, 80, 110)
     right = (-132, -110, -82, -56, -40, -24, -14, -10)
@@ -119,7 +119,7 @@ class _LiverEdge:
         self.drop = p.rng.uniform(-10, 10)
 
     def __call__(self, y, z):
-        """The edge, and the length of the gradient of x - edge."""
+        """Returns the edge and the gradient norm of x - edge."""
         z = z - self.drop
         base = np.interp(z, self.heights, self.right) + self.shift
         lobe = np.interp(z, self.heights, self.left) * self.reach
@@ -129,12 +129,12 @@ class _LiverEdge:
 
 
 def _gallbladder_and_liver(p):
-    """The gallbladder lies along the liver's lower edge, half sunk into it."""
+    """Places the gallbladder along the lower liver edge, half embedded, and the liver."""
     edge, s = _LiverEdge(p), p.scene
-    bile = p.near([(0, -24, 10), (0, -46, -9), (0, -60, -26)], 2.5)
+    bile = p.jitter([(0, -24, 10), (0, -46, -9), (0, -60, -26)], 2.5)
     bile[:, 0] = edge(bile[:, 1], bile[:, 2])[0] + [2, 5, 7]
     box, gall = s.tube(bile, p.size(0.92, 1.15) * np.array([5, 12.5, 14.5]))
-    gall = s.place(box, gall, 45, label=GALLBLADDER, gap=2.0, yields=1.5)
+    gall = s.place(box, gall, 45, label=GALLBLADDER, gap=2.0, rim=1.5)
     s.paint(box, gall + 1.8, p.tissue(box, p.rng.uniform(4, 16), 1.5))
     box = s.box((-170, -110, -110), (110, 100, 115))
     x, y, z = s.at(box)
@@ -148,24 +148,24 @@ def _gallbladder_and_liver(p):
     outside = np.where(s.label[box] == LIVER, liver + 2, FAR)
     for points, radii in _liver_veins(p):
         part, vein = s.tube(points, radii)
-        vein = np.where(_on(part, box, outside) > 0, FAR, vein)
+        vein = np.where(_move_to(part, box, outside) > 0, FAR, vein)
         s.paint(part, vein, p.blood - 12)
 
 
 def _liver_veins(p):
-    """Hepatic veins into the vena cava under the dome, portal branches from the hilum."""
+    """Yields (points, radii) of hepatic veins, which join the vena cava, and portal branches."""
     root, hilum = np.array([-26, -14, 76]), np.array([-38, -12, 24])
     ends = [(-100, 20, 40), (-62, -45, 40), (15, -55, 58)]
     for end in ends:
         middle = (root + end) / 2 + [0, 0, 10]
-        yield p.near([root, middle, end], 2.0), (4.8, 3.8, 2.0)
+        yield p.jitter([root, middle, end], 2.0), (4.8, 3.8, 2.0)
     for end in [(-105, 5, 5), (-95, 30, 45), (-80, -40, 10), (10, -60, 45)]:
         middle = (hilum + end) / 2 + [-4, 0, 6]
-        yield p.near([hilum, middle, end], 2.0), (5.2, 3.8, 1.8)
+        yield p.jitter([hilum, middle, end], 2.0), (5.2, 3.8, 1.8)
 
 
 def _spleen(p):
-    """A lens that hugs the wall, left, behind and above: thickness falls to its rim."""
+    """Places the spleen, a lens along the left posterior wall, thinner toward its rim."""
     s = p.scene
     box = s.box((20, -45, -40), (160, 100, 110))
     x, y, z = s.at(box)
@@ -174,7 +174,7 @@ def _spleen(p):
     height = z - p.rng.uniform(36, 44) + 22 * angle
     rim = (angle / (0.70 * scale)) ** 2 + (height / (50 * scale)) ** 2
     thick = 42 * scale * (1 - rim) + 2.0 * p.bump[box]
-    depth = s.wall[box]  # from the abdominal wall or the diaphragm inwards
+    depth = s.wall[box]  # inward from the abdominal wall or the diaphragm
     spleen = (depth - thick) * np.float32(0.75)
     spleen = np.maximum(spleen, 1.0 - depth)
     hu = p.patient.phase * p.rng.uniform(124, 138)
@@ -182,14 +182,14 @@ def _spleen(p):
 
 
 def _portal_vessels(p):
-    """Portal and splenic vein, superior mesenteric vein and artery."""
+    """Places portal and splenic vein, superior mesenteric vein and artery."""
     s, hu = p.scene, p.blood + p.rng.uniform(-4, 10)
-    join = p.near((-4, -27, 2), 2.0)
+    join = p.jitter((-4, -27, 2), 2.0)
     porta = [join, (-22, -22, 14), (-40, -14, 24)]
     splenic = [join, (30, -15, 12), (62, 6, 26), (84, 22, 32)]
     for points, radii in ((porta, (6.5, 6.5, 6)), (splenic, (5, 4.5, 4.2, 3.5))):
         box, vein = s.tube(points, radii)
-        s.place(box, vein, hu, label=PORTAL_SPLENIC, gap=0.5, yields=1.5)
+        s.place(box, vein, hu, label=PORTAL_SPLENIC, gap=0.5, rim=1.5)
     x, y = p.patient.spine(-60.0)
     s.place(*s.tube([join, (0, y - 58, -40), (2, y - 60, -85)], (5.5, 5, 4)), hu, gap=0.5)
     ax, ay = p.patient.spine(5.0)
@@ -199,22 +199,22 @@ def _portal_vessels(p):
 
 
 def _pancreas(p):
-    """Head with uncinate process, neck and body across the spine, tail towards the spleen."""
+    """Places the pancreas: head with uncinate process, neck, body, and tail toward the spleen."""
     s = p.scene
     head, body = [(-30, -30, -26), (-22, -37, -10)], [(2, -40, 4), (32, -30, 13)]
-    path = p.near([*head, *body, (58, -10, 22), (82, 10, 30)], 2.0)
+    path = p.jitter([*head, *body, (58, -10, 22), (82, 10, 30)], 2.0)
     radii = p.size(0.97, 1.12) * np.array([14, 13.5, 11, 11.5, 11.5, 10.5])
     box, gland = s.tube(path, radii, flat=1.15)
-    hook = _on(box, *s.tube([path[0], path[0] + [15, 6, -6]], (12, 8)))
+    hook = _move_to(box, *s.tube([path[0], path[0] + [15, 6, -6]], (12, 8)))
     gland = np.minimum(gland, hook) + 1.3 * p.fine[box] + 0.6 * p.coarse[box]
     hu = p.patient.phase * p.rng.uniform(98, 110)
     s.place(box, gland, p.tissue(box, hu, 9), label=PANCREAS, gap=0.8)
 
 
 def _adrenals(p):
-    """Two limbs each, above and in front of the kidneys."""
+    """Places the adrenal glands, two limbs each, above and anterior to the kidneys."""
     for sign, label, top in ((-1, RIGHT_ADRENAL, (-34, 14, 34)), (1, LEFT_ADRENAL, (36, 12, 38))):
-        top = p.near(top, 1.5)
+        top = p.jitter(top, 1.5)
         for leg in ((sign * 10, 12, -14), (sign * 2, 14, -16)):
             box, limb = p.scene.tube([top, top + leg], (4.8, 3.8))
             p.scene.place(box, limb, p.tissue(box, 80), label=label, gap=0.3)

@@ -1,9 +1,9 @@
-"""The drawing board of the phantom: a warped coordinate grid, implicit shapes, soft painting.
+"""Phantom shape primitives: a warped coordinate system, implicit shapes and soft painting.
 
 Body frame, in mm: x to the patient's left, y to posterior, z to superior, origin on the midline at
 about the first lumbar vertebra. Arrays are (D, H, W) in display orientation, so that they run
 along +z, +y, +x. A *shape* is a float32 array of signed distances (mm, approximate, negative
-inside) over a *box*, a tuple of three slices of the grid.
+inside) over a *box*, a tuple of three slices of the voxel grid.
 """
 
 import math
@@ -28,9 +28,9 @@ def _basis(points: int, coefficients: int):
 
 
 def smooth_field(rng, shape, cells):
-    """Smooth random field of mean 0 and SD about 1, with `cells` B-spline knots an axis."""
+    """Smooth random field of mean 0 and SD about 1, with `cells` B-spline knots per axis."""
     field = rng.standard_normal([c + 3 for c in cells], dtype=np.float32) * np.float32(3.0)
-    # einsum, not matmul: BLAS may round differently with another number of threads.
+    # einsum, not matmul: the rounding of BLAS may depend on the number of threads.
     for axis, size in reversed(list(enumerate(shape))):
         field = np.einsum(
             "ij,j...->i...", _basis(size, field.shape[axis]), np.moveaxis(field, axis, 0)
@@ -46,10 +46,10 @@ def smooth_max(a, b, radius):
 
 
 class Scene:
-    """Grid, HU image, label map and `taken`: the distance to whatever has been placed already."""
+    """Voxel grid, HU image, label map and `taken`, the distance to all placed shapes."""
 
     def __init__(self, rng, shape, spacing, *, tilt_deg, shift, warp_mm):
-        """`spacing` (D, H, W) mm; the patient lies turned by `tilt_deg` about z, off by `shift`."""
+        """`spacing`: (D, H, W) mm; the patient is rotated by `tilt_deg` about z, shifted by `shift`."""
         self.shape, self.spacing = shape, spacing
         self.axes = [
             ((np.arange(n) - (n - 1) / 2) * s - o).astype(np.float32)
@@ -70,13 +70,13 @@ class Scene:
         self.hu = np.full(shape, -1000, np.float32)
         self.label = np.zeros(shape, np.uint8)
         self.taken = np.full(shape, FAR, np.float32)
-        self.wall = self.taken  # the same for the bare abdominal cavity, set with the body
+        self.wall = self.taken  # the same of the empty abdominal cavity, set by `draw_body`
         self.fine = smooth_field(rng, shape, (20, 60, 60))
         self.coarse = smooth_field(rng, shape, (6, 12, 12))
         self.bump = smooth_field(rng, shape, (6, 9, 9))
 
     def box(self, low, high):
-        """Slices holding every voxel whose body coordinates lie in [low, high] (x, y, z)."""
+        """Returns the box of all voxels with body coordinates (x, y, z) in [low, high]."""
         cx, cy, cz = ((a + b) / 2 for a, b in zip(low, high, strict=True))
         hx, hy, hz = ((b - a) / 2 for a, b in zip(low, high, strict=True))
         cosine, sine = self.turn
@@ -93,11 +93,11 @@ class Scene:
         return tuple(slices)
 
     def at(self, box):
-        """Body coordinates (x, y, z) of a box."""
+        """Returns body coordinates (x, y, z) of a box."""
         return self.x[box], self.y[box], self.z[box]
 
     def ellipsoid(self, centre, radii, *, power=2.0, turn_deg=(0.0, 0.0)):
-        """Superellipsoid turned about z, then leaning in the x-z plane. Returns (box, shape)."""
+        """Returns (box, shape) of a superellipsoid, rotated about z, then in the x-z plane."""
         centre, radii = np.asarray(centre, np.float32), np.asarray(radii, np.float32)
         reach = float(radii.max())
         box = self.box(centre - reach, centre + reach)
@@ -110,11 +110,14 @@ class Scene:
             f = np.sqrt(sum(t * t for t in terms))
         else:
             f = sum(t ** np.float32(power) for t in terms) ** np.float32(1 / power)
-        # First-order distance: (f - 1) over the gradient, which is about f / mean radius there.
+        # First-order distance: (f - 1) over the gradient norm, about f / mean radius there.
         return box, (f - 1) * np.float32(np.sort(radii)[:2].mean())
 
     def tube(self, points, radii, *, flat=1.0):
-        """Union of cones along the spline through `points` (n, 3), `flat` times as tall as wide."""
+        """Returns (box, shape) of a tube along a spline through `points` (n, 3).
+
+        `radii`: (n,) mm. `flat`: ratio of height to width.
+        """
         from scipy.interpolate import CubicHermiteSpline
 
         points, radii = np.asarray(points, float), np.asarray(radii, float)
@@ -150,22 +153,26 @@ class Scene:
         )
 
     def paint(self, box, shape, hu):
-        """Blend `hu` (number or array over the box) in, with a soft edge one voxel wide."""
+        """Blends in `hu` (number or array over the box) with a soft edge one voxel wide."""
         cover = np.clip(np.float32(0.5) - shape / np.float32(0.75 * self.spacing[2]), 0, 1)
         self.hu[box] += cover * (hu - self.hu[box])
 
-    def place(self, box, shape, hu, *, label=0, gap=1.5, yields=0.0):
-        """Paint, label and reserve a shape, kept `gap` mm clear of what was placed before it.
+    def place(self, box, shape, hu, *, label=0, gap=1.5, rim=0.0):
+        """Paints, labels and reserves a shape; returns the shape as placed.
 
-        `gap=None` places it regardless. `yields` mm of its rim stay free for later neighbours, so
-        that these can touch it without fat between. Returns the shape as it was placed.
+        Args:
+            box, shape: signed distances in mm over a box.
+            hu: number or array over the box.
+            label: class id, 0 for none.
+            gap: distance in mm to earlier shapes; None ignores them.
+            rim: mm at its edge left free for later neighbors, so that no fat separates them.
         """
         if gap is not None:
             shape = np.maximum(shape, np.float32(gap) - self.taken[box])
         self.paint(box, shape, hu)
         if label:
             self.label[box][shape < 0] = label
-        self.reserve(box, shape + np.float32(yields))
+        self.reserve(box, shape + np.float32(rim))
         return shape
 
     def reserve(self, box, shape):
