@@ -271,7 +271,7 @@ def test_other_data_is_never_overwritten(tmp_path, toy):
     image = tmp_path / "RawData/Training/img/img0001.nii.gz"
     image.parent.mkdir(parents=True)
     image.write_bytes(b"a patient")
-    with pytest.raises(UserError, match="did not write"):
+    with pytest.raises(UserError, match="not written by the phantom generator"):
         generate.generate(tmp_path, cases=[1])
     assert image.read_bytes() == b"a patient" and len(list(tmp_path.rglob("*"))) == 4
     (tmp_path / "file").write_text("")

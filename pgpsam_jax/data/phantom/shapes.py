@@ -49,7 +49,7 @@ class Scene:
     """Voxel grid, HU image, label map and `taken`, the distance to all placed shapes."""
 
     def __init__(self, rng, shape, spacing, *, tilt_deg, shift, warp_mm):
-        """`spacing`: (D, H, W) mm; the patient is rotated by `tilt_deg` about z, shifted by `shift`."""
+        """`spacing`: (D, H, W) mm; `tilt_deg`, `shift`: rotation and offset (mm) of the patient."""
         self.shape, self.spacing = shape, spacing
         self.axes = [
             ((np.arange(n) - (n - 1) / 2) * s - o).astype(np.float32)
