@@ -150,7 +150,7 @@ def _check_label(label: _File, table: LabelTable | None) -> None:
             label.add(
                 ERROR,
                 "unknown_label",
-                f"has label values that are not in the label table: {listed}{more}; add them to "
+                f"holds label values outside the label table: {listed}{more}; add them to "
                 'the table or set its "other" to "background"',
             )
     classes = {table.source_to_class[i] for i in counts if i in table.source_to_class}
