@@ -26,7 +26,7 @@ from pgpsam_jax.data.layouts import find
 from pgpsam_jax.data.layouts.cases import Listing
 from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
 from pgpsam_jax.data.layouts.split import split_cases
-from pgpsam_jax.data.quality.verification import check_cases, findings_of, format_finding, summarise
+from pgpsam_jax.data.quality.verification import check_cases, findings_of, format_finding, summarize
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime.cli import Parser, pair, positive, running
 from pgpsam_jax.utils.files import write_json
@@ -94,7 +94,7 @@ def verify(
         say(f"note     {NO_GRID}")
     for line in listing.passed_over:
         emit(f"note     {line}")
-    report = summarise(
+    report = summarize(
         records,
         table,
         findings=rest,

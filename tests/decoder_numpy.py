@@ -11,7 +11,7 @@ TOKEN_EPS = 1e-5  # layer norms of tokens; those of maps have 1e-6
 
 
 def fourier_positions(matrix, grid):
-    """Random Fourier code of each cell centre, (H, W, C): sin and cos of 2 pi (2 (x, y) - 1) G."""
+    """Random Fourier code of each cell center, (H, W, C): sin and cos of 2 pi (2 (x, y) - 1) G."""
     h, w = grid
     out = np.zeros((h, w, 2 * matrix.shape[1]))
     for i in range(h):

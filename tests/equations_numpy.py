@@ -73,9 +73,9 @@ def linear(x, p):
 
 
 def layer_norm(x, p, eps=LN_EPS):
-    """Layer normalisation over channels (the last axis), population variance."""
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
+    """Layer normalization over channels (the last axis), population variance."""
+    centered = x - x.mean(-1, keepdims=True)
+    return centered / np.sqrt((centered**2).mean(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
 
 
 def strip_conv(x, p, axis):

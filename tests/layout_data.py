@@ -18,7 +18,7 @@ NNUNET = {
 WINDOW = (-125.0, 275.0)
 
 
-def write_nnunet(root, cases=("a", "b", "c"), tests=(), labelled_tests=True, **fields):
+def write_nnunet(root, cases=("a", "b", "c"), tests=(), labeled_tests=True, **fields):
     """imagesTr, labelsTr, imagesTs, perhaps labelsTs, and dataset.json with other `fields`."""
     write_data(root / "pairs", (*cases, *tests))
     for case in (*cases, *tests):
@@ -26,7 +26,7 @@ def write_nnunet(root, cases=("a", "b", "c"), tests=(), labelled_tests=True, **f
         for kind, name in (("images", f"{case}_0000.nii.gz"), ("labels", f"{case}.nii.gz")):
             (root / f"{kind}{part}").mkdir(exist_ok=True)
             shutil.move(root / "pairs" / kind / f"{case}.nii.gz", root / f"{kind}{part}" / name)
-    if tests and not labelled_tests:
+    if tests and not labeled_tests:
         shutil.rmtree(root / "labelsTs")
     shutil.rmtree(root / "pairs")
     value = NNUNET | {"numTraining": len(cases)} | fields

@@ -63,8 +63,8 @@ def linear(x, p):
 
 
 def standardise(x, axis, eps):
-    centred = x - np.mean(x, axis=axis, keepdims=True)
-    return centred / np.sqrt(np.mean(centred**2, axis=axis, keepdims=True) + eps)
+    centered = x - np.mean(x, axis=axis, keepdims=True)
+    return centered / np.sqrt(np.mean(centered**2, axis=axis, keepdims=True) + eps)
 
 
 def layer_norm(x, p, eps=TOKEN_EPS):
@@ -114,9 +114,9 @@ def conv_transpose(x, p):
 
 
 def resize_matrix(size, to):
-    """Linear interpolation of one axis between pixel centres, edges repeated: (to, size)."""
-    centre = np.clip((np.arange(to) + 0.5) * size / to - 0.5, 0, size - 1)
-    return np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(size)))
+    """Linear interpolation of one axis between pixel centers, edges repeated: (to, size)."""
+    center = np.clip((np.arange(to) + 0.5) * size / to - 0.5, 0, size - 1)
+    return np.maximum(0, 1 - np.abs(center[:, None] - np.arange(size)))
 
 
 def resize(x, h, w):
@@ -236,7 +236,7 @@ def spatial_gate(x, p):
 
 
 def scm(f, p):
-    """Both gates, merged two neighbouring channels at a time, on top of F."""
+    """Both gates, merged two neighboring channels at a time, on top of F."""
     spatial = f + gain(p["alpha"], f * spatial_gate(f, sub(p, "sem_conv")))
     channel = f + gain(p["beta"], f * channel_gate(f, sub(p, "cem_conv")))
     pairs = np.concatenate([spatial, channel], axis=0)

@@ -21,7 +21,7 @@ TABLE_3 = {
 
 
 def small(size=32, classes=3, **kwargs):
-    """A model of a few thousand parameters: what a test of behaviour, not of size, needs."""
+    """A model of a few thousand parameters: what a test of behavior, not of size, needs."""
     sam = SamConfig.preset("vit_t", size, 8, **ENCODER)
     decoder = dataclasses.replace(sam.decoder, depth=1, heads=2, mlp_dim=64)
     return PgpSamConfig(dataclasses.replace(sam, decoder=decoder), classes, **kwargs)
@@ -35,7 +35,7 @@ class Given(nnx.Module):
 
 
 def create(config, encoder=False, dtype=jnp.float32, *, rngs):
-    """A model at its own initialisation, with its image encoder or `Given`."""
+    """A model at its own initialization, with its image encoder or `Given`."""
     model = PgpSam(config, dtype=dtype, rngs=rngs)
     if not encoder:
         model.image_encoder = Given()

@@ -21,8 +21,8 @@ def write_data(root, cases=("a", "b", "c"), seed=0):
     grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1)
     for case in cases:
         label = np.zeros(SHAPE, np.int16)
-        for source, centre in ((6, (7, 9, 5)), (1, (16, 11, 5))):
-            away = (grid - centre - rng.uniform(-1, 1, 3)) * SPACING
+        for source, center in ((6, (7, 9, 5)), (1, (16, 11, 5))):
+            away = (grid - center - rng.uniform(-1, 1, 3)) * SPACING
             label[np.linalg.norm(away, axis=-1) < 7] = source
         image = np.where(label == 6, 110, np.where(label == 1, 200, -60))
         image = (image + rng.normal(0, 10, SHAPE)).astype(np.int16)

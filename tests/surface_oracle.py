@@ -4,7 +4,7 @@ import numpy as np
 
 
 def oracle_surface(mask):
-    """By the definition: a voxel with one of its six neighbours outside the mask or volume."""
+    """By the definition: a voxel with one of its six neighbors outside the mask or volume."""
     points = []
     for voxel in np.ndindex(mask.shape):
         steps = [np.add(voxel, s * np.eye(3, dtype=int)[a]) for a in range(3) for s in (-1, 1)]

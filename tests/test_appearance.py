@@ -15,7 +15,7 @@ from pgpsam_jax.data.io.nifti import Volume, read_image
 from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.data.quality import appearance, outliers
 from pgpsam_jax.data.quality.case_checks import check_case
-from pgpsam_jax.data.quality.verification import findings_of, summarise
+from pgpsam_jax.data.quality.verification import findings_of, summarize
 from pgpsam_jax.errors import UserError
 
 CASES = ("a", "b", "c", "d", "e")
@@ -167,7 +167,7 @@ def test_cases_that_all_differ_are_one_finding():
     assert "3 of 12" in found[0].message
 
 
-def test_a_window_that_cuts_what_is_labelled(root):
+def test_a_window_that_cuts_what_is_labeled(root):
     """Of the two organs, at 110 and 200, one is clipped to white."""
     table = LabelTable.from_json(TABLE)
     from pgpsam_jax.data.layouts.cases import Case
@@ -207,7 +207,7 @@ def test_plain_volumes_against_training_slices(shape, level):
         }
 
     cases = [image("a", "train", (10, 24, 20)), image("b", "test", shape)]
-    report = summarise(cases, LabelTable.from_json(TABLE), has_grid=False)
+    report = summarize(cases, LabelTable.from_json(TABLE), has_grid=False)
     (finding,) = findings_of(report)
     assert finding["level"] == level and finding["file"] == "b"
 

@@ -63,7 +63,7 @@ def test_samples_that_draw_nothing_keep_every_bit(dtype):
     seed=st.integers(0, 2**31 - 1),
 )
 def test_no_class_appears_that_was_not_there(classes, seed):
-    # Neighbouring ids would blend into others under linear interpolation.
+    # Neighboring ids would blend into others under linear interpolation.
     rng = np.random.default_rng(seed)
     labels = rng.choice(sorted(classes), (4, SIZE, SIZE)).astype(np.int32)
     _, warped = run(keys(4, seed=seed), np.zeros(labels.shape, np.float32), labels, ALL)
@@ -76,15 +76,15 @@ def test_no_class_appears_that_was_not_there(classes, seed):
     ids=["rotate", "scale", "elastic", "all"],
 )
 def test_image_and_label_stay_aligned(config):
-    # Off centre: a label turned the other way would land elsewhere.
+    # Off center: a label turned the other way would land elsewhere.
     label = np.zeros((8, 96, 96), np.int32)
     label[:, 16:48, 52:80] = 5
     image, warped = run(keys(8), (label > 0).astype(np.float32), label, config)
-    bright, labelled = np.asarray(image) > 0.5, np.asarray(warped) == 5
-    overlap = 2 * (bright & labelled).sum((1, 2)) / (bright.sum((1, 2)) + labelled.sum((1, 2)))
+    bright, labeled = np.asarray(image) > 0.5, np.asarray(warped) == 5
+    overlap = 2 * (bright & labeled).sum((1, 2)) / (bright.sum((1, 2)) + labeled.sum((1, 2)))
     assert overlap.min() > 0.97
-    moved = 2 * (labelled & (label == 5)).sum((1, 2))
-    assert (moved / (labelled.sum((1, 2)) + (label == 5).sum((1, 2)))).min() < 0.93
+    moved = 2 * (labeled & (label == 5)).sum((1, 2))
+    assert (moved / (labeled.sum((1, 2)) + (label == 5).sum((1, 2)))).min() < 0.93
 
 
 @settings(max_examples=2, deadline=None)  # each cut compiles two programs

@@ -172,7 +172,7 @@ def test_the_loss_is_taken_at_the_size_of_the_labels():
     assert float(value) == pytest.approx(float(wanted), rel=1e-6)
 
 
-def test_the_optimiser_is_plain_adam_at_a_constant_rate():
+def test_the_optimizer_is_plain_adam_at_a_constant_rate():
     config = small_config("autosam")
     rates = TrainingPlan.from_config(config).learning_rates(126)
     np.testing.assert_array_equal(rates, np.float32(5e-4))

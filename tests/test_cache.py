@@ -120,7 +120,7 @@ def test_cleaning_spares_what_may_be_used_again(tmp_path):
     assert not other.exists() and build(case) == [new]
 
 
-def test_grey_levels_are_stored_and_part_of_the_key(tmp_path):
+def test_gray_levels_are_stored_and_part_of_the_key(tmp_path):
     case = make_case(tmp_path)
     (plain,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache")
     (same,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache", levels=0)
@@ -273,9 +273,9 @@ def test_real_ct(tmp_path):
 
     # Anatomy in display orientation: liver on the image's left, spleen on its right, and both
     # kidneys behind the gallbladder.
-    centre = {k: np.array(scipy.ndimage.center_of_mass(labels == k)) for k in range(1, 9)}
-    assert centre[5][2] < 128 < centre[1][2] and centre[2][2] < centre[3][2]
-    assert centre[2][1] > centre[4][1] and centre[3][1] > centre[4][1]
+    center = {k: np.array(scipy.ndimage.center_of_mass(labels == k)) for k in range(1, 9)}
+    assert center[5][2] < 128 < center[1][2] and center[2][2] < center[3][2]
+    assert center[2][1] > center[4][1] and center[3][1] > center[4][1]
     table = TOTAL_TABLE.to_json() | {"other": "error"}
     with pytest.raises(UserError, match=r"seg104\.nii\.gz holds label values outside"):
         build_cache([case], LabelTable.from_json(table), WINDOW, 256, tmp_path)

@@ -294,7 +294,7 @@ def permute_classes(p, order, k):
 
 @few
 @given(KEYS)
-def test_refinement_has_no_favourite_class(seed):
+def test_refinement_has_no_favorite_class(seed):
     k, order = 2, np.random.default_rng(seed).permutation(N)
     module, p = refinement(k)
     intra, inter = normal(13, B, N, C), normal(14, B, 6, C)

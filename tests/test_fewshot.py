@@ -20,8 +20,8 @@ def volumes(cases=5, depth=30, organs=3, seed=0):
     z = np.arange(depth)[:, None]
     result = {}
     for case in range(cases):
-        centre, width = rng.uniform(8, depth - 8, organs), rng.uniform(2, 6, organs)
-        area = np.maximum(0, 900 * (1 - ((z - centre) / width) ** 2)).astype(int)
+        center, width = rng.uniform(8, depth - 8, organs), rng.uniform(2, 6, organs)
+        area = np.maximum(0, 900 * (1 - ((z - center) / width) ** 2)).astype(int)
         result[f"{case + 1:04d}"] = np.concatenate([10**5 - area.sum(1, keepdims=True), area], 1)
     return result
 

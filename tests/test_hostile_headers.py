@@ -28,7 +28,7 @@ HEADERS = {  # fields of a NIfTI header: what is said, or "" where it is harmles
     "voxels far behind the end": ({"vox_offset": 9e9}, "puts its voxels at byte 8999999488"),
     "unknown type": ({"datatype": 9999}, "broken NIfTI header"),
     "bits": ({"datatype": 1}, "broken NIfTI header"),
-    "colours": ({"datatype": 128}, "plain integers or floats"),
+    "colors": ({"datatype": 128}, "plain integers or floats"),
     "long double": ({"datatype": 1536}, "broken NIfTI header|plain integers or floats|cut off"),
     "bits per voxel": ({"bitpix": 13}, ""),
     "unknown intent": ({"intent_code": 12345}, ""),

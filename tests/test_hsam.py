@@ -46,7 +46,7 @@ class Given(nnx.Module):
 
 
 def create(mask_gate, dtype=jnp.float32, depth=2, *, rngs):
-    """A model at its own initialisation, the blocks of its transformers being `depth`."""
+    """A model at its own initialization, the blocks of its transformers being `depth`."""
     sam = SamConfig.preset("vit_t", SIZE, 8, **ENCODER)
     sam = dataclasses.replace(sam, decoder=dataclasses.replace(sam.decoder, depth=depth))
     model = hsam.Hsam(sam, CLASSES, mask_gate=mask_gate, dtype=dtype, rngs=rngs)

@@ -242,7 +242,7 @@ def test_other_splits():
 
 def test_nothing_is_dropped_without_a_count(tmp_path, recwarn):
     """Neither what is no volume, nor a test image without a label."""
-    write_nnunet(tmp_path, ("a", "b"), ("c", "d"), labelled_tests=False)
+    write_nnunet(tmp_path, ("a", "b"), ("c", "d"), labeled_tests=False)
     (tmp_path / "imagesTr" / "notes.txt").write_text("x")
     (tmp_path / "imagesTr" / "._a_0000.nii.gz").write_bytes(b"x")
     assert [case.case_id for case in find_cases("nnunet", tmp_path)] == ["a", "b"]

@@ -42,7 +42,7 @@ def test_levels_never_raise_an_intensity(levels, seed):
 
 
 @given(st.integers(1, 600), st.integers(1, 600), st.integers(16, 1024))
-def test_fit_is_centred_and_fills_the_longer_side(height, width, size):
+def test_fit_is_centered_and_fills_the_longer_side(height, width, size):
     letterbox = Letterbox.of((height, width), size)
     assert max(letterbox.height, letterbox.width) == size
     exact = (height * size / max(height, width), width * size / max(height, width))
@@ -105,10 +105,10 @@ def test_logits_match_torch_interpolate(shape, h):
     "shape,size", [((101, 122), 256), ((150, 67), 48), ((23, 90), 92), ((80, 80), 80)]
 )
 def test_logits_keep_linear_ramps(shape, size, stride):
-    """A ramp over the input comes back as that ramp at the native pixel centres, at any stride."""
+    """A ramp over the input comes back as that ramp at the native pixel centers, at any stride."""
     letterbox = Letterbox.of(shape, size)
-    centres = (np.arange(size // stride) + 0.5) * stride
-    y, x = np.meshgrid(centres, centres, indexing="ij")
+    centers = (np.arange(size // stride) + 0.5) * stride
+    y, x = np.meshgrid(centers, centers, indexing="ij")
     out = np.asarray(logits_to_native(jnp.stack([y, x], -1)[None], letterbox, shape))[0]
     sides = [(letterbox.top, letterbox.height), (letterbox.left, letterbox.width)]
     for axis, (start, length) in enumerate(sides):
@@ -153,9 +153,9 @@ def test_label_round_trip(seed, grid):
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] + 0.5
     radii = rng.uniform(0.25, 0.45, 2) * (height, width)
-    centre = np.array([height, width]) * rng.uniform(0.45, 0.55, 2)
-    blob = ((y - centre[0]) / radii[0]) ** 2 + ((x - centre[1]) / radii[1]) ** 2 < 1
-    labels = np.where(blob, 1 + (x > centre[1]), 0).astype(np.uint8)[None]
+    center = np.array([height, width]) * rng.uniform(0.45, 0.55, 2)
+    blob = ((y - center[0]) / radii[0]) ** 2 + ((x - center[1]) / radii[1]) ** 2 < 1
+    labels = np.where(blob, 1 + (x > center[1]), 0).astype(np.uint8)[None]
     letterbox = Letterbox.of((height, width), size)
     logits = jax.nn.one_hot(to_model(labels, letterbox, order=0), 3)
     back = np.asarray(logits_to_native(logits, letterbox, (height, width))).argmax(-1)

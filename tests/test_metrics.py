@@ -87,7 +87,7 @@ def test_region_measures_to_the_surface_of_the_whole_volume():
     np.testing.assert_array_equal(np.sort(forward), [0, 0, 0, 0, 0, 0, 0, 1])
     prediction[3], truth[3] = False, False
     prediction[3, 4, 4] = True
-    # Missed in the scored slice, though the neighbouring slices hold the other mask.
+    # Missed in the scored slice, though the neighboring slices hold the other mask.
     assert surface.dice(prediction, truth, region) == 0.0
     assert surface.nsd(prediction, truth, SPACING, 9.0, region) == 0.0
     assert math.isnan(surface.hd95(prediction, truth, SPACING, region))

@@ -47,7 +47,7 @@ def test_splits(tmp_path):
     assert ids_of(split.test) == [("t", "test"), ("u", "test")]
     split = dataset.find_split(layout_config(tmp_path, "nnunet").data)  # fraction
     assert {case.case_id for case in split.train + split.test} == set("abc")
-    write_nnunet(tmp_path / "x", tests=("t",), labelled_tests=False)
+    write_nnunet(tmp_path / "x", tests=("t",), labeled_tests=False)
     assert ids_of(find_cases("nnunet", tmp_path / "x")) == [(i, "train") for i in "abc"]
     with pytest.raises(UserError, match="training and test cases of its own"):
         dataset.find_split(layout_config(tmp_path / "x", "nnunet", data__split="given").data)
@@ -136,7 +136,7 @@ def test_files_that_are_amiss(tmp_path):
 
 
 def test_verified(tmp_path):
-    write_nnunet(tmp_path, tests=("t",), labelled_tests=False, numTraining=5)
+    write_nnunet(tmp_path, tests=("t",), labeled_tests=False, numTraining=5)
     shutil.copy(tmp_path / "imagesTr" / "a_0000.nii.gz", tmp_path / "imagesTs" / "t_0000.nii.gz")
     lines = []
     report = program.verify(tmp_path, say=lines.append)
@@ -148,7 +148,7 @@ def test_verified(tmp_path):
 
 def write_decathlon(root, cases=("organ_1", "organ_2"), tests=("organ_3",), **fields):
     """The same data named and described as in the Medical Segmentation Decathlon."""
-    write_nnunet(root, cases, tests, labelled_tests=False)
+    write_nnunet(root, cases, tests, labeled_tests=False)
     for path in root.glob("images*/*"):
         path.rename(path.with_name(path.name.replace("_0000.nii", ".nii")))
         (path.parent / f"._{path.name}").write_bytes(b"x")  # as its archives have them

@@ -36,7 +36,7 @@ NOTHING_DRAWN, POISSON, GAUSSIAN, SALT_AND_PEPPER = range(4)
 
 
 def kinds(noisy):
-    """Which kind each sample has, told by its mean absolute change at middle grey values."""
+    """Which kind each sample has, told by its mean absolute change at middle gray values."""
     return np.digitize(np.abs(noisy - PICTURES)[:, 64:192].mean((1, 2)), [1e-9, 0.01, 0.06])
 
 
@@ -66,15 +66,15 @@ def test_salt_and_pepper_sets_three_pixels_in_ten(noisy):
     np.testing.assert_array_equal(salted[kept], clean[kept])
 
 
-def test_poisson_noise_grows_with_the_square_root_of_the_grey_value(noisy):
+def test_poisson_noise_grows_with_the_square_root_of_the_gray_value(noisy):
     change = 255 * (noisy - PICTURES)[kinds(noisy) == POISSON][:, :224]
-    grey = np.arange(224)
-    np.testing.assert_allclose(change.std((0, 2)), np.sqrt(grey / 256), rtol=0.12, atol=1e-6)
+    gray = np.arange(224)
+    np.testing.assert_allclose(change.std((0, 2)), np.sqrt(gray / 256), rtol=0.12, atol=1e-6)
     np.testing.assert_allclose(change.mean((0, 2)), 0, atol=0.12)
 
 
 @pytest.mark.parametrize(("levels", "scale"), [(1, 1), (2, 2), (100, 128), (128, 128), (129, 256)])
-def test_poisson_counts_scale_with_the_grey_levels_of_the_picture(levels, scale):
+def test_poisson_counts_scale_with_the_gray_levels_of_the_picture(levels, scale):
     picture = np.full((256, 128), 200, np.float32)
     picture[:levels, 0] = np.arange(200, 200 - levels, -1)
     config = AugmentConfig(**NOTHING, poisson_probability=1.0)
@@ -85,7 +85,7 @@ def test_poisson_counts_scale_with_the_grey_levels_of_the_picture(levels, scale)
 @pytest.mark.parametrize("scale", [128, 256])
 def test_normal_noise_has_the_quantiles_of_poisson_noise(scale):
     share = np.linspace(0.001, 0.999, 999)
-    for grey in (1, 5, 50, 255):
-        exact = stats.poisson(grey * scale).ppf(share) / scale
-        normal = grey + np.sqrt(grey / scale) * stats.norm.ppf(share)
+    for gray in (1, 5, 50, 255):
+        exact = stats.poisson(gray * scale).ppf(share) / scale
+        normal = gray + np.sqrt(gray / scale) * stats.norm.ppf(share)
         assert np.abs(exact - normal).max() < 2 / scale

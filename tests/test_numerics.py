@@ -1,7 +1,7 @@
 """Float32 where bfloat16 would not do: the training step of each preset, traced and walked.
 
 What has to be wide is what adds up many numbers or what a small error changes much: softmaxes,
-log-sum-exps, norms with their means and variances, losses, the optimiser. An operation that takes
+log-sum-exps, norms with their means and variances, losses, the optimizer. An operation that takes
 16-bit operands and is one of those is found in the traced step, forward and backward.
 """
 

@@ -107,7 +107,7 @@ def test_forward_pass_of_each_row_of_table_3(row):
     check_outputs(config, p, features, outputs)
 
 
-def test_model_has_no_favourite_class():
+def test_model_has_no_favorite_class():
     """Classes in another order, with every weight that counts classes, give the same masks."""
     config, order = row_of_table_3("cfm+ppg+ppr"), np.array([2, 0, 1])
     model, p = build(config)
@@ -191,7 +191,7 @@ def test_every_trained_parameter_has_a_derivative():
 
 @pytest.mark.parametrize("row", [pytest.param("baseline", marks=pytest.mark.slow), "cfm+ppg+ppr"])
 def test_every_trained_parameter_matters_from_the_start(row):
-    """At the real initialisation, every one moved moves the logits, but for the key biases.
+    """At the real initialization, every one moved moves the logits, but for the key biases.
 
     Those add one number to every score of a softmax: nothing, up to rounding.
     """
@@ -224,7 +224,7 @@ def test_every_trained_parameter_matters_from_the_start(row):
 @pytest.mark.slow
 @pytest.mark.parametrize("row", TABLE_3)
 def test_every_trained_parameter_receives_a_gradient(row):
-    """At the real initialisation, all but the decoder's key biases.
+    """At the real initialization, all but the decoder's key biases.
 
     Those add one number to every score of a softmax: their gradient is zero, up to rounding.
     """

@@ -39,7 +39,7 @@ def case(number, seed=0):
 def canonical(number):
     """(image, label) with axes to the patient's right..left = 0, back..front = 1, feet..head = 2.
 
-    RAS+: index 0 grows towards the patient's right.
+    RAS+: index 0 grows toward the patient's right.
     """
     image, label, affine = case(number)
     pair = [nib.as_closest_canonical(nib.Nifti1Image(a, affine)) for a in (image, label)]
@@ -47,7 +47,7 @@ def canonical(number):
     return (*(np.asarray(p.dataobj) for p in pair), np.array(pair[0].header.get_zooms()))
 
 
-def centre(mask):
+def center(mask):
     return np.array(ndimage.center_of_mass(mask))
 
 
@@ -73,7 +73,7 @@ def test_organ_volumes(number):
 @pytest.mark.parametrize("number", ANY)
 def test_organs_lie_where_they_belong(number):
     _, label, zooms = canonical(number)
-    at = {name: centre(label == i) * zooms for name, i in ORGANS.items()}
+    at = {name: center(label == i) * zooms for name, i in ORGANS.items()}
     right, front, up = range(3)
     spine = at["aorta"][right]
     for name in ("liver", "right_kidney", "gallbladder", "ivc"):
@@ -124,21 +124,21 @@ def test_labels_match_the_visible_intensities(number):
     gas = stomach & (image < -600)
     assert 0.05 < gas.sum() / stomach.sum() < 0.5
     fluid = ndimage.binary_erosion(stomach, iterations=2) & (image > -50)
-    assert centre(gas)[1] * zooms[1] > centre(fluid)[1] * zooms[1] + 10  # gas rises: supine
+    assert center(gas)[1] * zooms[1] > center(fluid)[1] * zooms[1] + 10  # gas rises: supine
 
 
 def test_the_body_around_the_organs():
     image, label, zooms = canonical(1)
     assert np.median(image[:4, -4:]) == pytest.approx(-1000, abs=10)
     outside = label == 0
-    litres = {
+    liters = {
         "fat": ((image > -140) & (image < -60) & outside).sum() * zooms.prod() / 1e6,
         "bone": ((image > 220) & outside).sum() * zooms.prod() / 1e6,
         "muscle": ((image > 30) & (image < 85) & outside).sum() * zooms.prod() / 1e6,
         "lung": (image[:, :, -3:] < -700)[20:-20, 40:-40].sum() * zooms.prod() / 1e6,
     }
-    assert litres["fat"] > 2 and 0.15 < litres["bone"] < 1 and litres["muscle"] > 1.5
-    assert litres["lung"] > 0.05
+    assert liters["fat"] > 2 and 0.15 < liters["bone"] < 1 and liters["muscle"] > 1.5
+    assert liters["lung"] > 0.05
 
 
 def test_grids_vary_and_are_anisotropic():

@@ -53,7 +53,7 @@ GRADIENT_FLOOR = 1e-7  # absolute, of norms and inner products
 # softmax alike) and come out as rounding, on both sides: recorded are norms up to 8e-8.
 ZERO, ZERO_FLOOR = 1e-7, 2e-6
 # The recorded set: measured 449 of 579 norms and 565 of 579 inner products within the tolerance,
-# the largest errors 6.5e-3 of the norm with an optimising compiler, below 6e-3 as tests compile.
+# the largest errors 6.5e-3 of the norm with an optimizing compiler, below 6e-3 as tests compile.
 RECORDED_SHARE, RECORDED_TOLERANCE = 0.7, 6e-3
 EPOCH = 10
 
@@ -250,7 +250,7 @@ def test_gradients_are_not_stopped():
     hand but for the attention of the encoder, whose are in `test_gradients`."""
     assert jaxprs.own_gradients(traced("small")[0].jaxpr.jaxpr) == {
         ("stop_gradient", "ppr.py", "select_inter"),
-        ("stop_gradient", "deformable_conv.py", "_neighbours"),
+        ("stop_gradient", "deformable_conv.py", "_neighbors"),
         ("stop_gradient", "attention_kernels.py", "attend"),  # the largest score
         ("custom_vjp_call", "attention_kernels.py", "lean"),
     }
@@ -299,7 +299,7 @@ def anchored(golden):
 def updates(name):
     """Losses before and after three AdamW steps, and the gradients of the first.
 
-    Those are read off the optimiser's first moment, which is (1 - b1) times the gradient. It is
+    Those are read off the optimizer's first moment, which is (1 - b1) times the gradient. It is
     one for all tensors, one after the other, which compiles faster.
     """
     golden = release_golden.load(name)

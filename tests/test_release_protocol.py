@@ -10,7 +10,7 @@ from pgpsam_jax.metrics import release_protocol
 from pgpsam_jax.metrics.overlap import dice_of_counts, overlap_counts
 from pgpsam_jax.metrics.protocols import COLUMNS, METRICS, score_case
 from pgpsam_jax.metrics.release_protocol import SLICE_COLUMNS, mean_slice_dice, score_release
-from pgpsam_jax.metrics.summary import summarise
+from pgpsam_jax.metrics.summary import summarize
 
 NAMES = ("background", "spleen", "liver", "aorta")
 NAN = float("nan")
@@ -54,7 +54,7 @@ def summary_of(cases, min_pixels, regions=None):
         region = None if regions is None else regions[case]
         more = score_release(*pair, NAMES, case_id=case, min_pixels=min_pixels, region=region)
         rows, slices = rows + more[0], slices + more[1]
-    return summarise(rows, slices)["release"]
+    return summarize(rows, slices)["release"]
 
 
 volumes = hnp.arrays(np.uint8, (3, 4, 4), elements=st.sampled_from([0, 0, 0, 0, 1, 2, 3]))

@@ -13,7 +13,7 @@ from pgpsam_jax.metrics.protocols import COLUMNS, METRICS, score_case
 from pgpsam_jax.metrics.summary import (
     read_cases,
     read_slices,
-    summarise,
+    summarize,
     write_evaluation,
 )
 from pgpsam_jax.metrics.summary_markdown import format_markdown
@@ -52,7 +52,7 @@ def make_rows():
 
 
 def test_means_with_undefined_values_by_hand():
-    strict = summarise(make_rows())["strict"]
+    strict = summarize(make_rows())["strict"]
     # Classes: spleen (0.8 + 0.6) / 2 = 0.7, liver (0 + 0.9 + 0) / 3 = 0.3, aorta undefined.
     assert strict["per_class"]["spleen"]["dice"] == pytest.approx(0.7)
     assert strict["per_class"]["liver"]["dice"] == pytest.approx(0.3)
@@ -77,7 +77,7 @@ def test_means_with_undefined_values_by_hand():
 
 
 def test_transunet_means_count_every_case():
-    transunet = summarise(make_rows())["transunet"]
+    transunet = summarize(make_rows())["transunet"]
     dice = {name: entry["dice"] for name, entry in transunet["per_class"].items()}
     assert dice == pytest.approx({"spleen": 1.4 / 3, "liver": 1.9 / 3, "aorta": 0.0})
     assert transunet["dice_class_mean"] == pytest.approx(3.3 / 9)
@@ -98,7 +98,7 @@ def make_slices():
 
 
 def test_release_means_by_hand():
-    release = summarise(make_rows(), make_slices())["release"]
+    release = summarize(make_rows(), make_slices())["release"]
     # Volumes: spleen (0.9 + 0.7) / 2, liver (0 + 0.9) / 2; cases a 0.45, b 0.8, c has neither.
     assert release["dice_class_mean"] == pytest.approx((0.8 + 0.45) / 2)
     assert release["dice_case_mean"] == pytest.approx((0.45 + 0.8) / 2)
@@ -114,14 +114,14 @@ def test_release_means_by_hand():
 
 def test_tables_of_before_have_no_release():
     old = [row for row in make_rows() if row["protocol"] != "release"]
-    summary = summarise(old)
+    summary = summarize(old)
     assert set(summary) == {"strict", "transunet", "n_cases"}
     page = format_markdown(summary)
     assert "mcDice" not in page.split("- Columns")[0] and re.search(r"\| spleen +\| +2 \|", page)
 
 
 def test_interval_is_the_t_interval_over_cases():
-    strict = summarise(make_rows())["strict"]
+    strict = summarize(make_rows())["strict"]
     for scores, sd, ends in (
         (
             [0.0, 0.9, 0.0],
@@ -142,7 +142,7 @@ def test_files_schema_and_round_trip(tmp_path):
         "nsd_tolerance_mm": np.float32(2.0),
         "seeds": (1, 2),
         "odd": {"nan": NAN, "path": tmp_path},
-        "notices": ["backbone randomly initialised"],
+        "notices": ["backbone randomly initialized"],
     }
     summary = write_evaluation(rows, tmp_path / "evaluation", NAMES, meta, make_slices())
     folder = tmp_path / "evaluation"
@@ -175,8 +175,8 @@ def test_files_schema_and_round_trip(tmp_path):
         "case,slice,class,dice",
         "a,3,spleen,0.8",
     ]
-    again = summarise(read_cases(folder / "cases.csv"), slices)
-    assert again == summarise(rows, make_slices())
+    again = summarize(read_cases(folder / "cases.csv"), slices)
+    assert again == summarize(rows, make_slices())
     assert again.items() <= summary.items()
 
 
@@ -192,10 +192,10 @@ def test_csv_keeps_every_bit_and_awkward_names(tmp_path):
 
 
 def test_markdown_table(tmp_path):
-    meta = {"nsd_tolerance_mm": 1.5, "notices": ["backbone randomly\ninitialised"]}
+    meta = {"nsd_tolerance_mm": 1.5, "notices": ["backbone randomly\ninitialized"]}
     write_evaluation(make_rows(), tmp_path, NAMES, meta, make_slices())
     page = (tmp_path / "summary.md").read_text().splitlines()
-    assert page[2] == "> **Note:** backbone randomly initialised"
+    assert page[2] == "> **Note:** backbone randomly initialized"
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page if "|" in line]
     table, release = lines[:7], lines[7:]
     assert [line[1:] for line in release[2:]] == [
@@ -225,7 +225,7 @@ def test_markdown_table(tmp_path):
 
 def test_large_sample_has_no_coverage_note():
     rows = [row | {"case": f"{row['case']}{copy}"} for copy in range(20) for row in make_rows()]
-    assert "n < 50" not in format_markdown(summarise(rows))
+    assert "n < 50" not in format_markdown(summarize(rows))
 
 
 def test_mistakes_are_refused(tmp_path):
@@ -265,7 +265,7 @@ def test_missing_table_is_named(tmp_path):
 
 def test_one_case_has_no_spread():
     rows = [row for row in make_rows() if row["case"] == "a"]
-    strict = summarise(rows)["strict"]
+    strict = summarize(rows)["strict"]
     assert strict["dice_case_mean"] == pytest.approx(0.4) and strict["dice_case_ci95"] is None
     assert not any(isinstance(v, float) and math.isnan(v) for v in strict.values())
-    assert "n/a" in format_markdown(summarise(rows))
+    assert "n/a" in format_markdown(summarize(rows))

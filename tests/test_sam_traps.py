@@ -191,8 +191,8 @@ def test_6_prompts_of_an_oblong_image():
     boxes = np.array([[3.0, 7.0, 90.0, 40.0]], np.float32)
     expected = np.stack([encoded(3, 7), encoded(90, 40)]) + encoder.point_embeddings[2:]
     assert relative(encoder(boxes=boxes)[0][0], expected) <= TIGHT
-    centres = [[encoded(16 * j + 7.5, 16 * i + 7.5) for j in range(6)] for i in range(4)]
-    assert relative(encoder.pe_layer.grid((4, 6)), centres) <= TIGHT
+    centers = [[encoded(16 * j + 7.5, 16 * i + 7.5) for j in range(6)] for i in range(4)]
+    assert relative(encoder.pe_layer.grid((4, 6)), centers) <= TIGHT
 
 
 def test_7_position_matrix_is_a_buffer():

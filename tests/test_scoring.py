@@ -224,8 +224,8 @@ def test_the_synthetic_case_is_a_plausible_prediction():
         dice[name] = surface.dice(prediction == k, truth == k)
         assert (truth == k).any()
     assert dice.pop("gallbladder") == 0 and all(0.6 < one < 0.99 for one in dice.values())
-    litres = (truth == 1).sum() * np.prod(spacing) / 1e6
-    assert 1.0 < litres < 2.5  # a liver
+    liters = (truth == 1).sum() * np.prod(spacing) / 1e6
+    assert 1.0 < liters < 2.5  # a liver
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -279,12 +279,12 @@ def test_meshes_agree_with_one_device(method, sizes):
         assert metrics[name] == pytest.approx(value, rel=tolerance), name
     floor = 1e-4 * max(np.abs(value).max() for value in wanted.values())
 
-    def cancelling(path):  # PGP-SAM keeps the bound that it had alone
+    def canceling(path):  # PGP-SAM keeps the bound that it had alone
         return method not in PGPSAM and path.endswith("k_proj/bias")
 
     errors = {
         path: np.abs(gradients[path] - value).max()
-        / max(np.abs(value).max(), 10 * floor if cancelling(path) else floor)
+        / max(np.abs(value).max(), 10 * floor if canceling(path) else floor)
         for path, value in wanted.items()
     }
     assert max(errors.values()) <= 2e-4, max(errors, key=errors.get)

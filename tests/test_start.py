@@ -224,8 +224,8 @@ def test_which_start_and_which_colors(base):
     assert resolved(scratch) == ("random", "unit")
     with pytest.raises(UserError, match=r"model\.start is 'none'; choose from auto, sam, random"):
         chosen("pgpsam", start="none")
-    with pytest.raises(UserError, match=r"model\.colors 'grey' unknown; choose auto or unit or"):
-        model_of(base, "samed", colors="grey")
+    with pytest.raises(UserError, match=r"model\.colors 'gray' unknown; choose auto or unit or"):
+        model_of(base, "samed", colors="gray")
 
 
 def test_a_run_keeps_what_was_decided(base):
@@ -251,7 +251,7 @@ def test_runs_of_before_are_what_they_were():
 
 
 def test_normalized_colors_are_those_of_sam_s_own_preprocessing(base, images):
-    grey = np.round(255 * np.asarray(images)).astype(np.uint8)
+    gray = np.round(255 * np.asarray(images)).astype(np.uint8)
     from pgpsam_jax.models.sam.sam import preprocess
 
     paper = model_of(base, "pgpsam", start="sam")
@@ -265,8 +265,8 @@ def test_normalized_colors_are_those_of_sam_s_own_preprocessing(base, images):
     wanted, found = (
         neck(colors, given)
         for colors, given in (
-            ("unit", preprocess(grey[0], (SIZE, SIZE))[0]),
-            ("normalized", jnp.asarray(grey[:1]) / 255),
+            ("unit", preprocess(gray[0], (SIZE, SIZE))[0]),
+            ("normalized", jnp.asarray(gray[:1]) / 255),
         )
     )
     np.testing.assert_allclose(found, wanted, atol=2e-5)

@@ -12,7 +12,7 @@ from scipy import stats
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.metrics.aggregate import gather, spread
-from pgpsam_jax.metrics.summary import summarise
+from pgpsam_jax.metrics.summary import summarize
 from pgpsam_jax.results.tables.statistics import (
     APPROXIMATE,
     EXACT,
@@ -54,7 +54,7 @@ def test_scores_by_hand():
 
 @pytest.mark.parametrize("protocol, metric", [("strict", "hd95"), ("transunet", "dice")])
 def test_scores_agree_with_the_summary_of_each_seed(protocol, metric):
-    summaries = [summarise(rows)[protocol] for rows in ROW.values()]
+    summaries = [summarize(rows)[protocol] for rows in ROW.values()]
     scores = gather(ROW, protocol, metric)
     for kind in ("class", "case"):
         means = [summary[f"{metric}_{kind}_mean"] for summary in summaries]

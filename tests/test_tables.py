@@ -5,7 +5,7 @@ import json
 import pytest
 from grid_folder import CASES, case_rows, made_up, write_grid, write_run
 
-from pgpsam_jax.metrics.summary import summarise
+from pgpsam_jax.metrics.summary import summarize
 from pgpsam_jax.results.grid import read_grid
 from pgpsam_jax.results.runs import read_run
 from pgpsam_jax.results.tables.assemble import (
@@ -185,11 +185,11 @@ def test_notices_and_code_revisions_of_the_runs(tmp_path):
     path = write_grid(tmp_path / "g", {"full": {}, "none": OFF}, (0,))
     full, none = (next(path.glob(f"{row}-*")) for row in ("full", "none"))
     summary = json.loads((full / "evaluation/summary.json").read_text())
-    summary["notices"] = ["The backbone was initialised at random."]
+    summary["notices"] = ["The backbone was initialized at random."]
     (full / "evaluation/summary.json").write_text(json.dumps(summary))
     (none / "provenance.json").write_text(json.dumps({"git": "1" * 40}))
     notes = grid_tables(read_grid(path))[0].notes
-    assert "Note (1 of 2 runs): The backbone was initialised at random." in notes
+    assert "Note (1 of 2 runs): The backbone was initialized at random." in notes
     assert any("2 versions of the code (0000000, 1111111)" in note for note in notes)
     for folder, commit in ((full, "0"), (none, "1")):  # another commit of the same sources
         (folder / "provenance.json").write_text(json.dumps({"git": commit * 40, "code": "c"}))
@@ -201,7 +201,7 @@ def test_run_tables_say_what_the_summary_says(tmp_path):
     folder = write_run(tmp_path / "r", dice, tolerance=1.5, name="mine")
     strict, transunet, release = run_tables(read_run(folder))
     assert_well_formed([strict, transunet, release])
-    summary = summarise(case_rows(dice))
+    summary = summarize(case_rows(dice))
     line = cells(strict, "spleen")
     assert (line["n"], line["Dice (%)"], line["HD95 (mm)"]) == ("2", "20.00", "12.00")
     assert (line["missed"], line["hallucinated"], line["absent"]) == ("1", "0", "1")

@@ -287,7 +287,7 @@ def test_content_is_checked_like_that_of_nifti(tmp_path):
         with pytest.raises(UserError, match=match):
             read(ArrayFiles((path,), name))
     np.savez(tmp_path / "small.npz", image=np.zeros((4, 5)))
-    with pytest.raises(UserError, match=r"small\.npz has image float64 \(4, 5\), its neighbour"):
+    with pytest.raises(UserError, match=r"small\.npz has image float64 \(4, 5\), its neighbor"):
         np.savez(tmp_path / "image.npz", image=np.zeros((4, 4)))
         volumes.read_image(ArrayFiles((tmp_path / "image.npz", tmp_path / "small.npz"), "image"))
 

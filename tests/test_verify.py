@@ -245,12 +245,12 @@ def test_a_mixed_up_order_is_an_error_with_its_name(tmp_path):
         source_to_class={0: 0} | {i: i for i in names},
         to_json=dict,
     )
-    report = verification.summarise(records, table)
+    report = verification.summarize(records, table)
     (finding,) = report["data_set"]
     assert (finding["level"], finding["code"]) == ("error", "order")
     assert CASCADE in finding["message"]
     assert "5 looks like pancreas, not liver, 6 looks like liver, not stomach" in finding["message"]
-    assert verification.summarise(records, SYNAPSE8)["order"]["order"] == CASCADE
+    assert verification.summarize(records, SYNAPSE8)["order"]["order"] == CASCADE
 
 
 @pytest.mark.golden

@@ -67,7 +67,7 @@ def test_organ_colors_differ_for_dichromats_too():
 
 
 def phantom(depth=9):
-    """Liver in slices 1..7, spleen in 3..5; the prediction is worse towards the last slice."""
+    """Liver in slices 1..7, spleen in 3..5; the prediction is worse toward the last slice."""
     truth = np.zeros((depth, 30, 40), np.uint8)
     truth[1:8, 5:20, 3:18] = 5
     truth[3:6, 10:20, 28:36] = 1

@@ -58,12 +58,12 @@ def test_resample_reads_only_the_picture(where, seed, shift):
     )
 
 
-def test_rotation_turns_rigidly_about_the_centre_both_ways():
+def test_rotation_turns_rigidly_about_the_center_both_ways():
     shape = (40, 56)
     where = coordinates(200, only("rotate", rotate_degrees=20), shape)
-    centre = (np.array(shape) - 1) / 2
-    point = pixel_grid(shape) - centre[:, None, None]
-    turned = where - centre[:, None, None]
+    center = (np.array(shape) - 1) / 2
+    point = pixel_grid(shape) - center[:, None, None]
+    turned = where - center[:, None, None]
     np.testing.assert_allclose(
         np.hypot(*np.moveaxis(turned, 1, 0)), np.tile(np.hypot(*point), (200, 1, 1)), atol=1e-4
     )
@@ -77,8 +77,8 @@ def test_rotation_turns_rigidly_about_the_centre_both_ways():
 
 def test_zoom_of_a_known_factor_and_its_range():
     where = coordinates(3, only("scale", scale_range=(1.25, 1.25)))
-    centre = (SIZE - 1) / 2
-    expected = centre + (pixel_grid((SIZE, SIZE)) - centre) / 1.25
+    center = (SIZE - 1) / 2
+    expected = center + (pixel_grid((SIZE, SIZE)) - center) / 1.25
     np.testing.assert_allclose(where, np.tile(expected, (3, 1, 1, 1)), atol=1e-4)
     zoom = (SIZE - 1) / np.ptp(coordinates(300, only("scale"))[:, 0], axis=(1, 2))
     assert 0.799 < zoom.min() < 0.83 and 1.2 < zoom.max() < 1.251

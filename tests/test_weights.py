@@ -151,7 +151,7 @@ def test_official_sizes_to_512_pixels():
     np.testing.assert_array_equal(fitted[POSITION][..., 0], np.full((1, 32, 32), 7, np.float32))
     rows = [len(fitted[table(i, "h")]) for i in range(12)]
     assert rows == [63 if i in (2, 5, 8, 11) else 27 for i in range(12)]
-    # Not antialiased: 64 -> 32 averages the two middle neighbours in each direction.
+    # Not antialiased: 64 -> 32 averages the two middle neighbors in each direction.
     pairs = tensors[POSITION].reshape(1, 32, 2, 32, 2, 6).mean((2, 4))
     np.testing.assert_allclose(fitted[POSITION], pairs, atol=1e-6)
 

@@ -38,7 +38,7 @@ METRICS = {
     "release": ("dice",),
 }
 DEFINITIONS = {
-    "strict": "distances in mm between voxel-centre surfaces (6-connected erosion); HD95 is the "
+    "strict": "distances in mm between voxel-center surfaces (6-connected erosion); HD95 is the "
     "larger of the two directed 95th percentiles; NSD is the share of surface voxels within the "
     "tolerance; an organ absent from truth and prediction is left out, one absent from one of "
     "them has Dice 0, NSD 0 and no HD95 (counted as missed or hallucinated)",

@@ -1,7 +1,7 @@
 """Result files of an evaluation: `cases.csv`, `slices.csv`, `summary.json` and `summary.md`.
 
 The summary is computed from the rows of the two tables, except the notes of the run, so it can be
-recomputed without the volumes: `summarise(read_cases(path), read_slices(path))`. Protocols and
+recomputed without the volumes: `summarize(read_cases(path), read_slices(path))`. Protocols and
 slices missing from older tables are left out.
 
 Both means are reported because published tables do not say which one they print. The *class mean*
@@ -46,7 +46,7 @@ def write_evaluation(rows, out_dir, names, meta, slices=()) -> dict:
     Raises:
         UserError: there is no case, or a case occurs twice.
     """
-    summary = summarise(rows, slices)
+    summary = summarize(rows, slices)
     found = list(summary["strict"]["per_class"])
     if found != list(names[1:]):
         raise ValueError(f"rows score the classes {found}, the label table has {list(names[1:])}")
@@ -96,7 +96,7 @@ def _typed(row, line) -> dict:
     return {key: _TYPES.get(key, str)(text) for key, text in row.items()}
 
 
-def summarise(rows, slices=()) -> dict:
+def summarize(rows, slices=()) -> dict:
     """Computes class means, case means and per-class statistics of each protocol.
 
     Undefined values are None. With rows of single slices, `release` also has `slice_dice`,
@@ -108,7 +108,7 @@ def summarise(rows, slices=()) -> dict:
     classes = dict(sorted({row["class_id"]: row["class"] for row in rows}.items()))
     written = {row["protocol"] for row in rows}
     summary = {
-        protocol: _summarise_protocol(rows, protocol, cases, classes)
+        protocol: _summarize_protocol(rows, protocol, cases, classes)
         for protocol in METRICS
         if protocol in written
     }
@@ -137,7 +137,7 @@ def _slice_key(row) -> tuple[str, int]:
     return row["case"], row["slice"]
 
 
-def _summarise_protocol(rows, protocol, cases, classes) -> dict:
+def _summarize_protocol(rows, protocol, cases, classes) -> dict:
     values, status = score_arrays(rows, protocol, cases, classes)
     means = {}
     for metric, table in values.items():

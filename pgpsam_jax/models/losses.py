@@ -112,7 +112,7 @@ def _source_index(source: int, target: int):
 
 
 def final_weight(epoch):
-    """Share of the final output in the loss, 0.6^(0.99^epoch): 0.6 at first, towards 1."""
+    """Share of the final output in the loss, 0.6^(0.99^epoch): 0.6 at first, toward 1."""
     return jnp.float32(0.6) ** (jnp.float32(0.99) ** epoch)
 
 

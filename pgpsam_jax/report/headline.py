@@ -4,7 +4,7 @@ import numpy as np
 
 from pgpsam_jax.methods import registry
 from pgpsam_jax.metrics.aggregate import spread
-from pgpsam_jax.metrics.summary import summarise
+from pgpsam_jax.metrics.summary import summarize
 from pgpsam_jax.report.figures.csv_rows import Group, scores_of
 from pgpsam_jax.report.html.markup import escape, paragraph
 from pgpsam_jax.report.subject import Subject
@@ -58,7 +58,7 @@ def _grid_line(grid: Grid) -> str:
 def _run_tiles(run: Run) -> list[tuple[str, str, str]]:
     if not run.cases:
         return [("Dice, class mean (strict)", "-", "not evaluated yet")]
-    summary = summarise(run.cases)
+    summary = summarize(run.cases)
     strict, n = summary["strict"], summary["n_cases"]
     ends = strict["dice_case_ci95"]
     return [

@@ -5,7 +5,7 @@
 
 It needs `pip install atheris` (not a dependency of the project). An input for which a target
 raises, takes over `SLOW` seconds or more memory than `MEMORY_MIB` is kept as `crash-*`, `timeout-*`
-or `oom-*` beside the corpus; the program then ends with 1. `--corpus` keeps what was learnt.
+or `oom-*` beside the corpus; the program then ends with 1. `--corpus` keeps what was learned.
 """
 
 import argparse

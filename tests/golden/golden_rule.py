@@ -43,13 +43,13 @@ def tensor(name: str, shape, seed: int = 0) -> np.ndarray:
 def image(batch: int, size: int, seed: int = 0) -> np.ndarray:
     """(batch, 3, size, size) float32 in [0, 1], three equal channels: waves and a little noise."""
     y, x = np.mgrid[:size, :size] / size
-    grey = np.zeros((batch, size, size))
+    gray = np.zeros((batch, size, size))
     for i in range(batch):
         for j in range(4):
             u, v, phase = _draws(f"image wave {i} {j}", (3,), seed)
-            grey[i] += np.sin(2 * np.pi * (2 * u * x + 2 * v * y) + phase)
-    grey = 0.5 + 0.1 * grey + 0.05 * _draws("image noise", grey.shape, seed)
-    return np.repeat(np.clip(grey, 0, 1)[:, None], 3, axis=1).astype(np.float32)
+            gray[i] += np.sin(2 * np.pi * (2 * u * x + 2 * v * y) + phase)
+    gray = 0.5 + 0.1 * gray + 0.05 * _draws("image noise", gray.shape, seed)
+    return np.repeat(np.clip(gray, 0, 1)[:, None], 3, axis=1).astype(np.float32)
 
 
 def labels(batch: int, size: int, num_classes: int, seed: int = 0) -> np.ndarray:

@@ -40,24 +40,24 @@ def warp_coordinates(key, shape, config: AugmentConfig):
     active = _active_transforms(choice, config)
     rotated, deformed, scaled = active
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"))
-    centre = (np.array(shape, np.float32) - 1) / 2
-    point = jnp.asarray(grid - centre[:, None, None])
+    center = (np.array(shape, np.float32) - 1) / 2
+    point = jnp.asarray(grid - center[:, None, None])
     if config.elastic_probability:
         control = between(control, -1, 1)
         if spline:
             point += deformed * _displacement(control, shape, config)
         else:
             place = _affine_and_smooth(control, grid.astype(np.float32))
-            point = jnp.where(deformed > 0, place - centre[:, None, None], point)
+            point = jnp.where(deformed > 0, place - center[:, None, None], point)
     angle = rotated * _angle(turn, config)
     zoom = _zoom(zoom, scaled, config)
     cos, sin = jnp.cos(angle) / zoom, jnp.sin(angle) / zoom
     turned = jnp.stack([cos * point[0] + sin * point[1], cos * point[1] - sin * point[0]])
-    offset = jnp.asarray(centre)
+    offset = jnp.asarray(center)
     if config.random_window:
         # When zoomed out, the window is larger than the image and cannot shift.
         freedom = jnp.maximum(1 - 1 / zoom, 0)
-        offset += freedom * centre * between(window, -1, 1)
+        offset += freedom * center * between(window, -1, 1)
     return turned + offset[:, None, None], active
 
 

@@ -79,7 +79,7 @@ def read_raw(source: ArrayFiles) -> tuple[np.ndarray, SourceGrid]:
         with _array(path, source.key) as array:
             if array.shape != first.shape or array.dtype != first.dtype:
                 raise BadFile(
-                    f"{path} has {source.key} {array.dtype} {array.shape}, its neighbour "
+                    f"{path} has {source.key} {array.dtype} {array.shape}, its neighbor "
                     f"{source.files[0].name} {first.dtype} {first.shape}; export the case again",
                     "shape",
                 )

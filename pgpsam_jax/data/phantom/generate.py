@@ -24,7 +24,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import file_digest, read_record, write_json
 
 VERSION = 1  # increment when images change: data sets of other versions are regenerated
-CASES = (*range(1, 11), *range(21, 41))  # the 30 labelled BTCV cases of the 18/12 split
+CASES = (*range(1, 11), *range(21, 41))  # the 30 labeled BTCV cases of the 18/12 split
 MANIFEST = "phantom.json"
 PIXELS = 160
 # Stored axes and (qform code, sform code) vary over cases, to exercise all paths of a reader.

@@ -72,14 +72,14 @@ def _great_vessels(p):
 def _kidneys(p):
     """Places the kidneys along the psoas, hilum medial and anterior; the right one lower."""
     places = ((-1, RIGHT_KIDNEY, (-66, 25, -30)), (1, LEFT_KIDNEY, (64, 25, -12)))
-    for sign, label, centre in places:
-        centre = p.jitter(centre)
+    for sign, label, center in places:
+        center = p.jitter(center)
         radii = np.array([28, 26, 53]) * p.size(0.92, 1.08) * p.rng.uniform(0.96, 1.04, 3)
         turn = (sign * p.rng.uniform(20, 40), sign * p.rng.uniform(8, 16))
-        box, kidney = p.scene.ellipsoid(centre, radii, power=2.3, turn_deg=turn)
+        box, kidney = p.scene.ellipsoid(center, radii, power=2.3, turn_deg=turn)
         inward = np.array([-sign * 0.82, -0.57, 0.0])
         sinus, pelvis = (
-            _move_to(box, *p.scene.ellipsoid(centre + off * inward, radii, turn_deg=turn))
+            _move_to(box, *p.scene.ellipsoid(center + off * inward, radii, turn_deg=turn))
             for off, radii in ((14, (12, 7, 20)), (15, (8, 4.5, 9)))
         )
         kidney = smooth_max(kidney + 0.8 * p.bump[box], 1.0 - sinus, 4)
@@ -89,7 +89,7 @@ def _kidneys(p):
         p.scene.paint(box, kidney + 7, np.where(column, np.float32(cortex), np.float32(medulla)))
         p.scene.paint(box, np.maximum(pelvis, 0.5 - kidney), p.rng.uniform(10, 30))
         p.scene.reserve(box, sinus)
-        vein = [centre + 18 * inward, centre * [0.35, 0, 1] + [0, -16, 3]]
+        vein = [center + 18 * inward, center * [0.35, 0, 1] + [0, -16, 3]]
         p.scene.place(*p.scene.tube(vein, (4.5, 5)), p.blood - 8, gap=0.5)
 
 

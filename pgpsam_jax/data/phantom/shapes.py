@@ -80,14 +80,14 @@ class Scene:
         cx, cy, cz = ((a + b) / 2 for a, b in zip(low, high, strict=True))
         hx, hy, hz = ((b - a) / 2 for a, b in zip(low, high, strict=True))
         cosine, sine = self.turn
-        centres = (cz, sine * cx + cosine * cy, cosine * cx - sine * cy)
+        centers = (cz, sine * cx + cosine * cy, cosine * cx - sine * cy)
         halves = (hz, abs(sine) * hx + cosine * hy, cosine * hx + abs(sine) * hy)
         slices = []
-        for n, first, step, margin, centre, half in zip(
-            self.shape, self.first, self.spacing, self.margin, centres, halves, strict=True
+        for n, first, step, margin, center, half in zip(
+            self.shape, self.first, self.spacing, self.margin, centers, halves, strict=True
         ):
-            start = math.floor((centre - half - margin - first) / step)
-            stop = math.ceil((centre + half + margin - first) / step) + 1
+            start = math.floor((center - half - margin - first) / step)
+            stop = math.ceil((center + half + margin - first) / step) + 1
             start = min(max(start, 0), n - 1)
             slices.append(slice(start, min(max(stop, start + 1), n)))
         return tuple(slices)
@@ -96,12 +96,12 @@ class Scene:
         """Returns body coordinates (x, y, z) of a box."""
         return self.x[box], self.y[box], self.z[box]
 
-    def ellipsoid(self, centre, radii, *, power=2.0, turn_deg=(0.0, 0.0)):
+    def ellipsoid(self, center, radii, *, power=2.0, turn_deg=(0.0, 0.0)):
         """Returns (box, shape) of a superellipsoid, rotated about z, then in the x-z plane."""
-        centre, radii = np.asarray(centre, np.float32), np.asarray(radii, np.float32)
+        center, radii = np.asarray(center, np.float32), np.asarray(radii, np.float32)
         reach = float(radii.max())
-        box = self.box(centre - reach, centre + reach)
-        x, y, z = (c - o for c, o in zip(self.at(box), centre, strict=True))
+        box = self.box(center - reach, center + reach)
+        x, y, z = (c - o for c, o in zip(self.at(box), center, strict=True))
         (c1, c2), (s1, s2) = np.cos(np.radians(turn_deg)), np.sin(np.radians(turn_deg))
         x, z = np.float32(c2) * x + np.float32(s2) * z, np.float32(c2) * z - np.float32(s2) * x
         x, y = np.float32(c1) * x + np.float32(s1) * y, np.float32(c1) * y - np.float32(s1) * x

@@ -27,21 +27,21 @@ _WIDTH, _SLICES = 1.5, 3.0  # factors
 
 
 def describe(image: np.ndarray, ids: np.ndarray | None = None) -> dict:
-    """Returns quantiles (Q,) of a volume and of its labelled voxels, from a regular sample.
+    """Returns quantiles (Q,) of a volume and of its labeled voxels, from a regular sample.
 
     Args:
         image, ids: (D, H, W) intensities and label ids.
 
     Returns:
         `whole` and `foreground` quantiles, and `share`, the fraction of the volume with intensities
-        between the 5 % and 95 % quantiles of labelled voxels. `foreground` and `share` are None
-        without labelled voxels.
+        between the 5 % and 95 % quantiles of labeled voxels. `foreground` and `share` are None
+        without labeled voxels.
     """
     sample = _sample(image)
     found = {"whole": _quantiles(sample), "foreground": None, "share": None}
-    labelled = image[ids > 0] if ids is not None else ()
-    if len(labelled):
-        found["foreground"] = _quantiles(labelled[:: -(-len(labelled) // _SAMPLE)])
+    labeled = image[ids > 0] if ids is not None else ()
+    if len(labeled):
+        found["foreground"] = _quantiles(labeled[:: -(-len(labeled) // _SAMPLE)])
         found["share"] = _share(sample, found["foreground"][_LOW], found["foreground"][_HIGH])
     return found
 
@@ -49,7 +49,7 @@ def describe(image: np.ndarray, ids: np.ndarray | None = None) -> dict:
 def record_of(cached: Sequence, *, window, layout: str) -> dict:
     """Returns the ranges over training cases (`cache.CachedCase`) as plain JSON."""
     looks = [case.meta["appearance"] for case in cached]
-    labelled = [look for look in looks if look["foreground"]]
+    labeled = [look for look in looks if look["foreground"]]
     return {
         "schema": SCHEMA,
         "cases": len(cached),
@@ -58,8 +58,8 @@ def record_of(cached: Sequence, *, window, layout: str) -> dict:
         "percentiles": isinstance(window, Percentiles),
         "quantiles": list(QUANTILES),
         "whole": _ranges([look["whole"] for look in looks]),
-        "foreground": _ranges([look["foreground"] for look in labelled]),
-        "share": _ranges([[look["share"]] for look in labelled]),
+        "foreground": _ranges([look["foreground"] for look in labeled]),
+        "share": _ranges([[look["share"]] for look in labeled]),
         "spacing_mm": _ranges([case.spacing for case in cached]),
         "width_mm": _ranges([[_width(case.shape, case.spacing)] for case in cached]),
     }

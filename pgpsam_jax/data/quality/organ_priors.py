@@ -85,7 +85,7 @@ def describe(
         return {}
     first = min(box[0].start for box in found.values())
     last = max(box[0].stop for box in found.values())
-    centre, half = _body(image[first:last], first)
+    center, half = _body(image[first:last], first)
     result = {}
     for i, box in found.items():
         mask = ids[box] == i
@@ -95,13 +95,13 @@ def describe(
             for axis, n in enumerate(mask.shape)
         ]
         extent = (box[0].stop - box[0].start) / (last - first)
-        side, depth = (at[2] - centre[2]) / half[2], (at[1] - centre[1]) / half[1]
+        side, depth = (at[2] - center[2]) / half[2], (at[1] - center[1]) / half[1]
         result[i] = [count, side, depth, at[0] / (last - first), extent]
     total = sum(features[0] for features in result.values())
-    millilitres = np.prod(spacing) / 1000 if has_grid else _TYPICAL_ML / total
+    milliliters = np.prod(spacing) / 1000 if has_grid else _TYPICAL_ML / total
     mean_height = np.mean([features[3] for features in result.values()])
     for features in result.values():
-        features[0] = float(np.log(features[0] * millilitres))
+        features[0] = float(np.log(features[0] * milliliters))
         features[3] -= float(mean_height)
     return {i: [round(float(f), 4) for f in features] for i, features in result.items()}
 

@@ -82,11 +82,11 @@ def _intensities(images) -> Iterable[Finding]:
     if not spans:
         return
     usual = float(np.median(list(spans.values())))
-    labelled = all(image["appearance"]["foreground"] for image in images)
-    part, place = ("foreground", _MEDIAN) if labelled else ("whole", _UPPER)
+    labeled = all(image["appearance"]["foreground"] for image in images)
+    part, place = ("foreground", _MEDIAN) if labeled else ("whole", _UPPER)
     places = {i["file"]: i["appearance"][part][place] for i in images}
     far = outliers(places, _SHIFT * usual)
-    what = "labeled voxels with a median of" if labelled else "an upper quartile of"
+    what = "labeled voxels with a median of" if labeled else "an upper quartile of"
     text = f"has {what} {{}}, other cases {{}} to {{}}; check its unit, scale and intercept"
     yield from _report_outliers("unlike", far, len(places), text)
     wide = {f: v for f, v in _by_factor(spans, _SPAN).items() if f not in far}

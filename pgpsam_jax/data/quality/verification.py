@@ -58,7 +58,7 @@ def check_cases(
     return map_in_order(check, iter(cases), count, _CHECKING, limit)
 
 
-def summarise(
+def summarize(
     records: Sequence[dict],
     table: LabelTable | None,
     *,
@@ -201,7 +201,7 @@ def verify_run_data(data, split, workdir, *, say: Callable[[str], None] = print)
             cached[key] = check_case(case, split.table, window)
             fresh.append(case.case_id)
         records.append(json.loads(json.dumps(cached[key])) | {"part": case.part})
-    report = summarise(
+    report = summarize(
         records,
         split.table,
         has_grid=data.layout != "transunet",

@@ -65,7 +65,7 @@ class ContextualFeatureModulation(nnx.Module):
 
     g_s and g_c are the paper's gates (without bias), a and b gains per channel, G the gated FFN.
     `merge` is a convolution with C groups over the 2C concatenated channels: each output mixes two
-    neighbouring channels of the *same* branch.
+    neighboring channels of the *same* branch.
     """
 
     def __init__(self, width: int, channels: int, *, k: int, dtype, rngs: nnx.Rngs):

@@ -35,7 +35,7 @@ def deformable_depthwise(x, kernel, offsets, modulation, dilation: int):
     b, h, w, c = x.shape
     # One ring of zeros around the image stands for all that lies outside of it.
     image = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(b, (h + 2) * (w + 2), c)
-    index, weight = _neighbours(tap_points((h, w), dilation) + offsets, (h, w))
+    index, weight = _neighbors(tap_points((h, w), dilation) + offsets, (h, w))
     weight = (weight * modulation[..., None]).astype(x.dtype)
 
     # One tap at a time, sampled again in the backward pass: 36 sampled copies of the image are
@@ -52,7 +52,7 @@ def deformable_depthwise(x, kernel, offsets, modulation, dilation: int):
     return out.reshape(b, h, w, c)
 
 
-def _neighbours(points, grid: tuple[int, int]):
+def _neighbors(points, grid: tuple[int, int]):
     """Of points (..., 2): places (..., 4) in the flat ringed image of the pixels around each, and
     their bilinear weights."""
     h, w = grid

@@ -6,7 +6,7 @@ number is undefined.
 
 from pgpsam_jax.metrics.aggregate import INTERVAL, defined_mean, gather, spread
 from pgpsam_jax.metrics.protocols import METRICS
-from pgpsam_jax.metrics.summary import summarise
+from pgpsam_jax.metrics.summary import summarize
 from pgpsam_jax.results.grid import Grid
 from pgpsam_jax.results.runs import Run
 from pgpsam_jax.results.tables import published, study
@@ -220,7 +220,7 @@ def _run_table(run: Run, protocol) -> Table:
     if not run.cases:
         rows = [[label] + [NONE] * (len(head) - 1) for label in labels]
         return Table(title, head, rows, ["Not evaluated yet."])
-    summary = summarise(run.cases)
+    summary = summarize(run.cases)
     part, n = summary[protocol], summary["n_cases"]
     organs = recorded.get("per_class", {})  # includes slice scores
     rows = [
