@@ -154,7 +154,7 @@ def make_grid(spec: str, folder, settings: dict) -> Grid:
                     "seed": seed,
                     "folder": f"{config.name}-{key}",
                     "config": serialization.to_json(config),
-                    "contents": identity.content_digests(config),
+                    "contents": identity.content_digests(config.to_dict()),
                 }
             )
     rows = [dataclasses.asdict(row) for row in plan.rows]

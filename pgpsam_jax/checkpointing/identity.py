@@ -54,13 +54,13 @@ FREE_ON_RESUME = (*_MANNER, *PATHS, "eval.")
 NO_IDENTITY = (*_MANNER, *PATHS, "name", "eval.overlays", "eval.workers")
 
 
-def content_digests(config: ConfigDict) -> dict[str, str | None]:
+def content_digests(config: dict) -> dict[str, str | None]:
     """Returns field -> SHA-256 of the file it names, or None where that cannot be read from here.
 
     The data set is not included: its digest is compared when a run resumes.
     """
-    fields, found = flatten(config.to_dict()), {}
-    for field in sorted(given_files(config.to_dict())):
+    fields, found = flatten(config), {}
+    for field in sorted(given_files(config)):
         try:
             found[field] = digest_of(field, fields[field])
         except (UserError, OSError):
@@ -111,7 +111,7 @@ _DIGESTS = {
 def fingerprint(config: ConfigDict) -> str:
     """Returns the SHA-256 of all settings that determine a result: equal for equal runs."""
     fields = flatten(serialization.to_json(config))
-    held = {field: digest or fields[field] for field, digest in content_digests(config).items()}
+    held = {field: digest or fields[field] for field, digest in content_digests(config.to_dict()).items()}
     fields = {k: v for k, v in fields.items() if not k.startswith(NO_IDENTITY)}
     return _of_value(fields | held)
 
