@@ -144,7 +144,7 @@ def test_table_of_a_run(tmp_path, capsys):
 def test_wrong_folders(tmp_path, capsys):
     with pytest.raises(SystemExit):
         knockout.main([str(tmp_path / "nothing")])
-    assert "no training workdir" in capsys.readouterr().err
+    assert "is not a training workdir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(knockout.PARTS))

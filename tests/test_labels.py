@@ -92,7 +92,7 @@ def one(**entry):
         (one(name="b", source=["two"]), "source id 'two' of class 'b'"),
         (one(name="b", source=[True]), "source id True of class 'b'"),
         (one(name="b", source=[2.5]), "source id 2.5 of class 'b'"),
-        (["a", "b"], "background. comes first"),
+        (["a", "b"], 'starts with "background"'),
         ({"0": "liver"}, "id 0 is always"),
         ({"liver": [1, 2], "tumor": [2]}, "source id 2 of class 'tumor'"),
         ({"1": "2"}, "unknown key"),

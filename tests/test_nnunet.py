@@ -142,7 +142,7 @@ def test_verified(tmp_path):
     report = program.verify(tmp_path, say=lines.append)
     assert report["layout"] == "nnunet" and report["counts"]["files"] == 7
     assert {(f["code"], f["level"]) for f in report["data_set"]} == {("count", "warning")}
-    assert any("one in train and one in test; keep one" in line for line in lines)
+    assert any("one in train and one in test; keep only one of them" in line for line in lines)
     assert report["counts"]["errors"] == 1
 
 

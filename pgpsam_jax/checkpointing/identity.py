@@ -111,7 +111,10 @@ _DIGESTS = {
 def fingerprint(config: ConfigDict) -> str:
     """Returns the SHA-256 of all settings that determine a result: equal for equal runs."""
     fields = flatten(serialization.to_json(config))
-    held = {field: digest or fields[field] for field, digest in content_digests(config.to_dict()).items()}
+    held = {
+        field: digest or fields[field]
+        for field, digest in content_digests(config.to_dict()).items()
+    }
     fields = {k: v for k, v in fields.items() if not k.startswith(NO_IDENTITY)}
     return _of_value(fields | held)
 
