@@ -233,8 +233,13 @@ def test_help_shows_defaults_and_examples_as_they_are(capsys):
             parser.parse_args(wrong)
 
 
-@pytest.mark.parametrize("module", ["predict", "verify", "report.__main__"])
+MODULES = ("predict", "verify", "report.__main__", "checkpointing.workdir_lock")
+
+
+@pytest.mark.parametrize(
+    "module", [*(f"pgpsam_jax.{name}" for name in MODULES), "experiments.run_grid"]
+)
 def test_help_needs_no_jax(module):
-    code = f"import sys; import pgpsam_jax.{module}"
+    code = f"import sys; import {module}"
     code += "; assert not {'jax', 'optax', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import filelock
 
-from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError, as_user_error
 from pgpsam_jax.utils.files import (
     local,
@@ -154,4 +153,6 @@ def _taken(workdir: Path) -> str:
 
 def locked(workdir, doing: str):
     """Holds the workdir's lock in the first of several processes, for all of them."""
+    from pgpsam_jax.distributed import multihost  # imports JAX, which holding a lock does not need
+
     return hold(workdir, doing) if multihost.is_first() else contextlib.nullcontext()
