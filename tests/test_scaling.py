@@ -224,7 +224,7 @@ def test_measured_on_two_simulated_devices(tmp_path, capsys):
     assert row["images_per_second"] * row["median_seconds"] == pytest.approx(2)
     assert row["mfu"] is None and row["peak_bytes"] > 1e8 and row["efficiency"] == 1
     text = (tmp_path / "measured.md").read_text()
-    assert "simulation: 2 devices share these cores, says nothing about speed-up" in text
+    assert "simulation: 2 devices share these cores; says nothing about speed-up" in text
     assert (tmp_path / "measured.png").is_file()
     capsys.readouterr()
     assert run(tmp_path, *arguments) == 0
