@@ -106,7 +106,7 @@ def traced_step(preset):
     config = configuration(preset)
     mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
     with device_mesh.traced_on(mesh):
-        model = build.abstract_model(config, CLASSES)
+        model = build.abstract_model(config.model, CLASSES)
     lanes = device_mesh.batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct((BATCH, SIZE, SIZE), dtype, sharding=lanes)
