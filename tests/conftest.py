@@ -4,7 +4,7 @@
 
 import os
 
-from places import QUICK_FLAGS
+from tests.support.places import QUICK_FLAGS
 
 # Must be set before JAX starts a backend.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -34,13 +34,21 @@ hypothesis.settings.load_profile("quick")
 gc.set_threshold(50_000, 20, 20)
 
 # Files that take longest, first: a worker that begins one last keeps all others waiting.
-LONGEST = ("release_parity", "distributed", "step", "sharding", "grid", "pgpsam", "start")
+LONGEST = (
+    "models/pgpsam_release/test_parity",
+    "integration/test_two_processes",
+    "training/test_train_step",
+    "sharding/test_sharding",
+    "experiments/test_grid",
+    "models/pgpsam/test_model",
+    "methods/test_start",
+)
 KEPT_BYTES, KEPT_SECONDS = 2 * 2**30, 14 * 86400  # of compiled programs
 
 
 def pytest_collection_modifyitems(items):
-    rank = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+    rank = {f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.split("::")[0], len(rank)))
 
 
 def pytest_collection_finish():

@@ -3,16 +3,15 @@
 import sys
 import warnings
 
-import launcher
 import pytest
-import tiny_method
 from absl.testing import flagsaver
-from faults import TINY
-from launcher import DEADLINE
-from places import REPOSITORY
-from small_run import config_for, write_data
 
 from pgpsam_jax import main, predict
+from tests.support import launcher, tiny_method
+from tests.support.faults import TINY
+from tests.support.launcher import DEADLINE
+from tests.support.places import REPOSITORY
+from tests.support.small_run import config_for, write_data
 
 SMALL = "configs/phantom.py"
 

@@ -10,11 +10,6 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
-from data_faults import FAULTS, change, cut, moved, spoiled, two_affines, voxels
-from golden.make_phantom_anatomy import FILE
-from label_orders import CASCADE, SAMED, TABLES, renumbered
-from places import REPOSITORY, shared
-from small_run import config_for, write_data
 
 from pgpsam_jax import verify as program
 from pgpsam_jax.data import dataset
@@ -24,6 +19,11 @@ from pgpsam_jax.data.quality import verification
 from pgpsam_jax.data.quality.verification import findings_of, verify_run_data
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime import worker_pool
+from tests.reference.golden.make_phantom_anatomy import FILE
+from tests.support.data_faults import FAULTS, change, cut, moved, spoiled, two_affines, voxels
+from tests.support.label_orders import CASCADE, SAMED, TABLES, renumbered
+from tests.support.places import REPOSITORY, shared
+from tests.support.small_run import config_for, write_data
 
 PAIRS = {"image_glob": "images/*.nii.gz", "label_glob": "labels/*.nii.gz"}
 

@@ -1,6 +1,6 @@
 """JAX internals without a public equivalent, and the signal handlers that JAX needs from C.
 
-Exercised by `tests/test_processes.py`, `test_launch.py` and `test_deterministic.py`.
+Exercised by `tests/distributed/test_processes.py`, `test_launch.py` and `test_deterministic.py`.
 """
 
 import contextlib
