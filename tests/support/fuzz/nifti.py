@@ -99,4 +99,4 @@ def target() -> Target:
 
 
 if __name__ == "__main__":
-    sys.exit(main(target, "fuzz.nifti", MODULES, GUIDES))
+    sys.exit(main(target, "tests.support.fuzz.nifti", MODULES, GUIDES))

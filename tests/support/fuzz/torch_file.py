@@ -84,4 +84,4 @@ def target() -> Target:
 
 
 if __name__ == "__main__":
-    sys.exit(main(target, "fuzz.torch_file", MODULES, GUIDES))
+    sys.exit(main(target, "tests.support.fuzz.torch_file", MODULES, GUIDES))
