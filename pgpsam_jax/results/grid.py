@@ -87,7 +87,7 @@ class Grid:
 
     def runs(self) -> dict[str, list[Run]]:
         """{row name: finished runs, one per seed}; [] for rows without any."""
-        found = {row.name: [] for row in self.rows}
+        found: dict[str, list[Run]] = {row.name: [] for row in self.rows}
         for cell in self.cells:
             run = cell.run()
             if run is not None:

@@ -54,7 +54,8 @@ def _plain(name: str) -> str:
 
 
 def _mix(color, level: float, share: float) -> str:
-    return to_hex([(1 - share) * part + share * level for part in to_rgb(color)]).upper()
+    red, green, blue = ((1 - share) * part + share * level for part in to_rgb(color))
+    return to_hex((red, green, blue)).upper()
 
 
 def overlay_slice(image, truth, prediction, spacing, names, title: str) -> Figure:
@@ -191,7 +192,7 @@ def scale_note(shape, spacing) -> str:
 
 def present(names, *maps) -> list[int]:
     """Ids of the classes in any of the maps, without the background."""
-    ids = np.unique(np.concatenate([np.unique(labels) for labels in maps] or [[]]))
+    ids = set().union(*(np.unique(labels).tolist() for labels in maps))
     return [k for k in range(1, len(names)) if k in ids]
 
 

@@ -84,7 +84,7 @@ def start_at_zero(figure: Figure) -> None:
     """Adds grid lines, includes zero in every axis, and puts ticks at whole steps."""
     for ax in figure.axes:
         ax.grid(True)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.locator_params("x", integer=True)
         low, high = ax.get_ylim()
         ax.set(xlim=(0, None), ylim=(min(0, low), high))
 

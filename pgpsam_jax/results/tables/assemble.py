@@ -100,10 +100,10 @@ def _dice_table(of: Study, protocol, organs) -> Table:
         for row, line in zip(rows, of.lines, strict=True):
             printed = published.find(of.published, line.config)
             row.append(NONE if printed is None else f"{printed.mean:.2f}")
-        notes += published.notes(of.published)[:1] + _other_data(of)
+        notes += published.notes(of.published)[:1] + _other_data(of.lines, of.published)
     lines = {line.label: line.cases for line in of.lines if line.runs}
-    found = [gather(cases, protocol, "dice") for cases in lines.values()]
-    found = [one for one in found if one is not None]
+    gathered = [gather(cases, protocol, "dice") for cases in lines.values()]
+    found = [one for one in gathered if one is not None]
     if sum(len(one.seeds) for one in found) < sum(map(len, lines.values())):
         notes.append(
             "Warning: some runs were evaluated before this protocol was added and have no scores "
@@ -137,11 +137,10 @@ def _slice_cells(line: Line) -> list[str]:
     return cells
 
 
-def _other_data(of: Study) -> list[str]:
-    """Warning if the runs are known to use other data than the paper."""
-    layouts = {line.config.get("data", {}).get("layout") for line in of.lines}
-    data = published.published_table(of.published).data
-    if "phantom" in layouts:
+def _other_data(lines, key: str) -> list[str]:
+    """Warning if the runs are known to use other data than the paper's table `key`."""
+    if "phantom" in {line.config.get("data", {}).get("layout") for line in lines}:
+        data = published.published_table(key).data
         return [f"Warning: these runs use phantoms, the paper {data}: not comparable."]
     return []
 
@@ -178,7 +177,6 @@ def _distance_cells(line: Line, tolerances) -> list[str]:
     strict = gather(line.cases, "strict", "hd95")
     if strict is None:
         return start + [NONE] * 7
-    nsd = gather(line.cases, "strict", "nsd").over_seeds("class")
     statuses = [
         row["status"]
         for rows in line.cases.values()
@@ -186,10 +184,15 @@ def _distance_cells(line: Line, tolerances) -> list[str]:
         if (row["protocol"], row["metric"]) == ("strict", "dice")
     ]
     cells = [str(len(strict.cases)), plus_minus(*strict.over_seeds("class"))]
-    cells.append(plus_minus(*nsd, percent) if len(tolerances) == 1 else NONE)
+    cells.append(_class_mean(line, "strict", "nsd", percent) if len(tolerances) == 1 else NONE)
     cells += [str(statuses.count(kind)) for kind in ("missed", "hallucinated", "both_empty")]
-    voxels = gather(line.cases, "transunet", "hd95").over_seeds("class")
-    return [*start, *cells, plus_minus(*voxels)]
+    return [*start, *cells, _class_mean(line, "transunet", "hd95", number)]
+
+
+def _class_mean(line: Line, protocol: str, metric: str, write) -> str:
+    """Class mean ± SD over seeds; `NONE` without scores of the protocol."""
+    scores = gather(line.cases, protocol, metric)
+    return NONE if scores is None else plus_minus(*scores.over_seeds("class"), write)
 
 
 def _published_table(key: str) -> Table:

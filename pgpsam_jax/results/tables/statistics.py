@@ -69,11 +69,12 @@ def compare(row: Scores | None, reference: Scores | None, organ=None) -> Compari
         return None
     differences = pairs[0] - pairs[1]
     p, method = signed_rank(differences)
-    signs = [int(np.count_nonzero(np.sign(differences) == sign)) for sign in (1, -1, 0)]
-    means = [float(mean) for mean in (*pairs.mean(axis=1), differences.mean())]
+    better, worse, same = (int((np.sign(differences) == sign).sum()) for sign in (1, -1, 0))
+    ours, theirs = pairs.mean(axis=1).tolist()
+    means = ours, theirs, float(differences.mean())
     interval = spread(differences)[1]
     counts = tuple(seeds), pairs.shape[1]
-    return Comparison(*counts, *means, interval, p, method, *signs, tuple(by_seed))
+    return Comparison(*counts, *means, interval, p, method, better, worse, same, tuple(by_seed))
 
 
 def signed_rank(differences) -> tuple[float, str]:

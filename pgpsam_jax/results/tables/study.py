@@ -45,13 +45,13 @@ class Study:
 
 def from_grid(grid: Grid) -> Study:
     """The study of an experiment grid, finished or not."""
-    lines, states = [], Counter()
+    lines, states = [], Counter[str]()
     for row in grid.rows:
         cells = [cell for cell in grid.cells if cell.row == row.name]
         runs = {cell.seed: (cell.state["state"], cell.run()) for cell in cells}
         for state, run in runs.values():
-            evaluated = run is not None and run.cases
-            states[state if evaluated or state != DONE else "done but not evaluated"] += 1
+            unscored = state == DONE and not (run and run.cases)
+            states["done but not evaluated" if unscored else state] += 1
         evaluated = {seed: run for seed, (_, run) in runs.items() if run and run.cases}
         config = cells[0].config if cells else {}
         lines.append(Line(row.name, row.label, row.value, len(cells), evaluated, config))

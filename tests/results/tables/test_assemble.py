@@ -280,3 +280,13 @@ def test_runs_from_before_the_release_protocol(tmp_path):
     assert len(titles) == 5 and not any("release" in title for title in titles)
     run = read_run(next(path.glob("full-seed0-*")))
     assert [table.title[-8:] for table in run_tables(run)] == ["`strict`", "ansunet`"]
+
+
+def test_scores_without_the_transunet_protocol(tmp_path):
+    """Only its column of the distances is empty."""
+    path = write_grid(tmp_path / "g", {"full": {}}, (0,))
+    cases = next(path.glob("full-seed0-*")) / "evaluation" / "cases.csv"
+    lines = cases.read_text().splitlines(keepends=True)
+    cases.write_text("".join(line for line in lines if ",transunet," not in line))
+    distances = cells(by_title(grid_tables(read_grid(path)), "distances"), "full")
+    assert [distances[head] == "-" for head in ("HD95 (mm)", "HD95 (transunet, voxels)")] == [0, 1]
