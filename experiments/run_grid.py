@@ -4,11 +4,12 @@ A cell is a run folder `<row>-seed<n>-<hash of its settings>` with its own log. 
 resume from their last checkpoint, failed ones are retried. Exit code 0: all done.
 
 Examples:
-  python -m experiments.run_grid --grid experiments/grids/table3.py:phantom --workdir runs/table3
+  python -m experiments.run_grid table3:phantom --workdir runs/table3
   python -m experiments.run_grid --grid experiments/grids/table3.py --workdir runs/btcv \\
       --set data.root=datasets/BTCV --workers 2 --only 'ppr-*'
 """
 
+import argparse
 import fnmatch
 import sys
 from pathlib import Path
@@ -35,8 +36,14 @@ def listing(grid: Grid, cells: list[Cell]) -> str:
 
 def main() -> None:
     parser = Parser("experiments.run_grid", __doc__)
-    parser.add_argument("--grid", required=True, help="grid file, with its variant after a colon")
-    parser.add_argument("--workdir", required=True, help="folder of the grid")
+    parser.add_argument(
+        "grid",
+        nargs="?",
+        default=argparse.SUPPRESS,  # --grid sets the same
+        help="grid file, or the name of a shipped one; NAME:VARIANT for a variant",
+    )
+    parser.add_argument("--grid", metavar="GRID", help=argparse.SUPPRESS)
+    parser.add_argument("--workdir", help="folder of the grid; default runs/<grid>")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and run nothing")
     parser.add_argument("--max-failures", type=int, help="stop after this many failed cells")
@@ -53,7 +60,10 @@ def main() -> None:
 def _run(arguments) -> int:
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}; give 1 or more")
-    folder = Path(arguments.workdir)
+    if arguments.grid is None:
+        raise UserError("no grid; give a grid file or the name of a shipped grid, such as table3")
+    name = Path(arguments.grid).name.replace(".py", "").replace(":", "_")
+    folder = Path(arguments.workdir or f"runs/{name}")
     settings = {"data.cache_dir": str(folder / "cache")} | parse_settings(arguments.set)
     grid = make_grid(arguments.grid, folder, settings)
     cells = [cell for cell in grid.cells if fnmatch.fnmatch(cell.name, arguments.only)]

@@ -21,13 +21,10 @@ import hypothesis
 import jax
 import psutil
 import pytest
-from absl import flags
 
 from pgpsam_jax.runtime.compilation_cache import machine_kind
 
 jax.config.update("jax_default_matmul_precision", "float32")
-# grain reads absl flags in its workers; nothing parses them under pytest.
-flags.FLAGS.mark_as_parsed()
 hypothesis.settings.register_profile("quick", max_examples=40)  # where a test names no number
 hypothesis.settings.load_profile("quick")
 # Tracing makes many short-lived objects: collecting them less often saves a twentieth of the time.

@@ -4,7 +4,6 @@ import sys
 import warnings
 
 import pytest
-from absl.testing import flagsaver
 
 from pgpsam_jax import main, predict
 from tests.support import launcher, tiny_method
@@ -24,8 +23,8 @@ def refuses(capsys, monkeypatch):
     def refuses(message, *command, run=None):
         words = ["program", *map(str, command)]
         monkeypatch.setattr(sys, "argv", words)
-        with flagsaver.flagsaver(), warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-            run() if run else main.main(main.parse(words))
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            run() if run else main.main(words[1:])
         assert ended.value.code == 2
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
         assert message in line

@@ -35,7 +35,7 @@ class AugmentConfig:
         random affine map, then a smooth displacement of 0.8 % of the side (standard deviation).
       label_warp: "linear" interpolates the class *ids* of elastic samples and rounds them, a bug
         of the release that invents classes along boundaries; "nearest" takes the nearest pixel.
-      exclusive: see above.
+      exclusive: at most one of rotation, scaling and elastic deformation per sample.
       noise_probability, noise_sigma: additive Gaussian noise for images in [0, 1], clipped to
         that range.
       poisson_probability: Poisson noise with counts scaled by the number of gray levels.

@@ -13,11 +13,12 @@ def default_config() -> ConfigDict:
     """Returns all fields with the values of the paper's Synapse run."""
     config = ConfigDict()
     config.name = "run"  # default workdir: runs/<name>
-    config.seed = 0
+    config.seed = 0  # of initialization, data order and augmentation
     # Bit-reproducible on GPUs, at some cost in speed; CPU and TPU always are.
     config.deterministic = False
 
     config.model = ConfigDict()
+    # Method: pgpsam, samed, hsam, autosam, samlst, surgicalsam, fssp, or sam (an oracle).
     config.model.name = "pgpsam"
     config.model.preset = "paper"  # its equations; or release: the authors' code
     config.model.encoder = "vit_b"  # vit_t, vit_b, vit_l, vit_h
@@ -29,16 +30,16 @@ def default_config() -> ConfigDict:
     config.model.start = "auto"
     config.model.start_scale = 0.1  # scale of the small additions
     config.model.train_encoder = "lora"  # lora, full, frozen
-    config.model.image_size = 512
-    config.model.patch_size = 16
+    config.model.image_size = 512  # side of the network's input in pixels
+    config.model.patch_size = 16  # side of a token in pixels
     config.model.alpha = 8  # inter-class prototypes per class
     config.model.k = 4  # inter-class prototypes matched to each class
     config.model.mix_start = 0.5  # initial alpha and beta of Eq 5: how strongly PPR refines
     config.model.ppr_norm = True  # LayerNorm on P^ and F^ of Eq 5, as the release has it
     config.model.stage_taps = ()  # encoder blocks, one per stage; empty = last, first global
-    config.model.cfm = True  # cfm, ppr, ppg: the three switches of Table 3
-    config.model.ppr = True
-    config.model.ppg = True
+    config.model.cfm = True  # contextual feature modulation; cfm, ppr, ppg: switches of Table 3
+    config.model.ppr = True  # progressive prototype refinement
+    config.model.ppg = True  # prototype-guided prompt generator
     config.model.dcn = "deformable"  # preset release; or plain: dilated convolutions, no gathers
     config.model.token_order = "released"  # preset release; or transposed: docs/release.md
     # Method hsam; or intended: uses its second decoder's mask attention (docs/methods.md).
@@ -46,8 +47,8 @@ def default_config() -> ConfigDict:
     config.model.prompt_tokens = 4  # method surgicalsam: sparse prompts per class
     config.model.prompt = "both"  # methods fssp and sam: prompts are point, box, or both
     config.model.cnn_base = ""  # method samlst: converted ResNet-18; empty = a random start
-    config.model.lora_rank = 4
-    config.model.lora_targets = ("q", "v")
+    config.model.lora_rank = 4  # of the low-rank updates
+    config.model.lora_targets = ("q", "v")  # projections with an update, of q, k and v
     config.model.compute_dtype = "float32"  # or bfloat16; parameters and softmaxes are float32
     # The encoder's kernel: auto, or naive, folded, lean, cudnn (GPU, bfloat16), splash (TPU).
     config.model.attention = "auto"
@@ -57,9 +58,9 @@ def default_config() -> ConfigDict:
 
     config.data = DataSettings()
     config.data.layout = "btcv"  # btcv, nnunet, transunet, pairs, phantom
-    config.data.root = ""
+    config.data.root = ""  # folder of the data set
     config.data.image_glob = ""  # layout pairs: the part matched by * is the case id
-    config.data.label_glob = ""
+    config.data.label_glob = ""  # layout pairs: label files, with the same *
     config.data.label_table = ""  # JSON file; empty = the layout's own (btcv, phantom, nnunet)
     config.data.window = (-125.0, 275.0)  # intensities mapped to [0, 1]
     # Unit of the window: intensity, or percent (percentiles of each volume, such as (0.5, 99.5)
@@ -72,22 +73,22 @@ def default_config() -> ConfigDict:
     config.data.split_file = ""  # JSON lists of case ids: train, test, perhaps validation
     config.data.test_fraction = 0.4  # of the patients, split fraction
     config.data.validation_fraction = 0.0  # of the patients, split fraction
-    config.data.split_seed = 0
+    config.data.split_seed = 0  # of split fraction
     config.data.cache_dir = ""  # empty = <workdir>/cache
     config.data.resident_gib = 2.0  # a few-shot set up to this size stays on each device
     config.data.max_gib = 2.0  # of a volume as float32; a larger one counts as a broken file
-    config.data.phantom_seed = 0
+    config.data.phantom_seed = 0  # of the generated phantoms
     config.data.verify = True  # checks each file before its first use (pgpsam_jax.verify)
 
     config.fewshot = FewShotSettings()
     config.fewshot.file = ""  # an existing list, in place of the rule below
     config.fewshot.rule = "random"  # random, area, volumes, every, all
     config.fewshot.pool = "valid"  # valid = slices with an organ of min_pixels; or all
-    config.fewshot.min_pixels = 100
-    config.fewshot.fraction = config_dict.placeholder(float)
-    config.fewshot.count = config_dict.placeholder(int)
-    config.fewshot.volumes = config_dict.placeholder(int)
-    config.fewshot.every = config_dict.placeholder(int)
+    config.fewshot.min_pixels = 100  # pixels of an organ in the slice, at native resolution
+    config.fewshot.fraction = config_dict.placeholder(float)  # of the pool's slices
+    config.fewshot.count = config_dict.placeholder(int)  # slices, in place of a fraction
+    config.fewshot.volumes = config_dict.placeholder(int)  # rule volumes: whole volumes
+    config.fewshot.every = config_dict.placeholder(int)  # rule every: each n-th slice
     config.fewshot.seed = config_dict.placeholder(int)  # None = the rule's own default
 
     config.augment = ConfigDict(dataclasses.asdict(AugmentConfig()))
@@ -97,10 +98,10 @@ def default_config() -> ConfigDict:
     config.train = TrainSettings()
     config.train.batch_size = 12  # global, over all devices
     config.train.microbatches = 1  # parts of a batch, processed in turn: less memory, more time
-    config.train.epochs = 300
+    config.train.epochs = 300  # passes over the few-shot slices
     config.train.steps = 0  # > 0 overrides epochs
-    config.train.ce_weight = 0.2
-    config.train.dice_weight = 0.8
+    config.train.ce_weight = 0.2  # of cross-entropy in the loss
+    config.train.dice_weight = 0.8  # of Dice in the loss
     # Frozen encoders: number of augmented copies of each slice to encode once, which epochs use in
     # turn; 0 = encode in each step.
     config.train.encoded_copies = 0
@@ -111,17 +112,20 @@ def default_config() -> ConfigDict:
     # Epochs after which to warn of a class that validation never predicted; 0 = never.
     config.validation.dead_epochs = 30
 
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 = remaining devices
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that share a batch; -1 = the remaining ones
+    config.mesh.fsdp = 1  # devices that share a batch and the parameters
+    config.mesh.tensor = 1  # devices that share the attention heads and MLP widths
 
     config.log = ConfigDict()
-    config.log.every_steps = 10
-    config.log.checkpoint_steps = 200
-    config.log.tensorboard = False
+    config.log.every_steps = 10  # steps between lines of metrics
+    config.log.checkpoint_steps = 200  # steps between checkpoints
+    config.log.tensorboard = False  # also write TensorBoard events; needs tensorboardX
 
     config.eval = ConfigDict()
-    config.eval.batch_size = 8
-    config.eval.nsd_tolerance_mm = 2.0
-    config.eval.overlays = True
+    config.eval.batch_size = 8  # slices per prediction step, over all devices
+    config.eval.nsd_tolerance_mm = 2.0  # of the normalized surface Dice
+    config.eval.overlays = True  # one picture per test case
     # Worker processes that score and write while the device predicts; -1 = one per core, 0 = none.
     config.eval.workers = -1
     return config.lock()

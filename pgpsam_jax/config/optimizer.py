@@ -17,10 +17,11 @@ class OptimConfig:
       weight_decay: on *all* trainable parameters (norms, biases and prototypes too), as in
         PyTorch; adamw's is decoupled and scaled by the learning rate.
       warmup_fraction, warmup_max_steps: fraction of the run and steps; the smaller counts.
-      decay: one of `DECAYS`, after the warm-up.
+      decay: "cosine", "polynomial" or "constant", after the warm-up.
       decay_horizon: length of the decay relative to the run; beyond 1, it is cut off.
       decay_power: exponent of the polynomial decay.
       final_learning_rate: at the end of the decay.
+      beta1, beta2, eps: of the moments, as in Adam.
       clip_norm: bound on the global gradient norm; None = off.
     """
 

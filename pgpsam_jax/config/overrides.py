@@ -18,9 +18,11 @@ from ml_collections import ConfigDict
 
 from pgpsam_jax.config import defaults, exclusive_fields, serialization
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.utils import shipped
 from pgpsam_jax.utils.untrusted_text import sanitize
 
 _FLAG = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+_FOLDERS = {"config": "configs", "grid": "experiments/grids"}  # of shipped files
 _WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 
@@ -42,13 +44,13 @@ class _Uncached(importlib.machinery.SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
-def load_function(spec: str, name: str, what: str) -> tuple[str, Callable, str]:
+def load_function(spec: str, function: str, what: str) -> tuple[str, Callable, str]:
     """Loads a function from a Python file.
 
     Args:
-      spec: `FILE` or `FILE:VARIANT`.
-      name: of the function.
-      what: kind of file, for error messages.
+      spec: `FILE` or `FILE:VARIANT`; a shipped file may go by its bare name.
+      function: its name.
+      what: kind of file, `config` or `grid`.
 
     Returns:
       (file, function, variant).
@@ -56,9 +58,10 @@ def load_function(spec: str, name: str, what: str) -> tuple[str, Callable, str]:
     Raises:
       UserError: the file is missing, fails to run, or lacks the function.
     """
-    path, _, variant = spec.partition(":")
+    name, _, variant = spec.partition(":")
+    path = str(shipped.find(name, _FOLDERS[what]))
     if not Path(path).is_file():
-        raise UserError(f"{what} file {path} not found; run from the folder that holds it")
+        raise UserError(f"{what} {name} not found; {shipped.hint(name, _FOLDERS[what])}")
     if Path(path).suffix != ".py":
         raise UserError(f"{what} file {path} is not a Python file; its name must end in .py")
     title = f"_{what}_{Path(path).stem}"
@@ -70,9 +73,9 @@ def load_function(spec: str, name: str, what: str) -> tuple[str, Callable, str]:
         raise
     except Exception as error:  # whatever a user's code does
         raise UserError(f"{what} file {path} cannot be run: {_reason(error)}") from None
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{what} file {path} defines no {name}()")
-    return path, getattr(module, name), variant
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"{what} file {path} defines no {function}()")
+    return path, getattr(module, function), variant
 
 
 def split_flags(argv: Iterable[str]) -> tuple[list[str], dict[str, str]]:

@@ -20,7 +20,9 @@ def make_loader(count: int, *, batch_size: int, seed: int) -> Iterator[np.ndarra
     be smaller than `batch_size`. `get_state` and `set_state` carry the position.
     """
     import grain
+    from absl import flags
 
+    flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, which nothing else uses
     if count < 1:
         raise ValueError(f"a set of {count} slices has no batches")
     if batch_size < 1:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import re
+import sys
 import threading
 
 from pgpsam_jax.errors import UserError, exit_on_user_error
@@ -53,14 +54,17 @@ class Parser(argparse.ArgumentParser):
     Args:
         module: name after `python -m`.
         text: the module's docstring; what follows the line "Examples:" is the epilog.
-        prog: replaces `python -m module`.
+        prog: replaces `python -m module`, or `pgpsam COMMAND` where that was typed.
         **options: for `argparse.ArgumentParser`.
     """
 
     def __init__(self, module: str = "", text: str = "", prog: str | None = None, **options):
-        described, examples, rest = text.strip().partition("\nExamples:\n")
+        alone = f"python -m {module}"
+        if prog is None:  # argparse sets it for subcommands
+            prog = sys.argv[0] if sys.argv[0].startswith("pgpsam ") else alone
+        described, examples, rest = text.strip().replace(alone, prog).partition("\nExamples:\n")
         super().__init__(
-            prog=prog or f"python -m {module}",  # argparse sets it for subcommands
+            prog=prog,
             description=described,
             epilog=(examples + rest).strip() or None,
             formatter_class=_Help,

@@ -1,5 +1,6 @@
 """First step of a command, before its slow imports; imports little itself."""
 
+import faulthandler
 import glob
 import os
 import pkgutil
@@ -21,8 +22,11 @@ def begin() -> None:
     """Prepares this process for `python -m` while the modules of the command load.
 
     An interrupt exits at once, as nothing can be lost yet, until the command installs its own
-    handlers. Characters that the terminal cannot encode are printed escaped.
+    handlers. Characters that the terminal cannot encode are printed escaped. A crash in native code
+    prints where Python was.
     """
+    if sys.stderr is not None:
+        faulthandler.enable()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     if hasattr(sys.stdout, "reconfigure"):  # not closed or replaced

@@ -20,6 +20,7 @@ evaluation report weights_conversion
 training predict verify
 profiling
 main __init__
+cli
 experiments
 """.strip().splitlines()
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -49,7 +49,7 @@ import contextlib
 from pgpsam_jax import main
 sys.argv = ["main", *{arguments}]
 with contextlib.suppress(SystemExit):
-    main.run()
+    main.main()
 """
     assert "jax" not in imported(program)
 

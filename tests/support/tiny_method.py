@@ -61,7 +61,7 @@ def spread():
 
 
 if __name__ == "__main__":
-    from pgpsam_jax.main import run
+    from pgpsam_jax.main import main
 
     with known():
-        run()
+        main()

@@ -3,11 +3,11 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.utils import shipped
 from pgpsam_jax.utils.untrusted_text import read_user_json
 
 _LONGEST = 80  # characters of a name, for tables and figures
@@ -115,8 +115,8 @@ class LabelTable:
 
 
 def load_label_table(path) -> LabelTable:
-    """Reads a label table from a JSON file."""
-    path = Path(path)
+    """Reads a label table from a JSON file (a shipped one: `configs/labels/NAME.json`)."""
+    path = shipped.find(path)
     if not path.is_file():
         what = "cannot be read: it is a folder" if path.is_dir() else "not found"
         raise UserError(f"label table {path} {what}; write a file that names every class")
