@@ -14,6 +14,9 @@ hallucinated organ scores Dice 1, a missed one HD95 0), for comparison with thos
 models by `strict`. The third protocol, `release`, is in `release_protocol`.
 """
 
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
 import numpy as np
 
 from pgpsam_jax.errors import UserError
@@ -32,11 +35,62 @@ COLUMNS = (
     "predicted_voxels",
     "status",
 )
-METRICS = {
-    "strict": ("dice", "hd95", "nsd"),
-    "transunet": ("dice", "hd95"),
-    "release": ("dice",),
+STATUSES = {  # (in the truth, in the prediction) -> status
+    (False, False): "both_empty",
+    (True, False): "missed",
+    (False, True): "hallucinated",
+    (True, True): "ok",
 }
+
+
+@dataclass(frozen=True)
+class Organ:
+    """An organ that truth and prediction both have.
+
+    Attributes:
+        both, predicted, true: voxels in both maps, in the prediction, in the truth.
+        in_mm, in_voxels: distances between the surfaces, both ways (see `surface.point_distances`).
+        tolerance_mm: tolerance of the NSD.
+    """
+
+    both: int
+    predicted: int
+    true: int
+    in_mm: tuple[np.ndarray, np.ndarray]
+    in_voxels: tuple[np.ndarray, np.ndarray]
+    tolerance_mm: float
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The formula of a metric, and its values where truth or prediction lack the organ."""
+
+    formula: Callable[[Organ], float]
+    both_empty: float = NAN
+    missed: float = NAN
+    hallucinated: float = NAN
+
+
+def _dice(organ: Organ) -> float:
+    return 2.0 * organ.both / (organ.predicted + organ.true)
+
+
+FORMULAS = {
+    "strict": {
+        "dice": Metric(_dice, missed=0.0, hallucinated=0.0),
+        "hd95": Metric(lambda organ: surface.directed_percentile(*organ.in_mm)),
+        "nsd": Metric(
+            lambda organ: surface.share_within(*organ.in_mm, organ.tolerance_mm),
+            missed=0.0,
+            hallucinated=0.0,
+        ),
+    },
+    "transunet": {
+        "dice": Metric(_dice, both_empty=0.0, missed=0.0, hallucinated=1.0),
+        "hd95": Metric(lambda organ: surface.pooled_percentile(*organ.in_voxels), 0.0, 0.0, 0.0),
+    },
+}
+METRICS: dict[str, Collection[str]] = {**FORMULAS, "release": ("dice",)}
 DEFINITIONS = {
     "strict": "distances in mm between voxel-center surfaces (6-connected erosion); HD95 is the "
     "larger of the two directed 95th percentiles; NSD is the share of surface voxels within the "
@@ -51,24 +105,6 @@ DEFINITIONS = {
     "has Dice 0; "
     '"Dice" is the mean over items of their mean over organs (for volumes the case mean), "mcDice" '
     "the mean over organs of their mean over items (the class mean)",
-}
-STATUSES = {  # (in the truth, in the prediction) -> status
-    (False, False): "both_empty",
-    (True, False): "missed",
-    (False, True): "hallucinated",
-    (True, True): "ok",
-}
-_EMPTY_VALUES = {
-    "strict": {
-        "both_empty": {"dice": NAN, "hd95": NAN, "nsd": NAN},
-        "missed": {"dice": 0.0, "hd95": NAN, "nsd": 0.0},
-        "hallucinated": {"dice": 0.0, "hd95": NAN, "nsd": 0.0},
-    },
-    "transunet": {
-        "both_empty": {"dice": 0.0, "hd95": 0.0},
-        "missed": {"dice": 0.0, "hd95": 0.0},
-        "hallucinated": {"dice": 1.0, "hd95": 0.0},
-    },
 }
 
 
@@ -131,20 +167,18 @@ def _score_organ(counts, edges, spacing, tolerance_mm, region):
     prediction and of the truth.
     """
     both, predicted, true = counts
-    status = STATUSES[true > 0, predicted > 0]
-    if status != "ok":
-        values = {name: rule[status] for name, rule in _EMPTY_VALUES.items()}
-        return status, (true, predicted), values
-    overlap = 2.0 * both / (predicted + true)
-    spacings = spacing, (1.0, 1.0, 1.0)
-    in_mm, in_voxels = surface.point_distances(*edges, spacings, region)
+    status, organ = STATUSES[true > 0, predicted > 0], None
+    if status == "ok":
+        ours, theirs = edges
+        spacings = spacing, (1.0, 1.0, 1.0)
+        in_mm, in_voxels = surface.point_distances(ours, theirs, spacings, region)
+        organ = Organ(both, predicted, true, in_mm, in_voxels, tolerance_mm)
     values = {
-        "strict": {
-            "dice": overlap,
-            "hd95": surface.directed_percentile(*in_mm),
-            "nsd": surface.share_within(*in_mm, tolerance_mm),
-        },
-        "transunet": {"dice": overlap, "hd95": surface.pooled_percentile(*in_voxels)},
+        protocol: {
+            name: metric.formula(organ) if organ else getattr(metric, status)
+            for name, metric in metrics.items()
+        }
+        for protocol, metrics in FORMULAS.items()
     }
     return status, (true, predicted), values
 

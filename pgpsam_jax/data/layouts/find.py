@@ -9,7 +9,9 @@ from pgpsam_jax.data.layouts.cases import Case, Listing, check_root
 from pgpsam_jax.data.layouts.label_table import SYNAPSE8, LabelTable
 from pgpsam_jax.errors import UserError
 
-LAYOUTS = ("btcv", "nnunet", "transunet", "pairs")
+# Layouts that need only a folder: modules with `EXPECTED` and `scan(root)`.
+FOLDERS = {"btcv": btcv, "nnunet": nnunet, "transunet": transunet}
+LAYOUTS = (*FOLDERS, "pairs")
 
 
 def find_cases(layout: str, root, image_glob=None, label_glob=None) -> list[Case]:
@@ -41,19 +43,16 @@ def expected(layout: str, image_glob=None, label_glob=None) -> str:
     """Returns what the folder of a layout holds, for messages."""
     if layout == "pairs":
         return f"expected a folder with {image_glob} and {label_glob}"
-    known = {"nnunet": nnunet.EXPECTED, "transunet": transunet.EXPECTED, "btcv": btcv.EXPECTED}
-    return known.get(layout, "expected a folder to write the data set to")
+    if layout in FOLDERS:
+        return FOLDERS[layout].EXPECTED
+    return "expected a folder to write the data set to"
 
 
 def scan(layout: str, root, image_glob=None, label_glob=None) -> Listing:
     """Returns all cases and the problems with the names of their files (see `find_cases`)."""
     root = Path(root)
-    if layout == "btcv":
-        listing = btcv.scan(root)
-    elif layout == "nnunet":
-        listing = nnunet.scan(root)
-    elif layout == "transunet":
-        listing = transunet.scan(root)
+    if layout in FOLDERS:
+        listing = FOLDERS[layout].scan(root)
     elif layout == "pairs":
         listing = pairs.scan(root, image_glob, label_glob)
     else:
