@@ -9,6 +9,8 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from typing import NoReturn
 
 AGAIN = 75  # EX_TEMPFAIL: stopped by a signal; the same command resumes
 SIGNALED = 128  # plus the signal's number
@@ -17,7 +19,7 @@ NO_READER = SIGNALED + getattr(signal, "SIGPIPE", 13)
 _SPACE = "free some space, then start the same command again"
 _ACCESS = "make it accessible to this user, or choose another folder"
 _NETWORK = "the disk, or the network to it, has failed; start the same command again later"
-_FAULTS = {  # of the disk, not of the program: errno -> remedy: errno -> remedy
+_FAULTS = {  # of the disk, not of the program: errno -> remedy
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
     errno.EFBIG: _SPACE,
@@ -60,10 +62,9 @@ def as_user_error(error: BaseException) -> BaseException:
     Other errors are returned unchanged. Libraries that write files may name such a fault only in
     the text of their own errors.
     """
-    code = error.errno if isinstance(error, OSError) else None
-    if code in _FAULTS:
+    if isinstance(error, OSError) and error.errno in _FAULTS:
         what = error.filename or "a file cannot be written"
-        return UserError(f"{what}: {os.strerror(code)}; {_FAULTS[code]}")
+        return UserError(f"{what}: {os.strerror(error.errno)}; {_FAULTS[error.errno]}")
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         if not isinstance(error, UserError | OSError) and os.strerror(code) in str(error):
             return UserError(f"a file cannot be written: {os.strerror(code)}; {_FAULTS[code]}")
@@ -71,7 +72,7 @@ def as_user_error(error: BaseException) -> BaseException:
 
 
 @contextlib.contextmanager
-def exit_on_user_error():
+def exit_on_user_error() -> Iterator[None]:
     """Exits with one sentence on stderr: code 2 for `UserError`, its own for `Interrupted`.
 
     Disk faults are reported as `UserError`. A closed output pipe (`head`) ends the program
@@ -98,7 +99,7 @@ def exit_on_user_error():
         _end(2, f"error: {converted}")
 
 
-def _end(code: int, text: str):
+def _end(code: int, text: str) -> NoReturn:
     try:
         sys.stdout.flush()
     except (AttributeError, OSError):  # stdout is closed or cannot be written

@@ -6,6 +6,8 @@ import math
 import re
 import sys
 import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from pgpsam_jax.errors import UserError, exit_on_user_error
 from pgpsam_jax.runtime import preemption
@@ -13,7 +15,7 @@ from pgpsam_jax.utils.files import local
 
 
 @contextlib.contextmanager
-def running():
+def running() -> Iterator[None]:
     """Runs a command that cannot be resumed: signals and user errors end it."""
     with exit_on_user_error():
         if threading.current_thread() is not threading.main_thread():  # only that one gets signals
@@ -42,7 +44,7 @@ def pair(text: str) -> tuple[float, float]:
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help with unwrapped descriptions and the defaults of all flags that have one."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default in ("", []):
             return action.help
         return super()._get_help_string(action)
@@ -58,7 +60,9 @@ class Parser(argparse.ArgumentParser):
         **options: for `argparse.ArgumentParser`.
     """
 
-    def __init__(self, module: str = "", text: str = "", prog: str | None = None, **options):
+    def __init__(
+        self, module: str = "", text: str = "", prog: str | None = None, **options: Any
+    ) -> None:
         alone = f"python -m {module}"
         if prog is None:  # argparse sets it for subcommands
             prog = sys.argv[0] if sys.argv[0].startswith("pgpsam ") else alone
@@ -73,14 +77,14 @@ class Parser(argparse.ArgumentParser):
         )
         self._negative_number_matcher = re.compile(r"-[\d.]")  # or -125,275 would be a flag
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
             value = getattr(found, action.dest, None)
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, str):
-                    local(item, (action.option_strings or [action.metavar or action.dest])[-1])
+                    local(item, (action.option_strings or [str(action.metavar or action.dest)])[-1])
         return found, rest

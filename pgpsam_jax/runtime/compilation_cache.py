@@ -23,8 +23,8 @@ _KEEP_ALL = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
-_CPU_FIELDS = ("vendor_id", "cpu family", "model", "model name", "flags")  # of /proc/cpuinfo, x86
-_CPU_FIELDS += ("CPU implementer", "CPU variant", "CPU part", "Features")  # and ARM
+_X86_FIELDS = ("vendor_id", "cpu family", "model", "model name", "flags")  # of /proc/cpuinfo
+_CPU_FIELDS = (*_X86_FIELDS, "CPU implementer", "CPU variant", "CPU part", "Features")  # ARM too
 
 
 def keep_compiled() -> None:
@@ -36,7 +36,7 @@ def keep_compiled() -> None:
     for name, value in _KEEP_ALL.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     try:
         folder = cache_folder()
@@ -58,7 +58,7 @@ def start() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter for CUDA without a GPU
-        wanted = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+        wanted = os.environ.get("JAX_PLATFORMS") or jax.config.values["jax_platforms"]
         reason = (str(error) or "no such device is here").splitlines()[0]
         reason = reason.partition(" (set JAX_PLATFORMS")[0].rstrip(".")
         raise UserError(

@@ -56,4 +56,4 @@ def demand(deterministic: bool, seeded: bool = True) -> None:
 
 def _cpu_alone() -> bool:
     """Whether `JAX_PLATFORMS` excludes accelerators."""
-    return jax.config.jax_platforms == "cpu"
+    return jax.config.values["jax_platforms"] == "cpu"

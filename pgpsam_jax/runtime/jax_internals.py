@@ -6,13 +6,14 @@ Exercised by `tests/distributed/test_processes.py`, `test_launch.py` and `test_d
 import contextlib
 import ctypes
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
-_abort_handler = None  # keeps the C function alive
+_abort_handler = _HANDLER()  # null; keeps the C function alive
 
 
-def client():
+def client() -> Any:
     """Returns JAX's connection to process 0; None in a single-process run. Starts no backend."""
     from jax._src import distributed
 
@@ -33,7 +34,7 @@ def backends_are_initialized() -> bool:
     return xla_bridge.backends_are_initialized()
 
 
-def cluster_types() -> list:
+def cluster_types() -> list[Any]:
     """Returns the schedulers that `jax.distributed.initialize` detects, in its order."""
     from jax._src import clusters
 
@@ -48,18 +49,19 @@ def on_abort(handler: Callable[[], None] | None) -> None:
     JAX, whose locks the aborting thread holds. If it returns, the process ends with SIGABRT.
     """
     global _abort_handler
-    _abort_handler = None if handler is None else _HANDLER(lambda _: handler())
+    _abort_handler = _HANDLER() if handler is None else _HANDLER(lambda _: handler())
     _set_handler(signal.SIGABRT, ctypes.cast(_abort_handler, ctypes.c_void_p))
 
 
 @contextlib.contextmanager
-def keep_sigterm_handler():
+def keep_sigterm_handler() -> Iterator[list[Callable[[], object]]]:
     """Restores Python's SIGTERM handler after the block, in which JAX replaces it.
 
     Yields a list. Afterwards it holds one function: JAX's handler, which starts the agreement
     behind `multihost_utils.reached_preemption_sync_point`.
     """
-    ours, theirs = signal.getsignal(signal.SIGTERM), []
+    ours = signal.getsignal(signal.SIGTERM)
+    theirs: list[Callable[[], object]] = []
     try:
         yield theirs
     finally:
@@ -68,7 +70,7 @@ def keep_sigterm_handler():
         theirs.append(lambda: address and _HANDLER(address)(signal.SIGTERM))
 
 
-def _set_handler(number: int, address) -> int | None:
+def _set_handler(number: int, address: ctypes.c_void_p | None) -> int | None:
     """Installs a C signal handler (None: the default one) and returns the previous one."""
     install = ctypes.CDLL(None).signal
     install.argtypes, install.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p

@@ -16,6 +16,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import Protocol
 
 from pgpsam_jax.errors import AGAIN, SIGNALED, Interrupted
 
@@ -26,6 +28,14 @@ _TOGETHER_SECONDS = 0.5  # a parent may forward a signal that the terminal alrea
 _ANNOUNCEMENT = "finishing the step and saving; Ctrl-C ends at once"
 
 
+class Group(Protocol):
+    """The processes of a run, which agree on a last step: `distributed.initialize.ProcessGroup`."""
+
+    def request_stop(self, reason: str) -> None: ...
+    def reached_last_step(self, step: int) -> bool: ...
+    def stop_reason(self) -> str: ...
+
+
 class Stop:
     """Whether this process has been asked to stop, and after which step it will.
 
@@ -34,7 +44,7 @@ class Stop:
 
     Attributes:
       reason: name of the signal; None before it arrives.
-      group: `distributed.initialize.ProcessGroup`, if the run has several processes.
+      group: None in a run of one process.
     """
 
     def __init__(self, resumes: bool = True):
@@ -42,7 +52,7 @@ class Stop:
         self.reason: str | None = None
         self.requested = threading.Event()
         self.deferred = self.raised = self._announced = False
-        self.group = None
+        self.group: Group | None = None
         self._lock = threading.Lock()
 
     def receive(self, number: int) -> None:
@@ -106,7 +116,7 @@ def current() -> Stop:
 
 
 @contextlib.contextmanager
-def handle_signals(*, resumes: bool = True):
+def handle_signals(*, resumes: bool = True) -> Iterator[None]:
     """Handles stop signals inside the block (main thread only).
 
     An error after a signal counts as its consequence.
@@ -123,16 +133,16 @@ def handle_signals(*, resumes: bool = True):
     for end in (reader, writer):
         end.setblocking(False)
 
-    def handle(number, _):
+    def handle(number: int, _: object) -> None:
         stop.receive(number)
         if not stop.deferred:
             stop.interrupt()
 
-    def resend():
+    def resend() -> None:
         if _stop is stop:  # still handles signals
             os.kill(os.getpid(), SIGNALS[-1])
 
-    def on_unraisable(unraisable):
+    def on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
         if not isinstance(unraisable.exc_value, Interrupted):
             unraisablehook(unraisable)
             return
@@ -168,7 +178,7 @@ def handle_signals(*, resumes: bool = True):
 
 
 @contextlib.contextmanager
-def defer_to_step(start: int):
+def defer_to_step(start: int) -> Iterator[Stop]:
     """Lets the block finish its step at a signal, by asking `should_stop(step)` after each.
 
     Args:
@@ -188,7 +198,7 @@ def defer_to_step(start: int):
         stop.interrupt()
 
 
-def _watch(stop: Stop, reader: socket.socket, handled: set) -> None:
+def _watch(stop: Stop, reader: socket.socket, handled: set[int]) -> None:
     """Reads the signals that arrive, until the other end closes."""
     deadline, received, forwarded_until = None, False, 0.0
     while True:

@@ -34,7 +34,7 @@ def begin() -> None:
     avoid_absent_tpu()
 
 
-def _leave(number, _) -> None:
+def _leave(number: int, _: object) -> None:
     os.write(2, b"stopped: SIGINT came\n")
     os._exit(128 + number)
 

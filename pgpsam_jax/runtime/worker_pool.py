@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor, wait
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime.preemption import SIGNALS
@@ -24,6 +24,10 @@ _WORTHWHILE = 20_000_000
 # send this signal.
 _STOP = getattr(signal, "SIGUSR2", signal.SIGTERM)
 _PATIENCE = 5.0  # seconds until a worker is killed
+
+
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
 
 
 class Work(NamedTuple):
@@ -65,12 +69,12 @@ def worker_count(setting: int, jobs: int, voxels: int, work: Work = SCORING) -> 
 
 
 def map_in_order(
-    function: Callable,
-    jobs: Iterable,
+    function: Callable[[_Job], _Result],
+    jobs: Iterable[_Job],
     workers: int,
     work: Work = SCORING,
-    initializer: Callable[[], None] = int,
-) -> Iterator:
+    initializer: Callable[[], object] = int,
+) -> Iterator[_Result]:
     """Yields `function(job)` for each job in order, computed by worker processes.
 
     Args:
@@ -90,7 +94,7 @@ def map_in_order(
     from loky import ProcessPoolExecutor  # imported late: 0.1 s
 
     pool = ProcessPoolExecutor(workers, initializer=_initialize, initargs=(initializer,))
-    pending = collections.deque()
+    pending: collections.deque[Future[_Result]] = collections.deque()
     try:
         for job in jobs:
             pending.append(pool.submit(_work, function, job))
@@ -107,9 +111,10 @@ def map_in_order(
         _shut_down(pool, pending)
 
 
-def map_ahead(function: Callable, items: Iterable) -> Iterator:
+def map_ahead(function: Callable[[_Job], _Result], items: Iterable[_Job]) -> Iterator[_Result]:
     """Yields `function(item)` for each item in order; a thread works one item ahead."""
-    pending, thread = collections.deque(), ThreadPoolExecutor(1)
+    pending: collections.deque[Future[_Result]] = collections.deque()
+    thread = ThreadPoolExecutor(1)
     try:
         for item in items:
             pending.append(thread.submit(function, item))
@@ -123,7 +128,7 @@ def map_ahead(function: Callable, items: Iterable) -> Iterator:
         thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _shut_down(pool, pending: Iterable[Future]) -> None:
+def _shut_down(pool: Any, pending: Iterable[Future[Any]]) -> None:
     """Ends all workers; interrupted jobs get time to remove their temporary files."""
     processes = list(pool._processes.values())
     for process in processes:
@@ -150,7 +155,7 @@ class _Worker:
     busy = stopped = False
 
 
-def _initialize(initializer: Callable[[], None]) -> None:
+def _initialize(initializer: Callable[[], object]) -> None:
     for number in SIGNALS:  # sent to the whole process group; the parent handles them
         signal.signal(number, signal.SIG_IGN)
     signal.signal(_STOP, _stop)
@@ -158,7 +163,7 @@ def _initialize(initializer: Callable[[], None]) -> None:
     initializer()
 
 
-def _stop(*_):
+def _stop(*_: object) -> None:
     _Worker.stopped = True
     if _Worker.busy:
         raise SystemExit
@@ -171,7 +176,7 @@ def _exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _work(function: Callable, job):
+def _work(function: Callable[[_Job], _Result], job: _Job) -> _Result | None:
     _Worker.busy = True
     try:
         return None if _Worker.stopped else function(job)

@@ -15,9 +15,13 @@ import contextvars
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Steps = tuple[NamedSharding, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,7 @@ class TracingContext:
     weight_axes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, device, **axes) -> "TracingContext":
+    def of(cls, device: jax.Device, **axes: Any) -> "TracingContext":
         """Returns that of a device, which may belong to a topology that is only compiled for."""
         try:
             capability = float(device.compute_capability)
@@ -48,7 +52,7 @@ class TracingContext:
         """Returns the number of parts into which these axes split an array."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in axes)
 
-    def spec(self, shape, split: dict[int, tuple[str, ...]]) -> PartitionSpec:
+    def spec(self, shape: Sequence[int], split: dict[int, tuple[str, ...]]) -> PartitionSpec:
         """Returns the spec that splits dimensions over mesh axes where they divide."""
         axes = (split.get(i, ()) for i in range(len(shape)))
         return PartitionSpec(
@@ -70,7 +74,7 @@ def current() -> TracingContext:
 
 
 @contextlib.contextmanager
-def traced_for(placement: TracingContext):
+def traced_for(placement: TracingContext) -> Iterator[None]:
     """Sets the context of functions that are traced inside the block."""
     token = _current.set(placement)
     try:
@@ -79,7 +83,7 @@ def traced_for(placement: TracingContext):
         _current.reset(token)
 
 
-def split_batch(x):
+def split_batch(x: jax.Array) -> jax.Array:
     """Constrains activations (B, ...): rows over the batch axes, all else replicated."""
     here = _current.get()
     if here is None or here.mesh is None or here.mesh.size == 1:
@@ -90,20 +94,20 @@ def split_batch(x):
     return jax.lax.with_sharding_constraint(x, NamedSharding(here.mesh, spec))
 
 
-def gathered(weight):
+def gathered(weight: jax.Array) -> jax.Array:
     """Gathers a weight. Cast it first: the argument is communicated, its gradient is not."""
     steps = gathering(weight.shape)
     return _gathered(weight, steps) if steps else weight
 
 
-def gathering(shape, split: int | None = None, stored: int | None = None) -> tuple:
+def gathering(shape: Sequence[int], split: int | None = None, stored: int | None = None) -> Steps:
     """Steps for `in_steps` from a stored weight to one that a product takes; none without a mesh.
 
     split: the dimension that is then split over the head axes. stored: the dimension that is split
     over them before, if another; the parts are exchanged.
     """
     here = _current.get()
-    if here is None or here.shares(here.weight_axes) == 1:
+    if here is None or here.mesh is None or here.shares(here.weight_axes) == 1:
         return ()
     dimensions = (split,) if stored is None else (stored, split)
     splits = ({} if dimension is None else {dimension: here.head_axes} for dimension in dimensions)
@@ -114,7 +118,7 @@ def gathering(shape, split: int | None = None, stored: int | None = None) -> tup
     return tuple(NamedSharding(here.mesh, spec) for spec in specs)
 
 
-def in_steps(x, steps: tuple):
+def in_steps(x: jax.Array, steps: Steps) -> jax.Array:
     """Applies the shardings `steps` to x, one after the other."""
     for sharding in steps:
         x = jax.lax.with_sharding_constraint(x, sharding)
@@ -122,7 +126,7 @@ def in_steps(x, steps: tuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(weight, steps):
+def _gathered(weight: jax.Array, steps: Steps) -> jax.Array:
     return in_steps(weight, steps)
 
 
@@ -133,7 +137,7 @@ _gathered.defvjp(
 )
 
 
-def per_device(kernel, *operands):
+def per_device(kernel: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
     """Runs kernel(*operands) on (B, N, ...) arrays, each device on its share of batch and heads.
 
     An axis that does not divide is replicated: its devices then compute the same.

@@ -8,8 +8,11 @@ repeats the decoder, which is small beside it. Model code names no mesh axis.
 
 import contextlib
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,7 +21,9 @@ from pgpsam_jax.sharding.context import TracingContext, traced_for
 from pgpsam_jax.sharding.rules import AXES, BATCH, PARTS, spec_of
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """Mesh over all devices; one size may be -1, "the rest". Sizes that do not fit are refused."""
     devices = jax.devices() if devices is None else devices
     sizes, count = {"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices)
@@ -79,13 +84,13 @@ def _listed(numbers: list[int]) -> str:
     return " or ".join(filter(None, (", ".join(map(str, numbers[:-1])), str(numbers[-1]))))
 
 
-def state_shardings(tree, mesh: Mesh, method=None):
+def state_shardings(tree: Any, mesh: Mesh, method: tuple[str, str] | None = None) -> Any:
     """NamedSharding for every leaf of a tree of states (arrays or shapes), by its path.
 
     method: see `spec_of`; None for a part of SAM by itself.
     """
 
-    def sharding(path, leaf):
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
         return NamedSharding(mesh, spec_of(method, name, leaf.shape, mesh))
 
@@ -101,14 +106,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def put_batch(batch: dict, mesh: Mesh) -> dict:
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of the global batch to global arrays on the mesh."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 @contextlib.contextmanager
-def traced_on(mesh: Mesh):
+def traced_on(mesh: Mesh) -> Iterator[None]:
     """Functions traced inside are for this mesh: its kernels, its constraints on activations.
 
     Also decorates a function that is to be jitted: `jax.jit(traced_on(mesh)(step))`.

@@ -4,11 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal
 
 from pgpsam_jax.sharding import context
 
+_Kept = tuple[jax.Array | None, jax.Array | None]
 
-def matmul(x, kernel):
+
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """(..., D) times (D, *E) as one product, (..., *E).
 
     XLA's CPU backend runs the weight gradient, a contraction over all leading axes, twice as fast
@@ -18,7 +21,9 @@ def matmul(x, kernel):
     return product.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
-def split_matmul(x, kernel, split: int, stored: int | None = None):
+def split_matmul(
+    x: jax.Array, kernel: jax.Array, split: int, stored: int | None = None
+) -> jax.Array:
     """Multiplies rows x (B, ...) with a stored kernel, each device with its part.
 
     split, stored: see `context.gathering`. The gathered kernel is not stored for the backward
@@ -33,19 +38,21 @@ def split_matmul(x, kernel, split: int, stored: int | None = None):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul_of_parts(x, kernel, steps):
+def _matmul_of_parts(x: jax.Array, kernel: jax.Array, steps: context.Steps) -> jax.Array:
     return matmul(x, context.in_steps(kernel, steps))
 
 
-def _matmul_forward(x, kernel, steps):
+def _matmul_forward(
+    x: CustomVJPPrimal, kernel: CustomVJPPrimal, steps: context.Steps
+) -> tuple[jax.Array, _Kept]:
     kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
     # The compiler lets every later use of a value be one of its constrained copy. Behind a barrier
     # it is another value, and the one that is kept stays in parts.
-    kernel = context.in_steps(jax.lax.optimization_barrier(kernel.value), steps)
-    return matmul(x.value, kernel), kept
+    gathered = context.in_steps(jax.lax.optimization_barrier(kernel.value), steps)
+    return matmul(x.value, gathered), kept
 
 
-def _matmul_backward(steps, kept, slope):
+def _matmul_backward(steps: context.Steps, kept: _Kept, slope: jax.Array) -> _Kept:
     (x, kernel), outer = kept, len(steps[0].spec) - 1
     rows = slope.shape[:-outer]
     slope = slope.reshape(-1, *slope.shape[-outer:])

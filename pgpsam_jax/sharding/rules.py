@@ -3,7 +3,7 @@
 import math
 import re
 
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 BATCH, PARTS = ("data", "fsdp"), ("fsdp", "tensor")
@@ -54,7 +54,7 @@ _SURGICALSAM = (
     (r"iou_head/layers/\d+/kernel$", INPUTS),
 )
 # Key of `methods.registry.METHODS` -> rows of a method, which come before SAM's.
-METHOD_RULES = {
+METHOD_RULES: dict[tuple[str, str] | None, tuple[tuple[str, P], ...]] = {
     ("pgpsam", "paper"): _PAPER,
     ("pgpsam", "release"): _RELEASE,
     ("hsam", ""): _HSAM,
@@ -63,7 +63,9 @@ METHOD_RULES = {
 }
 
 
-def spec_of(method, path: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
+def spec_of(
+    method: tuple[str, str] | None, path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     """The spec of a parameter path in the table of a method, a key of `METHOD_RULES` or of none.
 
     Axes, from the last on, that do not divide their dimension are left out.
@@ -74,7 +76,9 @@ def spec_of(method, path: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
     return P()
 
 
-def _fitting(axes, size: int, mesh):
+def _fitting(
+    axes: str | tuple[str, ...] | None, size: int, mesh: Mesh | AbstractMesh
+) -> str | tuple[str, ...] | None:
     axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):
         axes = axes[:-1]

@@ -10,11 +10,13 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pgpsam_jax.errors import UserError
+
+StrPath = str | os.PathLike[str]
 
 _PREFIX = ".tmp-"
 _RAISE = object()
@@ -28,7 +30,7 @@ _WRITTEN = (  # by runs and grids, at the top of their folders
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
-def local(path, what: str) -> Path:
+def local(path: StrPath, what: str) -> Path:
     """Returns the path; raises a `UserError` for an address such as gs://bucket/x."""
     if found := _ADDRESS.match(str(path)):
         if found[1].lower() == "file":
@@ -40,7 +42,7 @@ def local(path, what: str) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_path(path):
+def atomic_path(path: StrPath) -> Iterator[Path]:
     """Yields a temporary path beside `path` with the same suffixes, renamed to it on success.
 
     The file gets the mode of the user's umask. An `OSError` names `path`.
@@ -64,7 +66,7 @@ def atomic_path(path):
 
 
 @contextlib.contextmanager
-def atomic_folder(path):
+def atomic_folder(path: StrPath) -> Iterator[Path]:
     """Yields a new folder beside `path`, renamed to it on success."""
     path = Path(path)
     with naming(path):
@@ -85,7 +87,7 @@ def _beside(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def naming(path):
+def naming(path: StrPath) -> Iterator[None]:
     """Adds the file name to an `OSError` of the block; those of open files have none."""
     try:
         yield
@@ -95,7 +97,7 @@ def naming(path):
         raise
 
 
-def _to_disk(name) -> None:
+def _to_disk(name: Path) -> None:
     """Flushes a file; a power failure could otherwise leave the new name without content."""
     handle = os.open(name, os.O_RDONLY)
     try:
@@ -104,7 +106,7 @@ def _to_disk(name) -> None:
         os.close(handle)
 
 
-def remove_temporaries(folder) -> None:
+def remove_temporaries(folder: StrPath) -> None:
     """Removes temporary files of killed writers from a folder tree, except from caches."""
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != "cache"]  # other runs may write there
@@ -113,7 +115,7 @@ def remove_temporaries(folder) -> None:
                 Path(place, name).unlink(missing_ok=True)
 
 
-def refuse_foreign(folder, marks, kind: str) -> None:
+def refuse_foreign(folder: StrPath, marks: Iterable[str], kind: str) -> None:
     """Raises a `UserError` if a folder holds something else than a run or grid.
 
     Args:
@@ -133,17 +135,17 @@ def refuse_foreign(folder, marks, kind: str) -> None:
             )
 
 
-def write_text(path, text: str) -> None:
+def write_text(path: StrPath, text: str) -> None:
     with atomic_path(path) as temporary:
         # Keeps the bytes of file names that are not UTF-8.
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
-def write_json(path, value) -> None:
+def write_json(path: StrPath, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def csv_text(columns, rows) -> str:
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
     """Formats rows (dictionaries with these keys) as CSV with a header."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -152,13 +154,13 @@ def csv_text(columns, rows) -> str:
     return text.getvalue()
 
 
-def file_digest(path, algorithm: str = "sha256") -> str:
+def file_digest(path: StrPath, algorithm: str = "sha256") -> str:
     """Returns the hex digest of a file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def read_metrics(path) -> list[dict]:
+def read_metrics(path: StrPath) -> list[dict[str, Any]]:
     """Returns the records of a `metrics.jsonl`, without lines cut off when a run was killed."""
     path, records = Path(path), []
     if path.is_file():
@@ -171,8 +173,8 @@ def read_metrics(path) -> list[dict]:
 
 
 def read_record(
-    path,
-    parse: Callable[[dict], Any] = lambda value: value,
+    path: StrPath,
+    parse: Callable[[dict[str, Any]], Any] = lambda value: value,
     *,
     missing: Any = None,
     damaged: Any = _RAISE,

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.utils.files import StrPath
 
 MAX_BYTES = 64 << 20  # a list of a million slices has a third of that
 
 
-def read_text(path, what: str) -> str:
+def read_text(path: StrPath, what: str) -> str:
     """Returns the UTF-8 text of a regular file, without a byte order mark.
 
     Args:
@@ -34,14 +36,14 @@ def read_text(path, what: str) -> str:
         raise UserError(f"{what} {path} cannot be read: {reason}; check the path") from None
 
 
-def read_user_json(path, what: str):
+def read_user_json(path: StrPath, what: str) -> Any:
     """Returns the value in a JSON file; raises a `UserError`, also for repeated keys."""
     try:
         return json.loads(read_text(path, what), object_pairs_hook=_object)
     except RecursionError:
         reason = "it is nested too deeply"
     except ValueError as error:
-        reason = error
+        reason = str(error)
     raise UserError(f"{what} {path} cannot be read as JSON: {reason}; correct it")
 
 
@@ -51,7 +53,7 @@ def sanitize(text: str, most: int = 100) -> str:
     return plain if len(text) <= most else f"{plain[:most]}..."
 
 
-def _object(pairs: list) -> dict:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
