@@ -1,6 +1,7 @@
 """Validated augmentation settings, and those of the authors' release."""
 
 import dataclasses
+from typing import NoReturn
 
 from pgpsam_jax.errors import UserError
 
@@ -64,7 +65,7 @@ class AugmentConfig:
     salt_pepper_fraction: float = 0.3
     seeded: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "scale_range", tuple(self.scale_range))
         for name in ("rotate", "scale", "elastic", "noise", "poisson", "salt_pepper"):
             probability = getattr(self, f"{name}_probability")
@@ -127,5 +128,5 @@ RELEASE = AugmentConfig(
 )
 
 
-def _refuse(problem: str):
+def _refuse(problem: str) -> NoReturn:
     raise UserError(f"augmentation settings: {problem}.")

@@ -7,7 +7,10 @@ on. Fields set by the same source are all kept; the checks below refuse contradi
 import contextlib
 import contextvars
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import ml_collections
 from ml_collections import ConfigDict
@@ -29,7 +32,7 @@ _BETWEEN = (str(Path(ml_collections.__file__).parent), __file__)
 
 
 @contextlib.contextmanager
-def set_by(name: str):
+def set_by(name: str) -> Iterator[None]:
     """Attributes fields set inside the block to the source `name`, not to the calling file."""
     token = _named.set(name)
     try:
@@ -41,7 +44,7 @@ def set_by(name: str):
 class _Section(ConfigDict):
     """Remembers which source set each field."""
 
-    def __setitem__(self, key, value):
+    def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
         sources, ours = self.__dict__.setdefault("_sources", {}), _named.get() or _caller()
         sources[key] = ours
@@ -49,7 +52,7 @@ class _Section(ConfigDict):
             if field in self._fields and sources.get(field) != ours:
                 super().__setitem__(field, unset)
 
-    def _excluded(self, key: str) -> dict:
+    def _excluded(self, key: str) -> dict[str, Any]:
         """Fields excluded by the value of `key` -> their unset values."""
         return {}
 
@@ -57,7 +60,7 @@ class _Section(ConfigDict):
 class DataSettings(_Section):
     """`config.data`: a split file implies split `file`; globs belong to layout `pairs`."""
 
-    def _excluded(self, key: str) -> dict:
+    def _excluded(self, key: str) -> dict[str, Any]:
         if key == "split_file" and self[key]:
             return {"split": "file"}
         if key == "split" and self[key] != "file":
@@ -70,14 +73,14 @@ class DataSettings(_Section):
 class TrainSettings(_Section):
     """`config.train`: epochs set after steps replace them."""
 
-    def _excluded(self, key: str) -> dict:
+    def _excluded(self, key: str) -> dict[str, Any]:
         return {"steps": 0} if key == "epochs" else {}
 
 
 class FewShotSettings(_Section):
     """`config.fewshot`: a list, or a rule with its one size."""
 
-    def _excluded(self, key: str) -> dict:
+    def _excluded(self, key: str) -> dict[str, Any]:
         value = self[key]
         if value is None or value == "":
             return {}
@@ -126,14 +129,14 @@ def check_few_shot_size(fewshot: ConfigDict) -> None:
         )
 
 
-def _listed(fields: dict) -> str:
+def _listed(fields: dict[str, Any]) -> str:
     *first, last = (f"fewshot.{key}={value}" for key, value in fields.items())
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def _caller() -> str:
     """The file whose code set a field."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame and frame.f_code.co_filename.startswith(_BETWEEN):
         frame = frame.f_back
     return frame.f_code.co_filename if frame else ""

@@ -5,6 +5,8 @@ Specific to a method: optimizer, schedule, loss weights, batch size and trainabl
 encoder (docs/methods.md). Comments name what is left out of the original recipe.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 # Decay over 200 epochs, stopped at 160; warm-up of 250 steps (of a short run, a tenth). Left out:
@@ -74,7 +76,7 @@ _SAMLST = {
 }
 
 # One per method, in the order of tables.
-RECIPES: dict[str, dict] = {
+RECIPES: dict[str, dict[str, Any]] = {
     "pgpsam": {},
     "samed": _SAMED,
     "hsam": _HSAM,
@@ -86,12 +88,12 @@ RECIPES: dict[str, dict] = {
 }
 
 
-def recipe_of(name: str) -> dict:
+def recipe_of(name: str) -> dict[str, Any]:
     """Returns the configuration fields that a method's recipe sets, {"optim.name": ...}."""
     return RECIPES.get(name, {})
 
 
-def intrinsic_settings(name: str) -> dict:
+def intrinsic_settings(name: str) -> dict[str, Any]:
     """Returns the part of a recipe that defines the method itself.
 
     All methods then share optimizer, schedule, loss weights, batch and LoRA rank.

@@ -1,6 +1,7 @@
 """Validated optimizer settings."""
 
 import dataclasses
+from typing import NoReturn
 
 from pgpsam_jax.errors import UserError
 
@@ -39,7 +40,7 @@ class OptimConfig:
     final_learning_rate: float = 1e-6
     clip_norm: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.final_learning_rate <= self.learning_rate:
             refuse(
                 f"final_learning_rate is {self.final_learning_rate}; keep it from 0 to "
@@ -56,5 +57,5 @@ class OptimConfig:
             refuse(f"clip_norm is {self.clip_norm}; give a positive norm, or None for no clipping")
 
 
-def refuse(problem: str):
+def refuse(problem: str) -> NoReturn:
     raise UserError(f"optimizer settings: {problem}.")

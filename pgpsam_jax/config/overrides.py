@@ -9,10 +9,11 @@ import ast
 import difflib
 import functools
 import importlib.machinery
-import importlib.util
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -40,11 +41,13 @@ def load_file(spec: str) -> ConfigDict:
 class _Uncached(importlib.machinery.SourceFileLoader):
     """Compiles a file without Python's cache, which compares only size and second."""
 
-    def get_code(self, fullname):
+    def get_code(self, fullname: str) -> CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
-def load_function(spec: str, function: str, what: str) -> tuple[str, Callable, str]:
+def load_function(
+    spec: str, function: str, what: str
+) -> tuple[str, Callable[..., Any], str]:
     """Loads a function from a Python file.
 
     Args:
@@ -65,10 +68,10 @@ def load_function(spec: str, function: str, what: str) -> tuple[str, Callable, s
     if Path(path).suffix != ".py":
         raise UserError(f"{what} file {path} is not a Python file; its name must end in .py")
     title = f"_{what}_{Path(path).stem}"
-    module_spec = importlib.util.spec_from_loader(title, _Uncached(title, path))
-    module = importlib.util.module_from_spec(module_spec)
+    module = ModuleType(title)
+    module.__file__ = path
     try:
-        module_spec.loader.exec_module(module)
+        _Uncached(title, path).exec_module(module)
     except UserError:
         raise
     except Exception as error:  # whatever a user's code does
@@ -101,7 +104,7 @@ def split_flags(argv: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     return rest, fields
 
 
-def assign(config: ConfigDict, fields: dict, source: str) -> None:
+def assign(config: ConfigDict, fields: dict[str, Any], source: str) -> None:
     """Sets the fields given by one source; unsets exclusive ones of other sources.
 
     Args:
@@ -119,7 +122,7 @@ def assign(config: ConfigDict, fields: dict, source: str) -> None:
             _set(config, field, value)
 
 
-def _set(config: ConfigDict, field: str, value) -> None:
+def _set(config: ConfigDict, field: str, value: Any) -> None:
     default, kind = _default(field)
     if isinstance(value, str) and kind is not str:
         value = _read(field, value, default, kind)
@@ -144,7 +147,7 @@ def _defaults() -> ConfigDict:
     return defaults.default_config()
 
 
-def _default(field: str) -> tuple:
+def _default(field: str) -> tuple[Any, type]:
     """(default value, kind) of a field."""
     value = fields = _defaults()
     section, _, last = field.rpartition(".")
@@ -162,7 +165,7 @@ def _default(field: str) -> tuple:
     return value, kind
 
 
-def _read(field: str, text: str, default, kind: type):
+def _read(field: str, text: str, default: Any, kind: type) -> Any:
     """Parses the text of a field that is not a string."""
     word = text.strip()
     try:
@@ -184,7 +187,7 @@ def _read(field: str, text: str, default, kind: type):
         ) from None
 
 
-def _tuple(word: str, default: tuple) -> tuple:
+def _tuple(word: str, default: tuple[Any, ...]) -> tuple[Any, ...]:
     """Parses `(0, 100)`, `0,100`, `7`, `()`, and words without quotes: `q,v`."""
     try:
         value = ast.literal_eval(word or "()")
@@ -198,7 +201,7 @@ def _tuple(word: str, default: tuple) -> tuple:
     return tuple(kind(item) for item in value)
 
 
-def _wanted(default, kind: type) -> str:
+def _wanted(default: object, kind: type) -> str:
     """The remedy for an invalid value."""
     if kind is tuple:
         return f"give a list such as {default}" if default else "give a list such as (2, 5) or ()"

@@ -7,6 +7,7 @@ locked: unknown fields are errors, in a file and on the command line.
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -14,7 +15,7 @@ from pgpsam_jax.config import exclusive_fields
 from pgpsam_jax.config.defaults import default_config
 from pgpsam_jax.config.exclusive_fields import SIZES
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.files import local, write_json
+from pgpsam_jax.utils.files import StrPath, local, write_json
 from pgpsam_jax.utils.untrusted_text import read_user_json, sanitize
 
 MAX_INT = 2**31 - 1  # of integers and seeds: the step carries them in 32 bits
@@ -25,17 +26,17 @@ _COUNTS = """
     train.microbatches train.epochs fewshot.count fewshot.volumes fewshot.every log.every_steps
     log.checkpoint_steps eval.batch_size
 """.split()
-_LEAST = dict.fromkeys(_COUNTS, 1)
+_LEAST: dict[str, float] = dict.fromkeys(_COUNTS, 1)
 _LEAST |= dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor", "eval.workers"), -1)
 _LEAST |= dict.fromkeys(("model.mix_start", "data.window"), -math.inf)
 
 
-def to_json(config: ConfigDict) -> dict:
+def to_json(config: ConfigDict) -> dict[str, Any]:
     """Returns the configuration as plain JSON values."""
     return json.loads(config.to_json(sort_keys=True))
 
 
-def from_json(value: dict, where: str = "stored configuration") -> ConfigDict:
+def from_json(value: dict[str, Any], where: str = "stored configuration") -> ConfigDict:
     """Returns a stored configuration on top of the defaults.
 
     Args:
@@ -77,7 +78,7 @@ def validate(config: ConfigDict) -> None:
     exclusive_fields.check_few_shot(config.fewshot)
 
 
-def _check_kinds(stored: dict, defaults: dict) -> None:
+def _check_kinds(stored: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Refuses what `ConfigDict.update` accepts: None, True for a number, mixed lists."""
     for key, default in defaults.items():
         value = stored.get(key, default)
@@ -93,7 +94,7 @@ def _check_kinds(stored: dict, defaults: dict) -> None:
             raise ValueError(f"{key} is {value!r:.60}, but by default {default!r:.60}")
 
 
-def _upgrade(value: dict) -> dict:
+def _upgrade(value: dict[str, Any]) -> dict[str, Any]:
     """Converts a configuration of an earlier version to the present fields."""
     value = {part: dict(v) if isinstance(v, dict) else v for part, v in value.items()}
     if isinstance(remat := value.get("model", {}).get("remat"), bool):  # before it had names
@@ -116,7 +117,7 @@ def _upgrade(value: dict) -> dict:
     return value
 
 
-def load_config(workdir) -> ConfigDict:
+def load_config(workdir: StrPath) -> ConfigDict:
     """Returns the configuration a workdir was trained with."""
     path = local(workdir, "workdir") / "config.json"
     if not path.is_file():
@@ -127,20 +128,20 @@ def load_config(workdir) -> ConfigDict:
     return from_json(read_user_json(path, "configuration"), f"configuration {path}")
 
 
-def save_config(config: ConfigDict, workdir) -> None:
+def save_config(config: ConfigDict, workdir: StrPath) -> None:
     """Writes `config.json`, which ties the workdir to this configuration."""
     write_json(Path(workdir) / "config.json", to_json(config))
 
 
-def _tuples(value):
+def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def flatten(value: dict, prefix: str = "") -> dict:
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens nested sections to one dictionary with keys such as `model.k`."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for key, item in value.items():
         nested = isinstance(item, dict)
         fields |= flatten(item, f"{prefix}{key}.") if nested else {prefix + key: item}

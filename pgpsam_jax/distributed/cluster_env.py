@@ -1,7 +1,7 @@
 """Process number and count, from flags or from the scheduler."""
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime import jax_internals
@@ -26,7 +26,7 @@ def from_flags(
     missing = [flag for flag, value in given.items() if value is None]
     if len(missing) == len(given):
         return None
-    if missing:
+    if coordinator is None or processes is None or process is None:
         raise UserError(
             "--coordinator HOST:PORT, --processes N and --process I go together; give "
             + " and ".join(missing)
@@ -85,7 +85,7 @@ def from_scheduler() -> ProcessInfo | None:
     return None
 
 
-def _own_devices(cluster) -> list[int] | None:
+def _own_devices(cluster: Any) -> list[int] | None:
     """Returns the GPU with the task's number on its machine, as JAX does; None for all.
 
     None if the task is alone on its machine, or sees only one GPU, which is number 0.

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -19,6 +20,7 @@ from pgpsam_jax.distributed import multihost
 from pgpsam_jax.distributed.cluster_env import START_SECONDS, ProcessInfo
 from pgpsam_jax.errors import AGAIN, Interrupted, UserError, as_user_error
 from pgpsam_jax.runtime import jax_internals, preemption
+from pgpsam_jax.utils.files import StrPath
 
 PEER_LOST = 69  # exit code (EX_UNAVAILABLE): another process ended without reporting an error
 HEARTBEAT_SECONDS = 60  # without a heartbeat, JAX considers a process lost
@@ -28,7 +30,7 @@ _FAILED, _STOP, _HEARD = "pgpsam/failed", "pgpsam/stop", "pgpsam/heard"
 _last_words = threading.Lock()  # never released
 
 
-def leave(code: int, message: str, finish=lambda: None) -> None:
+def leave(code: int, message: str, finish: Callable[[], object] = lambda: None) -> None:
     """Ends this process with one sentence on stderr; exit hooks would wait for the others.
 
     finish: called after the sentence was printed.
@@ -46,11 +48,11 @@ def leave(code: int, message: str, finish=lambda: None) -> None:
 @contextlib.contextmanager
 def joined(
     info: ProcessInfo | None,
-    workdir=None,
+    workdir: StrPath | None = None,
     *,
     start_seconds: int = START_SECONDS,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
-):
+) -> Iterator[None]:
     """Joins the processes of a run for the block; an error inside ends all of them.
 
     Args:
@@ -80,7 +82,13 @@ def joined(
 class ProcessGroup:
     """The processes of a run, as one of them sees them; arguments as for `joined`."""
 
-    def __init__(self, info: ProcessInfo, workdir, start_seconds: int, heartbeat_seconds: int):
+    def __init__(
+        self,
+        info: ProcessInfo,
+        workdir: StrPath | None,
+        start_seconds: int,
+        heartbeat_seconds: int,
+    ) -> None:
         self.info, self._workdir = info, workdir
         self._heartbeat_seconds = heartbeat_seconds
         self._connect(start_seconds)
@@ -97,7 +105,7 @@ class ProcessGroup:
             host = info.coordinator.rpartition(":")[0].strip("[]")
             os.environ.setdefault("no_grpc_proxy", host)
 
-        def give_up(reason="JAX's report above says why"):
+        def give_up(reason: str = "JAX's report above says why") -> None:
             leave(
                 2,
                 f"process {info.process} of {info.processes} did not meet the others at "

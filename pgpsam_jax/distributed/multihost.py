@@ -14,7 +14,9 @@ import socket
 import time
 import zlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,10 +24,13 @@ from flax import nnx
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime import jax_internals
+from pgpsam_jax.utils.files import StrPath
+
+_T = TypeVar("_T")
 
 SHARED_SECONDS = 60  # to see a file of another machine; network folders cache names
 WORK_MS = 24 * 3600 * 1000  # limit of waits for the work of another process
-_used = Counter()  # uses of each name, as the names of barriers and keys must be unique
+_used: Counter[str] = Counter()  # uses of each name: barriers and keys need unique ones
 
 
 def is_multiprocess() -> bool:
@@ -44,7 +49,7 @@ def print_once(text: str) -> None:
         print(text, flush=True)
 
 
-def shard_for_process(items) -> list:
+def shard_for_process(items: Iterable[_T]) -> list[_T]:
     """Returns this process's share of some work: every n-th item of n processes."""
     return list(items)[jax.process_index() :: jax.process_count()]
 
@@ -57,7 +62,7 @@ def barrier(name: str) -> None:
 
 
 @contextlib.contextmanager
-def first_before_others(name: str):
+def first_before_others(name: str) -> Iterator[None]:
     """Runs the block in the first process, then in the others.
 
     They find what it wrote; if folders are not shared, each process writes its own.
@@ -69,7 +74,7 @@ def first_before_others(name: str):
         barrier(name)
 
 
-def gather(value) -> list:
+def gather(value: _T) -> list[_T]:
     """Returns the `value` of every process, in order, on every process."""
     if not is_multiprocess():
         return [value]
@@ -82,7 +87,7 @@ def gather(value) -> list:
     return [pickle.loads(part[:n].tobytes()) for part, n in zip(everyone, sizes, strict=True)]
 
 
-def agree(values: dict) -> None:
+def agree(values: dict[str, Any]) -> None:
     """Checks that `values` (name to JSON value) equal those of the first process.
 
     Raises:
@@ -106,7 +111,7 @@ def agree(values: dict) -> None:
             )
 
 
-def _difference(ours: dict, first: dict) -> tuple:
+def _difference(ours: Any, first: Any) -> tuple[str, Any, Any]:
     """Returns (name, ours, theirs) of a field in which two dictionaries differ."""
     path = []
     while isinstance(ours, dict) and isinstance(first, dict):
@@ -115,15 +120,15 @@ def _difference(ours: dict, first: dict) -> tuple:
     return ".".join(path), ours, first
 
 
-def checksum(tree) -> int:
+def checksum(tree: Any) -> int:
     """Returns a CRC-32 of all arrays of a tree."""
     value = 0
     for leaf in jax.tree.leaves(tree):
-        value = zlib.crc32(np.ascontiguousarray(leaf), value)
+        value = zlib.crc32(np.asarray(leaf).tobytes(), value)
     return value
 
 
-def check_shared(folder) -> None:
+def check_shared(folder: StrPath) -> None:
     """Refuses a folder that is not the same one for all processes; creates it if needed."""
     if not is_multiprocess():
         return
@@ -148,7 +153,7 @@ def check_shared(folder) -> None:
             )
 
 
-def put_global(tree, shardings):
+def put_global(tree: Any, shardings: Any) -> Any:
     """Distributes arrays, which every process holds in full, over the devices of all processes.
 
     Args:
@@ -161,7 +166,7 @@ def put_global(tree, shardings):
     return jax.tree.map(_put, tree, shardings)
 
 
-def put_state_global(state, shardings) -> None:
+def put_state_global(state: nnx.State[Any, Any], shardings: Any) -> None:
     """Moves the arrays of an `nnx.State` to their shardings in place, leaf by leaf.
 
     At no time are two copies of more than one array held.
@@ -171,7 +176,7 @@ def put_state_global(state, shardings) -> None:
         variable.set_value(_put(variable[...], sharding))
 
 
-def _put(leaf, sharding):
+def _put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """Returns an array with this sharding: `leaf` itself, if it already has it."""
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
@@ -181,11 +186,11 @@ def _put(leaf, sharding):
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def all_gather(tree):
+def all_gather(tree: Any) -> Any:
     """Returns distributed arrays in full in each process; all processes call it together."""
     from jax.experimental import multihost_utils
 
-    def get(leaf):
+    def get(leaf: jax.Array) -> Any:
         if leaf.is_fully_addressable:
             return leaf
         if leaf.is_fully_replicated:
