@@ -5,6 +5,7 @@ import io
 import re
 import textwrap
 import tokenize
+from collections.abc import Iterator
 
 from pgpsam_jax.config import defaults
 from pgpsam_jax.config.augmentation import AugmentConfig
@@ -29,7 +30,7 @@ def describe_fields(width: int = 100) -> str:
     return "\n".join(entries)
 
 
-def _text(value) -> str:
+def _text(value: object) -> str:
     return ",".join(map(str, value)) or "()" if isinstance(value, tuple) else str(value)
 
 
@@ -60,9 +61,9 @@ def _assignments(source: str) -> dict[str, str]:
     return found
 
 
-def _attributes(owner: type):
+def _attributes(owner: type) -> Iterator[tuple[list[str], str]]:
     """(names, text) of each entry under "Attributes:" in a docstring."""
-    _, _, text = inspect.getdoc(owner).partition("Attributes:\n")
+    _, _, text = (inspect.getdoc(owner) or "").partition("Attributes:\n")
     for entry in re.split(r"\n(?=  \w)", text):
         if match := _ATTRIBUTE.fullmatch(" ".join(entry.split())):
             yield match[1].split(", "), match[2]

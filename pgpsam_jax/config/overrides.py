@@ -45,9 +45,7 @@ class _Uncached(importlib.machinery.SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
-def load_function(
-    spec: str, function: str, what: str
-) -> tuple[str, Callable[..., Any], str]:
+def load_function(spec: str, function: str, what: str) -> tuple[str, Callable[..., Any], str]:
     """Loads a function from a Python file.
 
     Args:

@@ -9,12 +9,14 @@ import os
 import sys
 from pathlib import Path
 
+from pgpsam_jax.utils.files import StrPath
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 _BUNDLE = _PACKAGE / "_bundle"
 ROOT = _BUNDLE if _BUNDLE.is_dir() else _PACKAGE.parent
 
 
-def find(path, folder: str = "") -> Path:
+def find(path: StrPath, folder: str = "") -> Path:
     """Returns the file that a user or a config names.
 
     Args:
