@@ -13,6 +13,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"(?<=\]\()([^)#\s]+)")
+_UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n\n"
 
 
 def _target(source: str, link: str) -> str | None:
@@ -33,7 +34,7 @@ def on_files(files, config):
     for source in sources:  # grows
         text = (ROOT / source).read_text(encoding="utf-8")
         if source.endswith(".py"):
-            listing = f"# {source}\n\n```python\n{text}```\n"
+            listing = f"{_UNSEARCHED}# {source}\n\n```python\n{text}```\n"
             files.append(File.generated(config, _uri(source), content=listing))
         elif not source.startswith("docs/"):
             files.append(File.generated(config, _uri(source), abs_src_path=str(ROOT / source)))
