@@ -106,9 +106,11 @@ def main(arguments: list[str] | None = None) -> None:
         config = _configuration(flags, fields)
         from absl import logging
 
+        from pgpsam_jax.config.serialization import load_config
         from pgpsam_jax.distributed import initialize
         from pgpsam_jax.evaluation import workdirs
         from pgpsam_jax.profiling import out_of_memory
+        from pgpsam_jax.report.after_run import report_after_run
         from pgpsam_jax.runtime.compilation_cache import keep_compiled, start
         from pgpsam_jax.training import train
 
@@ -121,6 +123,9 @@ def main(arguments: list[str] | None = None) -> None:
                 workdirs.evaluate_workdir(workdir, config)
             else:
                 train.train(config, workdir)
+        config = config or load_config(workdir)
+        if config.log.report and (info is None or info.process == 0):
+            print(report_after_run(config, workdir), flush=True)
 
 
 def _process_info(flags: argparse.Namespace) -> cluster_env.ProcessInfo | None:

@@ -121,6 +121,7 @@ def default_config() -> ConfigDict:
     config.log.every_steps = 10  # steps between lines of metrics
     config.log.checkpoint_steps = 200  # steps between checkpoints
     config.log.tensorboard = False  # also write TensorBoard events; needs tensorboardX
+    config.log.report = True  # write report/report.html in the workdir when a command ends
 
     config.eval = ConfigDict()
     config.eval.batch_size = 8  # slices per prediction step, over all devices

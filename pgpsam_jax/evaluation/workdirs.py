@@ -46,8 +46,9 @@ def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
 
 
 def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split) -> dict:
-    """Writes `<workdir>/evaluation`, prints its table and returns the summary."""
+    """Writes `<workdir>/evaluation`, prints a short table and returns the summary."""
     from pgpsam_jax.evaluation.evaluate import evaluate  # imports scoring and plotting libraries
+    from pgpsam_jax.metrics.summary_text import format_text
 
     notices = [frozen_weights.base_notice(config.model, workdir), registry.notice(config.model)]
     notices += [
@@ -79,5 +80,7 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
         notices=[notice for notice in notices if notice],
         **options,
     )
-    multihost.print_once((folder / "summary.md").read_text(encoding="utf-8"))
+    notes = f", {len(summary['notices'])} note(s) on these numbers" if summary["notices"] else ""
+    multihost.print_once(format_text(summary))
+    multihost.print_once(f"evaluation  {folder / 'summary.md'}: all protocols, definitions{notes}")
     return summary

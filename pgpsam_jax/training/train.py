@@ -21,6 +21,7 @@ from pgpsam_jax.training.metric_logger import MetricLogger
 from pgpsam_jax.training.model_selection import Selection
 from pgpsam_jax.training.setup import Run, set_up
 from pgpsam_jax.training.sharded_step import ShardedStep, shard_step, sharding_of
+from pgpsam_jax.training.stagnation import stagnation
 from pgpsam_jax.training.train_loop import Moment, TrainLoop
 
 
@@ -110,6 +111,8 @@ def fit(run: Run) -> Predictor:
             multihost.barrier("stopped")
             stop.interrupt(done, agreed=True)
     feed.loader.close()
+    if warning := stagnation(log.records):
+        multihost.print_once(warning)
     params = state.params
     if selection:
         with run.watch("checkpoint"):

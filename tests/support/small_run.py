@@ -64,6 +64,7 @@ def config_for(root, **settings):
     config.train.steps = 6
     config.log.every_steps = 1
     config.log.checkpoint_steps = 2
+    config.log.report = False  # takes seconds
     config.eval.workers = 0
     for name, value in settings.items():
         section, field = name.split("__")

@@ -1,0 +1,36 @@
+"""The report that a command writes when its run ends."""
+
+import os
+import subprocess
+import sys
+
+from ml_collections import ConfigDict
+
+_SECONDS = 1800  # until a report is given up
+
+
+def report_after_run(config: ConfigDict, workdir) -> str:
+    """Writes the report in a process of its own, on the CPU; a failure never fails the run.
+
+    The run may hold the accelerators and most of their memory, and its processes may have ended.
+
+    Args:
+      config: of the run, with the places of its data and weights.
+      workdir: of the run.
+
+    Returns:
+      A line for the user: where the report is, or why there is none.
+    """
+    command = [sys.executable, "-m", "pgpsam_jax.report", str(workdir)]
+    for flag, place in (("--data", config.data.root), ("--base", config.model.base)):
+        command += [flag, str(place)] if place else []
+    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": _SECONDS}
+    try:
+        done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, **options)
+        reason = "" if done.returncode == 0 else (done.stderr.strip() or "it was killed")
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = str(error)
+    if not reason:
+        return f"report      {done.stdout.splitlines()[-1]}"
+    reason = reason.splitlines()[-1].removeprefix("error: ")
+    return f"no report ({reason}); write it with python -m pgpsam_jax.report {workdir}"
