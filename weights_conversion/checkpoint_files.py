@@ -2,6 +2,7 @@
 
 import contextlib
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,18 @@ def read_checkpoint(file: Path) -> TorchFile:
     return read_torch_file(file)
 
 
+def report_source(source: Path, log) -> str:
+    """Logs path, size and digest of a checkpoint and returns its SHA-256."""
+    digest = file_digest(source)
+    log(f"source   {source}, {source.stat().st_size / 2**20:.0f} MiB, SHA-256 {digest}")
+    return digest
+
+
+def refuse_overwriting(source: Path, output: Path) -> None:
+    if output.exists() and output.samefile(source):
+        raise UserError(f"{output} would overwrite the source {source}; choose another --output")
+
+
 def check_suffix(output: Path) -> None:
     """Raises `UserError` unless `write_checkpoint` can write this format."""
     if output.suffix not in (".pth", ".safetensors"):
@@ -40,12 +53,10 @@ def write_checkpoint(
 
     overwrite: as in `write_weights`.
     """
-    with writing(output), atomic_path(output) as temporary:
-        if output.suffix == ".pth":
-            _save_torch(temporary, tensors)
-        else:
-            save_file(tensors, temporary, metadata={"format": "pt"})  # transformers asks for it
-        _keep_other(output, temporary, overwrite)
+    if output.suffix == ".pth":
+        _write(output, overwrite, _save_torch, tensors)
+    else:  # transformers asks for the metadata
+        write_weights(output, tensors, {"format": "pt"}, overwrite=overwrite)
 
 
 @contextlib.contextmanager
@@ -67,21 +78,22 @@ def write_weights(
     Raises:
       UserError: the file is there with other content and `overwrite` is not given.
     """
-    with writing(file), atomic_path(file) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
-        _keep_other(file, temporary, overwrite)
-        return file_digest(temporary)
+    return _write(file, overwrite, save_file, tensors, metadata)
 
 
-def _keep_other(path: Path, temporary: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite and file_digest(path) != file_digest(temporary):
-        raise UserError(
-            f"{path} exists with other content; choose another --output, or replace it "
-            "with --overwrite"
-        )
+def _write(path: Path, overwrite: bool, save: Callable, tensors, *given) -> str:
+    with writing(path), atomic_path(path) as temporary:
+        save(tensors, temporary, *given)
+        digest = file_digest(temporary)
+        if path.exists() and not overwrite and file_digest(path) != digest:
+            raise UserError(
+                f"{path} exists with other content; choose another --output, or replace it "
+                "with --overwrite"
+            )
+        return digest
 
 
-def _save_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def _save_torch(tensors: dict[str, np.ndarray], path: Path) -> None:
     try:
         import torch
     except ImportError:

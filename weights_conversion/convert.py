@@ -33,10 +33,14 @@ from pgpsam_jax.models.sam.weights import OFFICIAL, base_files, how_to_get, load
 from pgpsam_jax.runtime.cli import Parser, running
 from pgpsam_jax.utils.files import file_digest
 from weights_conversion import resnet, sam
-from weights_conversion.checkpoint_files import check_suffix, read_checkpoint, write_checkpoint
-
-FROM = {"official": sam.from_official, "huggingface": sam.from_huggingface}
-TO = {"official": sam.to_official, "huggingface": sam.to_huggingface}
+from weights_conversion.checkpoint_files import (
+    check_suffix,
+    read_checkpoint,
+    refuse_overwriting,
+    report_source,
+    write_checkpoint,
+)
+from weights_conversion.remap import read, write
 
 
 def convert(
@@ -59,23 +63,21 @@ def convert(
     """
     file = _source_file(Path(source), output)
     weights, sidecar = base_files(output)
-    if weights.exists() and weights.samefile(file):
-        raise UserError(f"{output} would overwrite the source {file}; choose another --output")
-    digests = {name: file_digest(file, name) for name in ("sha256", "md5")}
-    log(f"source   {file}, {file.stat().st_size / 2**20:.0f} MiB, SHA-256 {digests['sha256']}")
-    official = _official_name(file, digests["md5"], allow_unknown_md5, log)
+    refuse_overwriting(file, weights)
+    sha256, md5 = report_source(file, log), file_digest(file, "md5")
+    official = _official_name(file, md5, allow_unknown_md5, log)
     tensors = read_checkpoint(file).tensors
     layout = sam.detect_layout(tensors, str(file))
     log(f"read     {len(tensors)} tensors in the {layout} layout")
-    ours = FROM[layout](tensors, str(file))
+    ours = read(sam.LAYOUTS[layout], tensors, str(file))
     casts = {n: t.dtype.name for n, t in tensors.items() if t.dtype != np.float32}
     if casts:
         log(f"cast     {len(casts)} tensors to float32 (listed in {sidecar.name})")
     origin = {
         "layout": layout,
         "source": file.name,
-        "source_sha256": digests["sha256"],
-        "source_md5": digests["md5"],
+        "source_sha256": sha256,
+        "source_md5": md5,
         "official_file": official,
         "casts": [{"tensor": name, "from": dtype} for name, dtype in sorted(casts.items())],
     }
@@ -96,9 +98,8 @@ def reverse(source, output, layout: str, *, overwrite: bool = False, log=print) 
     check_suffix(output)
     base = load_base(source)
     log(f"read     {len(base.tensors)} tensors, {base.meta['variant']}")
-    if output.exists() and output.samefile(base_files(source)[0]):
-        raise UserError(f"{output} would overwrite the source; choose another --output")
-    tensors = TO[layout](base.tensors, str(source))
+    refuse_overwriting(base_files(source)[0], output)
+    tensors = write(sam.LAYOUTS[layout], base.tensors, str(source))
     write_checkpoint(output, tensors, overwrite=overwrite)
     log(f"wrote    {output}, {len(tensors)} tensors in the {layout} layout")
 
@@ -141,7 +142,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--output", required=True, help="stem of two files, workdir, or file")
     parser.add_argument("--reverse", action="store_true", help="from our weights to a checkpoint")
-    parser.add_argument("--layout", choices=sorted(TO), help="SAM: layout that --reverse writes")
+    parser.add_argument(
+        "--layout", choices=sorted(sam.LAYOUTS), help="SAM: layout that --reverse writes"
+    )
     parser.add_argument(
         "--allow-unknown-md5",
         action="store_true",
@@ -170,38 +173,31 @@ def _main(argv) -> None:
     if strange := [field for field in fields if not field.startswith("--config.")]:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
     settings = [f"--config={arguments.config}"] * bool(arguments.config) + fields
-    if arguments.kind == "pgpsam_release":
-        if arguments.layout or arguments.allow_unknown_md5:
-            parser.error("--layout and --allow-unknown-md5 go with --kind sam")
-        if arguments.reverse and settings:
-            parser.error("--reverse takes no --config: the workdir has its own")
-    elif arguments.kind == "resnet18":
-        if arguments.layout or arguments.allow_unknown_md5 or arguments.reverse or settings:
-            parser.error("--kind resnet18 takes --source and --output only")
-    else:
-        if arguments.reverse != (arguments.layout is not None):
-            parser.error("--reverse and --layout go together")
-        if settings:
-            parser.error("--config goes with --kind pgpsam_release")
-    options = {"overwrite": arguments.overwrite}
-    if arguments.kind == "pgpsam_release":
+    kind, backwards = arguments.kind, arguments.reverse
+    paths, options = (arguments.source, arguments.output), {"overwrite": arguments.overwrite}
+    if kind != "sam" and (arguments.layout or arguments.allow_unknown_md5):
+        parser.error("--layout and --allow-unknown-md5 go with --kind sam")
+    if kind != "pgpsam_release" and settings:
+        parser.error("--config goes with --kind pgpsam_release")
+    if kind == "pgpsam_release":
         from weights_conversion import release  # imports JAX, which SAM does not need
 
-        if arguments.reverse:
-            release.reverse(arguments.source, arguments.output, **options)
+        if backwards and settings:
+            parser.error("--reverse takes no --config: the workdir has its own")
+        if backwards:
+            release.reverse(*paths, **options)
         else:
-            release.convert(arguments.source, arguments.output, settings)
-    elif arguments.kind == "resnet18":
-        resnet.convert(arguments.source, arguments.output, **options)
-    elif arguments.reverse:
-        reverse(arguments.source, arguments.output, arguments.layout, **options)
+            release.convert(*paths, settings)
+    elif kind == "resnet18":
+        if backwards:
+            parser.error("--kind resnet18 has no --reverse")
+        resnet.convert(*paths, **options)
+    elif backwards != (arguments.layout is not None):
+        parser.error("--reverse and --layout go together")
+    elif backwards:
+        reverse(*paths, arguments.layout, **options)
     else:
-        convert(
-            arguments.source,
-            arguments.output,
-            allow_unknown_md5=arguments.allow_unknown_md5,
-            **options,
-        )
+        convert(*paths, allow_unknown_md5=arguments.allow_unknown_md5, **options)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@ from pgpsam_jax.methods import build
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.models.sam.weights import read_safetensors
-from pgpsam_jax.utils.files import atomic_folder, file_digest, write_json
+from pgpsam_jax.utils.files import atomic_folder, write_json
 from weights_conversion import sam
 from weights_conversion.checkpoint_files import (
     check_suffix,
     read_checkpoint,
+    report_source,
     write_checkpoint,
     write_weights,
     writing,
@@ -71,10 +72,9 @@ def convert(source, output, settings=(), *, log=print) -> None:
         raise UserError(f"{source} is not a file; give a checkpoint of the release")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already; choose another --output")
-    digest = file_digest(source)
-    log(f"source   {source}, {source.stat().st_size / 2**20:.0f} MiB, SHA-256 {digest}")
+    digest = report_source(source, log)
     tensors, epoch = read_release(source)
-    ours = read(tensors, RELEASE, str(source))
+    ours = read(RELEASE, tensors, str(source))
     log(f"read     {len(tensors)} tensors in the release layout")
     if casts := [name for name, tensor in tensors.items() if tensor.dtype != np.float32]:
         log(f"cast     {len(casts)} tensors to float32, such as {casts[0]}")
@@ -118,7 +118,7 @@ def reverse(workdir, output, *, overwrite: bool = False, log=print) -> None:
     else:
         unused, names = _idle(ours), None
         log(f"added    {len(unused)} tensors that affect no output: zeros, scales of norms ones")
-    tensors = write(ours | unused, RELEASE, str(workdir))
+    tensors = write(RELEASE, ours | unused, str(workdir))
     ordered = {name: tensors[name] for name in names or tensors}
     write_checkpoint(output, ordered, overwrite=overwrite)
     log(f"wrote    {output}, {len(tensors)} tensors in the release layout")
@@ -234,7 +234,7 @@ def _idle(ours: Tensors) -> dict[str, np.ndarray]:
     """Returns the release's additional weights as zeros and ones."""
     return {
         name: np.full(shape, float(name.endswith("/scale")), np.float32)
-        for name, shape in absent(ours, RELEASE).items()
+        for name, shape in absent(RELEASE, ours).items()
         if name.startswith(UNUSED)
     }
 

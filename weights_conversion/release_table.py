@@ -20,31 +20,10 @@ from weights_conversion.tensor_layouts import (
     STRIP_COLUMN,
     STRIP_ROW,
     Row,
+    attention,
+    layer,
+    weight,
 )
-
-
-def _weight(ours, theirs, transform, shape) -> Row:
-    return Row(ours, f"{theirs}.weight", transform, shape)
-
-
-def _layer(ours, theirs, transform, shape) -> list[Row]:
-    """Kernel and bias; the bias has the last size of the kernel."""
-    bias = Row(f"{ours}/bias", f"{theirs}.bias", SAME, shape.split()[-1])
-    return [_weight(f"{ours}/kernel", theirs, transform, shape), bias]
-
-
-def _norm(ours, theirs, size) -> list[Row]:
-    return [
-        _weight(f"{ours}/scale", theirs, SAME, size),
-        Row(f"{ours}/bias", f"{theirs}.bias", SAME, size),
-    ]
-
-
-def _attention(ours, theirs, outer, inner) -> list[Row]:
-    rows = []
-    for name in ("q_proj", "k_proj", "v_proj"):
-        rows += _layer(f"{ours}/{name}", f"{theirs}.{name}", DENSE, f"{outer} {inner}")
-    return rows + _layer(f"{ours}/out_proj", f"{theirs}.out_proj", DENSE, f"{inner} {outer}")
 
 
 def _lora() -> list[Row]:
@@ -59,21 +38,21 @@ def _lora() -> list[Row]:
 def _decoder() -> list[Row]:
     ours = theirs = "mask_decoder"
     rows = [
-        _weight(f"{ours}/position", f"{theirs}.pos_token", SAME, "1 E"),
-        _weight(f"{ours}/mask_tokens", f"{theirs}.mask_tokens", SAME, "N E"),
-        *_norm(f"{ours}/class_maps/norm", f"{theirs}.norm", "N"),
-        *_attention(f"{ours}/class_maps/attention", f"{theirs}.attn", "L", "L/2"),
+        weight(f"{ours}/position", f"{theirs}.pos_token", SAME, "1 E"),
+        weight(f"{ours}/mask_tokens", f"{theirs}.mask_tokens", SAME, "N E"),
+        *layer(f"{ours}/class_maps/norm", f"{theirs}.norm", SAME, "N"),
+        *attention(f"{ours}/class_maps/attention", f"{theirs}.attn", "L", "L/2"),
     ]
     for n, shape in (("1", "E 2 2 E/4"), ("2", "E/4 2 2 E/8")):
         name = f"{theirs}.output_upscaling.{int(n) - 1}.up_sample"
-        rows += _layer(f"{ours}/upscaling/conv{n}", name, DECONV, shape)
+        rows += layer(f"{ours}/upscaling/conv{n}", name, DECONV, shape)
     for n, shape in (("1", "E/4 E/8"), ("2", "E/8 E/8")):
         name = f"{theirs}.skip_connect.{int(n) - 1}"
-        rows += _layer(f"{ours}/skip/conv{n}", f"{name}.conv", POINTWISE, shape)
-        rows += _norm(f"{ours}/skip/norm{n}", f"{name}.norm", "E/8")
+        rows += layer(f"{ours}/skip/conv{n}", f"{name}.conv", POINTWISE, shape)
+        rows += layer(f"{ours}/skip/norm{n}", f"{name}.norm", SAME, "E/8")
     for j, shape in enumerate(("E E", "E E", "E E/8")):
         name = f"{theirs}.output_hypernetworks_mlps.{{m}}.layers.{j}"
-        rows += _layer(f"{ours}/hyper_mlps/layers/{j}", name, DENSE, shape)
+        rows += layer(f"{ours}/hyper_mlps/layers/{j}", name, DENSE, shape)
     return rows
 
 
@@ -81,33 +60,33 @@ def _cfm() -> list[Row]:
     ours, theirs = "cfm/{i}", "prototype_prompt_encoder.feature_refinement.{i}"
     merge = f"{theirs}.scm"
     rows = [
-        _weight(f"{ours}/projection/kernel", f"{theirs}.proj.conv", POINTWISE, "D E"),
-        *_norm(f"{ours}/norm", f"{theirs}.proj.norm", "E"),
+        weight(f"{ours}/projection/kernel", f"{theirs}.proj.conv", POINTWISE, "D E"),
+        *layer(f"{ours}/norm", f"{theirs}.proj.norm", SAME, "E"),
         Row(f"{ours}/alpha", f"{merge}.alpha", SAME, "E"),
         Row(f"{ours}/beta", f"{merge}.beta", SAME, "E"),
-        _weight(f"{ours}/spatial/row/kernel", f"{merge}.sem_conv.0.conv", STRIP_ROW, "K E"),
-        *_norm(f"{ours}/spatial/norm", f"{merge}.sem_conv.0.norm", "E"),
-        _weight(f"{ours}/spatial/column/kernel", f"{merge}.sem_conv.1.conv", STRIP_COLUMN, "K E"),
+        weight(f"{ours}/spatial/row/kernel", f"{merge}.sem_conv.0.conv", STRIP_ROW, "K E"),
+        *layer(f"{ours}/spatial/norm", f"{merge}.sem_conv.0.norm", SAME, "E"),
+        weight(f"{ours}/spatial/column/kernel", f"{merge}.sem_conv.1.conv", STRIP_COLUMN, "K E"),
         *_channel_gate(f"{ours}/channel", f"{merge}.cem_conv"),
-        _weight(f"{ours}/pairs", f"{merge}.conv.0.conv", POINTWISE, "2 E"),
-        *_norm(f"{ours}/merge_norm", f"{merge}.conv.0.norm", "E"),
-        *_layer(f"{ours}/merge", f"{merge}.conv.1.conv", POINTWISE, "E E"),
-        *_norm(f"{ours}/ffn/norm", f"{theirs}.final.norm", "E"),
-        *_layer(f"{ours}/ffn/project_in", f"{theirs}.final.project_in.conv", POINTWISE, "E 2E"),
-        _weight(f"{ours}/ffn/depthwise/kernel", f"{theirs}.final.dwconv.conv", DEPTHWISE, "3 3 2E"),
-        *_layer(f"{ours}/ffn/project_out", f"{theirs}.final.project_out.conv", POINTWISE, "E E"),
+        weight(f"{ours}/pairs", f"{merge}.conv.0.conv", POINTWISE, "2 E"),
+        *layer(f"{ours}/merge_norm", f"{merge}.conv.0.norm", SAME, "E"),
+        *layer(f"{ours}/merge", f"{merge}.conv.1.conv", POINTWISE, "E E"),
+        *layer(f"{ours}/ffn/norm", f"{theirs}.final.norm", SAME, "E"),
+        *layer(f"{ours}/ffn/project_in", f"{theirs}.final.project_in.conv", POINTWISE, "E 2E"),
+        weight(f"{ours}/ffn/depthwise/kernel", f"{theirs}.final.dwconv.conv", DEPTHWISE, "3 3 2E"),
+        *layer(f"{ours}/ffn/project_out", f"{theirs}.final.project_out.conv", POINTWISE, "E E"),
     ]
     for n, shape in (("1", "E 2 2 E/4"), ("2", "E/4 2 2 E/8")):
         name = f"{theirs}.up_sample.{int(n) - 1}.up_sample"
-        rows += _layer(f"{ours}/up/conv{n}", name, DECONV, shape)
+        rows += layer(f"{ours}/up/conv{n}", name, DECONV, shape)
     return rows
 
 
 def _channel_gate(ours, theirs) -> list[Row]:
     return [
-        _weight(f"{ours}/reduce/kernel", f"{theirs}.0.conv", POINTWISE, "E E/2"),
-        *_norm(f"{ours}/norm", f"{theirs}.0.norm", "E/2"),
-        _weight(f"{ours}/expand/kernel", f"{theirs}.1.conv", POINTWISE, "E/2 E"),
+        weight(f"{ours}/reduce/kernel", f"{theirs}.0.conv", POINTWISE, "E E/2"),
+        *layer(f"{ours}/norm", f"{theirs}.0.norm", SAME, "E/2"),
+        weight(f"{ours}/expand/kernel", f"{theirs}.1.conv", POINTWISE, "E/2 E"),
     ]
 
 
@@ -116,32 +95,32 @@ def _ppr() -> list[Row]:
     rows = [
         Row(f"{ours}/inter_gain", f"{theirs}.inter", SAME, "E"),
         Row(f"{ours}/intra_gain", f"{theirs}.intra", SAME, "E"),
-        *_layer(f"{ours}/inter_proj", f"{theirs}.in_proj1", DENSE, "E E"),
-        *_layer(f"{ours}/intra_proj", f"{theirs}.in_proj2", DENSE, "E E"),
-        *_layer(f"{ours}/inter_mix", f"{theirs}.linear1", DENSE, "J Q"),
-        *_layer(f"{ours}/intra_mix", f"{theirs}.linear2", DENSE, "H E"),
+        *layer(f"{ours}/inter_proj", f"{theirs}.in_proj1", DENSE, "E E"),
+        *layer(f"{ours}/intra_proj", f"{theirs}.in_proj2", DENSE, "E E"),
+        *layer(f"{ours}/inter_mix", f"{theirs}.linear1", DENSE, "J Q"),
+        *layer(f"{ours}/intra_mix", f"{theirs}.linear2", DENSE, "H E"),
     ]
     for name, number in (("inter_ffn", 1), ("intra_ffn", 2)):
         source = f"{theirs}.out_proj{number}"
-        rows += _norm(f"{ours}/{name}/norm", f"{source}.norm", "E")
-        rows += _layer(f"{ours}/{name}/mlp/lin1", f"{source}.ffl.0", DENSE, "E 4E")
-        rows += _layer(f"{ours}/{name}/mlp/lin2", f"{source}.ffl.2", DENSE, "4E E")
+        rows += layer(f"{ours}/{name}/norm", f"{source}.norm", SAME, "E")
+        rows += layer(f"{ours}/{name}/mlp/lin1", f"{source}.ffl.0", DENSE, "E 4E")
+        rows += layer(f"{ours}/{name}/mlp/lin2", f"{source}.ffl.2", DENSE, "4E E")
     ours, theirs = f"{ours}/attention", f"{theirs}.class_attn"
     rows += [
         Row(f"{ours}/alpha", f"{theirs}.alpha", SAME, "L"),
         Row(f"{ours}/beta", f"{theirs}.beta", SAME, "L"),
-        *_norm(f"{ours}/q_norm", f"{theirs}.q_norm", "E"),
-        *_attention(ours, theirs, "E", "E"),
-        *_layer(f"{ours}/fuse/join", f"{theirs}.x_proj.0.conv", POINTWISE, "H E"),
-        *_layer(f"{ours}/fuse/project", f"{theirs}.x_proj.1.conv", POINTWISE, "E E"),
-        *_norm(f"{ours}/fuse/norm", f"{theirs}.x_proj.1.norm", "E"),
-        *_layer(f"{ours}/fuse/depthwise", f"{theirs}.x_conv.conv", DEPTHWISE, "3 3 E"),
+        *layer(f"{ours}/q_norm", f"{theirs}.q_norm", SAME, "E"),
+        *attention(ours, theirs, "E", "E"),
+        *layer(f"{ours}/fuse/join", f"{theirs}.x_proj.0.conv", POINTWISE, "H E"),
+        *layer(f"{ours}/fuse/project", f"{theirs}.x_proj.1.conv", POINTWISE, "E E"),
+        *layer(f"{ours}/fuse/norm", f"{theirs}.x_proj.1.norm", SAME, "E"),
+        *layer(f"{ours}/fuse/depthwise", f"{theirs}.x_conv.conv", DEPTHWISE, "3 3 E"),
     ]
     ours = f"{ours}/class_attention"
     for name, other, size in (("image", "image", "E"), ("class", "mask", "N")):
-        rows += _layer(f"{ours}/{name}_conv", f"{theirs}.{other}_conv.conv", POINTWISE, f"{size} 1")
-        rows += _layer(f"{ours}/{name}_fc", f"{theirs}.{other}_proj", DENSE, "L G")
-    return rows + _layer(f"{ours}/expand", f"{theirs}.conv.conv", POINTWISE, "1 T")
+        rows += layer(f"{ours}/{name}_conv", f"{theirs}.{other}_conv.conv", POINTWISE, f"{size} 1")
+        rows += layer(f"{ours}/{name}_fc", f"{theirs}.{other}_proj", DENSE, "L G")
+    return rows + layer(f"{ours}/expand", f"{theirs}.conv.conv", POINTWISE, "1 T")
 
 
 def _ppg(ours, theirs) -> list[Row]:
@@ -149,43 +128,39 @@ def _ppg(ours, theirs) -> list[Row]:
     rows = [
         Row(f"{name}/gain", f"{source}.alpha", SAME, "E"),
         *_tokens(f"{name}/tokens", source, "proj", "H"),
-        *_layer(f"{name}/mlp/lin1", f"{source}.out.0.conv", POINTWISE, "E E/2"),
-        *_layer(f"{name}/mlp/lin2", f"{source}.out.2.conv", POINTWISE, "E/2 E"),
+        *layer(f"{name}/mlp/lin1", f"{source}.out.0.conv", POINTWISE, "E E/2"),
+        *layer(f"{name}/mlp/lin2", f"{source}.out.2.conv", POINTWISE, "E/2 E"),
     ]
     deform, block = f"{name}/deform", f"{source}.dcn"
-    for layer, other in (
-        ("project_in", "in_proj"),
-        ("gate", "conv"),
-        ("expand", "out_proj.0"),
-        ("project_out", "out_proj.2"),
-    ):
-        rows += _layer(f"{deform}/{layer}", f"{block}.{other}.conv", POINTWISE, "E E")
-    rows += _norm(f"{deform}/norm", f"{block}.norm", "E")
-    rows += _layer(f"{deform}/depthwise", f"{block}.out_proj.1.conv", DEPTHWISE, "3 3 E")
+    for name, other in (("project_in", "in_proj"), ("gate", "conv"), ("expand", "out_proj.0"),
+                        ("project_out", "out_proj.2")):  # fmt: skip
+        rows += layer(f"{deform}/{name}", f"{block}.{other}.conv", POINTWISE, "E E")
+    rows += layer(f"{deform}/norm", f"{block}.norm", SAME, "E")
+    rows += layer(f"{deform}/depthwise", f"{block}.out_proj.1.conv", DEPTHWISE, "3 3 E")
     for conv, number in (("near", 0), ("far", 1)):
         other = f"{block}.deform_conv{number}"
-        rows += _layer(f"{deform}/{conv}/offset", f"{other}.dcn_offset", CONV, "3 3 E 27")
-        rows += _layer(f"{deform}/{conv}", f"{other}.deform_conv", DEPTHWISE, "3 3 E")
+        rows += layer(f"{deform}/{conv}/offset", f"{other}.dcn_offset", CONV, "3 3 E 27")
+        rows += layer(f"{deform}/{conv}", f"{other}.deform_conv", DEPTHWISE, "3 3 E")
     name, source = f"{ours}/sparse", f"{theirs}.sparse_prompt_generator"
     adapter, other = f"{name}/adapter", f"{source}.prototype_adapter"
     rows += [
         Row(f"{name}/gain", f"{source}.alpha", SAME, "E"),
-        *_layer(f"{name}/conv", f"{source}.dconv.conv", CONV, "3 3 E E"),
+        *layer(f"{name}/conv", f"{source}.dconv.conv", CONV, "3 3 E E"),
         *_tokens(f"{adapter}/tokens", other, "in_proj", "I"),
-        *_layer(f"{adapter}/branches", f"{other}.adapter_layer.{{m}}.0", DENSE, "E E/4"),
-        *_layer(f"{name}/mlp/lin1", f"{source}.out.0", DENSE, "E E/2"),
-        *_layer(f"{name}/mlp/lin2", f"{source}.out.2", DENSE, "E/2 E"),
+        *layer(f"{adapter}/branches", f"{other}.adapter_layer.{{m}}.0", DENSE, "E E/4"),
+        *layer(f"{name}/mlp/lin1", f"{source}.out.0", DENSE, "E E/2"),
+        *layer(f"{name}/mlp/lin2", f"{source}.out.2", DENSE, "E/2 E"),
     ]
     for j, shape in enumerate(("2E E", "E E", "E E")):
-        rows += _layer(f"{adapter}/mlp/layers/{j}", f"{other}.out_proj.layers.{j}", DENSE, shape)
+        rows += layer(f"{adapter}/mlp/layers/{j}", f"{other}.out_proj.layers.{j}", DENSE, shape)
     return rows
 
 
 def _tokens(ours, theirs, join, joined) -> list[Row]:
     return [
-        *_layer(f"{ours}/join", f"{theirs}.{join}", DENSE, f"{joined} E"),
-        *_layer(f"{ours}/project", f"{theirs}.linear", DENSE, "E E"),
-        *_norm(f"{ours}/norm", f"{theirs}.norm", "E"),
+        *layer(f"{ours}/join", f"{theirs}.{join}", DENSE, f"{joined} E"),
+        *layer(f"{ours}/project", f"{theirs}.linear", DENSE, "E E"),
+        *layer(f"{ours}/norm", f"{theirs}.norm", SAME, "E"),
     ]
 
 
@@ -193,14 +168,14 @@ def _rest() -> list[Row]:
     """Returns prototypes, levels and the pre-prompt pass."""
     encoder, tables = "prototype_prompt_encoder", "global_prototypes"
     rows = [
-        _weight("image_level", f"{encoder}.level_image", SAME, "S E"),
-        _weight("class_level", f"{encoder}.level_mask", SAME, "S N"),
-        _weight("pre_prompt/mask_embed", "pre_prompt.mask_embed", SAME, "1 E"),
+        weight("image_level", f"{encoder}.level_image", SAME, "S E"),
+        weight("class_level", f"{encoder}.level_mask", SAME, "S N"),
+        weight("pre_prompt/mask_embed", "pre_prompt.mask_embed", SAME, "1 E"),
         *_channel_gate("pre_prompt/csm/channel", "pre_prompt.csm.mlp"),
     ]
     for name, size in (("inter", "Q"), ("intra", "N")):
-        rows.append(_weight(name, f"{tables}.{name}_prototypes", SAME, f"{size} E"))
-        rows.append(_weight(f"{name}_embed", f"{tables}.{name}_embed", SAME, f"{size} E"))
+        rows.append(weight(name, f"{tables}.{name}_prototypes", SAME, f"{size} E"))
+        rows.append(weight(f"{name}_embed", f"{tables}.{name}_embed", SAME, f"{size} E"))
     return rows
 
 
@@ -210,10 +185,10 @@ def _unused() -> list[Row]:
     return [
         Row(f"{ours}/alpha", f"{theirs}.alpha", SAME, "A"),
         Row(f"{ours}/beta", f"{theirs}.beta", SAME, "A"),
-        *_layer(f"{ours}/linear", f"{theirs}.linear", DENSE, "A A"),
-        *_norm("unused/mask_decoder/mask_norm", "mask_decoder.mask_norm", "L"),
-        *_layer("unused/mask_decoder/mask_proj1", "mask_decoder.mask_proj1", DENSE, "N 1"),
-        *_layer("unused/mask_decoder/mask_proj2", "mask_decoder.mask_proj2.conv", POINTWISE, "1 1"),
+        *layer(f"{ours}/linear", f"{theirs}.linear", DENSE, "A A"),
+        *layer("unused/mask_decoder/mask_norm", "mask_decoder.mask_norm", SAME, "L"),
+        *layer("unused/mask_decoder/mask_proj1", "mask_decoder.mask_proj1", DENSE, "N 1"),
+        *layer("unused/mask_decoder/mask_proj2", "mask_decoder.mask_proj2.conv", POINTWISE, "1 1"),
     ]
 
 

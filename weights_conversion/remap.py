@@ -33,7 +33,7 @@ class _Slot(NamedTuple):
         return getattr(self.row, side).replace("{i}", str(self.i)).replace("{m}", str(word))
 
 
-def read(tensors: Tensors, layout: Layout, source: str = "checkpoint") -> dict[str, np.ndarray]:
+def read(layout: Layout, tensors: Tensors, source: str = "checkpoint") -> dict[str, np.ndarray]:
     """Returns our float32 tensors for tensors of `layout`; `source` names the file in errors."""
     errors = []
     tensors = _without_duplicates(tensors, layout, errors)
@@ -54,7 +54,7 @@ def read(tensors: Tensors, layout: Layout, source: str = "checkpoint") -> dict[s
     return result
 
 
-def write(tensors: Tensors, layout: Layout, source: str = "weights") -> dict[str, np.ndarray]:
+def write(layout: Layout, tensors: Tensors, source: str = "weights") -> dict[str, np.ndarray]:
     """Inverts `read`, bit for bit; duplicates are not written."""
     errors = []
     found = _look_up(tensors, layout, OURS, errors)
@@ -68,7 +68,7 @@ def write(tensors: Tensors, layout: Layout, source: str = "weights") -> dict[str
     return result
 
 
-def absent(tensors: Tensors, layout: Layout) -> dict[str, tuple[int, ...]]:
+def absent(layout: Layout, tensors: Tensors) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of our tensors in the table that `tensors` lacks, from the other sizes."""
     found = _match(tensors, layout, OURS, [])
     counts = _counts(found, tensors, OURS)

@@ -11,8 +11,12 @@ import numpy as np
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.baselines.resnet_weights import FORMAT, HOW_TO_GET, cnn_file
-from pgpsam_jax.utils.files import file_digest
-from weights_conversion.checkpoint_files import read_checkpoint, write_weights
+from weights_conversion.checkpoint_files import (
+    read_checkpoint,
+    refuse_overwriting,
+    report_source,
+    write_weights,
+)
 from weights_conversion.remap import Tensors, read
 from weights_conversion.tensor_layouts import CONV, SAME, Layout, Row
 
@@ -39,12 +43,7 @@ def _rows() -> list[Row]:
             ours, theirs = f"groups/{group}/{block}", f"layer{group + 1}.{block}"
             for n, inputs in ((1, out if block else dim), (2, out)):
                 shape = f"3 3 {inputs} {out}"
-                names = (
-                    f"{ours}/conv{n}",
-                    f"{ours}/norm{n}",
-                    f"{theirs}.conv{n}",
-                    f"{theirs}.bn{n}",
-                )
+                names = f"{ours}/conv{n}", f"{ours}/norm{n}", f"{theirs}.conv{n}", f"{theirs}.bn{n}"
                 rows += _convolution(*names, shape)
             if dim != out and not block:
                 names = (f"{ours}/shortcut", f"{ours}/shortcut_norm")
@@ -59,7 +58,7 @@ TORCHVISION = Layout("torchvision", "ResNet-18", tuple(_rows()))
 def from_torchvision(tensors: Tensors, source: str = "checkpoint") -> dict[str, np.ndarray]:
     """Returns our float32 tensors, without counters and unused layers."""
     used = {name: tensor for name, tensor in tensors.items() if not _IDLE.fullmatch(name)}
-    return read(used, TORCHVISION, source)
+    return read(TORCHVISION, used, source)
 
 
 def convert(source, output, *, overwrite: bool = False, log=print) -> None:
@@ -67,10 +66,8 @@ def convert(source, output, *, overwrite: bool = False, log=print) -> None:
     source, output = Path(source), cnn_file(output)
     if not source.is_file():
         raise UserError(f"{source} does not exist; {HOW_TO_GET}")
-    if output.exists() and output.samefile(source):
-        raise UserError(f"{output} would overwrite the source; choose another --output")
-    digest = file_digest(source)
-    log(f"source   {source}, {source.stat().st_size / 2**20:.0f} MiB, SHA-256 {digest}")
+    refuse_overwriting(source, output)
+    digest = report_source(source, log)
     published = _PUBLISHED.fullmatch(source.name)
     if published and not digest.startswith(published[1]):
         raise UserError(

@@ -1,10 +1,9 @@
 """Converts SAM tensors between the official, the Hugging Face and our layout, and writes ours."""
 
+import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
-
-import numpy as np
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.sam.weights import FORMAT, FORMAT_VERSION, base_files
@@ -16,37 +15,22 @@ from weights_conversion.remap import Tensors, read, write
 from weights_conversion.tensor_layouts import Layout
 
 OFFICIAL = Layout("official", "SAM", sam_table.OFFICIAL)
+_POSITIONS = "shared_image_embedding.positional_embedding"
 HUGGINGFACE = Layout(
     "huggingface",
     "SAM",
     sam_table.HUGGINGFACE,
-    duplicates={
-        "prompt_encoder.shared_embedding.positional_embedding": (
-            "shared_image_embedding.positional_embedding"
-        )
-    },
+    duplicates={"prompt_encoder.shared_embedding.positional_embedding": _POSITIONS},
 )
 VARIANTS = {(768, 12): "vit_b", (1024, 24): "vit_l", (1280, 32): "vit_h"}  # (width, depth)
 
 
-def from_official(tensors: Tensors, source: str = "checkpoint") -> dict[str, np.ndarray]:
-    """Returns our float32 tensors for those of the official release; `source` is for errors."""
-    return read(tensors, OFFICIAL, source)
-
-
-def from_huggingface(tensors: Tensors, source: str = "checkpoint") -> dict[str, np.ndarray]:
-    """Returns our float32 tensors for those of `transformers.SamModel`; `source` is for errors."""
-    return read(tensors, HUGGINGFACE, source)
-
-
-def to_official(tensors: Tensors, source: str = "weights") -> dict[str, np.ndarray]:
-    """Inverts `from_official`, bit for bit."""
-    return write(tensors, OFFICIAL, source)
-
-
-def to_huggingface(tensors: Tensors, source: str = "weights") -> dict[str, np.ndarray]:
-    """Inverts `from_huggingface`, bit for bit; the layout's duplicates are not written."""
-    return write(tensors, HUGGINGFACE, source)
+# Functions (tensors, source): our float32 tensors for those of a layout, and back, bit for bit, but
+# without duplicates; `source` names the file in errors.
+from_official, to_official = functools.partial(read, OFFICIAL), functools.partial(write, OFFICIAL)
+from_huggingface = functools.partial(read, HUGGINGFACE)
+to_huggingface = functools.partial(write, HUGGINGFACE)
+LAYOUTS = {"official": OFFICIAL, "huggingface": HUGGINGFACE}
 
 
 def detect_layout(names: Iterable[str], source: str) -> str:

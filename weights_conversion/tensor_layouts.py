@@ -54,6 +54,27 @@ class Row(NamedTuple):
         return "{m}" in self.theirs
 
 
+def weight(ours: str, theirs: str, transform: Transform, shape: str) -> Row:
+    return Row(ours, f"{theirs}.weight", transform, shape)
+
+
+def layer(ours: str, theirs: str, transform: Transform, shape: str) -> list[Row]:
+    """Returns kernel (norms: scale) and bias; the bias has the last size of the kernel."""
+    leaf = "scale" if transform is SAME else "kernel"
+    return [
+        weight(f"{ours}/{leaf}", theirs, transform, shape),
+        Row(f"{ours}/bias", f"{theirs}.bias", SAME, shape.split()[-1]),
+    ]
+
+
+def attention(ours: str, theirs: str, outer: str, inner: str) -> list[Row]:
+    """Returns the four projections, from the size `outer` to `inner` and back."""
+    shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj"), f"{outer} {inner}")
+    shapes["out_proj"] = f"{inner} {outer}"
+    named = ((f"{ours}/{name}", f"{theirs}.{name}", shape) for name, shape in shapes.items())
+    return [row for a, b, shape in named for row in layer(a, b, DENSE, shape)]
+
+
 class Layout(NamedTuple):
     """The names of one kind of checkpoint: `name` of `family` in messages, and its table.
 

@@ -13,6 +13,7 @@ from flax import nnx
 from experiments.benchmark.train_loop import config_of
 from experiments.measurement.points import CLASSES
 from experiments.measurement.synthetic_step import SyntheticStep, random_slices
+from experiments.measurement.timing import quartiles
 from pgpsam_jax.config import method_recipes
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.methods import build
@@ -42,9 +43,12 @@ def encoded_benchmark(point: dict) -> dict:
     turns = [[_seconds(run) for run in runs.values()] for _ in range(TURNS)]
     wall, processor = np.moveaxis(np.array(turns), -1, 0)  # (turns, whole and encoded)
     found = dict(zip(runs, np.median(wall, axis=0).tolist(), strict=True))
-    found = encoded_flops(point) | {"step_seconds": found, "ratio": _ratio(wall)}
+    found = encoded_flops(point) | {
+        "step_seconds": found,
+        "ratio": quartiles(wall[:, 0] / wall[:, 1]),
+    }
     if jax.default_backend() == "cpu":
-        found["cpu_ratio"] = _ratio(processor)
+        found["cpu_ratio"] = quartiles(processor[:, 0] / processor[:, 1])
     return found
 
 
@@ -54,11 +58,6 @@ def _seconds(run) -> tuple[float, float]:
     start = [clock() for clock in clocks]
     run(STEPS)
     return tuple((clock() - begun) / STEPS for clock, begun in zip(clocks, start, strict=True))
-
-
-def _ratio(seconds) -> dict[str, float]:
-    ratios = np.percentile(seconds[:, 0] / seconds[:, 1], (25, 50, 75)).tolist()
-    return dict(zip(("low", "median", "high"), ratios, strict=True))
 
 
 def encoded_flops(point: dict) -> dict:
@@ -73,7 +72,7 @@ def encoded_flops(point: dict) -> dict:
 def _config(point: dict, copies: int):
     config = config_of(point)
     method_recipes.apply_recipe(config, point["model"])
-    config.train.batch_size, config.train.encoded_copies = point["batch_size"], copies
+    config.train.batch_size, config.train.encoded_copies = point["batch"], copies
     return config
 
 

@@ -18,35 +18,27 @@ _KNOWN = {"task": STEPS + WHOLE, "model": MODELS, "dtype": DTYPES, "against": ("
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class Point(points.Point):
     """One task at one size.
 
     model: `pgpsam` (preset paper, augmentation in the training step), or `sam` (encoder with LoRA
-    and SAM's decoder, no augmentation: also available in PyTorch). attention, remat: of
-    `config.model`; empty is its default. scan: `model.scan_blocks`. against: `torch`, or empty.
-    The methods with a frozen encoder are for the tasks `encoded` and `encoded_flops`.
+    and SAM's decoder, no augmentation: also available in PyTorch). against: `torch`, or empty. The
+    methods with a frozen encoder are for the tasks `encoded` and `encoded_flops`.
     """
 
-    task: str
-    model: str = "pgpsam"
-    encoder: str = "vit_b"
-    image_size: int = 512
-    batch_size: int = 1
     dtype: str = "float32"
-    attention: str = ""
-    remat: str = ""
-    scan: bool = False
+    task: str = "training"
+    model: str = "pgpsam"
     against: str = ""
 
     def __post_init__(self):
+        super().__post_init__()
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 raise UserError(
                     f"{name} {getattr(self, name)!r} unknown; choose from "
                     f"{', '.join(filter(None, known))}"
                 )
-        if self.image_size < 1 or self.batch_size < 1:
-            raise UserError("--sizes and --batches must be 1 or more")
         if (self.task in ENCODED) != (self.model in FROZEN):
             raise UserError(
                 f"task {self.task} is not for --models {self.model}: {' and '.join(ENCODED)} take "
@@ -59,21 +51,21 @@ class Point:
             )
 
     @property
-    def settings(self) -> dict[str, str | bool]:
-        """Returns the fields of `config.model` that differ from their defaults."""
-        chosen = {"attention": self.attention, "remat": self.remat, "scan_blocks": self.scan}
-        return {name: value for name, value in chosen.items() if value}
-
-    @property
     def key(self) -> str:
-        """Name of the row in `benchmark.json`."""
+        """Name of the row."""
         if self.task in ("scoring", "startup", "run"):
             return self.task
         if self.task == "matmul":
             return f"matmul {self.dtype}"
-        words = [self.task, self.model, self.encoder, self.image_size, self.batch_size, self.dtype]
-        words += [f"{name}={value}" for name, value in self.settings.items()]
+        words = [self.task, self.model, self.encoder, self.image_size, self.batch, self.dtype]
+        words += [f"{name} {value}" for name, value in self.changes.items()]
         return " ".join(map(str, words + [f"against {self.against}"] * bool(self.against)))
+
+    @property
+    def changes(self) -> dict[str, str | int]:
+        """The settings that differ from the defaults."""
+        names = ("attention", "remat", "scan")
+        return {n: value for n in names if (value := getattr(self, n)) != getattr(Point, n)}
 
 
 cross = functools.partial(points.cross, Point)
@@ -82,17 +74,17 @@ cross = functools.partial(points.cross, Point)
 def with_ceilings(steps: list[Point]) -> list[Point]:
     """Puts the matmul rate of each compute type before the steps that use it."""
     dtypes = dict.fromkeys(p.dtype for p in steps if p.task in STEPS)
-    return points.unique([*(Point("matmul", dtype=dtype) for dtype in dtypes), *steps])
+    return points.unique([*(Point(task="matmul", dtype=dtype) for dtype in dtypes), *steps])
 
 
 def cpu_suite() -> list[Point]:
     """Returns the CPU benchmarks: ViT-b at 512 px against PyTorch; scoring, start-up, loop."""
-    steps = dict(model=["sam"], batch_size=[1, 2], against=["torch"])
+    steps = dict(model=["sam"], batch=[1, 2], against=["torch"])
     return [
         *cross(task=["training", "inference"], **steps),
-        Point("scoring"),
-        Point("startup"),
-        Point("loop", encoder="vit_t", image_size=128, batch_size=4),
+        Point(task="scoring"),
+        Point(task="startup"),
+        Point(task="loop", encoder="vit_t", image_size=128, batch=4),
     ]
 
 
@@ -102,30 +94,28 @@ def gpu_suite() -> list[Point]:
     torch = dict(model=["sam"], against=["torch"], **bf16)
     return points.unique(
         [
-            *cross(task=["training"], batch_size=[8], **bf16),
-            *cross(task=["training"], batch_size=[8], **torch),
-            Point("run", batch_size=12, dtype="bfloat16"),
-            Point("loop", batch_size=12, dtype="bfloat16"),
-            *cross(task=["training"], batch_size=[16, 32, 1, 2, 4], **bf16),
+            *cross(task=["training"], batch=[8], **bf16),
+            *cross(task=["training"], batch=[8], **torch),
+            Point(task="run", batch=12, dtype="bfloat16"),
+            Point(task="loop", batch=12, dtype="bfloat16"),
+            *cross(task=["training"], batch=[16, 32, 1, 2, 4], **bf16),
             *cross(
                 task=["training"],
-                batch_size=[8],
+                batch=[8],
                 attention=["cudnn", "lean", "folded", "naive"],
                 **bf16,
             ),
-            *cross(task=["inference"], batch_size=[1, 8], **torch),
-            *cross(task=["inference"], batch_size=[8, 32, 1, 2, 4, 16], **bf16),
-            *cross(
-                task=["training"], batch_size=[8], remat=["blocks", "attention", "dots"], **bf16
-            ),
-            *cross(task=["training"], batch_size=[1, 32], **torch),
-            *cross(task=["encoder"], batch_size=[8, 32], **bf16),
-            *cross(task=["training"], image_size=[1024], batch_size=[2, 8], **bf16),
-            *cross(task=["training"], encoder=["vit_l", "vit_h"], batch_size=[8], **bf16),
-            *cross(task=["training", "inference"], image_size=[256], batch_size=[32], **bf16),
-            Point("training", batch_size=8),
-            Point("scoring"),
-            Point("startup"),
+            *cross(task=["inference"], batch=[1, 8], **torch),
+            *cross(task=["inference"], batch=[8, 32, 1, 2, 4, 16], **bf16),
+            *cross(task=["training"], batch=[8], remat=["blocks", "attention", "dots"], **bf16),
+            *cross(task=["training"], batch=[1, 32], **torch),
+            *cross(task=["encoder"], batch=[8, 32], **bf16),
+            *cross(task=["training"], image_size=[1024], batch=[2, 8], **bf16),
+            *cross(task=["training"], encoder=["vit_l", "vit_h"], batch=[8], **bf16),
+            *cross(task=["training", "inference"], image_size=[256], batch=[32], **bf16),
+            Point(task="training", batch=8),
+            Point(task="scoring"),
+            Point(task="startup"),
         ]
     )
 

@@ -9,63 +9,68 @@ import dataclasses
 import numpy as np
 
 from experiments.benchmark.points import STEPS, Point
-from experiments.measurement.timing import ENVIRONMENT, Effort, quartiles, time_steps, warm_up
+from experiments.measurement import timing
+from experiments.measurement.csv_table import FAILED, OK, TOO_LARGE
+from experiments.measurement.timing import Effort
 from experiments.measurement.worker_process import Failed, Process
-from pgpsam_jax.profiling import accelerators
 
-_WORKER = "experiments.benchmark.worker"
+TASKS = {  # not steps -> function of `experiments.benchmark`
+    "matmul": "matmul:matmul_benchmark",
+    "scoring": "scoring:scoring_benchmark",
+    "startup": "startup:startup_benchmark",
+    "loop": "train_loop:loop_benchmark",
+    "run": "train_loop:run_benchmark",
+    "encoded": "feature_cache:encoded_benchmark",
+    "encoded_flops": "feature_cache:encoded_flops",
+}
 
 
 def measure(point: Point, effort: Effort) -> dict:
-    """Returns the row of a point, with `error` if it failed."""
-    row = {"key": point.key, "point": dataclasses.asdict(point)}
+    """Returns status and results of a point."""
+    given = {} if point.task in ("scoring", "startup") else {"point": dataclasses.asdict(point)}
     try:
-        with Process(_WORKER, "jax", environment=ENVIRONMENT) as process:
+        with Process() as process:
             if point.task not in STEPS:
-                return row | {"record": process.ask(whole=describe(point))}
-            row |= process.ask(prepare=describe(point), variant="")
-            platform = row["platform"]
-            warm_up(process, row, platform)
+                name = f"experiments.benchmark.{TASKS[point.task]}"
+                return {"status": OK, "record": process.ask(call=name, **given)}
+            row = timing.prepare(process, "experiments.benchmark.steps_jax:Step", **given)
             if point.against:
                 row["torch"] = against(point, process, row, effort)
             else:
-                row["seconds"] = time_steps(process, platform, effort)
+                row |= timing.time_steps(process, row["platform"], effort)
             row |= process.ask(memory=None)
-        return row | rates(row, point)
+        return {"status": OK} | row | timing.rates(row, point.batch, point.dtype)
     except Failed as failure:
-        return row | {"error": str(failure)}
+        status = TOO_LARGE if str(failure).startswith("out of memory") else FAILED
+        return {"status": status, "reason": str(failure)}
 
 
-def describe(point: Point) -> dict:
-    """Returns the point for a worker, with the sizes of SAM for the process without JAX."""
-    described = dataclasses.asdict(point) | {"settings": point.settings}
-    if point.against:
-        from experiments.benchmark.steps_jax import PATCH
-        from pgpsam_jax.models.sam.sam import SamConfig
+def sizes_of(point: Point) -> dict:
+    """Returns the sizes of SAM, for the process without JAX."""
+    from experiments.benchmark.steps_jax import PATCH
+    from pgpsam_jax.models.sam.sam import SamConfig
 
-        config = SamConfig.preset(point.encoder, point.image_size, PATCH)
-        described["sizes"] = dataclasses.asdict(config)
-    return described
+    return dataclasses.asdict(SamConfig.preset(point.encoder, point.image_size, PATCH))
 
 
 def against(point: Point, ours: Process, row: dict, effort: Effort) -> dict:
     """Returns PyTorch's rows by variant, with the ratio to ours; `row` gets our seconds."""
-    rows = {}
-    for variant in ("eager",) if row["platform"] == "cpu" else ("compile", "eager"):
+    rows, platform = {}, row["platform"]
+    given = {"point": dataclasses.asdict(point), "sizes": sizes_of(point)}
+    for variant in ("eager",) if platform == "cpu" else ("compile", "eager"):
         try:
-            with Process(_WORKER, "torch", environment=ENVIRONMENT) as theirs:
-                found = theirs.ask(prepare=describe(point), variant=variant)
-                warm_up(theirs, found, row["platform"])
-                own, other, ratios = take_turns(ours, theirs, row["platform"], effort)
-                found |= {"seconds": quartiles(other), "ratio": quartiles(ratios)}
-                found |= theirs.ask(memory=None)
-            row.setdefault("seconds", quartiles(own))
+            with Process() as theirs:
+                step = "experiments.benchmark.steps_torch:Step"
+                found = timing.prepare(theirs, step, platform, **given, variant=variant)
+                own, other, ratios = take_turns(ours, theirs, platform, effort)
+                found |= timing.summary(other) | theirs.ask(memory=None)
+                found |= {"turns": len(ratios), "ratio": timing.quartiles(ratios)}
+            row |= {} if "steps" in row else timing.summary(own)
         except Failed as failure:
             found = {"error": str(failure)}
         rows[variant] = found
-    row.setdefault("seconds", None)
-    if row["seconds"] is None:  # PyTorch failed: time ours alone
-        row["seconds"] = time_steps(ours, row["platform"], effort)
+    if "steps" not in row:  # PyTorch failed: time ours alone
+        row |= timing.time_steps(ours, platform, effort)
     return rows
 
 
@@ -90,14 +95,3 @@ def take_turns(ours: Process, theirs: Process, platform: str, effort: Effort):
             seconds += latest
         ratios.append(pair[1] / pair[0])
     return own, other, ratios
-
-
-def rates(row: dict, point: Point) -> dict:
-    """Returns images and FLOPs per second, and MFU where the chip's peak is known."""
-    images = point.batch_size / row["seconds"]["median"]
-    flops = images * row["flops_per_image"]["needed"]
-    return {
-        "images_per_second": images,
-        "flops_per_second": flops,
-        "mfu": accelerators.utilization(flops, row["device"], point.dtype),
-    }

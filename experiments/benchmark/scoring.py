@@ -9,6 +9,7 @@ import time
 import numpy as np
 from scipy import ndimage
 
+from experiments.measurement.timing import quartiles
 from pgpsam_jax.metrics import surface
 from pgpsam_jax.metrics.overlap import overlap_counts
 from pgpsam_jax.metrics.protocols import score_case
@@ -44,12 +45,11 @@ def scoring_benchmark(seed: int = 0, shape=(120, 512, 512), repeats: int = 3) ->
             before = time.perf_counter()
             run()
             seconds.setdefault(part, []).append(time.perf_counter() - before)
-    quartiles = {part: np.quantile(values, (0.25, 0.5, 0.75)) for part, values in seconds.items()}
     return {
         "shape": list(shape),
         "organs": len(ORGANS),
         "repeats": repeats,
-        "seconds": {part: values.round(4).tolist() for part, values in quartiles.items()},
+        "seconds": {part: quartiles(values) for part, values in seconds.items()},
     }
 
 

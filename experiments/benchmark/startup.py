@@ -1,8 +1,9 @@
 """Times the imports of a command, with JAX apart; needs no JAX in this process."""
 
-import statistics
 import subprocess
 import sys
+
+from experiments.measurement.timing import quartiles
 
 _IMPORTS = {
     "jax": "",
@@ -29,10 +30,7 @@ def startup_benchmark(repeats: int = 7) -> dict:
             seconds[module].append(_import_seconds(module, before))
     return {
         "repeats": repeats,
-        "seconds": {
-            module: statistics.quantiles(values[1:], n=4, method="inclusive")
-            for module, values in seconds.items()
-        },
+        "seconds": {module: quartiles(values[1:]) for module, values in seconds.items()},
     }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmark import random_weights, sam_jax
+from experiments.benchmark.points import Point
 from experiments.measurement.device_info import device_info
 from experiments.measurement.points import CLASSES, SLICES
 from pgpsam_jax.models.sam.sam import SamConfig
@@ -21,8 +22,9 @@ class Step:
     """A compiled step: a call runs it once and waits. `facts` are known before the first call."""
 
     def __init__(self, point: dict):
+        point = Point(**point)
         device = jax.devices()[0]
-        make = _sam if point["model"] == "sam" else _pgpsam
+        make = _sam if point.model == "sam" else _pgpsam
         function, donated, self._arguments, self._feed_back, counted = make(point)
         start = time.perf_counter()
         lowered = jax.jit(function, donate_argnums=donated).lower(*self._arguments)
@@ -33,7 +35,7 @@ class Step:
             **device_info(device),
             "trace_seconds": traced - start,
             "compile_seconds": time.perf_counter() - traced,
-            "flops_per_image": _of_task(counted, point["task"]),
+            **_flops(counted, point.task),
             "temporary_bytes": memory.temp_size_in_bytes,
             "argument_bytes": memory.argument_size_in_bytes,
             "aliased_bytes": memory.alias_size_in_bytes,
@@ -49,32 +51,34 @@ class Step:
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def _of_task(counted, task: str) -> dict:
+def _flops(counted, task: str) -> dict:
     found = flops.total(counted)
     if task == "training":
-        return {"needed": found.training, "padding": found.training_padding}
-    return {"needed": found.forward, "padding": found.forward_padding}
+        needed, padding = found.training, found.training_padding
+    else:
+        needed, padding = found.forward, found.forward_padding
+    return {"flops_per_image": needed, "padding_flops_per_image": padding}
 
 
 def _keep(out, arguments):
     return arguments
 
 
-def _sam(point: dict):
-    settings, size = point["settings"], point["image_size"]
-    config = SamConfig.preset(point["encoder"], size, PATCH, **settings)
-    graphdef, params, frozen = sam_jax.build(config, _DTYPES[point["dtype"]])
-    images, labels = random_weights.batch(point["batch_size"], size, sam_jax.CLASSES, channels=True)
-    if point["task"] == "encoder":
+def _sam(point: Point):
+    settings, size = point.settings, point.image_size
+    config = SamConfig.preset(point.encoder, size, PATCH, **settings)
+    graphdef, params, frozen = sam_jax.build(config, _DTYPES[point.dtype])
+    images, labels = random_weights.batch(point.batch, size, sam_jax.CLASSES, channels=True)
+    if point.task == "encoder":
         counted = flops.encoder(config.encoder, sam_jax.LORA, "lora")
     else:
         counted = flops.sam(config.encoder, config.decoder, sam_jax.LORA, "lora")
-    if point["task"] == "training":
+    if point.task == "training":
         optimizer, train_step = sam_jax.make_train_step(graphdef)
         arguments = (params, optimizer.init(params), frozen, images, labels)
         return train_step, (0, 1), arguments, lambda out, old: (*out[:2], *old[2:]), counted
 
-    run = sam_jax.encode if point["task"] == "encoder" else sam_jax.predict
+    run = sam_jax.encode if point.task == "encoder" else sam_jax.predict
 
     def forward(params, frozen, images):
         return run(graphdef, params, frozen, images)
@@ -82,9 +86,8 @@ def _sam(point: dict):
     return forward, (), (params, frozen, images), _keep, counted
 
 
-def _pgpsam(point: dict):
-    # Imported here: the model `sam` needs no configuration.
-    from pgpsam_jax.config import default_config
+def _pgpsam(point: Point):
+    # Imported here: the model `sam` needs none of them.
     from pgpsam_jax.inference.predictor import make_predict_step
     from pgpsam_jax.methods import build
     from pgpsam_jax.models.segmenter import to_input
@@ -92,19 +95,10 @@ def _pgpsam(point: dict):
     from pgpsam_jax.training.train_state import init_state
     from pgpsam_jax.training.train_step import make_train_step
 
-    config, task = default_config(), point["task"]
-    size, batch_size = point["image_size"], point["batch_size"]
-    config.model.update(
-        encoder=point["encoder"],
-        image_size=size,
-        patch_size=PATCH,
-        compute_dtype=point["dtype"],
-        **point["settings"],
-    )
-    config.train.batch_size = batch_size
+    config, task, batch_size = point.config(), point.task, point.batch
     model = build.make_model(config.model, CLASSES, nnx.Rngs(0))
     sizes = model.config
-    images, labels = random_weights.batch(batch_size, size, CLASSES, channels=False)
+    images, labels = random_weights.batch(batch_size, point.image_size, CLASSES, channels=False)
     if task == "encoder":
         graphdef, state = nnx.split(model.image_encoder)
         counted = flops.encoder(sizes.sam.encoder, sizes.lora, "lora")

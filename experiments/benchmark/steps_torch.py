@@ -18,21 +18,21 @@ class Step:
     bfloat16 weights. float32 products on a GPU may be TF32, as in JAX by default.
     """
 
-    def __init__(self, point: dict, variant: str):
+    def __init__(self, point: dict, sizes: dict, variant: str):
         if hasattr(os, "sched_getaffinity"):
             torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.set_float32_matmul_precision("high")
         self._cuda = torch.cuda.is_available()
         self._device = torch.device("cuda" if self._cuda else "cpu")
-        self._point, self._variant = point, variant
+        self._point, self._sizes, self._variant = point, sizes, variant
         size = point["image_size"]
         images, labels = random_weights.batch(
-            point["batch_size"], size, sam_torch.CLASSES, channels=True
+            point["batch"], size, sam_torch.CLASSES, channels=True
         )
         images = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
         self._images = images.to(self._device)
         self._labels = torch.from_numpy(labels).long().to(self._device)
-        tensors = {n: t.to(self._device) for n, t in sam_torch.load_tensors(point["sizes"]).items()}
+        tensors = {n: t.to(self._device) for n, t in sam_torch.load_tensors(sizes).items()}
         self._half = point["dtype"] == "bfloat16"
         if self._half and point["task"] != "training":
             self._images = self._images.bfloat16()
@@ -43,7 +43,7 @@ class Step:
         self.facts = {
             "attention": attention,
             "first_seconds": time.perf_counter() - start,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         }
 
     def __call__(self) -> None:
@@ -75,7 +75,7 @@ class Step:
     def _make(self, tensors, attention: str):
         # The decoder's parameters are trained, hence copied; the frozen ones are shared.
         tensors = {n: t.clone() if n.startswith("mask_decoder") else t for n, t in tensors.items()}
-        model = sam_torch.build(self._point["sizes"], tensors, attention).to(self._device)
+        model = sam_torch.build(self._sizes, tensors, attention).to(self._device)
         task = self._point["task"]
         if task == "training":
             return self._training(model)

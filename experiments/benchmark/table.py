@@ -1,11 +1,12 @@
-"""Folder of a benchmark: finished rows in JSON, and one table in Markdown."""
+"""The rows of a benchmark, and one table of them in Markdown."""
 
-from pathlib import Path
+from collections.abc import Iterable
 
-from pgpsam_jax.utils.files import read_record, write_json, write_text
+from experiments.benchmark.points import Point
+from experiments.measurement import timing
+from experiments.measurement.csv_table import OK, Kind
 from pgpsam_jax.utils.markdown import pipe_table
 
-ROWS, TABLE = "benchmark.json", "benchmark.md"
 _HEADS = (
     "task", "model", "px", "batch", "type", "by", "images/s", "ms (quartiles)", "GFLOP/image",
     "MFU", "of matmul", "peak GiB", "temporary GiB", "compile s", "torch / jax",
@@ -19,94 +20,76 @@ temporary: planned by the compiler. torch / jax: seconds of PyTorch over ours, i
 """
 
 
-def load(folder) -> dict[str, dict]:
-    """Returns the rows of an earlier run by key; {} if there are none."""
-    return read_record(
-        Path(folder) / ROWS,
-        lambda value: {row["key"]: row for row in value["rows"]},
-        missing={},
-        remedy="give another --output",
-    )
+BENCHMARK = Kind(
+    "benchmark",
+    Point,
+    {"device": str, "platform": str, "versions": str}
+    | timing.COLUMNS
+    | {"flops_per_image": float, "padding_flops_per_image": float, "trace_seconds": float}
+    | {"compile_seconds": float, "temporary_bytes": int, "argument_bytes": int}
+    | {"aliased_bytes": int, "prepare_peak_bytes": int, "torch": dict, "record": dict},
+)
 
 
-def finished(row: dict | None) -> bool:
-    """Returns whether a rerun skips it: measured, or out of memory."""
-    return row is not None and row.get("error", "out of memory").startswith("out of memory")
-
-
-def store(folder, rows: dict[str, dict]) -> None:
-    """Writes both files."""
-    write_json(Path(folder) / ROWS, {"rows": list(rows.values())})
-    write_text(Path(folder) / TABLE, markdown(list(rows.values())))
-
-
-def markdown(rows: list[dict]) -> str:
+def markdown(rows: Iterable[dict]) -> str:
     """Returns lines for the tasks that are not steps, then the table of the steps."""
-    lines, cells = [], []
+    rows, lines, cells, devices = list(rows), [], [], {}
     for row in rows:
-        if "record" in row:
-            lines.append(f"- {row['key']}: {_record(row['record'])}")
-        elif "error" in row:
-            lines.append(f"- {row['key']}: **failed**, {row['error']}")
+        if row["status"] != OK:
+            lines.append(f"- {BENCHMARK.point_of(row).key}: **failed**, {row['reason']}")
+        elif row.get("record"):
+            lines.append(f"- {BENCHMARK.point_of(row).key}: {_record(row['record'])}")
         else:
             cells += _cells(row, rows)
+        for found in (row.get("record") or row, *(row.get("torch") or {}).values()):
+            if found.get("versions"):
+                devices[f"- {found.get('device', 'PyTorch')}, {found['versions']}"] = None
     table = pipe_table([_HEADS, *cells]) if cells else []
-    devices = dict.fromkeys(
-        ", ".join([found.get("device", "PyTorch"), *map(" ".join, found["versions"].items())])
-        for row in rows
-        for found in (row.get("record", row), *row.get("torch", {}).values())
-        if "versions" in found
-    )
-    text = "# Benchmark\n\n" + "".join(f"- {device}\n" for device in devices)
-    text += "\n".join(lines) + "\n" * bool(lines)
-    text += "\n" + "".join(f"{line}\n" for line in table)
+    text = "\n".join(["# Benchmark", "", *devices, *lines, "", *table, ""])
     return text + (_NOTE if cells else "")
 
 
 def _cells(row: dict, rows: list[dict]) -> list[list[str]]:
     """Returns our line of the table and, in a comparison, PyTorch's lines."""
-    point, dtype = row["point"], row["point"]["dtype"]
-    model = f"{point['model']} {point['encoder']}"
-    place = [point["task"], model, *(str(point[n]) for n in ("image_size", "batch_size"))]
-    place.append({"float32": "fp32", "bfloat16": "bf16"}[dtype])
-    settings = [f"{n} {point[n]}" for n in ("attention", "remat") if point[n]]
-    settings += ["scan"] * point.get("scan", False)  # older rows have none
-    flops = row["flops_per_image"]
-    ceiling = _ceiling(rows, row["device"], dtype)
+    model = f"{row['model']} {row['encoder']}"
+    place = [row["task"], model, str(row["image_size"]), str(row["batch"])]
+    place.append({"float32": "fp32", "bfloat16": "bf16"}[row["dtype"]])
+    changes = BENCHMARK.point_of(row).changes
+    settings = ["scan" if name == "scan" else f"{name} {changes[name]}" for name in changes]
+    ceiling = _ceiling(rows, row["device"], row["dtype"])
+
+    def share(images_per_second: float) -> list[str]:
+        """MFU and share of the matmul rate."""
+        mfu, rate = row["mfu"], images_per_second * row["flops_per_image"]
+        mfu = None if mfu is None else mfu * images_per_second / row["images_per_second"]
+        return [_percent(mfu), _percent(rate / ceiling if ceiling else None)]
+
+    def theirs(variant: str, found: dict) -> list[str]:
+        if "error" in found:
+            return [f"torch {variant}: {found['error']}"] + [""] * 9
+        low, median, high = found["ratio"]
+        return [
+            f"torch {variant} {found['attention']}",
+            *_speed(found, row["batch"]),
+            "",
+            *share(row["batch"] / found["median_seconds"]),
+            _gib(found["peak_bytes"]),
+            "",
+            f"{found['first_seconds']:.1f}",
+            f"{median:.2f} ({low:.2f}-{high:.2f})",
+        ]
+
     ours = [
         " ".join(["jax", *settings]),
-        *_speed(row, point),
-        f"{flops['needed'] / 1e9:.4g} + {flops['padding'] / 1e9:.2g}",
-        _percent(row["mfu"]),
-        _percent(row["flops_per_second"] / ceiling if ceiling else None),
+        *_speed(row, row["batch"]),
+        f"{row['flops_per_image'] / 1e9:.4g} + {row['padding_flops_per_image'] / 1e9:.2g}",
+        *share(row["images_per_second"]),
         _gib(row["peak_bytes"]),
         _gib(row["temporary_bytes"]),
         f"{row['compile_seconds']:.1f}",
         "",
     ]
-    return [place + ours] + [
-        place + _their_cells(variant, found, point, flops["needed"], row, ceiling)
-        for variant, found in row.get("torch", {}).items()
-    ]
-
-
-def _their_cells(variant: str, found: dict, point: dict, needed: float, ours: dict, ceiling):
-    if "error" in found:
-        return [f"torch {variant}: {found['error']}"] + [""] * 9
-    rate = needed * point["batch_size"] / found["seconds"]["median"]
-    mfu = None if ours["mfu"] is None else ours["mfu"] * rate / ours["flops_per_second"]
-    low, high = found["ratio"]["quartiles"]
-    return [
-        f"torch {variant} {found['attention']}",
-        *_speed(found, point),
-        "",
-        _percent(mfu),
-        _percent(rate / ceiling if ceiling else None),
-        _gib(found["peak_bytes"]),
-        "",
-        f"{found['first_seconds']:.1f}",
-        f"{found['ratio']['median']:.2f} ({low:.2f}-{high:.2f})",
-    ]
+    return [place + ours, *(place + theirs(*one) for one in (row.get("torch") or {}).items())]
 
 
 def _ceiling(rows: list[dict], device: str, dtype: str) -> float | None:
@@ -114,19 +97,18 @@ def _ceiling(rows: list[dict], device: str, dtype: str) -> float | None:
     rates = [
         row["record"]["flops_per_second"]
         for row in rows
-        if row["point"]["task"] == "matmul" and row["point"]["dtype"] == dtype
-        and row.get("record", {}).get("device") == device
+        if row["task"] == "matmul" and row["dtype"] == dtype
+        and (row.get("record") or {}).get("device") == device
     ]  # fmt: skip
     return max(rates, default=None)
 
 
-def _speed(row: dict, point: dict) -> list[str]:
-    seconds = row["seconds"]
+def _speed(row: dict, images: int) -> list[str]:
     low, median, high = (
         f"{1e3 * value:.0f}" if value >= 1 else f"{1e3 * value:.3g}"
-        for value in (seconds["quartiles"][0], seconds["median"], seconds["quartiles"][1])
+        for value in (row[f"{n}_seconds"] for n in ("first_quartile", "median", "third_quartile"))
     )
-    return [f"{point['batch_size'] / seconds['median']:.3g}", f"{median} ({low}-{high})"]
+    return [f"{images / row['median_seconds']:.3g}", f"{median} ({low}-{high})"]
 
 
 def _percent(share: float | None) -> str:
@@ -141,10 +123,13 @@ def _record(record: dict) -> str:
     """Formats a record as one line with dotted names, without the device."""
     words = []
     for name, value in _flat(record):
-        if name.split(".")[0] in ("device", "platform", "known_chip", "versions"):
+        if name.split(".")[0] in ("device", "platform", "versions"):
             continue
         if name == "flops_per_second":
             name, value = "TFLOP/s", value / 1e12
+        if isinstance(value, list) and isinstance(value[0], float):
+            low, median, high = value
+            value = f"{median:.3g} ({low:.3g}-{high:.3g})"
         words.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
     return ", ".join(words)
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from experiments.benchmark.points import Point
 from experiments.benchmark.scoring import synthetic_case
 from experiments.measurement.points import SLICES
 from experiments.measurement.synthetic_step import SyntheticStep, random_slices
-from pgpsam_jax.config import default_config, use_small_encoder
+from experiments.measurement.timing import quartiles
+from pgpsam_jax.config import use_small_encoder
 from pgpsam_jax.data.batch_sampler import make_loader
 from pgpsam_jax.data.layouts.label_table import SYNAPSE8
 from pgpsam_jax.data.layouts.split import BTCV_TEST, BTCV_TRAIN
@@ -68,20 +70,16 @@ def loop_benchmark(point: dict, turn: int = 40) -> dict:
         "images_per_second": {
             name: batch_size / statistics.median(values) for name, values in seconds.items()
         },
-        "ratio": statistics.quantiles(ratios, n=4, method="inclusive"),
+        "ratio": quartiles(ratios),
     }
 
 
 def config_of(point: dict):
     """Returns the configuration of a point; vit_t has the sizes of the small encoder's preset."""
-    config = default_config()
-    if point["encoder"] == "vit_t":
+    config = Point(**point).config()
+    if config.model.encoder == "vit_t":
         use_small_encoder(config)
-    else:
-        config.model.encoder, config.model.image_size = point["encoder"], point["image_size"]
-    config.model.compute_dtype = point["dtype"]
-    config.model.update(point["settings"])
-    config.train.batch_size = point["batch_size"]
+        config.train.batch_size = point["batch"]
     return config
 
 

@@ -11,8 +11,8 @@ _SCRIPT = """#!/bin/bash
 # {title}
 # Submit from anywhere:  sbatch {path}
 # Partition, account, time and GPU type depend on your cluster: sbatch --partition=... {path}
-# A preempted or requeued task resumes from its cell's last checkpoint, and a task close to its time
-# limit saves and goes back to the queue. Failed cells are listed by
+# A preempted or requeued task resumes from the last checkpoint of its cell; a task close to its
+# time limit saves a checkpoint and is requeued. To list the failed cells:
 #   python -m experiments.run_grid --grid ... --workdir {folder} --dry-run
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}%{workers}
@@ -35,7 +35,7 @@ ending=
 trap 'ending=1; kill -USR1 "$cell"' USR1
 trap 'kill -TERM "$cell"' TERM
 code=0
-while kill -0 "$cell" 2>/dev/null; do  # a signal ends a wait, not the cell
+while kill -0 "$cell" 2>/dev/null; do  # a signal interrupts wait, not the cell
     wait "$cell" || true
 done
 wait "$cell" || code=$?

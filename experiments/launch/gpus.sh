@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# One run on the GPUs of one machine, with one process per GPU.
+# Starts one run on a single machine, with one process per GPU.
 #
 #   experiments/launch/gpus.sh 4 --config configs/synapse.py --workdir runs/synapse
 #
-# A single process uses all GPUs of a machine, which is usually enough:
+# Usually you do not need this script: a single process uses all GPUs of the machine.
 #
 #   .venv/bin/python -m pgpsam_jax.main --config configs/synapse.py --workdir runs/synapse
 #
-# One process per GPU can be faster if the host is the bottleneck, and rehearses a cluster on one
-# machine. The first argument is the number of processes; the rest goes to pgpsam_jax.main.
-# CUDA_VISIBLE_DEVICES=2,3 selects GPUs, PYTHON=/path/to/python replaces .venv/bin/python. If one
-# process fails, the others and the script end too, with a nonzero code. A signal to the script
-# reaches all processes, which save and exit with code 75. The same command resumes from the last
-# checkpoint.
+# One process per GPU can be faster when the host is the bottleneck, and lets you rehearse a cluster
+# run on one machine. The first argument is the number of processes; all others are passed to
+# pgpsam_jax.main. Set CUDA_VISIBLE_DEVICES=2,3 to select GPUs and PYTHON=/path/to/python to use
+# another interpreter than .venv/bin/python. If one process fails, the others and the script exit
+# too, with a nonzero code. Signals are forwarded to all processes, which save a checkpoint and exit
+# with code 75. Run the same command again to resume from the last checkpoint.
 set -uo pipefail
 
 count=${1:?"usage: gpus.sh PROCESSES --config FILE --workdir FOLDER"}
@@ -21,7 +21,7 @@ python=${PYTHON:-.venv/bin/python}
 port=$("$python" -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')
 IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((count - 1)))}"
 if (( ${#gpus[@]} < count )); then
-    echo "error: $count processes but CUDA_VISIBLE_DEVICES names ${#gpus[@]} GPUs" >&2
+    echo "error: $count processes but CUDA_VISIBLE_DEVICES lists only ${#gpus[@]} GPUs" >&2
     exit 2
 fi
 
@@ -34,7 +34,7 @@ for (( i = 0; i < count; i++ )); do
 done
 code=0
 for process in "${processes[@]}"; do
-    while kill -0 "$process" 2>/dev/null; do  # a signal ends a wait, not the process
+    while kill -0 "$process" 2>/dev/null; do  # a signal interrupts wait, not the process
         wait "$process"
     done
     wait "$process" || { ended=$?; (( code )) || code=$ended; }

@@ -6,20 +6,18 @@ import flax
 import jax
 import optax
 
-from pgpsam_jax.profiling import accelerators
 
-
-def device_info(device: jax.Device) -> dict:
+def device_info(device: jax.Device) -> dict[str, str]:
     """Returns name and platform of a device, and the versions of Python and the libraries."""
+    versions = {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "optax": optax.__version__,
+        "backend": device.client.platform_version.splitlines()[0],
+    }
     return {
         "device": device.device_kind,
         "platform": device.platform,
-        "known_chip": accelerators.find_chip(device.device_kind) is not None,
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-            "optax": optax.__version__,
-            "backend": device.client.platform_version.splitlines()[0],
-        },
+        "versions": ", ".join(map(" ".join, versions.items())),
     }

@@ -1,7 +1,7 @@
 """Runs measurements in a fresh subprocess: one line of JSON in, one line out.
 
 A request names a method of the worker and its arguments, the first under the method's name:
-{"steps": 5}, {"prepare": point, "variant": "eager"}. An answer with "error" says what failed; the
+{"steps": 5}, {"prepare": "module:Step", "point": ...}. An answer with "error" says what failed; the
 process ends with its input.
 """
 
@@ -17,6 +17,11 @@ from pathlib import Path
 
 from pgpsam_jax.errors import UserError
 
+ENVIRONMENT = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # else the peak is the preallocated pool
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # else the compile time is that of reading the cache
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
 _REPOSITORY = Path(__file__).parents[2]
 _alive: set["Process"] = set()
 
@@ -26,26 +31,25 @@ class Failed(Exception):
 
 
 class Process:
-    """A process `python -m module arguments` that calls `serve`; `ask` returns its answers.
+    """A process of `worker.py`; `ask` returns its answers.
 
     Args:
-      module, arguments: the program.
-      environment: variables in addition to those of this process.
+      environment: variables in addition to those of this process and `ENVIRONMENT`.
       patience: seconds to wait for an answer.
     """
 
-    def __init__(self, module: str, *arguments: str, environment=None, patience: float = 1800):
+    def __init__(self, environment: dict[str, str] | None = None, patience: float = 1800):
         self._patience = patience
         self._errors = tempfile.TemporaryFile("w+")
         paths = [str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, "-m", "experiments.measurement.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=os.environ | (environment or {}) | paths,
+            env=os.environ | ENVIRONMENT | (environment or {}) | paths,
             start_new_session=True,  # Ctrl-C reaches the parent only
         )
         _alive.add(self)

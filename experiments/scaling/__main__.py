@@ -16,16 +16,19 @@ Examples:
   python -m experiments.scaling render runs/scaling
 """
 
+import functools
 import sys
 
-from experiments.measurement.flags import numbers, words
+from experiments.measurement import flags
+from experiments.measurement.csv_table import FAILED
+from experiments.measurement.flags import words
 from experiments.measurement.points import cross
-from experiments.measurement.timing import Effort
+from experiments.measurement.study import Study
 from experiments.measurement.worker_process import Failed
 from experiments.scaling import points
-from experiments.scaling.csv_table import COMPILED, FAILED, MEASURED
+from experiments.scaling.kinds import COMPILED, MEASURED
 from experiments.scaling.render import render, render_all
-from experiments.scaling.study import Study, compile_with, local_devices, measure_with
+from experiments.scaling.study import compile_with, fit, local_devices, measure_with
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime.cli import Parser, running
 
@@ -48,8 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measured(options) -> list[dict]:
-    if options.steps < 1 or options.simulate < 0:
-        raise UserError("--steps (timed steps) must be 1 or more, --simulate (devices) 0 or more")
+    effort = flags.effort_of(options)
+    if options.simulate < 0:
+        raise UserError("--simulate is a number of devices; give 1 or more")
     try:
         there = local_devices(options.simulate, options.limit)
     except Failed as failure:
@@ -59,13 +63,12 @@ def _measured(options) -> list[dict]:
     dtype = options.dtype or ("float32" if there["platform"] == "cpu" else "bfloat16")
     chosen = points.measured_points(
         there["count"],
-        numbers("--devices", options.devices) if options.devices else [],
+        flags.numbers("--devices", options.devices) if options.devices else [],
         words(options.scaling),
         bool(options.simulate),
         **_lists(options, dtype),
     )
-    measure = measure_with(options.limit, Effort(options.steps, options.budget))
-    study = Study(options.output, MEASURED, measure, options.retry)
+    study = Study(options.output, MEASURED, measure_with(options.limit, effort), options.retry)
     return study.each(study.row, chosen)
 
 
@@ -73,21 +76,13 @@ def _compiled(options) -> list[dict]:
     lists = _lists(options, options.dtype or "bfloat16") | {"topology": words(options.topologies)}
     chosen = cross(points.Compiled, **lists | ({"batch": [1]} if options.fit else {}))
     study = Study(options.output, COMPILED, compile_with(options.limit), options.retry)
-    return study.each(study.fit if options.fit else study.row, chosen, options.workers)
+    find = functools.partial(fit, study) if options.fit else study.row
+    return study.each(find, chosen, options.workers)
 
 
 def _lists(options, dtype: str) -> dict:
     """Returns the values of the fields that both kinds of points share."""
-    return dict(
-        encoder=words(options.encoders),
-        image_size=numbers("--sizes", options.sizes),
-        batch=numbers("--batches", options.batches),
-        mesh=words(options.meshes),
-        remat=words(options.remat),
-        attention=words(options.attention),
-        scan=[int(options.scan)],
-        dtype=[dtype],
-    )
+    return flags.point_lists(options) | {"mesh": words(options.meshes), "dtype": [dtype]}
 
 
 def _parser() -> Parser:
@@ -98,33 +93,21 @@ def _parser() -> Parser:
     again = commands.add_parser("render", help="rewrite tables and charts from the CSV files")
     again.add_argument("folder")
     for command in (measured, compiled):
+        flags.add_point_flags(command, "runs/scaling")
         add = command.add_argument
-        add("--encoders", default="vit_b", help="vit_t, vit_b, vit_l, vit_h")
-        add("--sizes", default="512", help="image sizes in pixels")
-        add("--batches", default="1", help="images per chip")
         add(
             "--meshes",
             default="data",
             help="axes joined by +, with a size or taking the rest: data,fsdp,tensor4,fsdp+tensor2",
         )
-        add("--remat", default="none", help="of config.model")
-        add("--attention", default="auto", help="of config.model")
-        add("--scan", action="store_true", help="model.scan_blocks")
         add("--dtype", default="", help="bfloat16; float32 is the default on CPUs")
         add("--limit", type=float, default=900.0, help="seconds per point, at most")
         add("--retry", action="store_true", help="retry failed points")
-        add("--output", default="runs/scaling", help="folder of the results")
+    flags.add_effort_flags(measured)
     add = measured.add_argument
     add("--devices", default="", help="numbers of devices; empty: powers of two and all")
     add("--scaling", default="weak,strong", help="weak, strong")
     add("--simulate", type=int, default=0, metavar="N", help="N devices on this CPU")
-    add("--steps", type=int, default=50, help="timed steps per point")
-    add(
-        "--budget",
-        type=float,
-        default=30.0,
-        help="seconds after which five steps do on a CPU",
-    )
     add = compiled.add_argument
     add("--topologies", default=",".join(points.TOPOLOGIES), help="chip and shape, v5e:4x4")
     add("--workers", type=int, default=1, help="points at a time")

@@ -17,7 +17,7 @@ from experiments.scaling.chart_parts import (
     plain_numbers,
     unique,
 )
-from experiments.scaling.csv_table import COMPILED, MEASURED, series
+from experiments.scaling.kinds import COMPILED, MEASURED
 from pgpsam_jax.visualization.theme import Theme, new_figure
 
 _TERMS = {"compute": "compute", "hbm": "memory (HBM)", "ici": "network (ICI)"}
@@ -65,7 +65,7 @@ def _against_chips(rows, theme, column, label, ideal=False) -> Figure:
 def _longest(rows) -> list[list[dict]]:
     """Returns the series over most slices per chip and mesh, then with the largest batch."""
     found = {}
-    for line in series(COMPILED, rows):
+    for line in COMPILED.series(rows):
         key = chip_of(line[0]), line[0]["mesh"]
         size = len(line), line[0]["batch"]
         if key not in found or size > found[key][0]:
@@ -165,7 +165,7 @@ def measured(rows, theme: Theme) -> Figure:
     figure = new_figure(9.9, 3.9, theme)
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
     speed, share, memory_axes = figure.subplots(1, 3)
-    lines = series(MEASURED, rows)
+    lines = MEASURED.series(rows)
     names = [_measured_name(line[0]) for line in lines]
     for line in lines:
         what, scaling = _measured_name(line[0]), line[0]["scaling"]

@@ -7,9 +7,9 @@ import time
 import jax
 from flax import nnx
 
+from experiments.measurement.csv_table import OK, TOO_LARGE
 from experiments.measurement.points import CLASSES, SLICES
 from experiments.scaling import hlo_collectives, roofline
-from experiments.scaling.csv_table import OK, TOO_LARGE
 from experiments.scaling.hlo_traffic import memory_traffic
 from experiments.scaling.points import Compiled
 from pgpsam_jax.errors import UserError
@@ -23,14 +23,15 @@ from pgpsam_jax.training.plan import TrainingPlan
 RESERVE = 2**30
 
 
-def compile_point(point: Compiled) -> dict:
-    """Returns the columns of a row; `status` says whether the step fits the chip.
+def compile_point(point: dict) -> dict:
+    """Returns the columns of a row from the fields of a `Compiled`; `status`: whether it fits.
 
     Columns `estimate_*` are the roofline's. Its compute term takes the larger of two counts: XLA's
     (with recomputation, without hand-written kernels) and the formula's. `accessed_bytes` is the
     compiler's count and includes the chip's fast memory; `hbm_bytes` does not.
     """
     jax.config.update("jax_enable_compilation_cache", False)  # else reading it would be timed
+    point = Compiled(**point)
     chips = aot.topology_devices(point.topology)
     chip = accelerators.find_chip(chips[0].device_kind)
     if chip is None:

@@ -12,10 +12,17 @@ from pgpsam_jax.sharding import rules
 from pgpsam_jax.training import plan
 
 
+def count_devices() -> dict:
+    """Returns `count` and `platform` of the local devices."""
+    found = jax.local_devices()
+    return {"count": len(found), "platform": found[0].platform}
+
+
 class Step:
     """The sharded training step; calling it runs one step and waits. `facts`: known beforehand."""
 
-    def __init__(self, point: Measured):
+    def __init__(self, point: dict):
+        point = Measured(**point)
         self._devices = jax.devices()[: point.devices]
         config = point.config(point.devices)
         mesh = plan.mesh_of(config.mesh, config.model, config.train.batch_size, self._devices)

@@ -4,8 +4,7 @@ import dataclasses
 import itertools
 import re
 
-from experiments.measurement.points import cross
-from pgpsam_jax.config import default_config
+from experiments.measurement.points import Point, cross
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.profiling import aot
 
@@ -19,49 +18,24 @@ TOPOLOGIES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """A training step, measured or compiled.
+class Step(Point):
+    """A training step on a mesh, measured or compiled.
 
-    Attributes:
-      batch: images per chip; the global batch is `batch` times data times fsdp, since the chips of
-        a tensor group share their images.
-      mesh: as in `mesh_sizes`.
-      remat, attention, scan: of `config.model`.
-      dtype: of the computation.
+    The global batch is `batch` times data times fsdp, since the chips of a tensor group share their
+    images. mesh: as in `mesh_sizes`.
     """
 
-    encoder: str = "vit_b"
-    image_size: int = 512
-    batch: int = 1
     mesh: str = "data"
-    remat: str = "none"
-    attention: str = "auto"
-    scan: int = 0
-    dtype: str = "bfloat16"
 
     def __post_init__(self):
+        super().__post_init__()
         mesh_sizes(self.mesh)
-        if self.image_size < 1 or self.batch < 1:
-            raise UserError("--sizes and --batches must be 1 or more")
-
-    @property
-    def key(self) -> str:
-        """Name of the row: all fields."""
-        return " ".join(str(value) for value in dataclasses.astuple(self))
 
     def config(self, devices: int):
         """Returns the configuration of a run with this step on a number of devices."""
-        config = default_config()
-        config.model.update(
-            encoder=self.encoder,
-            image_size=self.image_size,
-            compute_dtype=self.dtype,
-            attention=self.attention,
-            remat=self.remat,
-            scan_blocks=bool(self.scan),
-        )
+        config = super().config()
         config.mesh.update(mesh_sizes(self.mesh))
-        config.train.batch_size = self.batch * self.data_shards(devices)
+        config.train.batch_size *= self.data_shards(devices)
         return config
 
     def data_shards(self, devices: int) -> int:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import matplotlib
 
-from experiments.scaling import csv_table as table
+from experiments.measurement.csv_table import FAILED, OK, Kind, load
 from experiments.scaling.charts import CHARTS
 from experiments.scaling.compiled import RESERVE
-from experiments.scaling.csv_table import COMPILED, FAILED, MEASURED, OK, Kind
 from experiments.scaling.hlo_collectives import KINDS
+from experiments.scaling.kinds import COMPILED, MEASURED
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.profiling import aot
 from pgpsam_jax.results.tables.text import NONE, Table, number, percent, to_markdown
@@ -55,7 +55,7 @@ _MEASURED = (
 def render(folder, kind: Kind) -> str:
     """Writes tables and charts of a kind from its CSV file; returns the text of the tables."""
     folder = Path(folder)
-    found = _in_order(kind, table.load(folder, kind).values())
+    found = _in_order(kind, load(folder, kind).values())
     finished = [row for row in found if row["status"] != FAILED]
     pictures = []
     for stem, (make, title) in CHARTS[kind.name].items():

@@ -1,94 +1,38 @@
-"""Runs the missing points of a study, each in a fresh process with a time limit."""
+"""Measures points of a scaling study in worker processes, and searches for the largest batch."""
 
 import dataclasses
 import importlib.metadata
 import os
 import re
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 
 from experiments.measurement import timing
-from experiments.measurement.worker_process import Failed, Process, end_all
-from experiments.scaling import csv_table as table
-from experiments.scaling.csv_table import FAILED, OK, Kind
+from experiments.measurement.csv_table import FAILED, OK
+from experiments.measurement.study import Study
+from experiments.measurement.worker_process import Process
 from experiments.scaling.points import Compiled, Measured
-from pgpsam_jax.profiling import accelerators, aot
+from pgpsam_jax.profiling import aot
 
-_WORKER = "experiments.scaling.worker"
 SIMULATION = "simulation: {} devices share these cores; says nothing about speed-up"
 
 
-class Study:
-    """The rows of one kind in a folder; finished rows are kept. Methods are thread-safe.
+def fit(study: Study, point: Compiled, most: int = 4096) -> dict:
+    """Finds the largest batch per chip that fits, to within a sixteenth, and marks its row.
 
-    Args:
-      folder: of the study.
-      kind: of its points.
-      measure: returns the row of a point, or raises `Failed`.
-      retry: measure failed points again.
+    Extrapolates linearly from the known batches, including those in the folder. Returns the row of
+    that batch, or of the smallest batch if none fits.
     """
-
-    def __init__(self, folder, kind: Kind, measure: Callable[[object], dict], retry: bool):
-        self.folder, self.kind, self.measure, self.retry = folder, kind, measure, retry
-        self.rows = table.load(folder, kind)
-        self._lock, self._stopped = threading.Lock(), False
-        table.store(folder, kind, self.rows)  # fails now if the folder cannot be written
-
-    def each(self, function: Callable, points: Iterable, workers: int = 1) -> list:
-        """Returns function(point) of every point in order, `workers` at a time."""
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                return list(pool.map(function, points))
-            except BaseException:  # interrupted: unfinished points leave no row
-                self._stopped = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                end_all()
-                raise
-
-    def row(self, point) -> dict:
-        """Returns the row of a point; measures it if it is missing, or failed and `retry`."""
-        found = self.rows.get(point.key)
-        if found and not (found["status"] == FAILED and self.retry):
-            return found
-        row = dataclasses.asdict(point)
-        print(point.key, flush=True)
-        try:
-            row |= self.measure(point)
-        except Failed as failure:
-            row |= {"status": FAILED, "reason": str(failure)}
-        if self._stopped:
-            raise Failed("stopped")
-        with self._lock:
-            self.rows[point.key] = row
-            table.store(self.folder, self.kind, self.rows)
-        print(f"  {point.key}: {row['status']}{_detail(row)}", flush=True)
-        return row
-
-    def fit(self, point: Compiled, most: int = 4096) -> dict:
-        """Finds the largest batch per chip that fits, to within a sixteenth, and marks its row.
-
-        Extrapolates linearly from the known batches, including those in the folder. Returns the row
-        of that batch, or of the smallest batch if none fits.
-        """
-        known = {}
-        while (batch := next_batch(known, most)) is not None:
-            row = self.row(dataclasses.replace(point, batch=batch))
-            if row["status"] == FAILED:
-                break
-            known[batch] = row["status"] == OK, row["total_bytes"], row["limit_bytes"]
-        best = max((batch for batch, (fits, *_) in known.items() if fits), default=0)
-        row = self.rows[dataclasses.replace(point, batch=max(best, 1)).key]
-        with self._lock:
-            row["largest_that_fits"] = 1 if best else None
-            table.store(self.folder, self.kind, self.rows)
-        return row
-
-
-def _detail(row: dict) -> str:
-    if row["status"] == FAILED:
-        return f": {row['reason']}"
-    return f" (compiled in {row['compile_seconds']:.0f} s)"
+    known = {}
+    while (batch := next_batch(known, most)) is not None:
+        row = study.row(dataclasses.replace(point, batch=batch))
+        if row["status"] == FAILED:
+            break
+        known[batch] = row["status"] == OK, row["total_bytes"], row["limit_bytes"]
+    best = max((batch for batch, (fits, *_) in known.items() if fits), default=0)
+    row = study.rows[dataclasses.replace(point, batch=max(best, 1)).key]
+    row["largest_that_fits"] = 1 if best else None
+    study.keep(row)
+    return row
 
 
 def next_batch(known: dict[int, tuple[bool, int, int]], most: int) -> int | None:
@@ -112,11 +56,11 @@ def next_batch(known: dict[int, tuple[bool, int, int]], most: int) -> int | None
 def compile_with(limit: float) -> Callable[[Compiled], dict]:
     """Returns a function that compiles a point within `limit` seconds."""
     versions = {name: _version(name) for name in ("jax", "libtpu")}
-    environment = timing.ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
 
     def measure(point: Compiled) -> dict:
-        with Process(_WORKER, environment=environment, patience=limit) as process:
-            row = process.ask(compile_point=dataclasses.asdict(point))
+        with Process({"JAX_PLATFORMS": "cpu"}, limit) as process:
+            compile_point = "experiments.scaling.compiled:compile_point"
+            row = process.ask(call=compile_point, point=dataclasses.asdict(point))
         return row | versions | {"slice": aot.slice_name(point.topology)}
 
     return measure
@@ -126,23 +70,16 @@ def measure_with(limit: float, effort: timing.Effort) -> Callable[[Measured], di
     """Returns a function that times a point; each answer must come within `limit` seconds."""
 
     def measure(point: Measured) -> dict:
+        step = "experiments.scaling.measured:Step"
         with _devices_process(point.devices if point.simulated else 0, limit) as process:
-            row = process.ask(prepare=dataclasses.asdict(point))
-            timing.warm_up(process, row, row["platform"])
-            spent = timing.time_steps(process, row["platform"], effort)
+            row = timing.prepare(process, step, point=dataclasses.asdict(point))
+            row |= timing.time_steps(process, row["platform"], effort)
             row |= process.ask(memory=None)
-        rate = row["global_batch"] / spent["median"]
-        low, high = spent["quartiles"]
-        per_device = rate * row["flops_per_image"] / point.devices
-        return row | {
+        return {
             "status": OK,
-            "steps": spent["count"],
-            "stopped_by_budget": int(spent["count"] < effort.steps),
-            "median_seconds": spent["median"],
-            "first_quartile_seconds": low,
-            "third_quartile_seconds": high,
-            "images_per_second": rate,
-            "mfu": accelerators.utilization(per_device, row["device"], point.dtype),
+            **row,
+            **timing.rates(row, row["global_batch"], point.dtype, point.devices),
+            "stopped_by_budget": int(row["steps"] < effort.steps),
             "note": SIMULATION.format(point.devices) if point.simulated else None,
         }
 
@@ -152,17 +89,17 @@ def measure_with(limit: float, effort: timing.Effort) -> Callable[[Measured], di
 def local_devices(simulate: int, limit: float) -> dict:
     """Returns `count` and `platform` of the devices, from a process that releases them again."""
     with _devices_process(simulate, limit) as process:
-        return process.ask(devices=None)
+        return process.ask(call="experiments.scaling.measured:count_devices")
 
 
 def _devices_process(simulate: int, limit: float) -> Process:
     """Starts a worker with that many simulated devices; 0 for the real ones."""
-    environment = dict(timing.ENVIRONMENT)
-    if simulate:
-        name = "--xla_force_host_platform_device_count"
-        flags = re.sub(rf"{name}=\d+", "", os.environ.get("XLA_FLAGS", ""))
-        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} {name}={simulate}".strip()}
-    return Process(_WORKER, environment=environment, patience=limit)
+    if not simulate:
+        return Process(patience=limit)
+    name = "--xla_force_host_platform_device_count"
+    flags = re.sub(rf"{name}=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    flags = f"{flags} {name}={simulate}".strip()
+    return Process({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}, limit)
 
 
 def _version(package: str) -> str | None:

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib
-import json
 import re
 from unittest import mock
 
@@ -15,16 +13,16 @@ import torch
 from experiments.benchmark import __main__ as program
 from experiments.benchmark import (
     feature_cache,
-    other_tasks,
     random_weights,
     runner,
     sam_jax,
     sam_torch,
     steps_jax,
-    table,
 )
 from experiments.benchmark.points import STEPS, SUITES, Point, cross, with_ceilings
-from experiments.measurement import timing, worker_process
+from experiments.benchmark.table import BENCHMARK, markdown
+from experiments.measurement import csv_table, timing, worker, worker_process
+from experiments.measurement.csv_table import FAILED, OK, TOO_LARGE
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam.sam import SamConfig
@@ -115,8 +113,8 @@ def test_equal_gradients_of_all_that_trains(ours, theirs):
 def run(folder, *arguments) -> tuple[int, dict[str, dict], str]:
     """Exit code, rows and Markdown of a command line."""
     code = program.main([*arguments, "--output", str(folder)])
-    rows = json.loads((folder / table.ROWS).read_text())["rows"]
-    return code, {row["key"]: row for row in rows}, (folder / table.TABLE).read_text()
+    rows = csv_table.load(folder, BENCHMARK)
+    return code, rows, (folder / "benchmark.md").read_text()
 
 
 SMALL = ("--encoders", micro.NAME, "--sizes", "64", "--steps", "2")
@@ -131,26 +129,24 @@ def knowing(monkeypatch):
 @pytest.fixture
 def one_process(monkeypatch, knowing):
     """All points of a command line are asked of one process, which has to be started only once."""
-    with runner.Process(runner._WORKER, "jax", environment=timing.ENVIRONMENT) as worker_process:
-        monkeypatch.setattr(
-            runner, "Process", lambda *_, **__: contextlib.nullcontext(worker_process)
-        )
+    with runner.Process() as worker_process:
+        monkeypatch.setattr(runner, "Process", lambda: contextlib.nullcontext(worker_process))
         yield
 
 
 @pytest.mark.slow  # its parts are tested with measures of no process
 def test_a_command_line(tmp_path, capsys, one_process):
     """A point that is measured, one that fails, and what bounds both."""
-    arguments = ("--tasks", "encoder", "--models", "sam", *SMALL, "--attention", ",nonsense")
+    arguments = ("--tasks", "encoder", "--models", "sam", *SMALL, "--attention", "auto,nonsense")
     code, rows, text = run(tmp_path, *arguments)
     assert code == 1 and len(rows) == 3
     row = rows[f"encoder sam {micro.NAME} 64 1 float32"]
-    assert row["device"] == "cpu" and row["mfu"] is None and not row["known_chip"]
-    low, high = row["seconds"]["quartiles"]
-    assert 0 < low <= row["seconds"]["median"] <= high
-    assert row["seconds"]["count"] == 2 and row["peak_bytes"] > row["temporary_bytes"] > 0
-    failed = rows[f"encoder sam {micro.NAME} 64 1 float32 attention=nonsense"]
-    assert "nonsense" in failed["error"] and "seconds" not in failed
+    assert row["device"] == "cpu" and row["mfu"] is None and "jax" in row["versions"]
+    low, high = row["first_quartile_seconds"], row["third_quartile_seconds"]
+    assert 0 < low <= row["median_seconds"] <= high
+    assert row["steps"] == 2 and row["peak_bytes"] > row["temporary_bytes"] > 0
+    failed = rows[f"encoder sam {micro.NAME} 64 1 float32 attention nonsense"]
+    assert "nonsense" in failed["reason"] and failed["median_seconds"] is None
     assert "matmul float32: size 1024" in text and "**failed**" in text
     assert "failed" in capsys.readouterr().out
 
@@ -158,21 +154,29 @@ def test_a_command_line(tmp_path, capsys, one_process):
 @pytest.mark.slow
 def test_command_line_end_to_end(tmp_path, capsys, knowing):
     """Training in turns with PyTorch, a point that fails; the paper's model in another start."""
-    arguments = ("--tasks", "training", *SMALL, "--against", "torch", "--attention", ",nonsense")
+    arguments = (
+        "--tasks",
+        "training",
+        *SMALL,
+        "--against",
+        "torch",
+        "--attention",
+        "auto,nonsense",
+    )
     code, rows, text = run(tmp_path, *arguments)
     assert code == 1 and len(rows) == 3
     row = rows[f"training sam {micro.NAME} 64 1 float32 against torch"]
-    assert row["device"] == "cpu" and row["mfu"] is None and not row["known_chip"]
-    low, high = row["seconds"]["quartiles"]
-    assert 0 < low <= row["seconds"]["median"] <= high
-    assert row["images_per_second"] == pytest.approx(1 / row["seconds"]["median"])
+    assert row["device"] == "cpu" and row["mfu"] is None and "jax" in row["versions"]
+    low, high = row["first_quartile_seconds"], row["third_quartile_seconds"]
+    assert 0 < low <= row["median_seconds"] <= high
+    assert row["images_per_second"] == pytest.approx(1 / row["median_seconds"])
     assert row["aliased_bytes"] > 0 and row["peak_bytes"] > row["temporary_bytes"] > 0
     theirs = row["torch"]["eager"]
     assert theirs["attention"] in ("sdpa", "eager") and theirs["peak_bytes"] > 0
-    assert theirs["ratio"]["count"] == 1  # of one turn of two steps each
-    assert theirs["seconds"]["count"] == row["seconds"]["count"] == 2
-    failed = rows[f"training sam {micro.NAME} 64 1 float32 attention=nonsense against torch"]
-    assert "nonsense" in failed["error"] and "seconds" not in failed
+    assert theirs["turns"] == 1  # of two steps each
+    assert theirs["steps"] == row["steps"] == 2
+    failed = rows[f"training sam {micro.NAME} 64 1 float32 attention nonsense against torch"]
+    assert "nonsense" in failed["reason"] and failed["median_seconds"] is None
     assert rows["matmul float32"]["record"]["flops_per_second"] > 1e8
     assert "matmul float32: size 1024" in text and "**failed**" in text
     assert f"torch eager {theirs['attention']}" in text and text.count("| training ") == 2
@@ -180,7 +184,7 @@ def test_command_line_end_to_end(tmp_path, capsys, knowing):
 
     code, rows, text = run(tmp_path, "--tasks", "inference", *SMALL)
     assert code == 0 and len(rows) == 4  # with those of the first start
-    assert rows[f"inference pgpsam {micro.NAME} 64 1 float32"]["seconds"]["count"] == 2
+    assert rows[f"inference pgpsam {micro.NAME} 64 1 float32"]["steps"] == 2
     assert text.count("| training ") == 2 and text.count("| inference ") == 1
 
 
@@ -188,9 +192,9 @@ def test_command_line_end_to_end(tmp_path, capsys, knowing):
 @pytest.mark.parametrize("task", STEPS)
 def test_a_step_takes_what_it_gives(model, task):
     """Its outputs go back where they came from, in both types, with nothing computed."""
-    point = Point(task, model, micro.NAME, 64, 2, "bfloat16")
+    point = Point(micro.NAME, 64, 2, dtype="bfloat16", task=task, model=model)
     make = {"pgpsam": steps_jax._pgpsam, "sam": steps_jax._sam}[model]
-    function, donated, arguments, feed_back, counted = make(runner.describe(point))
+    function, donated, arguments, feed_back, counted = make(point)
     out = jax.eval_shape(function, *arguments)
     again, before = (
         jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
@@ -243,38 +247,39 @@ def test_turns_on_an_accelerator():
 
 
 STEP = {
-    "device": "cpu", "platform": "cpu", "versions": {"jax": "1"}, "compile_seconds": 2.0,
-    "flops_per_image": {"needed": 3e9, "padding": 1e9}, "temporary_bytes": 2**29,
-    "peak_bytes": 2**30, "seconds": {"median": 0.5, "quartiles": [0.4, 0.75], "count": 4},
+    "device": "cpu", "platform": "cpu", "versions": "jax 1", "compile_seconds": 2.0,
+    "flops_per_image": 3e9, "padding_flops_per_image": 1e9, "temporary_bytes": 2**29,
+    "peak_bytes": 2**30, "median_seconds": 0.5, "first_quartile_seconds": 0.4,
+    "third_quartile_seconds": 0.75, "steps": 4,
 }  # fmt: skip
 
 
 def fake(point, effort):
     """A row without a process; `out of memory` at batch 4, another failure at batch 3."""
-    row = {"key": point.key, "point": dataclasses.asdict(point)}
     if point.task == "matmul":
-        return row | {"record": {"device": "cpu", "flops_per_second": 24e9}}
-    if point.batch_size > 2:
-        return row | {"error": "out of memory: 9 GB" if point.batch_size == 4 else "TypeError: x"}
-    row |= STEP
-    return row | runner.rates(row, point)
+        return {"status": OK, "record": {"device": "cpu", "flops_per_second": 24e9}}
+    if point.batch == 4:
+        return {"status": TOO_LARGE, "reason": "out of memory: 9 GB"}
+    if point.batch == 3:
+        return {"status": FAILED, "reason": "TypeError: x"}
+    return {"status": OK} | STEP | timing.rates(STEP, point.batch, point.dtype)
 
 
 def test_a_rerun_does_what_is_missing(tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(program, "measure", lambda p, e: done.append(p) or fake(p, e))
+    monkeypatch.setattr(program, "measure", lambda p, effort: done.append(p) or fake(p, effort))
     first = ("--tasks", "inference", "--batches")
     assert run(tmp_path, *first, "1,3,4")[0] == 1
-    assert [p.batch_size for p in done] == [1, 1, 3, 4] and done[0].task == "matmul"
+    assert [p.batch for p in done] == [1, 1, 3, 4] and done[0].task == "matmul"
     done.clear()
     code, rows, _ = run(tmp_path, *first, "1,2,3,4")
-    assert code == 1 and [p.batch_size for p in done] == [2, 3]
+    assert code == 1 and [p.batch for p in done] == [2, 3]
     assert len(rows) == 5
 
 
 def test_a_stopped_run_keeps_its_rows(tmp_path, monkeypatch):
     def stop(point, effort):
-        if point.batch_size == 2:
+        if point.batch == 2:
             raise KeyboardInterrupt
         return fake(point, effort)
 
@@ -282,26 +287,24 @@ def test_a_stopped_run_keeps_its_rows(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         run(tmp_path, "--tasks", "inference", "--batches", "1,2")
     assert ended.value.code == 130
-    assert len(table.load(tmp_path)) == 2
-    assert "| inference " in (tmp_path / table.TABLE).read_text()
+    assert len(csv_table.load(tmp_path, BENCHMARK)) == 2
+    assert "| inference " in (tmp_path / "benchmark.md").read_text()
 
 
 def test_markdown_by_hand():
-    points = [Point("matmul"), Point("training", batch_size=2), Point("encoder", batch_size=3)]
-    text = table.markdown([fake(point, None) for point in points])
+    points = [Point(task="matmul"), Point(batch=2), Point(task="encoder", batch=3)]
+    rows = [dataclasses.asdict(point) | fake(point, None) for point in points]
+    text = markdown(rows)
     (line,) = [line for line in text.splitlines() if line.startswith("| training")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     # 2 images in 0.5 s of 3 GFLOP are 12 of 24 GFLOP/s; a CPU has no peak.
     assert cells == ["training", "pgpsam vit_b", "512", "2", "fp32", "jax", "4", "500 (400-750)",
                      "3 + 1", "", "50.0%", "1.00", "0.50", "2.0", ""]  # fmt: skip
     assert "- encoder pgpsam vit_b 512 3 float32: **failed**, TypeError: x" in text
-    known = fake(points[1], None) | {"device": "NVIDIA H200"}
-    known["point"] = known["point"] | {"dtype": "bfloat16"}
-    known |= runner.rates(known, dataclasses.replace(points[1], dtype="bfloat16"))
+    known = rows[1] | {"device": "NVIDIA H200", "dtype": "bfloat16"}
+    known |= timing.rates(known, 2, "bfloat16")
     assert known["mfu"] == pytest.approx(12e9 / 989e12)
-    assert re.search(
-        r" 0\.0% \| +\|", table.markdown([known])
-    )  # of matmul: none was measured there
+    assert re.search(r" 0\.0% \| +\|", markdown([known]))  # of matmul: none was measured there
 
 
 @pytest.mark.parametrize(
@@ -326,19 +329,19 @@ def test_mistakes_are_sentences(arguments, message, tmp_path, capsys):
 
 
 def test_a_broken_file_is_a_sentence(tmp_path):
-    (tmp_path / table.ROWS).write_text("{")
-    with pytest.raises(UserError, match=r"benchmark\.json is damaged .*give another --output"):
-        table.load(tmp_path)
+    for text in ("", "{", "encoder,image_size\nvit_b,512\n"):
+        (tmp_path / "benchmark.csv").write_text(text)
+        with pytest.raises(UserError, match=r"benchmark\.csv cannot be .*give another --output"):
+            csv_table.load(tmp_path, BENCHMARK)
 
 
-@pytest.mark.parametrize("task", other_tasks._TASKS)
-def test_every_task_has_its_function(task):
-    module, function, _ = other_tasks._TASKS[task]
-    assert callable(getattr(importlib.import_module(f"experiments.benchmark.{module}"), function))
+@pytest.mark.parametrize("name", runner.TASKS.values())
+def test_every_task_has_its_function(name):
+    assert callable(worker._find(f"experiments.benchmark.{name}"))
 
 
 def test_points():
-    points = cross(task=["encoder", "training"], dtype=["float32", "bfloat16"], batch_size=[1, 2])
+    points = cross(task=["encoder", "training"], dtype=["float32", "bfloat16"], batch=[1, 2])
     assert len({point.key for point in points}) == 8
     ceilings = with_ceilings(points)
     assert [point.key for point in ceilings[:2]] == ["matmul float32", "matmul bfloat16"]
@@ -350,8 +353,8 @@ def test_points():
 @pytest.mark.slow
 def test_encoding_beforehand_saves_the_encoder():
     """Its products, and what is counted of it and of augmenting besides: measured 9.8 % more."""
-    point = runner.describe(Point("encoded_flops", "samlst", "vit_t", batch_size=2))
-    counted = feature_cache.encoded_flops(point)["flops_per_image"]
+    point = Point("vit_t", batch=2, task="encoded_flops", model="samlst")
+    counted = feature_cache.encoded_flops(dataclasses.asdict(point))["flops_per_image"]
     config = SamConfig.preset("vit_t", 128, 8).encoder
     products = flops.total(flops.encoder(config, None, "frozen")).forward
     assert products < counted["whole"] - counted["encoded"] < 1.15 * products
@@ -359,8 +362,8 @@ def test_encoding_beforehand_saves_the_encoder():
 
 def test_a_process_that_dies_is_a_failed_point(monkeypatch):
     monkeypatch.setattr(worker_process.sys, "executable", "/bin/false")
-    row = runner.measure(Point("scoring"), timing.Effort())
-    assert row["error"].startswith("the process ended with code 1")
+    row = runner.measure(Point(task="scoring"), timing.Effort())
+    assert row["reason"].startswith("the process ended with code 1")
 
 
 def test_too_little_memory_is_told_alike():

@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from experiments.measurement import csv_table as table
+from experiments.measurement.csv_table import FAILED, OK, TOO_LARGE
 from experiments.measurement.worker_process import Failed
 from experiments.scaling import __main__ as program
 from experiments.scaling import compiled, points, render, roofline, study
-from experiments.scaling import csv_table as table
-from experiments.scaling.csv_table import COMPILED, FAILED, MEASURED, OK, TOO_LARGE
 from experiments.scaling.hlo_collectives import KINDS, Collective
+from experiments.scaling.kinds import COMPILED, MEASURED
 from experiments.scaling.points import Compiled, Measured
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.profiling import accelerators, aot
@@ -240,7 +241,7 @@ def test_efficiency_is_against_the_fewest_devices():
             ("weak", 4, 2, 32.0), ("weak", 2, 2, 20.0), ("strong", 2, 4, 8.0), ("strong", 4, 2, 8.0)
         )
     ]  # fmt: skip
-    table.fill_efficiency(MEASURED, rows)
+    MEASURED.complete(rows)
     assert [row["efficiency"] for row in rows] == [0.8, 1.0, 1.0, 0.5]
 
 

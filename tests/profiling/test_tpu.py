@@ -1,5 +1,6 @@
 """Compiled for TPUs that are not there: the plugin libtpu is needed, hardware is not."""
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from experiments.measurement.csv_table import OK
 from experiments.scaling.compiled import compile_point
-from experiments.scaling.csv_table import OK
 from experiments.scaling.points import Compiled
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.initializers import NoDraws
@@ -82,7 +83,7 @@ def test_splash_keeps_no_scores():
 def test_the_training_step(name):
     """vit_t at 64 px: memory of a chip, and gradients as all that is exchanged."""
     chips(name)
-    row = compile_point(Compiled("vit_t", 64, 1, topology=name))
+    row = compile_point(dataclasses.asdict(Compiled("vit_t", 64, 1, topology=name)))
     assert row["status"] == OK and row["chips"] == row["data"] == (4 if name == "v5e:2x2" else 8)
     # Parameters and both moments of what trains, and the frozen base, in float32: 1.52 times with
     # the padding of so small arrays.

@@ -112,7 +112,7 @@ def test_what_a_converted_workdir_holds(workdir, source, state):
     names = load_label_table(workdir / "labels.json").names
     assert names == ("background", "liver", "spleen")
     frozen, unused = (load_file(workdir / f"{name}.safetensors") for name in ("frozen", "unused"))
-    ours = read(state, release.RELEASE)
+    ours = read(release.RELEASE, state)
     assert_equal(unused, {name: array for name, array in ours.items() if name[:7] == "unused/"})
     encoder = {
         n: a for n, a in ours.items() if n.startswith("image_encoder/") and "/lora/" not in n
@@ -144,7 +144,7 @@ def test_a_converted_workdir_is_ready_to_be_evaluated(evaluated, state, monkeypa
     config, folder, predictor, split = given
     assert (config.model.preset, folder) == ("release", evaluated)
     assert [case.case_id for case in split.test] == ["c"]
-    ours = {n: a for n, a in read(state, release.RELEASE).items() if not n.startswith("unused/")}
+    ours = {n: a for n, a in read(release.RELEASE, state).items() if not n.startswith("unused/")}
     leaves = flat_paths(nnx.state(predictor.model))
     assert_equal({name: np.asarray(leaf[...]) for name, leaf in leaves.items()}, ours)
 
@@ -196,7 +196,7 @@ def test_a_run_of_ours_goes_out(root, tmp_path, monkeypatch, capsys):
     for name, array in tensors.items():
         if any(part in name for part in (*DEAD, "lora_linear")):
             np.testing.assert_array_equal(array, float(name.endswith("mask_norm.weight")))
-    ours = read(tensors, release.RELEASE)
+    ours = read(release.RELEASE, tensors)
     for path, leaf in flat_paths(params).items():
         np.testing.assert_array_equal(ours[path], leaf[...], err_msg=path)
 

@@ -28,7 +28,7 @@ def test_names_and_shapes_are_those_of_the_release():
 def test_arithmetic_of_the_transforms():
     """Each kind of layer that SAM has not computes what torch computes."""
     state, rng = release_state(SMALL), np.random.default_rng(1)
-    ours = read(state, release.RELEASE)
+    ours = read(release.RELEASE, state)
     width = SMALL["E"]
     x = rng.standard_normal((2, 4, 6, width), np.float32)
     nchw = torch.from_numpy(x).permute(0, 3, 1, 2)
@@ -84,7 +84,7 @@ def test_round_trip_of_all_names():
         for name, shape in release_shapes(narrow).items()
     }
     assert list(state) == list(release_shapes(VIT_B)) and len(state) == 770
-    back = write(read(state, release.RELEASE), release.RELEASE)
+    back = write(release.RELEASE, read(release.RELEASE, state))
     assert back.keys() == state.keys()
     for name, array in state.items():
         np.testing.assert_array_equal(back[name], array, err_msg=name)
@@ -92,14 +92,14 @@ def test_round_trip_of_all_names():
 
 def test_more_than_ten_classes():
     state = release_state(SMALL | {"N": 12})
-    ours = read(state, release.RELEASE)
+    ours = read(release.RELEASE, state)
     for m in range(12):
         expected = state[f"mask_decoder.output_hypernetworks_mlps.{m}.layers.2.bias"]
         np.testing.assert_array_equal(ours["mask_decoder/hyper_mlps/layers/2/bias"][m], expected)
-    assert_equal(write(ours, release.RELEASE), state)
+    assert_equal(write(release.RELEASE, ours), state)
     ours["mask_decoder/hyper_mlps/layers/2/bias"] = np.zeros((11, 8), np.float32)
     with pytest.raises(UserError, match=r"layers/2/bias is \(11, 8\), expected \(12, 8\)"):
-        write(ours, release.RELEASE)
+        write(release.RELEASE, ours)
 
 
 def test_templates_of_the_table_are_unique():
