@@ -78,12 +78,12 @@ def write_weights(
     Raises:
       UserError: the file is there with other content and `overwrite` is not given.
     """
-    return _write(file, overwrite, save_file, tensors, metadata)
+    return _write(file, overwrite, save_file, tensors, metadata=metadata)
 
 
-def _write(path: Path, overwrite: bool, save: Callable, tensors, *given) -> str:
+def _write(path: Path, overwrite: bool, save: Callable, tensors, **given) -> str:
     with writing(path), atomic_path(path) as temporary:
-        save(tensors, temporary, *given)
+        save(tensors, temporary, **given)
         digest = file_digest(temporary)
         if path.exists() and not overwrite and file_digest(path) != digest:
             raise UserError(

@@ -72,7 +72,7 @@ class Golden:
     def weights(self) -> dict:
         shapes = self.meta["state_dict"].items()
         tensors = {name: self.rule.tensor(name, shape, 0) for name, shape in shapes}
-        return remap.read(tensors, release.RELEASE, "golden set")
+        return remap.read(release.RELEASE, tensors, "golden set")
 
     @property
     def images(self):
@@ -100,7 +100,7 @@ class Golden:
     def theirs(self, ours: dict) -> dict:
         """Arrays by our path (those of `unused` weights zero) as the authors name and lay them."""
         zero = {path: np.zeros_like(array) for path, array in self.weights.items()}
-        return remap.write(zero | ours, release.RELEASE, "gradients")
+        return remap.write(release.RELEASE, zero | ours, "gradients")
 
 
 @functools.cache
