@@ -63,10 +63,7 @@ def _seconds(run) -> tuple[float, float]:
 def encoded_flops(point: dict) -> dict:
     """Returns FLOPs per image of both steps, counted as in `cost.json` without compiling."""
     counted = {name: _flops(_config(point, copies)) for name, copies in COPIES.items()}
-    return {
-        "flops_per_image": counted,
-        "flops_ratio": counted["whole"] / counted["encoded"],
-    }
+    return {"flops_per_image": counted, "flops_ratio": counted["whole"] / counted["encoded"]}
 
 
 def _config(point: dict, copies: int):

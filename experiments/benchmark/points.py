@@ -90,30 +90,25 @@ def cpu_suite() -> list[Point]:
 
 def gpu_suite() -> list[Point]:
     """Returns the benchmarks of one GPU, the most informative first."""
-    bf16 = {"dtype": ["bfloat16"]}
-    torch = dict(model=["sam"], against=["torch"], **bf16)
+    half = functools.partial(cross, dtype=["bfloat16"])
+    train = functools.partial(half, task=["training"])
+    torch = dict(model=["sam"], against=["torch"])
     return points.unique(
         [
-            *cross(task=["training"], batch=[8], **bf16),
-            *cross(task=["training"], batch=[8], **torch),
-            Point(task="run", batch=12, dtype="bfloat16"),
-            Point(task="loop", batch=12, dtype="bfloat16"),
-            *cross(task=["training"], batch=[16, 32, 1, 2, 4], **bf16),
-            *cross(
-                task=["training"],
-                batch=[8],
-                attention=["cudnn", "lean", "folded", "naive"],
-                **bf16,
-            ),
-            *cross(task=["inference"], batch=[1, 8], **torch),
-            *cross(task=["inference"], batch=[8, 32, 1, 2, 4, 16], **bf16),
-            *cross(task=["training"], batch=[8], remat=["blocks", "attention", "dots"], **bf16),
-            *cross(task=["training"], batch=[1, 32], **torch),
-            *cross(task=["encoder"], batch=[8, 32], **bf16),
-            *cross(task=["training"], image_size=[1024], batch=[2, 8], **bf16),
-            *cross(task=["training"], encoder=["vit_l", "vit_h"], batch=[8], **bf16),
-            *cross(task=["training", "inference"], image_size=[256], batch=[32], **bf16),
-            Point(task="training", batch=8),
+            *train(batch=[8]),
+            *train(batch=[8], **torch),
+            *half(task=["run", "loop"], batch=[12]),
+            *train(batch=[16, 32, 1, 2, 4]),
+            *train(batch=[8], attention=["cudnn", "lean", "folded", "naive"]),
+            *half(task=["inference"], batch=[1, 8], **torch),
+            *half(task=["inference"], batch=[8, 32, 1, 2, 4, 16]),
+            *train(batch=[8], remat=["blocks", "attention", "dots"]),
+            *train(batch=[1, 32], **torch),
+            *half(task=["encoder"], batch=[8, 32]),
+            *train(image_size=[1024], batch=[2, 8]),
+            *train(encoder=["vit_l", "vit_h"], batch=[8]),
+            *half(task=["training", "inference"], image_size=[256], batch=[32]),
+            Point(batch=8),
             Point(task="scoring"),
             Point(task="startup"),
         ]

@@ -9,6 +9,8 @@ import numpy as np
 
 RANK = 4
 TARGETS = ("q", "v")
+CLASSES = 3
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 
 
 def sam_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from experiments.benchmark import random_weights
+from experiments.benchmark.random_weights import LEARNING_RATE, WEIGHT_DECAY
 from pgpsam_jax.models.initializers import NoDraws
 from pgpsam_jax.models.losses import segmentation_loss
 from pgpsam_jax.models.parameters import flat_paths
@@ -19,17 +20,11 @@ from pgpsam_jax.models.sam.mask_decoder import upsample_logits
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
 from weights_conversion.sam import from_huggingface, to_huggingface
 
-CLASSES = 3
 LORA = LoraConfig(random_weights.RANK, random_weights.TARGETS)
-LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 
 TRAINED = nnx.Any(
     nnx.LoRAParam,
-    nnx.All(
-        nnx.Param,
-        nnx.PathContains("mask_decoder"),
-        nnx.Not(nnx.PathContains("iou_head")),
-    ),
+    nnx.All(nnx.Param, nnx.PathContains("mask_decoder"), nnx.Not(nnx.PathContains("iou_head"))),
 )
 
 

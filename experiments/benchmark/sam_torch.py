@@ -9,9 +9,8 @@ import transformers
 from torch import nn
 
 from experiments.benchmark import random_weights
+from experiments.benchmark.random_weights import CLASSES, LEARNING_RATE, WEIGHT_DECAY
 
-CLASSES = 3
-LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 _DICE_EPS = 1e-5
 
 

@@ -12,8 +12,4 @@ from experiments.grids._targets import SYNAPSE, target
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:
-    return Plan(
-        title="Methods by one recipe",
-        rows=method_rows(equal=True),
-        **target(variant),
-    )
+    return Plan(title="Methods by one recipe", rows=method_rows(equal=True), **target(variant))

@@ -8,8 +8,4 @@ from experiments.grids._targets import SYNAPSE, target
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:
-    return Plan(
-        title="Presets of PGP-SAM",
-        rows=method_rows("pgpsam"),
-        **target(variant),
-    )
+    return Plan(title="Presets of PGP-SAM", rows=method_rows("pgpsam"), **target(variant))

@@ -40,11 +40,7 @@ class Point:
     @property
     def settings(self) -> dict[str, str | bool]:
         """The settings as fields of `config.model`."""
-        return {
-            "attention": self.attention,
-            "remat": self.remat,
-            "scan_blocks": bool(self.scan),
-        }
+        return {"attention": self.attention, "remat": self.remat, "scan_blocks": bool(self.scan)}
 
     def config(self):
         """Returns the configuration of a run with this model and batch."""

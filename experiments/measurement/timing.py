@@ -69,7 +69,4 @@ def rates(row: dict, images: int, dtype: str, devices: int = 1) -> dict:
     """Returns images/s of steps of so many images, and MFU where the chip's peak is known."""
     rate = images / row["median_seconds"]
     flops = rate * row["flops_per_image"] / devices
-    return {
-        "images_per_second": rate,
-        "mfu": accelerators.utilization(flops, row["device"], dtype),
-    }
+    return {"images_per_second": rate, "mfu": accelerators.utilization(flops, row["device"], dtype)}
