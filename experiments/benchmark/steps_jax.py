@@ -68,7 +68,7 @@ def _sam(point: Point):
     settings, size = point.settings, point.image_size
     config = SamConfig.preset(point.encoder, size, PATCH, **settings)
     graphdef, params, frozen = sam_jax.build(config, _DTYPES[point.dtype])
-    images, labels = random_weights.batch(point.batch, size, sam_jax.CLASSES, channels=True)
+    images, labels = random_weights.batch(point.batch, size, random_weights.CLASSES, channels=True)
     if point.task == "encoder":
         counted = flops.encoder(config.encoder, sam_jax.LORA, "lora")
     else:

@@ -27,7 +27,7 @@ class Step:
         self._point, self._sizes, self._variant = point, sizes, variant
         size = point["image_size"]
         images, labels = random_weights.batch(
-            point["batch"], size, sam_torch.CLASSES, channels=True
+            point["batch"], size, random_weights.CLASSES, channels=True
         )
         images = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
         self._images = images.to(self._device)

@@ -49,7 +49,7 @@ def keeping(found: list, function):
 def ours():
     """(logits, loss, gradients by PyTorch's names) of the JAX side."""
     graphdef, params, frozen = sam_jax.build(CONFIG, np.float32)
-    images, labels = random_weights.batch(BATCH, 80, sam_jax.CLASSES, channels=True)
+    images, labels = random_weights.batch(BATCH, 80, random_weights.CLASSES, channels=True)
 
     @jax.jit
     def run(params, frozen):
@@ -83,7 +83,7 @@ def theirs(request):
     """(logits, loss, model with gradients) of the PyTorch side."""
     sizes = dataclasses.asdict(CONFIG)
     model = sam_torch.build(sizes, sam_torch.load_tensors(sizes), request.param)
-    images, labels = random_weights.batch(BATCH, 80, sam_torch.CLASSES, channels=True)
+    images, labels = random_weights.batch(BATCH, 80, random_weights.CLASSES, channels=True)
     images = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
     value = sam_torch.loss(model, images, torch.from_numpy(labels).long())
     value.backward()
