@@ -1,13 +1,13 @@
 """Runs or resumes one cell of an experiment grid and records its state.
 
-The scheduler starts it; in a SLURM array it is started directly:
-  python -m experiments.run_cell --workdir runs/table3 --cell ppr-seed0
+The scheduler starts it, or a SLURM array. `state.json` says running (pid, host), done, failed
+(reason) or, after a signal, pending again (exit code `errors.AGAIN`). A cell is a workdir: whoever
+holds its lock runs it.
 
-`state.json` says running (pid, host), done, failed (reason) or, after a signal, pending again (exit
-code `errors.AGAIN`). A cell is a workdir: whoever holds its lock runs it.
+Examples:
+  python -m experiments.run_cell --workdir runs/table3 --cell ppr-seed0
 """
 
-import argparse
 import contextlib
 import os
 import socket
@@ -23,6 +23,7 @@ from pgpsam_jax.config import serialization
 from pgpsam_jax.errors import AGAIN, Interrupted, UserError, exit_on_user_error
 from pgpsam_jax.results.grid import DONE, FAILED, PENDING, RUNNING, STATE, Cell, read_grid
 from pgpsam_jax.runtime import preemption
+from pgpsam_jax.runtime.cli import Parser
 from pgpsam_jax.runtime.malloc import keep_freed_memory
 from pgpsam_jax.utils.files import write_json
 
@@ -129,16 +130,16 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.run_cell", description=__doc__)
+    parser = Parser("experiments.run_cell", __doc__)
     parser.add_argument("--workdir", required=True, help="folder of the grid")
     parser.add_argument("--cell", required=True, help="name of the cell in grid.json")
     parser.add_argument(
         "--attached", action="store_true", help="end when standard input closes (the scheduler's)"
     )
-    arguments = parser.parse_args()
-    if arguments.attached:
-        _end_with_parent()
     with exit_on_user_error(), preemption.handle_signals():
+        arguments = parser.parse_args()
+        if arguments.attached:
+            _end_with_parent()
         cells = {cell.name: cell for cell in read_grid(arguments.workdir).cells}
         if arguments.cell not in cells:
             raise UserError(

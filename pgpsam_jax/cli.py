@@ -15,7 +15,7 @@ class Command(NamedTuple):
 
     Attributes:
         module: defines `main()`, which parses `sys.argv`.
-        text: its line of `pgpsam --help`.
+        text: its line of `pgpsam --help`; empty for what other commands start.
         arguments: put before those of the user.
     """
 
@@ -33,12 +33,18 @@ COMMANDS = {
     "convert": Command("weights_conversion.convert", "convert SAM and PGP-SAM checkpoints"),
     "grid": Command("experiments.run_grid", "run the cells of an experiment grid"),
     "tables": Command("experiments.tables", "print the tables of runs and grids"),
+    "knockout": Command("experiments.knockout", "score a run with parts of PGP-SAM switched off"),
+    "pretrain": Command("experiments.pretrain", "train the small SAM of the phantom grids"),
+    "benchmark": Command("experiments.benchmark.__main__", "time steps, beside PyTorch if asked"),
+    "scaling": Command("experiments.scaling.__main__", "measure or compile steps on many devices"),
+    "cell": Command("experiments.run_cell", ""),
 }
 
 
 def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.text}" for name, command in COMMANDS.items()]
+    listed = {name: command.text for name, command in COMMANDS.items() if command.text}
+    width = max(map(len, listed))
+    lines = [f"  {name:{width}}  {text}" for name, text in listed.items()]
     return "\n".join(
         [
             "Few-shot medical image segmentation with SAM and PGP-SAM in JAX.",

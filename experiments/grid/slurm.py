@@ -13,7 +13,7 @@ _SCRIPT = """#!/bin/bash
 # Partition, account, time and GPU type depend on your cluster: sbatch --partition=... {path}
 # A preempted or requeued task resumes from the last checkpoint of its cell; a task close to its
 # time limit saves a checkpoint and is requeued. To list the failed cells:
-#   python -m experiments.run_grid --grid ... --workdir {folder} --dry-run
+#   pgpsam grid ... --workdir {folder} --dry-run
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}%{workers}
 #SBATCH --requeue
@@ -29,7 +29,7 @@ cells=(
 {cells}
 )
 cd {here}
-{python} -m experiments.run_cell --workdir {folder} --cell "${{cells[$SLURM_ARRAY_TASK_ID]}}" &
+{python} -m pgpsam_jax.cli cell --workdir {folder} --cell "${{cells[$SLURM_ARRAY_TASK_ID]}}" &
 cell=$!
 ending=
 trap 'ending=1; kill -USR1 "$cell"' USR1

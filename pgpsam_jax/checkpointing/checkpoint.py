@@ -83,7 +83,7 @@ class _Folder:
         if number is None:
             raise UserError(
                 f"{self.folder} holds no complete checkpoint; train first with "
-                "python -m pgpsam_jax.main --config CONFIG --workdir WORKDIR"
+                "pgpsam train --config CONFIG --workdir WORKDIR"
             )
         folder = self.folder / str(number)
         try:

@@ -6,12 +6,13 @@ import platform
 import subprocess
 from pathlib import Path
 
+from pgpsam_jax.utils import shipped
 from pgpsam_jax.version import __version__
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "nibabel")
 _PACKAGE = Path(__file__).parents[1]
 # Rooms that only display stored results; changes there change no result.
-_READERS = ("report/", "results/", "visualization/")
+_READERS = ("report/", "results/", "visualization/", shipped.BUNDLE.name)
 
 
 def provenance(**inputs) -> dict:
@@ -45,6 +46,8 @@ def code_version() -> dict:
 
 def _git_revision() -> str | None:
     """Commit of this package's checkout, with `+changes` if tracked files differ."""
+    if shipped.BUNDLE.is_dir():  # installed, perhaps inside some other repository
+        return None
     git = ["git", "-C", str(_PACKAGE)]
     try:
         run = dict(capture_output=True, text=True, check=True, timeout=10)

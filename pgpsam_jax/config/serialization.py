@@ -123,7 +123,7 @@ def load_config(workdir: StrPath) -> ConfigDict:
     if not path.is_file():
         raise UserError(
             f"{path} not found, so {workdir} is not a training workdir; train one with "
-            "python -m pgpsam_jax.main --config CONFIG --workdir WORKDIR"
+            "pgpsam train --config CONFIG --workdir WORKDIR"
         )
     return from_json(read_user_json(path, "configuration"), f"configuration {path}")
 

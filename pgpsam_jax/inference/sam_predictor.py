@@ -86,7 +86,7 @@ class SamPredictor:
         """
         if Path(path).suffix in (".pth", ".pt"):
             raise UserError(
-                f"{path} is not converted; run python -m weights_conversion.convert "
+                f"{path} is not converted; run pgpsam convert "
                 f"--source {path} --output {Path(path).with_suffix('')} and give the output"
             )
         base = load_base(path)

@@ -106,6 +106,6 @@ def read_grid(path) -> Grid:
     if grid is None:
         raise UserError(
             f"{path / PLAN} not found, so {path} is not an experiment grid; run one with "
-            "python -m experiments.run_grid --grid GRID --workdir FOLDER"
+            "pgpsam grid GRID --workdir FOLDER"
         )
     return grid

@@ -12,8 +12,8 @@ from pathlib import Path
 from pgpsam_jax.utils.files import StrPath
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_BUNDLE = _PACKAGE / "_bundle"
-ROOT = _BUNDLE if _BUNDLE.is_dir() else _PACKAGE.parent
+BUNDLE = _PACKAGE / "_bundle"
+ROOT = BUNDLE if BUNDLE.is_dir() else _PACKAGE.parent
 
 
 def find(path: StrPath, folder: str = "") -> Path:

@@ -313,7 +313,7 @@ def test_slurm_script_runs_what_is_not_done(grid_file, tmp_path):
         ["bash", str(path)], env=environment, capture_output=True, text=True, check=True
     )
     folder = str(grid.path.absolute())
-    wanted = ["-m", "experiments.run_cell", "--workdir", folder, "--cell", todo[2].name]
+    wanted = ["-m", "pgpsam_jax.cli", "cell", "--workdir", folder, "--cell", todo[2].name]
     assert result.stdout.splitlines() == wanted
     with pytest.raises(UserError, match="nothing to submit"):
         script(grid, [], 1)

@@ -126,8 +126,7 @@ def test_missing_source_says_where_to_get_it(capsys, tmp_path):
     message = fail(capsys, "--source", "sam_vit_h_4b8939.pth", "--output", tmp_path / "my weights")
     assert "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth" in message
     assert (
-        "python -m weights_conversion.convert --source sam_vit_h_4b8939.pth "
-        f"--output '{tmp_path}/my weights'" in message
+        f"pgpsam convert --source sam_vit_h_4b8939.pth --output '{tmp_path}/my weights'" in message
     )
     assert "holds no model.safetensors" in fail(capsys, "--source", tmp_path, "--output", "w")
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.data.io.array_checks import check_size, check_type
+from pgpsam_jax.errors import UserError
 
 _DEFLATE, _SHUFFLE, _CHECKSUM, _LZF = 1, 2, 3, 32000
 _FILTERS = {_DEFLATE, _SHUFFLE, _CHECKSUM, _LZF}  # all built in
@@ -37,8 +38,10 @@ class _Dataset:
 @contextlib.contextmanager
 def opened(path: Path, key: str):
     """Opens a dataset with checked `shape` and `dtype`, which `read()` reads."""
-    import h5py
-
+    try:
+        import h5py
+    except ImportError:
+        raise UserError(f"{path} needs h5py: pip install 'pgpsam-jax[transunet]'") from None
     try:
         with h5py.File(path, "r", locking=False) as file:
             link = file.get(key, getlink=True)

@@ -13,7 +13,7 @@ from pgpsam_jax.utils.files import file_digest
 FORMAT = "pgpsam_jax ResNet-18 weights"
 OFFICIAL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
 HOW_TO_GET = (
-    f"download {OFFICIAL}, then run: python -m weights_conversion.convert --kind resnet18 "
+    f"download {OFFICIAL}, then run: pgpsam convert --kind resnet18 "
     f"--source {OFFICIAL.rsplit('/')[-1]} --output weights/resnet18"
 )
 

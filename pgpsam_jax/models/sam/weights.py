@@ -68,7 +68,7 @@ def how_to_get(path, source=None) -> str:
     names = f"{source.name if source else ''} {stem.name}"
     file = OFFICIAL[next((v for v in OFFICIAL if v in names), "vit_b")]
     source = str(source or file.name)
-    command = ["python", "-m", "weights_conversion.convert"]
+    command = ["pgpsam", "convert"]
     command += ["--source", source, "--output", str(stem)]
     return f"download {file.url} to {source}, then run: {shlex.join(command)}"
 

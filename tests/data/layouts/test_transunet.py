@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 import tracemalloc
 import warnings
 import zipfile
@@ -323,3 +324,10 @@ def test_any_damage_is_a_user_error_or_a_volume(intact, kind, changes, keep):
             assert str(path) in str(error) and "\n" not in str(error)
         else:
             assert np.isfinite(volume.array).all() and volume.array.ndim == 3
+
+
+def test_h5py_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    (tmp_path / "a.h5").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.h5 needs h5py: pip install 'pgpsam-jax\[transunet\]'"):
+        volumes.read_image(ArrayFiles((tmp_path / "a.h5",), "image"))

@@ -50,10 +50,7 @@ def test_missing_base_says_how_to_get_it(stem, gone):
     message = str(caught.value)
     assert f"{gone} does not exist" in message
     assert "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth" in message
-    assert (
-        "python -m weights_conversion.convert --source sam_vit_l_0b3195.pth "
-        f"--output {stem}" in message
-    )
+    assert f"pgpsam convert --source sam_vit_l_0b3195.pth --output {stem}" in message
 
 
 @pytest.mark.parametrize(
