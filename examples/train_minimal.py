@@ -18,8 +18,9 @@ from pgpsam_jax.config.augmentation import AugmentConfig
 from pgpsam_jax.config.optimizer import OptimConfig
 from pgpsam_jax.data.io.nibabel_image import from_nibabel
 from pgpsam_jax.data.layouts.label_table import SYNAPSE8
-from pgpsam_jax.data.letterbox import Letterbox, model_slices, to_model
+from pgpsam_jax.data.letterbox import Letterbox, to_model
 from pgpsam_jax.data.phantom.generate import make_case
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.metrics.surface import dice
 from pgpsam_jax.models.parameters import split_model
 from pgpsam_jax.models.pgpsam.model import PgpSam, PgpSamConfig
@@ -41,7 +42,8 @@ def load_case(case: int, size: int):
     image, label = (from_nibabel(nib.Nifti1Image(x, affine)).array for x in (image, label))
     ids = SYNAPSE8.remap(label.astype(np.uint8), f"phantom {case}")
     letterbox = Letterbox.of(image.shape[1:], size)
-    return model_slices(image, WINDOW, letterbox, levels=0), to_model(ids, letterbox, order=0)
+    images = Preprocessing(size, WINDOW).to_model(image, WINDOW)
+    return images, to_model(ids, letterbox, order=0)
 
 
 def training_slices(cases, size: int):

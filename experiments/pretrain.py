@@ -25,6 +25,8 @@ from pgpsam_jax.config.optimizer import OptimConfig
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.augmentation.augment import augment, sample_keys
 from pgpsam_jax.data.batch_sampler import make_loader
+from pgpsam_jax.data.cache import build_cache
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam.mask_decoder import upsample_logits
@@ -76,15 +78,9 @@ def slices(root) -> tuple[np.ndarray, np.ndarray]:
     split = dataset.find_split(config.data)
     cases = split.train + split.test
     config.data.axis = dataset.axis_of(config.data, cases)
-    data = dataset.few_shot_data(
-        config.data,
-        config.fewshot,
-        config.model.image_size,
-        cases,
-        split.table,
-        Path(root),
-        resume=False,
-    )
+    preprocessing = Preprocessing.from_config(config.data, config.model.image_size)
+    cached = build_cache(cases, split.table, preprocessing, Path(root) / "cache")
+    data = dataset.few_shot_data(cached, config.fewshot, split.table.names)
     return data.images, data.labels
 
 

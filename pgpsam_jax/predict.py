@@ -92,7 +92,9 @@ def predict(
             ids = predictor(volume)
             yield PredictedVolume(stem_of(path), ids, volume.spacing, volume.source, image=image)
 
-    write = functools.partial(write_prediction, folder=output, names=names, window=predictor.window)
+    write = functools.partial(
+        write_prediction, folder=output, names=names, window=predictor.preprocessing.window
+    )
     size = sum(path.stat().st_size for path in inputs)  # compressed CT: about a byte per voxel
     count = worker_count(workers, len(inputs), size)
     try:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pgpsam_jax import predict
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import masks
 
@@ -19,7 +20,7 @@ NAMES = ["background", *(f"organ_{i}" for i in range(1, 6))]
 class Oracle:
     """Stands for a trained model: each voxel's class is written into its intensity."""
 
-    window = (0.0, 100.0)
+    preprocessing = Preprocessing(32, (0.0, 100.0))
 
     def __call__(self, volume):
         return np.rint(volume.array / 10).astype(np.uint8)

@@ -11,26 +11,21 @@ import hashlib
 import json
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from pgpsam_jax.data.io.nifti import Volume
 from pgpsam_jax.data.io.pairing import LOST, pair_grids
 from pgpsam_jax.data.io.volumes import digest, files_of, read_grid, read_image, read_label
-from pgpsam_jax.data.io.voxel_grid import AXES, AXIAL, to_source
+from pgpsam_jax.data.io.voxel_grid import AXIAL, to_source
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
-from pgpsam_jax.data.letterbox import (
-    Letterbox,
-    Percentiles,
-    Window,
-    ends_of,
-    model_slices,
-    to_model,
-)
+from pgpsam_jax.data.letterbox import Letterbox, to_model
+from pgpsam_jax.data.preprocessing import Percentiles, Preprocessing, intensity_limits
 from pgpsam_jax.data.quality import appearance
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import atomic_path
@@ -73,59 +68,33 @@ class CachedCase:
 
 
 def build_cache(
-    cases: Sequence[Case],
-    table: LabelTable,
-    window: Window,
-    image_size: int,
-    cache_dir,
-    progress: Callable[[int, int, str], None] | None = None,
-    *,
-    levels: int = 0,
-    axis: str = AXIAL,
+    cases: Sequence[Case], table: LabelTable, preprocessing: Preprocessing, folder
 ) -> list[CachedCase]:
-    """Creates or reuses the cache file of each case, in order.
-
-    Args:
-        cases: with labels.
-        table: maps source ids to class ids.
-        window: intensities that map to 0 and 1.
-        image_size: S, side of the network input.
-        cache_dir: folder of the files.
-        progress: called with (index, total, case_id) before each case.
-        levels: number of gray levels, see `letterbox.quantize`.
-        axis: the axis to slice along, one of `voxel_grid.AXES`.
+    """Creates or reuses the cache file of each case in `folder`, in order.
 
     Raises:
         UserError: unreadable or mismatching files, or label ids outside the table.
     """
-    low, high = map(float, window)
-    if not low < high:
-        raise UserError(f"window {tuple(window)} is empty; give (low, high) with low < high")
-    if levels < 0 or levels == 1:
-        raise UserError(
-            f"data.levels is {levels}; give 0 (continuous intensities) or the number of gray "
-            "levels, 256 for 8 bits"
-        )
+    progress = tqdm(cases, desc="reading volumes", unit="case", leave=False)
+    return [_cached(case, table, preprocessing, Path(folder)) for case in progress]
+
+
+def _recipe(table: LabelTable, preprocessing: Preprocessing) -> dict:
+    """Returns the settings that a cache file depends on, as JSON."""
     recipe = {
         "format": FORMAT,
-        "window": [low, high],
-        "size": image_size,
+        "window": list(map(float, preprocessing.window)),
+        "size": preprocessing.image_size,
         "table": table.to_json(),
     }
-    if levels:  # otherwise omitted, which keeps older files valid
-        recipe["levels"] = levels
-    if isinstance(window, Percentiles):
+    # Defaults are omitted, which keeps older files valid.
+    if preprocessing.levels:
+        recipe["levels"] = preprocessing.levels
+    if isinstance(preprocessing.window, Percentiles):
         recipe["percentiles"] = True
-    if axis not in AXES:
-        raise ValueError(f"slices are cut along {', '.join(AXES)}, not {axis!r}")
-    if axis != AXIAL:
-        recipe["axis"] = axis
-    result = []
-    for index, case in enumerate(cases):
-        if progress is not None:
-            progress(index, len(cases), case.case_id)
-        result.append(_cached(case, table, recipe, Path(cache_dir)))
-    return result
+    if preprocessing.axis != AXIAL:
+        recipe["axis"] = preprocessing.axis
+    return recipe
 
 
 def read_case(case: Case, table: LabelTable, axis: str = AXIAL) -> tuple[Volume, np.ndarray]:
@@ -180,13 +149,15 @@ def gather_slices(
     return images, labels
 
 
-def _cached(case: Case, table: LabelTable, recipe: dict, folder: Path) -> CachedCase:
+def _cached(
+    case: Case, table: LabelTable, preprocessing: Preprocessing, folder: Path
+) -> CachedCase:
     for path in (case.image, case.label):
         if path is None or not path.is_file():
             raise UserError(f"case {case.case_id}: file {path} not found; check the data folder")
     sources = {"image": digest(case.image), "label": digest(case.label)}
     pairing = pair_grids(read_grid(case.image), read_grid(case.label))
-    content = recipe | {"sources": sources}
+    content = _recipe(table, preprocessing) | {"sources": sources}
     if pairing.code == LOST or (pairing.code and pairing.turns):  # formerly paired in another way
         content["pairing"] = pairing.code
     text = json.dumps(content, sort_keys=True)
@@ -195,7 +166,7 @@ def _cached(case: Case, table: LabelTable, recipe: dict, folder: Path) -> Cached
     found = _verify(file, key)
     if found is None:
         about = {"key": key, "sources": sources, "places": _places(case)}
-        _build(file, case, table, recipe, about)
+        _build(file, case, table, preprocessing, about)
         found = _verify(file, key)
         if found is None:
             raise UserError(f"cache file {file} is damaged right after writing; check the disk")
@@ -246,25 +217,25 @@ def _verify(file: Path, key: str) -> tuple[np.ndarray, dict] | None:
         return None
 
 
-def _build(file: Path, case: Case, table: LabelTable, recipe: dict, meta: dict) -> None:
-    image, ids = read_case(case, table, recipe.get("axis", AXIAL))
-    depth, *native = image.array.shape
-    size = recipe["size"]
-    letterbox, levels = Letterbox.of(tuple(native), size), recipe.get("levels", 0)
-    window = Percentiles(*recipe["window"]) if "percentiles" in recipe else recipe["window"]
-    ends = ends_of(window, image.array)
+def _build(
+    file: Path, case: Case, table: LabelTable, preprocessing: Preprocessing, meta: dict
+) -> None:
+    image, ids = read_case(case, table, preprocessing.axis)
+    (depth, *native), size = image.array.shape, preprocessing.image_size
+    letterbox = Letterbox.of(tuple(native), size)
+    limits = intensity_limits(preprocessing.window, image.array)
     images = np.empty((depth, size, size), np.float16)
     labels = np.empty((depth, size, size), np.uint8)
     for start in range(0, depth, _BLOCK):
         part = slice(start, start + _BLOCK)
-        images[part] = model_slices(image.array[part], ends, letterbox, levels)
+        images[part] = preprocessing.to_model(image.array[part], limits)
         labels[part] = to_model(ids[part], letterbox, order=0)
     meta = meta | {
         "case_id": case.case_id,
         "shape": list(image.array.shape),
         "spacing": list(image.spacing),
         "orientation": image.source.orientation,
-        "window": recipe["window"],
+        "window": list(map(float, preprocessing.window)),
         "appearance": appearance.describe(image.array, ids),
     }
     arrays = {"images": images, "labels": labels, "areas": slice_areas(ids, table.num_classes)}

@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from pgpsam_jax.data import cache, fewshot_list
 from pgpsam_jax.data.io import array_checks, volumes
@@ -18,8 +18,6 @@ from pgpsam_jax.data.layouts import find
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
 from pgpsam_jax.data.layouts.split import split_cases
-from pgpsam_jax.data.letterbox import Percentiles, Window
-from pgpsam_jax.data.quality import appearance
 from pgpsam_jax.errors import UserError
 
 
@@ -33,41 +31,34 @@ class Split(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FewShotData:
-    """The training set in memory.
+class Slices:
+    """Preprocessed slices in memory.
 
     Attributes:
         images: (N, S, S) float16.
         labels: (N, S, S) uint8.
-        digest: hash of the training volumes, their labels and the preprocessing.
-        looks: intensity and size statistics of the volumes (`quality.appearance`).
+        digest: hash of the volumes, their labels and the preprocessing.
     """
 
     images: np.ndarray
     labels: np.ndarray
-    list: fewshot_list.FewShotList
-    summary: str
     digest: str
-    looks: dict
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ValidationData:
-    """Valid slices of the validation cases.
+class FewShotData(Slices):
+    """The training set: the slices of the few-shot list, and one line about it."""
 
-    Attributes:
-        images: (N, S, S) float16.
-        labels: (N, S, S) uint8.
-        num_classes: K, background included.
-        cases: number of cases.
-        digest: as in `FewShotData`.
-    """
+    list: fewshot_list.FewShotList
+    summary: str
 
-    images: np.ndarray
-    labels: np.ndarray
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ValidationData(Slices):
+    """The valid slices of the validation cases, and the number of classes and of cases."""
+
     num_classes: int
     cases: int
-    digest: str
 
 
 def label_table(data: ConfigDict) -> LabelTable:
@@ -130,50 +121,40 @@ def axis_of(data: ConfigDict, cases) -> str:
     return axes.most_common(1)[0][0] if axes else AXIAL
 
 
-def window_of(data: ConfigDict) -> Window:
-    """Returns the intensities that `config.data` maps to [0, 1]."""
-    low, high = map(float, data.window)
-    if data.window_unit not in ("intensity", "percent"):
-        raise UserError(f"data.window_unit is {data.window_unit!r}; give intensity, percent")
-    if data.window_unit == "intensity":
-        return low, high
-    if not 0 <= low < high <= 100:
-        raise UserError(f"data.window {(low, high)} is in percent; give 0 <= low < high <= 100")
-    return Percentiles(low, high)
-
-
 def few_shot_data(
-    data: ConfigDict,
-    fewshot: ConfigDict,
-    image_size: int,
-    cases,
-    table: LabelTable,
-    workdir,
-    *,
-    resume: bool,
+    cached: Sequence[cache.CachedCase], fewshot: ConfigDict, names: Sequence[str], workdir=None
 ) -> FewShotData:
-    """Returns the slices of the few-shot list, or of the list in the workdir when resuming."""
-    cached = read_cases(data, image_size, cases, table, workdir)
+    """Returns the slices of the few-shot list.
+
+    Args:
+        cached: the training cases.
+        fewshot: `config.fewshot`, the sampling rule or file of the list.
+        names: of the K classes, for the summary.
+        workdir: of a run to resume, whose list is used.
+    """
     areas = {case.case_id: case.areas for case in cached}
     settings = dict(fewshot)
     file, rule = settings.pop("file"), settings.pop("rule")
-    if resume:
+    if workdir is not None:
         chosen = stored_list(workdir, areas)
     elif file:
         chosen = fewshot_list.read_list(file, areas)
     else:
         chosen = fewshot_list.make_list(areas, rule, **settings)
     images, labels = cache.gather_slices(cached, chosen.entries)
-    looks = appearance.record_of(cached, window=window_of(data), layout=data.layout)
-    summary = chosen.summary(areas, table.names)
-    return FewShotData(images, labels, chosen, summary, _digest(cached), looks)
+    return FewShotData(images, labels, _digest(cached), chosen, chosen.summary(areas, names))
 
 
 def validation_data(
-    data: ConfigDict, image_size: int, min_pixels: int, split: Split, workdir
+    cached: Sequence[cache.CachedCase], num_classes: int, min_pixels: int
 ) -> ValidationData:
-    """Returns all valid slices of the validation cases."""
-    cached = read_cases(data, image_size, split.validation, split.table, workdir)
+    """Returns the valid slices of the validation cases.
+
+    Args:
+        cached: the validation cases.
+        num_classes: K, background included.
+        min_pixels: of some organ, for a slice to be valid.
+    """
     entries = [
         (case.case_id, int(index))
         for case in cached
@@ -185,28 +166,10 @@ def validation_data(
             f"no validation slice has an organ of {min_pixels} pixels or more; lower "
             "fewshot.min_pixels or choose other validation cases"
         )
-    return ValidationData(*found, split.table.num_classes, len(cached), _digest(cached))
+    return ValidationData(*found, _digest(cached), num_classes, len(cached))
 
 
-def read_cases(
-    data: ConfigDict, image_size: int, cases, table: LabelTable, workdir
-) -> list[cache.CachedCase]:
-    """Returns the cache files of cases, creating missing ones."""
-    bar = tqdm(total=len(cases), desc="reading volumes", unit="case", leave=False)
-    with bar:
-        return cache.build_cache(
-            cases,
-            table,
-            window_of(data),
-            image_size,
-            data.cache_dir or Path(workdir) / "cache",
-            progress=lambda done, total, case: bar.update(done - bar.n),
-            levels=data.levels,
-            axis=data.axis,
-        )
-
-
-def _digest(cached: list[cache.CachedCase]) -> str:
+def _digest(cached: Sequence[cache.CachedCase]) -> str:
     keys = "".join(f"{case.case_id} {case.meta['key']}\n" for case in cached)
     return hashlib.sha256(keys.encode()).hexdigest()
 

@@ -8,11 +8,8 @@ Functions that need JAX import it themselves; the others serve worker processes 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-
-_SAMPLE = 1 << 21  # voxels, enough for percentiles to three digits
 
 
 @dataclass(frozen=True)
@@ -60,60 +57,6 @@ def to_model(images: np.ndarray, letterbox: Letterbox, order: int) -> np.ndarray
         rows = _resample(images.astype(np.float32, copy=False), 1, letterbox.height)
         inside[...] = _resample(rows, 2, letterbox.width)
     return out
-
-
-class Percentiles(NamedTuple):
-    """Window in percent of the voxels of each volume, for intensities without a unit as in MR."""
-
-    low: float
-    high: float
-
-
-Window = tuple[float, float] | Percentiles
-
-
-def ends_of(window: Window, volume: np.ndarray) -> tuple[float, float]:
-    """Returns the intensities of a volume (D, H, W) that map to 0 and 1, from a subsample."""
-    if not isinstance(window, Percentiles):
-        return window
-    sample = volume.reshape(-1)[:: -(-volume.size // _SAMPLE)]
-    low, high = map(float, np.percentile(sample, window))
-    return (low, high) if low < high else (low, low + 1)
-
-
-def rescale(images: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Maps a window of intensities to [0, 1] float32, clipping the rest."""
-    low, high = window
-    out = np.clip(images, low, high)
-    place = out if out.dtype.kind == "f" else None
-    out = np.divide(np.subtract(out, low, out=place), high - low, out=place)
-    return out.astype(np.float32, copy=False)
-
-
-def quantize(images: np.ndarray, levels: int) -> np.ndarray:
-    """Rounds intensities in [0, 1] down to `levels` equal steps; 0 leaves them continuous.
-
-    The authors' code stores 256 levels: truncated 8-bit images. It uses the extremes of each volume
-    as the window, which makes no difference if a CT exceeds the window on both sides.
-    """
-    if not levels:
-        return images
-    return np.floor(images * (levels - 1)) / np.float32(levels - 1)
-
-
-def model_slices(
-    images: np.ndarray, window: tuple[float, float], letterbox: Letterbox, levels: int
-) -> np.ndarray:
-    """Converts native slices (N, H, W) to network inputs (N, S, S) float32.
-
-    Clips before resizing, or metal at 3000 HU would bleed into its neighbors.
-    """
-    return to_model(windowed(images, window, levels), letterbox, order=1)
-
-
-def windowed(images: np.ndarray, window: tuple[float, float], levels: int) -> np.ndarray:
-    """Maps native slices (N, H, W) to [0, 1] float32, clipped to the window, in `levels` steps."""
-    return quantize(rescale(images, window), levels)
 
 
 def to_model_on_device(images, letterbox: Letterbox):

@@ -62,7 +62,11 @@ def evaluate(
     voxels = sum(math.prod(read_grid(case.image).shape) for case in cases)
     settings = {"nsd_tolerance_mm": nsd_tolerance_mm, "min_pixels": min_pixels}
     finish = functools.partial(
-        score_and_write, folder=folder, names=table.names, window=predictor.window, **settings
+        score_and_write,
+        folder=folder,
+        names=table.names,
+        window=predictor.preprocessing.window,
+        **settings,
     )
 
     def predicted():

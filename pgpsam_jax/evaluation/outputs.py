@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.data.io.nifti import SourceGrid, write_label
-from pgpsam_jax.data.letterbox import ends_of, rescale
+from pgpsam_jax.data.preprocessing import normalize_volume
 from pgpsam_jax.metrics.protocols import score_case
 from pgpsam_jax.metrics.release_protocol import score_release
 from pgpsam_jax.utils.files import file_digest
@@ -42,7 +42,7 @@ def score_and_write(
         from pgpsam_jax.visualization.overlays import write_overlays
 
         write_overlays(
-            rescale(case.image, ends_of(window, case.image)),
+            normalize_volume(case.image, window),
             case.truth,
             case.prediction,
             case.spacing,
@@ -66,7 +66,7 @@ def write_prediction(case: PredictedVolume, *, folder: Path, names, window) -> t
 
         picture = folder / f"{case.name}.png"
         write_preview(
-            rescale(case.image, ends_of(window, case.image)),
+            normalize_volume(case.image, window),
             case.prediction,
             case.spacing,
             names,

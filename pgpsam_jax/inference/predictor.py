@@ -11,12 +11,11 @@ from flax import nnx
 from pgpsam_jax.data.io.nifti import Volume
 from pgpsam_jax.data.letterbox import (
     Letterbox,
-    ends_of,
     logits_to_native,
     to_model,
     to_model_on_device,
-    windowed,
 )
+from pgpsam_jax.data.preprocessing import Preprocessing, intensity_limits
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.segmenter import to_input
@@ -31,9 +30,7 @@ class Predictor:
 
     Args:
       graphdef, params, frozen: the model.
-      image_size: side of the network input in pixels.
-      window: intensities mapped to [0, 1], see `data.letterbox.ends_of`.
-      levels: gray levels to round down to; 0 = continuous.
+      preprocessing: of the training slices.
       batch_size: slices segmented at a time, rounded up to a multiple of the mesh's batch shards.
       mesh: the devices.
       oracle: whether the method takes prompts from the labels, which only then may be passed.
@@ -45,24 +42,19 @@ class Predictor:
         params,
         frozen,
         *,
-        image_size,
-        window,
-        levels: int,
+        preprocessing: Preprocessing,
         batch_size: int,
         mesh,
         oracle: bool = False,
     ):
         self._options = {
-            "image_size": image_size,
-            "window": window,
-            "levels": levels,
+            "preprocessing": preprocessing,
             "batch_size": batch_size,
             "oracle": oracle,
         }
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // shards) * shards
-        self.image_size, self.window, self.levels = image_size, window, levels
-        self.oracle = oracle
+        self.preprocessing, self.oracle = preprocessing, oracle
         self._sharding = device_mesh.batch_sharding(mesh)
         self._graphdef, self._states = graphdef, (params, frozen)
         self._to_model = jax.jit(to_model_on_device, static_argnums=1, out_shardings=self._sharding)
@@ -105,13 +97,9 @@ class Predictor:
           volume: to segment.
           truth: its true class ids (D, H, W), for an oracle only.
         """
-
-        ends = ends_of(self.window, volume.array)
-
-        def prepare(part):
-            return windowed(part, ends, self.levels)
-
-        return self._segment(volume.array, prepare, truth)
+        limits = intensity_limits(self.preprocessing.window, volume.array)
+        normalize = functools.partial(self.preprocessing.normalize, limits=limits)
+        return self._segment(volume.array, normalize, truth)
 
     def slices(self, images) -> np.ndarray:
         """Returns class ids (N, S, S) uint8 of preprocessed slices (N, S, S)."""
@@ -128,7 +116,7 @@ class Predictor:
             raise ValueError("labels are for an oracle only")
         out = np.empty(images.shape, np.uint8)
         shape = images.shape[1:]
-        letterbox = Letterbox.of(shape, self.image_size)
+        letterbox = Letterbox.of(shape, self.preprocessing.image_size)
         pending = None  # one batch in flight: the host prepares while the device computes
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)

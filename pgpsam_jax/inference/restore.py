@@ -9,7 +9,7 @@ from pgpsam_jax.checkpointing import (
     frozen_weights,
     locations,
 )
-from pgpsam_jax.data import dataset
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.methods import build, pretrained, registry
@@ -62,9 +62,7 @@ def make_predictor(
     """
     return Predictor(
         *model,
-        image_size=settings.image_size,
-        window=dataset.window_of(data),
-        levels=data.levels,
+        preprocessing=Preprocessing.from_config(data, settings.image_size),
         batch_size=batch_size,
         mesh=mesh,
         oracle=registry.method_of(settings).oracle,

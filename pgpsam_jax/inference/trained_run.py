@@ -17,7 +17,7 @@ from pgpsam_jax.data.io.nibabel_image import from_nibabel
 from pgpsam_jax.data.io.nifti import Volume, label_image, read_image
 from pgpsam_jax.data.io.voxel_grid import AXIAL
 from pgpsam_jax.data.layouts.label_table import load_label_table
-from pgpsam_jax.data.letterbox import Letterbox, ends_of, model_slices
+from pgpsam_jax.data.preprocessing import intensity_limits
 from pgpsam_jax.data.quality import appearance
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
@@ -89,12 +89,16 @@ class TrainedRun:
                 f"was acquired in {thick} slices, but this run was trained on {axis} slices and "
                 "cuts it along those; train a run on such volumes with data.axis"
             )
-        return found + (appearance.differences(volume, self.looks) if self.looks else [])
+        return found + (
+            appearance.differences(volume, self.training_statistics)
+            if self.training_statistics
+            else []
+        )
 
     @functools.cached_property
-    def looks(self) -> dict | None:
-        """Appearance of the training volumes; None in runs of earlier versions."""
-        return appearance.read_record(self.workdir)
+    def training_statistics(self) -> dict | None:
+        """Intensities and sizes of the training volumes; None in runs of earlier versions."""
+        return appearance.read_statistics(self.workdir)
 
     def passes(self, volume, slices) -> list:
         """Returns the intermediate results of `PgpSam.passes` for some slices, on the host.
@@ -117,10 +121,9 @@ class TrainedRun:
     def inputs(self, volume, slices):
         """Returns preprocessed slices, (N, S, S) in [0, 1]; arguments as for `passes`."""
         array = self.read(volume).array
-        letterbox = Letterbox.of(array.shape[1:], self.config.model.image_size)
-        predictor = self.predictor
-        ends = ends_of(predictor.window, array)
-        return model_slices(array[list(slices)], ends, letterbox, predictor.levels)
+        preprocessing = self.predictor.preprocessing
+        limits = intensity_limits(preprocessing.window, array)
+        return preprocessing.to_model(array[list(slices)], limits)
 
     @functools.cached_property
     def _passes(self):

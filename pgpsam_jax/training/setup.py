@@ -16,6 +16,8 @@ from pgpsam_jax.checkpointing import (
 from pgpsam_jax.checkpointing.provenance import provenance
 from pgpsam_jax.config import exclusive_fields, to_json
 from pgpsam_jax.data import dataset
+from pgpsam_jax.data.cache import build_cache
+from pgpsam_jax.data.preprocessing import Preprocessing, window_of
 from pgpsam_jax.data.quality import appearance, verification
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.methods import build, pretrained
@@ -75,43 +77,36 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
     """
     config = build.resolve_method_defaults(locations.resolve_paths(given, workdir))
     given = build.resolve_method_defaults(given, like=config)
-    watch, mesh, plan = (
-        Stopwatch(workdir),
-        mesh_of(config.mesh, config.model, config.train.batch_size),
-        TrainingPlan.from_config(config),
-    )
+    plan = TrainingPlan.from_config(config)
+    mesh = mesh_of(config.mesh, config.model, config.train.batch_size)
     exclusive_fields.check_run_settings(config)
+    worker_pool.check(config.eval.workers)
+    watch = Stopwatch(workdir)
+
     with watch("data"), multihost.first_before_others("split"):
         split = dataset.find_split(config.data)
     given.data.axis = config.data.axis = dataset.axis_of(config.data, split.train)
     model_selection.check(config.validation, config.data, split)
-    worker_pool.check(config.eval.workers)
     resume = is_resume(config, workdir, split)
+
     with watch("model"):
         graphdef, params, frozen, base_digest = build.init_model(
             config.model, split.table.num_classes, config.seed
         )
+
     with watch("data"):
         with multihost.first_before_others("verify"):
             verification.verify_run_data(config.data, split, workdir, say=multihost.print_once)
-        source = config.data, config.model.image_size
-        validated = split.validation if best_parameters.keeps_best(config.validation) else []
-        if multihost.is_multiprocess():  # share the work of filling the cache
-            cases = multihost.shard_for_process(split.train + validated)
-            dataset.read_cases(*source, cases, split.table, workdir)
-            multihost.barrier("cache")
+        trained, validated = _read_cases(config, split, workdir)
         data = dataset.few_shot_data(
-            config.data,
-            config.fewshot,
-            config.model.image_size,
-            split.train,
-            split.table,
-            workdir,
-            resume=resume,
+            trained, config.fewshot, split.table.names, workdir if resume else None
         )
         held_out = None
         if validated:
-            held_out = dataset.validation_data(*source, config.fewshot.min_pixels, split, workdir)
+            held_out = dataset.validation_data(
+                validated, split.table.num_classes, config.fewshot.min_pixels
+            )
+
     inputs = {"list": data.list.hash, "data": data.digest, "base": base_digest}
     inputs |= {"validation": held_out.digest} if held_out else {}
     inputs |= {"test": dataset.images_digest(split.test)}
@@ -122,16 +117,46 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
         _agree(shared, origin, params)
     resumption.record_run_identity(given, config, workdir, split, data.list, origin)
     if multihost.is_first():
-        write_json(workdir / appearance.FILE, data.looks)
+        statistics = appearance.training_statistics(
+            trained, window=window_of(config.data), layout=config.data.layout
+        )
+        write_json(workdir / appearance.FILE, statistics)
     sampled = pretrained.randomly_initialized_frozen_params(config.model, frozen)
     frozen_weights.pin_frozen_weights(workdir, config.model.base, base_digest, frozen, sampled)
-    total = plan.total_steps(len(data.list))
+
     with device_mesh.traced_on(mesh):
         kernels = build.attention_of(config.model, graphdef, params, frozen)
-    model = graphdef, params, frozen
-    run = Run(config, plan, workdir, watch, mesh, split, data, held_out, resume, total, *model)
+    run = Run(
+        config=config,
+        plan=plan,
+        workdir=workdir,
+        watch=watch,
+        mesh=mesh,
+        split=split,
+        data=data,
+        held_out=held_out,
+        resume=resume,
+        total=plan.total_steps(len(data.list)),
+        graphdef=graphdef,
+        params=params,
+        frozen=frozen,
+    )
     multihost.print_once(startup_summary.describe_run(run, kernels))
     return run
+
+
+def _read_cases(config: ConfigDict, split: dataset.Split, workdir: Path):
+    """Reads training and, if they select parameters, validation cases through the cache."""
+    preprocessing = Preprocessing.from_config(config.data, config.model.image_size)
+    folder = config.data.cache_dir or workdir / "cache"
+    validated = split.validation if best_parameters.keeps_best(config.validation) else []
+    if multihost.is_multiprocess():  # share the work of filling the cache
+        share = multihost.shard_for_process(split.train + validated)
+        build_cache(share, split.table, preprocessing, folder)
+        multihost.barrier("cache")
+    return (
+        build_cache(cases, split.table, preprocessing, folder) for cases in (split.train, validated)
+    )
 
 
 def _agree(values: dict, origin: dict, params) -> None:

@@ -17,7 +17,8 @@ from pgpsam_jax.data.cache import build_cache, gather_slices, read_case
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.find import find_cases
 from pgpsam_jax.data.layouts.label_table import LabelTable
-from pgpsam_jax.data.letterbox import Letterbox, model_slices, to_model
+from pgpsam_jax.data.letterbox import Letterbox, to_model
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.errors import UserError
 from tests.support.label_tables import PAIR, TOTAL, TOTAL_TABLE
 from tests.support.places import shared
@@ -44,11 +45,12 @@ def make_case(folder, case_id="p1", shape=(20, 30, 6), affine=None, label_affine
 
 
 WINDOW = (-125, 275)
+SMALL = Preprocessing(32, WINDOW)
 
 
 def test_cache_content(tmp_path):
     case = make_case(tmp_path)
-    (cached,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache")
+    (cached,) = build_cache([case], PAIR, Preprocessing(64, WINDOW), tmp_path / "cache")
     images, labels = cached.load()
     assert images.dtype == np.float16 and labels.dtype == np.uint8
     assert images.shape == labels.shape == (6, 64, 64) and cached.shape == (6, 30, 20)
@@ -70,21 +72,19 @@ def test_cache_content(tmp_path):
 
 def test_cache_is_reused_and_keyed_by_content(tmp_path):
     cases = [make_case(tmp_path, "p1"), make_case(tmp_path, "p2", (20, 30, 7))]
-    folder, calls = tmp_path / "cache", []
+    folder = tmp_path / "cache"
 
-    def files(**change):
-        setting = {"table": PAIR, "window": WINDOW, "image_size": 32} | change
-        built = build_cache(cases, cache_dir=folder, progress=lambda *a: calls.append(a), **setting)
+    def files(table=PAIR, size=32, window=WINDOW):
+        built = build_cache(cases, table, Preprocessing(size, window), folder)
         return [case.file for case in built]
 
     first = files()
-    assert calls == [(0, 2, "p1"), (1, 2, "p2")]
     assert [file.name.split("-")[0] for file in first] == ["p1", "p2"]
     stamps = [os.stat(file).st_mtime_ns for file in first]
     assert files() == first and [os.stat(file).st_mtime_ns for file in first] == stamps
     others = [
         files(window=(-100, 275)),
-        files(image_size=48),
+        files(size=48),
         files(table=LabelTable(("background", "a", "c"), {1: 1, 2: 1, 5: 2})),
         files(table=LabelTable(PAIR.names, PAIR.source_to_class, "background")),
     ]
@@ -101,7 +101,7 @@ def test_cleaning_spares_what_may_be_used_again(tmp_path):
     folder = tmp_path / "cache"
 
     def build(*cases, size=32):
-        return [c.file for c in build_cache(cases, PAIR, WINDOW, size, folder)]
+        return [c.file for c in build_cache(cases, PAIR, Preprocessing(size, WINDOW), folder)]
 
     case = make_case(tmp_path / "a")
     kept = build(make_case(tmp_path / "b", affine=np.diag([-1, -1, 4, 1.0])), size=32)
@@ -122,23 +122,23 @@ def test_cleaning_spares_what_may_be_used_again(tmp_path):
 
 def test_gray_levels_are_stored_and_part_of_the_key(tmp_path):
     case = make_case(tmp_path)
-    (plain,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache")
-    (same,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache", levels=0)
-    (byte,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache", levels=256)
-    (coarse,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache", levels=16)
+    (plain,) = build_cache([case], PAIR, Preprocessing(64, WINDOW), tmp_path / "cache")
+    (same,) = build_cache([case], PAIR, Preprocessing(64, WINDOW, levels=0), tmp_path / "cache")
+    (byte,) = build_cache([case], PAIR, Preprocessing(64, WINDOW, levels=256), tmp_path / "cache")
+    (coarse,) = build_cache([case], PAIR, Preprocessing(64, WINDOW, levels=16), tmp_path / "cache")
     assert same.file == plain.file and len({plain.file, byte.file, coarse.file}) == 3
-    array, letterbox = read_case(case, PAIR)[0].array, Letterbox.of((30, 20), 64)
+    array = read_case(case, PAIR)[0].array
     for cached, levels in ((plain, 0), (byte, 256), (coarse, 16)):
-        seen = model_slices(array, WINDOW, letterbox, levels)  # what prediction gives the network
+        seen = Preprocessing(64, WINDOW, levels).to_model(array, WINDOW)
         np.testing.assert_array_equal(cached.load()[0], seen.astype(np.float16))
     for levels in (1, -1):
         with pytest.raises(UserError, match=rf"data\.levels is {levels}; give 0"):
-            build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache", levels=levels)
+            Preprocessing(64, WINDOW, levels)
 
 
 def test_keys_of_caches_made_before_the_choice_of_levels(tmp_path):
     case = make_case(tmp_path)
-    (cached,) = build_cache([case], PAIR, WINDOW, 64, tmp_path / "cache")
+    (cached,) = build_cache([case], PAIR, Preprocessing(64, WINDOW), tmp_path / "cache")
     recipe = {
         "format": 1,
         "window": [-125.0, 275.0],
@@ -153,21 +153,21 @@ def test_keys_of_caches_made_before_the_choice_of_levels(tmp_path):
 @pytest.mark.parametrize("damage", ["empty", "half", "tail", "flip", "garbage", "other"])
 def test_damaged_cache_is_rebuilt(tmp_path, damage):
     case = make_case(tmp_path)
-    (cached,) = build_cache([case], PAIR, WINDOW, 32, tmp_path / "cache")
+    (cached,) = build_cache([case], PAIR, SMALL, tmp_path / "cache")
     images, labels = cached.load()
     data = bytearray(cached.file.read_bytes())
     if damage == "flip":
         data[len(data) // 3] ^= 1
     if damage == "other":
-        (other,) = build_cache([case], PAIR, (0, 1), 32, tmp_path / "cache")
+        (other,) = build_cache([case], PAIR, Preprocessing(32, (0, 1)), tmp_path / "cache")
         data = other.file.read_bytes()
     cut = {"empty": 0, "half": len(data) // 2, "tail": len(data) - 1}.get(damage, len(data))
     cached.file.write_bytes(b"no zip at all" if damage == "garbage" else data[:cut])
     if damage == "other":
-        (again,) = build_cache([case], PAIR, WINDOW, 32, tmp_path / "cache")
+        (again,) = build_cache([case], PAIR, SMALL, tmp_path / "cache")
     else:
         with pytest.warns(UserWarning, match="damaged .* rebuilding"):
-            (again,) = build_cache([case], PAIR, WINDOW, 32, tmp_path / "cache")
+            (again,) = build_cache([case], PAIR, SMALL, tmp_path / "cache")
     assert again.file == cached.file
     for expected, got in zip((images, labels), again.load(), strict=True):
         np.testing.assert_array_equal(got, expected)
@@ -183,14 +183,14 @@ def test_any_flipped_byte_of_a_cache_file_is_harmless(tmp_path_factory, data):
         else Case("p1", base / "p1.nii.gz", base / "p1-seg.nii.gz")
     )
     table = LabelTable(("background", "a"), {1: 1}, "background")
-    (cached,) = build_cache([case], table, WINDOW, 8, base / "cache")
+    (cached,) = build_cache([case], table, Preprocessing(8, WINDOW), base / "cache")
     good, expected = cached.file.read_bytes(), cached.load()
     broken = bytearray(good)
     broken[data.draw(st.integers(0, len(good) - 1))] ^= data.draw(st.integers(1, 255))
     cached.file.write_bytes(broken)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        (again,) = build_cache([case], table, WINDOW, 8, base / "cache")
+        (again,) = build_cache([case], table, Preprocessing(8, WINDOW), base / "cache")
     for wanted, got in zip(expected, again.load(), strict=True):
         np.testing.assert_array_equal(got, wanted)
 
@@ -225,15 +225,15 @@ def test_cache_errors(tmp_path):
     other = make_case(tmp_path, "p2", (20, 30, 7))
     folder = tmp_path / "cache"
     with pytest.raises(UserError, match=r"p2-seg.nii.gz has shape \(7, 30, 20\) but its image"):
-        build_cache([Case("x", case.image, other.label)], PAIR, WINDOW, 32, folder)
+        build_cache([Case("x", case.image, other.label)], PAIR, SMALL, folder)
     with pytest.raises(UserError, match=r"p1-seg.nii.gz holds label values outside .*\(5\)"):
-        build_cache([case], LabelTable(("background", "a"), {1: 1}), WINDOW, 32, folder)
+        build_cache([case], LabelTable(("background", "a"), {1: 1}), SMALL, folder)
     with pytest.raises(UserError, match=r"window .* is empty"):
-        build_cache([case], PAIR, (275, -125), 32, folder)
+        Preprocessing(32, (275, -125))
     with pytest.raises(UserError, match=r"case p1: file .*none\.nii not found"):
-        build_cache([Case("p1", case.image, tmp_path / "none.nii")], PAIR, WINDOW, 32, folder)
+        build_cache([Case("p1", case.image, tmp_path / "none.nii")], PAIR, SMALL, folder)
     with pytest.raises(UserError, match="case p1: file None"):
-        build_cache([Case("p1", case.image)], PAIR, WINDOW, 32, folder)
+        build_cache([Case("p1", case.image)], PAIR, SMALL, folder)
     with pytest.raises(UserError, match="has no label file"):
         read_case(Case("p1", case.image), PAIR)
     assert not folder.exists() or not list(folder.iterdir())
@@ -241,7 +241,7 @@ def test_cache_errors(tmp_path):
 
 def test_gather_slices(tmp_path):
     cases = [make_case(tmp_path, "p1"), make_case(tmp_path, "p2", (20, 30, 7))]
-    cached = build_cache(cases, PAIR, WINDOW, 32, tmp_path / "cache")
+    cached = build_cache(cases, PAIR, SMALL, tmp_path / "cache")
     entries = [("p2", 6), ("p1", 0), ("p2", 3), ("p1", 3)]
     images, labels = gather_slices(cached, entries)
     stored = {case.case_id: case.load() for case in cached}
@@ -260,7 +260,7 @@ def test_real_ct(tmp_path):
     root = shared("data/abdomen_ct")
     (case,) = find_cases("pairs", root, "ct.nii.gz", "seg104.nii.gz")
     assert case.case_id == "abdomen_ct"
-    (cached,) = build_cache([case], TOTAL_TABLE, WINDOW, 256, tmp_path)
+    (cached,) = build_cache([case], TOTAL_TABLE, Preprocessing(256, WINDOW), tmp_path)
     assert cached.areas[:, 1:].sum(0).tolist() == [voxels for _, voxels in TOTAL.values()]
     bearing = cached.areas[:, 1:] > 0
     assert bearing.any(1).sum() == 51
@@ -278,4 +278,4 @@ def test_real_ct(tmp_path):
     assert center[2][1] > center[4][1] and center[3][1] > center[4][1]
     table = TOTAL_TABLE.to_json() | {"other": "error"}
     with pytest.raises(UserError, match=r"seg104\.nii\.gz holds label values outside"):
-        build_cache([case], LabelTable.from_json(table), WINDOW, 256, tmp_path)
+        build_cache([case], LabelTable.from_json(table), Preprocessing(256, WINDOW), tmp_path)

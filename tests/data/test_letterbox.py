@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgpsam_jax.data.letterbox import Letterbox, logits_to_native, model_slices, quantize, to_model
+from pgpsam_jax.data.letterbox import Letterbox, logits_to_native, to_model
+from pgpsam_jax.data.preprocessing import Preprocessing, quantize
 
 
 @pytest.mark.parametrize("window", [(-125, 275), (10, 90)])
@@ -22,11 +23,11 @@ def test_256_levels_are_the_bytes_that_the_release_stores(window):
     stored = 255 * (clipped - low) // (high - low)
     letterbox = Letterbox.of((20, 130), 130)
     inside = np.s_[:, letterbox.top : letterbox.top + 20, letterbox.left : letterbox.left + 130]
-    seen = model_slices(values, window, letterbox, 256)
+    seen = Preprocessing(130, window, levels=256).to_model(values, window)
     assert seen.dtype == np.float32
     np.testing.assert_array_equal(seen[inside], stored.astype(np.float32) / 255)
     np.testing.assert_array_equal(np.round(255 * seen.astype(np.float16))[inside], stored)
-    continuous = model_slices(values, window, letterbox, 0)[inside]
+    continuous = Preprocessing(130, window).to_model(values, window)[inside]
     assert 0 < (continuous - seen[inside]).max() < 1 / 255
 
 

@@ -13,10 +13,11 @@ from pgpsam_jax.data.io.nifti import read_grid, read_image, read_label, write_la
 from pgpsam_jax.data.io.voxel_grid import AXES, AXIAL, SourceGrid
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.errors import UserError
 from tests.support.orientations import AXIS_CODES, stored_as
 from tests.support.refusal import refuse
-from tests.support.small_run import config_for, write_data
+from tests.support.small_run import cached_cases, config_for, write_data
 
 THICK = {AXIAL: (1, 1, 5), "coronal": (1, 5, 1), "sagittal": (5, 1, 1)}  # mm, right, front, up
 ASIDE = {AXIAL: (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}  # RAS axes of D, H, W
@@ -68,9 +69,7 @@ def test_auto_is_what_most_training_cases_are(tmp_path, spacing, wanted):
     assert config.data.axis == "auto"
     config.data.axis = dataset.axis_of(config.data, split.train)
     assert config.data.axis == wanted
-    images, _ = dataset.read_cases(
-        config.data, config.model.image_size, split.train[:1], split.table, tmp_path / "run"
-    )[0].load()
+    images, _ = cached_cases(config, split, tmp_path / "run")[0].load()
     depth = dict(zip(("sagittal", "coronal", AXIAL), (24, 20, 10), strict=True))[wanted]
     assert len(images) == depth
     fixed = config_for(root, data__axis="coronal")
@@ -94,12 +93,7 @@ def test_the_axis_is_part_of_a_cache_and_old_runs_stay_axial(tmp_path):
     files = []
     for axis in AXES:
         config.data.axis = axis
-        files += [
-            c.file
-            for c in dataset.read_cases(
-                config.data, config.model.image_size, split.train, split.table, tmp_path
-            )
-        ]
+        files += [cached.file for cached in cached_cases(config, split, tmp_path)]
     assert len(set(files)) == len(files)
     stored = to_json(default_config())
     del stored["data"]["axis"]
@@ -159,7 +153,7 @@ def test_a_slice_with_its_label_is_a_case(tmp_path):
     (tmp_path / "l.nii").write_bytes(flat(array, affine, "sform"))
     table = LabelTable(("background", "a"), {1: 1})
     case = Case("x", tmp_path / "i.nii", tmp_path / "l.nii")
-    (cached,) = cache.build_cache([case], table, (0, 100), 32, tmp_path / "cache")
+    (cached,) = cache.build_cache([case], table, Preprocessing(32, (0, 100)), tmp_path / "cache")
     images, labels = cached.load()
     assert images.shape == (1, 32, 32) and cached.areas.tolist() == [[290, 30]]
     assert ((images[0] > 0.6) == (labels[0] == 1)).mean() > 0.98

@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 from experiments.benchmark import scoring
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import load_label_table
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.evaluate import evaluate
 from pgpsam_jax.metrics import surface
@@ -69,7 +70,7 @@ def test_several_spacings_at_once_are_each_alone():
 class Threshold:
     """Stands for a trained model: the two balls by their brightness, noise and all."""
 
-    window = (-125.0, 275.0)
+    preprocessing = Preprocessing(32, (-125.0, 275.0))
 
     def __call__(self, volume):
         return np.digitize(volume.array, (95, 165)).astype(np.uint8)

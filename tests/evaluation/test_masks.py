@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pgpsam_jax import predict
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import masks
 
@@ -20,7 +21,7 @@ NAMES = ["background", "liver", "spleen"]
 class Oracle:
     """Stands for a trained model: each voxel's class is written into its intensity."""
 
-    window = (0.0, 100.0)
+    preprocessing = Preprocessing(32, (0.0, 100.0))
 
     def __init__(self):
         self.seen = 0

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from pgpsam_jax.data.io.nifti import Volume
-from pgpsam_jax.data.letterbox import Letterbox, model_slices, to_model, to_model_on_device
+from pgpsam_jax.data.letterbox import Letterbox, to_model, to_model_on_device
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.models.segmenter import Segmenter
 from pgpsam_jax.sharding import device_mesh
@@ -29,7 +30,8 @@ class Bands(Segmenter):
 def predictor_of(batch_size=3, devices=1, levels=0):
     graphdef, params, frozen = nnx.split(Bands(), nnx.Param, ...)
     mesh = device_mesh.make_mesh(devices=jax.devices()[:devices])
-    options = dict(image_size=SIZE, window=WINDOW, levels=levels, batch_size=batch_size, mesh=mesh)
+    preprocessing = Preprocessing(SIZE, WINDOW, levels)
+    options = dict(preprocessing=preprocessing, batch_size=batch_size, mesh=mesh)
     return Predictor(graphdef, params, frozen, **options)
 
 
@@ -57,7 +59,7 @@ def test_every_slice_has_its_class_at_any_depth(depth, devices):
     predictor = predictor_of(devices=devices)
     assert predictor.batch_size == (4 if devices == 4 else 3)
     volume = volume_of((depth, SIZE, SIZE))
-    seen = model_slices(volume.array, WINDOW, Letterbox.of((SIZE, SIZE), SIZE), 0)
+    seen = Preprocessing(SIZE, WINDOW).to_model(volume.array, WINDOW)
     wanted = np.abs(seen[..., None] - np.float32(LEVELS)).argmin(-1)
     found = predictor(volume)
     assert found.dtype == np.uint8

@@ -26,6 +26,7 @@ from pgpsam_jax.data.cache import build_cache
 from pgpsam_jax.data.io.nifti import read_image
 from pgpsam_jax.data.layouts import label_table
 from pgpsam_jax.data.layouts.cases import Case
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.models.sam.weights import read_safetensors
 from tests.support.fuzz.nifti import file_of
 from tests.support.fuzz.torch_file import archive, state, tensor
@@ -91,10 +92,10 @@ def test_a_cache_file_with_a_payload_is_rebuilt(tmp_path):
     root, target = write_data(tmp_path / "data", ("a",)), tmp_path / "made"
     case = Case("a", root / "images" / "a.nii.gz", root / "labels" / "a.nii.gz")
     table = label_table.load_label_table(root / "table.json")
-    (cached,) = build_cache([case], table, (-125, 275), 16, tmp_path / "cache")
+    (cached,) = build_cache([case], table, Preprocessing(16, (-125, 275)), tmp_path / "cache")
     np.savez(cached.file, **{n: np.array([Payload(target)], object) for n in ("meta", "images")})
     with pytest.warns(UserWarning, match="damaged"):
-        (again,) = build_cache([case], table, (-125, 275), 16, tmp_path / "cache")
+        (again,) = build_cache([case], table, Preprocessing(16, (-125, 275)), tmp_path / "cache")
     assert again.load()[0].shape == (10, 16, 16) and not target.exists()
 
 

@@ -21,7 +21,7 @@ from pgpsam_jax.utils.files import atomic_path, write_text
 from pgpsam_jax.utils.markdown import escape_cell
 from pgpsam_jax.visualization import overlays
 from tests.support.layout_data import write_transunet
-from tests.support.small_run import config_for, write_data
+from tests.support.small_run import config_for, few_shot_data, write_data
 
 NAMES = ["Müller", "pat 1", "病例" * 40, "日本語", "محمد", "हिन्दी", "a$b$ <c>", 'x|y, "q"']
 GLOBS = ("images/*.nii.gz", "labels/*.nii.gz")
@@ -45,15 +45,7 @@ def test_from_files_to_scores_under_any_name(tmp_path):
     ids = [safe_case_id(name) for name in NAMES]
     assert [case.case_id for case in found.train + found.test] == ids
     assert ids[:2] == ["Müller", "pat_1"] and ids[3:6] == NAMES[3:6]  # marks are kept too
-    data = dataset.few_shot_data(
-        config.data,
-        config.fewshot,
-        config.model.image_size,
-        found.train,
-        found.table,
-        tmp_path / "run",
-        resume=False,
-    )
+    data = few_shot_data(config, found, tmp_path / "run")
     assert sorted(i for i, _ in data.list.entries) == sorted(ids[:4])
     data.list.write(tmp_path / "run" / "fewshot.txt")
     assert fewshot_list.read_list(tmp_path / "run" / "fewshot.txt") == data.list

@@ -25,7 +25,7 @@ from pgpsam_jax.training import metric_logger, plan, train
 from tests.support import kept_steps, tiny_method
 from tests.support.faults import NOISE, TINY, run
 from tests.support.file_modes import modes, umask
-from tests.support.small_run import config_for, hold_out, write_data
+from tests.support.small_run import cached_cases, config_for, hold_out, write_data
 
 SELECT = {"validation__every_epochs": 1}  # 7 slices in batches of 8: after every step
 
@@ -138,9 +138,8 @@ def test_the_best_parameters_are_kept_and_used(finished):
     predictor = restore.load_predictor(config, workdir, 3)
     used = {k: np.asarray(leaf[...]) for k, leaf in flat_paths(predictor.params).items()}
     assert same(used, kept)
-    held_out = dataset.validation_data(
-        config.data, config.model.image_size, config.fewshot.min_pixels, split, workdir
-    )
+    cached = cached_cases(config, split, workdir, split.validation)
+    held_out = dataset.validation_data(cached, 3, config.fewshot.min_pixels)
     again = mean_slice_dice(predictor.slices(held_out.images), held_out.labels, 3)
     assert again == best["score"]
 
@@ -266,14 +265,10 @@ def test_validation_without_validation_cases_is_said(root, tmp_path):
     with pytest.raises(UserError, match=r"every_epochs is -1; give a number of epochs"):
         train.train(config, tmp_path / "run")
     config = config_for(root, fewshot__min_pixels=10_000, data__axis="axial", **SELECT)
+    split = dataset.find_split(config.data)
+    cached = cached_cases(config, split, tmp_path / "run", split.validation)
     with pytest.raises(UserError, match=r"no validation slice has an organ of 10000 pixels"):
-        dataset.validation_data(
-            config.data,
-            config.model.image_size,
-            config.fewshot.min_pixels,
-            dataset.find_split(config.data),
-            tmp_path / "run",
-        )
+        dataset.validation_data(cached, 3, config.fewshot.min_pixels)
 
 
 def test_no_workdir_no_checkpoint(tmp_path, finished):

@@ -14,6 +14,7 @@ from nbclient import NotebookClient
 
 import pgpsam_jax
 from pgpsam_jax.data import dataset
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.inference.trained_run import TrainedRun
 from pgpsam_jax.methods import build
 from pgpsam_jax.models.segmenter import to_input
@@ -59,8 +60,7 @@ def root(tmp_path, monkeypatch):
 class Bright:
     """In the place of a trained network: the two balls by their brightness."""
 
-    window: tuple
-    levels: int
+    preprocessing: Preprocessing
 
     def __call__(self, volume):
         return np.digitize(volume.array, (95, 165)).astype(np.uint8)
@@ -84,7 +84,7 @@ def sketched(root, monkeypatch):
     config = build.resolve_method_defaults(config_for(root, model__cfm=False))
     config.data.axis = dataset.axis_of(config.data, dataset.find_split(config.data).train)
     names = ("background", "liver", "spleen")
-    network = Bright(dataset.window_of(config.data), config.data.levels)
+    network = Bright(Preprocessing.from_config(config.data, config.model.image_size))
 
     def load_run(workdir):
         return Sketched(Path(workdir), config, names, network)

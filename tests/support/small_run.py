@@ -6,6 +6,9 @@ import nibabel as nib
 import numpy as np
 
 from pgpsam_jax.config import default_config
+from pgpsam_jax.data import dataset
+from pgpsam_jax.data.cache import build_cache
+from pgpsam_jax.data.preprocessing import Preprocessing
 from tests.support import micro
 
 SHAPE, SPACING = (24, 20, 10), (1.5, 2.0, 4.0)
@@ -41,6 +44,19 @@ def hold_out(root, validation):
     split = json.loads((root / "split.json").read_text())
     split["train"].remove(validation)
     (root / "split.json").write_text(json.dumps(split | {"validation": [validation]}))
+
+
+def cached_cases(config, split, workdir, cases=None):
+    """The training cases, or others, through the cache of a workdir, as training reads them."""
+    cases = split.train if cases is None else cases
+    preprocessing = Preprocessing.from_config(config.data, config.model.image_size)
+    return build_cache(cases, split.table, preprocessing, workdir / "cache")
+
+
+def few_shot_data(config, split, workdir):
+    """The training set as a new run reads it."""
+    cached = cached_cases(config, split, workdir)
+    return dataset.few_shot_data(cached, config.fewshot, split.table.names)
 
 
 def config_for(root, **settings):

@@ -6,6 +6,7 @@ from safetensors.numpy import save_file
 
 from pgpsam_jax import predict, verify
 from pgpsam_jax.data.io.volume_files import find_inputs
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.utils.files import atomic_folder, atomic_path, write_text
 from tests.support.file_modes import modes, umask
 from tests.support.small_run import write_data
@@ -30,7 +31,7 @@ def test_masks_and_reports(tmp_path):
     def nothing(volume):
         return np.zeros(volume.array.shape, np.uint8)
 
-    nothing.window = (0.0, 1.0)
+    nothing.preprocessing = Preprocessing(32, (0.0, 1.0))
     with umask(0o027):
         root = write_data(tmp_path / "data", ("a",))
         arguments = ["--data", str(root), "--image-glob", "images/*.nii.gz"]

@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.data.io.nifti import Volume
-from pgpsam_jax.data.letterbox import Percentiles
+from pgpsam_jax.data.preprocessing import Percentiles, Window, subsample
 from pgpsam_jax.utils.untrusted_text import read_user_json
 
 FILE = "training_data.json"
 SCHEMA = 1
 QUANTILES = (0.005, 0.05, 0.25, 0.5, 0.75, 0.95, 0.995)
-_SAMPLE = 1 << 21  # voxels; enough for three digits of a quantile
 _LOW, _HIGH = QUANTILES.index(0.05), QUANTILES.index(0.95)
 # Chosen on the phantom, one real CT and 40 hippocampus MRs: cases of one data set stay well inside;
 # volumes with a lost intercept or another scale are far outside.
@@ -37,19 +36,19 @@ def describe(image: np.ndarray, ids: np.ndarray | None = None) -> dict:
         between the 5 % and 95 % quantiles of labeled voxels. `foreground` and `share` are None
         without labeled voxels.
     """
-    sample = _sample(image)
+    sample = subsample(image)
     found = {"whole": _quantiles(sample), "foreground": None, "share": None}
     labeled = image[ids > 0] if ids is not None else ()
     if len(labeled):
-        found["foreground"] = _quantiles(labeled[:: -(-len(labeled) // _SAMPLE)])
+        found["foreground"] = _quantiles(subsample(labeled))
         found["share"] = _share(sample, found["foreground"][_LOW], found["foreground"][_HIGH])
     return found
 
 
-def record_of(cached: Sequence, *, window, layout: str) -> dict:
+def training_statistics(cached: Sequence, *, window: Window, layout: str) -> dict:
     """Returns the ranges over training cases (`cache.CachedCase`) as plain JSON."""
-    looks = [case.meta["appearance"] for case in cached]
-    labeled = [look for look in looks if look["foreground"]]
+    described = [case.meta["appearance"] for case in cached]
+    labeled = [found for found in described if found["foreground"]]
     return {
         "schema": SCHEMA,
         "cases": len(cached),
@@ -57,35 +56,35 @@ def record_of(cached: Sequence, *, window, layout: str) -> dict:
         "window": list(window),
         "percentiles": isinstance(window, Percentiles),
         "quantiles": list(QUANTILES),
-        "whole": _ranges([look["whole"] for look in looks]),
-        "foreground": _ranges([look["foreground"] for look in labeled]),
-        "share": _ranges([[look["share"]] for look in labeled]),
+        "whole": _ranges([found["whole"] for found in described]),
+        "foreground": _ranges([found["foreground"] for found in labeled]),
+        "share": _ranges([[found["share"]] for found in labeled]),
         "spacing_mm": _ranges([case.spacing for case in cached]),
         "width_mm": _ranges([[_width(case.shape, case.spacing)] for case in cached]),
     }
 
 
-def read_record(workdir) -> dict | None:
-    """Reads the record of a workdir; None for runs older than the record."""
+def read_statistics(workdir) -> dict | None:
+    """Reads the training statistics of a workdir; None for runs of earlier versions."""
     path = Path(workdir) / FILE
     if not path.is_file():
         return None
-    record = read_user_json(path, "record of training data")
-    return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
+    value = read_user_json(path, "record of training data")
+    return value if isinstance(value, dict) and value.get("schema") == SCHEMA else None
 
 
-def differences(volume: Volume, record: dict) -> list[str]:
+def differences(volume: Volume, statistics: dict) -> list[str]:
     """Describes how a volume differs from the training cases, one sentence per difference."""
-    found = _intensities(_sample(volume.array), record)
-    if record["layout"] == "transunet":  # its files carry no voxel size
+    found = _intensities(subsample(volume.array), statistics)
+    if statistics["layout"] == "transunet":  # its files carry no voxel size
         return found
-    width, (low, high) = _width(volume.array.shape, volume.spacing), record["width_mm"][0]
+    width, (low, high) = _width(volume.array.shape, volume.spacing), statistics["width_mm"][0]
     if not low / _WIDTH <= width <= high * _WIDTH:
         found.append(
             f"its slices are {width:.0f} mm wide, but the training slices {_range(low, high)} mm, "
             "so organs appear at a different size: check its voxel size, or crop or pad it"
         )
-    thick, (low, high) = volume.spacing[0], record["spacing_mm"][0]
+    thick, (low, high) = volume.spacing[0], statistics["spacing_mm"][0]
     if len(volume.array) > 1 and not low / _SLICES <= thick <= high * _SLICES:
         found.append(
             f"its slices are {thick:.3g} mm apart, but the training slices {_range(low, high)} mm: "
@@ -94,11 +93,11 @@ def differences(volume: Volume, record: dict) -> list[str]:
     return found
 
 
-def _intensities(sample: np.ndarray, record: dict) -> list[str]:
-    if record["percentiles"]:  # each volume is normalized by its own percentiles
+def _intensities(sample: np.ndarray, statistics: dict) -> list[str]:
+    if statistics["percentiles"]:  # each volume is normalized by its own percentiles
         return []
-    (low, high), whole = record["window"], _quantiles(sample)
-    if record["layout"] == "transunet" and (whole[0] < low - 1 or whole[-1] > high + 1):
+    (low, high), whole = statistics["window"], _quantiles(sample)
+    if statistics["layout"] == "transunet" and (whole[0] < low - 1 or whole[-1] > high + 1):
         return [
             f"its intensities, {_range(whole[0], whole[-1])}, are not normalized to {low:g} to "
             f"{high:g} like the training slices of this run: normalize them the same way "
@@ -106,14 +105,14 @@ def _intensities(sample: np.ndarray, record: dict) -> list[str]:
         ]
     ends = []
     for place, name in ((0, "darkest"), (-1, "brightest")):
-        seen = [_in_window(v, low, high) for v in record["whole"][place]]
+        seen = [_in_window(v, low, high) for v in statistics["whole"][place]]
         value = _in_window(whole[place], low, high)
         if not seen[0] - _ENDS <= value <= seen[1] + _ENDS:
-            least, most = record["whole"][place]
+            least, most = statistics["whole"][place]
             ends.append(f"{name} {whole[place]:.4g}, in training {_range(least, most)}")
-    if record["foreground"] and not ends:
-        least, most = record["foreground"][_LOW][0], record["foreground"][_HIGH][1]
-        share, usual = _share(sample, least, most), record["share"][0]
+    if statistics["foreground"] and not ends:
+        least, most = statistics["foreground"][_LOW][0], statistics["foreground"][_HIGH][1]
+        share, usual = _share(sample, least, most), statistics["share"][0]
         if share < _SHARE * usual[0]:
             ends.append(
                 f"only {share:.1%} of the volume is within {least:.4g} to {most:.4g}, the range of "
@@ -125,10 +124,6 @@ def _intensities(sample: np.ndarray, record: dict) -> list[str]:
         f"its intensities differ from those of the training data ({'; '.join(ends)}): check its "
         "unit, scale and intercept"
     ]
-
-
-def _sample(image: np.ndarray) -> np.ndarray:
-    return image.reshape(-1)[:: -(-image.size // _SAMPLE)]
 
 
 def _width(shape, spacing) -> float:

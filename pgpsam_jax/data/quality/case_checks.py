@@ -15,7 +15,7 @@ from pgpsam_jax.data.io.pairing import pair_grids
 from pgpsam_jax.data.io.voxel_grid import to_source
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
-from pgpsam_jax.data.letterbox import Percentiles, Window, ends_of
+from pgpsam_jax.data.preprocessing import Percentiles, Window, intensity_limits
 from pgpsam_jax.data.quality import appearance
 from pgpsam_jax.data.quality.organ_priors import describe, flips_of
 from pgpsam_jax.errors import UserError
@@ -191,7 +191,7 @@ def _check_pair(image: _File, label: _File, record: dict, table: LabelTable | No
         ids = kept[ids]
     image.record["appearance"] = appearance.describe(image.array, ids)
     if window is not None:
-        _check_clipping(image, ids, ends_of(window, image.array))
+        _check_clipping(image, ids, intensity_limits(window, image.array))
     features = describe(image.array, ids, image.grid.spacing, has_grid=image.has_grid)
     record["features"] = {str(i): values for i, values in features.items()}
     if table is not None and image.has_grid:

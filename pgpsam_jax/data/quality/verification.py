@@ -23,12 +23,11 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from pgpsam_jax.data.dataset import window_of
 from pgpsam_jax.data.findings import ERROR, WARNING, Finding
 from pgpsam_jax.data.io import array_checks, volumes
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
-from pgpsam_jax.data.letterbox import Window
+from pgpsam_jax.data.preprocessing import Window, window_of
 from pgpsam_jax.data.quality import outliers
 from pgpsam_jax.data.quality.case_checks import check_case
 from pgpsam_jax.data.quality.label_order import check_label_order

@@ -6,7 +6,7 @@ from pgpsam_jax.checkpointing import locations
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.cache import read_case
 from pgpsam_jax.data.io.nifti import read_label
-from pgpsam_jax.data.letterbox import ends_of, rescale
+from pgpsam_jax.data.preprocessing import normalize_volume, window_of
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.results.runs import Run
 
@@ -31,7 +31,7 @@ class TestSet:
             raise UserError(f"the label table of {config.data.root} no longer matches the run")
         scored = {row["case"] for row in run.cases}
         self.cases = {c.case_id: c for c in cases if c.case_id in scored}
-        self.window, self.axis = dataset.window_of(config.data), config.data.axis
+        self.window, self.axis = window_of(config.data), config.data.axis
         self.region_of = lambda case_id, truth: np.ones(len(truth), bool)
         if config.data.split == "within_volume":
             entries = dataset.stored_list(run.workdir).entries
@@ -55,7 +55,7 @@ class TestSet:
                     f"{path} does not have the shape of the volume; run --mode evaluate"
                 )
         region = self.region_of(case_id, truth)
-        image = rescale(volume.array, ends_of(self.window, volume.array))
+        image = normalize_volume(volume.array, self.window)
         return image, truth, predictions, volume.spacing[1:], region
 
 

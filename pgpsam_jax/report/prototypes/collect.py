@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.data.cache import read_case
-from pgpsam_jax.data.letterbox import Letterbox, ends_of, rescale, to_model
+from pgpsam_jax.data.letterbox import Letterbox, to_model
+from pgpsam_jax.data.preprocessing import intensity_limits, rescale
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.inference.trained_run import load_run
 from pgpsam_jax.report.figures.csv_rows import write_rows
@@ -57,7 +58,7 @@ def probe_run(run: Run) -> Probe:
             continue
         batches.append(trained.passes(volume, chosen))
         examples.append(len(slices) + fullest_slice(truth[chosen], len(run.names)))
-        ends = ends_of(tests.window, volume.array)
+        ends = intensity_limits(tests.window, volume.array)
         for z in chosen:
             image = rescale(volume.array[z], ends)
             spacing = display_spacing(image.shape, volume.spacing[1:])

@@ -17,12 +17,13 @@ from pgpsam_jax.data.io.pairing import LOST as ORIENTATION_LOST
 from pgpsam_jax.data.io.voxel_grid import SourceGrid
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.evaluate import evaluate
 from pgpsam_jax.report.figures import scored_volumes
 from pgpsam_jax.results.runs import Run
 from tests.support.orientations import AXIS_CODES, LOST, as_arrays_are_saved, stored_as
-from tests.support.small_run import config_for, write_data
+from tests.support.small_run import cached_cases, config_for, write_data
 
 SHAPE = (12, 10, 8)
 IDS = np.random.default_rng(0).choice([0, 1, 2], SHAPE).astype(np.uint8)
@@ -149,7 +150,7 @@ def test_shapes_that_do_not_fit():
 class Knows:
     """A predictor that gives back what is stored in the intensities."""
 
-    window = (0, 400)
+    preprocessing = Preprocessing(32, (0, 400))
 
     def __call__(self, volume):
         return np.where(volume.array > 150, 2, np.where(volume.array > 30, 1, 0)).astype(np.uint8)
@@ -170,9 +171,7 @@ def test_training_evaluation_verify_and_report_pair_alike(tmp_path, codes, how):
     split, workdir = dataset.find_split(config.data), tmp_path / "run"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        (cached,) = dataset.read_cases(
-            config.data, config.model.image_size, split.train, split.table, workdir
-        )
+        (cached,) = cached_cases(config, split, workdir)
         volume, truth = read_case(split.train[0], split.table)
         images, labels = cached.load()
         at_organ = [[images[labels == k].mean() for k in range(3)]]
@@ -204,11 +203,12 @@ def test_a_cache_of_the_old_pairing_is_not_used(tmp_path, monkeypatch):
         nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), tmp_path / f"{name}.nii")
     case = Case("p", tmp_path / "i.nii", tmp_path / "l.nii")
     table = LabelTable(("background", "a", "b"), {1: 1, 2: 2})
+    small = Preprocessing(16, (-1, 3))
 
     def built():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            (found,) = cache.build_cache([case], table, (-1, 3), 16, tmp_path / "cache")
+            (found,) = cache.build_cache([case], table, small, tmp_path / "cache")
         return found.file
 
     with monkeypatch.context() as patch:

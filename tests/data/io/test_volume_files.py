@@ -15,11 +15,12 @@ from pgpsam_jax.data.io import volumes
 from pgpsam_jax.data.io.nifti import write_label
 from pgpsam_jax.data.io.volume_files import find_inputs, passed_over, volumes_in
 from pgpsam_jax.data.layouts import find
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.data.quality import verification
 from pgpsam_jax.errors import UserError
 from tests.support.layout_data import write_nnunet
 from tests.support.refusal import refuse
-from tests.support.small_run import config_for, write_data
+from tests.support.small_run import config_for, few_shot_data, write_data
 
 AFFINE = np.array([[-2.0, 0, 0, 10], [0, 1.5, 0, -20], [0, 0, 4, 30], [0, 0, 0, 1]])
 VOXELS = np.random.default_rng(0).integers(0, 5, (4, 5, 3)).astype(np.int16)
@@ -34,7 +35,7 @@ def save(path, kind=nib.Nifti1Image):
 
 
 class Known:
-    window = (0.0, 5.0)
+    preprocessing = Preprocessing(32, (0.0, 5.0))
 
     def __call__(self, volume):
         return np.rint(volume.array).astype(np.uint8)
@@ -231,12 +232,4 @@ def test_training_names_the_image_that_is_none(tmp_path, make):
     with pytest.raises(UserError, match=r"b\.nii\.gz is not a file"):
         verification.verify_run_data(config.data, split, tmp_path / "run")
     with pytest.raises(UserError, match=r"b\.nii\.gz not found"):
-        dataset.few_shot_data(
-            config.data,
-            config.fewshot,
-            config.model.image_size,
-            split.train,
-            split.table,
-            tmp_path / "run",
-            resume=False,
-        )
+        few_shot_data(config, split, tmp_path / "run")

@@ -21,9 +21,11 @@ from pgpsam_jax.data.io.array_files import ArrayFiles
 from pgpsam_jax.data.io.nifti import read_label, write_label
 from pgpsam_jax.data.layouts.find import detect, find_cases
 from pgpsam_jax.data.layouts.label_table import load_label_table
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.evaluate import evaluate
 from tests.support.layout_data import layout_config, write_transunet
+from tests.support.small_run import few_shot_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:The files carry no voxel size")
 
@@ -72,20 +74,12 @@ def test_trained_on_and_evaluated(tmp_path):
     config = layout_config(tmp_path, "transunet", data__axis="axial")
     split = dataset.find_split(config.data)
     assert [c.case_id for c in split.train] == ["case0005", "case0006"] and len(split.test) == 1
-    data = dataset.few_shot_data(
-        config.data,
-        config.fewshot,
-        config.model.image_size,
-        split.train,
-        split.table,
-        tmp_path / "run",
-        resume=False,
-    )
+    data = few_shot_data(config, split, tmp_path / "run")
     assert data.images.shape == (7, 32, 32) and 0.3 < data.images.max() <= 1
     assert set(np.unique(data.labels)) == {0, 1, 2}
 
     class Known:
-        window = (0.0, 1.0)
+        preprocessing = Preprocessing(32, (0.0, 1.0))
 
         def __call__(self, volume):
             ids = volumes.read_label(split.test[0].label).array
@@ -97,27 +91,11 @@ def test_trained_on_and_evaluated(tmp_path):
     assert "1.0" in json.dumps(summary)
     written = nib.load(folder / "predictions" / "case0008.nii.gz")
     assert written.shape == (24, 20, 10) and written.header.get_zooms() == (1, 1, 1)
-    key = dataset.few_shot_data(
-        config.data,
-        config.fewshot,
-        config.model.image_size,
-        split.train,
-        split.table,
-        tmp_path / "run",
-        resume=False,
-    )
+    key = few_shot_data(config, split, tmp_path / "run")
     assert key.digest == data.digest
     blank = np.zeros((20, 24), np.float32)
     np.savez(tmp_path / "train_npz" / "case0005_slice000.npz", image=blank, label=blank)
-    key = dataset.few_shot_data(
-        config.data,
-        config.fewshot,
-        config.model.image_size,
-        split.train,
-        split.table,
-        tmp_path / "run",
-        resume=False,
-    )
+    key = few_shot_data(config, split, tmp_path / "run")
     assert key.digest != data.digest
 
 

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgpsam_jax import verify as program
-from pgpsam_jax.data import dataset, letterbox
+from pgpsam_jax.data import dataset, preprocessing
 from pgpsam_jax.data.io.nifti import Volume, read_image
 from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.data.quality import appearance, outliers
 from pgpsam_jax.data.quality.case_checks import check_case
 from pgpsam_jax.data.quality.verification import findings_of, summarize
 from pgpsam_jax.errors import UserError
-from tests.support.small_run import TABLE, config_for, write_data
+from tests.support.small_run import TABLE, cached_cases, config_for, write_data
 
 CASES = ("a", "b", "c", "d", "e")
 
@@ -30,10 +30,8 @@ def root(tmp_path_factory):
 def record(root):
     config = config_for(root, data__axis="axial")
     split = dataset.find_split(config.data)
-    cached = dataset.read_cases(
-        config.data, config.model.image_size, split.train, split.table, root / "run"
-    )
-    made = appearance.record_of(cached, window=config.data.window, layout="pairs")
+    cached = cached_cases(config, split, root / "run")
+    made = appearance.training_statistics(cached, window=config.data.window, layout="pairs")
     return json.loads(json.dumps(made))
 
 
@@ -96,9 +94,9 @@ def test_a_run_on_slices_in_0_to_1_is_given_hu(root, record):
 
 
 def test_records_that_cannot_be_used(tmp_path):
-    assert appearance.read_record(tmp_path) is None
+    assert appearance.read_statistics(tmp_path) is None
     (tmp_path / appearance.FILE).write_text('{"schema": 99}')
-    assert appearance.read_record(tmp_path) is None
+    assert appearance.read_statistics(tmp_path) is None
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=0, max_size=20), st.floats(0, 1e3))
@@ -226,26 +224,19 @@ def test_a_window_in_percent_makes_intensities_relative(root, tmp_path):
     for folder in (root, other):
         config = config_for(folder, **settings)
         split = dataset.find_split(config.data)
-        cached = dataset.read_cases(
-            config.data,
-            config.model.image_size,
-            split.train[:1],
-            split.table,
-            tmp_path / folder.name,
-        )
+        cached = cached_cases(config, split, tmp_path / folder.name, split.train[:1])
         images, _ = cached[0].load()
+        window = preprocessing.window_of(config.data)
         inputs.append(images)
         volume = read_image(folder / "images" / f"{split.train[0].case_id}.nii.gz")
-        ends = letterbox.ends_of(dataset.window_of(config.data), volume.array)
+        ends = preprocessing.intensity_limits(window, volume.array)
         inside = np.mean((volume.array >= ends[0]) & (volume.array <= ends[1]))
         assert inside == pytest.approx(0.98, abs=0.005)
-        record = appearance.record_of(cached, window=dataset.window_of(config.data), layout="pairs")
+        record = appearance.training_statistics(cached, window=window, layout="pairs")
         assert appearance.differences(volume, record) == []
     np.testing.assert_allclose(*inputs, atol=2e-3)
     fixed = config_for(other, data__axis="axial")
-    (plain,) = dataset.read_cases(
-        fixed.data, fixed.model.image_size, split.train[:1], split.table, tmp_path / other.name
-    )
+    (plain,) = cached_cases(fixed, split, tmp_path / other.name, split.train[:1])
     assert plain.file != cached[0].file and np.abs(plain.load()[0] - inputs[1]).max() > 0.1
 
 
@@ -255,4 +246,4 @@ def test_a_window_in_percent_makes_intensities_relative(root, tmp_path):
 def test_windows_that_are_none(root, window, unit):
     config = config_for(root, data__window=window, data__window_unit=unit)
     with pytest.raises(UserError, match=r"data\.window"):
-        dataset.window_of(config.data)
+        preprocessing.window_of(config.data)

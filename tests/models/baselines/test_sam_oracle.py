@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from pgpsam_jax import predict
 from pgpsam_jax.config import method_recipes
 from pgpsam_jax.data.io.nifti import Volume
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.inference.predictor import Predictor
@@ -51,7 +52,7 @@ class Blind(nnx.Module):
 def predictor_of(model, **options):
     graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
     mesh = device_mesh.make_mesh(devices=jax.devices()[:1])
-    sizes = dict(image_size=16, window=(0.0, 1.0), levels=0, batch_size=3)
+    sizes = dict(preprocessing=Preprocessing(16, (0.0, 1.0)), batch_size=3)
     return Predictor(graphdef, params, frozen, mesh=mesh, **sizes, **options)
 
 
