@@ -68,8 +68,8 @@ def predict(
     started, output = time.perf_counter(), Path(output)
     masks = Masks(output, by_stem(inputs.files), previews=overlay, overwrite=overwrite)
     masks.claim(run, names)
-    if inputs.passed_over:
-        tqdm.write(inputs.passed_over)
+    if inputs.skipped:
+        tqdm.write(inputs.skipped)
     for fault in inputs.faults:
         _print_line(f"error: {fault}")
     read = functools.partial(_read, axis=axis)

@@ -1,7 +1,7 @@
 """Check a data set before training: prints one line per file with its findings.
 
 Exit status: 0 without errors (warnings allowed), 1 with errors, 2 if nothing could be checked.
-`--report FILE` writes the report as JSON (format: `data/quality/verification.py`; `passed_over`
+`--report FILE` writes the report as JSON (format: `data/quality/verification.py`; `skipped`
 counts files in the folders that are not data).
 
 Examples:
@@ -66,7 +66,7 @@ def verify(
         say: prints a line.
 
     Returns:
-        The report (see `data.quality.verification`) with `passed_over` and `seconds`.
+        The report (see `data.quality.verification`) with `skipped` and `seconds`.
     """
     started, base = time.perf_counter(), Path(root)
 
@@ -92,7 +92,7 @@ def verify(
     rest = [finding for findings in of_file.values() for finding in findings]
     if layout == "transunet":
         say(f"note     {NO_GRID}")
-    for line in listing.passed_over:
+    for line in listing.skipped:
         emit(f"note     {line}")
     report = summarize(
         records,
@@ -101,7 +101,7 @@ def verify(
         has_grid=layout != "transunet",
         root=str(root),
         layout=layout,
-        passed_over=listing.passed_over,
+        skipped=listing.skipped,
     )
     for finding in findings_of(report):
         if id(finding) not in printed:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from experiments.benchmark import random_weights
 from experiments.benchmark.random_weights import LEARNING_RATE, WEIGHT_DECAY
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.losses import segmentation_loss
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam.lora import LoraConfig
@@ -30,7 +30,7 @@ TRAINED = nnx.Any(
 
 def build(config: SamConfig, dtype):
     """Returns (graphdef, params, frozen) with the tensors of `random_weights`."""
-    model = nnx.eval_shape(lambda: Sam(config, lora=LORA, dtype=dtype, rngs=NoDraws()))
+    model = nnx.eval_shape(lambda: Sam(config, lora=LORA, dtype=dtype, rngs=ShapeOnlyRngs()))
     graphdef, params, frozen = nnx.split(model, TRAINED, ...)
     leaves = flat_paths(params) | flat_paths(frozen)
     for path in [path for path, leaf in leaves.items() if isinstance(leaf, nnx.LoRAParam)]:

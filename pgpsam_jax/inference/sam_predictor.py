@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam.sam import Sam, SamConfig, postprocess, preprocess
 from pgpsam_jax.models.sam.weights import Base, fit_base, load_base, select_base
@@ -227,7 +227,7 @@ def _load(base: Base, encoder: str, image_size: int | None, dtype) -> Sam:
     patch = base.tensors["image_encoder/patch_embed/kernel"].shape[0]
     size = image_size or patch * base.tensors["image_encoder/pos_embed"].shape[1]
     config = SamConfig.preset(encoder, size, patch)
-    model = nnx.eval_shape(lambda: Sam(config, dtype=dtype, rngs=NoDraws()))
+    model = nnx.eval_shape(lambda: Sam(config, dtype=dtype, rngs=ShapeOnlyRngs()))
     graphdef, state = nnx.split(model)
     leaves, encoder = flat_paths(state), config.encoder
     tensors = fit_base(base.tensors, encoder.grid, global_blocks=encoder.global_blocks)

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods.pretrained import apply_base, apply_cnn
 from pgpsam_jax.methods.registry import method_of
-from pgpsam_jax.models.initializers import Draws, NoDraws
+from pgpsam_jax.models.initializers import FastRngs, ShapeOnlyRngs
 from pgpsam_jax.models.parameters import split_model
 from pgpsam_jax.models.sam.image_encoder import attention_report
 
@@ -44,7 +44,7 @@ def abstract_model(settings: ConfigDict, num_classes: int):
 
 
 def _shapes(settings: ConfigDict, num_classes: int) -> nnx.Module:
-    return nnx.eval_shape(lambda: make_model(settings, num_classes, NoDraws()))
+    return nnx.eval_shape(lambda: make_model(settings, num_classes, ShapeOnlyRngs()))
 
 
 def init_model(settings: ConfigDict, num_classes: int, seed: int | None):
@@ -62,7 +62,7 @@ def init_model(settings: ConfigDict, num_classes: int, seed: int | None):
     if seed is None:
         model = _shapes(settings, num_classes)
     else:
-        model = make_model(settings, num_classes, Draws(seed))
+        model = make_model(settings, num_classes, FastRngs(seed))
     graphdef, params, frozen = _split(model, settings)
     digest = None
     if settings.base:

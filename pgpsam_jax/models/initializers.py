@@ -17,7 +17,7 @@ _SMALL_CHUNK = 1 << 12  # what most parameters fit in: the same numbers as the f
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3))
-def _draw_chunk(key, distribution: str, index, size: int):
+def _sample_chunk(key, distribution: str, index, size: int):
     return getattr(jax.random, distribution)(jax.random.fold_in(key, index), (size,))
 
 
@@ -26,7 +26,7 @@ def _fold_in(key, number):
     return jax.random.fold_in(key, number)
 
 
-class Draws(nnx.Rngs):
+class FastRngs(nnx.Rngs):
     """The keys of `nnx.Rngs(seed).params`, each by one compiled call instead of several."""
 
     def __init__(self, seed):
@@ -37,7 +37,7 @@ class Draws(nnx.Rngs):
         return _fold_in(self._key, next(self._numbers))
 
 
-class NoDraws(nnx.Rngs):
+class ShapeOnlyRngs(nnx.Rngs):
     """Replaces random streams where only shapes are needed: every number is zero.
 
     Tracing a draw per parameter takes longer than the rest of a model (10 s for `release`).
@@ -50,7 +50,7 @@ class NoDraws(nnx.Rngs):
         return None
 
 
-def draw(rngs: nnx.Rngs, shape: tuple[int, ...], distribution: str = "normal"):
+def sample(rngs: nnx.Rngs, shape: tuple[int, ...], distribution: str = "normal"):
     """Returns random numbers of any shape, N(0, 1) or `uniform` in [0, 1).
 
     Sampled in chunks of two sizes: a compiled program per parameter shape would take half a minute.
@@ -59,7 +59,7 @@ def draw(rngs: nnx.Rngs, shape: tuple[int, ...], distribution: str = "normal"):
     if key is None:
         return jnp.zeros(shape)
     chunk = _SMALL_CHUNK if size <= _SMALL_CHUNK else _CHUNK
-    chunks = [_draw_chunk(key, distribution, i, chunk) for i in range(-(-size // chunk))]
+    chunks = [_sample_chunk(key, distribution, i, chunk) for i in range(-(-size // chunk))]
     traced = isinstance(key, jax.core.Tracer)
     numpy = jnp if traced else np
     return numpy.concatenate(chunks)[:size].reshape(shape)
@@ -75,7 +75,7 @@ def array(values):
 
 def kernel_init(key, shape, dtype=jnp.float32):
     """Initializer for `nnx.Conv`: N(0, 1 / fan-in), as all kernels here start."""
-    rngs = NoDraws() if key is None else Draws(key)
+    rngs = ShapeOnlyRngs() if key is None else FastRngs(key)
     return jnp.asarray(_kernel(rngs, shape, math.prod(shape[:-1])), dtype)
 
 
@@ -90,13 +90,13 @@ def zeros_init(key, shape, dtype=jnp.float32):
 
 
 def _kernel(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int):
-    return draw(rngs, shape) * np.float32(fan_in**-0.5)
+    return sample(rngs, shape) * np.float32(fan_in**-0.5)
 
 
 def xavier_uniform(rngs: nnx.Rngs, shape: tuple[int, int]):
     """Glorot's uniform kernel of a dense layer, (in, out)."""
     bound = np.float32((6 / sum(shape)) ** 0.5)
-    return bound * (2 * draw(rngs, shape, "uniform") - 1)
+    return bound * (2 * sample(rngs, shape, "uniform") - 1)
 
 
 def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, int]):
@@ -106,7 +106,7 @@ def fan_in_normal(rngs: nnx.Rngs, shape: tuple[int, int]):
 
 def normal_param(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
     """Returns a parameter from N(0, 1), as SAM's and the paper's embeddings are initialized."""
-    return nnx.Param(array(draw(rngs, shape)))
+    return nnx.Param(array(sample(rngs, shape)))
 
 
 def kernel_param(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:

@@ -19,7 +19,7 @@ from pgpsam_jax.models.initializers import (
     zeros_init,
     zeros_param,
 )
-from pgpsam_jax.sharding.context import gathered
+from pgpsam_jax.sharding.context import gather_weight
 from pgpsam_jax.sharding.matmul import matmul, split_matmul
 
 ENCODER_EPS = 1e-6  # image encoder and every channel LayerNorm of SAM ("LayerNorm2d")
@@ -65,7 +65,7 @@ class Linear(nnx.Module):
     def __call__(self, x):
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         if self.split is None:
-            x = matmul(x, gathered(kernel))
+            x = matmul(x, gather_weight(kernel))
         else:
             x = split_matmul(x, kernel, self.split)
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)
@@ -74,7 +74,7 @@ class Linear(nnx.Module):
 def conv_arrays(arrays, *, dtype):
     """`promote_dtype` of an `nnx.Conv`: input, kernel and bias cast, the kernel gathered."""
     x, kernel, bias = (x if x is None else x.astype(dtype) for x in arrays)
-    return x, gathered(kernel), bias
+    return x, gather_weight(kernel), bias
 
 
 class DepthwiseConv(nnx.Module):
@@ -136,7 +136,7 @@ class PatchEmbed(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x):
-        kernel = gathered(self.kernel[...].astype(self.dtype))
+        kernel = gather_weight(self.kernel[...].astype(self.dtype))
         p, _, channels, _ = kernel.shape
         b, h, w, _ = x.shape
         x = x.astype(self.dtype).reshape(b, h // p, p, w // p, p, channels).swapaxes(2, 3)
@@ -193,7 +193,7 @@ class ParallelLinear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x):
-        kernel = gathered(self.kernel[...].astype(self.dtype))
+        kernel = gather_weight(self.kernel[...].astype(self.dtype))
         x = jnp.einsum("bmi,mio->bmo", x.astype(self.dtype), kernel)
         return x + self.bias[...].astype(self.dtype)
 
@@ -226,7 +226,7 @@ class Upsample2x(nnx.Module):
 
     def __call__(self, x):
         b, h, w, _ = x.shape
-        kernel = gathered(self.kernel[...].astype(self.dtype))
+        kernel = gather_weight(self.kernel[...].astype(self.dtype))
         x = matmul(x.astype(self.dtype), kernel.reshape(kernel.shape[0], -1))
         x = x.reshape(b, h, w, 2, 2, -1).swapaxes(2, 3).reshape(b, 2 * h, 2 * w, -1)
         return x + self.bias[...].astype(self.dtype)

@@ -3,11 +3,11 @@
 Model code names no mesh axis, but the choice of the attention kernel depends on the device, and a
 kernel that the compiler cannot partition must be split by hand. `device_mesh.traced_on` sets it.
 
-Weights are stored in parts and gathered while a product uses them (`gathered`). Between products,
-activations are split by rows of the batch (`split_batch`). A block of the encoder deviates from
-that in two places, where heads and hidden channels are split instead (Shoeybi et al. 2019,
-"Megatron-LM"): its first kernel is split along its outputs, its second along its inputs, and the
-one sum over devices follows the second. Everything here does nothing without a mesh.
+Weights are stored in parts and gathered while a product uses them (`gather_weight`). Between
+products, activations are split by rows of the batch (`split_batch`). A block of the encoder
+deviates from that in two places, where heads and hidden channels are split instead (Shoeybi et al.
+2019, "Megatron-LM"): its first kernel is split along its outputs, its second along its inputs, and
+the one sum over devices follows the second. Everything here does nothing without a mesh.
 """
 
 import contextlib
@@ -94,14 +94,16 @@ def split_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(here.mesh, spec))
 
 
-def gathered(weight: jax.Array) -> jax.Array:
+def gather_weight(weight: jax.Array) -> jax.Array:
     """Gathers a weight. Cast it first: the argument is communicated, its gradient is not."""
-    steps = gathering(weight.shape)
-    return _gathered(weight, steps) if steps else weight
+    steps = gather_shardings(weight.shape)
+    return _gather_weight(weight, steps) if steps else weight
 
 
-def gathering(shape: Sequence[int], split: int | None = None, stored: int | None = None) -> Steps:
-    """Steps for `in_steps` from a stored weight to one that a product takes; none without a mesh.
+def gather_shardings(
+    shape: Sequence[int], split: int | None = None, stored: int | None = None
+) -> Steps:
+    """Returns the shardings, in order, from a stored weight to a product's; () without a mesh.
 
     split: the dimension that is then split over the head axes. stored: the dimension that is split
     over them before, if another; the parts are exchanged.
@@ -118,7 +120,7 @@ def gathering(shape: Sequence[int], split: int | None = None, stored: int | None
     return tuple(NamedSharding(here.mesh, spec) for spec in specs)
 
 
-def in_steps(x: jax.Array, steps: Steps) -> jax.Array:
+def apply_shardings(x: jax.Array, steps: Steps) -> jax.Array:
     """Applies the shardings `steps` to x, one after the other."""
     for sharding in steps:
         x = jax.lax.with_sharding_constraint(x, sharding)
@@ -126,13 +128,13 @@ def in_steps(x: jax.Array, steps: Steps) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(weight: jax.Array, steps: Steps) -> jax.Array:
-    return in_steps(weight, steps)
+def _gather_weight(weight: jax.Array, steps: Steps) -> jax.Array:
+    return apply_shardings(weight, steps)
 
 
 # The transpose of a constraint is the same one: every device would hold full gradients.
-_gathered.defvjp(
-    lambda weight, steps: (in_steps(weight, steps), None),
+_gather_weight.defvjp(
+    lambda weight, steps: (apply_shardings(weight, steps), None),
     lambda steps, _, gradient: (gradient,),
 )
 

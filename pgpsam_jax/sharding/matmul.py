@@ -26,10 +26,10 @@ def split_matmul(
 ) -> jax.Array:
     """Multiplies rows x (B, ...) with a stored kernel, each device with its part.
 
-    split, stored: see `context.gathering`. The gathered kernel is not stored for the backward
-    pass, which gathers it again.
+    split, stored: see `context.gather_shardings`. The gathered kernel is not stored for the
+    backward pass, which gathers it again.
     """
-    steps = context.gathering(kernel.shape, split, stored)
+    steps = context.gather_shardings(kernel.shape, split, stored)
     if not steps:
         return matmul(x, kernel)
     x = context.split_batch(x) if split else x
@@ -39,7 +39,7 @@ def split_matmul(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul_of_parts(x: jax.Array, kernel: jax.Array, steps: context.Steps) -> jax.Array:
-    return matmul(x, context.in_steps(kernel, steps))
+    return matmul(x, context.apply_shardings(kernel, steps))
 
 
 def _matmul_forward(
@@ -48,7 +48,7 @@ def _matmul_forward(
     kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
     # The compiler lets every later use of a value be one of its constrained copy. Behind a barrier
     # it is another value, and the one that is kept stays in parts.
-    gathered = context.in_steps(jax.lax.optimization_barrier(kernel.value), steps)
+    gathered = context.apply_shardings(jax.lax.optimization_barrier(kernel.value), steps)
     return matmul(x.value, gathered), kept
 
 
@@ -59,7 +59,7 @@ def _matmul_backward(steps: context.Steps, kept: _Kept, slope: jax.Array) -> _Ke
     by_x = by_kernel = None
     if kernel is not None:
         kernel, slope = jax.lax.optimization_barrier((kernel, slope))
-        kernel = context.in_steps(kernel, steps)
+        kernel = context.apply_shardings(kernel, steps)
         outputs = tuple(range(1, outer + 1))
         by_x = jnp.tensordot(slope, kernel, (outputs, outputs)).reshape(*rows, -1)
     if x is not None:

@@ -10,10 +10,10 @@ from pgpsam_jax.models import initializers, layers
 
 
 def test_draws_are_the_keys_of_nnx():
-    ours, theirs = initializers.Draws(11), nnx.Rngs(11)
+    ours, theirs = initializers.FastRngs(11), nnx.Rngs(11)
     for _ in range(3):
         assert (jax.random.key_data(ours.params()) == jax.random.key_data(theirs.params())).all()
-    ours, theirs = (rngs(jax.random.key(4)) for rngs in (initializers.Draws, nnx.Rngs))
+    ours, theirs = (rngs(jax.random.key(4)) for rngs in (initializers.FastRngs, nnx.Rngs))
     assert (jax.random.key_data(ours.params()) == jax.random.key_data(theirs.params())).all()
 
 
@@ -21,8 +21,8 @@ def test_draws_are_the_keys_of_nnx():
 def test_a_parameter_of_any_size_is_the_beginning_of_the_same_numbers(distribution):
     """Chunks are of two sizes; a larger parameter has more of them, each from a key of its own."""
     sizes = (5, 1 << 12, (1 << 12) + 1, (1 << 16) + 7)
-    drawn = [initializers.draw(initializers.Draws(2), (size,), distribution) for size in sizes]
-    key = initializers.Draws(2).params()
+    drawn = [initializers.sample(initializers.FastRngs(2), (size,), distribution) for size in sizes]
+    key = initializers.FastRngs(2).params()
     for size, numbers in zip(sizes, drawn, strict=True):
         assert numbers.shape == (size,)
         np.testing.assert_array_equal(numbers[: 1 << 16], drawn[-1][:size][: 1 << 16])
@@ -34,7 +34,7 @@ def test_a_new_size_compiles_nothing():
     """A model has a hundred shapes; JAX compiles one program for each to fill or convert it."""
 
     def module(width):
-        rngs, common = initializers.Draws(0), dict(dtype=jnp.float32)
+        rngs, common = initializers.FastRngs(0), dict(dtype=jnp.float32)
         layers.MlpBlock(width, width, activation=jax.nn.relu, **common, rngs=rngs)
         layers.layer_norm(width, eps=1e-6, **common, rngs=rngs)
         initializers.zeros_param(width, 3)

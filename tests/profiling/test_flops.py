@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.parameters import trainable
 from pgpsam_jax.models.pgpsam.model import PgpSam, PgpSamConfig
 from pgpsam_jax.models.sam.image_encoder import EncoderConfig, ImageEncoder
@@ -97,7 +97,7 @@ def test_encoder_against_its_trace(mode, kind):
     That is a share of about 1 / width: up to 16 % here, 1 to 2 % of the published sizes.
     """
     lora = LORA if mode == "lora" else None
-    model = nnx.eval_shape(lambda: ImageEncoder(ENCODER, lora, rngs=NoDraws()))
+    model = nnx.eval_shape(lambda: ImageEncoder(ENCODER, lora, rngs=ShapeOnlyRngs()))
     graphdef, params, frozen = nnx.split(model, kind, ...)
     images = jax.ShapeDtypeStruct((1, 32, 48, 3), jnp.float32)
 
@@ -117,7 +117,7 @@ def test_published_sizes_against_xla():
     """At 224 px there is no padding: XLA counts 1.6 % more, the elementwise work, in blocks of a
     ViT-b, and 7 % more in the decoder, whose upscaling is thin."""
     config = SamConfig.preset("vit_b", 224, attention="naive", depth=3, global_blocks=(2,))
-    model = nnx.eval_shape(lambda: ImageEncoder(config.encoder, LORA, rngs=NoDraws()))
+    model = nnx.eval_shape(lambda: ImageEncoder(config.encoder, LORA, rngs=ShapeOnlyRngs()))
     graphdef, state = nnx.split(model)
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     lowered = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)[0]).lower(state, images)
@@ -126,7 +126,7 @@ def test_published_sizes_against_xla():
 
     decoder = SamConfig.preset("vit_b", 512).decoder
     model = nnx.eval_shape(
-        lambda: MaskDecoder(decoder, 4, iou_head=True, dtype=jnp.float32, rngs=NoDraws())
+        lambda: MaskDecoder(decoder, 4, iou_head=True, dtype=jnp.float32, rngs=ShapeOnlyRngs())
     )
     graphdef, state = nnx.split(model)
     image, sparse = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in
@@ -185,7 +185,7 @@ def traced_pgpsam(taps, parts):
         "vit_t", 64, 8, attention="naive", depth=depth, global_blocks=(depth - 1,)
     )
     config = PgpSamConfig(sam, num_classes=9, stage_taps=taps, lora=LORA, **parts)
-    model = nnx.eval_shape(lambda: PgpSam(config, rngs=NoDraws()))
+    model = nnx.eval_shape(lambda: PgpSam(config, rngs=ShapeOnlyRngs()))
     graphdef, params, frozen = nnx.split(model, trainable("lora"), ...)
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     return config, lambda *states: nnx.merge(graphdef, *states), (params, frozen, images)

@@ -12,7 +12,7 @@ from experiments.measurement.csv_table import OK
 from experiments.scaling.compiled import compile_point
 from experiments.scaling.points import Compiled
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.sam.image_encoder import Attention
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.profiling import aot
@@ -49,7 +49,9 @@ def test_a_device_is_a_chip(name):
 def attention_temporaries(mesh, backend: str) -> int:
     """Temporary bytes of a chip: gradients of a global attention at 1024 px, one image, 2 heads."""
     sizes = SamConfig.preset("vit_b", 1024, width=128, heads=2, attention=backend).encoder
-    module = nnx.eval_shape(lambda: Attention(sizes, 0, None, dtype=jnp.bfloat16, rngs=NoDraws()))
+    module = nnx.eval_shape(
+        lambda: Attention(sizes, 0, None, dtype=jnp.bfloat16, rngs=ShapeOnlyRngs())
+    )
     graph, state = nnx.split(module)
 
     def gradients(state, x):

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from scipy.special import erf
 
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 
 LN_EPS = 1e-6  # channel layer norm, as everywhere on SAM's image side
 
@@ -25,7 +25,7 @@ def random_module(make, seed: int):
     Returns it and its arrays in float64. Of what a module starts at, only shapes are asked for.
     """
     rng, arrays = np.random.default_rng(seed), {}
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(rngs=NoDraws())))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(rngs=ShapeOnlyRngs())))
     leaves = nnx.to_flat_state(state)
     for path, leaf in leaves:
         name, value = ".".join(map(str, path)), rng.normal(size=leaf.shape)

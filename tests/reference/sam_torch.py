@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import transformers
 from flax import nnx
 
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.sam.image_encoder import EncoderConfig
 from pgpsam_jax.models.sam.mask_decoder import DecoderConfig
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
@@ -148,7 +148,7 @@ def jax_sam(config: SamConfig, official: dict, lora=None, dtype=jnp.float32) -> 
 
     LoRA leaves, which no checkpoint has, are zero.
     """
-    model = nnx.eval_shape(lambda: Sam(config, lora=lora, dtype=dtype, rngs=NoDraws()))
+    model = nnx.eval_shape(lambda: Sam(config, lora=lora, dtype=dtype, rngs=ShapeOnlyRngs()))
     graph, state = nnx.split(model)
     leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     shapes = {n: v.shape for n, v in leaves.items() if not isinstance(v, nnx.LoRAParam)}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.sam.image_encoder import ImageEncoder
 from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.sam import SamConfig
@@ -39,7 +39,7 @@ def encoder_gradients(sizes):
         window_size=4,
         out_channels=OUT,
     ).encoder
-    model = nnx.eval_shape(lambda: ImageEncoder(config, LoraConfig(2), rngs=NoDraws()))
+    model = nnx.eval_shape(lambda: ImageEncoder(config, LoraConfig(2), rngs=ShapeOnlyRngs()))
     graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
 
     def gradients(lora, rest, images):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.pgpsam_release.model import ReleaseConfig, ReleasePgpSam
 from pgpsam_jax.models.sam.lora import LoraConfig
@@ -87,7 +87,9 @@ class Golden:
 
     def model(self, dtype=jnp.float32) -> ReleasePgpSam:
         """The model with the set's weights, complete in both directions."""
-        model = nnx.eval_shape(lambda: ReleasePgpSam(self.config, dtype=dtype, rngs=NoDraws()))
+        model = nnx.eval_shape(
+            lambda: ReleasePgpSam(self.config, dtype=dtype, rngs=ShapeOnlyRngs())
+        )
         state = nnx.state(model)
         leaves = flat_paths(state)
         assert set(leaves) == {path for path in self.weights if not path.startswith(UNUSED)}

@@ -8,7 +8,7 @@ def between(uniform, low: float, high: float):
     return low + (high - low) * uniform
 
 
-def one_of(draw, probabilities):
-    """Chooses at most one of n events by one draw; returns (n,) booleans."""
+def one_of(uniform, probabilities):
+    """Chooses at most one of n events by one number; returns (n,) booleans."""
     edge = np.concatenate([[0], np.cumsum(probabilities)]).astype(np.float32)
-    return (draw >= edge[:-1]) & (draw < edge[1:])
+    return (uniform >= edge[:-1]) & (uniform < edge[1:])

@@ -35,8 +35,8 @@ def warp_coordinates(key, shape, config: AugmentConfig):
     # One call for all random numbers of a sample: compiling several calls costs seconds.
     spline = config.elastic == "spline"
     controls = 2 * config.elastic_grid**2 if spline else 6 + 2 * _NODES**2
-    draws = jax.random.uniform(key, (7 + controls,))
-    choice, turn, zoom, window, control = jnp.split(draws, (3, 4, 5, 7))
+    uniform = jax.random.uniform(key, (7 + controls,))
+    choice, turn, zoom, window, control = jnp.split(uniform, (3, 4, 5, 7))
     active = _active_transforms(choice, config)
     rotated, deformed, scaled = active
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"))
@@ -61,29 +61,29 @@ def warp_coordinates(key, shape, config: AugmentConfig):
     return turned + offset[:, None, None], active
 
 
-def _active_transforms(draws, config):
+def _active_transforms(uniform, config):
     """Samples (3,) flags of 0.0 or 1.0: rotated, deformed, scaled."""
     if config.exclusive:
-        chosen = one_of(draws[0], config.geometric)
+        chosen = one_of(uniform[0], config.geometric)
     else:
-        chosen = draws < np.array(config.geometric, np.float32)
+        chosen = uniform < np.array(config.geometric, np.float32)
     return chosen.astype(jnp.float32)
 
 
-def _angle(draw, config):
+def _angle(uniform, config):
     """Rotation in radians."""
     degrees = config.rotate_degrees
     if config.whole_degrees:
-        return jnp.deg2rad(jnp.floor(between(draw, -degrees, degrees)))
-    return between(draw, -np.deg2rad(degrees), np.deg2rad(degrees))
+        return jnp.deg2rad(jnp.floor(between(uniform, -degrees, degrees)))
+    return between(uniform, -np.deg2rad(degrees), np.deg2rad(degrees))
 
 
-def _zoom(draw, scaled, config):
+def _zoom(uniform, scaled, config):
     """Zoom factor of a sample; 1 if it is not scaled."""
     low, high = config.scale_range
     if config.random_window:
-        return 1 / jnp.where(scaled > 0, between(draw, 1 / high, 1 / low), 1)
-    return jnp.exp(scaled * between(draw, np.log(low), np.log(high)))
+        return 1 / jnp.where(scaled > 0, between(uniform, 1 / high, 1 / low), 1)
+    return jnp.exp(scaled * between(uniform, np.log(low), np.log(high)))
 
 
 def _displacement(control, shape, config):

@@ -39,12 +39,12 @@ class Inputs(NamedTuple):
     Attributes:
         files: volumes.
         faults: volumes that cannot be used.
-        passed_over: one line that counts the other entries by kind, or empty.
+        skipped: one line that counts the other entries by kind, or empty.
     """
 
     files: list[Path]
     faults: list[BadFile]
-    passed_over: str = ""
+    skipped: str = ""
 
 
 def stem_of(path: Path) -> str:
@@ -145,7 +145,7 @@ def find_inputs(path) -> Inputs:
     for alike in masks.values():
         faults |= {file: _clash(file, alike) for file in alike if len(alike) > 1}
     files = [file for file in found if file not in faults]
-    rest = passed_over(path, found)
+    rest = skipped_entries(path, found)
     if not found:
         rest = f" ({rest})" if rest else ""
         raise UserError(f"{path} holds no .nii or .nii.gz file{rest}; give a folder of volumes")
@@ -157,7 +157,7 @@ def undecodable(path: Path) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in path.name)
 
 
-def passed_over(folder: Path, used: Iterable[Path]) -> str:
+def skipped_entries(folder: Path, used: Iterable[Path]) -> str:
     """Returns a line that counts the entries of a folder not in `used`, by kind."""
     used = set(used)
     used |= {folder / half.name for path in used if _kind(path) for half in _known_halves(path)}
@@ -172,7 +172,7 @@ def passed_over(folder: Path, used: Iterable[Path]) -> str:
     count = "1 entry" if number == 1 else f"{number} entries"
     hint = "; dcm2niix converts DICOM" if any("DICOM" in kind for kind in rest) else ""
     where = sanitize(folder.name or str(folder), 60)
-    return f"{count} of {where} passed over: {', '.join(parts)}{hint}"
+    return f"{count} of {where} skipped: {', '.join(parts)}{hint}"
 
 
 def _fault(path: Path) -> BadFile | None:

@@ -28,7 +28,7 @@ def scan(root: Path) -> Listing:
     images, labels = _numbered(base, "img"), _numbered(base, "label")
     listing = pair(images, labels, base, EXPECTED)
     for kind, found in (("img", images), ("label", labels)):
-        listing.pass_over(base / kind, [path for _, path in found])
+        listing.note_skipped(base / kind, [path for _, path in found])
     return listing
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pgpsam_jax.data.findings import ERROR, WARNING, Finding
 from pgpsam_jax.data.io.array_files import Source
-from pgpsam_jax.data.io.volume_files import passed_over, undecodable
+from pgpsam_jax.data.io.volume_files import skipped_entries, undecodable
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.untrusted_text import sanitize
 
@@ -43,18 +43,18 @@ class Listing:
         cases: sorted by id.
         findings: the problems.
         expected: description of the layout, for messages.
-        passed_over: one line per folder that counts entries which are not data.
+        skipped: one line per folder that counts entries which are not data.
     """
 
     cases: list[Case]
     findings: list[Finding] = field(default_factory=list)
     expected: str = ""
-    passed_over: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
-    def pass_over(self, folder: Path, used: Iterable[Source | None]) -> None:
+    def note_skipped(self, folder: Path, used: Iterable[Source | None]) -> None:
         """Counts the entries of a folder that are not used."""
-        if line := passed_over(folder, [path for path in used if isinstance(path, Path)]):
-            self.passed_over.append(line)
+        if line := skipped_entries(folder, [path for path in used if isinstance(path, Path)]):
+            self.skipped.append(line)
 
     def add(self, code: str, file, message: str, level: str = ERROR) -> None:
         self.findings.append(Finding(level, code, str(file), message))

@@ -31,7 +31,7 @@ def find_cases(layout: str, root, image_glob=None, label_glob=None) -> list[Case
         raise UserError(f"in {root} {', '.join(errors[:5])}{more}; {listing.expected}")
     if layout == "transunet":
         warnings.warn(NO_GRID, stacklevel=2)
-    for line in listing.passed_over:
+    for line in listing.skipped:
         warnings.warn(line, stacklevel=2)
     cases = [case for case in listing.cases if case.label is not None] or listing.cases
     if aside := len(listing.cases) - len(cases):

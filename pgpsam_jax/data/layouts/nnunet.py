@@ -89,7 +89,7 @@ def scan(root: Path) -> Listing:
     used = [source for case in listing.cases for source in (case.image, case.label)]
     used += [Path(finding.file) for finding in listing.findings]
     for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
-        listing.pass_over(root / name, used)
+        listing.note_skipped(root / name, used)
     return listing
 
 

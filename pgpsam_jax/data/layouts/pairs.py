@@ -34,7 +34,7 @@ def scan(root: Path, image_glob: str | None, label_glob: str | None) -> Listing:
         listing = pair(images, labels, root, f"expected {image_glob} and {label_glob}")
         folders |= more
     for folder in sorted(folders):
-        listing.pass_over(folder, [path for _, path in images + labels])
+        listing.note_skipped(folder, [path for _, path in images + labels])
     return listing
 
 

@@ -78,7 +78,7 @@ def _files(lists: Path | None, file: str, folder: Path, suffixes, listing: Listi
     if lists is not None:
         named = _names(lists / file, suffixes, listing) if (lists / file).is_file() else {}
         chosen = {n: there.get(n, folder / (s + suffixes[0])) for n, s in named.items()}
-    listing.pass_over(folder, there.values())
+    listing.note_skipped(folder, there.values())
     return chosen
 
 

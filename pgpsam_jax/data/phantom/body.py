@@ -1,6 +1,6 @@
 """Phantom body: skin, fat, muscle, spine, ribs, lungs, heart and couch.
 
-The body leaves the abdominal cavity free in `Scene.taken`; `organs` fills it.
+The body leaves the abdominal cavity free in `Scene.clearance`; `organs` fills it.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Patient:
     couch: float  # gap between back and couch top
 
     @classmethod
-    def draw(cls, rng):
+    def sample(cls, rng):
         """Samples a random patient."""
         return cls(
             half_width=rng.uniform(136, 148),
@@ -78,7 +78,7 @@ def _oval(u, v):
 
 
 def draw_body(scene: Scene, patient: Patient, rng):
-    """Draws everything except the abdominal organs; sets `scene.wall` and `scene.taken`."""
+    """Draws everything except the abdominal organs; sets `scene.wall` and `scene.clearance`."""
     everywhere = (slice(None),) * 3
     x, y, z = scene.x, scene.y, scene.z
     wide, deep = patient.half_axes(z)
@@ -101,7 +101,7 @@ def draw_body(scene: Scene, patient: Patient, rng):
     dome = _dome(patient, x, y)
     _chest(scene, patient, rng, cavity, z - dome, everywhere)
     scene.wall = -np.maximum(cavity, z - dome)
-    scene.taken = scene.wall.copy()
+    scene.clearance = scene.wall.copy()
     _muscles(scene, patient, outer)
     _spine(scene, patient, rng)
     _ribs(scene, patient)

@@ -27,7 +27,7 @@ def draw_stomach(p, label):
     s, size = p.scene, p.size(0.85, 1.1)
     path = p.jitter(STOMACH_PATH)
     box, bag = s.tube(path, size * np.array([30, 36, 33, 28, 20, 12]))
-    bag = smooth_max(bag + 1.5 * p.bump[box], 1.5 - s.taken[box], 6)
+    bag = smooth_max(bag + 1.5 * p.bump[box], 1.5 - s.clearance[box], 6)
     bag = s.place(box, bag, p.tissue(box, p.rng.uniform(78, 95), 5), label=label, gap=1.5)
     lumen = bag + 4.0 + 1.2 * p.fine[box]
     s.paint(box, lumen, p.tissue(box, p.rng.uniform(18, 38), 7))
@@ -46,7 +46,7 @@ def draw_bowel(p):
         radii = rng.uniform(0.85, 1.15, len(path)) * radius
         _loop(p, p.jitter(path), radii, fluid=20, gas=rng.uniform(0.3, 0.6), stool=True)
     for _ in range(SMALL_BOWEL_LOOPS):
-        room = s.taken[::2, ::4, ::4] * (s.z[::2, ::4, ::4] < -22) * (s.y[::2, ::4, ::4] < 22)
+        room = s.clearance[::2, ::4, ::4] * (s.z[::2, ::4, ::4] < -22) * (s.y[::2, ::4, ::4] < 22)
         spots = np.argwhere(room > 10)
         if not len(spots):
             break

@@ -40,7 +40,7 @@ def make_case(seed: int, case_id: int):
         the storage orientation of the case.
     """
     rng = np.random.default_rng([seed, int(case_id)])
-    scene = _draw(rng)
+    scene = _draw_patient(rng)
     image = _scan(scene, rng)
     step = np.diag([-scene.spacing[2], -scene.spacing[1], scene.spacing[0], 1.0])  # LPS axes
     tilt = np.radians(rng.uniform(2, 4)) if case_id % 6 == 0 else 0.0  # some scans are oblique
@@ -58,9 +58,9 @@ def make_case(seed: int, case_id: int):
     return np.ascontiguousarray(image), np.ascontiguousarray(label), affine
 
 
-def _draw(rng) -> Scene:
+def _draw_patient(rng) -> Scene:
     """Draws a patient on the couch: noise-free HU and labels."""
-    patient = Patient.draw(rng)
+    patient = Patient.sample(rng)
     # The field of view fits the body, as a radiographer would set it.
     width = 2 * (1.03 * patient.half_width + 1.2 * patient.fat + 12)
     pixel = float(np.clip(width / PIXELS, 2.2, 2.6))

@@ -46,7 +46,7 @@ def smooth_max(a, b, radius):
 
 
 class Scene:
-    """Voxel grid, HU image, label map and `taken`, the distance to all placed shapes."""
+    """Voxel grid, HU image, label map and `clearance`, the distance to all placed shapes."""
 
     def __init__(self, rng, shape, spacing, *, tilt_deg, shift, warp_mm):
         """`spacing`: (D, H, W) mm; `tilt_deg`, `shift`: rotation and offset (mm) of the patient."""
@@ -69,8 +69,8 @@ class Scene:
         self.z = np.float32(0.5) * warp[0] + z
         self.hu = np.full(shape, -1000, np.float32)
         self.label = np.zeros(shape, np.uint8)
-        self.taken = np.full(shape, FAR, np.float32)
-        self.wall = self.taken  # the same of the empty abdominal cavity, set by `draw_body`
+        self.clearance = np.full(shape, FAR, np.float32)
+        self.wall = self.clearance  # the same of the empty abdominal cavity, set by `draw_body`
         self.fine = smooth_field(rng, shape, (20, 60, 60))
         self.coarse = smooth_field(rng, shape, (6, 12, 12))
         self.bump = smooth_field(rng, shape, (6, 9, 9))
@@ -168,7 +168,7 @@ class Scene:
             rim: mm at its edge left free for later neighbors, so that no fat separates them.
         """
         if gap is not None:
-            shape = np.maximum(shape, np.float32(gap) - self.taken[box])
+            shape = np.maximum(shape, np.float32(gap) - self.clearance[box])
         self.paint(box, shape, hu)
         if label:
             self.label[box][shape < 0] = label
@@ -176,4 +176,4 @@ class Scene:
         return shape
 
     def reserve(self, box, shape):
-        np.minimum(self.taken[box], shape, out=self.taken[box])
+        np.minimum(self.clearance[box], shape, out=self.clearance[box])

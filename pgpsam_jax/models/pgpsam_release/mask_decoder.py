@@ -187,5 +187,5 @@ def draw_as_torch(module: nnx.Module, rngs: nnx.Rngs) -> None:
         bound = np.float32(layer.kernel.shape[-2] ** -0.5)
         for leaf in (layer.kernel, layer.bias):
             if leaf is not None:
-                uniform = initializers.draw(rngs, leaf.shape, "uniform")
+                uniform = initializers.sample(rngs, leaf.shape, "uniform")
                 leaf.set_value(initializers.array(bound * (2 * uniform - 1)))

@@ -12,7 +12,7 @@ from pgpsam_jax.models import initializers, layers
 from pgpsam_jax.models.pgpsam import ppg
 from pgpsam_jax.models.pgpsam_release.cfm import gain_param
 from pgpsam_jax.models.pgpsam_release.deformable_conv import DeformableConv
-from pgpsam_jax.sharding.context import gathered
+from pgpsam_jax.sharding.context import gather_weight
 
 BRANCHES = 8
 
@@ -84,7 +84,7 @@ class Branches(nnx.Module):
 
     def __call__(self, x):
         kernel, bias = (p[...].astype(self.dtype) for p in (self.kernel, self.bias))
-        out = jnp.einsum("bkc,mco->bkmo", x.astype(self.dtype), gathered(kernel)) + bias
+        out = jnp.einsum("bkc,mco->bkmo", x.astype(self.dtype), gather_weight(kernel)) + bias
         return out.reshape(*x.shape[:2], -1)
 
 

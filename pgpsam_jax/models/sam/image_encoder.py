@@ -196,7 +196,7 @@ class ImageEncoder(nnx.Module):
             config.patch_size, 3, config.width, dtype=dtype, rngs=rngs
         )
         shape = (1, *config.grid, config.width)
-        self.pos_embed = nnx.Param(initializers.array(0.02 * initializers.draw(rngs, shape)))
+        self.pos_embed = nnx.Param(initializers.array(0.02 * initializers.sample(rngs, shape)))
         lora = lora if lora is not None and lora.rank and lora.targets else None
         self.blocks = nnx.List(
             Block(
@@ -216,7 +216,7 @@ class ImageEncoder(nnx.Module):
         if self.config.colors == "normalized":
             images = normalize(255 * images)
         x = self.patch_embed(images)
-        x = context.split_batch(x + context.gathered(self.pos_embed[...].astype(x.dtype)))
+        x = context.split_batch(x + context.gather_weight(self.pos_embed[...].astype(x.dtype)))
         run = recomputing(self.config.remat)
         if self.config.scan_blocks:
             x, outputs = self.scan(run, x, taps)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pgpsam_jax.models.initializers import array, draw
+from pgpsam_jax.models.initializers import array, sample
 from pgpsam_jax.sharding.matmul import matmul
 
 TARGETS = ("q", "k", "v")
@@ -29,7 +29,7 @@ class LoraQKV(nnx.Module):
     def __init__(self, dim: int, config: LoraConfig, *, dtype, rngs: nnx.Rngs):
         count, bound = len(config.targets), dim**-0.5
         shape = (count, dim, config.rank)
-        self.a = nnx.LoRAParam(array(bound * (2 * draw(rngs, shape, "uniform") - 1)))
+        self.a = nnx.LoRAParam(array(bound * (2 * sample(rngs, shape, "uniform") - 1)))
         self.b = nnx.LoRAParam(array(np.zeros((count, config.rank, dim))))
         self.targets = config.targets
         self.dtype = dtype

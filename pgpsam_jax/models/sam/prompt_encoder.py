@@ -15,7 +15,7 @@ class FourierPositions(nnx.Module):
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.gaussian_matrix = layers.Buffer(
-            initializers.array(initializers.draw(rngs, (2, channels // 2)))
+            initializers.array(initializers.sample(rngs, (2, channels // 2)))
         )
 
     def encode(self, coordinates):

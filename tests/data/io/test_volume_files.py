@@ -13,7 +13,7 @@ from pgpsam_jax import verify as program
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.io import volumes
 from pgpsam_jax.data.io.nifti import write_label
-from pgpsam_jax.data.io.volume_files import find_inputs, passed_over, volumes_in
+from pgpsam_jax.data.io.volume_files import find_inputs, skipped_entries, volumes_in
 from pgpsam_jax.data.layouts import find
 from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.data.quality import verification
@@ -106,7 +106,7 @@ def test_one_bad_entry_never_stops_a_folder(tmp_path, capsys):
     assert all(line.isprintable() for line in lines if line.startswith("error"))
     assert len([line for line in lines if "would write the same mask as" in line]) == 3
     assert lines[0] == (
-        "2 entries of in passed over: 1 hidden file (._a.nii), 1 other file (readme.txt)"
+        "2 entries of in skipped: 1 hidden file (._a.nii), 1 other file (readme.txt)"
     )
 
 
@@ -170,8 +170,8 @@ def test_folders_of_other_formats(tmp_path):
         find_inputs(tmp_path)
     for number in range(5):
         (tmp_path / f"{number}.dcm").write_bytes(b"x")
-    assert "5 DICOM files (0.dcm, 1.dcm, 2.dcm, ...)" in passed_over(tmp_path, [])
-    assert passed_over(tmp_path / "none", []) == ""
+    assert "5 DICOM files (0.dcm, 1.dcm, 2.dcm, ...)" in skipped_entries(tmp_path, [])
+    assert skipped_entries(tmp_path / "none", []) == ""
 
 
 def btcv(root):
@@ -203,8 +203,8 @@ def test_layouts_find_the_same_entries(tmp_path, layout):
     (folder / "readme.txt").write_text("x")
     listing = find.scan(name, tmp_path, *globs)
     assert len(listing.cases) == 2 and not listing.findings
-    assert listing.passed_over == [
-        f"2 entries of {folder.name} passed over: 1 hidden file (._{second.name}), "
+    assert listing.skipped == [
+        f"2 entries of {folder.name} skipped: 1 hidden file (._{second.name}), "
         "1 other file (readme.txt)"
     ]
     second.unlink()
@@ -219,7 +219,7 @@ def test_layouts_find_the_same_entries(tmp_path, layout):
     found = [f for file in report["files"] for f in file["findings"] if f["level"] == "error"]
     assert [f["code"] for f in found if f["file"] == str(second)] == ["missing"]
     assert any(line.startswith("note     2 entries") for line in lines)
-    assert report["passed_over"] == listing.passed_over
+    assert report["skipped"] == listing.skipped
 
 
 @pytest.mark.parametrize("make", [dangling, os.mkfifo, os.mkdir])

@@ -247,5 +247,5 @@ def test_nothing_is_dropped_without_a_count(tmp_path, recwarn):
     (tmp_path / "imagesTr" / "._a_0000.nii.gz").write_bytes(b"x")
     assert [case.case_id for case in find_cases("nnunet", tmp_path)] == ["a", "b"]
     said = " ".join(str(warning.message) for warning in recwarn)
-    assert "2 entries of imagesTr passed over: 1 hidden file" in said and "notes.txt" in said
+    assert "2 entries of imagesTr skipped: 1 hidden file" in said and "notes.txt" in said
     assert "2 image(s)" in said

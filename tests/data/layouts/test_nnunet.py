@@ -180,7 +180,7 @@ def test_the_decathlon_is_read(tmp_path):
         ("organ_3", "test", None),
     ]
     assert not listing.findings and nnunet.label_table(root).names[1:] == ("spleen", "liver")
-    assert [line.partition(" passed")[0] for line in listing.passed_over] == [
+    assert [line.partition(" skipped")[0] for line in listing.skipped] == [
         "2 entries of imagesTr",
         "1 entry of imagesTs",
     ]
@@ -195,7 +195,7 @@ def test_the_decathlon_is_read(tmp_path):
     describe(training=value["training"][:1], numTraining=1)
     listing = scan("nnunet", root)
     assert described(listing.cases)[0][0] == "organ_1" and len(listing.cases) == 2
-    assert "1 other volume (organ_2.nii.gz)" in listing.passed_over[0]
+    assert "1 other volume (organ_2.nii.gz)" in listing.skipped[0]
     describe(training=[])
     assert [c.case_id for c in find_cases("nnunet", root)] == ["organ_1", "organ_2"]
     describe(modality={"0": "FLAIR", "1": "T1w"})

@@ -13,7 +13,7 @@ from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.methods import build
 from pgpsam_jax.models import losses
 from pgpsam_jax.models.baselines.autosam import AutoSam
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.parameters import count, flat_paths
 from pgpsam_jax.models.sam import weights
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
@@ -32,7 +32,7 @@ STEPS = 50
 def small(dtype=jnp.float32):
     """A model at its start, the same numbers whatever the compute type."""
     state = nnx.state(AutoSam(SAM, CLASSES, rngs=nnx.Rngs(0)) if dtype == jnp.float32 else small())
-    model = nnx.eval_shape(lambda: AutoSam(SAM, CLASSES, dtype=dtype, rngs=NoDraws()))
+    model = nnx.eval_shape(lambda: AutoSam(SAM, CLASSES, dtype=dtype, rngs=ShapeOnlyRngs()))
     nnx.update(model, state)
     return model
 
@@ -116,7 +116,7 @@ def test_bfloat16_is_close(feature):
 def test_starts_from_sams_decoder_without_tokens_and_positions(tmp_path):
     """Of SAM's four hypernetworks the first two; mask and quality tokens and positions are new."""
     rng = np.random.default_rng(7)
-    shapes = nnx.eval_shape(lambda: Sam(SamConfig.preset(micro.NAME, 64, 8), rngs=NoDraws()))
+    shapes = nnx.eval_shape(lambda: Sam(SamConfig.preset(micro.NAME, 64, 8), rngs=ShapeOnlyRngs()))
     tensors = {
         path: rng.standard_normal(leaf.shape).astype(np.float32)
         for path, leaf in flat_paths(nnx.state(shapes)).items()

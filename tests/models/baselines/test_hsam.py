@@ -21,7 +21,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import build
 from pgpsam_jax.models import losses
 from pgpsam_jax.models.baselines import hsam, hsam_decoder
-from pgpsam_jax.models.initializers import Draws
+from pgpsam_jax.models.initializers import FastRngs
 from pgpsam_jax.models.parameters import count, flat_paths
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.training.train_step import StepConfig
@@ -253,7 +253,7 @@ def test_which_parameters_receive_a_gradient(mask_gate):
 
     Biases of keys add one number to all scores of a softmax: zero, up to rounding.
     """
-    gradient = jax.jit(slopes)(create(mask_gate, depth=1, rngs=Draws(3)), features(), keys())
+    gradient = jax.jit(slopes)(create(mask_gate, depth=1, rngs=FastRngs(3)), features(), keys())
     sizes = {n: float(np.linalg.norm(leaf[...])) for n, leaf in flat_paths(gradient).items()}
     keys_only = {n for n in sizes if n.endswith("k_proj/bias") and not re.search(IDLE, n)}
     none = {n for n, size in sizes.items() if size == 0}

@@ -16,7 +16,7 @@ from pgpsam_jax.methods import build, pretrained
 from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.models.baselines.resnet import ResNet18
 from pgpsam_jax.models.baselines.sam_lst import SamLst
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.parameters import count, flat_paths, report
 from pgpsam_jax.models.sam.sam import SamConfig
 from tests.support import micro
@@ -55,7 +55,7 @@ def test_parameters_of_the_original():
 @pytest.mark.parametrize("patch", [4, 8, 16])
 def test_the_cnn_has_the_grid_of_the_encoder(patch):
     def run(images):
-        return ResNet18(8, patch, rngs=NoDraws())(images, training=False)
+        return ResNet18(8, patch, rngs=ShapeOnlyRngs())(images, training=False)
 
     features = jax.eval_shape(run, jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.float32))
     assert features.shape == (1, 64 // patch, 96 // patch, 32)
@@ -63,7 +63,7 @@ def test_the_cnn_has_the_grid_of_the_encoder(patch):
 
 def test_other_patches_are_refused():
     with pytest.raises(UserError, match="4, 8 or 16 px, not 32"):
-        ResNet18(8, 32, rngs=NoDraws())
+        ResNet18(8, 32, rngs=ShapeOnlyRngs())
 
 
 # ResNet-18 in PyTorch's own layers, by torchvision's names: the other side of the conversion.
@@ -145,7 +145,7 @@ def test_converted_weights_compute_what_torch_does(training):
     """
     state = torch_state(np.random.default_rng(1), width=16)
     ours = resnet.from_torchvision({name: tensor.numpy() for name, tensor in state.items()})
-    graphdef, leaves = nnx.split(nnx.eval_shape(lambda: ResNet18(16, 16, rngs=NoDraws())))
+    graphdef, leaves = nnx.split(nnx.eval_shape(lambda: ResNet18(16, 16, rngs=ShapeOnlyRngs())))
     assert {p: leaf.shape for p, leaf in flat_paths(leaves).items()} == {
         path: tensor.shape for path, tensor in ours.items()
     }
@@ -245,7 +245,7 @@ def test_the_gate_mixes_sam_and_cnn(encoded):
 def test_bfloat16_is_close(encoded):
     """Largest difference over largest logit: measured 0.016."""
     _, state = small()
-    rough = nnx.eval_shape(lambda: SamLst(SAM, CLASSES, dtype=jnp.bfloat16, rngs=NoDraws()))
+    rough = nnx.eval_shape(lambda: SamLst(SAM, CLASSES, dtype=jnp.bfloat16, rngs=ShapeOnlyRngs()))
     graphdef = nnx.graphdef(rough)
     half = jax.jit(lambda s, x: nnx.merge(graphdef, s).segment(x)["final"])(state, encoded)
     full = logits_of(state, jnp.float32(0), encoded)

@@ -20,7 +20,7 @@ from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.inference.trained_run import load_run
 from pgpsam_jax.methods import build, registry
 from pgpsam_jax.models.baselines.sam_oracle import OracleSam
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam import weights
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
@@ -102,7 +102,7 @@ def test_prompts_are_those_of_the_true_masks():
 
 @pytest.mark.parametrize("name", ["surgicalsam", "fssp", "sam"])
 def test_all_of_a_converted_sam_is_loaded(name, tmp_path):
-    sam = nnx.eval_shape(lambda: Sam(SamConfig.preset(micro.NAME, 64, 8), rngs=NoDraws()))
+    sam = nnx.eval_shape(lambda: Sam(SamConfig.preset(micro.NAME, 64, 8), rngs=ShapeOnlyRngs()))
     rng, leaves = np.random.default_rng(7), flat_paths(nnx.state(sam))
     tensors = {path: np.float32(rng.random(leaf.shape)) for path, leaf in leaves.items()}
     stem = tmp_path / "sam"

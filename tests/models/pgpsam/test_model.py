@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgpsam_jax.models.initializers import Draws
+from pgpsam_jax.models.initializers import FastRngs
 from pgpsam_jax.models.parameters import flat_paths, trainable
 from pgpsam_jax.models.sam.lora import LoraConfig
 from tests.reference import decoder_numpy
@@ -133,7 +133,7 @@ def test_model_has_no_favorite_class():
 
 @functools.cache
 def created(config, encoder):
-    return create(config, encoder, rngs=Draws(3))
+    return create(config, encoder, rngs=FastRngs(3))
 
 
 def test_parameters_start_as_plain_float32():

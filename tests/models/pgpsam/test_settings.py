@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.parameters import count, flat_paths, trainable
 from pgpsam_jax.models.pgpsam.model import PgpSam, PgpSamConfig
 from pgpsam_jax.models.sam.sam import SamConfig
@@ -37,7 +37,7 @@ def test_wrong_settings_are_refused(wrong, words):
 
 def names(**switches):
     """Dotted parameter names of a small model, without compiling anything."""
-    shapes = nnx.eval_shape(lambda: PgpSam(small(**switches), rngs=NoDraws()))
+    shapes = nnx.eval_shape(lambda: PgpSam(small(**switches), rngs=ShapeOnlyRngs()))
     return set(flat_paths(nnx.state(shapes, nnx.Param)))
 
 
@@ -78,7 +78,7 @@ def part(state, prefix):
 def test_parameter_counts_at_the_paper_size():
     """ViT-b, 512 px, 9 classes, against counts worked out by hand from the layer sizes."""
     config = PgpSamConfig(SamConfig.preset("vit_b", 512), 9)
-    model = nnx.eval_shape(lambda: PgpSam(config, rngs=NoDraws()))
+    model = nnx.eval_shape(lambda: PgpSam(config, rngs=ShapeOnlyRngs()))
     trained, rest = nnx.state(model, trainable("lora"), ...)
     c, d, n, k, q, side = 256, 768, 9, 4, 72, 32
 

@@ -12,7 +12,7 @@ from flax import nnx
 from pgpsam_jax.config import default_config, use_release_recipe
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import build
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.parameters import count, flat_paths
 from pgpsam_jax.models.pgpsam_release.model import ReleaseConfig, ReleasePgpSam
 from pgpsam_jax.models.sam.sam import SamConfig
@@ -120,7 +120,7 @@ def test_plain_convolutions_have_no_offsets():
         assert np.isfinite(jax.jit(lambda m, x: m(x))(block.dense.deform, feature)).all()
     config = model.config
     plain, moving = (
-        nnx.eval_shape(lambda c=c: ReleasePgpSam(c, rngs=NoDraws()))
+        nnx.eval_shape(lambda c=c: ReleasePgpSam(c, rngs=ShapeOnlyRngs()))
         for c in (config, small(dcn="deformable"))
     )
     names = [set(flat_paths(nnx.state(model))) for model in (plain, moving)]
@@ -140,7 +140,7 @@ def test_transposed_tokens_change_what_is_upscaled_and_nothing_else():
 
 def test_settings_that_make_no_release():
     with pytest.raises(UserError, match="half their number must be divisible by 8"):
-        nnx.eval_shape(lambda: ReleasePgpSam(small(size=(24, 24)), rngs=NoDraws()))
+        nnx.eval_shape(lambda: ReleasePgpSam(small(size=(24, 24)), rngs=ShapeOnlyRngs()))
     config = default_config()
     use_release_recipe(config)
     config.model.ppr = False

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.sam.image_encoder import Attention, EncoderConfig
 from pgpsam_jax.models.sam.lora import LoraConfig
 from tests.reference.attention_numpy import literal, relative
@@ -31,7 +31,7 @@ def build(grid, window: int, lora, dtype=jnp.float32, backend="folded") -> Atten
         grid, 16, width=24, depth=1, heads=3, global_blocks=(), attention=backend
     )
     graph, state = nnx.split(
-        nnx.eval_shape(lambda: Attention(config, window, lora, dtype=dtype, rngs=NoDraws()))
+        nnx.eval_shape(lambda: Attention(config, window, lora, dtype=dtype, rngs=ShapeOnlyRngs()))
     )
     rng = np.random.default_rng(1)
     leaves, tree = jax.tree.flatten(state)

@@ -11,7 +11,7 @@ from flax import nnx
 from pgpsam_jax.config import defaults, serialization
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import build
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.sam.image_encoder import REMAT, EncoderConfig, ImageEncoder, attention_report
 from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.sam import SamConfig
@@ -25,7 +25,7 @@ SIZES = dict(width=24, heads=3, window_size=4, out_channels=8, attention="folded
 def encoder(image_size=128, **options):
     """(graphdef, LoRA parameters, the rest) of vit_t's pattern, small, every parameter random."""
     sizes = SamConfig.preset("vit_t", image_size, **(SIZES | options)).encoder
-    model = nnx.eval_shape(lambda: ImageEncoder(sizes, LoraConfig(2), rngs=NoDraws()))
+    model = nnx.eval_shape(lambda: ImageEncoder(sizes, LoraConfig(2), rngs=ShapeOnlyRngs()))
     graph, state = nnx.split(model)
     rng = np.random.default_rng(0)
     leaves, tree = jax.tree.flatten(state)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pgpsam_jax.models.initializers import NoDraws
+from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.sam.lora import LoraConfig, LoraQKV
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
 from tests.reference import sam_torch
@@ -87,5 +87,5 @@ def test_lora_adds_its_product_to_the_projection(targets):
 
 def test_no_lora_without_rank_or_targets():
     for config in (LoraConfig(0), LoraConfig(4, ()), None):
-        sam = nnx.eval_shape(lambda c=config: Sam(SMALL, lora=c, rngs=NoDraws()))
+        sam = nnx.eval_shape(lambda c=config: Sam(SMALL, lora=c, rngs=ShapeOnlyRngs()))
         assert not jax.tree.leaves(nnx.state(sam, nnx.LoRAParam))
