@@ -53,13 +53,22 @@ class LabelTable:
         else:
             result = lookup[array]
         if self.other == "error" and (result == _UNKNOWN).any():
-            values = np.unique(array[result == _UNKNOWN]).tolist()
-            listing = ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
-            raise UserError(
-                f"{path} holds label values outside the label table ({listing}); "
-                'list them in the table or set its "other" to "background"'
-            )
+            values, numbers = np.unique(array[result == _UNKNOWN], return_counts=True)
+            counts = dict(zip(values.tolist(), numbers.tolist(), strict=True))
+            raise UserError(f"{path} {self.describe_unknown(counts)}")
         return result
+
+    def describe_unknown(self, counts: Mapping[int, int]) -> str:
+        """Returns the error about ids outside the table, from voxels per id; empty if none is."""
+        unknown = {i: n for i, n in counts.items() if i not in self.source_to_class}
+        if not unknown or self.other != "error":
+            return ""
+        listed = ", ".join(f"{i} ({n} voxels)" for i, n in list(unknown.items())[:10])
+        more = ", ..." if len(unknown) > 10 else ""
+        return (
+            f"holds label values outside the label table: {listed}{more}; add them to the table "
+            'or set its "other" to "background"'
+        )
 
     def to_json(self) -> dict:
         """Returns a JSON value, inverse of `from_json`."""

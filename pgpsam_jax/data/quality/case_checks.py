@@ -142,17 +142,8 @@ def _check_label(label: _File, table: LabelTable | None) -> None:
         label.add(WARNING, "empty", "is all background; remove the case or label it")
     if table is None:
         return
-    if table.other == "error":
-        unknown = {i: n for i, n in counts.items() if i not in table.source_to_class}
-        if unknown:
-            listed = ", ".join(f"{i} ({n} voxels)" for i, n in list(unknown.items())[:10])
-            more = ", ..." if len(unknown) > 10 else ""
-            label.add(
-                ERROR,
-                "unknown_label",
-                f"holds label values outside the label table: {listed}{more}; add them to "
-                'the table or set its "other" to "background"',
-            )
+    if unknown := table.describe_unknown(counts):
+        label.add(ERROR, "unknown_label", unknown)
     classes = {table.source_to_class[i] for i in counts if i in table.source_to_class}
     absent = [name for k, name in enumerate(table.names) if k and k not in classes]
     if absent and set(counts) != {0}:
