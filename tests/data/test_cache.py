@@ -226,9 +226,7 @@ def test_cache_errors(tmp_path):
     folder = tmp_path / "cache"
     with pytest.raises(UserError, match=r"p2-seg.nii.gz has shape \(7, 30, 20\) but its image"):
         build_cache([Case("x", case.image, other.label)], PAIR, SMALL, folder)
-    with pytest.raises(
-        UserError, match=r"p1-seg.nii.gz holds label values outside .* 5 \(\d+ voxels\)"
-    ):
+    with pytest.raises(UserError, match=r"p1-seg.nii.gz holds label values outside .* 5 \(\d+"):
         build_cache([case], LabelTable(("background", "a"), {1: 1}), SMALL, folder)
     with pytest.raises(UserError, match=r"window .* is empty"):
         Preprocessing(32, (275, -125))
