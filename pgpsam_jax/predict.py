@@ -18,8 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pgpsam_jax.data.io import array_checks
-from pgpsam_jax.data.io.nifti import Volume, read_image
+from pgpsam_jax.data.io.nifti import Volume
 from pgpsam_jax.data.io.volume_files import Inputs, find_inputs, stem_of
+from pgpsam_jax.data.io.volumes import read_image
 from pgpsam_jax.data.io.voxel_grid import AXIAL
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.masks import VOLUMES, Masks

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from pgpsam_jax.config import load_config
 from pgpsam_jax.data.io import array_checks
 from pgpsam_jax.data.io.nibabel_image import from_nibabel
-from pgpsam_jax.data.io.nifti import Volume, label_image, read_image
+from pgpsam_jax.data.io.nifti import Volume, label_image
+from pgpsam_jax.data.io.volumes import read_image
 from pgpsam_jax.data.io.voxel_grid import AXIAL
 from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.data.preprocessing import intensity_limits
@@ -82,7 +83,7 @@ class TrainedRun:
 
     def remarks(self, volume: Volume) -> list[str]:
         """Returns warnings about a volume's voxel grid and differences from training volumes."""
-        found = [text for _, text in volume.source.remarks()]
+        found = [*volume.source.remarks().values()]
         axis, thick = self.config.data.axis, volume.source.thick_axis
         if thick not in (None, axis) and len(volume.array) > 1:
             found.append(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pgpsam_jax import verify as program
 from pgpsam_jax.config import defaults, serialization
 from pgpsam_jax.data import fewshot_list
-from pgpsam_jax.data.io.nifti import read_image
+from pgpsam_jax.data.io.volumes import read_image
 from pgpsam_jax.data.layouts import cases, find, label_table, nnunet, split, transunet
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.errors import UserError

@@ -12,7 +12,7 @@ import pgpsam_jax
 from pgpsam_jax import predict
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.io.nibabel_image import from_nibabel
-from pgpsam_jax.data.io.nifti import read_image
+from pgpsam_jax.data.io.volumes import read_image
 from pgpsam_jax.data.letterbox import Letterbox, logits_to_native
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation import workdirs

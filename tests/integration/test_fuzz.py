@@ -3,7 +3,7 @@
 import pytest
 
 from pgpsam_jax.data.io import nifti
-from pgpsam_jax.data.io.nifti import read_image
+from pgpsam_jax.data.io.volumes import read_image
 from tests.support.fuzz import nifti as nifti_target
 from tests.support.fuzz import torch_file as torch_target
 from tests.support.fuzz.nifti import file_of

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from pgpsam_jax.data.cache import build_cache
-from pgpsam_jax.data.io.nifti import read_image
+from pgpsam_jax.data.io.volumes import read_image
 from pgpsam_jax.data.layouts import label_table
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.preprocessing import Preprocessing

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pgpsam_jax.data import cache, dataset, fewshot_list
-from pgpsam_jax.data.io.nifti import read_image, write_label
+from pgpsam_jax.data.io.nifti import write_label
+from pgpsam_jax.data.io.volumes import read_image
 from pgpsam_jax.data.layouts import find
 from pgpsam_jax.data.layouts.cases import safe_case_id
 from pgpsam_jax.errors import UserError

@@ -6,7 +6,7 @@ import shutil
 import h5py
 import numpy as np
 
-from pgpsam_jax.data.io.nifti import read_image, read_label
+from pgpsam_jax.data.io.volumes import read_image, read_label
 from tests.support.small_run import TABLE, config_for, write_data
 
 NNUNET = {

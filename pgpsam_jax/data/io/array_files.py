@@ -21,7 +21,7 @@ from pgpsam_jax.data.io import hdf5
 from pgpsam_jax.data.io.array_checks import check_size, check_type
 from pgpsam_jax.data.io.volume_files import check_entry
 from pgpsam_jax.data.io.volume_streams import reading_errors
-from pgpsam_jax.data.io.voxel_grid import SourceGrid
+from pgpsam_jax.data.io.voxel_grid import AS_STORED, SourceGrid
 from pgpsam_jax.utils.files import file_digest
 
 NO_GRID = (
@@ -99,7 +99,7 @@ def _grid(source: ArrayFiles, shape) -> SourceGrid:
     header.set_data_shape(volume[::-1])
     header.set_data_dtype(np.float32)
     header.set_sform(_UNIT_LPS, 1)
-    return SourceGrid(path, header, _UNIT_LPS.copy(), (2, 1, 0), (False, False, False))
+    return SourceGrid(path, header, _UNIT_LPS.copy(), AS_STORED[::-1])
 
 
 @contextlib.contextmanager

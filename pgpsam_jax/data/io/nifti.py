@@ -18,7 +18,7 @@ import numpy as np
 from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.data.io.nifti_header import parse_header
 from pgpsam_jax.data.io.volume_streams import Opened, opened
-from pgpsam_jax.data.io.voxel_grid import AXIAL, SourceGrid, to_display, to_source
+from pgpsam_jax.data.io.voxel_grid import SourceGrid, to_display, to_source
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import atomic_path
 
@@ -40,26 +40,6 @@ class Volume:
         grid = self.source.along(axis)
         array = to_display(to_source(self.array, self.source), grid)
         return Volume(np.ascontiguousarray(array), grid.spacing, grid)
-
-
-def read_image(path, axis: str = AXIAL) -> Volume:
-    """Reads intensities as float32.
-
-    Args:
-        path: NIfTI file.
-        axis: the axis of the body to slice along, one of `voxel_grid.AXES`.
-
-    Raises:
-        UserError: the file is not one intact, finite volume or slice.
-    """
-    raw, grid, _ = read_raw(path)
-    return to_volume(raw, grid.along(axis), np.float32)
-
-
-def read_label(path, axis: str = AXIAL) -> Volume:
-    """Reads source label ids as int32, also if stored as floats; see `read_image`."""
-    raw, grid, _ = read_raw(path)
-    return to_volume(raw, grid.along(axis), np.int32)
 
 
 def read_grid(path) -> SourceGrid:

@@ -6,13 +6,21 @@ are paired as stored, with a warning. If the affines contradict each other and n
 wrong, the pair is rejected. Nothing is resampled.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import nibabel as nib
 import numpy as np
+from nibabel.orientations import inv_ornt_aff
 
 from pgpsam_jax.data.findings import BadFile
-from pgpsam_jax.data.io.voxel_grid import TOLERANCE_MM, SourceGrid, corner_distance, to_display
+from pgpsam_jax.data.io.voxel_grid import (
+    AS_STORED,
+    TOLERANCE_MM,
+    SourceGrid,
+    corner_distance,
+    moved_shape,
+    to_display,
+)
 
 LOST, AWAY = "orientation_lost", "affine_mismatch"
 _NEAR = 0.5  # of the shortest side of the image; within it two affines describe the same place
@@ -22,29 +30,29 @@ _WHO = ("the image", "the label")
 _LOOK = "look at an overlay, then copy the affine from the one that is right"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pairing:
     """Reorientation of a label to its image.
 
-    Stored axis `a` of the image is the label's stored axis `axes[a]`, reversed if `flips[a]`. The
-    warning about the label file, `code` and `remark`, is empty if the affines agree.
+    Attributes:
+        image: its grid.
+        moves: (3, 2) the image's stored axis and direction of each stored axis of the label.
+        code, remark: the warning about the label file, empty if the affines agree.
     """
 
     image: SourceGrid
-    axes: tuple[int, int, int] = (0, 1, 2)
-    flips: tuple[bool, bool, bool] = (False, False, False)
+    moves: np.ndarray = field(default_factory=lambda: AS_STORED)
     code: str = ""
     remark: str = ""
 
     @property
     def turns(self) -> bool:
         """Whether the label's array is reoriented."""
-        return self.axes != (0, 1, 2) or any(self.flips)
+        return not np.array_equal(self.moves, AS_STORED)
 
     def display(self, stored: np.ndarray) -> np.ndarray:
         """Reorients the stored array (X, Y, Z) of the label to the displayed image (D, H, W)."""
-        turned = np.flip(stored.transpose(self.axes), [a for a in range(3) if self.flips[a]])
-        return to_display(turned, self.image)
+        return to_display(nib.apply_orientation(stored, self.moves), self.image)
 
 
 def pair_grids(image: SourceGrid, label: SourceGrid) -> Pairing:
@@ -52,10 +60,10 @@ def pair_grids(image: SourceGrid, label: SourceGrid) -> Pairing:
     if image.has_orientation != label.has_orientation:
         who = _WHO[image.has_orientation]
         return _as_stored(image, label, f"{who} says nothing about its orientation")
-    axes, flips, straight = _turn(image, label)
-    distance = _distance(image, label, axes, flips)
+    moves, straight = _moves(image, label)
+    distance = _distance(image, label, moves)
     if distance is not None and distance <= TOLERANCE_MM:
-        return Pairing(image, axes, flips)
+        return Pairing(image, moves)
     sides = [n * s for n, s in zip(image.shape, _sizes(image), strict=False)]
     near = distance is not None and distance <= _NEAR * min(sides) and _same_spacing(image, label)
     if not near:
@@ -63,12 +71,12 @@ def pair_grids(image: SourceGrid, label: SourceGrid) -> Pairing:
         if any(lost):
             whose = "both affines are" if all(lost) else f"the affine of {_WHO[lost[1]]} is"
             return _as_stored(image, label, f"{whose} the identity")
-        turns = Pairing(image, axes, flips).turns
+        turns = Pairing(image, moves).turns
         if not straight or (turns and any(map(_is_default, (image, label)))):
             raise _conflict(image, label, distance)
     if distance is None:
-        raise _mismatch(image, label, [label.shape[a] for a in axes])
-    return Pairing(image, axes, flips, AWAY, _offset_remark(image, label, distance))
+        raise _mismatch(image, label, moved_shape(label.shape, moves))
+    return Pairing(image, moves, AWAY, _offset_remark(image, label, distance))
 
 
 def _as_stored(image: SourceGrid, label: SourceGrid, why: str) -> Pairing:
@@ -83,10 +91,10 @@ def _as_stored(image: SourceGrid, label: SourceGrid, why: str) -> Pairing:
 
 def _mismatch(image: SourceGrid, label: SourceGrid, shape) -> BadFile:
     """`shape`: that of the label, along the stored axes of the image."""
-    shown = tuple(int(shape[a]) for a in image.axes)
     return BadFile(
-        f"{label.path} has shape {shown} but its image {image.path} has {image.display_shape} "
-        "(slices, rows, columns); pair the right files or resample the label",
+        f"{label.path} has shape {moved_shape(shape, image.moves)} but its image {image.path} has "
+        f"{image.display_shape} (slices, rows, columns); pair the right files or resample the "
+        "label",
         "shape_mismatch",
     )
 
@@ -101,27 +109,23 @@ def _conflict(image: SourceGrid, label: SourceGrid, distance: float | None) -> B
     )
 
 
-def _turn(image: SourceGrid, label: SourceGrid):
-    """Returns axes and flips of a `Pairing` by the affines, and whether the axes match at all."""
+def _moves(image: SourceGrid, label: SourceGrid) -> tuple[np.ndarray, bool]:
+    """Returns `moves` of a `Pairing` by the affines, and whether the axes match at all."""
     between = np.linalg.solve(image.affine, label.affine)  # label voxel -> image voxel
     moves = nib.io_orientation(between)
     if np.isnan(moves).any():
-        return (0, 1, 2), (False,) * 3, False
-    axes = tuple(int(a) for a in np.argsort(moves[:, 0]))
-    directions = [grid.affine[:3, :3] / _sizes(grid) for grid in (image, label)]
-    cosines = [abs(directions[0][:, a] @ directions[1][:, axes[a]]) for a in range(3)]
-    return axes, tuple(bool(moves[a, 1] < 0) for a in axes), min(cosines) > _STRAIGHT
+        return AS_STORED, False
+    of_image, of_label = (grid.affine[:3, :3] / _sizes(grid) for grid in (image, label))
+    cosines = np.abs((of_image[:, moves[:, 0].astype(int)] * of_label).sum(axis=0))
+    return moves, bool(cosines.min() > _STRAIGHT)
 
 
-def _distance(image: SourceGrid, label: SourceGrid, axes, flips) -> float | None:
+def _distance(image: SourceGrid, label: SourceGrid, moves: np.ndarray) -> float | None:
     """Returns the largest distance in mm between corners; None if the shapes differ."""
     shape = image.shape[:3]
-    if tuple(label.shape[a] for a in axes) != shape:
+    if moved_shape(label.shape, moves) != shape:
         return None
-    move = np.zeros((4, 4))  # image voxel -> label voxel
-    move[3, 3] = 1
-    for a, (axis, flip) in enumerate(zip(axes, flips, strict=True)):
-        move[axis, a], move[axis, 3] = (-1, shape[a] - 1) if flip else (1, 0)
+    move = inv_ornt_aff(moves, label.shape[:3])  # image voxel -> label voxel
     return corner_distance(shape, image.millimeters, label.millimeters @ move)
 
 

@@ -13,12 +13,21 @@ from pgpsam_jax.utils.files import file_digest
 
 
 def read_image(source: Source, axis: str = AXIAL) -> Volume:
-    """Like `nifti.read_image`; plain arrays are sliced along their first axis."""
+    """Reads intensities as float32.
+
+    Args:
+        source: a NIfTI file or plain arrays.
+        axis: the axis of the body to slice along, one of `voxel_grid.AXES`; plain arrays are
+            sliced along their first axis.
+
+    Raises:
+        UserError: not one intact, finite volume or slice.
+    """
     return _read(source, axis, np.float32)
 
 
 def read_label(source: Source, axis: str = AXIAL) -> Volume:
-    """Like `nifti.read_label`; plain arrays are sliced along their first axis."""
+    """Reads source label ids as int32, also if stored as floats; see `read_image`."""
     return _read(source, axis, np.int32)
 
 

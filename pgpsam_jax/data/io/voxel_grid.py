@@ -10,9 +10,11 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 TOLERANCE_MM = 0.1  # between corners of image and label; below it affines differ by rounding only
 _MILLIMETERS = {1: 1000.0, 2: 1.0, 3: 1e-3}  # NIfTI code of the spatial unit; 0 means millimeters
+AS_STORED = np.array([[0, 1], [1, 1], [2, 1]])  # axes neither reordered nor reversed
 AXIAL = "axial"
 AXES = {AXIAL: "SPL", "coronal": "PIL", "sagittal": "LIP"}  # directions of slices, rows, columns
 _SLICED = ("sagittal", "coronal", AXIAL)  # slices along the first, second, third axis of RAS
@@ -22,21 +24,22 @@ _SHEAR = 1e-3  # cosine between two axes from which on they are reported
 
 @dataclass(frozen=True, eq=False)
 class SourceGrid:
-    """Voxel grid of a file, with the axis order and flips to display orientation.
+    """Voxel grid of a file.
 
-    Display axis `d` is axis `axes[d]` of the file, reversed if `flips[d]`.
+    Attributes:
+        path, header, affine: of the file; stored voxel to RAS+ in the unit of the header.
+        moves: (3, 2) display axis and direction (1 or -1) of each stored axis, as nibabel's `ornt`.
     """
 
     path: Path
     header: nib.Nifti1Header
     affine: np.ndarray
-    axes: tuple[int, int, int]
-    flips: tuple[bool, bool, bool]
+    moves: np.ndarray
 
     @classmethod
     def of(cls, path: Path, header: nib.Nifti1Header, affine: np.ndarray) -> "SourceGrid":
         """Returns a grid in axial display orientation."""
-        return cls(path, header, affine, (0, 1, 2), (False,) * 3).along(AXIAL)
+        return cls(path, header, affine, AS_STORED).along(AXIAL)
 
     def along(self, axis: str) -> "SourceGrid":
         """Returns the same voxels sliced along an axis of the body, one of `AXES`.
@@ -47,9 +50,7 @@ class SourceGrid:
         thin = [a for a, n in enumerate(self.shape[:3]) if n == 1]
         if len(thin) == 1:
             axis = _SLICED[int(body[thin[0], 0])]
-        moves = nib.orientations.ornt_transform(body, nib.orientations.axcodes2ornt(AXES[axis]))
-        axes = tuple(int(a) for a in np.argsort(moves[:, 0]))
-        return replace(self, axes=axes, flips=tuple(bool(moves[a, 1] < 0) for a in axes))
+        return replace(self, moves=ornt_transform(body, axcodes2ornt(AXES[axis])))
 
     @property
     def thick_axis(self) -> str | None:
@@ -68,17 +69,12 @@ class SourceGrid:
 
     @property
     def display_shape(self) -> tuple[int, int, int]:
-        return tuple(self.shape[axis] for axis in self.axes)
+        return moved_shape(self.shape, self.moves)
 
     @property
     def display_affine(self) -> np.ndarray:
         """4 x 4 matrix from display voxel (d, h, w) to RAS+ millimeters."""
-        move = np.zeros((4, 4))
-        move[3, 3] = 1
-        for display, (axis, flip) in enumerate(zip(self.axes, self.flips, strict=True)):
-            move[axis, display] = -1 if flip else 1
-            move[axis, 3] = self.shape[axis] - 1 if flip else 0
-        return self.millimeters @ move
+        return self.millimeters @ inv_ornt_aff(self.moves, self.shape[:3])
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -101,51 +97,34 @@ class SourceGrid:
         """Whether the file states its orientation; otherwise LAS is assumed."""
         return bool(self.header["qform_code"] or self.header["sform_code"])
 
-    def remarks(self) -> list[tuple[str, str]]:
-        """Returns (code, sentence) for each warning about the grid."""
-        found = []
+    def remarks(self) -> dict[str, str]:
+        """Returns the warnings about the grid: code -> sentence."""
+        found = {}
         if not self.has_orientation:
-            found.append(
-                (
-                    "no_orientation",
-                    "says nothing about its orientation (both form codes are 0), so left and right "
-                    f"may be swapped; its axes are assumed to be {self.orientation}: copy the "
-                    "affine from the original",
-                )
+            found["no_orientation"] = (
+                "says nothing about its orientation (both form codes are 0), so left and right may "
+                f"be swapped; its axes are assumed to be {self.orientation}: copy the affine from "
+                "the original"
             )
-        (qform, qcode), (sform, scode) = self.qform, self.sform
-        if qcode and scode:
+        qform, sform = (
+            get(coded=True)[0] for get in (self.header.get_qform, self.header.get_sform)
+        )
+        if qform is not None and sform is not None:  # None where the code is 0
             distance = corner_distance(self.shape[:3], qform, sform)
             if not distance <= TOLERANCE_MM:
-                found.append(
-                    (
-                        "two_affines",
-                        f"has a qform and an sform that differ by up to {distance:.2f} mm; "
-                        "programs disagree on which one counts, here it is the sform",
-                    )
+                found["two_affines"] = (
+                    f"has a qform and an sform that differ by up to {distance:.2f} mm; programs "
+                    "disagree on which one counts, here it is the sform"
                 )
         columns = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
         shear = np.abs(columns.T @ columns - np.eye(3)).max()
         if shear > _SHEAR:
             degrees = np.degrees(np.arcsin(min(shear, 1.0)))
-            found.append(
-                (
-                    "shear",
-                    f"has axes {degrees:.2f} degrees from a right angle, which other tools refuse; "
-                    "resample it unless that is intended",
-                )
+            found["shear"] = (
+                f"has axes {degrees:.2f} degrees from a right angle, which other tools refuse; "
+                "resample it unless that is intended"
             )
         return found
-
-    @property
-    def qform(self) -> tuple[np.ndarray | None, int]:
-        """Matrix and code; the matrix is None where the code is 0."""
-        return self.header.get_qform(coded=True)
-
-    @property
-    def sform(self) -> tuple[np.ndarray | None, int]:
-        """Matrix and code; the matrix is None where the code is 0."""
-        return self.header.get_sform(coded=True)
 
 
 def corner_distance(shape, first: np.ndarray, second: np.ndarray) -> float:
@@ -158,11 +137,14 @@ def corner_distance(shape, first: np.ndarray, second: np.ndarray) -> float:
 
 def to_display(array: np.ndarray, source: SourceGrid) -> np.ndarray:
     """Returns a view of a stored array (X, Y, Z) as (D, H, W)."""
-    flip = [d for d in range(3) if source.flips[d]]
-    return np.flip(array.transpose(source.axes), flip)
+    return nib.apply_orientation(array, source.moves)
 
 
 def to_source(array: np.ndarray, source: SourceGrid) -> np.ndarray:
     """Returns a view of a displayed array (D, H, W) as (X, Y, Z); inverse of `to_display`."""
-    flip = [d for d in range(3) if source.flips[d]]
-    return np.flip(array, flip).transpose(np.argsort(source.axes))
+    return nib.apply_orientation(array, ornt_transform(AS_STORED, source.moves))
+
+
+def moved_shape(shape, moves: np.ndarray) -> tuple[int, ...]:
+    """Returns the shape of an array after `nibabel.apply_orientation`."""
+    return tuple(int(shape[axis]) for axis in np.argsort(moves[:, 0]))

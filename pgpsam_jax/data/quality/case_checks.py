@@ -94,7 +94,7 @@ class _File:
         self.record["content"] = content.hexdigest()
 
     def _check_grid(self) -> None:
-        for code, message in self.grid.remarks():
+        for code, message in self.grid.remarks().items():
             self.add(WARNING, code, message)
         slope, inter = nifti.scale_of(self.grid)
         if self.record["kind"] == "label" and (slope, inter) != (1.0, 0.0):

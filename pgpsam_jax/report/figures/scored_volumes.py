@@ -5,7 +5,7 @@ import numpy as np
 from pgpsam_jax.checkpointing import locations
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.cache import read_case
-from pgpsam_jax.data.io.nifti import read_label
+from pgpsam_jax.data.io.volumes import read_label
 from pgpsam_jax.data.preprocessing import normalize_volume, window_of
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.results.runs import Run

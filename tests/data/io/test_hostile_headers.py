@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pgpsam_jax.data.io import hdf5 as module
-from pgpsam_jax.data.io.nifti import read_image
+from pgpsam_jax.data.io.volumes import read_image
 from pgpsam_jax.models.sam.weights import read_safetensors
 from tests.support.fuzz.nifti import file_of
 from tests.support.refusal import image_of, refuse

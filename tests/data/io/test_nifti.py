@@ -11,15 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgpsam_jax.data.io.nifti import (
-    read_grid,
-    read_image,
-    read_label,
-    to_display,
-    to_source,
-    write_label,
-)
-from pgpsam_jax.data.io.voxel_grid import SourceGrid
+from pgpsam_jax.data.io.nifti import write_label
+from pgpsam_jax.data.io.volumes import read_grid, read_image, read_label
+from pgpsam_jax.data.io.voxel_grid import SourceGrid, to_display, to_source
 from pgpsam_jax.errors import UserError
 from tests.support.places import shared
 
@@ -131,7 +125,8 @@ def test_codes_and_suffix_survive(tmp_path, codes, suffix):
     volume = read_image(path)
     write_label(tmp_path / f"o{suffix}", np.ones((5, 4, 3), np.uint8), volume.source)
     before, after = nib.load(path), nib.load(tmp_path / f"o{suffix}")
-    assert volume.source.qform[1] == codes[0] and volume.source.sform[1] == codes[1]
+    header = volume.source.header
+    assert (header["qform_code"], header["sform_code"]) == tuple(codes)
     for field in GEOMETRY:
         np.testing.assert_array_equal(after.header[field], before.header[field], err_msg=field)
     assert after.header.get_slope_inter() in [(1, 0), (None, None)]

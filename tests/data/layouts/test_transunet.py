@@ -18,7 +18,8 @@ from pgpsam_jax import verify as program
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.io import volumes
 from pgpsam_jax.data.io.array_files import ArrayFiles
-from pgpsam_jax.data.io.nifti import read_label, write_label
+from pgpsam_jax.data.io.nifti import write_label
+from pgpsam_jax.data.io.volumes import read_label
 from pgpsam_jax.data.layouts.find import detect, find_cases
 from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.data.preprocessing import Preprocessing

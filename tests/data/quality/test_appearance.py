@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pgpsam_jax import verify as program
 from pgpsam_jax.data import dataset, preprocessing
-from pgpsam_jax.data.io.nifti import Volume, read_image
+from pgpsam_jax.data.io.nifti import Volume
+from pgpsam_jax.data.io.volumes import read_image
 from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.data.quality import appearance, outliers
 from pgpsam_jax.data.quality.case_checks import check_case

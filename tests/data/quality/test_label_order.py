@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgpsam_jax.data.io.nifti import read_image, read_label
+from pgpsam_jax.data.io.volumes import read_image, read_label
 from pgpsam_jax.data.quality.label_order import check_label_order, known_orders
 from pgpsam_jax.data.quality.organ_priors import (
     NAMES,

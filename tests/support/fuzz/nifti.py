@@ -38,7 +38,8 @@ def file_of(dtype, shape=(3, 4, 2), kind=1, endianness="<", **fields) -> bytes:
 
 def target() -> Target:
     """Fuzz the readers of NIfTI files (see the module)."""
-    from pgpsam_jax.data.io.nifti import read_grid, read_image, read_label, write_label
+    from pgpsam_jax.data.io.nifti import write_label
+    from pgpsam_jax.data.io.volumes import read_grid, read_image, read_label
     from pgpsam_jax.errors import UserError
 
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
