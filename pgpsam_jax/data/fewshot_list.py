@@ -1,6 +1,7 @@
 """Few-shot slice lists: sampling rules, file format, hash."""
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -212,7 +213,5 @@ def _by_volume(slices, volumes: int, draw: random.Random):
 def _every(slices, every: int):
     if every < 1:
         raise UserError(f"few-shot every must be 1 or more, got {every}")
-    by_case: dict[str, list] = {}
-    for entry in slices:
-        by_case.setdefault(entry[0], []).append(entry)
-    return [entry for entries in by_case.values() for entry in entries[::every]]
+    by_case = itertools.groupby(slices, key=lambda entry: entry[0])
+    return [entry for _, entries in by_case for entry in list(entries)[::every]]

@@ -38,6 +38,11 @@ class LabelTable:
         """Number of classes, background included."""
         return len(self.names)
 
+    @property
+    def organs(self) -> dict[int, str]:
+        """Class name per source id, without the background."""
+        return {i: self.names[k] for i, k in self.source_to_class.items() if k}
+
     def remap(self, array: np.ndarray, path) -> np.ndarray:
         """Converts source ids (integers of any shape) to class ids, uint8.
 

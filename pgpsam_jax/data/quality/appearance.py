@@ -60,7 +60,7 @@ def training_statistics(cached: Sequence, *, window: Window, layout: str) -> dic
         "foreground": _ranges([found["foreground"] for found in labeled]),
         "share": _ranges([[found["share"]] for found in labeled]),
         "spacing_mm": _ranges([case.spacing for case in cached]),
-        "width_mm": _ranges([[_width(case.shape, case.spacing)] for case in cached]),
+        "width_mm": _ranges([[slice_width(case.shape, case.spacing)] for case in cached]),
     }
 
 
@@ -78,7 +78,7 @@ def differences(volume: Volume, statistics: dict) -> list[str]:
     found = _intensities(subsample(volume.array), statistics)
     if statistics["layout"] == "transunet":  # its files carry no voxel size
         return found
-    width, (low, high) = _width(volume.array.shape, volume.spacing), statistics["width_mm"][0]
+    width, (low, high) = slice_width(volume.array.shape, volume.spacing), statistics["width_mm"][0]
     if not low / _WIDTH <= width <= high * _WIDTH:
         found.append(
             f"its slices are {width:.0f} mm wide, but the training slices {_range(low, high)} mm, "
@@ -126,7 +126,7 @@ def _intensities(sample: np.ndarray, statistics: dict) -> list[str]:
     ]
 
 
-def _width(shape, spacing) -> float:
+def slice_width(shape, spacing) -> float:
     """Longer side of a slice in mm, which fills the network's input."""
     return max(n * s for n, s in zip(shape[1:], spacing[1:], strict=True))
 

@@ -60,22 +60,25 @@ class _File:
         self.raw = self.grid = self.array = None
         self.run(lambda: self._read(dtype))
 
-    def add(self, level: str, code: str, message: str) -> None:
+    def add(self, code: str, message: str, level: str = ERROR) -> None:
         message = message.removeprefix(f"{self.source} ")
         finding = Finding(level, code, self.record["file"], message)
         self.record["findings"].append(finding.to_json())
+
+    def warn(self, code: str, message: str) -> None:
+        self.add(code, message, WARNING)
 
     def run(self, action: Callable[[], None]) -> None:
         """Runs a check and records any exception as a finding."""
         try:
             action()
         except UserError as error:
-            self.add(ERROR, error.code if isinstance(error, BadFile) else "content", str(error))
+            self.add(error.code if isinstance(error, BadFile) else "content", str(error))
         except MemoryError:
-            self.add(ERROR, "size", "does not fit in memory; crop it, or use a larger machine")
+            self.add("size", "does not fit in memory; crop it, or use a larger machine")
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
-            self.add(ERROR, "unreadable", f"cannot be read ({what:.200}); export it again")
+            self.add("unreadable", f"cannot be read ({what:.200}); export it again")
 
     def _read(self, dtype) -> None:
         raw, self.grid, trailing = volumes.read_raw(self.source)
@@ -85,7 +88,7 @@ class _File:
         if trailing:
             more = f"{trailing} bytes" if trailing < 1 << 20 else "a MiB or more"
             message = f"has {more} after its voxel data; check its header"
-            self.add(WARNING, "trailing", message)
+            self.warn("trailing", message)
         if self.has_grid:
             self.run(self._check_grid)
         self.array = nifti.to_volume(raw, self.grid, dtype).array
@@ -95,11 +98,10 @@ class _File:
 
     def _check_grid(self) -> None:
         for code, message in self.grid.remarks().items():
-            self.add(WARNING, code, message)
+            self.warn(code, message)
         slope, inter = nifti.scale_of(self.grid)
         if self.record["kind"] == "label" and (slope, inter) != (1.0, 0.0):
-            self.add(
-                WARNING,
+            self.warn(
                 "scaled",
                 f"stores label ids with a scale factor ({slope:.6g}, intercept {inter:g}), so they "
                 "had to be rounded; save them as integers without scaling",
@@ -114,10 +116,9 @@ def _check_image(image: _File, window) -> None:
     image.record |= {"range": [low, high], "appearance": appearance.describe(array)}
     image.record["thick_axis"] = image.grid.thick_axis if image.has_grid else None
     if low == high:
-        image.add(WARNING, "constant", f"has the constant value {low:g}; check that it is an image")
+        image.warn("constant", f"has the constant value {low:g}; check that it is an image")
     elif image.has_grid and (low < _HU[0] or high > _HU[1]):
-        image.add(
-            WARNING,
+        image.warn(
             "intensity",
             f"has values from {low:g} to {high:g}, outside [{_HU[0]}, {_HU[1]}] HU; if it is a CT, "
             "check its scale",
@@ -126,7 +127,6 @@ def _check_image(image: _File, window) -> None:
         seen = min(high, window[1]) - max(low, window[0])
         if seen < 0.05 * (window[1] - window[0]) and low < high:
             image.add(
-                ERROR,
                 "window",
                 f"has values from {low:g} to {high:g}, almost all of them outside data.window "
                 f"{tuple(window)}; set data.window to the intensities of the data",
@@ -139,16 +139,15 @@ def _check_label(label: _File, table: LabelTable | None) -> None:
     counts = _counts(label.array)
     label.record["voxels"] = {str(i): n for i, n in counts.items()}
     if set(counts) == {0}:
-        label.add(WARNING, "empty", "is all background; remove the case or label it")
+        label.warn("empty", "is all background; remove the case or label it")
     if table is None:
         return
     if unknown := table.describe_unknown(counts):
-        label.add(ERROR, "unknown_label", unknown)
+        label.add("unknown_label", unknown)
     classes = {table.source_to_class[i] for i in counts if i in table.source_to_class}
     absent = [name for k, name in enumerate(table.names) if k and k not in classes]
     if absent and set(counts) != {0}:
-        label.add(
-            WARNING,
+        label.warn(
             "absent",
             f"has no {', '.join(absent)}; if the scan shows them, check the label and the table",
         )
@@ -171,7 +170,7 @@ def _check_pair(image: _File, label: _File, record: dict, table: LabelTable | No
         return
     pairing = pair_grids(image.grid, label.grid)
     if pairing.remark:
-        label.add(WARNING, pairing.code, pairing.remark)
+        label.warn(pairing.code, pairing.remark)
     ids = label.array
     if ids is None or image.array is None or ids.min() < 0 or ids.max() > _MAX_ID:
         return
@@ -186,10 +185,8 @@ def _check_pair(image: _File, label: _File, record: dict, table: LabelTable | No
     features = describe(image.array, ids, image.grid.spacing, has_grid=image.has_grid)
     record["features"] = {str(i): values for i, values in features.items()}
     if table is not None and image.has_grid:
-        names = {i: table.names[k] for i, k in table.source_to_class.items() if k}
-        if flips := flips_of(features, names):
-            label.add(
-                WARNING,
+        if flips := flips_of(features, table.organs):
+            label.warn(
                 "turned",
                 f"has its organs where they would be with {flips}; check the affine of the image",
             )
@@ -202,8 +199,7 @@ def _check_clipping(image: _File, ids: np.ndarray, window) -> None:
         return
     below, above = float(np.mean(values < window[0])), float(np.mean(values > window[1]))
     if below + above > _MAX_CLIPPED:
-        image.add(
-            WARNING,
+        image.warn(
             "cut",
             f"has {below + above:.0%} of its labeled voxels outside data.window ({window[0]:g}, "
             f"{window[1]:g}) ({below:.0%} below, {above:.0%} above), where contrast is lost; they "

@@ -15,6 +15,7 @@ distributions, each term bounded so that one odd case (a removed kidney, a huge 
 decide. Letters: N organs, F features.
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 
@@ -118,32 +119,23 @@ def _body(image: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
     return points.mean(axis=0) + np.array([first, 0, 0]), 2 * points.std(axis=0) + 1e-6
 
 
-def _orientations() -> list[tuple[bool, int, int, int]]:
-    """All (transposed in plane, sign of side, of depth, of height), identity first."""
-    signs = (1, -1)
-    return [(t, s, d, h) for t in (False, True) for h in signs for d in signs for s in signs]
-
-
-ORIENTATIONS = _orientations()
+# (transposed in plane, sign of side, of depth, of height), identity first.
+ORIENTATIONS = [
+    (transposed, side, depth, height)
+    for transposed in (False, True)
+    for height, depth, side in itertools.product((1, -1), repeat=3)
+]
 
 
 def misfits(features: Mapping[int, list[float]]) -> dict[int, np.ndarray]:
     """Returns per id the misfit (orientations, N) to each organ in each orientation."""
     result = {}
-    for i, values in features.items():
-        volume, side, depth, height, extent = values
-        turned = np.array(
-            [
-                (
-                    volume,
-                    *((s * depth, d * side) if t else (s * side, d * depth)),
-                    h * height,
-                    extent,
-                )
-                for t, s, d, h in ORIENTATIONS
-            ]
-        )
-        away = np.abs(turned[:, None] - PRIOR[None, ..., 0]) / PRIOR[None, ..., 1]
+    for i, (volume, side, depth, height, extent) in features.items():
+        turned = [
+            (volume, *((s * depth, d * side) if t else (s * side, d * depth)), h * height, extent)
+            for t, s, d, h in ORIENTATIONS
+        ]
+        away = np.abs(np.array(turned)[:, None] - PRIOR[None, ..., 0]) / PRIOR[None, ..., 1]
         terms = np.minimum(away, _BOUND) ** 2 / 2 + np.log(PRIOR[None, ..., 1])
         result[i] = terms.sum(axis=-1)
     return result

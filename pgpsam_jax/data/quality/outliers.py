@@ -13,7 +13,7 @@ import numpy as np
 
 from pgpsam_jax.data.findings import ERROR, WARNING, Finding
 from pgpsam_jax.data.layouts.label_table import LabelTable
-from pgpsam_jax.data.quality.appearance import QUANTILES
+from pgpsam_jax.data.quality.appearance import QUANTILES, slice_width
 
 _SPREADS = 5 * 1.4826
 _MEDIAN, _UPPER = QUANTILES.index(0.5), QUANTILES.index(0.75)
@@ -67,14 +67,12 @@ def _report_outliers(
         return
     values = [number for numbers in odd.values() for number in numbers]
     what = text.split("{}")[0].removeprefix("has ").strip()
-    yield Finding(
-        WARNING,
-        code,
-        "",
+    message = (
         f"the cases vary widely: {len(odd)} of {total} differ from the others ({what} "
         f"{min(values):.4g} to {max(values):.4g} overall), for example {next(iter(odd))}; check "
-        "that they belong together",
+        "that they belong together"
     )
+    yield Finding(WARNING, code, "", message)
 
 
 def _intensities(images) -> Iterable[Finding]:
@@ -105,14 +103,16 @@ def _by_factor(values: Mapping[str, float], factor: float) -> dict:
 
 
 def _grids(images) -> Iterable[Finding]:
-    def width(image) -> float:
-        return max(n * s for n, s in zip(image["shape"][1:], image["spacing"][1:], strict=True))
-
     stacks = [image for image in images if image["shape"][0] > 1]
+    widths = {i["file"]: slice_width(i["shape"], i["spacing"]) for i in images}
     for what, factor, values in (
         ("a pixel size of {} mm", _PIXEL, {i["file"]: min(i["spacing"][1:]) for i in images}),
         ("a slice distance of {} mm", _SLICES, {i["file"]: i["spacing"][0] for i in stacks}),
-        ("a slice width of {} mm", _WIDTH, {i["file"]: width(i) for i in images}),
+        (
+            "a slice width of {} mm",
+            _WIDTH,
+            widths,
+        ),
     ):
         text = f"has {what}, other cases {{}} to {{}}; check its voxel size"
         yield from _report_outliers("spacing", _by_factor(values, factor), len(values), text)
@@ -126,13 +126,11 @@ def _axes(images) -> Iterable[Finding]:
     usual = Counter(known.values()).most_common(1)[0][0]
     for file, axis in known.items():
         if axis != usual:
-            yield Finding(
-                WARNING,
-                "axis",
-                file,
+            message = (
                 f"has {axis} slices, but most cases {usual} ones, and all are sliced along one "
-                "axis (data.axis): remove or resample it",
+                "axis (data.axis): remove or resample it"
             )
+            yield Finding(WARNING, "axis", file, message)
 
 
 def _organs(images, labels, table: LabelTable) -> Iterable[Finding]:
@@ -168,18 +166,14 @@ def _rows_and_columns(images) -> Iterable[Finding]:
         if shape[1:] == usual:
             continue
         if usual in (shape[:2], shape[:2][::-1], shape[::2], shape[::2][::-1]):
-            yield Finding(
-                ERROR,
-                "shape",
-                image["file"],
+            message = (
                 f"has shape {shape}, but training slices have {usual}: its slice axis is not the "
-                "first; store it as (slices, rows, columns)",
+                "first; store it as (slices, rows, columns)"
             )
+            yield Finding(ERROR, "shape", image["file"], message)
         else:
-            yield Finding(
-                WARNING,
-                "size",
-                image["file"],
+            message = (
                 f"has slices of {shape[1:]} pixels, but most training slices have {usual}; "
-                "check that it was exported like them",
+                "check that it was exported like them"
             )
+            yield Finding(WARNING, "size", image["file"], message)

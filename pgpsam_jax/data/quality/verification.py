@@ -118,22 +118,16 @@ def _duplicates(files: list[dict]) -> list[Finding]:
         leak = first["part"] and file["part"] and first["part"] != file["part"]
         parts = f", one in {first['part']} and one in {file['part']}" if leak else ""
         image = file["kind"] == "image"
-        found.append(
-            Finding(
-                ERROR if image or leak else WARNING,
-                "duplicate",
-                file["file"],
-                f"has the same voxels as {first['file']}{parts}; "
-                + ("keep only one of them" if image else "give each case its own label"),
-            )
-        )
+        remedy = "keep only one of them" if image else "give each case its own label"
+        message = f"has the same voxels as {first['file']}{parts}; {remedy}"
+        level = ERROR if image or leak else WARNING
+        found.append(Finding(level, "duplicate", file["file"], message))
     return found
 
 
 def _order(records, table: LabelTable | None, *, has_grid: bool) -> dict:
     described = [{int(i): f for i, f in record["features"].items()} for record in records]
-    names = table and {i: table.names[k] for i, k in table.source_to_class.items() if k}
-    return check_label_order(described, names, has_grid=has_grid)
+    return check_label_order(described, table and table.organs, has_grid=has_grid)
 
 
 def _order_findings(order: dict, table: LabelTable | None) -> list[Finding]:
@@ -147,11 +141,11 @@ def _order_findings(order: dict, table: LabelTable | None) -> list[Finding]:
         return [Finding(ERROR, "no_table", "", message)]
     if order["verdict"] != "mixed_up":
         return []
-    named = {i: table.names[k] for i, k in table.source_to_class.items() if k}
+    named = table.organs
     wrong = [
         f"{i} looks like {organ}, not {named.get(i, 'background')}"
         for i, organ in sorted(order["likely"].items())
-        if _differs(named.get(i), organ)
+        if organ_of(named.get(i, "")) != organ
     ]
     likely = f"; they match {order['order']}" if order["order"] else ""
     message = (
@@ -159,11 +153,6 @@ def _order_findings(order: dict, table: LabelTable | None) -> list[Finding]:
         "correct the table (or the affines, if left and right are swapped)"
     )
     return [Finding(ERROR, "order", "", message)]
-
-
-def _differs(name: str | None, organ: str) -> bool:
-    """Whether a class name means a different organ."""
-    return name is None or organ_of(name) != organ
 
 
 def verify_run_data(data, split, workdir, *, say: Callable[[str], None] = print) -> dict | None:
@@ -250,15 +239,8 @@ def _key(case: Case, table: LabelTable, window) -> str:
         digests = [volumes.digest(source) for source in sources]
     except OSError as error:
         raise UserError(f"case {case.case_id} cannot be read: {error}; check the files") from error
-    value = [
-        SCHEMA,
-        case.case_id,
-        [str(s) for s in sources],
-        digests,
-        table.to_json(),
-        type(window).__name__,
-        window,
-    ]
+    names, kind = [str(s) for s in sources], type(window).__name__
+    value = [SCHEMA, case.case_id, names, digests, table.to_json(), kind, window]
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
