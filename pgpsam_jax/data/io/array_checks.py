@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,14 @@ from pgpsam_jax.data.findings import BadFile
 MAX_GIB = 2.0  # a 512 x 512 x 2048 volume in float32; anything larger suggests a broken header
 _COPIES = 3  # the voxels as stored, scaled, and in display orientation
 _allowed = MAX_GIB
+
+
+class OpenArray(NamedTuple):
+    """An array in an open file, within the limits, and a function that reads it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
 
 
 def allow(gib: float) -> None:

@@ -18,9 +18,9 @@ import numpy as np
 
 from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.data.io import hdf5
-from pgpsam_jax.data.io.array_checks import check_size, check_type
+from pgpsam_jax.data.io.array_checks import OpenArray, check_size, check_type
 from pgpsam_jax.data.io.volume_files import check_entry
-from pgpsam_jax.data.io.volume_streams import reading_errors
+from pgpsam_jax.data.io.volume_streams import read_numbers, reading_errors
 from pgpsam_jax.data.io.voxel_grid import AS_STORED, SourceGrid
 from pgpsam_jax.utils.files import file_digest
 
@@ -104,34 +104,12 @@ def _grid(source: ArrayFiles, shape) -> SourceGrid:
 
 @contextlib.contextmanager
 def _array(path: Path, key: str):
-    """Opens an array with checked `shape` and `dtype`, which `read()` reads."""
+    """Opens an array as an `OpenArray`."""
     opened = _npz if path.suffix.lower() == ".npz" else hdf5.opened
     with reading_errors(path):
         check_entry(path)
         with opened(path, key) as array:
             yield array
-
-
-@dataclass(frozen=True)
-class _Npy:
-    """An array inside a zip archive, positioned after its header."""
-
-    path: Path
-    stream: object
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    order: str
-
-    def read(self) -> np.ndarray:
-        array = np.empty(math.prod(self.shape), self.dtype)
-        view, done = memoryview(array.view(np.uint8)), 0
-        while done < array.nbytes and (count := self.stream.readinto(view[done:])):
-            done += count
-        if done < array.nbytes or self.stream.read(1):  # the last read checks the CRC
-            raise BadFile(
-                f"{self.path} does not have its declared length; get a new copy", "damaged"
-            )
-        return array.reshape(self.shape, order=self.order)
 
 
 @contextlib.contextmanager
@@ -146,13 +124,20 @@ def _npz(path: Path, key: str):
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise BadFile(f"{path} is compressed in an unusual way; save it again", "header")
             with archive.open(entry) as stream:
-                array = _Npy(path, stream, *_npy_header(path, stream))
-                check_type(path, key, array.shape, array.dtype)
-                yield array
+                shape, dtype, order = _npy_header(path, stream)
+                check_type(path, key, shape, dtype)
+                yield OpenArray(shape, dtype, lambda: _read_npy(path, stream, shape, dtype, order))
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise BadFile(
             f"{path} is damaged or no .npz ({error}); get a new copy", "damaged"
         ) from None
+
+
+def _read_npy(path: Path, stream, shape, dtype: np.dtype, order: str) -> np.ndarray:
+    array, done = read_numbers(stream, math.prod(shape), dtype)
+    if done < array.nbytes or stream.read(1):  # the last read checks the CRC
+        raise BadFile(f"{path} does not have its declared length; get a new copy", "damaged")
+    return array.reshape(shape, order=order)
 
 
 def _npy_header(path: Path, stream):

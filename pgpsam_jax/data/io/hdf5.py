@@ -4,13 +4,12 @@ import contextlib
 import itertools
 import math
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pgpsam_jax.data.findings import BadFile
-from pgpsam_jax.data.io.array_checks import check_size, check_type
+from pgpsam_jax.data.io.array_checks import OpenArray, check_size, check_type
 from pgpsam_jax.errors import UserError
 
 _DEFLATE, _SHUFFLE, _CHECKSUM, _LZF = 1, 2, 3, 32000
@@ -20,24 +19,9 @@ _HARMLESS = 256 << 20  # bytes; chunks that cannot unpack to more need no check
 _SLACK = 4096  # bytes of headers and checksums of a chunk
 
 
-@dataclass(frozen=True)
-class _Dataset:
-    """An HDF5 dataset."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    dataset: object
-
-    def read(self) -> np.ndarray:
-        if self.dataset.chunks:
-            _check_chunks(self.path, self.dataset)
-        return self.dataset[()]
-
-
 @contextlib.contextmanager
 def opened(path: Path, key: str):
-    """Opens a dataset with checked `shape` and `dtype`, which `read()` reads."""
+    """Opens a dataset as an `OpenArray`."""
     try:
         import h5py
     except ImportError:
@@ -53,7 +37,7 @@ def opened(path: Path, key: str):
                 raise BadFile(f"{path} holds no plain array as {key!r}; save it again", "key")
             check_type(path, key, dataset.shape, dataset.dtype)
             _check_storage(path, dataset)
-            yield _Dataset(path, dataset.shape, dataset.dtype, dataset)
+            yield OpenArray(dataset.shape, dataset.dtype, lambda: _read(path, dataset))
     except BadFile:
         raise
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
@@ -84,6 +68,12 @@ def _check_storage(path: Path, dataset) -> None:
             f"{path} declares {dataset.shape} voxels but does not hold them all; get a new copy",
             "damaged",
         )
+
+
+def _read(path: Path, dataset) -> np.ndarray:
+    if dataset.chunks:
+        _check_chunks(path, dataset)
+    return dataset[()]
 
 
 def _filters(dataset) -> list[int]:

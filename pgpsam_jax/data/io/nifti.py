@@ -17,12 +17,11 @@ import numpy as np
 
 from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.data.io.nifti_header import parse_header
-from pgpsam_jax.data.io.volume_streams import Opened, opened
+from pgpsam_jax.data.io.volume_streams import Opened, opened, read_numbers
 from pgpsam_jax.data.io.voxel_grid import SourceGrid, to_display, to_source
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import atomic_path
 
-_CHUNK = 16 << 20
 _MAX_TRAILING = 1 << 20  # padding tolerated after the voxels before a gzip counts as a bomb
 _MAX_PACKING = 1032  # bytes that one byte of a deflate stream can unpack to: 258 per two bits
 
@@ -114,15 +113,11 @@ def _voxels(file: Opened, grid: SourceGrid) -> np.ndarray:
             "voxels; get a new copy",
             "damaged",
         )
-    raw = np.empty(math.prod(grid.shape), dtype)
-    view, done = memoryview(raw.view(np.uint8)), 0
-    complete = file.voxels.seek(start) == start
-    while complete and done < raw.nbytes:
-        count = file.voxels.readinto(view[done : done + _CHUNK])
-        done, complete = done + count, count > 0
-    if not complete:
+    count = math.prod(grid.shape) if file.voxels.seek(start) == start else 0
+    raw, done = read_numbers(file.voxels, count, dtype)
+    if done < need:
         raise BadFile(
-            f"{grid.path} is cut off after {done} of {raw.nbytes} bytes of voxels; get a new copy",
+            f"{grid.path} is cut off after {done} of {need} bytes of voxels; get a new copy",
             "damaged",
         )
     return raw.reshape(grid.shape[:3], order="F")

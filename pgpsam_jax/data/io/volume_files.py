@@ -21,15 +21,10 @@ _VOLUME = re.compile(r"(.+?)(\.nii|\.img|\.hdr)(\.gz)?", re.DOTALL | re.IGNORECA
 _PARTNER = {".hdr": ".img", ".img": ".hdr"}
 _LONGEST_NAME = 255  # bytes, on every common file system
 _MASK = ".nii.gz"
-_FORMATS = {
-    ".dcm": "DICOM file",
-    ".mha": "MetaImage file",
-    ".mhd": "MetaImage file",
-    ".mgh": "FreeSurfer file",
-    ".mgz": "FreeSurfer file",
-    ".nrrd": "NRRD file",
-    ".nhdr": "NRRD file",
-}
+_FORMATS = {".dcm": "DICOM file"}
+_FORMATS |= dict.fromkeys((".mha", ".mhd"), "MetaImage file")
+_FORMATS |= dict.fromkeys((".mgh", ".mgz"), "FreeSurfer file")
+_FORMATS |= dict.fromkeys((".nrrd", ".nhdr"), "NRRD file")
 _LOOKED_AT = 20  # files of a folder that are inspected for DICOM
 
 

@@ -6,8 +6,12 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
+
 from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.data.io.volume_files import check_entry, halves
+
+_CHUNK = 16 << 20  # bytes
 
 
 class Opened(NamedTuple):
@@ -34,6 +38,15 @@ def opened(path: Path):
             zipped = _is_gzip(file, half)
             streams.append(gzip.GzipFile(fileobj=file) if zipped else file)
         yield Opened(streams[0], streams[-1], zipped, half.stat().st_size)
+
+
+def read_numbers(stream, count: int, dtype) -> tuple[np.ndarray, int]:
+    """Reads an array (count,), as far as the stream goes, and returns it with the bytes read."""
+    array = np.empty(count, dtype)
+    view, done = memoryview(array.view(np.uint8)), 0
+    while read := stream.readinto(view[done : done + _CHUNK]):
+        done += read
+    return array, done
 
 
 def _is_gzip(file, path: Path) -> bool:

@@ -99,22 +99,18 @@ class LabelTable:
         """
         value = _in_full(value, where)
         value = _fields(value, {"classes": list, "other": str, "background": list}, where)
-        table, names = {0: 0}, ["background"]
         groups = [{"name": "background", "source": value.get("background", [])}]
         for entry in value.get("classes", []):
-            group = _fields(entry, {"name": str, "source": object}, where)
-            groups.append(group)
-            if group.get("name") != "background":
-                names.append(group.get("name", ""))
-        place = 0
+            groups.append(_fields(entry, {"name": str, "source": object}, where))
+        table, names = {0: 0}, ["background"]
         for group in groups:
-            background = group.get("name") == "background"
-            place += not background
-            class_id = 0 if background else place
-            sources = group.get("source", [])
+            name, sources, class_id = group.get("name", ""), group.get("source", []), 0
+            if name != "background":
+                names.append(name)
+                class_id = len(names) - 1
             for source in sources if isinstance(sources, list) else [sources]:
                 label = as_id(source)
-                if label == 0 and background:
+                if label == 0 and class_id == 0:
                     continue
                 if label is None or label in table:
                     raise UserError(

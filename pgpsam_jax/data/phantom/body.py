@@ -3,8 +3,6 @@
 The body leaves the abdominal cavity free in `Scene.clearance`; `organs` fills it.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from pgpsam_jax.data.phantom.shapes import Scene, smooth_max
@@ -23,34 +21,19 @@ PARASPINAL = (
 )
 
 
-@dataclass(frozen=True)
 class Patient:
-    """Body measures in mm: half axes of the muscle wall, fat thickness, dome heights, spine."""
+    """Random body measures in mm: half axes of the muscle wall, fat thickness, domes, spine."""
 
-    half_width: float
-    half_depth: float
-    fat: float
-    dome_right: float
-    dome_left: float
-    sway: float
-    lordosis: float
-    phase: float  # strength of the contrast enhancement, about 1
-    couch: float  # gap between back and couch top
-
-    @classmethod
-    def sample(cls, rng):
-        """Samples a random patient."""
-        return cls(
-            half_width=rng.uniform(136, 148),
-            half_depth=rng.uniform(95, 107),
-            fat=rng.uniform(8, 24),
-            dome_right=rng.uniform(88, 98),
-            dome_left=rng.uniform(80, 90),
-            sway=rng.uniform(-5, 5),
-            lordosis=rng.uniform(4, 9),
-            phase=rng.uniform(0.94, 1.06),
-            couch=rng.uniform(2, 6),
-        )
+    def __init__(self, rng):
+        self.half_width = rng.uniform(136, 148)
+        self.half_depth = rng.uniform(95, 107)
+        self.fat = rng.uniform(8, 24)
+        self.dome_right = rng.uniform(88, 98)
+        self.dome_left = rng.uniform(80, 90)
+        self.sway = rng.uniform(-5, 5)
+        self.lordosis = rng.uniform(4, 9)
+        self.phase = rng.uniform(0.94, 1.06)  # strength of the contrast enhancement
+        self.couch = rng.uniform(2, 6)  # gap between back and couch top
 
     def spine(self, z):
         """Returns the center line (x, y) of the vertebral bodies at height z."""

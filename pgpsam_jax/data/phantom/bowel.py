@@ -31,11 +31,8 @@ def draw_stomach(p, label):
     bag = s.place(box, bag, p.tissue(box, p.rng.uniform(78, 95), 5), label=label, gap=1.5)
     lumen = bag + 4.0 + 1.2 * p.fine[box]
     s.paint(box, lumen, p.tissue(box, p.rng.uniform(18, 38), 7))
-    s.paint(
-        box,
-        np.maximum(lumen + 0.5, _above_fluid(p.scene, box, p.rng.uniform(0.15, 0.32), lumen)),
-        -930,
-    )
+    gas = _above_fluid(s, box, p.rng.uniform(0.15, 0.32), lumen)
+    s.paint(box, np.maximum(lumen + 0.5, gas), -930)
 
 
 def draw_bowel(p):

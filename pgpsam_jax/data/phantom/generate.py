@@ -60,7 +60,7 @@ def make_case(seed: int, case_id: int):
 
 def _draw_patient(rng) -> Scene:
     """Draws a patient on the couch: noise-free HU and labels."""
-    patient = Patient.sample(rng)
+    patient = Patient(rng)
     # The field of view fits the body, as a radiographer would set it.
     width = 2 * (1.03 * patient.half_width + 1.2 * patient.fat + 12)
     pixel = float(np.clip(width / PIXELS, 2.2, 2.6))
@@ -153,9 +153,7 @@ def _locked(root: Path):
     """Locks `root` for one generator at a time; the lock ends with the process."""
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".phantom.lock", "w") as file:
-        with contextlib.suppress(
-            ImportError, OSError
-        ):  # not supported on every system or file system
+        with contextlib.suppress(ImportError, OSError):  # where locks are not supported
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -170,9 +168,8 @@ def _complete(root: Path, seed, cases, workers):
     The manifest is written before the files are moved: if the process is killed in between, the
     files do not match it and are regenerated.
     """
-    intact, missing, stale = _inspect(
-        root, seed, cases
-    )  # again: another generator may have held the lock
+    # Again: another generator may have held the lock.
+    intact, missing, stale = _inspect(root, seed, cases)
     with tempfile.TemporaryDirectory(prefix=".tmp-phantom-", dir=root) as temporary:
         folder = Path(temporary)
         with ThreadPoolExecutor(workers) as pool:

@@ -7,7 +7,7 @@ import numpy as np
 
 from pgpsam_jax.data.phantom.body import Patient
 from pgpsam_jax.data.phantom.bowel import draw_bowel, draw_stomach
-from pgpsam_jax.data.phantom.shapes import FAR, Scene, smooth_max
+from pgpsam_jax.data.phantom.shapes import FAR, Scene, relative, smooth_max
 
 SPLEEN, RIGHT_KIDNEY, LEFT_KIDNEY, GALLBLADDER, ESOPHAGUS, LIVER, STOMACH = range(1, 8)
 AORTA, VENA_CAVA, PORTAL_SPLENIC, PANCREAS, RIGHT_ADRENAL, LEFT_ADRENAL = range(8, 14)
@@ -96,13 +96,10 @@ def _kidneys(p):
 def _move_to(box, other, shape):
     """Crops a shape from the box `other` to `box`, filled with `FAR` where they do not overlap."""
     whole = np.full([s.stop - s.start for s in box], FAR, np.float32)
-    meet = [(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, other, strict=True)]
-    if all(i < j for i, j in meet):
-        inner = tuple(slice(i - b.start, j - b.start) for (i, j), b in zip(meet, box, strict=True))
-        source = tuple(
-            slice(i - b.start, j - b.start) for (i, j), b in zip(meet, other, strict=True)
-        )
-        whole[inner] = shape[source]
+    pairs = zip(box, other, strict=True)
+    meet = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in pairs]
+    if all(s.start < s.stop for s in meet):
+        whole[relative(meet, box)] = shape[relative(meet, other)]
     return whole
 
 

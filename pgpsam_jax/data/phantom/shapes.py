@@ -45,6 +45,11 @@ def smooth_max(a, b, radius):
     return np.maximum(a, b) + h * h * np.float32(radius / 4)
 
 
+def relative(part, box):
+    """Returns the slices of the box `part` within an array over the box `box`."""
+    return tuple(slice(p.start - b.start, p.stop - b.start) for p, b in zip(part, box, strict=True))
+
+
 class Scene:
     """Voxel grid, HU image, label map and `clearance`, the distance to all placed shapes."""
 
@@ -57,10 +62,8 @@ class Scene:
         ]
         z, y, x = self.axes[0][:, None, None], self.axes[1][None, :, None], self.axes[2]
         self.first = tuple(float(a[0]) for a in self.axes)
-        self.turn = cosine, sine = (
-            math.cos(math.radians(tilt_deg)),
-            math.sin(math.radians(tilt_deg)),
-        )
+        tilt = math.radians(tilt_deg)
+        self.turn = cosine, sine = math.cos(tilt), math.sin(tilt)
         warp = [np.float32(warp_mm) * smooth_field(rng, shape, (3, 4, 4)) for _ in range(3)]
         reach = [float(np.abs(w).max()) for w in warp]
         self.margin = (reach[0] / 2 + 4.0, max(reach[1:]) * 1.2 + 4.0, max(reach[1:]) * 1.2 + 4.0)
@@ -132,9 +135,7 @@ class Scene:
             low = np.minimum(path[i] - reach[i], path[i + 1] - reach[i + 1])
             high = np.maximum(path[i] + reach[i], path[i + 1] + reach[i + 1])
             part = self.box(low, high)
-            inner = tuple(
-                slice(p.start - b.start, p.stop - b.start) for p, b in zip(part, box, strict=True)
-            )
+            inner = relative(part, box)
             cone = self._cone(part, path[i : i + 2], width[i : i + 2], flat)
             np.minimum(shape[inner], cone, out=shape[inner])
         return box, shape

@@ -108,11 +108,7 @@ def _grids(images) -> Iterable[Finding]:
     for what, factor, values in (
         ("a pixel size of {} mm", _PIXEL, {i["file"]: min(i["spacing"][1:]) for i in images}),
         ("a slice distance of {} mm", _SLICES, {i["file"]: i["spacing"][0] for i in stacks}),
-        (
-            "a slice width of {} mm",
-            _WIDTH,
-            widths,
-        ),
+        ("a slice width of {} mm", _WIDTH, widths),
     ):
         text = f"has {what}, other cases {{}} to {{}}; check its voxel size"
         yield from _report_outliers("spacing", _by_factor(values, factor), len(values), text)
