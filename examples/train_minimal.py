@@ -16,7 +16,7 @@ from flax import nnx
 
 from pgpsam_jax.config.augmentation import AugmentConfig
 from pgpsam_jax.config.optimizer import OptimConfig
-from pgpsam_jax.data.io.nibabel_image import from_nibabel
+from pgpsam_jax.data.io.nifti import from_nibabel
 from pgpsam_jax.data.layouts.label_table import SYNAPSE8
 from pgpsam_jax.data.letterbox import Letterbox, to_model
 from pgpsam_jax.data.phantom.generate import make_case

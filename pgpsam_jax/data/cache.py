@@ -127,23 +127,21 @@ def gather_slices(
 
     Each case is read once, one at a time.
     """
-    wanted: dict[str, list[int]] = {}
-    for position, (case_id, _) in enumerate(entries):
-        wanted.setdefault(case_id, []).append(position)
-    unknown = sorted(set(wanted) - {case.case_id for case in cached})
+    ids = np.array([case_id for case_id, _ in entries], str)
+    indices = np.array([index for _, index in entries], int)
+    unknown = sorted({*ids.tolist()} - {case.case_id for case in cached})
     if unknown:
         raise UserError(f"slices are wanted of cases that are not cached: {', '.join(unknown)}")
     images = labels = None
     for case in cached:
-        positions = wanted.get(case.case_id, [])
-        if not positions:
+        rows = np.flatnonzero(ids == case.case_id)
+        if not len(rows):
             continue
         case_images, case_labels = case.load()
         if images is None:
             shape = (len(entries), *case_images.shape[1:])
             images, labels = np.empty(shape, np.float16), np.empty(shape, np.uint8)
-        slices = [entries[position][1] for position in positions]
-        images[positions], labels[positions] = case_images[slices], case_labels[slices]
+        images[rows], labels[rows] = case_images[indices[rows]], case_labels[indices[rows]]
     if images is None:
         raise UserError("no slices to gather; the few-shot list is empty")
     return images, labels

@@ -17,19 +17,12 @@ class BadFile(UserError):
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem of a file or data set.
+    """One problem of a file or data set."""
 
-    Attributes:
-        level: `ERROR` or `WARNING`.
-        code: kind of problem, one word.
-        file: the file; empty for the data set as a whole.
-        message: a sentence with the remedy.
-    """
-
-    level: str
-    code: str
-    file: str
-    message: str
+    level: str  # `ERROR` or `WARNING`
+    code: str  # kind of problem, one word
+    file: str  # empty for the data set as a whole
+    message: str  # a sentence with the remedy
 
     def to_json(self) -> dict:
         return asdict(self)

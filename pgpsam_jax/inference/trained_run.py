@@ -13,8 +13,7 @@ from ml_collections import ConfigDict
 
 from pgpsam_jax.config import load_config
 from pgpsam_jax.data.io import array_checks
-from pgpsam_jax.data.io.nibabel_image import from_nibabel
-from pgpsam_jax.data.io.nifti import Volume, label_image
+from pgpsam_jax.data.io.nifti import Volume, from_nibabel, label_image
 from pgpsam_jax.data.io.volumes import read_image
 from pgpsam_jax.data.io.voxel_grid import AXIAL
 from pgpsam_jax.data.layouts.label_table import load_label_table

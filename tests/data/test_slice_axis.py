@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from pgpsam_jax.config import default_config, from_json, to_json
 from pgpsam_jax.data import cache, dataset
-from pgpsam_jax.data.io.nibabel_image import from_nibabel
-from pgpsam_jax.data.io.nifti import write_label
+from pgpsam_jax.data.io.nifti import from_nibabel, write_label
 from pgpsam_jax.data.io.volumes import read_grid, read_image, read_label
 from pgpsam_jax.data.io.voxel_grid import AXES, AXIAL, SourceGrid
 from pgpsam_jax.data.layouts.cases import Case

@@ -11,7 +11,7 @@ from flax import nnx
 import pgpsam_jax
 from pgpsam_jax import predict
 from pgpsam_jax.data import dataset
-from pgpsam_jax.data.io.nibabel_image import from_nibabel
+from pgpsam_jax.data.io.nifti import from_nibabel
 from pgpsam_jax.data.io.volumes import read_image
 from pgpsam_jax.data.letterbox import Letterbox, logits_to_native
 from pgpsam_jax.errors import UserError

@@ -67,12 +67,12 @@ def read_grid(source: ArrayFiles) -> SourceGrid:
         return _grid(source, array.shape)
 
 
-def read_raw(source: ArrayFiles) -> tuple[np.ndarray, SourceGrid]:
+def read_raw(source: ArrayFiles) -> tuple[np.ndarray, SourceGrid, int]:
     """Returns voxels (W, H, D) in their stored type and the unit grid, like `nifti.read_raw`."""
     with _array(source.files[0], source.key) as array:
         grid, first = _grid(source, array.shape), array.read()
     if first.ndim == 3:
-        return first.transpose(2, 1, 0), grid
+        return first.transpose(2, 1, 0), grid, 0
     volume = np.empty((len(source.files), *first.shape), first.dtype)
     volume[0] = first
     for index, path in enumerate(source.files[1:], 1):
@@ -84,7 +84,7 @@ def read_raw(source: ArrayFiles) -> tuple[np.ndarray, SourceGrid]:
                     "shape",
                 )
             volume[index] = array.read()
-    return volume.transpose(2, 1, 0), grid
+    return volume.transpose(2, 1, 0), grid, 0
 
 
 def _grid(source: ArrayFiles, shape) -> SourceGrid:

@@ -8,6 +8,7 @@ is, but never past the declared size.
 """
 
 import functools
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.data.io.nifti_header import parse_header
-from pgpsam_jax.data.io.volume_streams import Opened, opened, read_numbers
+from pgpsam_jax.data.io.volume_streams import Opened, opened, read_numbers, reading_errors
 from pgpsam_jax.data.io.voxel_grid import SourceGrid, to_display, to_source
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import atomic_path
@@ -76,8 +77,25 @@ def label_image(array: np.ndarray, source: SourceGrid) -> nib.Nifti1Image:
 
 def to_volume(raw: np.ndarray, grid: SourceGrid, dtype) -> Volume:
     """Scales stored voxels to float32 intensities or int32 label ids in display orientation."""
-    array = np.ascontiguousarray(to_display(decode(raw, grid, dtype), grid))
+    array = np.ascontiguousarray(to_display(_decode(raw, grid, dtype), grid))
     return Volume(array, grid.spacing, grid)
+
+
+def from_nibabel(image: nib.Nifti1Image) -> Volume:
+    """Returns the `Volume` that is read from the image's file, with the same checks.
+
+    An affine that was changed after loading counts, as it does when nibabel saves the image.
+    """
+    path = Path(image.get_filename() or "the nibabel image")
+    # A new image, because nibabel then updates the header to match affine and shape.
+    header = type(image)(image.dataobj, image.affine, image.header).header
+    header.set_data_dtype(image.dataobj.dtype)
+    header.set_slope_inter(1, 0)  # `dataobj` gives scaled values already
+    header["vox_offset"] = header.single_vox_offset
+    grid = parse_header(io.BytesIO(header.binaryblock), path)
+    with reading_errors(path):
+        voxels = np.asanyarray(image.dataobj).reshape(grid.shape[:3])
+    return to_volume(voxels, grid, np.float32)
 
 
 def read_raw(path) -> tuple[np.ndarray, SourceGrid, int]:
@@ -123,7 +141,7 @@ def _voxels(file: Opened, grid: SourceGrid) -> np.ndarray:
     return raw.reshape(grid.shape[:3], order="F")
 
 
-def decode(raw: np.ndarray, grid: SourceGrid, dtype) -> np.ndarray:
+def _decode(raw: np.ndarray, grid: SourceGrid, dtype) -> np.ndarray:
     """Scales and converts slice by slice, which avoids a float64 copy of the volume."""
     slope, inter = scale_of(grid)
     if dtype == np.int32 and (slope, inter) != (1.0, 0.0) and raw.dtype.kind in "iu":

@@ -29,17 +29,11 @@ _LOOKED_AT = 20  # files of a folder that are inspected for DICOM
 
 
 class Inputs(NamedTuple):
-    """Files to segment.
-
-    Attributes:
-        files: volumes.
-        faults: volumes that cannot be used.
-        skipped: one line that counts the other entries by kind, or empty.
-    """
+    """Volumes to segment and volumes that cannot be used."""
 
     files: list[Path]
     faults: list[BadFile]
-    skipped: str = ""
+    skipped: str = ""  # counts the other entries by kind
 
 
 def stem_of(path: Path) -> str:
@@ -173,8 +167,7 @@ def skipped_entries(folder: Path, used: Iterable[Path]) -> str:
 def _fault(path: Path) -> BadFile | None:
     """Returns the problem of an input that shows before reading it, if any."""
     if undecodable(path):
-        what = f"{path} has a name that is not UTF-8; rename it"
-        return BadFile(what, "name")
+        return BadFile(f"{path} has a name that is not UTF-8; rename it", "name")
     if len(os.fsencode(stem_of(path) + _MASK)) > _LONGEST_NAME:
         what = f"{path} has a name too long for its mask; shorten it to 200 bytes"
         return BadFile(what, "name")

@@ -33,21 +33,22 @@ def read_label(source: Source, axis: str = AXIAL) -> Volume:
 
 def _read(source: Source, axis: str, dtype) -> Volume:
     raw, grid, _ = read_raw(source)
-    return nifti.to_volume(raw, grid if isinstance(source, ArrayFiles) else grid.along(axis), dtype)
+    grid = grid if isinstance(source, ArrayFiles) else grid.along(axis)
+    return nifti.to_volume(raw, grid, dtype)
 
 
 def read_raw(source: Source) -> tuple[np.ndarray, SourceGrid, int]:
-    """Like `nifti.read_raw`: stored voxels (X, Y, Z), grid, trailing bytes."""
-    if isinstance(source, ArrayFiles):
-        return *array_files.read_raw(source), 0
-    return nifti.read_raw(source)
+    """Returns the stored voxels (X, Y, Z), the grid and the number of trailing bytes."""
+    return _reader(source).read_raw(source)
 
 
 def read_grid(source: Source) -> SourceGrid:
     """Reads the header: the grid on which a prediction is written."""
-    return (
-        array_files.read_grid(source) if isinstance(source, ArrayFiles) else nifti.read_grid(source)
-    )
+    return _reader(source).read_grid(source)
+
+
+def _reader(source: Source):
+    return array_files if isinstance(source, ArrayFiles) else nifti
 
 
 def digest(source: Source) -> str:
@@ -56,10 +57,10 @@ def digest(source: Source) -> str:
         check_entry(path)
     if isinstance(source, ArrayFiles):
         return source.digest()
-    first, *second = [file_digest(path) for path in halves(source)]
+    first, *second = map(file_digest, files_of(source))
     return hashlib.sha256((first + second[0]).encode()).hexdigest() if second else first
 
 
-def files_of(source: Source) -> list:
+def files_of(source: Source) -> tuple:
     """Returns the files of a volume."""
-    return list(source.files if isinstance(source, ArrayFiles) else halves(source))
+    return source.files if isinstance(source, ArrayFiles) else halves(source)

@@ -20,36 +20,22 @@ _LONGEST = 200  # bytes of a case id, which becomes part of file names
 
 @dataclass(frozen=True)
 class Case:
-    """The volume of one patient.
+    """The volume of one patient."""
 
-    Attributes:
-        case_id: safe as a file name.
-        image: file of the image.
-        label: file of the label, if there is one.
-        part: "train" or "test" if the layout splits the data, else empty.
-    """
-
-    case_id: str
+    case_id: str  # safe as a file name
     image: Source
     label: Source | None = None
-    part: str = ""
+    part: str = ""  # "train" or "test" if the layout splits the data
 
 
 @dataclass
 class Listing:
-    """All cases of a data set and the problems with the names of their files.
-
-    Attributes:
-        cases: sorted by id.
-        findings: the problems.
-        expected: description of the layout, for messages.
-        skipped: one line per folder that counts entries which are not data.
-    """
+    """All cases of a data set, sorted by id, and the problems with the names of their files."""
 
     cases: list[Case]
     findings: list[Finding] = field(default_factory=list)
-    expected: str = ""
-    skipped: list[str] = field(default_factory=list)
+    expected: str = ""  # description of the layout, for messages
+    skipped: list[str] = field(default_factory=list)  # per folder, counts what is not data
 
     def note_skipped(self, folder: Path, used: Iterable[Source | None]) -> None:
         """Counts the entries of a folder that are not used."""

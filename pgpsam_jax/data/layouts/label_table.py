@@ -216,14 +216,10 @@ def _check(table: LabelTable) -> None:
         raise UserError(f'"other" must be "error" or "background", got {table.other!r}')
 
 
+_ORGANS = "spleen right_kidney left_kidney gallbladder liver stomach aorta pancreas"
 SYNAPSE8 = LabelTable(
-    names=(
-        *("background", "spleen", "right_kidney", "left_kidney", "gallbladder", "liver"),
-        *("stomach", "aorta", "pancreas"),
-    ),
+    names=("background", *_ORGANS.split()),
     # BTCV ids: 5 esophagus, 9 vena cava, 10 portal and splenic veins, 12 and 13 adrenal glands.
-    source_to_class={
-        **{1: 1, 2: 2, 3: 3, 4: 4, 6: 5, 7: 6, 8: 7, 11: 8},
-        **{5: 0, 9: 0, 10: 0, 12: 0, 13: 0},
-    },
+    source_to_class=dict.fromkeys((5, 9, 10, 12, 13), 0)
+    | {1: 1, 2: 2, 3: 3, 4: 4, 6: 5, 7: 6, 8: 7, 11: 8},
 )

@@ -142,17 +142,14 @@ def _decathlon(root: Path, value: dict):
 
     That of nnU-Net's first version has the list too, but its images have other names.
     """
-    entries, file = value.get("training"), root / "dataset.json"
-    keys = {"image", "label"}
+    entries, file, kinds = value.get("training"), root / "dataset.json", ("image", "label")
     if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and keys <= entry.keys() for entry in entries
+        isinstance(entry, dict) and entry.keys() >= set(kinds) for entry in entries
     ):
         return None
     images, labels = [], []
     for entry in entries:
-        image, label = (
-            named_alike(inside(root, entry[kind], str(file))) for kind in ("image", "label")
-        )
+        image, label = (named_alike(inside(root, entry[kind], str(file))) for kind in kinds)
         images.append((safe_case_id(stem_of(image)), image))
         labels.append((images[-1][0], label))
     there = {path.name for folder in {p.parent for _, p in images} for path in volumes_in(folder)}

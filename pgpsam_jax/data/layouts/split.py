@@ -13,6 +13,10 @@ BTCV_TEST = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)
 # The authors' code: half of the test cases select the checkpoint, the other half are scored.
 BTCV_VALIDATION_6 = (2, 8, 22, 32, 36, 38)
 BTCV_TEST_6 = (1, 3, 4, 25, 29, 35)
+_PUBLISHED = {
+    "btcv_18_12": (BTCV_TRAIN, (), BTCV_TEST),
+    "btcv_18_6_6": (BTCV_TRAIN, BTCV_VALIDATION_6, BTCV_TEST_6),
+}
 
 
 def split_cases(
@@ -52,10 +56,8 @@ def split_cases(
         return own, [], own
     if kind == "given":
         return _given(cases)
-    if kind == "btcv_18_12":
-        parts = BTCV_TRAIN, (), BTCV_TEST
-    elif kind == "btcv_18_6_6":
-        parts = BTCV_TRAIN, BTCV_VALIDATION_6, BTCV_TEST_6
+    if kind in _PUBLISHED:
+        parts = _PUBLISHED[kind]
     elif kind == "file":
         parts = _split_file(file)
     elif kind == "fraction":

@@ -10,12 +10,9 @@ from pgpsam_jax.data.phantom.shapes import Scene, smooth_max
 VERTEBRA_MM = 36.0  # one vertebral body and its disc
 FIRST_RIB, LAST_RIB = 5, 12
 # Path (mm lateral and posterior to the vertebral body, height z), radii, HU.
+PSOAS = [(24, 10, 20), (30, 8, -20), (38, 4, -60), (44, -2, -110), (46, -4, -130)]
 PARASPINAL = (
-    (
-        [(24, 10, 20), (30, 8, -20), (38, 4, -60), (44, -2, -110), (46, -4, -130)],
-        (3, 9, 15, 20, 21),
-        60,
-    ),  # psoas
+    (PSOAS, (3, 9, 15, 20, 21), 60),
     ([(52, 34, 15), (60, 40, -50), (62, 38, -130)], (4, 8.5, 10), 56),  # quadratus lumborum
     ([(16, -34, 85), (15, -24, 50), (17, -18, 20), (20, -12, -15)], (3, 4, 5, 2), 60),  # crus
 )

@@ -94,12 +94,8 @@ def generate(root, *, seed: int = 0, cases=None, workers: int | None = None) -> 
     another seed or version, are regenerated.
 
     Args:
-        root: folder to write.
         cases: case ids; default: the 30 labeled BTCV cases.
         workers: threads; default: one per core, at most 8. Does not affect the data.
-
-    Returns:
-        `root` as a Path.
 
     Raises:
         UserError: `root` cannot be written, or has a `RawData` folder of other origin.

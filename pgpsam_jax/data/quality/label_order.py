@@ -21,31 +21,31 @@ _LOST = 10.0  # gain of an order that finds an organ missing under the table
 _FOUND = 2.0  # maximum distance of such an organ
 _FAR = 4.0  # mean distance per organ above which no order fits; good data has 0.5
 
-# Source ids of data sets and code bases; None: a structure without a prior.
-SAMED = ("spleen", "right_kidney", "left_kidney", "gallbladder", "liver", "stomach", "aorta")
-BTCV = ("spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach")
+_BTCV = "spleen right_kidney left_kidney gallbladder esophagus liver stomach aorta vena_cava"
+# Organs of source ids 1, 2, ... of data sets and code bases; None: a structure without a prior.
 ORDERS = {
-    "TransUNet/SAMed/H-SAM (1 spleen, ..., 5 liver, 8 pancreas)": (*SAMED, "pancreas"),
-    "alphabetical (1 aorta, ..., 5 liver, 8 stomach)": (
-        *("aorta", "gallbladder", "left_kidney", "right_kidney"),
-        *("liver", "pancreas", "spleen", "stomach"),
-    ),
-    "CASCADE (1 spleen, ..., 5 pancreas, 6 liver, 7 stomach, 8 aorta)": (
-        *("spleen", "right_kidney", "left_kidney", "gallbladder"),
-        *("pancreas", "liver", "stomach", "aorta"),
-    ),
-    "BTCV source ids (1 spleen, ..., 6 liver, 8 aorta, 11 pancreas)": (
-        *(*BTCV, "aorta", "vena_cava", "portal_splenic_vein", "pancreas"),
-        *("right_adrenal", "left_adrenal"),
-    ),
-    "AMOS (1 spleen, ..., 6 liver, 8 aorta, 10 pancreas)": (
-        *(*BTCV, "aorta", "vena_cava", "pancreas", "right_adrenal", "left_adrenal"),
-        *(None, None, None),
-    ),
-    "FLARE22 (1 liver, 2 right kidney, 3 spleen, 4 pancreas, ...)": (
-        *("liver", "right_kidney", "spleen", "pancreas", "aorta", "vena_cava", "right_adrenal"),
-        *("left_adrenal", "gallbladder", "esophagus", "stomach", None, "left_kidney"),
-    ),
+    name: tuple(None if organ == "-" else organ for organ in organs.split())
+    for name, organs in {
+        "TransUNet/SAMed/H-SAM (1 spleen, ..., 5 liver, 8 pancreas)": (
+            "spleen right_kidney left_kidney gallbladder liver stomach aorta pancreas"
+        ),
+        "alphabetical (1 aorta, ..., 5 liver, 8 stomach)": (
+            "aorta gallbladder left_kidney right_kidney liver pancreas spleen stomach"
+        ),
+        "CASCADE (1 spleen, ..., 5 pancreas, 6 liver, 7 stomach, 8 aorta)": (
+            "spleen right_kidney left_kidney gallbladder pancreas liver stomach aorta"
+        ),
+        "BTCV source ids (1 spleen, ..., 6 liver, 8 aorta, 11 pancreas)": (
+            f"{_BTCV} portal_splenic_vein pancreas right_adrenal left_adrenal"
+        ),
+        "AMOS (1 spleen, ..., 6 liver, 8 aorta, 10 pancreas)": (
+            f"{_BTCV} pancreas right_adrenal left_adrenal - - -"
+        ),
+        "FLARE22 (1 liver, 2 right kidney, 3 spleen, 4 pancreas, ...)": (
+            "liver right_kidney spleen pancreas aorta vena_cava right_adrenal left_adrenal "
+            "gallbladder esophagus stomach - left_kidney"
+        ),
+    }.items()
 }
 
 

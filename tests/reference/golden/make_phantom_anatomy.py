@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from pgpsam_jax.data.io.nibabel_image import from_nibabel
+from pgpsam_jax.data.io.nifti import from_nibabel
 from pgpsam_jax.data.layouts.label_table import SYNAPSE8
 from pgpsam_jax.data.phantom import generate
 from pgpsam_jax.data.quality.organ_priors import describe
