@@ -164,10 +164,7 @@ def main(arguments=None) -> int:
     parser = Parser("pgpsam_jax.verify", __doc__)
     parser.add_argument("--data", required=True, help="folder of the data set")
     parser.add_argument(
-        "--layout",
-        default="auto",
-        choices=["auto", *find.LAYOUTS],
-        help="file organization",
+        "--layout", default="auto", choices=["auto", *find.LAYOUTS], help="file organization"
     )
     parser.add_argument("--image-glob", help="layout pairs: image files, e.g. images/*.nii.gz")
     parser.add_argument("--label-glob", help="layout pairs: label files, e.g. labels/*.nii.gz")

@@ -170,14 +170,17 @@ def validation_data(
 
 
 def _digest(cached: Sequence[cache.CachedCase]) -> str:
-    keys = "".join(f"{case.case_id} {case.meta['key']}\n" for case in cached)
-    return hashlib.sha256(keys.encode()).hexdigest()
+    return _combined((case.case_id, case.meta["key"]) for case in cached)
 
 
 def images_digest(cases) -> str:
     """Returns the SHA-256 of the image files of cases, with their ids."""
-    files = "".join(f"{case.case_id} {volumes.digest(case.image)}\n" for case in cases)
-    return hashlib.sha256(files.encode()).hexdigest()
+    return _combined((case.case_id, volumes.digest(case.image)) for case in cases)
+
+
+def _combined(digests) -> str:
+    text = "".join(f"{case_id} {digest}\n" for case_id, digest in digests)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def stored_list(workdir, areas=None) -> fewshot_list.FewShotList:

@@ -9,12 +9,7 @@ import numpy as np
 from flax import nnx
 
 from pgpsam_jax.data.io.nifti import Volume
-from pgpsam_jax.data.letterbox import (
-    Letterbox,
-    logits_to_native,
-    to_model,
-    to_model_on_device,
-)
+from pgpsam_jax.data.letterbox import Letterbox, logits_to_native, to_model, to_model_on_device
 from pgpsam_jax.data.preprocessing import Preprocessing, intensity_limits
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
@@ -47,11 +42,7 @@ class Predictor:
         mesh,
         oracle: bool = False,
     ):
-        self._options = {
-            "preprocessing": preprocessing,
-            "batch_size": batch_size,
-            "oracle": oracle,
-        }
+        self._options = {"preprocessing": preprocessing, "batch_size": batch_size, "oracle": oracle}
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // shards) * shards
         self.preprocessing, self.oracle = preprocessing, oracle

@@ -7,12 +7,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pgpsam_jax.checkpointing import (
-    best_parameters,
-    frozen_weights,
-    locations,
-    resumption,
-)
+from pgpsam_jax.checkpointing import best_parameters, frozen_weights, locations, resumption
 from pgpsam_jax.checkpointing.provenance import provenance
 from pgpsam_jax.config import exclusive_fields, to_json
 from pgpsam_jax.data import dataset

@@ -135,10 +135,9 @@ def pair(images, labels, root: Path, expected: str, part: str = "") -> Listing:
     )
     own = dict(images)
     if labels is not None:
-        for case_id in sorted(own.keys() - partners.keys()):
-            listing.add("missing_pair", own[case_id], f"label of {case_id} is missing")
-        for case_id in sorted(partners.keys() - own.keys()):
-            listing.add("missing_pair", partners[case_id], f"image of {case_id} is missing")
+        for here, there, lacking in ((own, partners, "label"), (partners, own, "image")):
+            for case_id in sorted(here.keys() - there.keys()):
+                listing.add("missing_pair", here[case_id], f"{lacking} of {case_id} is missing")
     for kind, found in (("image", images), ("label", labels or ())):
         for case_id, number in Counter(case_id for case_id, _ in found).items():
             if number > 1:

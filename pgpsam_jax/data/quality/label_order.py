@@ -11,7 +11,6 @@ import numpy as np
 from pgpsam_jax.data.quality.organ_priors import (
     CERTAIN,
     NAMES,
-    ORIENTATIONS,
     PRIOR,
     misfits,
     organ_of,
@@ -49,30 +48,26 @@ ORDERS = {
 }
 
 
-def _misfit(cases: list[dict], order: Mapping[int, str], ids, *, free: bool) -> float:
-    """Misfit of ids under an order, summed over ids and averaged over cases.
-
-    With `free`, each case takes the orientation that fits best.
-    """
+def _misfit(cases: list[dict], order: Mapping[int, str], ids) -> float:
+    """Misfit of ids under an order in the best orientation: sum over ids, mean over cases."""
     totals = []
     for case in cases:
         parts = [case[i][:, NAMES.index(order[i])] for i in ids if i in case]
         if parts:
-            total = np.sum(parts, axis=0)
-            totals.append(float(total.min() if free else total[0]))
+            totals.append(float(np.sum(parts, axis=0).min()))
     return float(np.mean(totals)) if totals else np.inf
 
 
-def _distance(cases: list[dict], order: Mapping[int, str], *, free: bool) -> float:
+def _distance(cases: list[dict], order: Mapping[int, str]) -> float:
     """Mean misfit per organ above its minimum: 0.5 on good data, at most 20."""
     ids = [i for i in order if any(i in case for case in cases)]
     if not ids:
         return np.inf
     least = [np.log(PRIOR[NAMES.index(order[i]), :, 1]).sum() for i in ids]
-    return (_misfit(cases, order, ids, free=free) - float(np.sum(least))) / len(ids)
+    return (_misfit(cases, order, ids) - float(np.sum(least))) / len(ids)
 
 
-def _best_assignment(cases: list[dict], order: Mapping[int, str], *, free: bool) -> dict[int, str]:
+def _best_assignment(cases: list[dict], order: Mapping[int, str]) -> dict[int, str]:
     """Permutes the organs of an order over its ids for the best fit."""
     from scipy.optimize import linear_sum_assignment
 
@@ -80,15 +75,11 @@ def _best_assignment(cases: list[dict], order: Mapping[int, str], *, free: bool)
     columns = [NAMES.index(order[i]) for i in ids]
     total = np.zeros((len(ids), len(ids)))
     for case in cases:
-        cost = np.stack([case[i][:, columns] if i in case else _NOTHING[:, columns] for i in ids])
-        turns = range(cost.shape[1]) if free else (0,)
-        by_turn = [cost[:, turn] for turn in turns]
-        total += min(by_turn, key=lambda c: c[linear_sum_assignment(c)].sum())
+        absent = np.zeros_like(next(iter(case.values())))
+        by_orientation = np.stack([case.get(i, absent)[:, columns] for i in ids], axis=1)
+        total += min(by_orientation, key=lambda cost: cost[linear_sum_assignment(cost)].sum())
     _, chosen = linear_sum_assignment(total)
     return {i: order[ids[column]] for i, column in zip(ids, chosen, strict=True)}
-
-
-_NOTHING = np.zeros((len(ORIENTATIONS), len(NAMES)))
 
 
 def known_orders() -> dict[str, dict[int, str]]:
@@ -116,7 +107,7 @@ def check_label_order(
         fits, in log-likelihood; significant above `CERTAIN` (swapped kidneys give 16, spleen and
         left kidney 6). `distance`: mean misfit per organ.
     """
-    cases = [misfits(features) for features in described if features]
+    cases = [misfits(features, all_orientations=not has_grid) for features in described if features]
     present = {i for case in cases for i in case}
     organs = {i: organ for i, name in (names or {}).items() if (organ := organ_of(name))}
     table = {i: organ for i, organ in organs.items() if i in present}
@@ -127,12 +118,12 @@ def check_label_order(
         if max(present, default=0) <= len(ORDERS[name])
     }
     if names is None:
-        return {"verdict": "unclear", **answer, **_guess(cases, possible, free=not has_grid)}
+        return {"verdict": "unclear", **answer, **_guess(cases, possible)}
     if len(table) < 3 or len(set(table.values())) < len(table):
         return {"verdict": "unclear", **answer}
     lost = set(organs.values()) - set(table.values())
-    likely, order, gain = _better(cases, table, possible, lost, free=not has_grid)
-    distance = _distance(cases, likely, free=not has_grid)
+    likely, order, gain = _better(cases, table, possible, lost)
+    distance = _distance(cases, likely)
     certain = gain > CERTAIN
     answer |= {"gain": round(gain, 1), "distance": round(distance, 2)}
     if distance > _FAR:
@@ -142,36 +133,31 @@ def check_label_order(
     return {"verdict": "mixed_up", **answer, "order": order, "likely": likely}
 
 
-def _better(cases, table, possible, lost: set, *, free: bool):
+def _better(cases, table, possible, lost: set):
     """Returns the best-fitting order of the table's ids, its name (or None) and its gain.
 
     An order also gains by each of the `lost` organs (in the table but in no case) that it finds in
     a plausible place under another id.
     """
-    own = _misfit(cases, table, table, free=free)
-    likely, name = _best_assignment(cases, table, free=free), None
-    gain = own - _misfit(cases, likely, likely, free=free)
+    own = _misfit(cases, table, table)
+    likely, name = _best_assignment(cases, table), None
+    gain = own - _misfit(cases, likely, likely)
     for known, order in possible.items():
         both = [i for i in table if i in order]
         if len(both) < 3:
             continue
-        better = _misfit(cases, table, both, free=free)
-        better -= _misfit(cases, order, both, free=free)
+        better = _misfit(cases, table, both) - _misfit(cases, order, both)
         for i in order:
-            if order[i] in lost and _distance(cases, {i: order[i]}, free=free) < _FOUND:
+            if order[i] in lost and _distance(cases, {i: order[i]}) < _FOUND:
                 better += _LOST
         if better > max(CERTAIN, gain if name else gain - CERTAIN):
             likely, name, gain = order, known, better
     return likely, name, gain
 
 
-def _guess(cases, possible, *, free: bool) -> dict:
+def _guess(cases, possible) -> dict:
     """Returns the best-fitting known order when there is no label table."""
-    fits = {
-        name: _distance(cases, order, free=free)
-        for name, order in possible.items()
-        if len(order) >= 3
-    }
+    fits = {name: _distance(cases, order) for name, order in possible.items() if len(order) >= 3}
     name = min(fits, key=fits.get, default=None)
     if name is None or fits[name] > _FAR:
         return {}

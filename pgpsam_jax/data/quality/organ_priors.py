@@ -127,13 +127,15 @@ ORIENTATIONS = [
 ]
 
 
-def misfits(features: Mapping[int, list[float]]) -> dict[int, np.ndarray]:
-    """Returns per id the misfit (orientations, N) to each organ in each orientation."""
+def misfits(
+    features: Mapping[int, list[float]], *, all_orientations: bool = True
+) -> dict[int, np.ndarray]:
+    """Returns per id the misfit (orientations, N) to each organ, or only (1, N) as stored."""
     result = {}
     for i, (volume, side, depth, height, extent) in features.items():
         turned = [
             (volume, *((s * depth, d * side) if t else (s * side, d * depth)), h * height, extent)
-            for t, s, d, h in ORIENTATIONS
+            for t, s, d, h in ORIENTATIONS[: None if all_orientations else 1]
         ]
         away = np.abs(np.array(turned)[:, None] - PRIOR[None, ..., 0]) / PRIOR[None, ..., 1]
         terms = np.minimum(away, _BOUND) ** 2 / 2 + np.log(PRIOR[None, ..., 1])
