@@ -68,7 +68,9 @@ class LabelTable:
         unknown = {i: n for i, n in counts.items() if i not in self.source_to_class}
         if not unknown or self.other != "error":
             return ""
-        listed = ", ".join(f"{i} ({n} voxels)" for i, n in list(unknown.items())[:10])
+        listed = ", ".join(
+            f"{i} ({n} voxel{'s' * (n != 1)})" for i, n in list(unknown.items())[:10]
+        )
         more = ", ..." if len(unknown) > 10 else ""
         return (
             f"holds label values outside the label table: {listed}{more}; add them to the table "

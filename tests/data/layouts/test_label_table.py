@@ -59,7 +59,9 @@ def test_remap_is_the_table_voxel_by_voxel(data):
 
 def test_unknown_values():
     ids = np.array([[0, 1, 3], [-4, 70000, 5]], np.int32)
-    with pytest.raises(UserError, match=r"seg\.nii holds .*\(-4, 3, 70000\).*other"):
+    with pytest.raises(
+        UserError, match=r"seg\.nii .*: -4 \(1 voxel\), 3 \(1 voxel\), 70000 .*other"
+    ):
         PAIR.remap(ids, "seg.nii")
     lenient = LabelTable(PAIR.names, PAIR.source_to_class, "background")
     assert lenient.remap(ids, "x").tolist() == [[0, 1, 0], [0, 0, 2]]
