@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import signal
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -240,11 +239,7 @@ def test_a_mixed_up_order_is_an_error_with_its_name(tmp_path):
         for case in ("1", "2")
     ]
     names = TABLES[SAMED]
-    table = SimpleNamespace(
-        names=("background", *names.values()),
-        source_to_class={0: 0} | {i: i for i in names},
-        to_json=dict,
-    )
+    table = LabelTable(("background", *names.values()), {i: i for i in names})
     report = verification.summarize(records, table)
     (finding,) = report["data_set"]
     assert (finding["level"], finding["code"]) == ("error", "order")
