@@ -13,7 +13,7 @@ import pytest
 from pgpsam_jax import verify as program
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.io import array_checks
-from pgpsam_jax.data.layouts.label_table import SYNAPSE8, load_label_table
+from pgpsam_jax.data.layouts.label_table import SYNAPSE8, LabelTable, load_label_table
 from pgpsam_jax.data.quality import verification
 from pgpsam_jax.data.quality.verification import findings_of, verify_run_data
 from pgpsam_jax.errors import UserError
