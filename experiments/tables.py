@@ -16,7 +16,8 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.results.grid import is_grid, read_grid
 from pgpsam_jax.results.runs import read_run
 from pgpsam_jax.results.tables import study
-from pgpsam_jax.results.tables.assemble import run_tables, study_tables, to_latex, to_markdown
+from pgpsam_jax.results.tables.assemble import run_tables, study_tables
+from pgpsam_jax.results.tables.text import to_latex, to_markdown
 from pgpsam_jax.runtime.cli import Parser, running
 from pgpsam_jax.utils.files import csv_text, write_text
 

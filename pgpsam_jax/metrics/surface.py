@@ -41,21 +41,6 @@ def dice(prediction, truth, region=None) -> float:
     return 2.0 * np.count_nonzero(prediction & truth) / size if size else float("nan")
 
 
-def hd95(prediction, truth, spacing, region=None) -> float:
-    """Returns the larger of the two directed 95th percentiles, in mm; NaN if a mask is empty."""
-    return directed_percentile(*surface_distances(prediction, truth, spacing, region))
-
-
-def hd95_pooled(prediction, truth, spacing=(1.0, 1.0, 1.0), region=None) -> float:
-    """Returns the 95th percentile of both directions, by default in voxels; NaN if one is empty."""
-    return pooled_percentile(*surface_distances(prediction, truth, spacing, region))
-
-
-def nsd(prediction, truth, spacing, tolerance_mm, region=None) -> float:
-    """Returns the share of both surfaces within `tolerance_mm`; 0 if one is empty, NaN if both."""
-    return share_within(*surface_distances(prediction, truth, spacing, region), tolerance_mm)
-
-
 def directed_percentile(forward, backward, percent: float = 95.0) -> float:
     """Returns the larger percentile of the two directions; NaN if a direction is empty."""
     if not (forward.size and backward.size):
@@ -111,26 +96,20 @@ def surface_points(labels) -> tuple[np.ndarray, np.ndarray]:
     return points, labels.ravel()[indices]
 
 
-def surface_distances(prediction, truth, spacing, region=None) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the distance of each scored surface voxel to the other mask's surface, both ways.
-
-    Args:
-        prediction, truth: boolean (D, H, W).
-        spacing: mm along (D, H, W).
-        region: boolean (D,) or None.
-
-    Returns:
-        Two float64 vectors (prediction to truth, truth to prediction): empty for a mask without
-        voxels in the scored slices, inf if the other mask is empty.
-    """
-    points = surface_points(prediction)[0], surface_points(truth)[0]
-    return point_distances(*points, (spacing,), region)[0]
-
-
 def point_distances(
     prediction, truth, spacings: Sequence, region=None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`surface_distances` of two surfaces (N, 3), (M, 3) for each of several spacings."""
+    """Computes the distance of each scored surface voxel to the other surface, both ways.
+
+    Args:
+        prediction, truth: surface voxels (N, 3), (M, 3) of two masks, in voxel order.
+        spacings: mm along (D, H, W), several at once.
+        region: boolean (D,) or None.
+
+    Returns:
+        For each spacing two float64 vectors (prediction to truth, truth to prediction): empty for a
+        mask without voxels in the scored slices, inf if the other mask is empty.
+    """
     both = np.concatenate([prediction, truth])
     if not len(both):
         return [(np.empty(0), np.empty(0))] * len(spacings)

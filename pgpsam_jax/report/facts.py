@@ -2,22 +2,14 @@
 
 from pathlib import Path
 
-from pgpsam_jax.config import defaults, serialization
+from pgpsam_jax.config import defaults
+from pgpsam_jax.config.serialization import flatten, to_json
 from pgpsam_jax.report.html.markup import escape, link, paragraph, text_table
 from pgpsam_jax.results.grid import DONE, FAILED, PENDING, RUNNING, Cell, Grid
 from pgpsam_jax.results.runs import Run
 from pgpsam_jax.utils.files import read_record
 
 _SIGNS = {DONE: "✓ done", FAILED: "✗ failed", RUNNING: "… running", PENDING: "pending"}
-
-
-def flat(value: dict, prefix: str = "") -> dict:
-    """Flattens nested dictionaries; keys are joined by dots."""
-    result = {}
-    for key, item in value.items():
-        name = f"{prefix}{key}"
-        result |= flat(item, f"{name}.") if isinstance(item, dict) and item else {name: item}
-    return result
 
 
 def merge_values(dictionaries) -> dict:
@@ -50,8 +42,8 @@ def configuration_tables(configs: list[dict]) -> str:
 
     configs: stored configurations; for an experiment grid those of all cells.
     """
-    ours = merge_values(flat(config) for config in configs)
-    default = flat(serialization.to_json(defaults.default_config()))
+    ours = merge_values(flatten(config) for config in configs)
+    default = flatten(to_json(defaults.default_config()))
     groups: dict[str, list[str]] = {}
     for key in ours:
         groups.setdefault(key.rpartition(".")[0], []).append(key)
@@ -80,7 +72,7 @@ def provenance_table(runs: list[Run], extra: dict) -> str:
     records = []
     for run in runs:
         base = read_record(run.workdir / "base.json", missing={}, damaged={})
-        record = flat(run.provenance) | {f"base weights: {key}": base[key] for key in base}
+        record = flatten(run.provenance) | {f"base weights: {key}": base[key] for key in base}
         records.append(record | {"few-shot list hash": run.list_hash})
     rows = [(key, format_value(value)) for key, value in (extra | merge_values(records)).items()]
     if not rows:

@@ -86,6 +86,12 @@ def new_figure(width: float, height: float, theme: Theme) -> Figure:
     return Figure(figsize=(width, height), facecolor=theme.surface)
 
 
+def legend_above(figure: Figure, handles: list, columns: int) -> None:
+    """Adds a legend above the axes, filled row by row."""
+    by_column = [handle for first in range(columns) for handle in handles[first::columns]]
+    figure.legend(handles=by_column, loc="outside upper left", ncols=columns)
+
+
 def save_png(figure: Figure, path: Path) -> Path:
     """Writes the figure atomically and returns its path."""
     with atomic_path(path) as temporary:

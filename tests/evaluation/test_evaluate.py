@@ -25,6 +25,7 @@ from pgpsam_jax.metrics import surface
 from pgpsam_jax.metrics.overlap import overlap_counts
 from pgpsam_jax.runtime import worker_pool
 from tests.reference.surface_oracle import oracle_surface
+from tests.support import mask_scores
 from tests.support.small_run import write_data
 from tests.support.worker_jobs import echo, refuse
 
@@ -62,7 +63,7 @@ def test_several_spacings_at_once_are_each_alone():
         steps = spacing, (1.0, 1.0, 1.0), (5.0, 0.1, 2.0)
         together = surface.point_distances(*edges, steps, region)
         for step, found in zip(steps, together, strict=True):
-            alone = surface.surface_distances(first == k, second == k, step, region)
+            alone = mask_scores.surface_distances(first == k, second == k, step, region)
             for ours, theirs in zip(found, alone, strict=True):
                 np.testing.assert_array_equal(ours, theirs)
 

@@ -6,8 +6,16 @@ from experiments import tables as program
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.metrics.protocols import COLUMNS
 from pgpsam_jax.results.grid import read_grid
-from pgpsam_jax.results.tables.assemble import grid_tables, long_rows
-from tests.support.grid_folder import CASES, ORGANS, made_up, read_csv, write_grid, write_run
+from pgpsam_jax.results.tables.study import from_grid, long_rows
+from tests.support.grid_folder import (
+    CASES,
+    ORGANS,
+    grid_tables,
+    made_up,
+    read_csv,
+    write_grid,
+    write_run,
+)
 
 ROWS = {"full": {}, "none": {"model.cfm": False}}
 
@@ -19,7 +27,7 @@ def test_long_rows_hold_every_case_row(tmp_path, capsys):
     grid = read_grid(path)
     program.main([str(path), "--format", "csv"])
     lines = read_csv(capsys.readouterr().out)
-    assert len(lines) == len(long_rows(grid)) == 3 * len(CASES) * len(ORGANS) * 6
+    assert len(lines) == len(long_rows(from_grid(grid))) == 3 * len(CASES) * len(ORGANS) * 6
     for row, seed in (("full", 0), ("full", 1), ("none", 0)):
         (cell,) = [cell for cell in grid.cells if (cell.row, cell.seed) == (row, seed)]
         found = [line for line in lines if (line["row"], line["seed"]) == (row, str(seed))]

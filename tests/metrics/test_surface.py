@@ -15,6 +15,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.metrics import surface
 from pgpsam_jax.metrics.protocols import COLUMNS, score_case
 from tests.reference.surface_oracle import oracle_surface
+from tests.support import mask_scores
 
 NAN = float("nan")
 SPACING = (3.0, 0.8, 1.2)
@@ -50,7 +51,7 @@ spacings = st.tuples(*[st.floats(0.3, 6.0)] * 3)
 @settings(max_examples=20, deadline=None)
 @given(small_masks, small_masks, spacings, regions)
 def test_distances_and_region_equal_the_brute_force_oracle(prediction, truth, spacing, region):
-    got = surface.surface_distances(prediction, truth, spacing, region)
+    got = mask_scores.surface_distances(prediction, truth, spacing, region)
     want = (
         oracle_distances(prediction, truth, spacing, region),
         oracle_distances(truth, prediction, spacing, region),
@@ -62,8 +63,8 @@ def test_distances_and_region_equal_the_brute_force_oracle(prediction, truth, sp
     size = prediction[scored].sum() + truth[scored].sum()
     want_dice = 2 * overlap / size if size else NAN
     np.testing.assert_equal(surface.dice(prediction, truth, region), want_dice)
-    got_hd = surface.hd95(prediction, truth, spacing, region)
-    got_nsd = surface.nsd(prediction, truth, spacing, 1.5, region)
+    got_hd = mask_scores.hd95(prediction, truth, spacing, region)
+    got_nsd = mask_scores.nsd(prediction, truth, spacing, 1.5, region)
     if want[0] and want[1]:
         want_hd = max(np.percentile(want[0], 95), np.percentile(want[1], 95))
         np.testing.assert_allclose(got_hd, want_hd, rtol=1e-12)
@@ -80,7 +81,7 @@ def test_region_measures_to_the_surface_of_the_whole_volume():
     prediction[2:6, 3:6, 3:6] = True
     truth[2:6, 3:6, 3:7] = True
     region = np.arange(8) == 3
-    forward, backward = surface.surface_distances(prediction, truth, (1.0, 1.0, 1.0), region)
+    forward, backward = mask_scores.surface_distances(prediction, truth, (1.0, 1.0, 1.0), region)
     assert len(forward) == 8 and len(backward) == 10  # the rims; slice 3 is no cap of the organ
     assert surface.dice(prediction, truth, region) == pytest.approx(2 * 9 / (9 + 12))
     # The right rim of the prediction is 1 away from the wider truth; its other voxels lie on it.
@@ -89,17 +90,17 @@ def test_region_measures_to_the_surface_of_the_whole_volume():
     prediction[3, 4, 4] = True
     # Missed in the scored slice, though the neighboring slices hold the other mask.
     assert surface.dice(prediction, truth, region) == 0.0
-    assert surface.nsd(prediction, truth, SPACING, 9.0, region) == 0.0
-    assert math.isnan(surface.hd95(prediction, truth, SPACING, region))
+    assert mask_scores.nsd(prediction, truth, SPACING, 9.0, region) == 0.0
+    assert math.isnan(mask_scores.hd95(prediction, truth, SPACING, region))
 
 
 def values(prediction, truth, spacing=SPACING, tolerance=2.0):
     return np.array(
         [
             surface.dice(prediction, truth),
-            surface.hd95(prediction, truth, spacing),
-            surface.nsd(prediction, truth, spacing, tolerance),
-            surface.hd95_pooled(prediction, truth),
+            mask_scores.hd95(prediction, truth, spacing),
+            mask_scores.nsd(prediction, truth, spacing, tolerance),
+            mask_scores.hd95_pooled(prediction, truth),
         ]
     )
 
@@ -138,8 +139,8 @@ def test_border_and_full_masks():
     assert surface.surface(full).sum() == full.size - 4 * 5 * 6  # all but the inside
     slab = full.copy()
     slab[3:] = False
-    assert surface.hd95(slab, full, (2.0, 1.0, 1.0)) == 6.0  # slice 5 to slice 2 of 2 mm
-    assert surface.hd95(full[:1], full[:1], SPACING) == 0.0  # one slice: all of it is surface
+    assert mask_scores.hd95(slab, full, (2.0, 1.0, 1.0)) == 6.0  # slice 5 to slice 2 of 2 mm
+    assert mask_scores.hd95(full[:1], full[:1], SPACING) == 0.0  # one slice: all of it is surface
 
 
 @pytest.mark.parametrize("voxels_per_point", [0, 10**9])
@@ -156,8 +157,8 @@ def test_tolerance_includes_its_own_distance():
     prediction, truth = np.zeros((2, 1, 1, 9), bool)
     prediction[0, 0, 2], truth[0, 0, 3] = True, True
     spacing = tuple(float(np.float32(0.8)) for _ in range(3))
-    assert surface.nsd(prediction, truth, spacing, 0.8) == 1.0
-    assert surface.nsd(prediction, truth, spacing, 0.79) == 0.0
+    assert mask_scores.nsd(prediction, truth, spacing, 0.8) == 1.0
+    assert mask_scores.nsd(prediction, truth, spacing, 0.79) == 0.0
 
 
 PAIRS = [(seed, cut) for seed in range(3) for cut in (0.1, 1.2)]
@@ -177,10 +178,10 @@ def test_equals_monai(seed, cut):
     hausdorff = compute_hausdorff_distance(
         *tensors, percentile=95, directed=False, **with_background
     )
-    np.testing.assert_allclose(surface.hd95(*pair, SPACING), hausdorff.item(), rtol=1e-6)
+    np.testing.assert_allclose(mask_scores.hd95(*pair, SPACING), hausdorff.item(), rtol=1e-6)
     for tolerance in (0.5, 1.0, 2.0, 3.0):
         share = compute_surface_dice(*tensors, class_thresholds=[tolerance], **with_background)
-        got = surface.nsd(*pair, SPACING, tolerance)
+        got = mask_scores.nsd(*pair, SPACING, tolerance)
         np.testing.assert_allclose(got, share.item(), rtol=1e-6)
     overlap = compute_dice(*tensors, include_background=True).item()
     np.testing.assert_allclose(surface.dice(*pair), overlap, rtol=1e-6)
@@ -190,9 +191,9 @@ def test_equals_monai(seed, cut):
 def test_equals_medpy(seed, cut):
     binary = pytest.importorskip("medpy.metric.binary", reason="medpy is a test extra")
     pair = blobs(seed, cut=cut)
-    assert surface.hd95_pooled(*pair) == pytest.approx(binary.hd95(*pair), rel=1e-12)
+    assert mask_scores.hd95_pooled(*pair) == pytest.approx(binary.hd95(*pair), rel=1e-12)
     in_mm = binary.hd95(*pair, voxelspacing=SPACING)
-    assert surface.hd95_pooled(*pair, SPACING) == pytest.approx(in_mm, rel=1e-12)
+    assert mask_scores.hd95_pooled(*pair, SPACING) == pytest.approx(in_mm, rel=1e-12)
     assert surface.dice(*pair) == pytest.approx(binary.dc(*pair), rel=1e-12)
 
 
@@ -201,9 +202,9 @@ def test_directed_and_pooled_hd95_differ_on_a_distant_false_positive():
     prediction, truth = np.zeros((2, 1, 12, 60), bool)
     truth[0, 0, :27], prediction[0, 0, :27], prediction[0, 10, :3] = True, True, True
     spacing = (1.0, 2.0, 1.0)
-    assert surface.hd95(prediction, truth, spacing) == 20.0
+    assert mask_scores.hd95(prediction, truth, spacing) == 20.0
     # Rank 0.95 x 56 = 53.2 of 54 zeros and three 20s: a fifth of the way from 0 to 20.
-    assert surface.hd95_pooled(prediction, truth, spacing) == pytest.approx(4.0)
+    assert mask_scores.hd95_pooled(prediction, truth, spacing) == pytest.approx(4.0)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -219,7 +220,7 @@ def test_equals_surface_distance_where_definitions_agree(seed):
     moved[3 + seed : 7 + seed, 3:7, 3:7] = True
     both = library.compute_surface_distances(truth, moved, SPACING)
     largest = library.compute_robust_hausdorff(both, 100)
-    distances = surface.surface_distances(moved, truth, SPACING)
+    distances = mask_scores.surface_distances(moved, truth, SPACING)
     assert surface.directed_percentile(*distances, 100) == pytest.approx(largest)
 
 
@@ -272,10 +273,10 @@ def test_score_case_equals_the_metrics_of_each_uncropped_organ():
             pair = prediction == class_id, truth == class_id
             want = {
                 ("strict", "dice"): surface.dice(*pair, scored),
-                ("strict", "hd95"): surface.hd95(*pair, SPACING, scored),
-                ("strict", "nsd"): surface.nsd(*pair, SPACING, 1.0, scored),
+                ("strict", "hd95"): mask_scores.hd95(*pair, SPACING, scored),
+                ("strict", "nsd"): mask_scores.nsd(*pair, SPACING, 1.0, scored),
                 ("transunet", "dice"): surface.dice(*pair, scored),
-                ("transunet", "hd95"): surface.hd95_pooled(*pair, region=scored),
+                ("transunet", "hd95"): mask_scores.hd95_pooled(*pair, region=scored),
             }
             assert {k[1:]: r["value"] for k, r in rows.items() if k[0] == name} == want
     assert 0 < rows["spleen", "strict", "dice"]["value"] < 1

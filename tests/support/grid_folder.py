@@ -10,6 +10,8 @@ from pgpsam_jax.config import defaults, serialization
 from pgpsam_jax.metrics.protocols import COLUMNS, METRICS
 from pgpsam_jax.metrics.summary import write_evaluation
 from pgpsam_jax.results.grid import DONE, PLAN, STATE
+from pgpsam_jax.results.tables.assemble import study_tables
+from pgpsam_jax.results.tables.study import from_grid
 
 ORGANS = ("liver", "spleen")
 CASES = tuple(f"{number:04d}" for number in range(1, 13))
@@ -156,6 +158,11 @@ def write_grid(
     root.mkdir(parents=True, exist_ok=True)
     (root / PLAN).write_text(json.dumps(content | plan))
     return root
+
+
+def grid_tables(grid):
+    """All tables of an experiment grid, finished or not."""
+    return study_tables(from_grid(grid))
 
 
 def read_csv(text):

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pgpsam_jax.metrics.aggregate import spread
-from pgpsam_jax.visualization.theme import Theme, new_figure
+from pgpsam_jax.visualization.theme import Theme, legend_above, new_figure
 
 _PANELS = {
     "forward_gflop": "forward pass (GFLOP per image)",
@@ -39,8 +39,7 @@ def dice_against_cost(rows, theme: Theme) -> Figure:
         Line2D([], [], linestyle="none", markersize=7, label=label, **_style(place, theme))
         for place, label in enumerate(labels)
     ]
-    by_line = [handle for first in range(columns) for handle in handles[first::columns]]
-    figure.legend(handles=by_line, loc="outside upper left", ncols=columns)
+    legend_above(figure, handles, columns)
     return figure
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.ndimage import uniform_filter1d
 
-from pgpsam_jax.visualization.theme import Theme, new_figure
+from pgpsam_jax.visualization.theme import Theme, legend_above, new_figure
 from pgpsam_jax.visualization.training_curve import (
     curve_title,
     point_style,
@@ -45,9 +45,7 @@ def _compared(rows, theme) -> Figure:
     for ax in axes[len(keys) :]:
         ax.set_visible(False)
     columns = min(len(labels), max(1, 120 // max(map(len, labels))), 5)
-    handles = axes[0].get_legend_handles_labels()[0]
-    by_line = [handle for first in range(columns) for handle in handles[first::columns]]
-    figure.legend(handles=by_line, loc="outside upper left", ncols=columns)
+    legend_above(figure, axes[0].get_legend_handles_labels()[0], columns)
     start_at_zero(figure)
     return figure
 

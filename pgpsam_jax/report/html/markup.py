@@ -9,7 +9,7 @@ from unicodedata import category
 from urllib.parse import quote
 
 from pgpsam_jax.report.figures.picture import Picture
-from pgpsam_jax.results.tables.assemble import Table, to_html
+from pgpsam_jax.results.tables.text import Table, to_html
 
 _CSS_PIXELS = 96 / 144  # CSS pixels per pixel of an embedded PNG
 

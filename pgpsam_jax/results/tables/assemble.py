@@ -7,9 +7,8 @@ number is undefined.
 from pgpsam_jax.metrics.aggregate import INTERVAL, defined_mean, gather, spread
 from pgpsam_jax.metrics.protocols import METRICS
 from pgpsam_jax.metrics.summary import summarize
-from pgpsam_jax.results.grid import Grid
 from pgpsam_jax.results.runs import Run
-from pgpsam_jax.results.tables import published, study
+from pgpsam_jax.results.tables import published
 from pgpsam_jax.results.tables.comparison import comparison_table, organ_table
 from pgpsam_jax.results.tables.cost_table import run_cost, study_cost
 from pgpsam_jax.results.tables.statistics import data_notes, sample_notes
@@ -22,13 +21,7 @@ from pgpsam_jax.results.tables.text import (
     number,
     percent,
     plus_minus,
-    to_html,
-    to_latex,
-    to_markdown,
 )
-
-__all__ = ["Table", "grid_tables", "long_rows", "run_tables", "study_tables"]
-__all__ += ["to_html", "to_latex", "to_markdown"]
 
 RULES = {
     "strict": "an organ absent from both truth and prediction is excluded, one absent from either "
@@ -47,16 +40,6 @@ MEANS = (
 def run_tables(run: Run) -> list[Table]:
     """Tables of one run: one per protocol with a row per organ, and its cost."""
     return [_run_table(run, protocol) for protocol in _protocols(run.cases)] + run_cost(run)
-
-
-def grid_tables(grid: Grid) -> list[Table]:
-    """All tables of an experiment grid, finished or not; see `study_tables`."""
-    return study_tables(study.from_grid(grid))
-
-
-def long_rows(grid: Grid) -> list[dict]:
-    """All scores of the finished runs: dictionaries of row, seed and the columns of `cases.csv`."""
-    return study.long_rows(study.from_grid(grid))
 
 
 def study_tables(of: Study) -> list[Table]:

@@ -7,17 +7,10 @@ import pytest
 from pgpsam_jax.metrics.summary import summarize
 from pgpsam_jax.results.grid import read_grid
 from pgpsam_jax.results.runs import read_run
-from pgpsam_jax.results.tables.assemble import (
-    grid_tables,
-    long_rows,
-    run_tables,
-    study_tables,
-    to_html,
-    to_latex,
-    to_markdown,
-)
-from pgpsam_jax.results.tables.study import from_runs
-from tests.support.grid_folder import CASES, case_rows, made_up, write_grid, write_run
+from pgpsam_jax.results.tables.assemble import run_tables, study_tables
+from pgpsam_jax.results.tables.study import from_grid, from_runs, long_rows
+from pgpsam_jax.results.tables.text import to_html, to_latex, to_markdown
+from tests.support.grid_folder import CASES, case_rows, grid_tables, made_up, write_grid, write_run
 
 OFF = {"model.cfm": False, "model.ppg": False, "model.ppr": False}
 TABLE3 = {"full": {}, "cfm_ppg": {"model.ppr": False}, "none": OFF}
@@ -126,7 +119,7 @@ def test_grid_with_nothing_done(tmp_path, state):
     said = {"not evaluated": "6 done but not evaluated"}.get(state, f"6 {state}")
     assert f"of 6 runs {said};" in " ".join(tables[0].notes)
     assert "reference row has no results" in " ".join(by_title(tables, "case mean").notes)
-    assert long_rows(grid) == []
+    assert long_rows(from_grid(grid)) == []
     for write in (to_markdown, to_latex, to_html):
         assert all(write(table) for table in tables)
 

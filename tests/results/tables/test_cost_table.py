@@ -4,10 +4,10 @@ import pytest
 
 from pgpsam_jax.results.grid import read_grid
 from pgpsam_jax.results.runs import read_run
-from pgpsam_jax.results.tables.assemble import grid_tables, run_tables, study_tables
+from pgpsam_jax.results.tables.assemble import run_tables, study_tables
 from pgpsam_jax.results.tables.cost_table import significant
 from pgpsam_jax.results.tables.study import from_runs
-from tests.support.grid_folder import CASES, cost_record, write_grid, write_run
+from tests.support.grid_folder import CASES, cost_record, grid_tables, write_grid, write_run
 
 ROWS = {"full": {}, "none": {"model.cfm": False}}
 

@@ -8,8 +8,8 @@ import subprocess
 import pytest
 
 from pgpsam_jax.results.grid import read_grid
-from pgpsam_jax.results.tables.assemble import Table, grid_tables, to_html, to_latex, to_markdown
-from tests.support.grid_folder import write_grid
+from pgpsam_jax.results.tables.text import Table, to_html, to_latex, to_markdown
+from tests.support.grid_folder import grid_tables, write_grid
 
 AWKWARD = Table(
     r"50 % of `a_b` & <c>",
