@@ -97,6 +97,12 @@ class Scores:
         picks = [[axis.index(key) for key in keys] for axis, keys in zip(axes, wanted, strict=True)]
         return Scores(*wanted, self.values[np.ix_(*picks)])
 
+    def common_with(self, other: "Scores") -> tuple["Scores", "Scores"]:
+        """Returns both, of the seeds, cases and organs that they share, in the order of `self`."""
+        axes = ("seeds", "cases", "organs")
+        common = [[k for k in getattr(self, a) if k in getattr(other, a)] for a in axes]
+        return self.select(*common), other.select(*common)
+
     def per_case(self) -> np.ndarray:
         """Returns the mean over seeds, (N, C)."""
         return defined_mean(self.values, axis=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 from pgpsam_jax.config import defaults
 from pgpsam_jax.config.serialization import flatten, to_json
 from pgpsam_jax.report.html.markup import escape, link, paragraph, text_table
-from pgpsam_jax.results.grid import DONE, FAILED, PENDING, RUNNING, Cell, Grid
+from pgpsam_jax.results.grid import DONE, FAILED, PENDING, RUNNING, Grid
 from pgpsam_jax.results.runs import Run
 from pgpsam_jax.utils.files import read_record
 
@@ -87,7 +87,8 @@ def cell_tables(grid: Grid) -> str:
     rows = []
     for row in grid.rows:
         cells = (found.get((row.name, seed)) for seed in seeds)
-        rows.append([row.label, *("" if cell is None else _state(cell) for cell in cells)])
+        states = ["" if cell is None else cell.state["state"] for cell in cells]
+        rows.append([row.label, *(_SIGNS.get(state, state) for state in states)])
     parts = [text_table(["row", *(f"seed {seed}" for seed in seeds)], rows, "cells")]
     failed = [cell for cell in grid.cells if cell.state["state"] == FAILED]
     if failed:
@@ -96,21 +97,12 @@ def cell_tables(grid: Grid) -> str:
     return "\n".join(parts)
 
 
-def _state(cell: Cell) -> str:
-    name = cell.state["state"]
-    return _SIGNS.get(name, name)
-
-
 def override_table(grid: Grid) -> str:
     """Table of the fields that each row overrides."""
-    rows = [
-        (
-            row.label,
-            row.name,
-            "; ".join(f"{k} = {format_value(v)}" for k, v in row.overrides.items()),
-        )
-        for row in grid.rows
-    ]
+    rows = []
+    for row in grid.rows:
+        overrides = (f"{key} = {format_value(value)}" for key, value in row.overrides.items())
+        rows.append((row.label, row.name, "; ".join(overrides)))
     return text_table(["row", "name", "overrides"], rows, "overrides by row")
 
 

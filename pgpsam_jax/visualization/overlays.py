@@ -72,12 +72,12 @@ def overlay_slice(image, truth, prediction, spacing, names, title: str) -> Figur
     spacing = display_spacing(image.shape, spacing)
     maps = {"ground truth": truth, "prediction": prediction}
     maps = {what: labels for what, labels in maps.items() if labels is not None}
-    legend = {k: names[k] for k in present(names, *maps.values())}
+    legend = present(names, *maps.values())
     if len(maps) == 2:
         scores = slice_dice(prediction[None], truth[None], len(names))[0]
         legend = {k: f"{name}  {scores[k - 1]:.2f}" for k, name in legend.items()}
-    layout = 1, 1 + len(maps)
-    figure, axes = panels(layout, image.shape, spacing, 3.6, legend, names, title, 0.22)
+    layout, ratio = (1, 1 + len(maps)), _ratio(image.shape, spacing)
+    figure, axes = panels(layout, ratio, 3.6, legend, names, title, head=0.22)
     for ax, (what, labels) in zip(axes, {"image": None, **maps}.items(), strict=True):
         draw_slice(ax, image, labels, spacing, names)
         ax.set_title(what, fontsize=10, pad=4)
@@ -152,18 +152,16 @@ def write_preview(image, prediction, spacing, names, path) -> Path:
     organs = np.flatnonzero((prediction > 0).any(axis=(1, 2)))
     pool = organs if organs.size else np.arange(len(prediction))
     chosen = pool[evenly_spaced(len(pool), 12)]
-    legend = {k: names[k] for k in present(names, prediction[chosen])}
     title = path.name.removesuffix(path.suffix) + ("" if organs.size else ": no organ found")
     title += scale_note(image.shape[1:], spacing[1:])
     spacing = display_spacing(image.shape[1:], spacing[1:])
     columns = min(4, len(chosen))
-    layout = math.ceil(len(chosen) / columns), columns
-    figure, axes = panels(layout, image.shape[1:], spacing, 2.7, legend, names, title, 0.0)
+    layout, ratio = (math.ceil(len(chosen) / columns), columns), _ratio(image.shape[1:], spacing)
+    legend = present(names, prediction[chosen])
+    figure, axes = panels(layout, ratio, 2.7, legend, names, title)
     for ax, z in zip(axes, chosen, strict=False):
         draw_slice(ax, image[z], prediction[z], spacing, names)
-        ax.text(
-            0.98, 0.98, f"z = {z}", transform=ax.transAxes, ha="right", va="top", **text_style(8)
-        )
+        write_on(ax, 0.98, 0.98, f"z = {z}", ha="right", va="top")
     for ax in axes[len(chosen) :]:
         ax.set_visible(False)
     return save_png(figure, path)
@@ -190,19 +188,23 @@ def scale_note(shape, spacing) -> str:
     return "" if np.allclose(displayed, spacing) else " (not to scale)"
 
 
-def present(names, *maps) -> list[int]:
-    """Ids of the classes in any of the maps, without the background."""
+def present(names, *maps) -> dict[int, str]:
+    """{class id: name} of the classes in any of the maps, without the background."""
     ids = set().union(*(np.unique(labels).tolist() for labels in maps))
-    return [k for k in range(1, len(names)) if k in ids]
+    return {k: names[k] for k in range(1, len(names)) if k in ids}
 
 
-def panels(layout, shape, spacing, width, legend, names, title, head, top=0.35):
-    """Figure of panels with the slice's true aspect, a title, and a legend below.
+def _ratio(shape, spacing) -> float:
+    """Height by width of a slice (H, W)."""
+    return (shape[0] * spacing[0]) / (shape[1] * spacing[1])
+
+
+def panels(layout, ratio: float, width: float, legend, names, title="", head=0.0, top=0.35):
+    """Figure of panels with a title and a legend below.
 
     Args:
         layout: (rows, columns).
-        shape: (H, W) of a slice.
-        spacing: mm along (H, W).
+        ratio: height by width of a panel, limited to a readable one.
         width: inches of a panel.
         legend: {class id: text}.
         names: K class names, background first.
@@ -214,26 +216,19 @@ def panels(layout, shape, spacing, width, legend, names, title, head, top=0.35):
         The figure and its axes, row by row.
     """
     rows, columns = layout
-    ratio = (shape[0] * spacing[0]) / (shape[1] * spacing[1])
     height = width * min(max(ratio, 1 / _LONGEST), _LONGEST)
     total = columns * width + (columns - 1) * _GAP + 2 * _MARGIN
     across = max(1, int(total / (0.7 + 0.085 * max(map(len, legend.values()), default=1))))
     bottom = _MARGIN + 0.05 + 0.215 * math.ceil(len(legend) / across)
     tall = bottom + rows * (height + head + _GAP) + top
-    figure, axes = (
-        Figure(
-            figsize=(total, tall),
-        ),
-        [],
-    )
+    figure, axes = Figure(figsize=(total, tall)), []
     for place in range(rows * columns):
         row, column = divmod(place, columns)
         low = bottom + (rows - 1 - row) * (height + head + _GAP)
         left = _MARGIN + column * (width + _GAP)
         axes.append(figure.add_axes((left / total, low / tall, width / total, height / tall)))
-    size = min(
-        12, 120 * total / max(1, len(title))
-    )  # a long case name must not run off a narrow sheet
+    # A long case name must not run off a narrow sheet.
+    size = min(12, 120 * total / max(1, len(title)))
     style = {"ha": "center", "va": "center", "fontsize": size, "parse_math": False}
     figure.text(0.5, 1 - 0.2 / tall, sanitize(title, 1000), **style)
     colors = palette(names)
@@ -269,7 +264,7 @@ def draw_slice(ax, image, labels, spacing, names, letters=True) -> None:
         spine.set_visible(False)
     sides = ("R", 0.03, 0.5), ("L", 0.97, 0.5), ("A", 0.5, 0.96), ("P", 0.5, 0.04)
     for letter, x, y in sides if letters else ():
-        ax.text(x, y, letter, transform=ax.transAxes, ha="center", va="center", **text_style(9))
+        write_on(ax, x, y, letter, size=9)
 
 
 def draw_outline(ax, mask, spacing, color, width: float, fill: float = 0.0) -> None:
@@ -282,6 +277,7 @@ def draw_outline(ax, mask, spacing, color, width: float, fill: float = 0.0) -> N
     ax.contour(x, y, mask, levels=[0.5], colors=[color], linewidths=width)
 
 
-def text_style(size) -> dict:
-    """Text style that is readable on any gray: white with a black outline."""
-    return {"color": "white", "fontsize": size, "path_effects": _OUTLINE}
+def write_on(ax, x, y, text, ha="center", va="center", size=8) -> None:
+    """Writes at (x, y) of [0, 1]^2 of a panel, readable on any gray: white with black outline."""
+    style = {"color": "white", "fontsize": size, "path_effects": _OUTLINE}
+    ax.text(x, y, text, transform=ax.transAxes, ha=ha, va=va, **style)

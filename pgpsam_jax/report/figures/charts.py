@@ -30,31 +30,25 @@ def redraw(folder, stem: str, theme: Theme) -> Figure:
 
 def comparison_charts(groups, axis: str | None, folder) -> list[Picture]:
     """Charts that compare the rows of an experiment grid; charts without data are omitted."""
-    seeds, paired = csv_rows.seed_rows(groups, axis), csv_rows.paired_rows(groups)
-    entries = [
-        (
-            "rows",
-            seeds,
-            "Rows",
-            "Class-mean Dice (strict). Points: seeds; bar: mean over the n seeds; whiskers: "
-            "two-sided 95 % Student t interval of that mean, none for a single seed.",
-        ),
-        (
-            "differences",
-            paired,
-            "Paired differences",
-            "Dice of each case (mean over organs, then over the seeds that both rows share) minus "
-            "that of the reference row. Points: cases; box: quartiles; line: median; better: "
-            "number of cases above 0.",
-        ),
-    ]
+    seeds, pictures = csv_rows.seed_rows(groups, axis), []
     if axis and any(row["value"] is not None for row in seeds):
         caption = (
             "Class-mean Dice (strict). Points: seeds; line: mean over seeds; whiskers: ± SD over "
             "seeds, none for a single seed."
         )
-        entries.insert(0, ("axis", seeds, f"Dice vs. {axis}", caption))
-    return _pictures(entries, folder)
+        pictures = _chart(folder, "axis", seeds, f"Dice vs. {axis}", caption)
+    caption = (
+        "Class-mean Dice (strict). Points: seeds; bar: mean over the n seeds; whiskers: two-sided "
+        "95 % Student t interval of that mean, none for a single seed."
+    )
+    pictures += _chart(folder, "rows", seeds, "Rows", caption)
+    caption = (
+        "Dice of each case (mean over organs, then over the seeds that both rows share) minus that "
+        "of the reference row. Points: cases; box: quartiles; line: median; better: number of "
+        "cases above 0."
+    )
+    paired = csv_rows.paired_rows(groups)
+    return pictures + _chart(folder, "differences", paired, "Paired differences", caption)
 
 
 def distribution_charts(groups, folder) -> list[Picture]:
@@ -62,16 +56,9 @@ def distribution_charts(groups, folder) -> list[Picture]:
     seeds = ", averaged over seeds" if any(len(group.runs) > 1 for group in groups) else ""
     caption = _POINTS.format(seeds=seeds)
     distances = " Only cases in which both truth and prediction contain the organ."
-    entries = [
-        ("dice_by_organ", csv_rows.score_rows(groups, "dice"), "Dice by organ", caption),
-        (
-            "hd95_by_organ",
-            csv_rows.score_rows(groups, "hd95"),
-            "HD95 by organ",
-            caption + distances,
-        ),
-    ]
-    return _pictures(entries, folder)
+    dice, hd95 = (csv_rows.score_rows(groups, metric) for metric in ("dice", "hd95"))
+    pictures = _chart(folder, "dice_by_organ", dice, "Dice by organ", caption)
+    return pictures + _chart(folder, "hd95_by_organ", hd95, "HD95 by organ", caption + distances)
 
 
 def training_charts(groups, folder) -> list[Picture]:
@@ -81,7 +68,7 @@ def training_charts(groups, folder) -> list[Picture]:
         caption = "Lines: mean over seeds, smoothed over 1/25 of the records; bands: their range."
     else:
         caption = "Faint lines: records; solid lines: running mean over 1/50 of the records."
-    return _pictures([("training", rows, "Training curves", caption)], folder)
+    return _chart(folder, "training", rows, "Training curves", caption)
 
 
 def cost_charts(groups, folder) -> list[Picture]:
@@ -94,24 +81,20 @@ def cost_charts(groups, folder) -> list[Picture]:
         "Class-mean Dice (strict). Large markers: mean over seeds at their median cost; small "
         "markers: seeds; whiskers: ± SD over seeds, none for a single seed."
     )
-    return _pictures([("cost", rows, "Dice vs. cost", caption)], folder)
+    return _chart(folder, "cost", rows, "Dice vs. cost", caption)
 
 
 def timing_charts(groups, folder) -> list[Picture]:
     """Chart of the time spent on each activity."""
     several = any(len(group.runs) > 1 for group in groups)
     caption = f"Wall-clock time{', mean over seeds' if several else ''}."
-    return _pictures(
-        [("timing", csv_rows.timing_rows(groups), "Time per activity", caption)], folder
-    )
+    return _chart(folder, "timing", csv_rows.timing_rows(groups), "Time per activity", caption)
 
 
-def _pictures(entries, folder) -> list[Picture]:
-    pictures = []
-    for stem, rows, title, caption in entries:
-        if rows:
-            csv_rows.write_rows(Path(folder) / f"{stem}.csv", rows)
-            alt = f"Chart: {title}. The numbers are in {stem}.csv."
-            make = lambda theme, stem=stem: redraw(folder, stem, theme)  # noqa: E731
-            pictures.append(draw(make, folder, stem, title, caption, alt=alt))
-    return pictures
+def _chart(folder, stem: str, rows, title: str, caption: str) -> list[Picture]:
+    """Writes the rows as CSV and draws them; [] if there are none."""
+    if not rows:
+        return []
+    csv_rows.write_rows(Path(folder) / f"{stem}.csv", rows)
+    alt = f"Chart: {title}. The numbers are in {stem}.csv."
+    return [draw(lambda theme: redraw(folder, stem, theme), folder, stem, title, caption, alt=alt)]

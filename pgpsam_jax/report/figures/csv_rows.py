@@ -55,13 +55,17 @@ def scores_of(group: Group, metric: str = "dice") -> Scores | None:
     return gather({run.config.seed: run.cases for run in group.runs}, "strict", metric)
 
 
+def _scored(groups, metric: str = "dice"):
+    """Yields each group that has scores, with them."""
+    for group in groups:
+        if (scores := scores_of(group, metric)) is not None:
+            yield group, scores
+
+
 def score_rows(groups, metric: str) -> list[dict]:
     """Rows of the metric per organ and case, averaged over the seeds in which it is defined."""
     rows = []
-    for group in groups:
-        scores = scores_of(group, metric)
-        if scores is None:
-            continue
+    for group, scores in _scored(groups, metric):
         ids = {row["class"]: row["class_id"] for run in group.runs for row in run.cases}
         means = scores.per_case()
         rows += [
@@ -76,10 +80,7 @@ def score_rows(groups, metric: str) -> list[dict]:
 def seed_rows(groups, axis: str | None) -> list[dict]:
     """Rows of the class-mean Dice per seed."""
     rows = []
-    for group in groups:
-        scores = scores_of(group)
-        if scores is None:
-            continue
+    for group, scores in _scored(groups):
         means = defined_mean(defined_mean(scores.values, axis=1), axis=1)
         rows += [
             {"label": group.label, "seed": seed, "dice_class_mean": mean}
@@ -94,22 +95,18 @@ def paired_rows(groups) -> list[dict]:
 
     Uses the seeds, cases and organs that both share, as in `statistics.compare`.
     """
-    base = next((group for group in groups if group.reference), None)
-    theirs = scores_of(base) if base else None
+    scored = list(_scored(groups))
+    base, theirs = next((pair for pair in scored if pair[0].reference), (None, None))
     rows = []
-    for group in groups if theirs else ():
-        ours = None if group.reference else scores_of(group)
-        if ours is None:
+    for group, ours in scored if base else ():
+        first, second = ours.common_with(theirs)
+        if group is base or not first.values.size:
             continue
-        axes = ("seeds", "cases", "organs")
-        common = [[k for k in getattr(ours, a) if k in getattr(theirs, a)] for a in axes]
-        if not all(common):
-            continue
-        first, second = (scores.select(*common).case_scores() for scores in (ours, theirs))
+        differences = first.case_scores() - second.case_scores()
         rows += [
             {"label": group.label, "against": base.label, "case": case}
-            | {"difference": difference, "seeds": len(common[0])}
-            for case, difference in zip(common[1], first - second, strict=True)
+            | {"difference": difference, "seeds": len(first.seeds)}
+            for case, difference in zip(first.cases, differences, strict=True)
         ]
     return rows
 

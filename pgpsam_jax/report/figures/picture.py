@@ -58,24 +58,24 @@ def draw(
     Returns:
         The picture to embed in the page.
     """
-    folder = Path(folder)
-    page = {"format": "png", "dpi": _PAGE_DPI} if raster else {"format": "svg"}
+    folder, light = Path(folder), None
+    kind, mime = ("png", "image/png") if raster else ("svg", "image/svg+xml")
     with matplotlib.rc_context(LIGHT.settings):
         figure = make(LIGHT)
-        for kind in ("png", "pdf"):
-            with atomic_path(folder / f"{stem}.{kind}") as temporary:
-                _save(figure, temporary, kind, _FILE_DPI)
-        light = None if raster else _bytes(figure, **page)
+        for file_kind in ("png", "pdf"):
+            with atomic_path(folder / f"{stem}.{file_kind}") as temporary:
+                _save(figure, temporary, file_kind, _FILE_DPI)
+        if not raster:
+            light = _bytes(figure, kind)
     with matplotlib.rc_context(DARK.settings):
-        dark = _bytes(make(DARK), **page)
-    if raster:
-        return Picture(stem, title, caption, dark, None, "image/png", alt)
-    return Picture(stem, title, caption, light, dark, "image/svg+xml", alt)
+        dark = _bytes(make(DARK), kind)
+    versions = (dark, None) if light is None else (light, dark)
+    return Picture(stem, title, caption, *versions, mime, alt)
 
 
-def _bytes(figure: Figure, format: str, dpi=_PAGE_DPI) -> bytes:
+def _bytes(figure: Figure, kind: str) -> bytes:
     file = io.BytesIO()
-    _save(figure, file, format, dpi)
+    _save(figure, file, kind, _PAGE_DPI)
     return file.getvalue()
 
 

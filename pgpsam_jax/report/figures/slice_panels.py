@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-from pgpsam_jax.visualization.overlays import display_spacing, draw_slice, text_style
+from pgpsam_jax.visualization.overlays import display_spacing, draw_slice, write_on
 
 _AIR = 0.1  # share of the window; darker pixels are no body
 
@@ -90,5 +90,4 @@ def draw_panel(ax, part: Slice, labels, names, frame=None, letters: bool = False
 
 def corner_text(ax, text: str, right: bool = False) -> None:
     """Writes in the upper left or right corner of a panel."""
-    side = {"transform": ax.transAxes, "ha": "right" if right else "left", "va": "top"}
-    ax.text(0.97 if right else 0.03, 0.97, text, **side, **text_style(8))
+    write_on(ax, 0.97 if right else 0.03, 0.97, text, "right" if right else "left", "top")

@@ -91,9 +91,8 @@ def _comparison(slices, rows, labels, names):
         textwrap.fill(title, int(11 * size), max_lines=2, placeholder=" …")
         for title in ("image", *labels, "ground truth")
     ]
-    figure, axes = _sheet(
-        slices, (len(slices), width), names, 0.0, top=0.3 + 0.14 * ("\n" in "".join(titles))
-    )
+    top = 0.3 + 0.14 * ("\n" in "".join(titles))
+    figure, axes = _sheet(slices, (len(slices), width), names, 0.0, top)
     for ax, title in zip(axes, titles, strict=False):
         ax.set_title(title, loc="center", fontsize=9, pad=4)
     for line, part in enumerate(slices):
@@ -183,15 +182,7 @@ def _gallery(slices, rows, names):
         for ax, labels in zip(here, (None, part.truth, part.predictions[0]), strict=True):
             draw_panel(ax, part, labels, names)
     for ax, what in zip(axes, ["image", "truth", "prediction"] * across, strict=False):
-        ax.text(
-            0.5,
-            0.02,
-            what,
-            transform=ax.transAxes,
-            ha="center",
-            va="bottom",
-            **overlays.text_style(8),
-        )
+        overlays.write_on(ax, 0.5, 0.02, what, va="bottom")
     for ax in axes[3 * len(slices) :]:
         ax.set_visible(False)
     return figure
@@ -201,9 +192,10 @@ def _sheet(slices, layout, names, head, top):
     """Figure and axes for `layout` panels, all of the tallest slice's shape, with a legend."""
     tallest = max(frame_ratio(part.frame) for part in slices)
     maps = [labels for part in slices for labels in (part.truth, *part.predictions)]
-    legend = {k: names[k] for k in overlays.present(names, *maps)}
-    width = _panel_width(layout[1])
-    return overlays.panels(layout, (tallest, 1.0), (1.0, 1.0), width, legend, names, "", head, top)
+    legend = overlays.present(names, *maps)
+    return overlays.panels(
+        layout, tallest, _panel_width(layout[1]), legend, names, head=head, top=top
+    )
 
 
 def _panel_width(columns: int) -> float:

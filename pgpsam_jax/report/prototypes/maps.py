@@ -34,17 +34,12 @@ def dense_figure(probe: Probe, table: dict):
             norm, parts = _dense_maps(table, part, number)
             of_pass = table["norm"][table["pass"] == number]
             levels = {"cmap": "viridis", "vmin": of_pass.min(), "vmax": of_pass.max()}
+            extent = _input_frame(part, probe.image_size)
             for ax, image, style in zip(
                 here[1 + 2 * number :], (norm, parts), (levels, {}), strict=False
             ):
                 draw_panel(ax, part, None, probe.names, frame)
-                _overlay(
-                    ax,
-                    _input_frame(part, probe.image_size),
-                    image,
-                    interpolation="bilinear",
-                    **style,
-                )
+                _overlay(ax, extent, image, interpolation="bilinear", **style)
                 _outline(ax, part, range(1, len(probe.names)), probe.names)
     return figure
 
@@ -71,7 +66,7 @@ def attention_figure(probe: Probe, table: dict, shares: dict, name: str):
     titles = [label.replace("_", " ").replace(" ", "\n", 1) for label in probe.names]
     places = [(probe.slices[index], number) for index in probe.examples for number in probe.stages]
     frames = [_input_frame(part, probe.image_size) for part, _ in places]
-    figure, axes = _sheet(frames, titles, probe.names)
+    figure, axes = _sheet(frames, titles, probe.names, {})
     for line, (part, number) in enumerate(places):
         for k, label in enumerate(probe.names):
             ax = axes[line * len(titles) + k]
@@ -94,19 +89,14 @@ def _where(table, part: Slice, number: int, name: str, label: str):
 def _rows_of(table, part: Slice, number: int, name: str, label: str) -> np.ndarray:
     """A map (h, w) of the attention table."""
     own = _where(table, part, number, name, label)
-    columns = sorted(
-        (c for c in table if c[0] == "c" and c[1:].isdigit()), key=lambda c: int(c[1:])
-    )
-    return np.stack([table[column][own] for column in columns], axis=1)
+    columns = (column for column in table if column[0] == "c" and column[1:].isdigit())
+    return np.stack([table[c][own] for c in sorted(columns, key=lambda c: int(c[1:]))], axis=1)
 
 
-def _sheet(frames, titles, names, legend=()):
+def _sheet(frames, titles, names, legend):
     """Figure and axes with a row of panels per frame and a column per title."""
-    ratio = max(map(frame_ratio, frames))
-    legend = {k: names[k] for k in legend}
-    layout, width = (len(frames), len(titles)), min(2.3, _WIDE / len(titles))
-    sizes = (ratio, 1.0), (1.0, 1.0), width
-    figure, axes = overlays.panels(layout, *sizes, legend, names, "", head=0.0, top=0.3)
+    ratio, width = max(map(frame_ratio, frames)), min(2.3, _WIDE / len(titles))
+    figure, axes = overlays.panels((len(frames), len(titles)), ratio, width, legend, names, top=0.3)
     for ax, title in zip(axes, titles, strict=False):
         ax.set_title(title, loc="center", fontsize=8, pad=4)
     return figure, axes

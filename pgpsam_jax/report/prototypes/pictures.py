@@ -12,12 +12,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.report.figures.csv_rows import read_columns
 from pgpsam_jax.report.figures.picture import Picture, draw
 from pgpsam_jax.report.prototypes import charts, maps
-from pgpsam_jax.report.prototypes.collect import (
-    Probe,
-    own_token_weights,
-    probe_run,
-    write_tables,
-)
+from pgpsam_jax.report.prototypes.collect import Probe, own_token_weights, probe_run, write_tables
 from pgpsam_jax.results.runs import Run
 
 _ALIKE = 0.99  # cosine of two classes' sparse prompts that are nearly identical
@@ -38,9 +33,8 @@ def prototype_pictures(run: Run, folder) -> list[Picture]:
     write_tables(probe, folder)
     pictures = [_dense(probe, folder)]
     if probe.stages:
-        pictures += [
-            _attention(probe, folder, name) for name in own_token_weights(probe, probe.stages[0])
-        ]
+        attention = own_token_weights(probe, probe.stages[0])
+        pictures += [_attention(probe, folder, name) for name in attention]
         pictures.append(_shares(probe, folder))
     pictures.append(_similarity(probe, folder))
     if probe.stages:
@@ -70,36 +64,40 @@ def _table(folder: Path, name: str) -> dict[str, np.ndarray]:
     return read_columns(folder / f"prototype_{name}.csv")
 
 
+def _draw(folder: Path, name: str, make, title: str, caption: str, alt: str = "") -> Picture:
+    """Draws `prototype_<name>`; `alt` is given for CT images."""
+    return draw(make, folder, f"prototype_{name}", title, caption, raster=bool(alt), alt=alt)
+
+
 def _dense(probe: Probe, folder: Path) -> Picture:
     table = _table(folder, "dense")
-    return draw(
-        lambda theme: maps.dense_figure(probe, table),
+    return _draw(
         folder,
-        "prototype_dense",
+        "dense",
+        lambda theme: maps.dense_figure(probe, table),
         "Dense prompts",
         "The dense prompt D of each decoder pass (0: bootstrap) on its token grid, with the true "
         "organs outlined. Norm: brighter is larger, one scale per pass. Content: the first three "
         "principal components as red, green and blue; tokens of the same color give the decoder "
         "the same information. Colors are comparable only within a pass.",
-        raster=True,
         alt="Color maps of the dense prompts over CT slices, one pair per decoder pass",
     )
 
 
 _ATTENTION = {
     "W_c": (
-        "prototype_class_attention",
+        "class_attention",
         "Class attention W_c (Eq 4)",
         "Before its softmax, W_c is one outer product per slice times a scalar per token, so all "
         "classes attend to its highest or its lowest position.",
     ),
     "W_q": (
-        "prototype_query_attention",
+        "query_attention",
         "Query attention W_q (Eq 5)",
         "W_q compares each prototype with every position of the fused feature.",
     ),
     "W": (
-        "prototype_attention",
+        "attention",
         "Attention of the prototypes",
         "The preset `release` has one softmax over class and query scores together; mean over its "
         "heads.",
@@ -110,25 +108,24 @@ _ATTENTION = {
 def _attention(probe: Probe, folder: Path, name: str) -> Picture:
     stem, title, note = _ATTENTION[name]
     table, shares = _table(folder, "attention"), _table(folder, "shares")
-    return draw(
-        lambda theme: maps.attention_figure(probe, table, shares, name),
+    return _draw(
         folder,
         stem,
+        lambda theme: maps.attention_figure(probe, table, shares, name),
         title,
         "Spatial attention of each class's own prototype token; each map is scaled to its "
         "maximum. If the slice contains the organ, it is outlined, and the number is the share of "
         f"the attention on tokens that overlap it. {note}",
-        raster=True,
         alt=f"Heat maps of {name} over CT slices, a column per class, a row per slice and stage",
     )
 
 
 def _shares(probe: Probe, folder: Path) -> Picture:
     table = _table(folder, "shares")
-    return draw(
-        functools.partial(charts.shares_figure, table, probe.names),
+    return _draw(
         folder,
-        "prototype_shares",
+        "shares",
+        functools.partial(charts.shares_figure, table, probe.names),
         "Attention on the organs",
         "Share of each class's attention on tokens that overlap its organ, averaged over the "
         f"slices that contain it (count in parentheses, of {len(probe.slices)} slices in total). "
@@ -154,10 +151,10 @@ def _similarity(probe: Probe, folder: Path) -> Picture:
             f"; {between['refined'].mean():.2f} after the last stage, with norm "
             f"{length['refined']:.1f} (averaged over slices)"
         )
-    return draw(
-        functools.partial(charts.similarity_figure, table, probe.names),
+    return _draw(
         folder,
-        "prototype_similarity",
+        "similarity",
+        functools.partial(charts.similarity_figure, table, probe.names),
         "Similarity of the prototypes",
         "Cosines of each class prototype with the others (left) and with the inter prototypes "
         f"(right). {words}.",
@@ -174,10 +171,10 @@ def _picks(probe: Probe, folder: Path) -> Picture:
             f"Stage {number}: {np.count_nonzero(classes)} of {int(table['inter'].max()) + 1} "
             f"picked, {np.count_nonzero(classes > 1)} of them by several classes."
         )
-    return draw(
-        functools.partial(charts.picks_figure, table, probe.names),
+    return _draw(
         folder,
-        "prototype_picks",
+        "picks",
+        functools.partial(charts.picks_figure, table, probe.names),
         "Inter prototypes picked by each class",
         f"Share of {len(probe.slices)} slices in which a class picked an inter prototype; columns "
         "are sorted by the first class that picks them. The first stage compares learned "
@@ -187,10 +184,10 @@ def _picks(probe: Probe, folder: Path) -> Picture:
 
 def _mixing(probe: Probe, folder: Path) -> Picture:
     table = _table(folder, "mixing")
-    return draw(
-        functools.partial(charts.mixing_figure, table),
+    return _draw(
         folder,
-        "prototype_mixing",
+        "mixing",
+        functools.partial(charts.mixing_figure, table),
         "Weights of class and query attention",
         "Learned weights alpha of the class attention and beta of the query attention (Eq 5; in "
         "the preset `release` they weight the scores and are averaged over positions); both are "

@@ -54,12 +54,9 @@ def compare(row: Scores | None, reference: Scores | None, organ=None) -> Compari
     """
     if row is None or reference is None:
         return None
-    axes = ("seeds", "cases", "organs")
-    common = [[k for k in getattr(row, a) if k in getattr(reference, a)] for a in axes]
-    seeds, cases, organs = common
     if organ is not None:
-        organs = [name for name in organs if name == organ]
-    both = [scores.select(seeds, cases, organs) for scores in (row, reference)]
+        row = row.select(row.seeds, row.cases, [name for name in row.organs if name == organ])
+    both = row.common_with(reference)
     pairs = np.stack([scores.case_scores() for scores in both])
     each = np.stack([defined_mean(scores.values, axis=2) for scores in both])
     by_seed = defined_mean(each[0] - each[1], axis=1).tolist()
@@ -72,7 +69,7 @@ def compare(row: Scores | None, reference: Scores | None, organ=None) -> Compari
     ours, theirs = pairs.mean(axis=1).tolist()
     means = ours, theirs, float(differences.mean())
     interval = spread(differences)[1]
-    counts = tuple(seeds), pairs.shape[1]
+    counts = both[0].seeds, pairs.shape[1]
     return Comparison(*counts, *means, interval, p, method, better, worse, same, tuple(by_seed))
 
 
