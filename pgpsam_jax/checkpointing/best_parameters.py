@@ -53,17 +53,14 @@ class BestCheckpoint(_Folder):
     def save(self, params, step: int, score: float) -> None:
         """Replaces parameters and record atomically."""
         number = 0 if self.latest is None else self.latest + 1
-        record = {"step": step, "score": score}
-        self._save(number, {"params": params}, metrics=record)
+        self._save(number, {"params": params}, metrics={"step": step, "score": score})
         self.wait_for_save()
 
 
 def best_record(workdir) -> dict | None:
     """Returns the record of the `best` folder, or None if validation has selected nothing."""
-    best = BestCheckpoint(workdir, reading=True)
-    record = best.record
-    best.close()
-    return record
+    with BestCheckpoint(workdir, reading=True) as best:
+        return best.record
 
 
 def restore_params(workdir, abstract_params, *, best: bool):
@@ -79,9 +76,6 @@ def restore_params(workdir, abstract_params, *, best: bool):
     """
     if not jax.tree.leaves(abstract_params):
         return abstract_params
-    folder = (BestCheckpoint if best and best_record(workdir) else Checkpoints)(
-        workdir, reading=True
-    )
-    params = folder.restore_params(abstract_params)
-    folder.close()
-    return params
+    kind = BestCheckpoint if best and best_record(workdir) else Checkpoints
+    with kind(workdir, reading=True) as folder:
+        return folder.restore_params(abstract_params)

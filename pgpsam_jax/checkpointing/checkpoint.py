@@ -197,22 +197,11 @@ class Checkpoints(_Folder):
 
     def save(self, state, iterator) -> None:
         """Saves in the background; the state may be donated right after the call."""
-        parts = {
-            "params": state.params,
-            "progress": _progress(state),
-            "data": _Position(iterator),
-        }
-        self._save(int(state.step), parts)
+        self._save(int(state.step), _parts(state, iterator))
 
     def restore(self, abstract, iterator):
         """Restores the newest state with the shardings of `abstract`; moves the iterator."""
-        parts = self._load(
-            {
-                "params": abstract.params,
-                "progress": _progress(abstract),
-                "data": _Position(iterator),
-            }
-        )
+        parts = self._load(_parts(abstract, iterator))
         return dataclasses.replace(abstract, params=parts["params"], **parts["progress"])
 
 
@@ -253,10 +242,10 @@ def _numbers(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def _progress(state) -> dict:
-    """All fields except the parameters, which prediction reads alone."""
-    fields = dataclasses.fields(state)
-    return {field.name: getattr(state, field.name) for field in fields if field.name != "params"}
+def _parts(state, iterator) -> dict:
+    """The parts of a checkpoint; the parameters are apart, as prediction reads them alone."""
+    progress = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {"params": progress.pop("params"), "progress": progress, "data": _Position(iterator)}
 
 
 def abstract_like(tree, shardings):

@@ -12,7 +12,9 @@ FILE = "sha256.json"
 def write(folder) -> None:
     """Writes the SHA-256 of each file of a complete folder to its manifest."""
     folder = Path(folder)
-    write_json(folder / FILE, {name: file_digest(folder / name) for name in _files(folder)})
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in paths if path != folder / FILE]
+    write_json(folder / FILE, {name: file_digest(folder / name) for name in names})
 
 
 def check(folder, parts: Iterable[str]) -> None:
@@ -36,8 +38,3 @@ def check(folder, parts: Iterable[str]) -> None:
             raise UserError(f"{name} is missing")
         if file_digest(folder / name) != digest:
             raise UserError(f"{name} has changed since it was written")
-
-
-def _files(folder: Path) -> list[str]:
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [name for path in paths if (name := path.relative_to(folder).as_posix()) != FILE]

@@ -26,26 +26,14 @@ FROZEN = "frozen.safetensors"
 _RECORD = "base.json"
 
 
-def frozen_origin(workdir) -> str | None:
-    """Returns the origin of a workdir's frozen weights.
+def pinned(workdir) -> dict | None:
+    """Returns the record of a workdir's frozen weights, or None if nothing is pinned yet.
 
-    The path of a converted SAM, the name of a converted checkpoint, "" for a random backbone, or
-    None if nothing is pinned yet.
+    `base` is the path of a converted SAM, the name of a converted checkpoint, or "" for a random
+    backbone; `sha256` is that of the converted SAM, or None if the workdir holds all its weights.
     """
-    record = _recorded(Path(workdir) / _RECORD)
-    return None if record is None else record["base"]
-
-
-def holds_all(workdir) -> bool:
-    """Whether a workdir holds all its frozen weights and needs no converted SAM."""
-    record = _recorded(Path(workdir) / _RECORD)
-    return record is not None and record["sha256"] is None
-
-
-def base_digest(workdir) -> str | None:
-    """Returns the SHA-256 of the converted SAM that a workdir needs, or None."""
-    record = _recorded(Path(workdir) / _RECORD)
-    return None if record is None else record["sha256"]
+    path = Path(workdir) / _RECORD
+    return read_record(path, lambda value: {key: value[key] for key in ("base", "sha256")} | value)
 
 
 def pin_frozen_weights(workdir, base: str, digest: str | None, frozen, random_frozen=None) -> None:
@@ -64,36 +52,29 @@ def pin_frozen_weights(workdir, base: str, digest: str | None, frozen, random_fr
     Raises:
       UserError: the weights are not those pinned here, or a file is missing or damaged.
     """
-    with multihost.first_before_others("base"):  # the others read what the first wrote
-        kept = flat_paths(frozen) if digest is None else random_frozen or {}
-        _pin(Path(workdir), base, digest, kept)
-
-
-def _pin(workdir: Path, base: str, digest: str | None, kept: dict) -> None:
+    workdir = Path(workdir)
     path, file = workdir / _RECORD, workdir / FROZEN
-    record = _recorded(path)
-    if record is None:
-        if checkpoint.saved_steps(workdir):
-            raise UserError(f"{path} is missing; restore it from a copy or train again")
-        record = {"base": base, "sha256": digest}
+    kept = flat_paths(frozen) if digest is None else random_frozen or {}
+    with multihost.first_before_others("base"):  # the others read what the first wrote
+        record = pinned(workdir)
+        if record is None:
+            if checkpoint.saved_steps(workdir):
+                raise UserError(f"{path} is missing; restore it from a copy or train again")
+            record = {"base": base, "sha256": digest}
+            if kept:
+                arrays = {name: np.asarray(leaf[...]) for name, leaf in kept.items()}
+                with atomic_path(file) as temporary:
+                    save_file(arrays, temporary)
+                record["frozen"] = file_digest(file)
+            write_json(path, record)
+            return
+        if record["sha256"] != digest:
+            raise UserError(
+                f"{workdir} was trained on SAM weights with SHA-256 {record['sha256']}, but "
+                f"model.base ({base or 'empty'}) has {digest}; give the weights of that run"
+            )
         if kept:
-            arrays = {name: np.asarray(leaf[...]) for name, leaf in kept.items()}
-            with atomic_path(file) as temporary:
-                save_file(arrays, temporary)
-            record["frozen"] = file_digest(file)
-        write_json(path, record)
-        return
-    if record["sha256"] != digest:
-        raise UserError(
-            f"{workdir} was trained on SAM weights with SHA-256 {record['sha256']}, but model.base "
-            f"({base or 'empty'}) has {digest}; give the weights of that run"
-        )
-    if kept:
-        _load(file, record.get("frozen"), kept)
-
-
-def _recorded(path: Path) -> dict | None:
-    return read_record(path, lambda value: {key: value[key] for key in ("base", "sha256")} | value)
+            _load(file, record.get("frozen"), kept)
 
 
 def _load(path: Path, digest: str | None, leaves: dict) -> None:
@@ -123,7 +104,7 @@ def base_notice(settings: ConfigDict, workdir) -> str | None:
 
 
 def _backbone_notice(settings: ConfigDict, workdir) -> str | None:
-    if settings.base or frozen_origin(workdir):
+    if settings.base or (pinned(workdir) or {}).get("base"):
         return None
     if settings.train_encoder == "full":
         return "The backbone was initialized at random and trained from scratch: no SAM weights."

@@ -62,7 +62,7 @@ def content_digests(config: dict) -> dict[str, str | None]:
     fields, found = flatten(config), {}
     for field in sorted(given_files(config)):
         try:
-            found[field] = digest_of(field, fields[field])
+            found[field] = CONTENT_DIGESTS[field](fields[field])
         except (UserError, OSError):
             found[field] = None
     return found
@@ -71,12 +71,7 @@ def content_digests(config: dict) -> dict[str, str | None]:
 def given_files(config: dict) -> set[str]:
     """Returns the fields of a configuration (as JSON) that name a file with a content digest."""
     fields = flatten(config)
-    return {field for field in _DIGESTS if fields.get(field)}
-
-
-def digest_of(field: str, path) -> str | None:
-    """Returns the SHA-256 of a field's file by its meaning; None for missing weights."""
-    return _DIGESTS[field](path)
+    return {field for field in CONTENT_DIGESTS if fields.get(field)}
 
 
 def _of_value(value) -> str:
@@ -99,7 +94,8 @@ def _file(file: Path, _) -> str:
     return file_digest(file)
 
 
-_DIGESTS = {
+# Field -> SHA-256 of its file by meaning; None for missing weights.
+CONTENT_DIGESTS = {
     "data.label_table": lambda path: _of_value(load_label_table(path).to_json()),
     "data.split_file": _of_split,
     "fewshot.file": lambda path: read_list(path).hash,

@@ -13,7 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from pgpsam_jax.checkpointing import frozen_weights
-from pgpsam_jax.checkpointing.identity import PATHS, digest_of
+from pgpsam_jax.checkpointing.identity import CONTENT_DIGESTS, PATHS
 from pgpsam_jax.config import serialization
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.baselines import resnet_weights
@@ -63,7 +63,7 @@ def find_base(config: ConfigDict, workdir) -> str:
     Raises:
       UserError: `config.model.base` and the recorded locations do not lead to those weights.
     """
-    given, wanted = config.model.base, frozen_weights.base_digest(workdir)
+    given, wanted = config.model.base, (frozen_weights.pinned(workdir) or {}).get("sha256")
     if not given or wanted is None:
         return given
     paths = _Candidates(config, Path(workdir))("model.base")
@@ -134,8 +134,9 @@ def _file(candidates, field: str, own: Path) -> str:
         return (there or paths or [""])[0]
     if not there:
         return str(own)
-    wanted = digest_of(field, own)
-    same = [path for path in there if digest_of(field, path) == wanted]
+    digest = CONTENT_DIGESTS[field]
+    wanted = digest(own)
+    same = [path for path in there if digest(path) == wanted]
     if field == "data.split_file":  # order changes its digest; `resumption.check_split` compares
         return str(own) if same else there[0]
     if same:

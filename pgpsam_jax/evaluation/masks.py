@@ -115,14 +115,13 @@ class Masks:
     def close(self) -> None:
         """Writes the record, without entries of missing masks, and the table of volumes."""
         self._store(drop_missing=True)
-        found = {n: e for n, e in self._record["files"].items() if "ml" in e}
-        organs = [name for name in self._labels[1:]]
-        columns = ["file", *(f"{organ} (ml)" for organ in organs)]
+        heads = {organ: f"{organ} (ml)" for organ in self._labels[1:]}
         rows = [
-            {"file": name} | {f"{organ} (ml)": entry["ml"].get(organ) for organ in organs}
-            for name, entry in sorted(found.items())
+            {"file": name} | {head: entry["ml"].get(organ) for organ, head in heads.items()}
+            for name, entry in sorted(self._record["files"].items())
+            if "ml" in entry
         ]
-        write_text(self.folder / VOLUMES, csv_text(columns, rows))
+        write_text(self.folder / VOLUMES, csv_text(["file", *heads.values()], rows))
 
     def _store(self, drop_missing: bool = False) -> None:
         """Writes the record, merged with entries that another process of the run has added."""
@@ -131,7 +130,8 @@ class Masks:
         files = there["files"] | self._entries
         if drop_missing:
             files = {n: e for n, e in files.items() if os.path.lexists(self.folder / n)}
-        runs = {k: v for k, v in runs.items() if k == self._run or _has_masks_of(files, k)}
+        used = {self._run, *(entry["run"] for entry in files.values())}
+        runs = {key: run for key, run in runs.items() if key in used}
         self._record = {"schema": SCHEMA, "runs": runs, "files": files}
         write_json(self.folder / RECORD, self._record)
         self._due = time.monotonic() + _EVERY_SECONDS
@@ -149,7 +149,7 @@ class Masks:
                 f"{found[0]}); choose another --output"
             )
         for path in self.inputs.values():
-            if _same_file(path.parent, folder):
+            if _file_id(path.parent) == _file_id(folder):
                 raise UserError(
                     f"{path} is in --output {folder}, where its mask would overwrite its input or "
                     "later be mistaken for one; choose another --output"
@@ -177,9 +177,9 @@ class Masks:
         known, folder = self._record["files"], self.folder
         targets = [self.name(stem) for stem in self.inputs]
         there = os.listdir(folder) if folder.is_dir() else []
-        masks = [n for n in there if n.lower().endswith(_ENDS) and n[0] != "."]
-        strange = sorted({n for n in masks if n not in known} | {n for n in targets if n in known
-                          and _changed(folder / n, known[n])})  # fmt: skip
+        masks = {n for n in there if n.lower().endswith(_ENDS) and n[0] != "."}
+        changed = {n for n in targets if n in known and _changed(folder / n, known[n])}
+        strange = sorted((masks - known.keys()) | changed)
         if self.previews:
             pictures = {n: n.removesuffix(".nii.gz") + ".png" for n in targets}
             strange += [p for n, p in pictures.items() if p in there and n not in known]
@@ -213,17 +213,6 @@ def _changed(path: Path, entry: dict) -> bool:
     try:
         return "sha256" in entry and file_digest(path) != entry["sha256"]
     except FileNotFoundError:
-        return False
-
-
-def _has_masks_of(files: dict, run: str) -> bool:
-    return any(entry["run"] == run for entry in files.values())
-
-
-def _same_file(one: Path, other: Path) -> bool:
-    try:
-        return one.samefile(other)
-    except OSError:
         return False
 
 

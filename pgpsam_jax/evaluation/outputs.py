@@ -41,16 +41,9 @@ def score_and_write(
     if case.image is not None:
         from pgpsam_jax.visualization.overlays import write_overlays
 
-        write_overlays(
-            normalize_volume(case.image, window),
-            case.truth,
-            case.prediction,
-            case.spacing,
-            names,
-            case.name,
-            folder / "overlays",
-            region=case.region,
-        )
+        maps, place = (case.truth, case.prediction), folder / "overlays"
+        image = normalize_volume(case.image, window)
+        write_overlays(image, *maps, case.spacing, names, case.name, place, case.region)
     return rows + of_volume, slices
 
 
@@ -65,13 +58,7 @@ def write_prediction(case: PredictedVolume, *, folder: Path, names, window) -> t
         from pgpsam_jax.visualization.overlays import write_preview
 
         picture = folder / f"{case.name}.png"
-        write_preview(
-            normalize_volume(case.image, window),
-            case.prediction,
-            case.spacing,
-            names,
-            picture,
-        )
+        write_preview(normalize_volume(case.image, window), case.prediction, case.spacing, names, picture)
     counts = np.bincount(case.prediction.ravel(), minlength=len(names))
     voxels = {name: int(count) for name, count in zip(names[1:], counts[1:], strict=True)}
     one = math.prod(case.spacing) / 1000

@@ -29,11 +29,11 @@ def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
     """
     config = config.copy_and_resolve_references()
     config.model.cnn_base = ""  # only initializes training; the workdir has the trained CNN
-    no_base = frozen_weights.holds_all(workdir)
+    pinned = frozen_weights.pinned(workdir)
+    no_base = pinned is not None and pinned["sha256"] is None
     config.model.base = "" if no_base else locations.find_base(config, workdir)
-    new = frozen_weights.frozen_origin(workdir) is None
     graphdef, params, frozen, digest = build.init_model(
-        config.model, num_classes, config.seed if new else None
+        config.model, num_classes, config.seed if pinned is None else None
     )
     random_frozen = pretrained.randomly_initialized_frozen_params(config.model, frozen)
     frozen_weights.pin_frozen_weights(workdir, config.model.base, digest, frozen, random_frozen)

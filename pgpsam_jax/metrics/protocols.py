@@ -24,17 +24,8 @@ from pgpsam_jax.metrics import surface
 from pgpsam_jax.metrics.overlap import overlap_counts
 
 NAN = float("nan")
-COLUMNS = (
-    "case",
-    "class_id",
-    "class",
-    "protocol",
-    "metric",
-    "value",
-    "truth_voxels",
-    "predicted_voxels",
-    "status",
-)
+COLUMNS = ("case", "class_id", "class", "protocol", "metric", "value")
+COLUMNS += ("truth_voxels", "predicted_voxels", "status")
 STATUSES = {  # (in the truth, in the prediction) -> status
     (False, False): "both_empty",
     (True, False): "missed",
@@ -138,10 +129,18 @@ def score_case(
     rows = []
     for class_id in range(1, len(names)):
         edges = [points[ids == class_id] for points, ids in surfaces]
-        score = _score_organ(
-            counts[:, class_id - 1].tolist(), edges, spacing, nsd_tolerance_mm, region
-        )
-        rows += _rows(case_id, class_id, names[class_id], *score)
+        both, predicted, true = counts[:, class_id - 1].tolist()
+        status, organ = STATUSES[true > 0, predicted > 0], None
+        if status == "ok":
+            spacings = spacing, (1.0, 1.0, 1.0)
+            in_mm, in_voxels = surface.point_distances(*edges, spacings, region)
+            organ = Organ(both, predicted, true, in_mm, in_voxels, nsd_tolerance_mm)
+        start, end = (str(case_id), class_id, names[class_id]), (true, predicted, status)
+        for protocol, metrics in FORMULAS.items():
+            for name, metric in metrics.items():
+                value = metric.formula(organ) if organ else getattr(metric, status)
+                entries = (*start, protocol, name, float(value), *end)
+                rows.append(dict(zip(COLUMNS, entries, strict=True)))
     return rows
 
 
@@ -158,42 +157,3 @@ def _check(prediction, truth, names, case_id) -> None:
                 f"case {case_id}: the {what} has class {low if low < 0 else high}, but the label "
                 f"table has only ids 0 to {len(names) - 1}; use the label table of this data set."
             )
-
-
-def _score_organ(counts, edges, spacing, tolerance_mm, region):
-    """Returns status, voxel counts (truth, predicted) and {protocol: {metric: value}} of one organ.
-
-    counts: voxels in both, in the prediction and in the truth. edges: surface voxels of the
-    prediction and of the truth.
-    """
-    both, predicted, true = counts
-    status, organ = STATUSES[true > 0, predicted > 0], None
-    if status == "ok":
-        ours, theirs = edges
-        spacings = spacing, (1.0, 1.0, 1.0)
-        in_mm, in_voxels = surface.point_distances(ours, theirs, spacings, region)
-        organ = Organ(both, predicted, true, in_mm, in_voxels, tolerance_mm)
-    values = {
-        protocol: {
-            name: metric.formula(organ) if organ else getattr(metric, status)
-            for name, metric in metrics.items()
-        }
-        for protocol, metrics in FORMULAS.items()
-    }
-    return status, (true, predicted), values
-
-
-def _rows(case_id, class_id, name, status, counts, values) -> list[dict]:
-    common = {"case": str(case_id), "class_id": class_id, "class": name}
-    ending = {"truth_voxels": counts[0], "predicted_voxels": counts[1], "status": status}
-    return [
-        {
-            **common,
-            "protocol": protocol,
-            "metric": metric,
-            "value": float(value),
-            **ending,
-        }
-        for protocol, found in values.items()
-        for metric, value in found.items()
-    ]

@@ -63,6 +63,7 @@ def study_cost(study: Study) -> list[Table]:
     recorded = [[run for run in line.runs.values() if run.cost] for line in study.lines]
     if not any(recorded):
         return []
+    by_label = [(line.label, runs) for line, runs in zip(study.lines, recorded, strict=True)]
     rows = []
     for line, runs in zip(study.lines, recorded, strict=True):
         known = [quantities(run) for run in runs]
@@ -75,8 +76,8 @@ def study_cost(study: Study) -> list[Table]:
         f"per device, as planned by the compiler. {_EVALUATION}.",
         "With several seeds: median, and (smallest to largest) where they differ; seeds: with a "
         "cost record/planned.",
-        *_dash_notes([line.label for line in study.lines], recorded),
-        *_setting_notes([line.label for line in study.lines], recorded),
+        *_dash_notes(by_label),
+        *_setting_notes(by_label),
     ]
     head = ["row", "seeds", "Dice (%)", *(head for head, _ in COLUMNS.values())]
     return [Table(f"{study.title}: {_TITLE}", head, rows, notes)]
@@ -162,24 +163,20 @@ def _kind(run: Run) -> str:
     return run.cost.get("kind", TRAINING)  # older runs have no kind
 
 
-def _dash_notes(labels, recorded) -> list[str]:
+def _dash_notes(by_label) -> list[str]:
     """Notes on rows without numbers of a training step, with the reason."""
     notes = []
     for kind, why in _MISSING_REASON.items():
-        names = [
-            label
-            for label, runs in zip(labels, recorded, strict=True)
-            if any(_kind(run) == kind for run in runs)
-        ]
+        names = [label for label, runs in by_label if kind in map(_kind, runs)]
         notes += [f"{', '.join(names)}: {why[0].lower()}{why[1:]}."] if names else []
-    absent = [label for label, runs in zip(labels, recorded, strict=True) if not runs]
+    absent = [label for label, runs in by_label if not runs]
     return notes + ([f"No cost record yet: {', '.join(absent)}."] if absent else [])
 
 
-def _setting_notes(labels, recorded) -> list[str]:
+def _setting_notes(by_label) -> list[str]:
     """Note on the devices and settings of the measurements; a warning if they differ."""
     settings: dict[str, dict] = {}
-    for label, runs in zip(labels, recorded, strict=True):
+    for label, runs in by_label:
         for run in runs:
             settings.setdefault(_setting(run), {})[label] = None
     for setting in [one for one in settings if any(o.startswith(f"{one}, ") for o in settings)]:

@@ -64,28 +64,24 @@ def to_latex(table: Table) -> str:
     if notes:
         box = [r"\begin{minipage}{\linewidth}", r"\footnotesize", r"\begin{itemize}"]
         notes = [r"\par\medskip", *box, *notes, r"\end{itemize}", r"\end{minipage}"]
-    return (
-        "\n".join(
-            [
-                r"\begin{table}[htbp]",
-                r"\centering",
-                rf"\caption{{{_latex(table.title)}}}",
-                r"\scriptsize" if len(table.head) > 10 else r"\footnotesize",
-                r"\setlength{\tabcolsep}{3pt}",
-                r"\makebox[\linewidth][c]{%",  # centered even if it is wider than the text
-                rf"\begin{{tabular}}{{{columns}}}",
-                r"\toprule",
-                body[0],
-                r"\midrule",
-                *body[1:],
-                r"\bottomrule",
-                r"\end{tabular}}",
-                *notes,
-                r"\end{table}",
-            ]
-        )
-        + "\n"
-    )
+    lines = [
+        r"\begin{table}[htbp]",
+        r"\centering",
+        rf"\caption{{{_latex(table.title)}}}",
+        r"\scriptsize" if len(table.head) > 10 else r"\footnotesize",
+        r"\setlength{\tabcolsep}{3pt}",
+        r"\makebox[\linewidth][c]{%",  # centered even if it is wider than the text
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        body[0],
+        r"\midrule",
+        *body[1:],
+        r"\bottomrule",
+        r"\end{tabular}}",
+        *notes,
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def to_html(table: Table) -> str:
