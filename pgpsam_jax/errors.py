@@ -71,6 +71,11 @@ def as_user_error(error: BaseException) -> BaseException:
     return error
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Exits with one sentence on stderr: code 2 for `UserError`, its own for `Interrupted`.

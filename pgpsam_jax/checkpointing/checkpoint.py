@@ -21,7 +21,7 @@ from absl import logging
 
 from pgpsam_jax.checkpointing import checksums
 from pgpsam_jax.distributed import multihost
-from pgpsam_jax.errors import Interrupted, UserError, as_user_error
+from pgpsam_jax.errors import Interrupted, UserError, as_user_error, first_line
 from pgpsam_jax.utils.untrusted_text import sanitize
 
 KEEP = 2
@@ -186,7 +186,7 @@ def _reason(error: BaseException) -> str:
     """First line of an error's root cause; Orbax's own messages are long and say little."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return first_line(error)[:200]
 
 
 class Checkpoints(_Folder):

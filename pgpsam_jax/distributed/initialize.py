@@ -18,7 +18,7 @@ import jax
 
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.distributed.cluster_env import START_SECONDS, ProcessInfo
-from pgpsam_jax.errors import AGAIN, Interrupted, UserError, as_user_error
+from pgpsam_jax.errors import AGAIN, Interrupted, UserError, as_user_error, first_line
 from pgpsam_jax.runtime import jax_internals, preemption
 from pgpsam_jax.utils.files import StrPath
 
@@ -131,7 +131,7 @@ class ProcessGroup:
         except UserError as error:
             leave(2, str(error))
         except Exception as error:
-            give_up((str(error).splitlines() or [type(error).__name__])[0])
+            give_up(first_line(error))
 
     def close(self, code: int) -> None:
         """Disconnects after the last common step; a process lost from here on is no error.
@@ -151,8 +151,8 @@ class ProcessGroup:
         """Ends this process because of an error, which the others then report too."""
         if _raised_by_runtime(error):  # JAX aborts this process if another one is gone
             seconds = self._heartbeat_seconds + _MARGIN_SECONDS
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            print(f"\n{reason}: waiting {seconds} s for word of the others", file=sys.stderr)
+            waits = f"waiting {seconds} s for word of the others"
+            print(f"\n{first_line(error)[:200]}: {waits}", file=sys.stderr)
             time.sleep(seconds)
         code, message = _exit_code_and_message(error)
         words = [self.info.process, socket.gethostname(), code, message]

@@ -51,10 +51,8 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
     from pgpsam_jax.metrics.summary_text import format_text
 
     notices = [frozen_weights.base_notice(config.model, workdir), registry.notice(config.model)]
-    notices += [
-        best_parameters.notice(config.validation, workdir),
-        resumption.notice(workdir, split),
-    ]
+    notices.append(best_parameters.notice(config.validation, workdir))
+    notices.append(resumption.notice(workdir, split))
     options = {"axis": config.data.axis}
     if config.data.layout == "transunet":
         notices.append(array_files.NO_GRID)

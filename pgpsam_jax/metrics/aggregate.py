@@ -31,6 +31,16 @@ def defined_mean(values, axis=None):
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
+def class_mean(scores):
+    """Returns the mean over cases, then over organs, of scores (..., N cases, C organs)."""
+    return defined_mean(defined_mean(scores, axis=-2), axis=-1)
+
+
+def case_mean(scores):
+    """Returns the mean over organs, then over cases, of scores (..., N cases, C organs)."""
+    return defined_mean(defined_mean(scores, axis=-1), axis=-1)
+
+
 def spread(values) -> tuple[float | None, list[float] | None]:
     """Returns sample SD and t interval of the mean; None for fewer than two defined values."""
     values = np.asarray(values, float)
@@ -117,8 +127,7 @@ class Scores:
 
     def over_seeds(self, kind: str) -> tuple[float, float | None]:
         """Returns mean and SD (None for one seed) over seeds of the "class" or "case" mean."""
-        inner = {"class": 1, "case": 2}[kind]
-        means = defined_mean(defined_mean(self.values, axis=inner), axis=1)
+        means = {"class": class_mean, "case": case_mean}[kind](self.values)
         return float(defined_mean(means)), spread(means)[0]
 
 

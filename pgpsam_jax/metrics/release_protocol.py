@@ -14,7 +14,7 @@ import numpy as np
 
 from pgpsam_jax.data.cache import slice_areas
 from pgpsam_jax.data.fewshot_list import in_pool
-from pgpsam_jax.metrics.aggregate import defined_mean
+from pgpsam_jax.metrics.aggregate import case_mean
 from pgpsam_jax.metrics.overlap import dice_of_counts, overlap_counts, slice_dice
 from pgpsam_jax.metrics.protocols import COLUMNS, STATUSES
 
@@ -27,19 +27,9 @@ def valid_slices(truth, num_classes: int, min_pixels: int) -> np.ndarray:
     return in_pool(slice_areas(truth, num_classes), "valid", min_pixels)
 
 
-def item_mean(scores) -> float:
-    """Returns the release's "Dice" of (items, organs) scores: mean over organs, then items."""
-    return float(defined_mean(defined_mean(scores, axis=1)))
-
-
-def organ_mean(scores) -> float:
-    """Returns the release's "mcDice" of (items, organs) scores: mean over items, then organs."""
-    return float(defined_mean(defined_mean(scores, axis=0)))
-
-
 def mean_slice_dice(prediction, truth, num_classes: int) -> float:
     """Returns the release's slice-level "Dice" of label maps (N, H, W)."""
-    return item_mean(slice_dice(prediction, truth, num_classes))
+    return float(case_mean(slice_dice(prediction, truth, num_classes)))
 
 
 def score_release(

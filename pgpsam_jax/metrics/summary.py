@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.metrics import release_protocol
 from pgpsam_jax.metrics.aggregate import (
     INTERVAL,
+    case_mean,
+    class_mean,
     defined_mean,
     score_arrays,
     spread,
@@ -125,8 +126,8 @@ def _add_slices(release: dict, slices) -> None:
     scores = np.full((len(items), len(columns)), np.nan)
     for row in slices:
         scores[items[_slice_key(row)], columns[row["class"]]] = row["dice"]
-    release["slice_dice"] = release_protocol.item_mean(scores)
-    release["slice_mcdice"] = release_protocol.organ_mean(scores)
+    release["slice_dice"] = case_mean(scores)
+    release["slice_mcdice"] = class_mean(scores)
     release["n_slices"] = len(items)
     for name, column in columns.items():
         per_class[name]["slice_dice"] = defined_mean(scores[:, column])
@@ -141,8 +142,8 @@ def _summarize_protocol(rows, protocol, cases, classes) -> dict:
     values, status = score_arrays(rows, protocol, cases, classes)
     means = {}
     for metric, table in values.items():
-        means[f"{metric}_class_mean"] = defined_mean(defined_mean(table, axis=0))
-        means[f"{metric}_case_mean"] = defined_mean(defined_mean(table, axis=1))
+        means[f"{metric}_class_mean"] = class_mean(table)
+        means[f"{metric}_case_mean"] = case_mean(table)
     means |= _spread(defined_mean(values["dice"], axis=1), "dice_case")
     per_class = {}
     for column, name in enumerate(classes.values()):

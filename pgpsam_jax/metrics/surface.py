@@ -124,10 +124,12 @@ def point_distances(
     ]
     directions = []
     for ours, theirs in ((0, 1), (1, 0)):
-        kept, apart = scored[ours], ~_is_in(indices[ours], indices[theirs])
-        far = sides[ours][kept & apart]
-        found = _distances(far, sides[theirs], spacings, box, np.count_nonzero(kept))
-        directions.append([_fill(apart[kept], values) for values in found])
+        kept = scored[ours]
+        apart = kept & ~_is_in(indices[ours], indices[theirs])
+        found = np.zeros((len(spacings), len(kept)))  # 0 for voxels of both surfaces
+        far, count = sides[ours][apart], np.count_nonzero(kept)
+        found[:, apart] = _distances(far, sides[theirs], spacings, box, count)
+        directions.append(found[:, kept])
     return list(zip(*directions, strict=True))
 
 
@@ -137,13 +139,6 @@ def _is_in(values, others) -> np.ndarray:
         return np.zeros(len(values), bool)
     nearest = np.searchsorted(others, values).clip(max=len(others) - 1)
     return others[nearest] == values
-
-
-def _fill(apart, values) -> np.ndarray:
-    """Distances of all voxels: `values` where `apart`, 0 for voxels of both surfaces."""
-    distances = np.zeros(len(apart))
-    distances[apart] = values
-    return distances
 
 
 def _distances(far, targets, spacings, box, count: int) -> list[np.ndarray]:

@@ -1,6 +1,6 @@
 """The subject of a report: a run or an experiment grid, read once."""
 
-import dataclasses
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgpsam_jax.checkpointing.frozen_weights import base_notice
@@ -13,7 +13,7 @@ from pgpsam_jax.results.runs import Run, read_run
 _PHANTOM = "The data are synthetic phantoms: the results say nothing about real patients."
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Subject:
     """Either `run` or `grid`, the other is None; `groups` are the rows (one for a run)."""
 
@@ -28,16 +28,10 @@ class Subject:
         path_overrides: as in `Run`, for all runs.
         """
         run, grid = (None, read_grid(folder)) if is_grid(folder) else (read_run(folder), None)
-        groups = [
-            dataclasses.replace(
-                group,
-                runs=tuple(
-                    dataclasses.replace(run, path_overrides=path_overrides or {})
-                    for run in group.runs
-                ),
-            )
-            for group in groups_of(run or grid)
-        ]
+        groups = []
+        for group in groups_of(run or grid):
+            runs = (replace(run, path_overrides=path_overrides or {}) for run in group.runs)
+            groups.append(replace(group, runs=tuple(runs)))
         return cls(run, grid, groups)
 
     @property

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pgpsam_jax.metrics import release_protocol
 from pgpsam_jax.metrics.overlap import dice_of_counts, overlap_counts
 from pgpsam_jax.metrics.protocols import COLUMNS, METRICS, score_case
 from pgpsam_jax.metrics.release_protocol import SLICE_COLUMNS, mean_slice_dice, score_release
@@ -122,8 +121,8 @@ def test_the_two_means_differ():
     prediction = np.concatenate([one_slice(1), one_slice(1)])
     truth = np.concatenate([one_slice(1), one_slice(1, 2)])
     scores = dice_of_counts(overlap_counts(prediction, truth, 4))
-    assert release_protocol.item_mean(scores) == pytest.approx((1.0 + 0.5) / 2)
-    assert release_protocol.organ_mean(scores) == pytest.approx((1.0 + 0.0) / 2)
+    assert aggregate.case_mean(scores) == pytest.approx((1.0 + 0.5) / 2)
+    assert aggregate.class_mean(scores) == pytest.approx((1.0 + 0.0) / 2)
 
 
 def test_only_valid_slices_count():

@@ -127,25 +127,22 @@ def axis_curve(rows, theme: Theme) -> Figure:
 def timing(rows, theme: Theme) -> Figure:
     """Stacked bars of time per activity, one per run or row; rows of `timing_rows`."""
     labels, activities = _unique(rows, "label"), _unique(rows, "activity")
-    totals = {label: sum(r["seconds"] for r in rows if r["label"] == label) for label in labels}
-    unit, scale = ("min", 60) if max(totals.values()) > 180 else ("s", 1)
+    totals = [sum(row["seconds"] for row in rows if row["label"] == label) for label in labels]
+    unit, scale = ("min", 60) if max(totals) > 180 else ("s", 1)
     figure, ax = _strip_axes(labels, theme)
-    left = dict.fromkeys(labels, 0.0)
+    left, handles = np.zeros(len(labels)), []
     colors = theme.series[:4] + theme.series[5:] + (theme.muted,)
     for place, activity in enumerate(activities):
-        for y, label in enumerate(labels):
-            chosen = (r for r in rows if r["label"] == label and r["activity"] == activity)
-            width = sum(row["seconds"] for row in chosen) / scale
-            color = colors[place % len(colors)]
-            edge = {"edgecolor": theme.surface, "linewidth": 0.8}
-            ax.barh(y, width, left=left[label], height=0.6, color=color, **edge)
-            left[label] += width
-    for y, label in enumerate(labels):
-        _aside(ax, y, (f"{totals[label] / scale:.1f} {unit}",), theme.text)
-    handles = [
-        Patch(color=colors[place % len(colors)], label=name.replace("_", " "))
-        for place, name in enumerate(activities)
-    ]
+        color, seconds = colors[place % len(colors)], np.zeros(len(labels))
+        for row in rows:
+            if row["activity"] == activity:
+                seconds[labels.index(row["label"])] += row["seconds"]
+        style = {"height": 0.6, "color": color, "edgecolor": theme.surface, "linewidth": 0.8}
+        ax.barh(range(len(labels)), seconds / scale, left=left, **style)
+        left = left + seconds / scale
+        handles.append(Patch(color=color, label=activity.replace("_", " ")))
+    for y, total in enumerate(totals):
+        _aside(ax, y, (f"{total / scale:.1f} {unit}",), theme.text)
     figure.legend(handles=handles, loc="outside upper left", ncols=min(6, len(handles)))
     ax.set(xlabel=f"time ({unit})", ylim=(len(labels) - 0.5, -0.5), xlim=(0, None))
     return figure

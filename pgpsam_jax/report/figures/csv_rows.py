@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from pgpsam_jax.metrics.aggregate import Scores, defined_mean, gather
+from pgpsam_jax.metrics.aggregate import Scores, class_mean, gather
 from pgpsam_jax.results.grid import Grid
 from pgpsam_jax.results.runs import Run
 from pgpsam_jax.results.tables.cost_table import quantities
@@ -81,11 +81,10 @@ def seed_rows(groups, axis: str | None) -> list[dict]:
     """Rows of the class-mean Dice per seed."""
     rows = []
     for group, scores in _scored(groups):
-        means = defined_mean(defined_mean(scores.values, axis=1), axis=1)
         rows += [
             {"label": group.label, "seed": seed, "dice_class_mean": mean}
             | {"axis": axis or "", "value": group.value, "reference": int(group.reference)}
-            for seed, mean in zip(scores.seeds, means, strict=True)
+            for seed, mean in zip(scores.seeds, class_mean(scores.values), strict=True)
         ]
     return rows
 

@@ -49,14 +49,16 @@ def similarity_figure(table: dict, names, theme: Theme) -> Figure:
     moments = [moment for moment in _MOMENTS if (table["prototypes"] == moment).any()]
     height = 0.26 * len(names)
     figure = new_figure(_WIDE, len(moments) * (height + 0.45) + 1.35, theme)
-    cmap = _diverging(theme)
+    colors = [theme.series[0], theme.surface, theme.series[1]]
+    cmap = LinearSegmentedColormap.from_list("cosine", colors)
     labels = [name.replace("_", " ") for name in names]
     start, side = _margin(names), min(height, 3.5)
     boxes = {"intra": (start, side), "inter": (start + side + 0.25, _WIDE - start - side - 0.45)}
     for place, moment in enumerate(moments):
         low = 1.15 + (len(moments) - 1 - place) * (height + 0.45)
         for kind, (left, width) in boxes.items():
-            cosine = _matrix(table, moment, kind, names)
+            own = (table["prototypes"] == moment) & (table["with"] == kind)
+            cosine = table["cosine"][own].reshape(len(names), -1)  # written class by class
             ax = figure.add_axes(_inches(figure, left, low, width, height))
             image = ax.imshow(cosine, cmap=cmap, vmin=-1, vmax=1, aspect="auto")
             ax.set_yticks(range(len(names)), labels if kind == "intra" else [])
@@ -66,7 +68,8 @@ def similarity_figure(table: dict, names, theme: Theme) -> Figure:
                 slant = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
                 ax.set_xticks(range(len(names)), labels if last else [], **slant)
                 ax.set_title(f"classes, {_MOMENTS[moment]}")
-                _numbers(ax, cosine, theme)
+                if len(cosine) <= 12:
+                    _numbers(ax, cosine, theme)
             else:
                 ax.set_title(f"inter prototypes, {_MOMENTS[moment]}")
                 if not last:
@@ -77,14 +80,7 @@ def similarity_figure(table: dict, names, theme: Theme) -> Figure:
     return figure
 
 
-def _matrix(table, moment, kind, names) -> np.ndarray:
-    own = (table["prototypes"] == moment) & (table["with"] == kind)
-    return table["cosine"][own].reshape(len(names), -1)  # written class by class
-
-
 def _numbers(ax, values, theme: Theme) -> None:
-    if len(values) > 12:
-        return
     for k, q in np.ndindex(values.shape):
         strong = abs(values[k, q]) > 0.5
         text = f"{values[k, q]:.2f}".replace("0.", ".")
@@ -155,11 +151,6 @@ def mixing_figure(table: dict, theme: Theme) -> Figure:
 def _margin(names) -> float:
     """Inches for the longest class name."""
     return 0.15 + 0.08 * max(map(len, names))
-
-
-def _diverging(theme: Theme) -> LinearSegmentedColormap:
-    colors = [theme.series[0], theme.surface, theme.series[1]]
-    return LinearSegmentedColormap.from_list("cosine", colors)
 
 
 def _inches(figure, left, bottom, width, height) -> tuple[float, float, float, float]:
