@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from pgpsam_jax.metrics import aggregate
 from pgpsam_jax.metrics.overlap import dice_of_counts, overlap_counts
 from pgpsam_jax.metrics.protocols import COLUMNS, METRICS, score_case
 from pgpsam_jax.metrics.release_protocol import SLICE_COLUMNS, mean_slice_dice, score_release
