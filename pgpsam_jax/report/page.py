@@ -132,9 +132,7 @@ def _result_sections(subject: Subject, figures: Path) -> dict[str, list[str]]:
             lambda: figures_html([slices.qualitative(scored, figures)])
         )
         parts["Failures"] = _or_reason(lambda: figures_html([slices.failures(scored[-1], figures)]))
-    parts["Prompts and prototypes"] = _or_reason(
-        lambda: _with_warning(figures_html(_prototypes(groups, figures), _NO_PROTOTYPES), figures)
-    )
+    parts["Prompts and prototypes"] = _or_reason(lambda: _prototypes(groups, figures))
     if cost:
         parts["Cost"] = [cost, *figures_html(charts.cost_charts(groups, figures))]
     timing = charts.timing_charts(groups, figures)
@@ -184,22 +182,16 @@ def _or_reason(make: Callable[[], list[str]]) -> list[str]:
         return [_missing(f"These figures cannot be drawn: {error}.")]
 
 
-def _with_warning(parts: list[str], figures: Path) -> list[str]:
-    """The section on prompts and prototypes, after a warning if there is cause for one."""
-    from pgpsam_jax.report.prototypes.pictures import prompt_warning
-
-    warning = prompt_warning(figures)
-    return ([paragraph(warning, "notice")] if warning else []) + parts
-
-
-def _prototypes(groups, figures: Path) -> list[Picture]:
-    """Figures of the first finished run of the last row that has any."""
-    from pgpsam_jax.report.prototypes.pictures import prototype_pictures
+def _prototypes(groups, figures: Path) -> list[str]:
+    """Figures of the first finished run of the last row that has any, and a warning if needed."""
+    from pgpsam_jax.report.prototypes import pictures
 
     for group in reversed(groups):
-        if group.runs and (found := prototype_pictures(group.runs[0], figures)):
-            return found
-    return []
+        if group.runs and (found := pictures.prototype_pictures(group.runs[0], figures)):
+            warning = pictures.prompt_warning(figures)
+            notice = [paragraph(warning, "notice")] if warning else []
+            return notice + [figure(picture, figures) for picture in found]
+    return [_missing(_NO_PROTOTYPES)]
 
 
 def _background_sections(subject: Subject, folder: Path) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from pgpsam_jax.utils.files import read_metrics, read_record
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One workdir. Results that are not written yet are empty: `{}`, `[]` or None."""
+    """One workdir. Results that are not written yet are empty or None."""
 
     workdir: Path
     config: ConfigDict
@@ -23,7 +23,7 @@ class Run:
     cost: dict  # cost.json: parameters, FLOPs, memory, seconds per step
     records: list[dict]  # of metrics.jsonl
     cases: list[dict]  # rows of evaluation/cases.csv
-    summary: dict | None  # evaluation/summary.json
+    summary: dict  # evaluation/summary.json
     list_hash: str | None  # of the few-shot slices
     # New paths of files that have moved: "data.root", "model.base".
     path_overrides: dict = dataclasses.field(default_factory=dict)
@@ -46,7 +46,7 @@ def read_run(workdir) -> Run:
         read_record(workdir / "cost.json", missing={}),
         read_metrics(workdir / "metrics.jsonl"),
         read_cases(cases) if cases.is_file() else [],
-        read_record(evaluation / "summary.json"),
+        read_record(evaluation / "summary.json", missing={}),
         _list_hash(workdir / "fewshot.txt"),
     )
 

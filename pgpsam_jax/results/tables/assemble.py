@@ -4,7 +4,7 @@ Dice and NSD in %, HD95 in mm (`strict`) or voxels (`transunet`). "-": no result
 number is undefined.
 """
 
-from pgpsam_jax.metrics.aggregate import INTERVAL, defined_mean, gather, spread
+from pgpsam_jax.metrics.aggregate import INTERVAL, defined_mean, spread
 from pgpsam_jax.metrics.protocols import METRICS
 from pgpsam_jax.metrics.summary import summarize
 from pgpsam_jax.results.runs import Run
@@ -16,6 +16,7 @@ from pgpsam_jax.results.tables.study import Line, Study, nsd_tolerance
 from pgpsam_jax.results.tables.text import (
     NONE,
     Table,
+    class_mean,
     display_name,
     interval,
     number,
@@ -85,8 +86,7 @@ def _dice_table(of: Study, protocol, organs) -> Table:
             row.append(NONE if printed is None else f"{printed.mean:.2f}")
         notes += published.notes(of.published)[:1] + _other_data(of.lines, of.published)
     lines = {line.label: line.cases for line in of.lines if line.runs}
-    gathered = [gather(cases, protocol, "dice") for cases in lines.values()]
-    found = [one for one in gathered if one is not None]
+    found = [one for line in of.lines if (one := line.scores(protocol, "dice")) is not None]
     if sum(len(one.seeds) for one in found) < sum(map(len, lines.values())):
         notes.append(
             "Warning: some runs were evaluated before this protocol was added and have no scores "
@@ -98,7 +98,7 @@ def _dice_table(of: Study, protocol, organs) -> Table:
 
 
 def _dice_cells(line: Line, protocol, organs) -> list[str]:
-    scores = gather(line.cases, protocol, "dice")
+    scores = line.scores(protocol, "dice")
     start = [line.label, f"{0 if scores is None else len(scores.seeds)}/{line.planned}"]
     if scores is None:
         return start + [NONE] * (len(organs) + 4)
@@ -111,7 +111,7 @@ def _dice_cells(line: Line, protocol, organs) -> list[str]:
 
 def _slice_cells(line: Line) -> list[str]:
     """Cells of the slice scores of `release` from the summaries of the runs, over seeds."""
-    parts = [(run.summary or {}).get("release", {}) for run in line.runs.values()]
+    parts = [run.summary.get("release", {}) for run in line.runs.values()]
     cells = []
     for key in ("slice_dice", "slice_mcdice"):
         found = [part[key] for part in parts if part.get(key) is not None]
@@ -157,7 +157,7 @@ def _distance_table(of: Study) -> Table:
 
 def _distance_cells(line: Line, tolerances) -> list[str]:
     start = [line.label, f"{len(line.runs)}/{line.planned}"]
-    strict = gather(line.cases, "strict", "hd95")
+    strict = line.scores("strict", "hd95")
     if strict is None:
         return start + [NONE] * 7
     statuses = [
@@ -166,16 +166,12 @@ def _distance_cells(line: Line, tolerances) -> list[str]:
         for row in rows
         if (row["protocol"], row["metric"]) == ("strict", "dice")
     ]
-    cells = [str(len(strict.cases)), plus_minus(*strict.over_seeds("class"))]
-    cells.append(_class_mean(line, "strict", "nsd", percent) if len(tolerances) == 1 else NONE)
+    cells = [str(len(strict.cases)), class_mean(strict)]
+    cells.append(
+        class_mean(line.scores("strict", "nsd"), percent) if len(tolerances) == 1 else NONE
+    )
     cells += [str(statuses.count(kind)) for kind in ("missed", "hallucinated", "both_empty")]
-    return [*start, *cells, _class_mean(line, "transunet", "hd95", number)]
-
-
-def _class_mean(line: Line, protocol: str, metric: str, write) -> str:
-    """Class mean ± SD over seeds; `NONE` without scores of the protocol."""
-    scores = gather(line.cases, protocol, metric)
-    return NONE if scores is None else plus_minus(*scores.over_seeds("class"), write)
+    return [*start, *cells, class_mean(line.scores("transunet", "hd95"))]
 
 
 def _published_table(key: str) -> Table:
@@ -193,7 +189,7 @@ def _published_table(key: str) -> Table:
 
 
 def _run_table(run: Run, protocol) -> Table:
-    recorded = (run.summary or {}).get(protocol, {})
+    recorded = run.summary.get(protocol, {})
     head = ["organ", "n", "Dice (%)", "SD", "95 % CI"]
     head += {
         "strict": ["HD95 (mm)", f"NSD at {nsd_tolerance(run):g} mm (%)"],
@@ -223,7 +219,7 @@ def _run_table(run: Run, protocol) -> Table:
         f"{MEANS}. CI: {INTERVAL}.",
         *sample_notes([n], []),
     ]
-    notices = dict.fromkeys((run.summary or {}).get("notices", ()))
+    notices = dict.fromkeys(run.summary.get("notices", ()))
     return Table(title, head, rows, notes + [f"Note: {notice}" for notice in notices])
 
 

@@ -5,7 +5,6 @@ Differences are row minus reference in Dice points (hundredths), protocol `stric
 
 import math
 
-from pgpsam_jax.metrics.aggregate import gather
 from pgpsam_jax.results.tables.statistics import (
     DIFFERENCE_INTERVAL,
     Comparison,
@@ -65,7 +64,7 @@ def organ_table(study: Study, organs) -> Table:
 
 def _comparisons(study: Study, organs) -> dict[tuple, Comparison | None]:
     """{(row label, organ or None for the mean over organs): comparison}; None if no results."""
-    scores = {line.name: gather(line.cases, PROTOCOL, METRIC) for line in study.lines}
+    scores = {line.name: line.scores(PROTOCOL, METRIC) for line in study.lines}
     reference = scores.get(study.reference)
     return {
         (line.label, organ): compare(scores[line.name], reference, organ)

@@ -3,10 +3,9 @@
 import math
 import statistics
 
-from pgpsam_jax.metrics.aggregate import gather
 from pgpsam_jax.results.runs import Run
-from pgpsam_jax.results.tables.study import Line, Study
-from pgpsam_jax.results.tables.text import NONE, Table, percent, plus_minus
+from pgpsam_jax.results.tables.study import Study
+from pgpsam_jax.results.tables.text import NONE, Table, class_mean, percent
 
 # Key of `quantities` -> (head of its column, significant digits).
 COLUMNS = {
@@ -67,8 +66,9 @@ def study_cost(study: Study) -> list[Table]:
     rows = []
     for line, runs in zip(study.lines, recorded, strict=True):
         known = [quantities(run) for run in runs]
+        dice = class_mean(line.scores("strict", "dice"), percent)
         cells = [_over_seeds([one[key] for one in known], COLUMNS[key][1]) for key in COLUMNS]
-        rows.append([line.label, f"{len(runs)}/{line.planned}", _dice(line), *cells])
+        rows.append([line.label, f"{len(runs)}/{line.planned}", dice, *cells])
     notes = [
         "Dice: class mean (`strict`), ± SD over seeds. Parameters in millions: trainable, and "
         f"trainable plus frozen. {_FLOPS}.",
@@ -135,11 +135,6 @@ def significant(value: float | None, digits: int = 3) -> str:
         return NONE
     places = digits - 1 - (math.floor(math.log10(abs(value))) if value else 0)
     return f"{value:,.{max(0, places)}f}"
-
-
-def _dice(line: Line) -> str:
-    scores = gather(line.cases, "strict", "dice")
-    return NONE if scores is None else plus_minus(*scores.over_seeds("class"), percent)
 
 
 def _over_seeds(values, digits: int) -> str:

@@ -6,6 +6,7 @@ from collections import Counter
 
 from pgpsam_jax.checkpointing import identity
 from pgpsam_jax.config import serialization
+from pgpsam_jax.metrics.aggregate import Scores, gather
 from pgpsam_jax.metrics.protocols import COLUMNS
 from pgpsam_jax.results.grid import DONE, Grid
 from pgpsam_jax.results.runs import Run
@@ -29,6 +30,10 @@ class Line:
     def cases(self) -> dict:
         """{seed: rows of cases.csv}."""
         return {seed: run.cases for seed, run in self.runs.items()}
+
+    def scores(self, protocol: str, metric: str) -> Scores | None:
+        """The scores of all seeds; None if there are none."""
+        return gather(self.cases, protocol, metric)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +105,7 @@ def long_rows(study: Study) -> list[dict]:
 
 def nsd_tolerance(run: Run) -> float:
     """The NSD tolerance of the run's scores, in mm."""
-    recorded = (run.summary or {}).get("nsd_tolerance_mm")
+    recorded = run.summary.get("nsd_tolerance_mm")
     return float(run.config.eval.nsd_tolerance_mm if recorded is None else recorded)
 
 
@@ -110,7 +115,7 @@ def _run_notes(lines) -> list[str]:
     notices = Counter(
         " ".join(str(notice).split())
         for run in runs
-        for notice in dict.fromkeys((run.summary or {}).get("notices", ()))
+        for notice in dict.fromkeys(run.summary.get("notices", ()))
     )
     notes = [
         f"Note{'' if count == len(runs) else f' ({count} of {len(runs)} runs)'}: {notice}"

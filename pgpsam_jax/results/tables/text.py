@@ -8,6 +8,7 @@ import html
 import math
 import re
 
+from pgpsam_jax.metrics.aggregate import Scores
 from pgpsam_jax.utils.markdown import escape_cell, one_line, pipe_table
 
 NONE, UNDEFINED = "-", "n/a"  # no result yet; an undefined number
@@ -38,6 +39,11 @@ def percent(share, sign: bool = False) -> str:
 def plus_minus(mean, sd, write=number) -> str:
     """Mean ± SD; only the mean if there is no SD."""
     return write(mean) if sd is None or math.isnan(mean) else f"{write(mean)} ± {write(sd)}"
+
+
+def class_mean(scores: Scores | None, write=number) -> str:
+    """Class mean ± SD over seeds; `NONE` without scores."""
+    return NONE if scores is None else plus_minus(*scores.over_seeds("class"), write)
 
 
 def interval(ends, write=number) -> str:
