@@ -27,7 +27,8 @@ def distribution(rows, theme: Theme) -> Figure:
     for y, (_, name) in enumerate(order):
         values = _scores(row for row in rows if row["class"] == name)
         _strip(ax, y, values, colors[name], theme)
-        _aside(ax, y, (_mean(values), len(values)), theme.text)
+        mean = f"{values.mean():.2f}" if values.size else "n/a"
+        _aside(ax, y, (mean, len(values)), theme.text)
     _aside(ax, -0.75, ("mean", "n"), theme.muted)
     ax.set(xlabel=_NAMES[rows[0]["metric"]], ylim=(len(organs) - 0.5, -0.6))
     _limits([ax], rows)
@@ -211,10 +212,6 @@ def _scores(rows) -> np.ndarray:
 def _finite(values) -> np.ndarray:
     values = np.array(list(values), float)
     return values[np.isfinite(values)]
-
-
-def _mean(values) -> str:
-    return f"{values.mean():.2f}" if values.size else "n/a"
 
 
 def _unique(rows, key) -> list:

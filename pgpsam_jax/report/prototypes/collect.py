@@ -5,6 +5,7 @@ pass: 0 is the bootstrap, pass i > 0 follows stage i of PPR.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,9 @@ def probe_run(run: Run) -> Probe:
     cases, slices, examples, batches = list(tests.cases.values()), [], [], []
     for case in [cases[place] for place in evenly_spaced(len(cases), _CASES)]:
         volume, truth = read_case(case, tests.table, tests.axis)
-        chosen = _organ_slices(truth, tests.region_of(case.case_id, truth))
+        bearing = (truth > 0).any(axis=(1, 2)) & tests.region_of(case.case_id, truth)
+        chosen = np.flatnonzero(bearing)
+        chosen = chosen[evenly_spaced(len(chosen), _PER_CASE)].tolist()
         if not chosen:
             continue
         batches.append(trained.passes(volume, chosen))
@@ -75,12 +78,6 @@ def probe_run(run: Run) -> Probe:
     mixing = [tuple(float(np.mean(weight)) for weight in stage.mixing) for stage in stages]
     start = float(stages[0].mix_start) if stages else float("nan")
     return Probe(run.names, slices, examples, passes, mixing, start, run.config.model.image_size)
-
-
-def _organ_slices(truth, region) -> list[int]:
-    """Up to 8 slices with an organ, evenly spaced."""
-    slices = np.flatnonzero((truth > 0).any(axis=(1, 2)) & region)
-    return [int(z) for z in slices[evenly_spaced(len(slices), _PER_CASE)]]
 
 
 def write_tables(probe: Probe, folder) -> None:
@@ -116,43 +113,45 @@ def dense_rows(probe: Probe) -> list[dict]:
     return rows
 
 
-def own_token_weights(probe: Probe, number: int) -> dict[str, np.ndarray]:
-    """W_c and W_q of each class's own token in a pass, (N, K, h, w); W if there is only one."""
-    one = probe.passes[number]
-    n, h, w, _ = one.feature.shape
-    step = one.picks.shape[-1] + 1
-    maps = {"W": one.query_weights}
-    if one.class_weights is not None:
-        maps = {"W_c": one.class_weights, "W_q": one.query_weights}
-    return {name: weights[:, ::step].reshape(n, -1, h, w) for name, weights in maps.items()}
+def own_token_weights(probe: Probe) -> Iterator[tuple[dict, np.ndarray]]:
+    """Yields W_c and W_q of each class's own token, (N, K, h, w), of every stage; W if it is one.
+
+    The first part holds the columns `pass` and `map` of a CSV file.
+    """
+    for number in probe.stages:
+        one = probe.passes[number]
+        n, h, w, _ = one.feature.shape
+        step = one.picks.shape[-1] + 1
+        maps = {"W": one.query_weights}
+        if one.class_weights is not None:
+            maps = {"W_c": one.class_weights, "W_q": one.query_weights}
+        for name, weights in maps.items():
+            yield {"pass": number, "map": name}, weights[:, ::step].reshape(n, -1, h, w)
 
 
 def attention_rows(probe: Probe) -> list[dict]:
     """One row per row of a map; columns c0, c1, ... hold its weights (a map sums to one)."""
     rows = []
-    for number in probe.stages:
-        for name, weights in own_token_weights(probe, number).items():
-            for index in probe.examples:
-                for k, line in np.ndindex(weights.shape[1:3]):
-                    key = {**probe.slices[index].key, "pass": number, "map": name}
-                    values = {f"c{i}": x for i, x in enumerate(weights[index, k, line])}
-                    rows.append({**key, "class": probe.names[k], "row": line, **_rounded(values)})
+    for place, weights in own_token_weights(probe):
+        for index in probe.examples:
+            key = probe.slices[index].key | place
+            for k, line in np.ndindex(weights.shape[1:3]):
+                values = {f"c{i}": x for i, x in enumerate(weights[index, k, line])}
+                rows.append({**key, "class": probe.names[k], "row": line, **_rounded(values)})
     return rows
 
 
 def share_rows(probe: Probe) -> list[dict]:
     """Rows per slice and organ: attention on the tokens that overlap it, and their share."""
     rows = []
-    for number in probe.stages:
-        for name, weights in own_token_weights(probe, number).items():
-            for index, part in enumerate(probe.slices):
-                letterbox = Letterbox.of(part.truth.shape, probe.image_size)
-                touched = _token_masks(part.truth, letterbox, len(probe.names), weights.shape[2:])
-                for k in np.flatnonzero(touched[1:].any(axis=(1, 2))) + 1:
-                    on_organ = float(weights[index, k][touched[k]].sum())
-                    values = {"attention": on_organ, "tokens": float(touched[k].mean())}
-                    key = {**part.key, "pass": number, "map": name, "class": probe.names[k]}
-                    rows.append(key | _rounded(values))
+    for place, weights in own_token_weights(probe):
+        for index, part in enumerate(probe.slices):
+            letterbox = Letterbox.of(part.truth.shape, probe.image_size)
+            touched = _token_masks(part.truth, letterbox, len(probe.names), weights.shape[2:])
+            for k in np.flatnonzero(touched[1:].any(axis=(1, 2))) + 1:
+                on_organ = float(weights[index, k][touched[k]].sum())
+                values = {"attention": on_organ, "tokens": float(touched[k].mean())}
+                rows.append(part.key | place | {"class": probe.names[k]} | _rounded(values))
     return rows
 
 

@@ -33,8 +33,8 @@ def prototype_pictures(run: Run, folder) -> list[Picture]:
     write_tables(probe, folder)
     pictures = [_dense(probe, folder)]
     if probe.stages:
-        attention = own_token_weights(probe, probe.stages[0])
-        pictures += [_attention(probe, folder, name) for name in attention]
+        names = dict.fromkeys(place["map"] for place, _ in own_token_weights(probe))
+        pictures += [_attention(probe, folder, name) for name in names]
         pictures.append(_shares(probe, folder))
     pictures.append(_similarity(probe, folder))
     if probe.stages:
