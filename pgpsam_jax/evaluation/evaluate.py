@@ -33,7 +33,6 @@ def evaluate(
     region_of: Callable[[str, np.ndarray], np.ndarray | None] = lambda case_id, truth: None,
     notices: Sequence[str] = (),
     workers: int = 0,
-    oracle: bool = False,
     axis: str = AXIAL,
 ) -> dict:
     """Predicts and scores cases, writes `folder` and returns the contents of `summary.json`.
@@ -53,7 +52,6 @@ def evaluate(
         test share volumes.
       notices: shown above the tables.
       workers: processes that score and draw (`eval.workers`); they change no number.
-      oracle: whether the predictor is given the labels.
       axis: of the slices, one of `voxel_grid.AXES`.
     """
     folder, rows, slices = Path(folder), [], []
@@ -76,7 +74,7 @@ def evaluate(
         for case, (volume, truth) in zip(progress, reading, strict=True):
             yield PredictedVolume(
                 case.case_id,
-                predictor(volume, truth) if oracle else predictor(volume),
+                predictor(volume, truth) if predictor.oracle else predictor(volume),
                 volume.spacing,
                 volume.source,
                 image=volume.array if overlays else None,

@@ -74,7 +74,6 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
         min_pixels=config.fewshot.min_pixels,
         overlays=config.eval.overlays,
         workers=config.eval.workers,
-        oracle=predictor.oracle,
         notices=[notice for notice in notices if notice],
         **options,
     )

@@ -28,6 +28,11 @@ class Run:
     # New paths of files that have moved: "data.root", "model.base".
     path_overrides: dict = dataclasses.field(default_factory=dict)
 
+    @property
+    def notices(self) -> list[str]:
+        """The caveats of its scores, each once."""
+        return list(dict.fromkeys(self.summary.get("notices", ())))
+
 
 def read_run(workdir) -> Run:
     """Reads the settings and results of a workdir; `UserError` if the folder is none."""

@@ -219,8 +219,7 @@ def _run_table(run: Run, protocol) -> Table:
         f"{MEANS}. CI: {INTERVAL}.",
         *sample_notes([n], []),
     ]
-    notices = dict.fromkeys(run.summary.get("notices", ()))
-    return Table(title, head, rows, notes + [f"Note: {notice}" for notice in notices])
+    return Table(title, head, rows, notes + [f"Note: {notice}" for notice in run.notices])
 
 
 def _organ_cells(label: str, entry: dict, protocol) -> list[str]:

@@ -112,11 +112,7 @@ def nsd_tolerance(run: Run) -> float:
 def _run_notes(lines) -> list[str]:
     """Notices of the evaluations, and notes on differences between the runs."""
     runs = [run for line in lines for run in line.runs.values()]
-    notices = Counter(
-        " ".join(str(notice).split())
-        for run in runs
-        for notice in dict.fromkeys(run.summary.get("notices", ()))
-    )
+    notices = Counter(" ".join(str(notice).split()) for run in runs for notice in run.notices)
     notes = [
         f"Note{'' if count == len(runs) else f' ({count} of {len(runs)} runs)'}: {notice}"
         for notice, count in notices.items()
