@@ -15,7 +15,7 @@ def keeps_best(validation: ConfigDict) -> bool:
 
 
 def notice(validation: ConfigDict, workdir) -> str | None:
-    """Returns a notice of which parameters are used, or None where they are the newest."""
+    """Returns a notice that names the parameters in use, or None if they are the newest."""
     if not keeps_best(validation):
         return None
     best = best_record(workdir)

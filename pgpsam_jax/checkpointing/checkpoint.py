@@ -243,7 +243,7 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _parts(state, iterator) -> dict:
-    """The parts of a checkpoint; the parameters are apart, as prediction reads them alone."""
+    """The parts of a checkpoint; prediction reads only the parameters."""
     progress = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {"params": progress.pop("params"), "progress": progress, "data": _Position(iterator)}
 

@@ -181,8 +181,8 @@ class ProcessGroup:
             words = self._client.blocking_key_value_get(_FAILED, multihost.WORK_MS)
         except RuntimeError:  # process 0 is gone: JAX aborts this process
             return
-        if words and (told := json.loads(words))[0] != self.info.process:
-            process, host, code, message = told
+        if words and (report := json.loads(words))[0] != self.info.process:
+            process, host, code, message = report
             who = f"process {process} of {self.info.processes} on {host}"
             leave(code, f"{who} has ended: {message}", self._await_listeners)
 
@@ -206,8 +206,8 @@ class ProcessGroup:
 
 
 def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
-    if isinstance(told := as_user_error(error), UserError):
-        return 2, str(told)
+    if isinstance(converted := as_user_error(error), UserError):
+        return 2, str(converted)
     if isinstance(error, Interrupted):
         return AGAIN, str(error)
     message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:500]

@@ -98,7 +98,7 @@ def _prepare(folder: Path) -> None:
     try:
         with filelock.FileLock(folder / ".lockfile", timeout=0):  # the lock of JAX itself
             _remove_torn(folder)
-    except filelock.Timeout:  # another process is tidying up
+    except filelock.Timeout:  # another process is removing them
         pass
 
 

@@ -74,10 +74,10 @@ class Stop:
                 print(f"\n{self.reason}: {_ANNOUNCEMENT}", file=sys.stderr, flush=True)
 
     def should_stop(self, step: int) -> bool:
-        """Returns whether `step` is the last one; asked about each step, once dispatched, in order.
+        """Returns whether `step` is the last one; called for each step in order, once dispatched.
 
-        Several processes agree on the last step: the one after the latest that any of them had
-        asked about when the signal arrived.
+        Several processes agree on the last step: the one after the latest for which any of
+        them had called this when the signal arrived.
         """
         if self.group is None:
             stopping = self.reason is not None

@@ -121,7 +121,7 @@ def refuse_foreign(folder: StrPath, marks: Iterable[str], kind: str) -> None:
     Args:
         folder: may be missing or empty. Loose files such as logs are accepted, unless a run or
             grid would overwrite them.
-        marks: names of files of which a run or grid has at least one.
+        marks: names of files; a run or grid has at least one of them.
         kind: "run" or "grid", for the message.
     """
     folder = Path(folder)

@@ -80,12 +80,12 @@ def _notes(study: Study, found) -> list[str]:
     if not any(line.name == study.reference for line in study.lines if line.runs):
         return ["The reference row has no results yet, so there are no comparisons."]
     counts = [one.n for one in comparisons], [len(one.seeds) for one in comparisons]
-    apart = {label for label, _ in found if label in lines}
-    apart -= {label for (label, _), one in found.items() if one is not None}
+    unpaired = {label for label, _ in found if label in lines}
+    unpaired -= {label for (label, _), one in found.items() if one is not None}
     notes = [
         f"Warning: {label} shares no seed and case with the reference row."
         for label in lines
-        if label in apart
+        if label in unpaired
     ]
     return comparison_notes(comparisons) + notes + sample_notes(*counts) + data_notes(lines)
 

@@ -138,9 +138,9 @@ def _run_notes(lines) -> list[str]:
 
 def _key_without_seed(run: Run) -> str:
     """Key of the inputs that determine a run's results, except for seeds."""
-    apart = (*identity.NO_IDENTITY, "seed", "fewshot.seed", "eval.")
+    excluded = (*identity.NO_IDENTITY, "seed", "fewshot.seed", "eval.")
     fields = serialization.flatten(serialization.to_json(run.config))
-    fields = {key: value for key, value in fields.items() if not key.startswith(apart)}
+    fields = {key: value for key, value in fields.items() if not key.startswith(excluded)}
     inputs = {key: run.provenance.get(key) for key in ("data", "test", "base", "cnn_base")}
     return json.dumps([fields, run.names, inputs], sort_keys=True)
 
