@@ -53,12 +53,10 @@ def configuration_tables(configs: list[dict]) -> str:
         "they are highlighted.</p>"
     ]
     for group, keys in sorted(groups.items()):
-        rows, marked = [], []
-        for place, key in enumerate(keys):
-            differs = ours[key] != default.get(key)
-            marked += [place] if differs else []
-            usual = format_value(default.get(key)) if differs else ""
-            rows.append((key.rpartition(".")[2], format_value(ours[key]), usual))
+        marked = [place for place, key in enumerate(keys) if ours[key] != default.get(key)]
+        rows = [[key.rpartition(".")[2], format_value(ours[key]), ""] for key in keys]
+        for place in marked:
+            rows[place][2] = format_value(default.get(keys[place]))
         title = group or "run"
         table = text_table(["field", "value", "default"], rows, title, marked)
         name = f"{escape(title)} ({len(marked)} of {len(keys)} changed)"

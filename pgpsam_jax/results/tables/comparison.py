@@ -24,8 +24,7 @@ def comparison_table(study: Study) -> Table:
     """Table of case-mean differences from the reference row, with CI, p and Holm p."""
     head = ["row", "seeds", "n", "row mean", "reference mean", "difference", "by seed", "95 % CI"]
     head += ["p", "Holm p", "better / worse / same"]
-    found = _comparisons(study, [None])
-    adjusted = holm([math.nan if one is None else one.p for one in found.values()])
+    found, adjusted = _comparisons(study, [None])
     rows = []
     for ((label, _), one), p in zip(found.items(), adjusted, strict=True):
         if one is None:
@@ -45,8 +44,7 @@ def comparison_table(study: Study) -> Table:
 
 def organ_table(study: Study, organs) -> Table:
     """Table of rows x organs: the difference and its Holm p; all cells are one family."""
-    found = _comparisons(study, organs)
-    adjusted = holm([math.nan if one is None else one.p for one in found.values()])
+    found, adjusted = _comparisons(study, organs)
     cells = {
         key: NONE if one is None else f"{_signed_percent(one.difference)} ({_p(p)})"
         for (key, one), p in zip(found.items(), adjusted, strict=True)
@@ -62,16 +60,20 @@ def organ_table(study: Study, organs) -> Table:
     return Table(_title(study, "per organ"), head, rows, notes + _notes(study, found))
 
 
-def _comparisons(study: Study, organs) -> dict[tuple, Comparison | None]:
-    """{(row label, organ or None for the mean over organs): comparison}; None if no results."""
+def _comparisons(study: Study, organs) -> tuple[dict[tuple, Comparison | None], list[float]]:
+    """{(row label, organ or None for the mean over organs): comparison}, and their Holm p.
+
+    A comparison is None, and its p NaN, if there are no results.
+    """
     scores = {line.name: line.scores(PROTOCOL, METRIC) for line in study.lines}
     reference = scores.get(study.reference)
-    return {
+    found = {
         (line.label, organ): compare(scores[line.name], reference, organ)
         for line in study.lines
         if line.name != study.reference
         for organ in organs
     }
+    return found, holm([math.nan if one is None else one.p for one in found.values()])
 
 
 def _notes(study: Study, found) -> list[str]:
