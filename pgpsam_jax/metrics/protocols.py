@@ -24,8 +24,9 @@ from pgpsam_jax.metrics import surface
 from pgpsam_jax.metrics.overlap import overlap_counts
 
 NAN = float("nan")
-COLUMNS = ("case", "class_id", "class", "protocol", "metric", "value")
-COLUMNS += ("truth_voxels", "predicted_voxels", "status")
+COLUMNS = tuple(
+    "case class_id class protocol metric value truth_voxels predicted_voxels status".split()
+)
 STATUSES = {  # (in the truth, in the prediction) -> status
     (False, False): "both_empty",
     (True, False): "missed",
@@ -128,12 +129,12 @@ def score_case(
     surfaces = [surface.surface_points(volume) for volume in (prediction, truth)]
     rows = []
     for class_id in range(1, len(names)):
-        edges = [points[ids == class_id] for points, ids in surfaces]
+        ours, theirs = (points[ids == class_id] for points, ids in surfaces)
         both, predicted, true = counts[:, class_id - 1].tolist()
         status, organ = STATUSES[true > 0, predicted > 0], None
         if status == "ok":
             spacings = spacing, (1.0, 1.0, 1.0)
-            in_mm, in_voxels = surface.point_distances(*edges, spacings, region)
+            in_mm, in_voxels = surface.point_distances(ours, theirs, spacings, region)
             organ = Organ(both, predicted, true, in_mm, in_voxels, nsd_tolerance_mm)
         start, end = (str(case_id), class_id, names[class_id]), (true, predicted, status)
         for protocol, metrics in FORMULAS.items():

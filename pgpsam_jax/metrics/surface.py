@@ -127,7 +127,7 @@ def point_distances(
         kept = scored[ours]
         apart = kept & ~_is_in(indices[ours], indices[theirs])
         found = np.zeros((len(spacings), len(kept)))  # 0 for voxels of both surfaces
-        far, count = sides[ours][apart], np.count_nonzero(kept)
+        far, count = sides[ours][apart], int(np.count_nonzero(kept))
         found[:, apart] = _distances(far, sides[theirs], spacings, box, count)
         directions.append(found[:, kept])
     return list(zip(*directions, strict=True))

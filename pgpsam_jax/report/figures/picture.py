@@ -69,8 +69,8 @@ def draw(
             light = _bytes(figure, kind)
     with matplotlib.rc_context(DARK.settings):
         dark = _bytes(make(DARK), kind)
-    versions = (dark, None) if light is None else (light, dark)
-    return Picture(stem, title, caption, *versions, mime, alt)
+    first, second = (dark, None) if light is None else (light, dark)
+    return Picture(stem, title, caption, first, second, mime, alt)
 
 
 def _bytes(figure: Figure, kind: str) -> bytes:
