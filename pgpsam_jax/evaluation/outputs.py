@@ -58,7 +58,9 @@ def write_prediction(case: PredictedVolume, *, folder: Path, names, window) -> t
         from pgpsam_jax.visualization.overlays import write_preview
 
         picture = folder / f"{case.name}.png"
-        write_preview(normalize_volume(case.image, window), case.prediction, case.spacing, names, picture)
+        write_preview(
+            normalize_volume(case.image, window), case.prediction, case.spacing, names, picture
+        )
     counts = np.bincount(case.prediction.ravel(), minlength=len(names))
     voxels = {name: int(count) for name, count in zip(names[1:], counts[1:], strict=True)}
     one = math.prod(case.spacing) / 1000

@@ -72,6 +72,7 @@ class Threshold:
     """Stands for a trained model: the two balls by their brightness, noise and all."""
 
     preprocessing = Preprocessing(32, (-125.0, 275.0))
+    oracle = False
 
     def __call__(self, volume):
         return np.digitize(volume.array, (95, 165)).astype(np.uint8)
