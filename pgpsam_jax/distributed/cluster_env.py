@@ -49,21 +49,25 @@ def from_scheduler() -> ProcessInfo | None:
     """Returns what SLURM, Open MPI, Cloud TPU or Kubernetes says; None for one process.
 
     JAX queries them, except where it would find more processes than there are: in a SLURM
-    allocation that runs one task, or a Kubernetes pod outside an indexed job.
+    allocation that runs one task, or a Kubernetes pod outside an indexed job. Open MPI 5 no longer
+    publishes the address of process 0; mpi4py broadcasts it.
     """
     ranks = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 0))
     steps = os.environ.get("SLURM_STEP_NUM_TASKS")
     if ranks == 1 or (not ranks and steps == "1"):
         return None
+    mpi = "OmpiCluster" if "OMPI_MCA_orte_hnp_uri" in os.environ else "Mpi4pyCluster"
     for cluster in jax_internals.cluster_types():
         name = cluster.__name__
         pod = name == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ
-        if (ranks and name != "OmpiCluster") or cluster.opt_in_only_method or pod:
+        if name != mpi if ranks else (cluster.opt_in_only_method or pod):
             continue
         try:
             if not cluster.is_env_present():
                 continue
             count = cluster.get_process_count()
+            if ranks and count != ranks:
+                raise RuntimeError(f"mpirun runs {ranks} processes, mpi4py sees {count}")
             if count == 1:
                 return None
             port = os.environ.get("JAX_COORDINATOR_PORT")
@@ -78,8 +82,8 @@ def from_scheduler() -> ProcessInfo | None:
             ) from None
     if ranks:
         raise UserError(
-            f"mpirun runs {ranks} processes but does not give the address of the first; give "
-            "--coordinator HOST:PORT --processes $OMPI_COMM_WORLD_SIZE --process "
+            f"mpirun runs {ranks} processes but does not give the address of the first; install "
+            "mpi4py, or give --coordinator HOST:PORT --processes $OMPI_COMM_WORLD_SIZE --process "
             "$OMPI_COMM_WORLD_RANK, or --distributed=off for independent processes"
         )
     return None

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgpsam_jax.data.letterbox import Letterbox, logits_to_native, to_model
 from pgpsam_jax.data.preprocessing import Preprocessing, quantize
+from tests.support.optional import torch
 
 
 @pytest.mark.parametrize("window", [(-125, 275), (10, 90)])

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -111,9 +112,55 @@ def test_open_mpi(set_variables):
     assert place.coordinator.startswith("10.96.0.1:")
 
 
-def test_open_mpi_5_does_not_say_where(set_variables):
-    set_variables(**{k: v for k, v in MPI.items() if "uri" not in k})
-    with pytest.raises(UserError, match=r"mpirun runs 3 processes .* --distributed=off"):
+MPI_5 = {name: value for name, value in MPI.items() if "uri" not in name}
+MPI4PY = """
+class COMM_WORLD:
+    Get_size, Get_rank = staticmethod(lambda: {size}), staticmethod(lambda: 2)
+    bcast = staticmethod(lambda value, root: "node07:61444")
+    Split_type = staticmethod(lambda kind: COMM_WORLD)
+COMM_TYPE_SHARED = 0
+"""
+
+
+@pytest.fixture
+def mpi4py(tmp_path, monkeypatch):
+    """Installs a stand-in for mpi4py whose module MPI has the given text."""
+
+    def install(text: str):
+        (tmp_path / "mpi4py").mkdir()
+        (tmp_path / "mpi4py" / "__init__.py").touch()
+        (tmp_path / "mpi4py" / "MPI.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield install
+    for name in ("mpi4py", "mpi4py.MPI"):
+        sys.modules.pop(name, None)
+
+
+def test_open_mpi_5_needs_mpi4py(set_variables, monkeypatch):
+    set_variables(**SLURM | MPI_5)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(UserError, match=r"mpirun runs 3 processes .* install mpi4py, or .*=off"):
+        from_scheduler()
+
+
+def test_open_mpi_5_with_mpi4py(set_variables, mpi4py):
+    set_variables(**SLURM | MPI_5)
+    mpi4py(MPI4PY.format(size=3))
+    assert from_scheduler() == ProcessInfo("node07:61444", 3, 2, [2])
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (MPI4PY.format(size=1), "mpirun runs 3 processes, mpi4py sees 1"),  # of another MPI
+        ("raise RuntimeError('cannot load MPI library')", "cannot load MPI library"),
+    ],
+)
+def test_mpi4py_of_another_mpi(set_variables, mpi4py, text, fault):
+    set_variables(**MPI_5)
+    mpi4py(text)
+    with pytest.raises(UserError, match=rf"{fault}\); give --coordinator"):
         from_scheduler()
 
 

@@ -8,7 +8,6 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-import torch
 
 from experiments.benchmark import __main__ as program
 from experiments.benchmark import (
@@ -16,7 +15,6 @@ from experiments.benchmark import (
     random_weights,
     runner,
     sam_jax,
-    sam_torch,
     steps_jax,
 )
 from experiments.benchmark.points import STEPS, SUITES, Point, cross, with_ceilings
@@ -28,8 +26,10 @@ from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.profiling import flops
 from tests.support import launcher, micro
+from tests.support.optional import OptionalModule, torch
 from weights_conversion.sam import to_huggingface
 
+sam_torch = OptionalModule("experiments.benchmark.sam_torch")
 CLASSES = {"pgpsam": 9, "sam": 3}
 CONFIG = SamConfig.preset(micro.NAME, 80, 8)  # 10 cells a side: windows of 4 overhang the grid
 BATCH = 2
@@ -366,12 +366,18 @@ def test_a_process_that_dies_is_a_failed_point(monkeypatch):
     assert row["reason"].startswith("the process ended with code 1")
 
 
-def test_too_little_memory_is_told_alike():
-    for error in (
-        MemoryError(),
-        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
-        torch.OutOfMemoryError("CUDA out of memory"),
-    ):
-        assert worker_process.reason(error).startswith("out of memory")
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError,
+        lambda: RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"),
+        lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+        lambda: torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+def test_too_little_memory_is_told_alike(error):
+    assert worker_process.reason(error()).startswith("out of memory")
+
+
+def test_other_failures_name_their_type():
     assert worker_process.reason(ValueError("a\nb")) == "ValueError: a b"

@@ -10,8 +10,6 @@ import runpy
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from flax import nnx
 from PIL import Image
 
@@ -23,6 +21,7 @@ from pgpsam_jax.models.sam.sam import Sam, SamConfig
 from tests.reference import sam_torch
 from tests.reference.sam_torch import SMALL, relative
 from tests.support import micro
+from tests.support.optional import F, torch
 from tests.support.places import REPOSITORY, shared
 from weights_conversion import sam
 
@@ -39,7 +38,6 @@ class Official:
     def __init__(self, model, size: int):
         self.model, self.size = model, size
 
-    @torch.no_grad()
     def set_image(self, image):
         h, w = self.original = image.shape[:2]
         scale = self.size * 1.0 / max(h, w)
@@ -49,9 +47,8 @@ class Official:
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
         x = (x - mean) / std
         x = F.pad(x, (0, self.size - self.resized[1], 0, self.size - self.resized[0]))
-        self.embedding = self.model.get_image_embeddings(x)
+        self.embedding = self.model.get_image_embeddings(x).detach()
 
-    @torch.no_grad()
     def predict(self, points, labels, boxes, masks, multimask):
         """One prompt; (M, h, w) logits, (M,) and (M, 4H, 4W)."""
         (h, w), (rows, columns), given = self.original, self.resized, {}
@@ -69,7 +66,7 @@ class Official:
         full = F.interpolate(low, (self.size, self.size), mode="bilinear", align_corners=False)
         full = full[..., :rows, :columns]
         full = F.interpolate(full, (h, w), mode="bilinear", align_corners=False)
-        return full[0].numpy(), out.iou_scores[0, 0].numpy(), low[0].numpy()
+        return tuple(x.detach().numpy() for x in (full[0], out.iou_scores[0, 0], low[0]))
 
 
 def picture(shape, seed=0):

@@ -20,7 +20,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-import torch
 
 from pgpsam_jax.data.cache import build_cache
 from pgpsam_jax.data.io.volumes import read_image
@@ -31,6 +30,7 @@ from pgpsam_jax.models.sam.weights import read_safetensors
 from tests.support.fuzz.nifti import file_of
 from tests.support.fuzz.torch_file import archive, state, tensor
 from tests.support.launcher import environment
+from tests.support.optional import torch
 from tests.support.places import REPOSITORY
 from tests.support.refusal import image_of, refuse
 from tests.support.small_run import write_data

@@ -15,7 +15,11 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.metrics import surface
 from pgpsam_jax.metrics.protocols import COLUMNS, score_case
 from tests.reference.surface_oracle import oracle_surface
+<<<<<<< HEAD
 from tests.support import mask_scores
+=======
+from tests.support.optional import torch
+>>>>>>> 3874b88 (Two lanes: tests of PyTorch skip where it is missing; Open MPI 5 through mpi4py; the derivative of erfc by JAX 0.12's name)
 
 NAN = float("nan")
 SPACING = (3.0, 0.8, 1.2)
@@ -169,7 +173,6 @@ PAIRS = [(seed, cut) for seed in range(3) for cut in (0.1, 1.2)]
 @pytest.mark.parametrize(("seed", "cut"), PAIRS)
 def test_equals_monai(seed, cut):
     pytest.importorskip("monai", reason="MONAI is a test extra")
-    torch = pytest.importorskip("torch", reason="torch is a test extra")
     from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 
     pair = blobs(seed, cut=cut)

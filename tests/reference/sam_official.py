@@ -1,7 +1,8 @@
 """The official SAM checkpoint written down by hand, at any size, for conversion tests."""
 
 import numpy as np
-import torch
+
+from tests.support.optional import torch
 
 SMALL = dict(D=8, depth=3, whole=(1,), G=4, P=4, C=4, M=20, S=2, E=16, A=6, F=12, I=10, T=8)
 VIT_B = dict(

@@ -10,9 +10,6 @@ import zlib
 
 import jax.numpy as jnp
 import numpy as np
-import torch
-import torch.nn.functional as F
-import transformers
 from flax import nnx
 
 from pgpsam_jax.models.initializers import ShapeOnlyRngs
@@ -20,6 +17,7 @@ from pgpsam_jax.models.sam.image_encoder import EncoderConfig
 from pgpsam_jax.models.sam.mask_decoder import DecoderConfig
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
 from pgpsam_jax.models.sam.weights import fit_base, select_base
+from tests.support.optional import F, torch, transformers
 from weights_conversion.sam import from_official
 
 # Two windowed and two global blocks; 12 tokens a side are padded to two windows of 7.
@@ -182,12 +180,12 @@ def draw(*shape, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def first(x) -> torch.Tensor:
+def first(x):
     """(B, H, W, C) array to a torch tensor (B, C, H, W)."""
     return torch.from_numpy(np.moveaxis(np.array(x), -1, 1))
 
 
-def last(x: torch.Tensor) -> np.ndarray:
+def last(x) -> np.ndarray:
     """Torch (B, C, H, W) to numpy (B, H, W, C)."""
     return x.detach().movedim(1, -1).numpy()
 

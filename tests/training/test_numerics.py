@@ -29,9 +29,10 @@ WIDE = frozenset(
     "reduce_prod cumsum cumprod cumlogsumexp reduce_precision".split()
 )
 # Let off are functions of one number at a time: their result is rounded to bfloat16 whatever it was
-# computed in, and nothing was added up for it. GELU, whose exponential is its derivative, and the
-# sigmoid gates of CFM, which scale a feature as the authors' code does under mixed precision.
-ACTIVATIONS, GATES = {"gelu"}, ("logistic", "pgpsam/cfm.py")
+# computed in, and nothing was added up for it. GELU, whose exponential is its derivative (JAX 0.12
+# traces it outside the function, as `exp_neg_sq`), and the sigmoid gates of CFM, which scale a
+# feature as the authors' code does under mixed precision.
+ACTIVATIONS, GATES = {"gelu", "exp_neg_sq"}, ("logistic", "pgpsam/cfm.py")
 
 
 def equations(jaxpr):

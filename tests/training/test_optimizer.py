@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 
 from pgpsam_jax.config.optimizer import OptimConfig
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.training.optimizer import learning_rate_schedule, make_optimizer, warmup_steps
+from tests.support.optional import torch
 
 PEAK, FINAL = 3e-3, 1e-6
 

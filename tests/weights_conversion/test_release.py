@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -26,6 +25,7 @@ from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.utils.files import file_digest, write_json
 from tests.reference.release_state import RANK, SMALL, VIT_B, release_shapes, release_state
 from tests.reference.sam_official import assert_equal, save_pth
+from tests.support.optional import torch
 from tests.support.places import REPOSITORY
 from tests.support.small_run import config_for, write_data
 from weights_conversion import convert as program

@@ -6,13 +6,12 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from jax import lax
 
 from pgpsam_jax.errors import UserError
 from tests.reference.release_state import SMALL, VIT_B, release_shapes, release_state
 from tests.reference.sam_official import assert_equal
+from tests.support.optional import F, torch
 from tests.support.places import shared
 from weights_conversion import release
 from weights_conversion.remap import read, write

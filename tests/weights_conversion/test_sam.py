@@ -6,8 +6,6 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -16,6 +14,7 @@ from safetensors.numpy import load_file
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.sam.weights import load_base
 from tests.reference.sam_official import SMALL, VIT_B, assert_equal, official_shapes, random_state
+from tests.support.optional import F, torch
 from tests.support.places import shared
 from weights_conversion import convert as program
 from weights_conversion import sam_table

@@ -21,6 +21,7 @@ from pgpsam_jax.models.parameters import count, flat_paths, report
 from pgpsam_jax.models.sam.sam import SamConfig
 from tests.support import micro
 from tests.support.method_runs import CLASSES, loss_falls, run_of, small_config, squares
+from tests.support.optional import F, torch
 from weights_conversion import convert, resnet
 
 SAM = SamConfig.preset(micro.NAME, (32, 48), 8)
@@ -69,7 +70,6 @@ def test_other_patches_are_refused():
 # ResNet-18 in PyTorch's own layers, by torchvision's names: the other side of the conversion.
 def torch_state(rng, width=64):
     """A state dict with all that the published file has, the parts that are not used too."""
-    torch = pytest.importorskip("torch")
     state = {}
 
     def add(name, *shape, scale=1.0, shift=0.0):
@@ -104,8 +104,6 @@ def torch_state(rng, width=64):
 
 def torch_features(state, images, training):
     """Features (B, H, W, C) of images (B, rows, columns, 3); in training the averages move."""
-    import torch
-    import torch.nn.functional as F
 
     def conv(x, name, stride):
         weight = state[f"{name}.weight"]
@@ -131,7 +129,6 @@ def torch_features(state, images, training):
 
 @pytest.fixture(scope="module")
 def checkpoint_file(tmp_path_factory):
-    torch = pytest.importorskip("torch")
     file = tmp_path_factory.mktemp("resnet") / "resnet18.pth"
     torch.save(torch_state(np.random.default_rng(1), width=8), file)
     return file
@@ -174,8 +171,6 @@ def test_a_run_starts_from_the_converted_file(checkpoint_file, tmp_path, capsys)
     assert "75 of 122 tensors" in capsys.readouterr().out
     config = small_config("samlst", model__cnn_base=str(tmp_path / "cnn"))
     _, params, _, _ = build.init_model(config.model, CLASSES, config.seed)
-    import torch
-
     kernel = torch.load(checkpoint_file, weights_only=True)["layer3.1.conv2.weight"].numpy()
     found = flat_paths(params)["cnn/groups/2/1/conv2/kernel"]
     np.testing.assert_array_equal(found[...], kernel.transpose(2, 3, 1, 0))

@@ -2,13 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from pgpsam_jax.models.sam.image_encoder import PIXEL_MEAN, PIXEL_STD
 from pgpsam_jax.models.sam.sam import postprocess, preprocess
 from tests.reference.sam_torch import draw, first, last, relative
+from tests.support.optional import F, torch
 
 TIGHT = 2e-6
 # (image, target): shrink, enlarge, one axis already right, and a target that is not square.

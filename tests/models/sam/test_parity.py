@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
 from tests.reference import sam_torch
 from tests.reference.sam_torch import SMALL, draw, encode, first, last, predict, relative
+from tests.support.optional import torch
 from weights_conversion.sam import from_huggingface, from_official
 
 BLOCK = 2e-6

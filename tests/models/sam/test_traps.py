@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from flax import nnx
 
 from pgpsam_jax.errors import UserError
@@ -21,6 +19,7 @@ from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.models.sam.weights import fit_base, select_base
 from tests.reference import sam_torch
 from tests.reference.sam_torch import SMALL, draw, encode, first, last, relative
+from tests.support.optional import F, torch
 from weights_conversion.sam import from_official, to_official
 
 TIGHT = 2e-6

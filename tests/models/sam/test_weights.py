@@ -4,8 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +11,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.sam.weights import fit_base, load_base, read_safetensors, select_base
 from pgpsam_jax.utils.files import file_digest
 from tests.reference.sam_official import SMALL, random_state, save_pth
+from tests.support.optional import F, torch
 from weights_conversion.convert import convert
 from weights_conversion.sam import from_official
 
