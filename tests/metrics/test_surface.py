@@ -15,11 +15,8 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.metrics import surface
 from pgpsam_jax.metrics.protocols import COLUMNS, score_case
 from tests.reference.surface_oracle import oracle_surface
-<<<<<<< HEAD
 from tests.support import mask_scores
-=======
 from tests.support.optional import torch
->>>>>>> 3874b88 (Two lanes: tests of PyTorch skip where it is missing; Open MPI 5 through mpi4py; the derivative of erfc by JAX 0.12's name)
 
 NAN = float("nan")
 SPACING = (3.0, 0.8, 1.2)
