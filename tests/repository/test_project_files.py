@@ -39,7 +39,7 @@ def test_hooks_of_a_commit_need_no_network():
     assert all(hook["language"] == "system" for hook in source["hooks"])
     programs = [hook["entry"].split()[0] for hook in source["hooks"]]
     assert programs == ["ruff", "ruff", "mypy"]
-    dev = " ".join(EXTRAS["dev"] + EXTRAS["test"])
+    dev = " ".join(EXTRAS["dev"] + EXTRAS["test-core"])
     assert all(name in dev for name in {*programs, "pre-commit"})
 
 

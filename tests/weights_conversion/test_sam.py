@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.sam.weights import load_base
 from tests.reference.sam_official import SMALL, VIT_B, assert_equal, official_shapes, random_state
-from tests.support.optional import F, torch
+from tests.support.optional import F, torch, transformers
 from tests.support.places import shared
 from weights_conversion import convert as program
 from weights_conversion import sam_table
@@ -203,10 +203,8 @@ def official_name(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def hf_model():
-    from transformers import SamConfig, SamModel
-
     torch.manual_seed(0)
-    config = SamConfig(
+    config = transformers.SamConfig(
         vision_config=dict(
             hidden_size=8, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4,
             window_size=2, global_attn_indexes=[1], output_channels=16, mlp_dim=20, num_pos_feats=8,
@@ -218,7 +216,7 @@ def hf_model():
             hidden_size=16, mlp_dim=12, num_attention_heads=2, iou_head_hidden_dim=10
         ),
     )  # fmt: skip
-    model = SamModel(config).eval()
+    model = transformers.SamModel(config).eval()
     for parameter in model.parameters():  # many start as zeros or ones
         torch.nn.init.normal_(parameter)
     return model
@@ -253,15 +251,13 @@ def test_huggingface_copy_of_the_position_matrix(hf_folder):
 
 
 def test_reversed_huggingface_file_loads_in_transformers(hf_model, hf_folder, tmp_path):
-    from transformers import SamModel
-
     program.convert(hf_folder, tmp_path / "w", log=lambda line: None)
     out = tmp_path / "back"
     out.mkdir()
     (out / "config.json").write_bytes((hf_folder / "config.json").read_bytes())
     program.reverse(tmp_path / "w", out / "model.safetensors", "huggingface", log=lambda line: None)
     expected = {n: t.numpy() for n, t in hf_model.state_dict().items()}
-    loaded = SamModel.from_pretrained(out).state_dict()
+    loaded = transformers.SamModel.from_pretrained(out).state_dict()
     assert_equal({n: t.numpy() for n, t in loaded.items()}, expected)
 
 
