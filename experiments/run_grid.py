@@ -9,23 +9,26 @@ Examples:
       --set data.root=datasets/BTCV --workers 2 --only 'ppr-*'
 """
 
+from __future__ import annotations
+
 import argparse
 import fnmatch
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from experiments.grid import slurm
-from experiments.grid.plan import make_grid, parse_settings, write_plan
-from experiments.grid.scheduler import Scheduler
-from experiments.run_cell import standing
 from pgpsam_jax.errors import UserError, exit_on_user_error
-from pgpsam_jax.results.grid import DONE, RUNNING, Cell, Grid
 from pgpsam_jax.runtime.cli import Parser
 from pgpsam_jax.utils.files import write_text
+
+if TYPE_CHECKING:
+    from pgpsam_jax.results.grid import Cell, Grid
 
 
 def listing(grid: Grid, cells: list[Cell]) -> str:
     """Lists every cell with its state and folder, for `--dry-run`."""
+    from experiments.run_cell import standing
+
     lines = [f"{grid.name}: {grid.title}", f"{len(cells)} cells in {grid.path}"]
     for cell in cells:
         state = cell.state
@@ -58,6 +61,12 @@ def main() -> None:
 
 
 def _run(arguments) -> int:
+    from experiments.grid import slurm  # slow: after --help
+    from experiments.grid.plan import make_grid, parse_settings, write_plan
+    from experiments.grid.scheduler import Scheduler
+    from experiments.run_cell import standing
+    from pgpsam_jax.results.grid import DONE, RUNNING
+
     if arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}; give 1 or more")
     if arguments.grid is None:

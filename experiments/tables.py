@@ -13,11 +13,6 @@ import sys
 from pathlib import Path
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.results.grid import is_grid, read_grid
-from pgpsam_jax.results.runs import read_run
-from pgpsam_jax.results.tables import study
-from pgpsam_jax.results.tables.assemble import run_tables, study_tables
-from pgpsam_jax.results.tables.text import to_latex, to_markdown
 from pgpsam_jax.runtime.cli import Parser, running
 from pgpsam_jax.utils.files import csv_text, write_text
 
@@ -41,11 +36,16 @@ def main(arguments=None) -> None:
 
 def format_tables(folders, style: str) -> str:
     """Returns the tables of folders as text: style "markdown", "latex" or "csv"."""
+    from pgpsam_jax.results.tables import study  # slow: after --help
+    from pgpsam_jax.results.tables.assemble import run_tables, study_tables
+    from pgpsam_jax.results.tables.text import to_latex, to_markdown
+
     grids, runs = _read(folders)
     studies = [study.from_grid(grid) for grid in grids]
     studies += [study.from_runs(runs)] if runs else []
     if style == "csv":
-        return _csv(studies)
+        rows = (row for one in studies for row in study.long_rows(one))
+        return csv_text(study.LONG_COLUMNS, rows)
     parts = []
     for one in studies:
         alone = one.name == "runs" and len(runs) == 1
@@ -59,6 +59,9 @@ def format_tables(folders, style: str) -> str:
 
 def _read(folders):
     """Reads the grids and runs of folders, each once."""
+    from pgpsam_jax.results.grid import is_grid, read_grid
+    from pgpsam_jax.results.runs import read_run
+
     grids, runs = [], []
     for path in {Path(folder).resolve(): Path(folder) for folder in folders}.values():
         if is_grid(path):
@@ -71,11 +74,6 @@ def _read(folders):
                 "config.json); give folders written by run_grid or pgpsam_jax.main"
             )
     return grids, runs
-
-
-def _csv(studies) -> str:
-    rows = (row for one in studies for row in study.long_rows(one))
-    return csv_text(study.LONG_COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -10,24 +10,25 @@ Examples:
   python -m pgpsam_jax.predict --workdir runs/x --input volumes --output masks --skip-existing
 """
 
+from __future__ import annotations
+
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from pgpsam_jax.data.io import array_checks
-from pgpsam_jax.data.io.nifti import Volume
+# NumPy, NiBabel and JAX are imported where they are used, after --help.
 from pgpsam_jax.data.io.volume_files import Inputs, find_inputs, stem_of
-from pgpsam_jax.data.io.volumes import read_image
-from pgpsam_jax.data.io.voxel_grid import AXIAL
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.evaluation.masks import VOLUMES, Masks
 from pgpsam_jax.runtime.cli import Parser, positive, running
 from pgpsam_jax.runtime.malloc import keep_freed_memory
 from pgpsam_jax.runtime.worker_pool import check, map_ahead, map_in_order, worker_count
 from pgpsam_jax.utils.untrusted_text import sanitize
+
+if TYPE_CHECKING:
+    from pgpsam_jax.data.io.nifti import Volume
 
 _LONGEST = 2000  # characters of a line
 
@@ -44,7 +45,7 @@ def predict(
     overwrite: bool = False,
     workers: int = 0,
     warnings_of: Callable[[Volume], Iterable[str]] = lambda volume: (),
-    axis: str = AXIAL,
+    axis: str = "axial",
 ) -> int:
     """Writes `<output>/<name>.nii.gz` for each input; unreadable files are reported and skipped.
 
@@ -64,6 +65,8 @@ def predict(
     Returns:
         The number of files that failed.
     """
+    from tqdm import tqdm
+
     from pgpsam_jax.evaluation.outputs import PredictedVolume, write_prediction
 
     started, output = time.perf_counter(), Path(output)
@@ -114,6 +117,8 @@ def predict(
 
 
 def _print_line(line: str) -> None:
+    from tqdm import tqdm
+
     tqdm.write(sanitize(line, _LONGEST))  # file names are untrusted
 
 
@@ -133,6 +138,8 @@ def _volume_text(volumes: Mapping[str, float]) -> str:
 
 
 def _read(path: Path, axis: str) -> Volume | UserError:
+    from pgpsam_jax.data.io.volumes import read_image
+
     try:
         return read_image(path, axis)
     except UserError as error:
@@ -162,8 +169,8 @@ def main() -> None:
     parser.add_argument("--base", help="converted SAM weights of the run, if they have moved")
     with running():
         arguments = parser.parse_args()
-        # imports JAX, which is slow
         from pgpsam_jax.config import load_config
+        from pgpsam_jax.data.io import array_checks
         from pgpsam_jax.inference.trained_run import load_run
         from pgpsam_jax.methods.registry import refuse_without_labels
 

@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+# NiBabel and SciPy are imported where they are used, after --help.
 from pgpsam_jax.data.findings import ERROR, WARNING
 from pgpsam_jax.data.io import array_checks
 from pgpsam_jax.data.io.array_files import NO_GRID
@@ -26,7 +27,6 @@ from pgpsam_jax.data.layouts import find
 from pgpsam_jax.data.layouts.cases import Listing
 from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
 from pgpsam_jax.data.layouts.split import split_cases
-from pgpsam_jax.data.quality.verification import check_cases, findings_of, format_finding, summarize
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime.cli import Parser, pair, positive, running
 from pgpsam_jax.utils.files import write_json
@@ -68,6 +68,8 @@ def verify(
     Returns:
         The report (see `data.quality.verification`) with `skipped` and `seconds`.
     """
+    from pgpsam_jax.data.quality import verification
+
     started, base = time.perf_counter(), Path(root)
 
     def emit(line: str) -> None:  # file names are untrusted too
@@ -83,7 +85,7 @@ def verify(
     for finding in listing.findings:
         of_file.setdefault(finding.file, []).append(finding)
     records, printed = [], set()
-    for record in check_cases(listing.cases, table, window=window, workers=workers):
+    for record in verification.check_cases(listing.cases, table, window=window, workers=workers):
         records.append(record)
         for file in record["files"]:
             file["findings"] += [f.to_json() for f in of_file.pop(file["file"], ())]
@@ -94,7 +96,7 @@ def verify(
         say(f"note     {NO_GRID}")
     for line in listing.skipped:
         emit(f"note     {line}")
-    report = summarize(
+    report = verification.summarize(
         records,
         table,
         findings=rest,
@@ -103,9 +105,9 @@ def verify(
         layout=layout,
         skipped=listing.skipped,
     )
-    for finding in findings_of(report):
+    for finding in verification.findings_of(report):
         if id(finding) not in printed:
-            emit(f"{finding['level']:8} {_relative(format_finding(finding), base)}")
+            emit(f"{finding['level']:8} {_relative(verification.format_finding(finding), base)}")
     say(_order_line(report["order"]))
     counts, seconds = report["counts"], time.perf_counter() - started
     say(

@@ -31,7 +31,8 @@ def begin() -> None:
         signal.signal(signal.SIGINT, _leave)
     if hasattr(sys.stdout, "reconfigure"):  # not closed or replaced
         sys.stdout.reconfigure(errors="backslashreplace")
-    avoid_absent_tpu()
+    if not {"-h", "--help", "--version"}.intersection(sys.argv):
+        avoid_absent_tpu()
 
 
 def _leave(number: int, _: object) -> None:

@@ -54,6 +54,32 @@ with contextlib.suppress(SystemExit):
     assert "jax" not in imported(program)
 
 
+COMMANDS = ["main", "predict", "verify", "report", "cli"]
+COMMANDS = [*(f"pgpsam_jax.{name}" for name in COMMANDS), "weights_conversion.convert"]
+COMMANDS += ["experiments.tables", "experiments.run_grid"]
+SLOW = {"jax", "flax", "optax", "orbax", "grain", "torch", "transformers"}
+SLOW |= {"scipy", "matplotlib", "PIL", "nibabel", "h5py", "loky", "tqdm"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_little(command):
+    """Less than half a second of imports; modules are counted, as times depend on the machine."""
+    program = f"""
+import contextlib, runpy
+sys.argv = ["{command}", "--help"]
+with contextlib.suppress(SystemExit):
+    runpy.run_module("{command}", run_name="__main__")
+"""
+    found = imported(program)
+    others = set() if command == "pgpsam_jax.main" else {"ml_collections"}  # which lists the fields
+    assert not found.intersection(others | SLOW)
+
+
+def test_the_package_alone_is_light():
+    found = imported("import pgpsam_jax; assert pgpsam_jax.__version__")
+    assert not found.intersection(SLOW | {"numpy", "ml_collections", "argparse"})
+
+
 @pytest.fixture
 def settings(monkeypatch, tmp_path):
     """JAX's settings as in a process that has said nothing, and a cache home of the test's own."""

@@ -5,6 +5,8 @@ Files are untrusted: no pickle; types and sizes are checked before memory is all
 see `hdf5`.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import math
@@ -12,8 +14,8 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nibabel as nib
 import numpy as np
 
 from pgpsam_jax.data.findings import BadFile
@@ -21,8 +23,10 @@ from pgpsam_jax.data.io import hdf5
 from pgpsam_jax.data.io.array_checks import OpenArray, check_size, check_type
 from pgpsam_jax.data.io.volume_files import check_entry
 from pgpsam_jax.data.io.volume_streams import read_numbers, reading_errors
-from pgpsam_jax.data.io.voxel_grid import AS_STORED, SourceGrid
 from pgpsam_jax.utils.files import file_digest
+
+if TYPE_CHECKING:
+    from pgpsam_jax.data.io.voxel_grid import SourceGrid
 
 NO_GRID = (
     "The files carry no voxel size and no orientation: every voxel counts as 1 mm, distances are "
@@ -88,6 +92,10 @@ def read_raw(source: ArrayFiles) -> tuple[np.ndarray, SourceGrid, int]:
 
 
 def _grid(source: ArrayFiles, shape) -> SourceGrid:
+    import nibabel as nib  # slow; listing files, as for `verify --help`, needs no grid
+
+    from pgpsam_jax.data.io.voxel_grid import AS_STORED, SourceGrid
+
     path = Path(str(source))
     volume = shape if len(shape) == 3 else (len(source.files), *shape)
     if len(shape) not in (2, 3) or min(volume) < 1 or max(volume) > _MAX_SIDE:
