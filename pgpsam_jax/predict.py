@@ -77,17 +77,19 @@ def predict(
     for fault in inputs.faults:
         _print_line(f"error: {fault}")
     read = functools.partial(_read, axis=axis)
-    failed, warned, total = list(inputs.faults), {}, len(inputs.files)
+    failed, total = len(inputs.faults), len(inputs.files)
+    warned: dict[str, list[str]] = {}
     there = set(masks.done()) if skip_existing else set()
-    inputs = [path for path in inputs.files if stem_of(path) not in there]
-    masks.begin([stem_of(path) for path in inputs])
+    files = [path for path in inputs.files if stem_of(path) not in there]
+    masks.begin([stem_of(path) for path in files])
 
     def predicted():
-        progress = tqdm(inputs, desc="predicting", unit="volume")
-        for path, volume in zip(progress, map_ahead(read, inputs), strict=True):
+        nonlocal failed
+        progress = tqdm(files, desc="predicting", unit="volume")
+        for path, volume in zip(progress, map_ahead(read, files), strict=True):
             if isinstance(volume, UserError):
                 _print_line(f"error: {volume}")
-                failed.append(path)
+                failed += 1
                 continue
             warned[stem_of(path)] = list(warnings_of(volume))
             for text in warned[stem_of(path)]:
@@ -99,21 +101,21 @@ def predict(
     write = functools.partial(
         write_prediction, folder=output, names=names, window=predictor.preprocessing.window
     )
-    size = sum(path.stat().st_size for path in inputs)  # compressed CT: about a byte per voxel
-    count = worker_count(workers, len(inputs), size)
+    size = sum(path.stat().st_size for path in files)  # compressed CT: about a byte per voxel
+    count = worker_count(workers, len(files), size)
     try:
         for stem, facts in map_in_order(write, predicted(), count):
             _print_line(f"{stem}: {_volume_text(facts['ml'])}")
             masks.add(stem, facts, warned[stem])
     finally:
         masks.close()
-    done = sum(stem_of(path) in warned for path in inputs)
+    done = sum(stem_of(path) in warned for path in files)
     if not done and not there:
-        return len(failed)
+        return failed
     text = f"{done} mask{'s' * (done != 1)} in {output} ({time.perf_counter() - started:.1f} s)"
     text += f", {len(there)} of {total} already existed" if there else ""
     print(f"{text}; organ volumes in {output / VOLUMES}")
-    return len(failed)
+    return failed
 
 
 def _print_line(line: str) -> None:

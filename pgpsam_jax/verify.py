@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 # NiBabel and SciPy are imported where they are used, after --help.
-from pgpsam_jax.data.findings import ERROR, WARNING
+from pgpsam_jax.data.findings import ERROR, WARNING, Finding
 from pgpsam_jax.data.io import array_checks
 from pgpsam_jax.data.io.array_files import NO_GRID
 from pgpsam_jax.data.layouts import find
@@ -81,7 +81,7 @@ def verify(
     table = table or find.label_table(layout, root)
     if split:
         _split(listing, split, split_file)
-    of_file = {}
+    of_file: dict[str, list[Finding]] = {}
     for finding in listing.findings:
         of_file.setdefault(finding.file, []).append(finding)
     records, printed = [], set()
@@ -105,9 +105,9 @@ def verify(
         layout=layout,
         skipped=listing.skipped,
     )
-    for finding in verification.findings_of(report):
-        if id(finding) not in printed:
-            emit(f"{finding['level']:8} {_relative(verification.format_finding(finding), base)}")
+    for entry in verification.findings_of(report):
+        if id(entry) not in printed:
+            emit(f"{entry['level']:8} {_relative(verification.format_finding(entry), base)}")
     say(_order_line(report["order"]))
     counts, seconds = report["counts"], time.perf_counter() - started
     say(

@@ -7,17 +7,28 @@ the data do not depend on the number of processes or the mesh.
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 
 from pgpsam_jax.errors import UserError
 
 
-def make_loader(count: int, *, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Returns an endless iterator over batches: (batch_size,) int32 rows from 0 to `count` - 1.
+class Loader(Iterator[np.ndarray], Protocol):
+    """An endless iterator over batches, (B,) int32 rows, whose position can be saved."""
+
+    def get_state(self) -> dict: ...
+
+    def set_state(self, state: dict) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def make_loader(count: int, *, batch_size: int, seed: int) -> Loader:
+    """Returns a loader of rows from 0 to `count` - 1.
 
     Each epoch is a new permutation and batches cross epochs, so no row is dropped and `count` may
-    be smaller than `batch_size`. `get_state` and `set_state` carry the position.
+    be smaller than `batch_size`.
     """
     import grain
     from absl import flags

@@ -58,13 +58,13 @@ def evaluate(
     notices = [*notices, *_doubtful_pairs(cases)]
     count, cases = len(cases), multihost.shard_for_process(cases)
     voxels = sum(math.prod(read_grid(case.image).shape) for case in cases)
-    settings = {"nsd_tolerance_mm": nsd_tolerance_mm, "min_pixels": min_pixels}
     finish = functools.partial(
         score_and_write,
         folder=folder,
         names=table.names,
         window=predictor.preprocessing.window,
-        **settings,
+        nsd_tolerance_mm=nsd_tolerance_mm,
+        min_pixels=min_pixels,
     )
 
     def predicted():
@@ -100,6 +100,8 @@ def _doubtful_pairs(cases: Sequence[Case]) -> list[str]:
     """A notice if scores depend on labels paired with images by storage order."""
     found = []
     for case in cases:
+        if case.label is None:  # refused when it is read
+            continue
         pairing = pair_grids(read_grid(case.image), read_grid(case.label))
         if pairing.code == LOST:
             found.append(f"{case.label.name} {pairing.remark}")

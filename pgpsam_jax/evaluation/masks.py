@@ -40,7 +40,8 @@ class Masks:
     ):
         self.folder, self.inputs, self.overwrite = Path(folder), dict(inputs), overwrite
         self.previews = previews
-        self._entries, self._due = {}, 0.0
+        self._entries: dict[str, dict] = {}
+        self._due = 0.0
         self._check_folder()
         self._record = self._read()
         if not overwrite:

@@ -56,7 +56,7 @@ class SamPredictor:
             raise ValueError("the encoder normalizes again; build it with colors='unit'")
         self.image_size = model.prompt_encoder.image_size
         self._grid, self._colors = model.prompt_encoder.grid, colors
-        self._embedding = self._resized = self._original = None
+        self._embedding: jax.Array | None = None
         graphdef, state = nnx.split(model)
 
         def encode(state, images):
@@ -156,7 +156,8 @@ class SamPredictor:
         """Arguments of `PromptEncoder` in its own pixels, and whether a leading B was given."""
         if (points is None) != (labels is None):
             raise ValueError("points and labels belong together; give both or neither")
-        given, batched = {}, False
+        given: dict[str, np.ndarray] = {}
+        batched = False
         if points is not None:
             points, batched = _array("points", points, "P", 2)
             labels, _ = _array("labels", labels, "P")
@@ -229,8 +230,8 @@ def _load(base: Base, encoder: str, image_size: int | None, dtype) -> Sam:
     config = SamConfig.preset(encoder, size, patch)
     model = nnx.eval_shape(lambda: Sam(config, dtype=dtype, rngs=ShapeOnlyRngs()))
     graphdef, state = nnx.split(model)
-    leaves, encoder = flat_paths(state), config.encoder
-    tensors = fit_base(base.tensors, encoder.grid, global_blocks=encoder.global_blocks)
+    leaves, sizes = flat_paths(state), config.encoder
+    tensors = fit_base(base.tensors, sizes.grid, global_blocks=sizes.global_blocks)
     tensors = select_base(tensors, {path: leaf.shape for path, leaf in leaves.items()})
     for path, leaf in leaves.items():
         leaf.set_value(jnp.asarray(tensors[path]))

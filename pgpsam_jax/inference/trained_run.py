@@ -24,6 +24,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.inference.restore import load_predictor
 from pgpsam_jax.methods import registry
+from pgpsam_jax.models.pgpsam.model import Pass, PrototypeSegmenter
 from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.results import runs
 from pgpsam_jax.runtime.compilation_cache import keep_compiled, start
@@ -100,7 +101,7 @@ class TrainedRun:
         """Intensities and sizes of the training volumes; None in runs of earlier versions."""
         return appearance.read_statistics(self.workdir)
 
-    def passes(self, volume, slices) -> list:
+    def passes(self, volume, slices) -> list[Pass]:
         """Returns the intermediate results of `PgpSam.passes` for some slices, on the host.
 
         Args:
@@ -110,13 +111,7 @@ class TrainedRun:
         Raises:
           UserError: the method has no decoder passes.
         """
-        if not hasattr(self.model, "passes"):
-            name = registry.name_of(registry.key_of(self.config.model))
-            raise UserError(
-                f"{self.workdir} holds a run of {name}, which has no decoder passes to show"
-            )
-        images = self.inputs(volume, slices)
-        return jax.device_get(self._passes(images))
+        return jax.device_get(self._passes(self.inputs(volume, slices)))
 
     def inputs(self, volume, slices):
         """Returns preprocessed slices, (N, S, S) in [0, 1]; arguments as for `passes`."""
@@ -127,7 +122,13 @@ class TrainedRun:
 
     @functools.cached_property
     def _passes(self):
-        graphdef, state = nnx.split(self.model)
+        model = self.model
+        if not isinstance(model, PrototypeSegmenter):
+            name = registry.name_of(registry.key_of(self.config.model))
+            raise UserError(
+                f"{self.workdir} holds a run of {name}, which has no decoder passes to show"
+            )
+        graphdef, state = nnx.split(model)
 
         def run(state, images):
             return nnx.merge(graphdef, state).passes(to_input(images))

@@ -13,6 +13,7 @@ import re
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
@@ -22,6 +23,7 @@ from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.sharded_step import shard_step
 
+Model = tuple[nnx.GraphDef, nnx.State, nnx.State]  # graphdef, params, frozen
 _COUNTED_BY_CORE = ("v4", "v5p")
 
 
@@ -102,14 +104,14 @@ def topology_devices(name: str) -> list:
         ) from None
 
 
-def abstract_model(settings: ConfigDict, num_classes: int, mesh):
+def abstract_model(settings: ConfigDict, num_classes: int, mesh) -> Model:
     """Returns (graphdef, params, frozen) of a configuration for the mesh, shapes only."""
     with device_mesh.traced_on(mesh):
         return build.abstract_model(settings, num_classes)
 
 
 def lower_step(
-    plan: TrainingPlan, mesh, model, image_size: int, slices: int = 126, seed: int = 0
+    plan: TrainingPlan, mesh, model: Model, image_size: int, slices: int = 126, seed: int = 0
 ) -> jax.stages.Lowered:
     """Lowers the train step of an `abstract_model` for a mesh whose devices need not exist.
 
@@ -147,8 +149,10 @@ def compile_step(
 
 
 def compiled_cost(compiled: jax.stages.Compiled) -> CompiledCost:
-    """Returns the compiler's plan for one chip."""
+    """Returns the compiler's plan for one chip; `UserError` if it makes none."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    if memory is None:
+        raise UserError("the compiler plans no memory for this device; use CPU, GPU or TPU")
     return CompiledCost(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,

@@ -66,7 +66,7 @@ def encoder(
     (h, w), d, out = config.grid, config.width, config.out_channels
     tokens, full = h * w, train == "full"
     products = [Product(2 * tokens * d * 3 * config.patch_size**2, int(full))]
-    adapted = len(lora.targets) if lora and train == "lora" else 0
+    adapted, rank = (len(lora.targets), lora.rank) if lora and train == "lora" else (0, 0)
     for i in range(config.depth):
         below = full or (adapted > 0 and i > 0)  # earlier blocks have trainable parameters
         within = full or adapted > 0
@@ -77,8 +77,8 @@ def encoder(
         products.append(_linear(tokens, d, d, within, full, more))
         products.append(_linear(tokens, d, 8 * d, within, full))  # both layers of the MLP
         if adapted:
-            products.append(_linear(tokens, d, adapted * lora.rank, below, True))
-            products.append(_linear(tokens, lora.rank, adapted * d, True, True))
+            products.append(_linear(tokens, d, adapted * rank, below, True))
+            products.append(_linear(tokens, rank, adapted * d, True, True))
     inside = full or adapted > 0
     return [
         *products,

@@ -166,7 +166,8 @@ def list_remedies(config: ConfigDict) -> list[Remedy]:
         device_mesh.make_mesh(**config.mesh),
     )
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    found, together = [], {}
+    found = []
+    together: dict[str, object] = {}
     if config.model.remat != "blocks":
         together["model.remat"] = "blocks"
         found.append(Remedy({"model.remat": "blocks"}, "the same results, a slower step"))

@@ -90,8 +90,8 @@ def cell_tables(grid: Grid) -> str:
     parts = [text_table(["row", *(f"seed {seed}" for seed in seeds)], rows, "cells")]
     failed = [cell for cell in grid.cells if cell.state["state"] == FAILED]
     if failed:
-        rows = [(cell.name, cell.state.get("reason", "no reason recorded")) for cell in failed]
-        parts.append(text_table(["failed cell", "reason"], rows, "failed cells"))
+        reasons = [(cell.name, cell.state.get("reason", "no reason recorded")) for cell in failed]
+        parts.append(text_table(["failed cell", "reason"], reasons, "failed cells"))
     return "\n".join(parts)
 
 
@@ -118,7 +118,7 @@ def file_list(folder: Path) -> str:
     return f"<ul>{''.join(lines)}</ul>"
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}"

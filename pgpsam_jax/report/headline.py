@@ -3,7 +3,7 @@
 import numpy as np
 
 from pgpsam_jax.methods import registry
-from pgpsam_jax.metrics.aggregate import spread
+from pgpsam_jax.metrics.aggregate import Scores, spread
 from pgpsam_jax.metrics.summary import summarize
 from pgpsam_jax.report.figures.csv_rows import Group, scores_of
 from pgpsam_jax.report.html.markup import escape, paragraph
@@ -15,11 +15,12 @@ from pgpsam_jax.results.tables.text import interval, percent
 
 def header(subject: Subject) -> str:
     """HTML of the name, notices and key numbers of a run or an experiment grid."""
-    if subject.grid:
-        kind, about = f"Experiment grid, {subject.grid.variant}", _grid_line(subject.grid)
+    source = subject.source
+    if isinstance(source, Grid):
+        kind, about = f"Experiment grid, {source.variant}", _grid_line(source)
         tiles = _grid_tiles(subject.groups)
     else:
-        kind, about, tiles = "Run", _run_line(subject.run), _run_tiles(subject.run)
+        kind, about, tiles = "Run", _run_line(source), _run_tiles(source)
     boxes = "".join(
         f'<div><dt>{escape(what)}</dt><dd class="number">{escape(number)}</dd>'
         f"<dd>{escape(more)}</dd></div>"
@@ -82,16 +83,15 @@ def _run_tiles(run: Run) -> list[tuple[str, str, str]]:
 
 def _grid_tiles(groups: list[Group]) -> list[tuple[str, str, str]]:
     """Tiles of the reference row and of the row with the highest class mean."""
-    groups = [group for group in groups if scores_of(group) is not None]
-    if not groups:
+    scored = [(group, found) for group in groups if (found := scores_of(group)) is not None]
+    if not scored:
         return [("Dice, class mean (strict)", "-", "no cells evaluated yet")]
-    best = max(groups, key=lambda group: scores_of(group).over_seeds("class")[0])
-    tiles = [_row_tile(group, "Reference row") for group in groups if group.reference]
-    return [*tiles, _row_tile(best, "Best row")] if not best.reference else tiles
+    best = max(scored, key=lambda pair: pair[1].over_seeds("class")[0])
+    tiles = [_row_tile(*pair, "Reference row") for pair in scored if pair[0].reference]
+    return tiles if best[0].reference else [*tiles, _row_tile(*best, "Best row")]
 
 
-def _row_tile(group: Group, what: str) -> tuple[str, str, str]:
-    scores = scores_of(group)
+def _row_tile(group: Group, scores: Scores, what: str) -> tuple[str, str, str]:
     mean, sd = scores.over_seeds("class")
     ends = spread(scores.case_scores())[1]
     n = int(np.isfinite(scores.case_scores()).sum())

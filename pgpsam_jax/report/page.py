@@ -15,6 +15,7 @@ from pgpsam_jax.report.headline import header
 from pgpsam_jax.report.html.css import stylesheet
 from pgpsam_jax.report.html.markup import escape, figure, paragraph, section, tables
 from pgpsam_jax.report.subject import Subject
+from pgpsam_jax.results.grid import Grid
 from pgpsam_jax.results.runs import Run
 from pgpsam_jax.results.tables.assemble import run_tables, study_tables
 from pgpsam_jax.results.tables.cost_table import run_cost, study_cost
@@ -111,18 +112,19 @@ def _result_sections(subject: Subject, figures: Path) -> dict[str, list[str]]:
         parts = [figure(picture, figures) for picture in pictures]
         return parts or ([_missing(if_empty)] if if_empty else [])
 
-    groups, scored, grid = subject.groups, subject.scored, subject.grid
-    parts = {}
-    if grid:
-        notes = [paragraph(note) for note in grid.notes]
-        parts["Rows and cells"] = [*notes, facts.cell_tables(grid), facts.override_table(grid)]
+    groups, scored, source = subject.groups, subject.scored, subject.source
     results, cost = _tables(subject)
-    parts["Results"] = [results] if grid or scored else [_missing("Not evaluated yet.")]
-    if grid:
-        parts["Results"] += figures_html(charts.comparison_charts(groups, grid.axis, figures))
+    parts = {}
+    if isinstance(source, Grid):
+        notes = [paragraph(note) for note in source.notes]
+        parts["Rows and cells"] = [*notes, facts.cell_tables(source), facts.override_table(source)]
+        compared = charts.comparison_charts(groups, source.axis, figures)
+        parts["Results"] = [results, *figures_html(compared)]
+    else:
+        parts["Results"] = [results] if scored else [_missing("Not evaluated yet.")]
     if scored:
         parts["Distributions"] = figures_html(charts.distribution_charts(scored, figures))
-    if reason := missing_curve_text(subject.run):
+    if isinstance(source, Run) and (reason := missing_curve_text(source)):
         parts["Training"] = [_missing(reason)]
     else:
         curves = charts.training_charts(groups, figures)
@@ -146,9 +148,9 @@ _NO_PROTOTYPES = (
 )
 
 
-def missing_curve_text(run: Run | None) -> str:
+def missing_curve_text(run: Run) -> str:
     """Text in place of a training curve, for methods that are fitted at once or not trained."""
-    training = run and registry.method_of(run.config.model).training
+    training = registry.method_of(run.config.model).training
     if training is registry.Training.NONE:
         return "This method has no trainable parameters."
     if training is registry.Training.LBFGS and run.records:
@@ -163,12 +165,13 @@ def missing_curve_text(run: Run | None) -> str:
 def _tables(subject: Subject) -> tuple[str, str]:
     """HTML of the result tables and of the cost tables ("" without a cost record)."""
     known = [f"Note: {notice}" for notice in subject.notices]
-    if subject.run:
-        title, found, cost = subject.title, run_tables(subject.run), run_cost(subject.run)
+    source, title = subject.source, subject.title
+    if isinstance(source, Run):
+        found, cost = run_tables(source), run_cost(source)
     else:
-        study = from_grid(subject.grid)
+        study = from_grid(source)
         title, found, cost = study.title, study_tables(study), study_cost(study)
-        known += subject.grid.notes
+        known += source.notes
     results = [table for table in found if table not in cost]
     return tables(results, title, known), tables(cost, title)
 
@@ -195,7 +198,7 @@ def _prototypes(groups, figures: Path) -> list[str]:
 
 
 def _background_sections(subject: Subject, folder: Path) -> dict[str, list[str]]:
-    code = subject.grid.code if subject.grid else {}
+    code = subject.source.code if isinstance(subject.source, Grid) else {}
     extra = {f"grid: code {key}": value for key, value in code.items()}
     return {
         "Configuration": [facts.configuration_tables(list(subject.configs.values()))],

@@ -15,10 +15,9 @@ _PHANTOM = "The data are synthetic phantoms: the results say nothing about real 
 
 @dataclass(frozen=True)
 class Subject:
-    """Either `run` or `grid`, the other is None; `groups` are the rows (one for a run)."""
+    """`groups` are the rows of the source (one for a run)."""
 
-    run: Run | None
-    grid: Grid | None
+    source: Run | Grid
     groups: list[Group]
 
     @classmethod
@@ -27,16 +26,17 @@ class Subject:
 
         path_overrides: as in `Run`, for all runs.
         """
-        run, grid = (None, read_grid(folder)) if is_grid(folder) else (read_run(folder), None)
+        source: Run | Grid = read_grid(folder) if is_grid(folder) else read_run(folder)
         groups = []
-        for group in groups_of(run or grid):
+        for group in groups_of(source):
             runs = (replace(run, path_overrides=path_overrides or {}) for run in group.runs)
             groups.append(replace(group, runs=tuple(runs)))
-        return cls(run, grid, groups)
+        return cls(source, groups)
 
     @property
     def title(self) -> str:
-        return self.grid.title if self.grid else self.run.config.name
+        source = self.source
+        return source.title if isinstance(source, Grid) else source.config.name
 
     @property
     def runs(self) -> list[Run]:
@@ -51,9 +51,9 @@ class Subject:
     @property
     def configs(self) -> dict[Path, dict]:
         """{workdir: stored configuration}, including cells that are only planned."""
-        if self.grid:
-            return {cell.folder: cell.config for cell in self.grid.cells}
-        return {self.run.workdir: to_json(self.run.config)}
+        if isinstance(self.source, Grid):
+            return {cell.folder: cell.config for cell in self.source.cells}
+        return {self.source.workdir: to_json(self.source.config)}
 
     @property
     def notices(self) -> list[str]:

@@ -22,7 +22,7 @@ class DeadClassMonitor:
 
     def __init__(self, names: Sequence[str], truth: np.ndarray, dead_epochs: float):
         present = np.bincount(truth.ravel(), minlength=len(names))[1 : len(names)] > 0
-        self._watched = {i: names[i] for i in np.flatnonzero(present) + 1}
+        self._watched = {i: names[i] for i in (np.flatnonzero(present) + 1).tolist()}
         self._limit = dead_epochs
         self._silent = dict.fromkeys(self._watched, 0.0)
         self._epoch = 0.0

@@ -1,11 +1,10 @@
 """Feeds the train step: row indices into a device-resident set, or slices from the host."""
 
-from collections.abc import Iterator
-
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pgpsam_jax.data.batch_sampler import Loader
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.sharding import device_mesh
 
@@ -21,7 +20,7 @@ class DeviceBatches:
         indices only; of a larger one, each process sends its devices their slices per batch.
     """
 
-    def __init__(self, data: dict, loader: Iterator[np.ndarray], mesh: Mesh, resident_bytes: float):
+    def __init__(self, data: dict, loader: Loader, mesh: Mesh, resident_bytes: float):
         self._set, self.loader, self._mesh = data, loader, mesh
         self.resident = sum(array.nbytes for array in jax.tree.leaves(data)) <= resident_bytes
         if self.resident:
@@ -48,7 +47,11 @@ class DeviceBatches:
 def _select(array, rows, sharding):
     """Rows of a host array, sharded over the batch axes."""
     shape = rows.shape + array.shape[1:]
-    return jax.make_array_from_callback(shape, sharding, lambda index: array[rows[index[0]]])
+
+    def part(index):
+        return array[rows[index[0]]]
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _like(array, shape, sharding):

@@ -63,8 +63,8 @@ def _check_length(old: TrainingPlan, new: TrainingPlan, every_epochs: int, workd
             "--workdir"
         )
     messages = [f"the run of {before} steps resumes from step {done} and continues to step {now}"]
-    rates = [plan.learning_rates(slices)[:done] for plan in (old, new)]
-    if not np.array_equal(*rates, equal_nan=True):
+    rates, others = (plan.learning_rates(slices)[:done] for plan in (old, new))
+    if not np.array_equal(rates, others, equal_nan=True):
         messages.append(
             f"its learning rates so far were those of {before} steps, so the result differs from "
             f"that of one run of {now} steps"

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training.plan import TrainingPlan
-from pgpsam_jax.training.train_state import init_state
+from pgpsam_jax.training.train_state import TrainState, init_state
 
 
 class ShardedStep(NamedTuple):
@@ -24,10 +25,10 @@ class ShardedStep(NamedTuple):
       state, frozen, batch: shapes with shardings.
     """
 
-    run: Callable
-    start: Callable
-    state: object
-    frozen: object
+    run: jax.stages.Wrapped
+    start: Callable[[nnx.State], TrainState]
+    state: TrainState
+    frozen: nnx.State
     batch: dict
 
     def trace(self) -> jax.stages.Traced:
@@ -64,8 +65,8 @@ def shard_step(
         donate_argnums=0,
     )
     others = jax.jit(
-        lambda params: dataclasses.replace(init(params), params=None),
-        out_shardings=dataclasses.replace(shardings[0], params=None),
+        lambda params: dataclasses.replace(init(params), params=nnx.State({})),
+        out_shardings=dataclasses.replace(shardings[0], params=nnx.State({})),
     )
 
     def start(params):

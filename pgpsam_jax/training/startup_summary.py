@@ -69,7 +69,9 @@ def _schedule(plan: TrainingPlan, size: int, slices: int) -> str:
     )
 
 
-def describe_step(compiled, seconds: float, flops: float | None, *, fit: bool = False) -> str:
+def describe_step(
+    compiled: jax.stages.Compiled, seconds: float, flops: float | None, *, fit: bool = False
+) -> str:
     """Describes the cost of a compiled step.
 
     Args:
@@ -78,10 +80,10 @@ def describe_step(compiled, seconds: float, flops: float | None, *, fit: bool = 
       flops: per device; None if unknown.
       fit: whether the step is an L-BFGS fit.
     """
-    memory, gib = compiled.memory_analysis(), 2**30
-    gflop = "" if flops is None else f"{flops / 1e9:.1f} GFLOP per device, "
-    return (
-        f"{'fit        ' if fit else 'step       '}{gflop}expected memory "
-        f"{(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / gib:.2f} GiB per device "
-        f"({memory.temp_size_in_bytes / gib:.2f} temporary), compiled in {seconds:.1f} s"
-    )
+    text = "fit        " if fit else "step       "
+    text += "" if flops is None else f"{flops / 1e9:.1f} GFLOP per device, "
+    if (memory := compiled.memory_analysis()) is not None:  # see `step_cost.describe_step`
+        temporary = memory.temp_size_in_bytes / 2**30
+        total = memory.argument_size_in_bytes / 2**30 + temporary
+        text += f"expected memory {total:.2f} GiB per device ({temporary:.2f} temporary), "
+    return f"{text}compiled in {seconds:.1f} s"

@@ -29,11 +29,6 @@ from pgpsam_jax.sharding.context import TracingContext, traced_for
 from pgpsam_jax.utils import files
 from pgpsam_jax.utils.files import write_json
 
-try:
-    import resource
-except ImportError:  # no such count on this system
-    resource = None
-
 FILE = "cost.json"
 _SETTING = ("devices", "compute_dtype", "image_size", "batch_size", "flops_per_image")
 
@@ -46,7 +41,7 @@ def describe_step(
     arguments,
     traced,
     lowered,
-    compiled,
+    compiled: jax.stages.Compiled,
     slices: int,
 ) -> dict:
     """Returns the cost of a train step, as known before the first one.
@@ -68,15 +63,14 @@ def describe_step(
         if counted is None:  # devices behind a plugin
             counted = host_flops(inspect.unwrap(train_step), *arguments)
         record["flops_per_image"]["training"] = None if counted is None else counted / slices
-    return record | {
-        "batch_size": slices,
-        "step_bytes": {
+    if memory is not None:  # None for devices behind a plugin that does not plan
+        record["step_bytes"] = {
             "arguments": memory.argument_size_in_bytes,
             "outputs": memory.output_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
             "aliased": memory.alias_size_in_bytes,  # outputs that reuse arguments' memory
-        },
-    }
+        }
+    return record | {"batch_size": slices}
 
 
 def describe_inference(settings: ConfigDict, mesh, graphdef, params, frozen) -> dict:
@@ -157,15 +151,12 @@ def summarize_steps(records: list[dict], batch_size: int, first: int = 0) -> dic
     """
     rates = [record["images_per_second"] for record in records if record["step"] > first]
     seconds = [batch_size / rate for rate in rates if rate > 0]
-    spent = {"peak_bytes": {"process": _process_peak(), "device": _device_peak()}}
-    if seconds:
-        low, median, high = np.percentile(seconds, (25, 50, 75)).tolist()
-        spent["step_seconds"] = {
-            "median": median,
-            "quartiles": [low, high],
-            "intervals": len(seconds),
-        }
-    return spent
+    peaks = {"process": _process_peak(), "device": _device_peak()}
+    if not seconds:
+        return {"peak_bytes": peaks}
+    low, median, high = np.percentile(seconds, (25, 50, 75)).tolist()
+    times = {"median": median, "quartiles": [low, high], "intervals": len(seconds)}
+    return {"peak_bytes": peaks, "step_seconds": times}
 
 
 def start_record(workdir, record: dict, step: int) -> None:
@@ -198,7 +189,9 @@ def _store(workdir, record: dict) -> None:
 
 def _process_peak() -> int | None:
     """Peak resident bytes of this process, including compilation and data loading."""
-    if resource is None:
+    try:
+        import resource
+    except ImportError:  # no such count on this system
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

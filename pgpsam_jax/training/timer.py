@@ -16,7 +16,8 @@ class Stopwatch:
     """
 
     def __init__(self, workdir):
-        self._path, self._running = Path(workdir) / FILE, []
+        self._path, self._since = Path(workdir) / FILE, time.perf_counter()
+        self._running: list[str] = []
         self.seconds: dict[str, float] = read_record(
             self._path,
             lambda value: {name: float(seconds) for name, seconds in value.items()},

@@ -1,5 +1,6 @@
 """Trains a model, top to bottom: set up, feed, step, restore, compile, loop, evaluate."""
 
+import functools
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from pgpsam_jax.training.setup import Run, set_up
 from pgpsam_jax.training.sharded_step import ShardedStep, shard_step, sharding_of
 from pgpsam_jax.training.stagnation import stagnation
 from pgpsam_jax.training.train_loop import Moment, TrainLoop
+from pgpsam_jax.training.train_state import TrainState
 
 
 def train(config: ConfigDict, workdir) -> dict:
@@ -63,14 +65,18 @@ def fit(run: Run) -> Predictor:
     multihost.barrier("compiled")
 
     predictor = _predictor_of(run, state.params)
-    selection = run.held_out and Selection(
-        config.validation,
-        run.held_out,
-        run.workdir,
-        plan.batch_size,
-        size,
-        run.total,
-        run.split.table.names,
+    selection = (
+        None
+        if run.held_out is None
+        else Selection(
+            config.validation,
+            run.held_out,
+            run.workdir,
+            plan.batch_size,
+            size,
+            run.total,
+            run.split.table.names,
+        )
     )
     log = MetricLogger(
         run.workdir,
@@ -81,7 +87,7 @@ def fit(run: Run) -> Predictor:
         run.data.list.entries,
     )
 
-    def validate(moment: Moment) -> None:
+    def validate(selection: Selection, moment: Moment) -> None:
         with run.watch("validate"), log.paused():
             score = selection.evaluate(predictor.with_params(moment.state.params), moment.step)
         moment.scalars |= {"validation_score": score} | selection.never_predicted
@@ -99,7 +105,7 @@ def fit(run: Run) -> Predictor:
         loop = TrainLoop(run.total, log.record, stop.should_stop)
         loop.add_hook(lambda moment: log.check_finite(moment.step, moment.metrics, moment.rows))
         if selection:
-            loop.add_hook(validate, when=selection.should_validate)
+            loop.add_hook(functools.partial(validate, selection), when=selection.should_validate)
         loop.add_hook(record)
         loop.add_hook(save, every=config.log.checkpoint_steps, at_end=True)
         state, done = loop.run(compiled, state, run.frozen, feed, done)
@@ -142,7 +148,7 @@ def _make_feed(run: Run) -> tuple[DeviceBatches, int]:
     return DeviceBatches(slices, loader, run.mesh, config.data.resident_gib * 2**30), seed
 
 
-def _restore_or_start(run: Run, step: ShardedStep, checkpoints, loader):
+def _restore_or_start(run: Run, step: ShardedStep, checkpoints, loader) -> TrainState:
     """Returns the newest state of the workdir, or the initial state."""
     if checkpoints.latest is not None:
         state = checkpoints.restore(step.state, loader)

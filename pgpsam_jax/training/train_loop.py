@@ -36,7 +36,7 @@ def run_steps(
     Returns:
       The state, and the number, metrics and rows of the last step.
     """
-    under_way = collections.deque()
+    under_way: collections.deque[tuple] = collections.deque()
     while step < until:
         batch, rows = next(feed)
         with jax.transfer_guard("disallow"):

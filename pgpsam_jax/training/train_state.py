@@ -29,5 +29,5 @@ def init_state(
     params, optimizer: optax.GradientTransformation, *, seed: int, epoch_size: int
 ) -> TrainState:
     """Returns the training state before the first step."""
-    step, seed, epoch_size = (jnp.array(n, jnp.int32) for n in (0, seed, epoch_size))
-    return TrainState(params, optimizer.init(params), step, seed, epoch_size)
+    numbers = (jnp.array(n, jnp.int32) for n in (0, seed, epoch_size))
+    return TrainState(params, optimizer.init(params), *numbers)

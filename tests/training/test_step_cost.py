@@ -19,6 +19,7 @@ from pgpsam_jax.models.sam import attention_kernels
 from pgpsam_jax.models.segmenter import Segmenter
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import step_cost
+from pgpsam_jax.training.startup_summary import describe_step
 from pgpsam_jax.training.train_state import init_state
 from tests.support import micro
 
@@ -153,6 +154,13 @@ def test_devices_that_count_nothing(stages, config, monkeypatch):
     found = stages.record(config, silent)
     assert found["flops_per_image"] == {"forward": None, "training": None}
     assert found["step_bytes"] == known["step_bytes"]
+
+
+def test_devices_that_plan_no_memory(stages, config):
+    unplanned = type("Compiled", (), {"memory_analysis": lambda self: None})()
+    found = dataclasses.replace(stages, compiled=unplanned).record(config)
+    assert found == stages.record(config) | {"step_bytes": None}
+    assert describe_step(unplanned, 1.0, None) == "step       compiled in 1.0 s"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import math
 import textwrap
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -138,8 +139,8 @@ def timing(rows, theme: Theme) -> Figure:
         for row in rows:
             if row["activity"] == activity:
                 seconds[labels.index(row["label"])] += row["seconds"]
-        style = {"height": 0.6, "color": color, "edgecolor": theme.surface, "linewidth": 0.8}
-        ax.barh(range(len(labels)), seconds / scale, left=left, **style)
+        rim, places = theme.surface, range(len(labels))
+        ax.barh(places, seconds / scale, 0.6, left, color=color, edgecolor=rim, linewidth=0.8)
         left = left + seconds / scale
         handles.append(Patch(color=color, label=activity.replace("_", " ")))
     for y, total in enumerate(totals):
@@ -149,7 +150,7 @@ def timing(rows, theme: Theme) -> Figure:
     return figure
 
 
-def _strip_axes(names, theme) -> tuple[Figure, object]:
+def _strip_axes(names, theme) -> tuple[Figure, Axes]:
     """Axes with a horizontal lane per name and room for numbers on the right."""
     names = [_wrapped(name) for name in names]
     figure = new_figure(_WIDTH, 0.95 + 0.42 * len(names), theme)

@@ -28,10 +28,10 @@ def dice_against_cost(rows, theme: Theme) -> Figure:
     for ax, key in zip(axes, keys, strict=True):
         for place, label in enumerate(labels):
             chosen = [row for row in rows if row["label"] == label]
-            points = [(row[key], 100 * row["dice_class_mean"]) for row in chosen]
-            points = np.array([pair for pair in points if np.isfinite(pair).all()]).reshape(-1, 2)
+            pairs = [(row[key], 100 * row["dice_class_mean"]) for row in chosen]
+            points = np.array([pair for pair in pairs if np.isfinite(pair).all()]).reshape(-1, 2)
             if points.size:
-                _row(ax, *points.T, _style(place, theme), theme)
+                _row(ax, points[:, 0], points[:, 1], _style(place, theme), theme)
         _x_axis(ax, [row[key] for row in rows if math.isfinite(row[key])], _PANELS[key])
         ax.grid(True)
     axes[0].set_ylabel("Dice (%), class mean")

@@ -1,5 +1,7 @@
 """The test volumes of a run with their truth and predictions."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from pgpsam_jax.checkpointing import locations
@@ -9,6 +11,20 @@ from pgpsam_jax.data.io.volumes import read_label
 from pgpsam_jax.data.preprocessing import normalize_volume, window_of
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.results.runs import Run
+
+
+class ScoredVolume(NamedTuple):
+    """Volume of a case.
+
+    image: (D, H, W) in [0, 1]; truth, predictions (one per run): class ids (D, H, W); spacing: mm
+    along (H, W); region: slices that are scored, boolean (D,).
+    """
+
+    image: np.ndarray
+    truth: np.ndarray
+    predictions: list[np.ndarray]
+    spacing: tuple[float, float]
+    region: np.ndarray
 
 
 class TestSet:
@@ -37,12 +53,8 @@ class TestSet:
             entries = dataset.stored_list(run.workdir).entries
             self.region_of = dataset.unseen_slices(config.fewshot, self.table, entries)
 
-    def read(self, case_id: str, runs):
-        """Volumes of a case: image, truth, predictions (one per run), spacing, scored slices.
-
-        image: (D, H, W) in [0, 1]; truth, predictions: class ids (D, H, W); spacing: mm along
-        (H, W); scored slices: boolean (D,).
-        """
+    def read(self, case_id: str, runs) -> ScoredVolume:
+        """Reads a case with the predictions of the runs."""
         if case_id not in self.cases:
             raise UserError(f"case {case_id} is no longer in the data set")
         volume, truth = read_case(self.cases[case_id], self.table, self.axis)
@@ -56,7 +68,7 @@ class TestSet:
                 )
         region = self.region_of(case_id, truth)
         image = normalize_volume(volume.array, self.window)
-        return image, truth, predictions, volume.spacing[1:], region
+        return ScoredVolume(image, truth, predictions, volume.spacing[1:], region)
 
 
 def fullest_slice(truth, num_classes: int, region=True) -> int:

@@ -63,12 +63,15 @@ def body_box(image, *labels) -> tuple[slice, slice]:
     keep = parts == 1 + sizes.argmax() if count else np.ones(image.shape, bool)
     for ids in labels:
         keep = keep | (ids > 0)
-    box = []
-    for axis, length in zip((1, 0), image.shape, strict=True):
-        inside = np.flatnonzero(keep.any(axis=axis))
-        rim = max(2, round(0.02 * len(inside)))
-        box.append(slice(max(0, int(inside[0]) - rim), min(length, int(inside[-1]) + rim + 1)))
-    return tuple(box)
+    rows, columns = (_extent(keep.any(axis=axis)) for axis in (1, 0))
+    return rows, columns
+
+
+def _extent(keep) -> slice:
+    """From the first to the last True of (L,), with a rim."""
+    inside = np.flatnonzero(keep)
+    rim = max(2, round(0.02 * len(inside)))
+    return slice(max(0, int(inside[0]) - rim), min(len(keep), int(inside[-1]) + rim + 1))
 
 
 def frame_ratio(frame) -> float:

@@ -3,6 +3,7 @@
 import math
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.metrics.overlap import slice_dice
 from pgpsam_jax.report.figures.csv_rows import read_rows, scores_of, write_rows
 from pgpsam_jax.report.figures.picture import Picture, draw
-from pgpsam_jax.report.figures.scored_volumes import TestSet, fullest_slice
+from pgpsam_jax.report.figures.scored_volumes import ScoredVolume, TestSet, fullest_slice
 from pgpsam_jax.report.figures.slice_panels import Slice, corner_text, draw_panel, frame_ratio
 from pgpsam_jax.utils.untrusted_text import sanitize
 from pgpsam_jax.visualization import overlays
@@ -28,10 +29,11 @@ def qualitative(groups, folder) -> Picture:
     runs = [next(run for run in group.runs if run.cases) for group in groups]
     labels = [group.label for group in groups] if len(groups) > 1 else ["prediction"]
     tests, names = TestSet(runs[0]), runs[0].names
-    slices, rows, omitted = [], [], []
+    slices, rows = [], []
+    omitted: list[str] = []
     cases = _ranked_cases(scores_of(groups[-1]))
-    for case_id, found in _read_cases(tests, cases, runs, omitted):
-        image, truth, predictions, spacing, region = found
+    for case_id, volume in _read_cases(tests, cases, runs, omitted):
+        image, truth, predictions, spacing, region = volume
         z = fullest_slice(truth, len(names), region)
         part = Slice(case_id, z, image[z], truth[z], spacing, [p[z] for p in predictions])
         slices.append(part.cropped())
@@ -53,22 +55,22 @@ def qualitative(groups, folder) -> Picture:
     )
 
 
-def _read_cases(tests, cases, runs, omitted: list[str]):
-    """Yields (case, result of `tests.read`); reasons for unreadable cases go to `omitted`.
+def _read_cases(tests, cases, runs, omitted: list[str]) -> Iterator[tuple[str, ScoredVolume]]:
+    """Yields cases with their volumes; reasons for unreadable cases go to `omitted`.
 
     Raises the last `UserError` if no case can be read.
     """
     count = 0
     for case_id in cases:
         try:
-            found = tests.read(case_id, runs)
+            volume = tests.read(case_id, runs)
         except UserError as error:
             print(f"skipped: {sanitize(str(error), 1000)}", file=sys.stderr, flush=True)
             omitted.append(f"case {case_id} ({error})")
             last = error
         else:
             count += 1
-            yield case_id, found
+            yield case_id, volume
     if omitted and not count:
         raise last
 
@@ -112,10 +114,11 @@ def failures(group, folder) -> Picture:
     """Figure of the worst slices with organs in the test cases of the first finished run."""
     run = next(run for run in group.runs if run.cases)
     tests, names = TestSet(run), run.names
-    found, omitted = [], []
+    found = []
+    omitted: list[str] = []
     cases = dict.fromkeys(row["case"] for row in run.cases)
-    for case_id, volumes in _read_cases(tests, cases, [run], omitted):
-        found += _worst_slices(case_id, *volumes, names)
+    for case_id, volume in _read_cases(tests, cases, [run], omitted):
+        found += _worst_slices(case_id, volume, names)
     if not found:
         raise UserError("every slice with an organ is segmented perfectly")
     found.sort(key=lambda entry: entry[0])
@@ -135,9 +138,9 @@ def failures(group, folder) -> Picture:
     )
 
 
-def _worst_slices(case_id, image, truth, predictions, spacing, region, names):
+def _worst_slices(case_id, volume: ScoredVolume, names):
     """Up to two (sort key, CSV row, Slice) per case."""
-    prediction = predictions[0]
+    image, truth, [prediction], spacing, region = volume
     scores = slice_dice(prediction, truth, len(names))
     bearing = np.flatnonzero(np.isfinite(scores).any(axis=1) & region)
     area = np.count_nonzero((truth > 0) | (prediction > 0), axis=(1, 2))

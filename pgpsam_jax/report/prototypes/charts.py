@@ -24,13 +24,12 @@ def shares_figure(table: dict, names, theme: Theme) -> Figure:
         for place, (name, number) in enumerate(series):
             rows = own & (table["map"] == name) & (table["pass"] == number)
             height = line + 0.7 * ((place + 0.5) / len(series) - 0.5)  # side by side
-            style = {"marker": "os"[name == "W_q"], "linestyle": "none", "markersize": 5.5}
-            style |= {"color": theme.series[place % len(theme.series)], "clip_on": False}
+            share, marker = table["attention"][rows].mean(), "os"[name == "W_q"]
+            color = theme.series[place % len(theme.series)]
             label = f"{name}, stage {number:.0f}" if line == 0 else None
-            ax.plot(table["attention"][rows].mean(), height, label=label, **style)
-        chance = table["tokens"][own].mean()
-        style = {"color": theme.text, "markersize": 24, "linestyle": "none", "marker": "|"}
-        ax.plot(chance, line, **style, label="uniform attention" if line == 0 else None)
+            ax.plot(share, height, marker, color=color, ms=5.5, clip_on=False, label=label)
+        chance, label = table["tokens"][own].mean(), "uniform attention" if line == 0 else None
+        ax.plot(chance, line, "|", color=theme.text, markersize=24, label=label)
     places = [(table["class"] == organ) for organ in organs]
     count = [len(set(zip(table["case"][p], table["z"][p], strict=True))) for p in places]
     ticks = [f"{o.replace('_', ' ')} ({n})" for o, n in zip(organs, count, strict=True)]
@@ -40,7 +39,7 @@ def shares_figure(table: dict, names, theme: Theme) -> Figure:
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
     legend = ax.legend(ncols=5, loc="lower left", bbox_to_anchor=(-0.02, 1.0), handletextpad=0.2)
-    legend.legend_handles[-1].set_markersize(12)
+    legend.get_lines()[-1].set_markersize(12)
     return figure
 
 
@@ -61,12 +60,13 @@ def similarity_figure(table: dict, names, theme: Theme) -> Figure:
             cosine = table["cosine"][own].reshape(len(names), -1)  # written class by class
             ax = figure.add_axes(_inches(figure, left, low, width, height))
             image = ax.imshow(cosine, cmap=cmap, vmin=-1, vmax=1, aspect="auto")
-            ax.set_yticks(range(len(names)), labels if kind == "intra" else [])
+            ticks = range(len(names))
+            ax.set_yticks(ticks, labels if kind == "intra" else [])
             ax.tick_params(length=0)
             last = place == len(moments) - 1
             if kind == "intra":
-                slant = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
-                ax.set_xticks(range(len(names)), labels if last else [], **slant)
+                shown = labels if last else []
+                ax.set_xticks(ticks, shown, rotation=60, ha="right", rotation_mode="anchor")
                 ax.set_title(f"classes, {_MOMENTS[moment]}")
                 if len(cosine) <= 12:
                     _numbers(ax, cosine, theme)
@@ -109,7 +109,8 @@ def picks_figure(table: dict, names, theme: Theme) -> Figure:
         ax.tick_params(length=0, which="both")
         ax.set_title(f"stage {number:.0f}")
         last = place == len(stages) - 1
-        ax.set_xticks(range(len(order)), order if last else [], fontsize=6, rotation=90)
+        shown = list(map(str, order)) if last else []
+        ax.set_xticks(range(len(order)), shown, fontsize=6, rotation=90)
         if last:
             ax.set_xlabel("inter prototype", loc="left")
     bar = figure.add_axes(_inches(figure, _WIDE - 3.2, 0.32, 3.0, 0.12))
@@ -137,8 +138,8 @@ def mixing_figure(table: dict, theme: Theme) -> Figure:
     ax.axvline(start, color=theme.muted, linewidth=1, linestyle="--", label="initial value")
     symbols = {"alpha": "alpha (class)", "beta": "beta (query)"}
     for place, (key, label) in enumerate(symbols.items()):
-        style = {"marker": "os"[place], "linestyle": "none", "markersize": 8}
-        ax.plot(table[key], stages, color=theme.series[place], label=label, **style)
+        color = theme.series[place]
+        ax.plot(table[key], stages, "os"[place], color=color, markersize=8, label=label)
     ax.set_yticks(stages, [f"stage {n:.0f}" for n in stages])
     values = [*table["alpha"], *table["beta"]]
     ax.set_xlim(min(0, *values), max(2 * start, *values))

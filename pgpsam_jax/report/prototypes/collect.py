@@ -51,7 +51,8 @@ def probe_run(run: Run) -> Probe:
     tests, trained = TestSet(run), load_run(run.workdir, run.path_overrides.get("model.base"))
     if not tests.cases:
         raise UserError(f"{run.workdir} has no evaluated test case")
-    cases, slices, examples, batches = list(tests.cases.values()), [], [], []
+    cases, examples, batches = list(tests.cases.values()), [], []
+    slices: list[Slice] = []
     for case in [cases[place] for place in evenly_spaced(len(cases), _CASES)]:
         volume, truth = read_case(case, tests.table, tests.axis)
         bearing = (truth > 0).any(axis=(1, 2)) & tests.region_of(case.case_id, truth)
@@ -74,8 +75,9 @@ def probe_run(run: Run) -> Probe:
     ]
     if passes[0].intra is None:
         raise UserError(f"{run.workdir} was trained without prototypes (model.ppg is off)")
-    stages = trained.model.ppr if passes[-1].picks is not None else ()
-    mixing = [tuple(float(np.mean(weight)) for weight in stage.mixing) for stage in stages]
+    stages = getattr(trained.model, "ppr", ())  # none if it is off
+    weights = [stage.mixing for stage in stages]
+    mixing = [(float(np.mean(alpha)), float(np.mean(beta))) for alpha, beta in weights]
     start = float(stages[0].mix_start) if stages else float("nan")
     return Probe(run.names, slices, examples, passes, mixing, start, run.config.model.image_size)
 
