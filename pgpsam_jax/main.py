@@ -64,7 +64,7 @@ def _parser() -> Parser:
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """Parses the command line; returns the flags and the configuration fields as texts."""
-    fields = {}
+    fields: dict[str, str] = {}
     if any("config." in argument for argument in arguments):
         from pgpsam_jax.config.overrides import split_flags
 
