@@ -83,8 +83,8 @@ def _run(arguments) -> int:
         print(listing(grid, cells))
         return 0
     grid = write_plan(grid, arguments.mix)
-    names = {cell.name for cell in cells}
-    cells = [cell for cell in grid.cells if cell.name in names]
+    chosen = {cell.name for cell in cells}
+    cells = [cell for cell in grid.cells if cell.name in chosen]
     if arguments.slurm:
         todo = [cell for cell in cells if standing(cell) not in (DONE, RUNNING)]
         path = folder / "slurm.sh"

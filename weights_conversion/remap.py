@@ -35,7 +35,7 @@ class _Slot(NamedTuple):
 
 def read(layout: Layout, tensors: Tensors, source: str = "checkpoint") -> dict[str, np.ndarray]:
     """Returns our float32 tensors for tensors of `layout`; `source` names the file in errors."""
-    errors = []
+    errors: list[str] = []
     tensors = _without_duplicates(tensors, layout, errors)
     found = _look_up(tensors, layout, THEIRS, errors)
     _raise(errors, layout.name, layout.family, source)
@@ -56,7 +56,7 @@ def read(layout: Layout, tensors: Tensors, source: str = "checkpoint") -> dict[s
 
 def write(layout: Layout, tensors: Tensors, source: str = "weights") -> dict[str, np.ndarray]:
     """Inverts `read`, bit for bit; duplicates are not written."""
-    errors = []
+    errors: list[str] = []
     found = _look_up(tensors, layout, OURS, errors)
     _raise(errors, "pgpsam_jax", layout.family, source)
     result = {}
@@ -137,7 +137,8 @@ def _counts(found: Mapping[_Slot, str], tensors: Tensors, side: str) -> dict[str
 
     The highest number found decides; on our side, the first axis of most stacks.
     """
-    counts, votes = defaultdict(lambda: 1), defaultdict(Counter)
+    counts: defaultdict[str, int] = defaultdict(lambda: 1)
+    votes: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for slot, name in found.items():
         for placeholder, number in (("{i}", slot.i), ("{m}", slot.m)):
             if number is not None:
@@ -145,7 +146,7 @@ def _counts(found: Mapping[_Slot, str], tensors: Tensors, side: str) -> dict[str
                 counts[stem] = max(counts[stem], number + 1)
         if side == OURS and slot.row.stacked and tensors[name].ndim:
             votes[_stem(slot.row, "{m}")][tensors[name].shape[0]] += 1
-    counts.update({stem: votes.most_common(1)[0][0] for stem, votes in votes.items()})
+    counts.update({stem: sizes.most_common(1)[0][0] for stem, sizes in votes.items()})
     return counts
 
 
@@ -184,7 +185,7 @@ def _check(
 
 def _vote(found: Mapping[_Slot, str], tensors: Tensors, counts, side: str) -> dict[str, int]:
     """Returns the size of each letter, by majority."""
-    votes = defaultdict(Counter)
+    votes: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for slot, name in found.items():
         tokens, own = _sizes(slot, tensors[name].shape, counts, side)
         for token, size in zip(tokens, own, strict=False):
@@ -210,7 +211,7 @@ def _shape(slot: _Slot, shape: tuple, sizes, counts, side: str) -> tuple[int, ..
     own = own or (1,) * len(tokens)
     expected = []
     for token, size in zip(tokens, own, strict=True):
-        times, letter, divisor = re.fullmatch(r"(\d*)([A-Z]?)/?(\d*)", token).groups()
+        [(times, letter, divisor)] = re.findall(r"^(\d*)([A-Z]?)/?(\d*)$", token)
         free = letter == "R" or (letter and letter not in sizes)
         value = int(times or 1) * sizes.get(letter, 1) // int(divisor or 1)
         expected.append(size if free else value)

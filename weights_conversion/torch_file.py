@@ -119,7 +119,7 @@ class _Records:
         if data.size != info.file_size:
             raise zipfile.BadZipFile(f"record {name} is cut off")
         # torch records 0 when checksums are off.
-        if info.CRC and zlib.crc32(data) != info.CRC:
+        if info.CRC and zlib.crc32(data.data) != info.CRC:
             raise zipfile.BadZipFile(f"record {name} has a wrong checksum")
         return data
 

@@ -40,11 +40,11 @@ _LIMIT = 1 << 48  # elements; no tensor in memory has more
 
 
 class Storage(NamedTuple):
-    """A block of `count` elements, kept in the archive's record `data/<key>`."""
+    """A block of `size` elements, kept in the archive's record `data/<key>`."""
 
     dtype: np.dtype
     key: str
-    count: int
+    size: int
 
 
 class Tensor(NamedTuple):
@@ -77,7 +77,9 @@ def interpret(path, data: bytes):
 
 
 def _run(path, data: bytes):
-    stack, marks, memo = [], [], {}
+    stack: list = []
+    marks: list[int] = []
+    memo: dict = {}
 
     def pop_mark() -> list:
         start = marks.pop()
@@ -105,7 +107,7 @@ def _run(path, data: bytes):
             case name if name in _LITERALS:
                 stack.append(argument)
             case "GLOBAL":
-                stack.append(_global(path, *argument.split(" ", 1)))
+                stack.append(_global(path, *str(argument).split(" ", 1)))
             case "STACK_GLOBAL":
                 stack.append(_global(path, *pop(2)))
             case "EMPTY_DICT":

@@ -54,10 +54,9 @@ def encoded_benchmark(point: dict) -> dict:
 
 def _seconds(run) -> tuple[float, float]:
     """Returns wall and processor seconds per step."""
-    clocks = time.perf_counter, time.process_time
-    start = [clock() for clock in clocks]
+    wall, processor = time.perf_counter(), time.process_time()
     run(STEPS)
-    return tuple((clock() - begun) / STEPS for clock, begun in zip(clocks, start, strict=True))
+    return (time.perf_counter() - wall) / STEPS, (time.process_time() - processor) / STEPS
 
 
 def encoded_flops(point: dict) -> dict:

@@ -24,7 +24,7 @@ def startup_benchmark(repeats: int = 7) -> dict:
     Each import runs in a fresh interpreter, the two alternately, after an untimed round that writes
     the byte code and fills the file cache.
     """
-    seconds = {module: [] for module in _IMPORTS}
+    seconds: dict[str, list[float]] = {module: [] for module in _IMPORTS}
     for _ in range(repeats + 1):
         for module, before in _IMPORTS.items():
             seconds[module].append(_import_seconds(module, before))

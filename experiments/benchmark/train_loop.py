@@ -43,7 +43,7 @@ def loop_benchmark(point: dict, turn: int = 40) -> dict:
     )
     step = SyntheticStep(config, mesh, lambda model: next(feed)[0])
     rates = TrainingPlan.from_config(config).learning_rates(SLICES)
-    seconds = {"bare": [], "loop": []}
+    seconds: dict[str, list[float]] = {"bare": [], "loop": []}
     with (
         tempfile.TemporaryDirectory() as workdir,
         MetricLogger(Path(workdir), config.log, 0, rates, batch_size) as log,

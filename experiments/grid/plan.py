@@ -251,7 +251,7 @@ def _other_images(old: Cell, new: Cell) -> list[str]:
         {field: serialization.flatten(cell.config).get(field) for field in identity.DATA}
         for cell in (old, new)
     )
-    if then == now or old.state["state"] != DONE or not Path(now["data.root"]).is_dir():
+    if then == now or old.state["state"] != DONE or not Path(new.config["data"]["root"]).is_dir():
         return []
     wanted = read_record(old.folder / "provenance.json", missing={}).get("test")
     if wanted in (None, _images(json.dumps(new.config["data"]))):

@@ -94,7 +94,7 @@ class Scheduler:
             if code is None:
                 continue
             del self.running[slot]
-            process.stdin.close()
+            process.communicate()  # closes its input
             state = cell.state
             if code == BUSY:
                 self._bar.write(f"{cell.name} runs in another process; left alone")

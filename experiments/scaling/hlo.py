@@ -61,7 +61,9 @@ class Program(NamedTuple):
 
 def parse(text: str) -> Program:
     """Parses `Compiled.as_text()`; raises ValueError for any other text."""
-    entry, computations, types, lines, devices = None, {}, {}, [], 1
+    entry, lines, devices = None, [], 1
+    computations: dict[str, list[Instruction]] = {}
+    types: dict[str, str] = {}
     lengths = _loop_lengths(text)
     for line in text.splitlines():
         if line.startswith("HloModule"):
@@ -84,7 +86,9 @@ def parse(text: str) -> Program:
 
 def _loop_lengths(text: str) -> dict[str, int]:
     """Trips by condition of loops that count as JAX does: from zero by one, below a constant."""
-    lengths, name, constants = {}, "", {}
+    lengths: dict[str, int] = {}
+    constants: dict[str, int] = {}
+    name = ""
     for line in text.splitlines():
         if line and not line[0].isspace() and (head := _HEAD.match(line)):
             name, constants = head[2], {}
@@ -101,10 +105,10 @@ def _calls(opcode: str, rest: str, lengths: dict[str, int]) -> tuple[Call, ...]:
         for attribute, several, single in _CALLED.findall(rest)
         for one in (several or single).split(",")
     ]
-    trips = 1
+    trips: int | None = 1
     if opcode == "while":
         known = _TRIPS.search(rest)
-        trips = int(known[1]) if known else lengths.get(dict(called).get("condition"))
+        trips = int(known[1]) if known else lengths.get(dict(called).get("condition", ""))
     return tuple(Call(attribute, name, trips) for attribute, name in called)
 
 

@@ -43,7 +43,8 @@ def collectives(text: str) -> list[Collective]:
       ValueError: the text is no HLO program, or names groups in an unknown form.
     """
     program = parse(text)
-    holding, channels = {}, set()
+    holding: dict[str, bool] = {}
+    channels: set[str] = set()
 
     def holds(name: str) -> bool:
         """Whether a collective is somewhere inside: most computations have none."""
@@ -144,7 +145,7 @@ def _along(mesh: str, counted: str | None, order: str | None, axes: str) -> tupl
         places = places.reshape(tuple(map(int, counted.split(","))))
         places = places.transpose(tuple(map(int, order.split(",")))) if order else places
     places = places.reshape(tuple(sides.values()))
-    chosen = [0] * len(sides)
+    chosen: list[int | slice] = [0] * len(sides)
     for name, outer, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
         step = sides[name] // (int(outer) * int(part)) if part else 1
         chosen[list(sides).index(name)] = slice(0, int(part) * step if part else None, step)

@@ -60,7 +60,8 @@ def _size(line: Instruction, program: Program) -> float:
 
 def _fused(line: Instruction, inside: list[Instruction], types: dict[str, str]) -> float:
     """Returns the bytes of a fusion that computes the lines `inside`."""
-    parameters, same = {}, {}  # number -> name; bitcast -> its source
+    parameters: dict[int, str] = {}
+    same: dict[str, str] = {}  # bitcast -> its source
     for one in inside:
         if one.opcode == "parameter":
             parameters[int(one.rest[: one.rest.index(")")])] = one.name

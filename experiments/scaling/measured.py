@@ -44,10 +44,8 @@ class Step:
 
     def peak_bytes(self) -> float | None:
         """Returns the peak of the fullest device; on a CPU, each device's share of the process."""
-        counts = [
-            (device.memory_stats() or {}).get("peak_bytes_in_use") for device in self._devices
-        ]
-        if None not in counts:
-            return max(counts)
+        stats = [device.memory_stats() or {} for device in self._devices]
+        if all("peak_bytes_in_use" in one for one in stats):
+            return max(one["peak_bytes_in_use"] for one in stats)
         resident = peak_memory.peak_resident()
         return None if resident is None else resident / len(self._devices)

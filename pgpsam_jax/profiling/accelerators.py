@@ -5,6 +5,7 @@ the scaling book (TPU), NVIDIA's data sheets (GPU). NVIDIA's headline numbers fo
 are twice the dense ones here.
 """
 
+import math
 from typing import NamedTuple
 
 
@@ -14,7 +15,7 @@ class Chip(NamedTuple):
     bf16_flops: float
     memory_bytes: float
     memory_bandwidth: float
-    link_bandwidth: float | None = None
+    link_bandwidth: float = math.nan
 
 
 _V5E = Chip(197e12, 16e9, 0.82e12, 4.5e10)
