@@ -88,11 +88,13 @@ def evaluate(
         of_case, of_slices = shares[index % len(shares)][index // len(shares)]
         rows += of_case
         slices += of_slices
-    summary = None
-    if multihost.is_first():
-        meta = {"nsd_tolerance_mm": nsd_tolerance_mm, "valid_min_pixels": min_pixels}
-        meta["notices"] = list(notices)
-        summary = write_evaluation(rows, folder, table.names, meta, slices)
+    meta = {
+        "nsd_tolerance_mm": nsd_tolerance_mm,
+        "valid_min_pixels": min_pixels,
+        "notices": list(notices),
+    }
+    first = multihost.is_first()
+    summary = write_evaluation(rows, folder, table.names, meta, slices) if first else {}
     return multihost.gather(summary)[0]
 
 

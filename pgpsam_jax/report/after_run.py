@@ -24,9 +24,11 @@ def report_after_run(config: ConfigDict, workdir) -> str:
     command = [sys.executable, "-m", "pgpsam_jax.report", str(workdir)]
     for flag, place in (("--data", config.data.root), ("--base", config.model.base)):
         command += [flag, str(place)] if place else []
-    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": _SECONDS}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     try:
-        done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, **options)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, errors="replace", timeout=_SECONDS
+        )
         reason = "" if done.returncode == 0 else (done.stderr.strip() or "it was killed")
     except (OSError, subprocess.SubprocessError) as error:
         reason = str(error)
