@@ -28,7 +28,7 @@ _NO_CONFIG = "no configuration; give --config phantom, for example"
 class _HelpWithFields(argparse.Action):
     """Prints the flags, then every field of the configuration."""
 
-    def __call__(self, parser, *_):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from pgpsam_jax.config.field_help import describe_fields
 
         parser.print_help()
@@ -72,7 +72,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     return _parser().parse_args(arguments), fields
 
 
-def _configuration(flags: argparse.Namespace, fields: dict[str, str]):
+def _configuration(flags: argparse.Namespace, fields: dict[str, str]) -> "ConfigDict | None":
     """Returns the configuration of the flags; None for the unchanged one of the workdir."""
     from pgpsam_jax.config import overrides
     from pgpsam_jax.config.serialization import load_config, validate

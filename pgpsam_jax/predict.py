@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,21 +25,23 @@ from pgpsam_jax.evaluation.masks import VOLUMES, Masks
 from pgpsam_jax.runtime.cli import Parser, positive, running
 from pgpsam_jax.runtime.malloc import keep_freed_memory
 from pgpsam_jax.runtime.worker_pool import check, map_ahead, map_in_order, worker_count
+from pgpsam_jax.utils.files import StrPath
 from pgpsam_jax.utils.untrusted_text import sanitize
 
 if TYPE_CHECKING:
     from pgpsam_jax.data.io.nifti import Volume
+    from pgpsam_jax.inference.predictor import Predictor
 
 _LONGEST = 2000  # characters of a line
 
 
 def predict(
-    predictor,
-    names,
+    predictor: "Predictor",
+    names: Sequence[str],
     inputs: Inputs,
-    output,
+    output: StrPath,
     *,
-    run: Mapping,
+    run: Mapping[str, str],
     overlay: bool = False,
     skip_existing: bool = False,
     overwrite: bool = False,
@@ -83,7 +85,7 @@ def predict(
     files = [path for path in inputs.files if stem_of(path) not in there]
     masks.begin([stem_of(path) for path in files])
 
-    def predicted():
+    def predicted() -> Iterator[PredictedVolume]:
         nonlocal failed
         progress = tqdm(files, desc="predicting", unit="volume")
         for path, volume in zip(progress, map_ahead(read, files), strict=True):

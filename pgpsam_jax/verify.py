@@ -17,7 +17,9 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # NiBabel and SciPy are imported where they are used, after --help.
 from pgpsam_jax.data.findings import ERROR, WARNING, Finding
@@ -29,7 +31,7 @@ from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
 from pgpsam_jax.data.layouts.split import split_cases
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime.cli import Parser, pair, positive, running
-from pgpsam_jax.utils.files import write_json
+from pgpsam_jax.utils.files import StrPath, write_json
 from pgpsam_jax.utils.untrusted_text import read_user_json, sanitize
 
 # Fields of `config.data`; names without `data.` match only outside paths.
@@ -41,18 +43,18 @@ _MAX_LINE = 4000  # characters
 
 
 def verify(
-    root,
+    root: StrPath,
     layout: str = "auto",
     *,
     image_glob: str | None = None,
     label_glob: str | None = None,
     table: LabelTable | None = None,
     split: str | None = None,
-    split_file=None,
+    split_file: StrPath | None = None,
     window: tuple[float, float] | None = None,
     workers: int = 0,
-    say=print,
-) -> dict:
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
     """Checks all files of a data set and prints one line per file.
 
     Args:
@@ -117,7 +119,7 @@ def verify(
     return report | {"seconds": round(seconds, 2)}
 
 
-def _split(listing: Listing, kind: str, file) -> None:
+def _split(listing: Listing, kind: str, file: StrPath | None) -> None:
     """Assigns each case its part of the split; an invalid split is a finding."""
     cases = [case for case in listing.cases if case.label is not None]
     try:
@@ -135,7 +137,7 @@ def _split(listing: Listing, kind: str, file) -> None:
     ]
 
 
-def _line(file: dict, base: Path) -> str:
+def _line(file: dict[str, Any], base: Path) -> str:
     """Formats the line of a file: level, name, and its findings or else its shape."""
     levels = {finding["level"] for finding in file["findings"]}
     level = ERROR if ERROR in levels else WARNING if levels else "ok"
@@ -151,7 +153,7 @@ def _relative(text: str, base: Path) -> str:
     return text.replace(f"{base}{os.sep}", "") if str(base) != "." else text
 
 
-def _order_line(order: dict) -> str:
+def _order_line(order: dict[str, str]) -> str:
     looks = f" The ids match {order['order']}." if order["order"] else ""
     return {
         "consistent": "label order: organ positions match the label table.",
@@ -162,7 +164,7 @@ def _order_line(order: dict) -> str:
     }[order["verdict"]]
 
 
-def main(arguments=None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = Parser("pgpsam_jax.verify", __doc__)
     parser.add_argument("--data", required=True, help="folder of the data set")
     parser.add_argument(
@@ -225,7 +227,7 @@ def with_flag_names(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _errors_with_flag_names():
+def _errors_with_flag_names() -> Iterator[None]:
     try:
         yield
     except UserError as error:

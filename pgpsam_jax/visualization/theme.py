@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -27,7 +28,7 @@ class Theme:
     series: tuple[str, ...]
 
     @property
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         """matplotlib settings with the theme's colors."""
         quiet = ("axes.edgecolor", "grid.color", "legend.edgecolor", "xtick.color", "ytick.color")
         dark = ("text.color", "axes.labelcolor", "axes.titlecolor")

@@ -1,31 +1,35 @@
 """The training curve of a run: losses beside validation score, learning rate and throughput."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.ndimage import uniform_filter1d
 
+from pgpsam_jax.utils.files import StrPath
 from pgpsam_jax.visualization.theme import LIGHT, Theme, new_figure, save_png
 
 _SIDE_PANELS = ("validation_score", "learning_rate", "gradient_norm", "images_per_second")
 _MAX_POINTS = 400  # of a curve: more than a reader can tell apart
+Curve = Sequence[tuple[int, float]]  # (step, value)
 _WORDS = {"ce": "cross-entropy", "dice": "Dice loss"}
 
 
-def write_training_curve(records, path) -> None:
+def write_training_curve(records: Sequence[Mapping[str, Any]], path: StrPath) -> None:
     """Writes the curve of the records of `metrics.jsonl` as PNG; nothing while there are none."""
     if records:
         with matplotlib.rc_context(LIGHT.settings):
             save_png(training_figure(curves_of(records), LIGHT), Path(path))
 
 
-def curves_of(records) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) pairs of every number in records of `metrics.jsonl`, at most 400 per curve."""
-    curves: dict[str, list] = {}
+def curves_of(records: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
+    """Curves of every number in records of `metrics.jsonl`, at most 400 per curve."""
+    curves: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         for key, value in record.items():
             if key != "step" and isinstance(value, int | float):
@@ -33,10 +37,10 @@ def curves_of(records) -> dict[str, list[tuple[int, float]]]:
     return {key: points[:: math.ceil(len(points) / _MAX_POINTS)] for key, points in curves.items()}
 
 
-def training_figure(curves: Mapping, theme: Theme) -> Figure:
+def training_figure(curves: Mapping[str, Curve], theme: Theme) -> Figure:
     """Figure of the curves of one run; keys without a panel are left out.
 
-    curves: {key of `metrics.jsonl`: (step, value) pairs}. Faint lines are the records, strong ones
+    curves: by the keys of `metrics.jsonl`. Faint lines are the records, strong ones
     their running mean over a fiftieth of them.
     """
     losses = [key for key in curves if key == "loss" or key.endswith(("_ce", "_dice"))]
@@ -65,7 +69,7 @@ def training_figure(curves: Mapping, theme: Theme) -> Figure:
     return figure
 
 
-def _smooth_line(ax, points, key: str, color, width: float) -> None:
+def _smooth_line(ax: Axes, points: Curve, key: str, color: str, width: float) -> None:
     steps, values = np.array([p for p in points if math.isfinite(p[1])], float).reshape(-1, 2).T
     window = max(1, len(values) // 50)
     if window > 1:
@@ -75,7 +79,7 @@ def _smooth_line(ax, points, key: str, color, width: float) -> None:
     ax.plot(steps, values, color=color, linewidth=width, label=curve_title(key), **style)
 
 
-def point_style(count: int) -> dict:
+def point_style(count: int) -> dict[str, Any]:
     """Line style that also marks the points of a short curve."""
     return {"marker": ".", "markersize": 5} if count < 30 else {}
 
