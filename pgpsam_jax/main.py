@@ -72,7 +72,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     return _parser().parse_args(arguments), fields
 
 
-def _configuration(flags: argparse.Namespace, fields: dict[str, str]) -> "ConfigDict | None":
+def _configuration(flags: argparse.Namespace, fields: dict[str, str]):
     """Returns the configuration of the flags; None for the unchanged one of the workdir."""
     from pgpsam_jax.config import overrides
     from pgpsam_jax.config.serialization import load_config, validate

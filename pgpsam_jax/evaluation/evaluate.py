@@ -15,7 +15,7 @@ from pgpsam_jax.data.io.voxel_grid import AXIAL
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.distributed import multihost
-from pgpsam_jax.evaluation.outputs import PredictedVolume, score_and_write
+from pgpsam_jax.evaluation.outputs import LabeledVolume, score_and_write
 from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.metrics.summary import write_evaluation
 from pgpsam_jax.runtime.worker_pool import map_ahead, map_in_order, worker_count
@@ -72,7 +72,7 @@ def evaluate(
         silent = not multihost.is_first()
         progress = tqdm(cases, desc="evaluating", unit="case", disable=silent)
         for case, (volume, truth) in zip(progress, reading, strict=True):
-            yield PredictedVolume(
+            yield LabeledVolume(
                 case.case_id,
                 predictor(volume, truth) if predictor.oracle else predictor(volume),
                 volume.spacing,

@@ -17,8 +17,7 @@ from pgpsam_jax.utils.files import file_digest
 class PredictedVolume:
     """A volume (D, H, W) in display orientation and its predicted class ids.
 
-    image: intensities, None for no images. truth: class ids, if known. region: boolean (D,), the
-    slices to score, None for all.
+    image: intensities, None for no images.
     """
 
     name: str
@@ -26,12 +25,18 @@ class PredictedVolume:
     spacing: tuple[float, float, float]
     source: SourceGrid
     image: np.ndarray | None = None
-    truth: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LabeledVolume(PredictedVolume):
+    """With true class ids; region: boolean (D,), the slices to score, None for all."""
+
+    truth: np.ndarray
     region: np.ndarray | None = None
 
 
 def score_and_write(
-    case: PredictedVolume, *, folder: Path, names, window, nsd_tolerance_mm: float, min_pixels: int
+    case: LabeledVolume, *, folder: Path, names, window, nsd_tolerance_mm: float, min_pixels: int
 ) -> tuple[list[dict], list[dict]]:
     """Writes mask and overlays of a case; returns its rows of `cases.csv` and `slices.csv`."""
     pair, options = (case.prediction, case.truth), {"case_id": case.name, "region": case.region}

@@ -42,7 +42,7 @@ class Predictor:
         mesh,
         oracle: bool = False,
     ):
-        self._options = {"preprocessing": preprocessing, "batch_size": batch_size, "oracle": oracle}
+        self._requested_size = batch_size
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // shards) * shards
         self.preprocessing, self.oracle = preprocessing, oracle
@@ -69,11 +69,19 @@ class Predictor:
     def on_local_devices(self) -> "Predictor":
         """Returns a copy of the predictor on all devices of this process."""
         mesh = device_mesh.make_mesh(devices=jax.local_devices())
-        states = (
+        params, frozen = (
             multihost.put_global(multihost.all_gather(tree), device_mesh.replicated(mesh))
             for tree in self._states
         )
-        return Predictor(self._graphdef, *states, mesh=mesh, **self._options)
+        return Predictor(
+            self._graphdef,
+            params,
+            frozen,
+            preprocessing=self.preprocessing,
+            batch_size=self._requested_size,
+            mesh=mesh,
+            oracle=self.oracle,
+        )
 
     def with_params(self, params) -> "Predictor":
         """Returns a predictor with the same compiled program and other trainable parameters."""

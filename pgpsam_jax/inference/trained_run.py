@@ -164,7 +164,7 @@ def as_volume(volume, axis: str = AXIAL) -> Volume:
       axis: of the slices, one of `voxel_grid.AXES`.
     """
     if isinstance(volume, str | os.PathLike):
-        return read_image(volume, axis)
+        return read_image(Path(volume), axis)
     if isinstance(volume, nib.Nifti1Image):  # Nifti2Image is one too
         return from_nibabel(volume).along(axis)
     if isinstance(volume, Volume):

@@ -257,8 +257,9 @@ def draw_slice(ax, image, labels, spacing, names, letters=True) -> None:
         image, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0), interpolation="bilinear"
     )
     colors = palette(names)
-    for k in present(names, labels) if labels is not None else ():
-        draw_outline(ax, labels == k, spacing, colors[names[k]], 1.1, fill=0.3)
+    if labels is not None:
+        for k in present(names, labels):
+            draw_outline(ax, labels == k, spacing, colors[names[k]], 1.1, fill=0.3)
     ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     for spine in ax.spines.values():
         spine.set_visible(False)

@@ -28,7 +28,7 @@ class Theme:
     series: tuple[str, ...]
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[Any, Any]:  # matplotlib enumerates the keys in its types
         """matplotlib settings with the theme's colors."""
         quiet = ("axes.edgecolor", "grid.color", "legend.edgecolor", "xtick.color", "ytick.color")
         dark = ("text.color", "axes.labelcolor", "axes.titlecolor")

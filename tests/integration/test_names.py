@@ -16,7 +16,7 @@ from pgpsam_jax.data.io.volumes import read_image
 from pgpsam_jax.data.layouts import find
 from pgpsam_jax.data.layouts.cases import safe_case_id
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation.outputs import PredictedVolume, score_and_write
+from pgpsam_jax.evaluation.outputs import LabeledVolume, score_and_write
 from pgpsam_jax.report.html.markup import escape, link
 from pgpsam_jax.utils.files import atomic_path, write_text
 from pgpsam_jax.utils.markdown import escape_cell
@@ -52,7 +52,7 @@ def test_from_files_to_scores_under_any_name(tmp_path):
     assert fewshot_list.read_list(tmp_path / "run" / "fewshot.txt") == data.list
     for case in found.test[:2]:
         volume, truth = cache.read_case(case, found.table)
-        result = PredictedVolume(case.case_id, truth, volume.spacing, volume.source, truth=truth)
+        result = LabeledVolume(case.case_id, truth, volume.spacing, volume.source, truth=truth)
         options = dict(names=found.table.names, window=(0, 1), nsd_tolerance_mm=1, min_pixels=1)
         rows, _ = score_and_write(result, folder=tmp_path, **options)
         assert {row["case"] for row in rows} == {case.case_id}
