@@ -58,7 +58,7 @@ class Subject:
     @property
     def notices(self) -> list[str]:
         """Caveats of the numbers: random backbone, phantoms, and notices of the runs."""
-        found = [text for run in self.runs for text in run.notices]
+        found: list[str | None] = [text for run in self.runs for text in run.notices]
         for workdir, stored in self.configs.items():
             config = from_json(stored)
             found += [base_notice(config.model, workdir), registry.notice(config.model)]

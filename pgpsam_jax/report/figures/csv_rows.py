@@ -6,6 +6,7 @@ dictionaries. Each file holds all the numbers of its chart, which can be redrawn
 
 import csv
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def scores_of(group: Group, metric: str = "dice") -> Scores | None:
     return gather({run.config.seed: run.cases for run in group.runs}, "strict", metric)
 
 
-def _scored(groups, metric: str = "dice"):
+def _scored(groups, metric: str = "dice") -> Iterator[tuple[Group, Scores]]:
     """Yields each group that has scores, with them."""
     for group in groups:
         if (scores := scores_of(group, metric)) is not None:
@@ -95,9 +96,12 @@ def paired_rows(groups) -> list[dict]:
     Uses the seeds, cases and organs that both share, as in `statistics.compare`.
     """
     scored = list(_scored(groups))
-    base, theirs = next((pair for pair in scored if pair[0].reference), (None, None))
+    references = [pair for pair in scored if pair[0].reference]
+    if not references:
+        return []
+    base, theirs = references[0]
     rows = []
-    for group, ours in scored if base else ():
+    for group, ours in scored:
         first, second = ours.common_with(theirs)
         if group is base or not first.values.size:
             continue

@@ -115,8 +115,8 @@ def picks_figure(table: dict, names, theme: Theme) -> Figure:
             ax.set_xlabel("inter prototype", loc="left")
     bar = figure.add_axes(_inches(figure, _WIDE - 3.2, 0.32, 3.0, 0.12))
     figure.colorbar(image, cax=bar, orientation="horizontal")
-    style = {"ha": "right", "va": "center", "fontsize": 9}
-    figure.text(1 - 3.35 / _WIDE, 0.38 / figure.get_figheight(), "share of slices", **style)
+    x, y = 1 - 3.35 / _WIDE, 0.38 / figure.get_figheight()
+    figure.text(x, y, "share of slices", ha="right", va="center", fontsize=9)
     return figure
 
 
