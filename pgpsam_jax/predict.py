@@ -36,7 +36,7 @@ _LONGEST = 2000  # characters of a line
 
 
 def predict(
-    predictor: "Predictor",
+    predictor: Predictor,
     names: Sequence[str],
     inputs: Inputs,
     output: StrPath,

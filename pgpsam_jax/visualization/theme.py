@@ -1,9 +1,11 @@
 """The look of figures in light and dark, and their PNG files."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from pgpsam_jax.utils.files import atomic_path
@@ -87,7 +89,7 @@ def new_figure(width: float, height: float, theme: Theme) -> Figure:
     return Figure(figsize=(width, height), facecolor=theme.surface)
 
 
-def legend_above(figure: Figure, handles: list, columns: int) -> None:
+def legend_above(figure: Figure, handles: Sequence[Artist], columns: int) -> None:
     """Adds a legend above the axes, filled row by row."""
     by_column = [handle for first in range(columns) for handle in handles[first::columns]]
     figure.legend(handles=by_column, loc="outside upper left", ncols=columns)
