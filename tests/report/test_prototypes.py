@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.models.pgpsam.model import Pass
 from pgpsam_jax.models.pgpsam.ppr import PrototypeRefinement, select_inter
 from pgpsam_jax.report.figures import picture as drawing
@@ -197,7 +198,7 @@ def root(tmp_path_factory):
 class Nothing:
     """Finds no organ: the pictures need cases that were scored, and no scores."""
 
-    window, oracle = None, False
+    preprocessing, oracle = Preprocessing(8, (0, 1)), False
 
     def __call__(self, volume):
         return np.zeros(volume.array.shape, np.uint8)
