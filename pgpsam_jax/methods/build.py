@@ -10,11 +10,12 @@ from pgpsam_jax.methods.registry import method_of
 from pgpsam_jax.models.initializers import FastRngs, ShapeOnlyRngs
 from pgpsam_jax.models.parameters import split_model
 from pgpsam_jax.models.sam.image_encoder import attention_report
+from pgpsam_jax.models.segmenter import Segmenter
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def make_model(settings: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> nnx.Module:
+def make_model(settings: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> Segmenter:
     """Builds the module of `config.model`, initialized from `rngs`."""
     if settings.compute_dtype not in DTYPES:
         raise UserError(
@@ -76,7 +77,7 @@ def _split(model: nnx.Module, settings: ConfigDict):
     return split_model(model, settings.train_encoder, method_of(settings).frozen)
 
 
-def attention_of(settings: ConfigDict, graphdef, params, frozen) -> str:
+def attention_of(settings: ConfigDict, graphdef: nnx.GraphDef[Segmenter], params, frozen) -> str:
     """Returns one line that names the attention kernels of the encoder's blocks."""
     encoder = nnx.merge(graphdef, params, frozen).image_encoder
     return attention_report(encoder.config, DTYPES[settings.compute_dtype])

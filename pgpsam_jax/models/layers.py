@@ -6,6 +6,7 @@ Parameters are float32; `dtype` is the compute type, LayerNorm statistics stay f
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +60,9 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.kernel = nnx.Param(array(init(rngs, (dim, out))))
-        self.bias = zeros_param(out) if use_bias else None
-        self.split, self.dtype = split, dtype
+        if use_bias:
+            self.bias = zeros_param(out)
+        self.use_bias, self.split, self.dtype = use_bias, split, dtype
 
     def __call__(self, x):
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
@@ -68,10 +70,10 @@ class Linear(nnx.Module):
             x = matmul(x, gather_weight(kernel))
         else:
             x = split_matmul(x, kernel, self.split)
-        return x if self.bias is None else x + self.bias[...].astype(self.dtype)
+        return x + self.bias[...].astype(self.dtype) if self.use_bias else x
 
 
-def conv_arrays(arrays, *, dtype):
+def conv_arrays(arrays: Any, /, *, dtype: Any = jnp.float32, inexact: bool = True) -> Any:
     """`promote_dtype` of an `nnx.Conv`: input, kernel and bias cast, the kernel gathered."""
     x, kernel, bias = (x if x is None else x.astype(dtype) for x in arrays)
     return x, gather_weight(kernel), bias
@@ -112,10 +114,21 @@ def gelu(x):
     return jax.nn.gelu(x, approximate=False)
 
 
-def layer_norm(dim: int, *, eps: float, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+class LayerNorm(nnx.LayerNorm):
     """LayerNorm over the last axis with two-pass variance, exact for large means."""
-    start = dict(scale_init=ones_init, bias_init=zeros_init, rngs=rngs)
-    return nnx.LayerNorm(dim, epsilon=eps, use_fast_variance=False, dtype=dtype, **start)
+
+    scale: nnx.Param[jax.Array]  # never None, as it may be in the base
+
+    def __init__(self, dim: int, *, eps: float, dtype, rngs: nnx.Rngs):
+        super().__init__(
+            dim,
+            epsilon=eps,
+            use_fast_variance=False,
+            scale_init=ones_init,
+            bias_init=zeros_init,
+            dtype=dtype,
+            rngs=rngs,
+        )
 
 
 def resize_bilinear(x, size: tuple[int, int]):

@@ -14,7 +14,7 @@ from pgpsam_jax.errors import UserError
 ENCODER = "image_encoder"
 
 # Which parameters of the image encoder are trainable; all others are, unless a method freezes them.
-ENCODER_MODES = {
+ENCODER_MODES: dict[str, nnx.filterlib.Filter] = {
     "lora": nnx.LoRAParam,
     "full": nnx.Param,
     "frozen": nnx.Nothing(),
@@ -68,7 +68,7 @@ def count(state) -> int:
 
 def report(params, frozen) -> str:
     """Returns a table of trained and frozen parameter counts per top-level module."""
-    rows = defaultdict(lambda: [0, 0])
+    rows: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
     for column, state in enumerate((params, frozen)):
         for path, leaf in flat_paths(state).items():
             rows[path.split("/")[0]][column or is_average(leaf)] += math.prod(leaf.shape)

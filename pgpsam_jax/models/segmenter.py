@@ -5,6 +5,7 @@ Letters: B batch, S image side, H W token grid, C channels, K classes with backg
 
 import enum
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -65,6 +66,11 @@ class Segmenter(nnx.Module):
     sam_start: Mapping[str, str] = {}
     auto_colors: str | None = None
     oracle: bool = False
+    image_encoder: ImageEncoder
+
+    def __init__(self, *sizes: Any, dtype: Any, rngs: nnx.Rngs, **options: Any) -> None:
+        """Takes what `from_settings` gives: by default a `SamConfig`, K and `options`."""
+        raise NotImplementedError
 
     @classmethod
     def from_settings(cls, settings, num_classes: int, *, dtype, rngs: nnx.Rngs) -> "Segmenter":
@@ -169,7 +175,11 @@ class SamSegmenter(Segmenter):
         "mask_decoder/upscaling": "mask_decoder/upscaling",
         "mask_decoder/iou_token": "mask_decoder/iou_token",
     }
-    base_unused = ("mask_decoder/mask_tokens", "mask_decoder/hyper_mlps", "mask_decoder/iou_head")
+    base_unused: tuple[str, ...] = (
+        "mask_decoder/mask_tokens",
+        "mask_decoder/hyper_mlps",
+        "mask_decoder/iou_head",
+    )
 
     def __init__(
         self,

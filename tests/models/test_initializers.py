@@ -36,7 +36,7 @@ def test_a_new_size_compiles_nothing():
     def module(width):
         rngs, common = initializers.FastRngs(0), dict(dtype=jnp.float32)
         layers.MlpBlock(width, width, activation=jax.nn.relu, **common, rngs=rngs)
-        layers.layer_norm(width, eps=1e-6, **common, rngs=rngs)
+        layers.LayerNorm(width, eps=1e-6, **common, rngs=rngs)
         initializers.zeros_param(width, 3)
 
     module(6)

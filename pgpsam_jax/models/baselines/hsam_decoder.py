@@ -34,8 +34,6 @@ class ImageFirstBlock(TwoWayBlock):
     checkpoint the first decoder starts from.
     """
 
-    index = 0  # of the block, for its draws
-
     def __call__(self, tokens, image, token_pe, image_pe, gate=None, keys=None):
         """gate (B, 1, L, T): factors of both cross-attentions; keys (B,): of dropout."""
         q, k = tokens + token_pe, image + image_pe
@@ -88,9 +86,9 @@ class MaskAttention(nnx.Module):
         common = dict(dtype=dtype, rngs=rngs)
         norm = dict(eps=layers.DECODER_EPS, **common)
         self.attention1 = Attention(length, CLASS_HEADS, 1, **common)
-        self.norm1 = layers.layer_norm(length, **norm)
+        self.norm1 = layers.LayerNorm(length, **norm)
         self.attention2 = Attention(length, CLASS_HEADS, 1, **common)
-        self.norm2 = layers.layer_norm(length, **norm)
+        self.norm2 = layers.LayerNorm(length, **norm)
         self.mlp = layers.MlpBlock(length, hidden, activation=jax.nn.relu, **common)
         self.merge = layers.Linear(classes, 1, **common)
 
@@ -110,9 +108,9 @@ class SkipUpscaling(nnx.Module):
         common = dict(dtype=dtype, rngs=rngs)
         norm = dict(eps=layers.ENCODER_EPS, **common)
         self.conv1 = layers.Upsample2x(channels, channels // 2, **common)
-        self.norm1 = layers.layer_norm(channels // 2, **norm)
+        self.norm1 = layers.LayerNorm(channels // 2, **norm)
         self.conv2 = layers.Upsample2x(channels // 2, channels // 4, **common)
-        self.norm2 = layers.layer_norm(channels // 4, **norm)
+        self.norm2 = layers.LayerNorm(channels // 4, **norm)
 
     def __call__(self, x):
         x = layers.gelu(self.norm1(self.conv1(x)))

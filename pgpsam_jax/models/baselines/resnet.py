@@ -28,8 +28,8 @@ class BatchNorm(nnx.BatchNorm):
             rngs=rngs,
         )
 
-    def __call__(self, x, training: bool):
-        return super().__call__(x, use_running_average=not training).astype(x.dtype)
+    def __call__(self, x, use_running_average=None, *, mask=None):
+        return super().__call__(x, use_running_average, mask=mask).astype(x.dtype)
 
 
 def conv(dim: int, out: int, size: int, stride: int, *, dtype, rngs: nnx.Rngs) -> nnx.Conv:
@@ -57,15 +57,16 @@ class BasicBlock(nnx.Module):
         self.norm1 = BatchNorm(out, **common)
         self.conv2 = conv(out, out, 3, 1, **common)
         self.norm2 = BatchNorm(out, **common)
-        projects = stride > 1 or dim != out
-        self.shortcut = conv(dim, out, 1, stride, **common) if projects else None
-        self.shortcut_norm = BatchNorm(out, **common) if projects else None
+        self.projects = stride > 1 or dim != out
+        if self.projects:
+            self.shortcut = conv(dim, out, 1, stride, **common)
+            self.shortcut_norm = BatchNorm(out, **common)
 
     def __call__(self, x, training: bool):
-        y = jax.nn.relu(self.norm1(self.conv1(x), training))
-        y = self.norm2(self.conv2(y), training)
-        if self.shortcut is not None:
-            x = self.shortcut_norm(self.shortcut(x), training)
+        y = jax.nn.relu(self.norm1(self.conv1(x), not training))
+        y = self.norm2(self.conv2(y), not training)
+        if self.projects:
+            x = self.shortcut_norm(self.shortcut(x), not training)
         return jax.nn.relu(x + y)
 
 
@@ -85,7 +86,8 @@ class ResNet18(nnx.Module):
         common = dict(dtype=dtype, rngs=rngs)
         self.conv1 = conv(3, width, 7, 2, **common)
         self.norm1 = BatchNorm(width, **common)
-        dim, self.groups = width, nnx.List()
+        dim = width
+        self.groups: nnx.List[nnx.List[BasicBlock]] = nnx.List()
         for out, strides in ((width, 1), (2 * width, 8), (4 * width, 16)):
             step = 2 if 1 < strides <= stride else 1
             blocks = [BasicBlock(dim, out, step, **common), BasicBlock(out, out, 1, **common)]
@@ -94,7 +96,7 @@ class ResNet18(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, images, training: bool):
-        x = jax.nn.relu(self.norm1(self.conv1(images.astype(self.dtype)), training))
+        x = jax.nn.relu(self.norm1(self.conv1(images.astype(self.dtype)), not training))
         x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for blocks in self.groups:
             for block in blocks:

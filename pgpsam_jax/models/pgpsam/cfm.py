@@ -35,7 +35,7 @@ class SpatialGate(nnx.Module):
     ):
         conv = dict(use_bias=use_bias, dtype=dtype, rngs=rngs)
         self.row = StripConv(channels, k, axis=2, **conv)
-        self.norm = layers.layer_norm(channels, eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
+        self.norm = layers.LayerNorm(channels, eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
         self.column = StripConv(channels, k, axis=1, **conv)
         self.activation = activation
 
@@ -53,7 +53,7 @@ class ChannelGate(nnx.Module):
     ):
         hidden, linear = channels // 2, dict(use_bias=use_bias, dtype=dtype, rngs=rngs)
         self.reduce = layers.Linear(channels, hidden, **linear)
-        self.norm = layers.layer_norm(hidden, eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
+        self.norm = layers.LayerNorm(hidden, eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
         self.expand = layers.Linear(hidden, channels, **linear)
         self.activation = activation
 
@@ -68,7 +68,7 @@ class ContextualFeatureModulation(nnx.Module):
 
     def __init__(self, width: int, channels: int, *, k: int, enabled: bool, dtype, rngs: nnx.Rngs):
         self.projection = layers.Linear(width, channels, use_bias=False, dtype=dtype, rngs=rngs)
-        self.norm = layers.layer_norm(channels, eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
+        self.norm = layers.LayerNorm(channels, eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
         if enabled:
             self.spatial = SpatialGate(channels, k, dtype=dtype, rngs=rngs)
             self.channel = ChannelGate(channels, dtype=dtype, rngs=rngs)

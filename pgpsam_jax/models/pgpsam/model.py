@@ -211,10 +211,10 @@ class PgpSam(PrototypeSegmenter):
                 module.scale_start(config.start_scale)
         self.config = config
 
-    def prompts(self, i: int, feature, intra, inter):
+    def prompts(self, i: int, feature, refined: Refined | None):
         """Sparse (B, K or 0, C) and dense (B, H, W, C) prompts of pass i (0 is the bootstrap)."""
-        if self.config.ppg:
-            return self.ppg[i](feature, intra, inter)
+        if refined is not None:
+            return self.ppg[i](feature, refined.intra, refined.inter)
         dense = jnp.broadcast_to(self.default_dense[...].astype(feature.dtype), feature.shape)
         return jnp.zeros((feature.shape[0], 0, feature.shape[-1]), feature.dtype), dense
 
@@ -227,14 +227,14 @@ class PgpSam(PrototypeSegmenter):
 
     def passes(self, images) -> list[Pass]:
         feature, taps = self.image_encoder(images, self.config.stage_taps)
-        refined = Refined()
+        refined = None
         if self.config.ppg:
             raw = (self.intra[...], self.inter[...])
             refined = Refined(*(jnp.broadcast_to(p, (len(feature), *p.shape)) for p in raw))
         passes = [self._pass(0, feature, refined)]
         for i, tap in enumerate(taps):
             feature = self.cfm[i](tap, feature)
-            if self.config.ppr:
+            if refined is not None and self.config.ppr:
                 last = passes[-1].class_feature
                 refined = self.ppr[i](feature, last, refined.intra, refined.inter)
             elif i + 1 < len(taps):
@@ -242,6 +242,9 @@ class PgpSam(PrototypeSegmenter):
             passes.append(self._pass(len(passes), feature, refined))
         return passes
 
-    def _pass(self, i: int, feature, refined: Refined) -> Pass:
-        sparse, dense = self.prompts(i, feature, refined.intra, refined.inter)
-        return Pass(feature, *refined, sparse, dense, *self.decode(feature, sparse, dense))
+    def _pass(self, i: int, feature, refined: Refined | None) -> Pass:
+        sparse, dense = self.prompts(i, feature, refined)
+        decoded = self.decode(feature, sparse, dense)
+        if refined is None:
+            return Pass(feature, None, None, None, None, None, sparse, dense, *decoded)
+        return Pass(feature, *refined, sparse, dense, *decoded)

@@ -41,7 +41,7 @@ class PromptPath(nnx.Module):
         self.join = layers.Linear(channels + others, channels, dtype=dtype, rngs=rngs)
         # Not in the paper, but in its release: without it the affinities, sums over C products,
         # make the softmaxes of Eq 6 and 7 one-hot from the second pass on, and training stalls.
-        self.norm = layers.layer_norm(channels, eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs)
+        self.norm = layers.LayerNorm(channels, eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs)
         self.mlp = layers.MlpBlock(
             channels, channels // 2, activation=layers.gelu, dtype=dtype, rngs=rngs
         )

@@ -24,8 +24,8 @@ class Refined(NamedTuple):
     c * (k + 1) is class c's own, the k after it are its picks.
     """
 
-    intra: jax.Array | None = None
-    inter: jax.Array | None = None
+    intra: jax.Array
+    inter: jax.Array
     picks: jax.Array | None = None
     class_weights: jax.Array | None = None
     query_weights: jax.Array | None = None
@@ -149,7 +149,7 @@ class PrototypeRefinement(nnx.Module):
         self.fuse = layers.Linear(channels + classes, channels, dtype=dtype, rngs=rngs)
         if norm:
             self.token_norm, self.fused_norm = (
-                layers.layer_norm(channels, eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs)
+                layers.LayerNorm(channels, eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs)
                 for _ in range(2)
             )
         self.alpha = nnx.Param(jnp.array(mix_start, jnp.float32))

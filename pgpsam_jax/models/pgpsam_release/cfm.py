@@ -36,7 +36,7 @@ class GatedFeedForward(nnx.Module):
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
         common, hidden = dict(dtype=dtype, rngs=rngs), 2 * channels
-        self.norm = layers.layer_norm(channels, eps=layers.ENCODER_EPS, **common)
+        self.norm = layers.LayerNorm(channels, eps=layers.ENCODER_EPS, **common)
         self.project_in = layers.Linear(channels, hidden, **common)
         self.depthwise = layers.DepthwiseConv(hidden, (3, 3), use_bias=False, **common)
         self.project_out = layers.Linear(hidden // 2, channels, **common)
@@ -72,12 +72,12 @@ class ContextualFeatureModulation(nnx.Module):
         common = dict(dtype=dtype, rngs=rngs)
         gate = dict(activation=leaky_relu, use_bias=False, **common)
         self.projection = layers.Linear(width, channels, use_bias=False, **common)
-        self.norm = layers.layer_norm(channels, eps=layers.ENCODER_EPS, **common)
+        self.norm = layers.LayerNorm(channels, eps=layers.ENCODER_EPS, **common)
         self.spatial = SpatialGate(channels, k, **gate)
         self.channel = ChannelGate(channels, **gate)
         self.alpha, self.beta = gain_param(channels), gain_param(channels)
         self.pairs = initializers.kernel_param(rngs, (2, channels), 2)
-        self.merge_norm = layers.layer_norm(channels, eps=layers.ENCODER_EPS, **common)
+        self.merge_norm = layers.LayerNorm(channels, eps=layers.ENCODER_EPS, **common)
         self.merge = layers.Linear(channels, channels, **common)
         self.ffn = GatedFeedForward(channels, **common)
         self.up = UpFeature(channels, activation=leaky_relu, **common)

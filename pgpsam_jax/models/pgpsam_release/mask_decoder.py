@@ -58,7 +58,7 @@ class ReorderedBlock(TwoWayBlock):
 
     token_to_image = CosineAttention
 
-    def __call__(self, tokens, image, token_pe, image_pe, gate):
+    def __call__(self, tokens, image, token_pe, image_pe, gate=None):
         update = self.cross_attn_token_to_image(tokens + token_pe, image, image)
         tokens = self.attend_tokens(self.norm1(tokens + update), token_pe)
         tokens = self.norm2(tokens)
@@ -86,7 +86,7 @@ class ClassMaps(nnx.Module):
                 "choose model.image_size and model.patch_size accordingly"
             )
         common = dict(dtype=dtype, rngs=rngs)
-        self.norm = layers.layer_norm(classes, eps=layers.DECODER_EPS, **common)
+        self.norm = layers.LayerNorm(classes, eps=layers.DECODER_EPS, **common)
         self.attention = Attention(length, CLASS_HEADS, 2, **common)
 
     def __call__(self, class_feature):
@@ -102,9 +102,9 @@ class SkipConnection(nnx.Module):
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
         common = dict(dtype=dtype, rngs=rngs)
         self.conv1 = layers.Linear(2 * channels, channels, **common)
-        self.norm1 = layers.layer_norm(channels, eps=layers.ENCODER_EPS, **common)
+        self.norm1 = layers.LayerNorm(channels, eps=layers.ENCODER_EPS, **common)
         self.conv2 = layers.Linear(channels, channels, **common)
-        self.norm2 = layers.layer_norm(channels, eps=layers.ENCODER_EPS, **common)
+        self.norm2 = layers.LayerNorm(channels, eps=layers.ENCODER_EPS, **common)
 
     def __call__(self, up, feature):
         x = jnp.concatenate([up, feature], axis=-1)

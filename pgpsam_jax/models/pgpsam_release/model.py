@@ -120,7 +120,7 @@ class ReleasePgpSam(PrototypeSegmenter):
             initializers.scale(generator.dense.mlp.lin2.kernel, 0)
             initializers.scale(generator.sparse.mlp.lin2.kernel, factor)
 
-    def embedded(self, refined: Refined):
+    def embedded(self, refined: Refined) -> tuple[jax.Array, jax.Array]:
         """(intra, inter) with the additive tables, as every refinement and generator sees them."""
         return refined.intra + self.intra_embed[...], refined.inter + self.inter_embed[...]
 
@@ -142,6 +142,8 @@ class ReleasePgpSam(PrototypeSegmenter):
             prompts = self.ppg[i](feature, *self.embedded(refined), probability)
             stage = up, class_feature, low, probability
             passes.append(
-                Pass(feature, *refined, *prompts, *self.mask_decoder(feature, *prompts, stage))
+                Pass(
+                    feature, *refined, *prompts, *self.mask_decoder(feature, *prompts, stage=stage)
+                )
             )
         return passes

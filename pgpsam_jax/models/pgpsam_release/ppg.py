@@ -24,7 +24,7 @@ class PrototypeTokens(nnx.Module):
         linear = dict(init=initializers.xavier_uniform, dtype=dtype, rngs=rngs)
         self.join = layers.Linear(channels + others, channels, **linear)
         self.project = layers.Linear(channels, channels, **linear)
-        self.norm = layers.layer_norm(channels, eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs)
+        self.norm = layers.LayerNorm(channels, eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs)
 
     def __call__(self, own, others):
         """own (B, P, C), others (B, R, C) to (B, P, C)."""
@@ -41,7 +41,7 @@ class DeformableBlock(nnx.Module):
         self.near = DeformableConv(channels, 1, kind=dcn, **common)
         self.far = DeformableConv(channels, 3, kind=dcn, **common)
         self.gate = layers.Linear(channels, channels, **common)
-        self.norm = layers.layer_norm(channels, eps=layers.ENCODER_EPS, **common)
+        self.norm = layers.LayerNorm(channels, eps=layers.ENCODER_EPS, **common)
         self.expand = layers.Linear(channels, channels, **common)
         self.depthwise = layers.DepthwiseConv(channels, (3, 3), **common)
         self.project_out = layers.Linear(channels, channels, **common)

@@ -24,7 +24,7 @@ class FusedMap(nnx.Module):
         common = dict(dtype=dtype, rngs=rngs)
         self.join = layers.Linear(channels + classes, channels, **common)
         self.project = layers.Linear(channels, channels, **common)
-        self.norm = layers.layer_norm(channels, eps=layers.ENCODER_EPS, **common)
+        self.norm = layers.LayerNorm(channels, eps=layers.ENCODER_EPS, **common)
         self.depthwise = layers.DepthwiseConv(channels, (3, 3), **common)
 
     def __call__(self, feature, class_feature):
@@ -51,7 +51,7 @@ class ClassQueryAttention(nnx.Module):
             channels, classes, tokens, grid, expand_std=1.0, expand_bias=True, **common
         )
         self.fuse = FusedMap(channels, classes, **common)
-        self.q_norm = layers.layer_norm(channels, eps=layers.DECODER_EPS, **common)
+        self.q_norm = layers.LayerNorm(channels, eps=layers.DECODER_EPS, **common)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             layers.Linear(channels, channels, **linear) for _ in range(4)
         )
@@ -79,7 +79,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
         common = dict(dtype=dtype, rngs=rngs)
-        self.norm = layers.layer_norm(channels, eps=layers.DECODER_EPS, **common)
+        self.norm = layers.LayerNorm(channels, eps=layers.DECODER_EPS, **common)
         self.mlp = layers.MlpBlock(
             channels,
             4 * channels,

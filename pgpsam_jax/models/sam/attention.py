@@ -5,6 +5,7 @@ channels per head. Operands are head-major, (B, N, T, C): the layout CPU and GPU
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +37,13 @@ def attention(
     Returns:
       (B, N, T, C).
     """
-    operands = q, k, v, rel_h, rel_w
     depth = q.shape[-1] + sum(grid) + (grid != window_of(rel_h, rel_w))
     name = choose(backend, q.shape[2], depth, q.dtype)
-    if name in _UNFOLDED:
-        run, operands = functools.partial(_UNFOLDED[name], grid=grid), (*operands, padding)
+    if name in _FOLDED:
+        run, operands = _FOLDED[name], fold(q, k, v, rel_h, rel_w, grid, padding)
     else:
-        run, operands = _FOLDED[name], fold(*operands, grid, padding)
+        operands = q, k, v, rel_h, rel_w, padding
+        run = functools.partial(_UNFOLDED[name], grid=grid)
     return (jax.checkpoint(run) if recompute and name in ("naive", "folded") else run)(*operands)
 
 
@@ -80,7 +81,11 @@ def choose(
 
 
 _UNFOLDED = {"naive": kernels.naive, "lean": kernels.lean}
-_FOLDED = {"folded": kernels.attend, "cudnn": kernels.cudnn, "splash": kernels.splash}
+_FOLDED: dict[str, Callable[..., jax.Array]] = {
+    "folded": kernels.attend,
+    "cudnn": kernels.cudnn,
+    "splash": kernels.splash,
+}
 
 
 def split_windows(x, size: tuple[int, int]):

@@ -5,6 +5,7 @@ channels per head. Operands are head-major, (B, N, T, C). See `relative_position
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,11 +175,11 @@ def cudnn(q, k, v, implementation="cudnn"):
     depth, c = -(-q.shape[-1] // 8) * 8, v.shape[-1]
 
     def kernel(*operands):
-        operands = (
+        padded = (
             jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, depth - x.shape[-1]))).swapaxes(1, 2)
             for x in operands
         )
-        out = jax.nn.dot_product_attention(*operands, scale=1.0, implementation=implementation)
+        out = jax.nn.dot_product_attention(*padded, scale=1.0, implementation=implementation)
         return out.swapaxes(1, 2)[..., :c]
 
     return context.per_device(kernel, q, k, v)
@@ -192,7 +193,8 @@ def splash(q, k, v):
     tokens, interpret = q.shape[2], context.current().platform != "tpu"
     block = next(size for size in (512, 256, LANES) if tokens % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = tpu.BlockSizes(**{f"block_{name}": block for name in names})
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
+    sizes = tpu.BlockSizes(**blocks)
 
     def kernel(q, k, v):
         mask = masks.MultiHeadMask([masks.FullMask((tokens, tokens))] * q.shape[1])

@@ -111,16 +111,16 @@ class Attention(nnx.Module):
 
     def attend(self, qkv):
         """Attention within windows (B, rows, columns, 3, D), which may overhang: (B, ..., D)."""
-        b, *grid, _, d = qkv.shape
+        b, h, w, _, d = qkv.shape
         qkv = qkv.reshape(b, -1, 3, self.heads, d // self.heads)
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # each (B, N, T, C)
-        tables = (p[...].astype(self.dtype) for p in (self.rel_pos_h, self.rel_pos_w))
+        rel_h, rel_w = (p[...].astype(self.dtype) for p in (self.rel_pos_h, self.rel_pos_w))
         # A token outside the image is zero: its projection is the bias, LoRA or not.
         bias = self.qkv.bias[...].astype(self.dtype).reshape(3, self.heads, -1)
         out = attention.attention(
-            self.backend, q, k, v, *tables, tuple(grid), bias[1:], recompute=self.recompute
+            self.backend, q, k, v, rel_h, rel_w, (h, w), bias[1:], recompute=self.recompute
         )
-        return out.swapaxes(1, 2).reshape(b, *grid, d)
+        return out.swapaxes(1, 2).reshape(b, h, w, d)
 
     def __call__(self, x):
         x = x.astype(self.dtype)
@@ -153,9 +153,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: EncoderConfig, window: int, lora, *, dtype, rngs: nnx.Rngs):
         norm = dict(eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
-        self.norm1 = layers.layer_norm(config.width, **norm)
+        self.norm1 = layers.LayerNorm(config.width, **norm)
         self.attn = Attention(config, window, lora, dtype=dtype, rngs=rngs)
-        self.norm2 = layers.layer_norm(config.width, **norm)
+        self.norm2 = layers.LayerNorm(config.width, **norm)
         self.mlp = layers.MlpBlock(
             config.width,
             4 * config.width,
@@ -178,9 +178,9 @@ class Neck(nnx.Module):
         conv["promote_dtype"] = layers.conv_arrays
         norm = dict(eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
         self.conv1 = nnx.Conv(dim, out, (1, 1), **conv)
-        self.norm1 = layers.layer_norm(out, **norm)
+        self.norm1 = layers.LayerNorm(out, **norm)
         self.conv2 = nnx.Conv(out, out, (3, 3), padding="SAME", **conv)
-        self.norm2 = layers.layer_norm(out, **norm)
+        self.norm2 = layers.LayerNorm(out, **norm)
 
     def __call__(self, x):
         return self.norm2(self.conv2(self.norm1(self.conv1(x))))
@@ -266,12 +266,14 @@ def recomputing(remat: str):
 
 def attention_report(config: EncoderConfig, dtype) -> str:
     """One line on what window and global blocks are computed with; a `UserError` if they cannot."""
-    channels, found = config.width // config.heads, {}
+    channels = config.width // config.heads
+    found: dict[str, list[str]] = {}
     sides = [config.grid] if config.global_blocks else []
     if len(config.global_blocks) < config.depth:
-        sides += itertools.product(
-            *([size for _, size in strips(length, config.window_size)] for length in config.grid)
+        rows, columns = (
+            [size for _, size in strips(length, config.window_size)] for length in config.grid
         )
+        sides += itertools.product(rows, columns)
     for i, (h, w) in enumerate(sides):
         window = i > 0 or not config.global_blocks
         overhangs = window and min(h, w) < config.window_size

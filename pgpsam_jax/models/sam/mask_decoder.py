@@ -29,7 +29,7 @@ class Upscaling(nnx.Module):
 
     def __init__(self, dim: int, *, dtype, rngs: nnx.Rngs):
         self.conv1 = layers.Upsample2x(dim, dim // 4, dtype=dtype, rngs=rngs)
-        self.norm = layers.layer_norm(dim // 4, eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
+        self.norm = layers.LayerNorm(dim // 4, eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
         self.conv2 = layers.Upsample2x(dim // 4, dim // 8, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
@@ -60,8 +60,8 @@ class MaskDecoder(nnx.Module):
         image (B or 1, H, W, D), image_pe (H, W, D), sparse (B, T, D), dense (B, H, W, D).
         """
         b, h, w, d = dense.shape
-        own = [self.iou_token[...]] if self.quality else []
-        own = jnp.concatenate([*own, self.mask_tokens[...]])
+        quality = [self.iou_token[...]] if self.quality else []
+        own = jnp.concatenate([*quality, self.mask_tokens[...]])
         tokens = jnp.concatenate([jnp.broadcast_to(own, (b, *own.shape)), sparse], axis=1)
         source = (image + dense).reshape(b, h * w, d)
         tokens, source = self.transformer(source, image_pe.reshape(1, h * w, d), tokens)

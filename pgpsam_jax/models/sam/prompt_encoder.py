@@ -39,9 +39,9 @@ class MaskDownscaling(nnx.Module):
         conv = dict(padding="VALID", kernel_init=initializers.kernel_init, dtype=dtype, rngs=rngs)
         norm = dict(eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
         self.conv1 = nnx.Conv(1, hidden // 4, (2, 2), strides=2, **conv)
-        self.norm1 = layers.layer_norm(hidden // 4, **norm)
+        self.norm1 = layers.LayerNorm(hidden // 4, **norm)
         self.conv2 = nnx.Conv(hidden // 4, hidden, (2, 2), strides=2, **conv)
-        self.norm2 = layers.layer_norm(hidden, **norm)
+        self.norm2 = layers.LayerNorm(hidden, **norm)
         self.conv3 = nnx.Conv(hidden, channels, (1, 1), **conv)
 
     def __call__(self, masks):

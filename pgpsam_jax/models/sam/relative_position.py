@@ -84,5 +84,5 @@ def fold(q, k, v, rel_h, rel_w, grid: tuple[int, int], padding=None):
         k, v = with_padding(k, v, padding)
         places = np.pad(places, (0, 1))
         places[-1, -1] = 1
-    places = jnp.broadcast_to(jnp.asarray(places, k.dtype), (*k.shape[:2], *places.shape))
-    return jnp.concatenate(parts, -1), jnp.concatenate([k, places], -1), v
+    one_hot = jnp.broadcast_to(jnp.asarray(places, k.dtype), (*k.shape[:2], *places.shape))
+    return jnp.concatenate(parts, -1), jnp.concatenate([k, one_hot], -1), v

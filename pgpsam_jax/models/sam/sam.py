@@ -105,7 +105,7 @@ def preprocess(image: np.ndarray, size: tuple[int, int], colors: str = "normaliz
     for channel in range(3):
         plane = Image.fromarray(np.ascontiguousarray(image[..., channel]))
         plane = plane.resize((columns, rows), Image.Resampling.BILINEAR)
-        out[0, :rows, :columns, channel] = plane
+        out[0, :rows, :columns, channel] = np.asarray(plane)
     inside = out[0, :rows, :columns]
     inside[...] = normalize(inside) if colors == "normalized" else inside / 255
     return out, shape

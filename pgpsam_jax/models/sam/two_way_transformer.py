@@ -42,18 +42,19 @@ class Attention(nnx.Module):
 class TwoWayBlock(nnx.Module):
     """Token self-attention, token-to-image, MLP, image-to-token; a LayerNorm after each."""
 
-    token_to_image = Attention
+    token_to_image: type[Attention] = Attention
+    index = 0  # of the block, where its draws depend on it
 
     def __init__(self, dim, heads, mlp_dim, downsample, *, first: bool, dtype, rngs: nnx.Rngs):
         norm = dict(eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs)
         attend = dict(dtype=dtype, rngs=rngs)
         self.self_attn = Attention(dim, heads, 1, **attend)
-        self.norm1 = layers.layer_norm(dim, **norm)
+        self.norm1 = layers.LayerNorm(dim, **norm)
         self.cross_attn_token_to_image = self.token_to_image(dim, heads, downsample, **attend)
-        self.norm2 = layers.layer_norm(dim, **norm)
+        self.norm2 = layers.LayerNorm(dim, **norm)
         self.mlp = layers.MlpBlock(dim, mlp_dim, activation=jax.nn.relu, dtype=dtype, rngs=rngs)
-        self.norm3 = layers.layer_norm(dim, **norm)
-        self.norm4 = layers.layer_norm(dim, **norm)
+        self.norm3 = layers.LayerNorm(dim, **norm)
+        self.norm4 = layers.LayerNorm(dim, **norm)
         self.cross_attn_image_to_token = Attention(dim, heads, downsample, **attend)
         self.first = first
 
@@ -85,9 +86,7 @@ class TwoWayTransformer(nnx.Module):
             for i in range(depth)
         )
         self.final_attn_token_to_image = Attention(dim, heads, downsample, dtype=dtype, rngs=rngs)
-        self.norm_final_attn = layers.layer_norm(
-            dim, eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs
-        )
+        self.norm_final_attn = layers.LayerNorm(dim, eps=layers.DECODER_EPS, dtype=dtype, rngs=rngs)
 
     def __call__(self, image, image_pe, tokens, token_pe=None, *gate):
         """image and image_pe (B, L, D), tokens (B, T, D); in SAM the tokens are their own PE.
