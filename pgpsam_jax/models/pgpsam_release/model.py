@@ -129,8 +129,8 @@ class ReleasePgpSam(PrototypeSegmenter):
         raw = (self.intra[...], self.inter[...])
         refined = Refined(*(jnp.broadcast_to(p, (len(neck), *p.shape)) for p in raw))
         feature = self.pre_prompt.csm(neck + self.pre_prompt.mask_embed[...].astype(neck.dtype))
-        prompts = self.pre_prompt.ppg(feature, *self.embedded(refined))
-        passes = [Pass(neck, *refined, *prompts, *self.mask_decoder(neck, *prompts))]
+        sparse, dense = self.pre_prompt.ppg(feature, *self.embedded(refined))
+        passes = [Pass(neck, *refined, sparse, dense, *self.mask_decoder(neck, sparse, dense))]
         for i, tap in enumerate(taps):
             low = layers.resize_bilinear(passes[-1].logits, feature.shape[1:3])
             probability = jax.nn.softmax(low, axis=-1)
