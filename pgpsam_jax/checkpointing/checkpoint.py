@@ -12,9 +12,10 @@ import contextlib
 import dataclasses
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from logging import ERROR
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
@@ -44,8 +45,9 @@ class _Folder:
         from orbax.checkpoint import v1 as ocp
 
         self.folder, self._reading = Path(folder).absolute(), reading
-        self._pending, self._thread = None, ThreadPoolExecutor(1)
-        self._checkpointer = None
+        self._pending: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._checkpointer: Any = None  # Orbax's, which has no types; None for a missing folder
         if reading and not self.folder.is_dir():
             return
         policies = ocp.training.save_decision_policies, ocp.training.preservation_policies

@@ -152,7 +152,7 @@ def check_same(stored: ConfigDict, ours: ConfigDict, workdir, free: tuple[str, .
         free = tuple(field for field in free if field != "data.split_file")
     if ours.fewshot.file:
         free += LIST
-    different = differences(*map(serialization.to_json, (stored, ours)), free)
+    different = differences(serialization.to_json(stored), serialization.to_json(ours), free)
     for field in ("fewshot.file", "model.cnn_base"):  # no content to compare
         section, name = field.split(".")
         if stored[section][name] and not ours[section][name]:

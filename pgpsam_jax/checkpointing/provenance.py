@@ -5,6 +5,7 @@ import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from pgpsam_jax.utils import shipped
 from pgpsam_jax.version import __version__
@@ -50,7 +51,7 @@ def _git_revision() -> str | None:
         return None
     git = ["git", "-C", str(_PACKAGE)]
     try:
-        run = dict(capture_output=True, text=True, check=True, timeout=10)
+        run: dict[str, Any] = dict(capture_output=True, text=True, check=True, timeout=10)
         revision = subprocess.run([*git, "rev-parse", "HEAD"], **run).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **run).stdout.strip()
     except (OSError, subprocess.SubprocessError):

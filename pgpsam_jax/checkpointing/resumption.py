@@ -69,7 +69,7 @@ def _ids(split: Split) -> dict[str, list[str]]:
 
 def _parts_by_case(ids: dict) -> dict[str, str]:
     """Case -> the parts of the split that contain it."""
-    found = {}
+    found: dict[str, str] = {}
     for part in PARTS:
         for case in ids.get(part, ()):
             found[case] = f"{found[case]} and {part}" if case in found else part

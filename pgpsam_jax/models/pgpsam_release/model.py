@@ -139,11 +139,8 @@ class ReleasePgpSam(PrototypeSegmenter):
             class_feature = passes[-1].class_feature + self.class_level[i]
             prototypes = self.embedded(refined)
             refined = self.ppr[i](feature, class_feature, probability, *prototypes)
-            prompts = self.ppg[i](feature, *self.embedded(refined), probability)
+            sparse, dense = self.ppg[i](feature, *self.embedded(refined), probability)
             stage = up, class_feature, low, probability
-            passes.append(
-                Pass(
-                    feature, *refined, *prompts, *self.mask_decoder(feature, *prompts, stage=stage)
-                )
-            )
+            decoded = self.mask_decoder(feature, sparse, dense, stage)
+            passes.append(Pass(feature, *refined, sparse, dense, *decoded))
         return passes
