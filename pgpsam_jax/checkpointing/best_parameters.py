@@ -1,12 +1,14 @@
 """The parameters with the best validation score, and whether a run uses them."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from pgpsam_jax.checkpointing.checkpoint import BEST, Checkpoints, _Folder
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.utils.files import StrPath
 
 
 def keeps_best(validation: ConfigDict) -> bool:
@@ -34,11 +36,11 @@ class BestCheckpoint(_Folder):
     at an earlier step than that of the parameters kept last.
     """
 
-    def __init__(self, workdir, *, reading: bool = False):
+    def __init__(self, workdir: StrPath, *, reading: bool = False) -> None:
         super().__init__(Path(workdir) / BEST, 1, reading=reading)
 
     @property
-    def record(self) -> dict | None:
+    def record(self) -> dict[str, Any] | None:
         """The stored `step` and `score`, or None."""
         if self._newest is None:
             return None
@@ -50,20 +52,20 @@ class BestCheckpoint(_Folder):
             )
         return record
 
-    def save(self, params, step: int, score: float) -> None:
+    def save(self, params: Any, step: int, score: float) -> None:
         """Replaces parameters and record atomically."""
         number = 0 if self.latest is None else self.latest + 1
         self._save(number, {"params": params}, metrics={"step": step, "score": score})
         self.wait_for_save()
 
 
-def best_record(workdir) -> dict | None:
+def best_record(workdir: StrPath) -> dict[str, Any] | None:
     """Returns the record of the `best` folder, or None if validation has selected nothing."""
     with BestCheckpoint(workdir, reading=True) as best:
         return best.record
 
 
-def restore_params(workdir, abstract_params, *, best: bool):
+def restore_params(workdir: StrPath, abstract_params: Any, *, best: bool) -> Any:
     """Restores the trainable parameters of a workdir.
 
     Args:

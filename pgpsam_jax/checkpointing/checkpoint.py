@@ -12,10 +12,11 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from logging import ERROR
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 from absl import logging
@@ -41,7 +42,7 @@ class _Folder:
     reading: never writes, since another process may be training in the folder.
     """
 
-    def __init__(self, folder, keep: int, *, reading: bool = False):
+    def __init__(self, folder: StrPath, keep: int, *, reading: bool = False) -> None:
         from orbax.checkpoint import v1 as ocp
 
         self.folder, self._reading = Path(folder).absolute(), reading
@@ -73,14 +74,14 @@ class _Folder:
         return None if newest is None else newest.step
 
     @property
-    def _newest(self):
+    def _newest(self) -> Any:
         return None if self._checkpointer is None else self._checkpointer.latest
 
-    def restore_params(self, abstract_params):
+    def restore_params(self, abstract_params: Any) -> Any:
         """Returns only the trainable parameters of the newest checkpoint."""
         return self._load({"params": abstract_params})["params"]
 
-    def _load(self, abstract: dict) -> dict:
+    def _load(self, abstract: dict[str, Any]) -> dict[str, Any]:
         number = self.latest
         if number is None:
             raise UserError(
@@ -112,7 +113,7 @@ class _Folder:
                 f"{without}"
             ) from None
 
-    def _other_parameters(self, number: int, abstract) -> list[str]:
+    def _other_parameters(self, number: int, abstract: Any) -> list[str]:
         """Paths of parameters that only the checkpoint or only the model has."""
         try:
             stored = self._checkpointer.checkpointables_metadata(number).metadata["params"]
@@ -122,7 +123,7 @@ class _Folder:
         # A checkpoint that has nothing in common with the model is damaged, not of another version.
         return sorted(theirs ^ ours) if theirs & ours else []
 
-    def _save(self, number: int, parts: dict, **options) -> None:
+    def _save(self, number: int, parts: dict[str, Any], **options: Any) -> None:
         """Starts a background save; the arrays may be changed right after the call."""
         self.wait_for_save()
         try:
@@ -158,10 +159,10 @@ class _Folder:
                 with contextlib.suppress(OSError, ValueError, RuntimeError):  # reported already
                     self._checkpointer.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # A pending save would wait for processes that have died.
         if (
             error is None
@@ -171,13 +172,13 @@ class _Folder:
             self.close()
 
 
-def _paths(tree) -> set[str]:
+def _paths(tree: Any) -> set[str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
     return {name.removesuffix("/value") for name in names}
 
 
-def _finish_save(response, folder: Path) -> None:
+def _finish_save(response: Any, folder: Path) -> None:
     """Waits until a checkpoint is complete, then adds its checksums."""
     response.result()
     if multihost.is_first():
@@ -194,14 +195,14 @@ def _reason(error: BaseException) -> str:
 class Checkpoints(_Folder):
     """The `checkpoints` folder of a workdir, numbered by step."""
 
-    def __init__(self, workdir, *, reading: bool = False):
+    def __init__(self, workdir: StrPath, *, reading: bool = False) -> None:
         super().__init__(Path(workdir) / CHECKPOINTS, KEEP, reading=reading)
 
-    def save(self, state, iterator) -> None:
+    def save(self, state: Any, iterator: Any) -> None:
         """Saves in the background; the state may be donated right after the call."""
         self._save(int(state.step), _parts(state, iterator))
 
-    def restore(self, abstract, iterator):
+    def restore(self, abstract: Any, iterator: Any) -> Any:
         """Restores the newest state with the shardings of `abstract`; moves the iterator."""
         parts = self._load(_parts(abstract, iterator))
         return dataclasses.replace(abstract, params=parts["params"], **parts["progress"])
@@ -210,21 +211,21 @@ class Checkpoints(_Folder):
 class _Position:
     """Orbax handler of the loader's position, which all processes share: the first writes it."""
 
-    def __init__(self, iterator):
+    def __init__(self, iterator: Any) -> None:
         self._iterator = iterator
 
-    async def save(self, directory):
+    async def save(self, directory: Any) -> Coroutine[Any, Any, None]:
         state = json.dumps(self._iterator.get_state())
 
-        async def write():
+        async def write() -> None:
             folder = await directory.await_creation()
             if multihost.is_first():
                 (folder / "position.json").write_text(state)
 
         return write()
 
-    async def load(self, directory):
-        async def read():
+    async def load(self, directory: Any) -> Coroutine[Any, Any, None]:
+        async def read() -> None:
             # Older checkpoints hold one identical file per process, written by grain.
             files = sorted(directory.glob("*.json"))
             if not files:
@@ -234,7 +235,7 @@ class _Position:
         return read()
 
 
-def saved_steps(workdir) -> list[int]:
+def saved_steps(workdir: StrPath) -> list[int]:
     """Returns the steps of all checkpoints in a workdir, damaged ones too, in ascending order."""
     return _numbers(Path(workdir) / CHECKPOINTS)
 
@@ -250,7 +251,7 @@ def _parts(state, iterator) -> dict:
     return {"params": progress.pop("params"), "progress": progress, "data": _Position(iterator)}
 
 
-def abstract_like(tree, shardings):
+def abstract_like(tree: Any, shardings: Any) -> Any:
     """Returns a tree of `ShapeDtypeStruct` with shardings, for `restore`."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.files import file_digest, read_record, write_json
+from pgpsam_jax.utils.files import StrPath, file_digest, read_record, write_json
 
 FILE = "sha256.json"
 
 
-def write(folder) -> None:
+def write(folder: StrPath) -> None:
     """Writes the SHA-256 of each file of a complete folder to its manifest."""
     folder = Path(folder)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -17,7 +17,7 @@ def write(folder) -> None:
     write_json(folder / FILE, {name: file_digest(folder / name) for name in names})
 
 
-def check(folder, parts: Iterable[str]) -> None:
+def check(folder: StrPath, parts: Iterable[str]) -> None:
     """Compares the files under the subfolders `parts` with the manifest.
 
     A folder without a manifest passes: its run was killed before writing one.

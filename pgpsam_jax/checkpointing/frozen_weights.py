@@ -6,6 +6,7 @@ weights (a random backbone; leaves that SAM does not provide) are written to the
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam import weights
 from pgpsam_jax.models.sam.weights import read_safetensors
-from pgpsam_jax.utils.files import atomic_path, file_digest, read_record, write_json
+from pgpsam_jax.utils.files import StrPath, atomic_path, file_digest, read_record, write_json
 
 FROZEN = "frozen.safetensors"
 _RECORD = "base.json"
@@ -36,7 +37,13 @@ def pinned(workdir) -> dict | None:
     return read_record(path, lambda value: {key: value[key] for key in ("base", "sha256")} | value)
 
 
-def pin_frozen_weights(workdir, base: str, digest: str | None, frozen, random_frozen=None) -> None:
+def pin_frozen_weights(
+    workdir: StrPath,
+    base: str,
+    digest: str | None,
+    frozen: Any,
+    random_frozen: dict[str, Any] | None = None,
+) -> None:
     """Pins the frozen weights of a workdir on first use; restores or checks them afterwards.
 
     Randomly initialized weights are read back from the workdir, so a run does not depend on how
@@ -77,7 +84,7 @@ def pin_frozen_weights(workdir, base: str, digest: str | None, frozen, random_fr
             _load(file, record.get("frozen"), kept)
 
 
-def _load(path: Path, digest: str | None, leaves: dict) -> None:
+def _load(path: Path, digest: str | None, leaves: dict[str, Any]) -> None:
     """digest: None in workdirs of versions that did not record it."""
     if not path.is_file():
         raise UserError(f"{path} is missing; restore it from a copy or train again")
@@ -92,7 +99,7 @@ def _load(path: Path, digest: str | None, leaves: dict) -> None:
         leaf.set_value(jax.device_put(arrays[name]))
 
 
-def base_notice(settings: ConfigDict, workdir) -> str | None:
+def base_notice(settings: ConfigDict, workdir: StrPath) -> str | None:
     """Returns the warning shown wherever a run with a random backbone or CNN is reported."""
     notices = [_backbone_notice(settings, workdir)]
     if method_of(settings).cnn_prefix and not settings.cnn_base:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -18,7 +19,7 @@ from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.models.sam import weights
-from pgpsam_jax.utils.files import file_digest
+from pgpsam_jax.utils.files import StrPath, file_digest
 from pgpsam_jax.utils.untrusted_text import read_user_json
 
 # Paths: their targets may move between starts.
@@ -54,7 +55,7 @@ FREE_ON_RESUME = (*_MANNER, *PATHS, "eval.")
 NO_IDENTITY = (*_MANNER, *PATHS, "name", "eval.overlays", "eval.workers")
 
 
-def content_digests(config: dict) -> dict[str, str | None]:
+def content_digests(config: dict[str, Any]) -> dict[str, str | None]:
     """Returns field -> SHA-256 of the file it names, or None where that cannot be read from here.
 
     The data set is not included: its digest is compared when a run resumes.
@@ -68,29 +69,29 @@ def content_digests(config: dict) -> dict[str, str | None]:
     return found
 
 
-def given_files(config: dict) -> set[str]:
+def given_files(config: dict[str, Any]) -> set[str]:
     """Returns the fields of a configuration (as JSON) that name a file with a content digest."""
     fields = flatten(config)
     return {field for field in CONTENT_DIGESTS if fields.get(field)}
 
 
-def _of_value(value) -> str:
+def _of_value(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _of_split(path) -> str:
+def _of_split(path: StrPath) -> str:
     value = read_user_json(path, "split file")
     parts = value.items() if isinstance(value, dict) else ()
     return _of_value({part: sorted(map(str, ids)) for part, ids in parts})
 
 
-def _of_cnn(path) -> str:
+def _of_cnn(path: StrPath) -> str:
     file = resnet_weights.cnn_file(path)
     return _file(file, file.stat().st_mtime_ns)
 
 
 @functools.lru_cache
-def _file(file: Path, _) -> str:
+def _file(file: Path, _: int) -> str:
     return file_digest(file)
 
 
@@ -115,7 +116,9 @@ def fingerprint(config: ConfigDict) -> str:
     return _of_value(fields | held)
 
 
-def differences(stored: dict, ours: dict, free: tuple[str, ...] = PATHS) -> list[str]:
+def differences(
+    stored: dict[str, Any], ours: dict[str, Any], free: tuple[str, ...] = PATHS
+) -> list[str]:
     """Describes the fields in which two configurations (as JSON) differ.
 
     Args:
@@ -130,7 +133,9 @@ def differences(stored: dict, ours: dict, free: tuple[str, ...] = PATHS) -> list
     ]
 
 
-def check_same(stored: ConfigDict, ours: ConfigDict, workdir, free: tuple[str, ...] = ()) -> None:
+def check_same(
+    stored: ConfigDict, ours: ConfigDict, workdir: StrPath, free: tuple[str, ...] = ()
+) -> None:
     """Checks that a configuration describes the run that a workdir holds.
 
     The split may differ if the workdir has a copy to compare it with, and the few-shot rule if a

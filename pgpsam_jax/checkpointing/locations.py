@@ -9,6 +9,7 @@ refused.
 import os
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -18,7 +19,7 @@ from pgpsam_jax.config import serialization
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.models.sam import weights
-from pgpsam_jax.utils.files import read_record, write_json
+from pgpsam_jax.utils.files import StrPath, read_record, write_json
 
 RECORD = "places.json"
 LABELS, LIST, SPLIT, ORIGIN = "labels.json", "fewshot.txt", "split.json", "provenance.json"
@@ -30,7 +31,9 @@ _NAME_BASE = (
 )
 
 
-def resolve_paths(config: ConfigDict, workdir, root_flag: str = "--config.data.root") -> ConfigDict:
+def resolve_paths(
+    config: ConfigDict, workdir: StrPath, root_flag: str = "--config.data.root"
+) -> ConfigDict:
     """Returns a copy of a configuration with the present paths of a run's files.
 
     Args:
@@ -57,7 +60,7 @@ def resolve_paths(config: ConfigDict, workdir, root_flag: str = "--config.data.r
     return config
 
 
-def find_base(config: ConfigDict, workdir) -> str:
+def find_base(config: ConfigDict, workdir: StrPath) -> str:
     """Returns the stem of the converted SAM that a run was trained on, "" if it needs none.
 
     Raises:
@@ -82,7 +85,7 @@ def find_base(config: ConfigDict, workdir) -> str:
     )
 
 
-def record_locations(workdir, config: ConfigDict) -> None:
+def record_locations(workdir: StrPath, config: ConfigDict) -> None:
     """Stores where the files of a run are at this start; `config`: of `resolve_paths`."""
     locations, workdir = _read(workdir), Path(os.path.abspath(workdir))
     for field in _RECORDED:
@@ -97,7 +100,7 @@ def record_locations(workdir, config: ConfigDict) -> None:
 class _Candidates:
     """Possible paths of a field's file, the most likely first; none for an empty field."""
 
-    def __init__(self, config: ConfigDict, workdir: Path):
+    def __init__(self, config: ConfigDict, workdir: Path) -> None:
         self._config, self._workdir = config, workdir
         self._stored = serialization.load_config(workdir)
         self._locations = _read(workdir)
@@ -114,7 +117,7 @@ class _Candidates:
         return list(dict.fromkeys(paths))
 
 
-def _read(workdir) -> dict:
+def _read(workdir: StrPath) -> dict[str, Any]:
     return read_record(Path(workdir) / RECORD, missing={})
 
 
@@ -126,7 +129,7 @@ def _root(paths: list[str], data: ConfigDict, workdir: Path, flag: str) -> str:
     raise UserError(f"the data of {workdir} are not at {' or '.join(paths)}; give {flag}=FOLDER")
 
 
-def _file(candidates, field: str, own: Path) -> str:
+def _file(candidates: _Candidates, field: str, own: Path) -> str:
     """First existing file with the content of the workdir's copy `own`, else that copy."""
     paths = candidates(field)
     there = [path for path in paths if os.path.lexists(path)]

@@ -16,7 +16,7 @@ _PACKAGE = Path(__file__).parents[1]
 _READERS = ("report/", "results/", "visualization/", shipped.BUNDLE.name)
 
 
-def provenance(**inputs) -> dict:
+def provenance(**inputs: object) -> dict[str, Any]:
     """Returns the record of one run; `inputs` are the hashes of the files it read."""
     import jax  # starts the backends, which `code_version` does not need
 
@@ -31,7 +31,7 @@ def provenance(**inputs) -> dict:
     }
 
 
-def code_version() -> dict:
+def code_version() -> dict[str, Any]:
     """Returns `git` (commit or None) and `code`, a hash of the sources that can change a result.
 
     The hash distinguishes versions without git and is not changed by commits that touch only

@@ -1,6 +1,7 @@
 """Records which run a workdir holds, and checks that a resumed run is still that run."""
 
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -12,7 +13,7 @@ from pgpsam_jax.data.fewshot_list import FewShotList
 from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.files import read_record, write_json
+from pgpsam_jax.utils.files import StrPath, read_record, write_json
 
 _INPUTS = {
     "list": "few-shot list",
@@ -23,7 +24,7 @@ _INPUTS = {
 }
 
 
-def check_split(workdir, split: Split) -> None:
+def check_split(workdir: StrPath, split: Split) -> None:
     """Checks that split and label table are those the run started with.
 
     Raises:
@@ -53,7 +54,7 @@ def check_split(workdir, split: Split) -> None:
         )
 
 
-def notice(workdir, split: Split) -> str | None:
+def notice(workdir: StrPath, split: Split) -> str | None:
     """Returns a notice if the test images are not those present when the run started."""
     then = read_record(Path(workdir) / ORIGIN, missing={}).get("test")
     if then in (None, images_digest(split.test)):
@@ -67,7 +68,7 @@ def _ids(split: Split) -> dict[str, list[str]]:
     return {part: cases for part, cases in ids.items() if cases}
 
 
-def _parts_by_case(ids: dict) -> dict[str, str]:
+def _parts_by_case(ids: dict[str, Any]) -> dict[str, str]:
     """Case -> the parts of the split that contain it."""
     found: dict[str, str] = {}
     for part in PARTS:
@@ -77,7 +78,12 @@ def _parts_by_case(ids: dict) -> dict[str, str]:
 
 
 def record_run_identity(
-    given: ConfigDict, config: ConfigDict, workdir, split: Split, slices: FewShotList, origin: dict
+    given: ConfigDict,
+    config: ConfigDict,
+    workdir: StrPath,
+    split: Split,
+    slices: FewShotList,
+    origin: dict[str, Any],
 ) -> None:
     """Writes which run a workdir holds; on resume, checks the inputs first.
 
@@ -117,7 +123,7 @@ def record_run_identity(
     serialization.save_config(given, workdir)
 
 
-def _check_inputs(path: Path, origin: dict) -> None:
+def _check_inputs(path: Path, origin: dict[str, Any]) -> None:
     """Refuses inputs that have changed since the start; warns if the code has."""
     before = read_record(path, missing={})
     for name, what in _INPUTS.items():

@@ -6,12 +6,15 @@ import os
 import socket
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 
 from pgpsam_jax.errors import UserError, as_user_error
 from pgpsam_jax.utils.files import (
+    StrPath,
     local,
     read_record,
     refuse_foreign,
@@ -33,7 +36,7 @@ class Taken(UserError):
 
 
 @contextlib.contextmanager
-def hold(workdir, doing: str):
+def hold(workdir: StrPath, doing: str) -> Iterator[None]:
     """Holds the workdir's write lock inside the block; creates the directory if needed.
 
     A workdir that this process holds already stays held by the outer block. A folder that was
@@ -57,7 +60,7 @@ def hold(workdir, doing: str):
 
 
 @contextlib.contextmanager
-def _hold(workdir: Path, doing: str):
+def _hold(workdir: Path, doing: str) -> Iterator[None]:
     local(workdir, "--workdir")
     if workdir.resolve() in _ours:
         yield
@@ -120,7 +123,7 @@ def is_held(workdir: Path) -> bool:
     return False
 
 
-def _holder(workdir: Path) -> dict:
+def _holder(workdir: Path) -> dict[str, Any]:
     """Contents of `running.json`; empty before its holder has written it."""
     return read_record(
         workdir / HOLDER,
@@ -151,7 +154,7 @@ def _taken(workdir: Path) -> str:
     return f"{workdir} is in use: {by}; wait until it has ended, or choose another --workdir"
 
 
-def locked(workdir, doing: str):
+def locked(workdir: StrPath, doing: str) -> contextlib.AbstractContextManager[None]:
     """Holds the workdir's lock in the first of several processes, for all of them."""
     from pgpsam_jax.distributed import multihost  # imports JAX, which holding a lock does not need
 

@@ -39,7 +39,9 @@ def resolve_method_defaults(config: ConfigDict, like: ConfigDict | None = None) 
     return config
 
 
-def abstract_model(settings: ConfigDict, num_classes: int):
+def abstract_model(
+    settings: ConfigDict, num_classes: int
+) -> tuple[nnx.GraphDef[Segmenter], State, State]:
     """Returns (graphdef, params, frozen) with shapes only: nothing is computed."""
     return _split(_shapes(settings, num_classes), settings)
 
@@ -48,7 +50,9 @@ def _shapes(settings: ConfigDict, num_classes: int) -> nnx.Module:
     return nnx.eval_shape(lambda: make_model(settings, num_classes, ShapeOnlyRngs()))
 
 
-def init_model(settings: ConfigDict, num_classes: int, seed: int | None):
+def init_model(
+    settings: ConfigDict, num_classes: int, seed: int | None
+) -> tuple[nnx.GraphDef[Segmenter], State, State, str | None]:
     """Initializes the model of `config.model`, then copies the weights of its base into it.
 
     Args:
@@ -73,11 +77,13 @@ def init_model(settings: ConfigDict, num_classes: int, seed: int | None):
     return graphdef, params, frozen, digest
 
 
-def _split(model: nnx.Module, settings: ConfigDict):
+def _split(model: Segmenter, settings: ConfigDict) -> tuple[nnx.GraphDef[Segmenter], State, State]:
     return split_model(model, settings.train_encoder, method_of(settings).frozen)
 
 
-def attention_of(settings: ConfigDict, graphdef: nnx.GraphDef[Segmenter], params, frozen) -> str:
+def attention_of(
+    settings: ConfigDict, graphdef: nnx.GraphDef[Segmenter], params: State, frozen: State
+) -> str:
     """Returns one line that names the attention kernels of the encoder's blocks."""
     encoder = nnx.merge(graphdef, params, frozen).image_encoder
     return attention_report(encoder.config, DTYPES[settings.compute_dtype])

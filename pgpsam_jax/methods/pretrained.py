@@ -1,6 +1,7 @@
 """Copies converted SAM and ResNet weights into the parameters of a model."""
 
 import re
+from typing import Any
 
 import jax
 from flax import nnx
@@ -9,12 +10,12 @@ from ml_collections import ConfigDict
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods.registry import key_of, method_of, name_of
 from pgpsam_jax.models.baselines import resnet_weights
-from pgpsam_jax.models.parameters import flat_paths, under
+from pgpsam_jax.models.parameters import State, flat_paths, under
 from pgpsam_jax.models.sam import weights
 from pgpsam_jax.models.sam.image_encoder import EncoderConfig
 
 
-def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> str:
+def apply_base(settings: ConfigDict, encoder: EncoderConfig, params: State, frozen: State) -> str:
     """Copies the converted SAM `settings.base` into the states; returns its SHA-256."""
     method, base = method_of(settings), weights.load_base(settings.base)
     tensors = weights.fit_base(base.tensors, encoder.grid, global_blocks=encoder.global_blocks)
@@ -44,13 +45,13 @@ def apply_base(settings: ConfigDict, encoder: EncoderConfig, params, frozen) -> 
     return base.digest
 
 
-def randomly_initialized_frozen_params(settings: ConfigDict, frozen) -> dict:
+def randomly_initialized_frozen_params(settings: ConfigDict, frozen: State) -> dict[str, Any]:
     """Returns the frozen leaves, by path, that a converted SAM does not provide."""
     given = method_of(settings).base_tensors
     return {path: leaf for path, leaf in flat_paths(frozen).items() if not under(path, given)}
 
 
-def apply_cnn(settings: ConfigDict, params, frozen) -> None:
+def apply_cnn(settings: ConfigDict, params: State, frozen: State) -> None:
     """Copies the weights in the file `settings.cnn_base` into the CNN of the states."""
     cnn = method_of(settings).cnn_prefix
     if not cnn:

@@ -6,12 +6,16 @@ it is never differentiated, updated, decayed or saved.
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from flax import nnx
 
 from pgpsam_jax.errors import UserError
 
 ENCODER = "image_encoder"
+State = nnx.State[Any, Any]
+_Model = TypeVar("_Model", bound=nnx.Module)
 
 # Which parameters of the image encoder are trainable; all others are, unless a method freezes them.
 ENCODER_MODES: dict[str, nnx.filterlib.Filter] = {
@@ -36,7 +40,7 @@ def trainable(encoder_mode: str, frozen: tuple[str, ...] = ()) -> nnx.filterlib.
         )
     in_encoder = nnx.PathContains(ENCODER)
 
-    def kept(path, value):
+    def kept(path: tuple[Any, ...], value: object) -> bool:
         return under("/".join(map(str, path)), frozen)
 
     return nnx.Any(
@@ -46,27 +50,27 @@ def trainable(encoder_mode: str, frozen: tuple[str, ...] = ()) -> nnx.filterlib.
     )
 
 
-def under(path: str, prefixes) -> bool:
+def under(path: str, prefixes: Iterable[str]) -> bool:
     """Whether a path is one of `prefixes` or below it."""
     return any(path == prefix or path.startswith(prefix + "/") for prefix in prefixes)
 
 
-def flat_paths(state) -> dict:
+def flat_paths(state: State) -> dict[str, Any]:
     """An NNX state as a dict from 'a/b/0/c' to its variable."""
     return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
 
-def is_average(leaf) -> bool:
+def is_average(leaf: object) -> bool:
     """Whether a leaf is a running average, which no gradient moves."""
     return isinstance(leaf, nnx.BatchStat)
 
 
-def count(state) -> int:
+def count(state: State) -> int:
     """Returns the number of scalars in a state, without running averages."""
     return sum(math.prod(leaf.shape) for leaf in flat_paths(state).values() if not is_average(leaf))
 
 
-def report(params, frozen) -> str:
+def report(params: State, frozen: State) -> str:
     """Returns a table of trained and frozen parameter counts per top-level module."""
     rows: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
     for column, state in enumerate((params, frozen)):
@@ -79,6 +83,9 @@ def report(params, frozen) -> str:
     return "\n".join(lines)
 
 
-def split_model(model: nnx.Module, encoder_mode: str, frozen: tuple[str, ...] = ()):
+def split_model(
+    model: _Model, encoder_mode: str, frozen: tuple[str, ...] = ()
+) -> tuple[nnx.GraphDef[_Model], State, State]:
     """Splits a model into (graphdef, trainable parameters, frozen parameters)."""
-    return nnx.split(model, trainable(encoder_mode, frozen), ...)
+    graphdef, params, *rest = nnx.split(model, trainable(encoder_mode, frozen), ...)
+    return graphdef, params, rest[0]
