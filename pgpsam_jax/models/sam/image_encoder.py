@@ -114,9 +114,9 @@ class Attention(nnx.Module):
         b, h, w, _, d = qkv.shape
         qkv = qkv.reshape(b, -1, 3, self.heads, d // self.heads)
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # each (B, N, T, C)
-        rel_h, rel_w = (p[...].astype(self.dtype) for p in (self.rel_pos_h, self.rel_pos_w))
         # A token outside the image is zero: its projection is the bias, LoRA or not.
         bias = self.qkv.bias[...].astype(self.dtype).reshape(3, self.heads, -1)
+        rel_h, rel_w = (p[...].astype(self.dtype) for p in (self.rel_pos_h, self.rel_pos_w))
         out = attention.attention(
             self.backend, q, k, v, rel_h, rel_w, (h, w), bias[1:], recompute=self.recompute
         )
