@@ -16,7 +16,7 @@ def keeps_best(validation: ConfigDict) -> bool:
     return validation.every_epochs != 0
 
 
-def notice(validation: ConfigDict, workdir) -> str | None:
+def notice(validation: ConfigDict, workdir: StrPath) -> str | None:
     """Returns a notice that names the parameters in use, or None if they are the newest."""
     if not keeps_best(validation):
         return None

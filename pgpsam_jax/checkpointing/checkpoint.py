@@ -24,6 +24,7 @@ from absl import logging
 from pgpsam_jax.checkpointing import checksums
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import Interrupted, UserError, as_user_error, first_line
+from pgpsam_jax.utils.files import StrPath
 from pgpsam_jax.utils.untrusted_text import sanitize
 
 KEEP = 2
@@ -245,7 +246,7 @@ def _numbers(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def _parts(state, iterator) -> dict:
+def _parts(state: Any, iterator: Any) -> dict[str, Any]:
     """The parts of a checkpoint; prediction reads only the parameters."""
     progress = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {"params": progress.pop("params"), "progress": progress, "data": _Position(iterator)}

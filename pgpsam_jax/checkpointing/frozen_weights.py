@@ -27,7 +27,7 @@ FROZEN = "frozen.safetensors"
 _RECORD = "base.json"
 
 
-def pinned(workdir) -> dict | None:
+def pinned(workdir: StrPath) -> dict[str, Any] | None:
     """Returns the record of a workdir's frozen weights, or None if nothing is pinned yet.
 
     `base` is the path of a converted SAM, the name of a converted checkpoint, or "" for a random
@@ -110,7 +110,7 @@ def base_notice(settings: ConfigDict, workdir: StrPath) -> str | None:
     return " ".join(filter(None, notices)) or None
 
 
-def _backbone_notice(settings: ConfigDict, workdir) -> str | None:
+def _backbone_notice(settings: ConfigDict, workdir: StrPath) -> str | None:
     if settings.base or (pinned(workdir) or {}).get("base"):
         return None
     if settings.train_encoder == "full":

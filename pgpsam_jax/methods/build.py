@@ -8,7 +8,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods.pretrained import apply_base, apply_cnn
 from pgpsam_jax.methods.registry import method_of
 from pgpsam_jax.models.initializers import FastRngs, ShapeOnlyRngs
-from pgpsam_jax.models.parameters import split_model
+from pgpsam_jax.models.parameters import State, split_model
 from pgpsam_jax.models.sam.image_encoder import attention_report
 from pgpsam_jax.models.segmenter import Segmenter
 
@@ -46,7 +46,7 @@ def abstract_model(
     return _split(_shapes(settings, num_classes), settings)
 
 
-def _shapes(settings: ConfigDict, num_classes: int) -> nnx.Module:
+def _shapes(settings: ConfigDict, num_classes: int) -> Segmenter:
     return nnx.eval_shape(lambda: make_model(settings, num_classes, ShapeOnlyRngs()))
 
 

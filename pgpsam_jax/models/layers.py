@@ -75,8 +75,9 @@ class Linear(nnx.Module):
 
 def conv_arrays(arrays: Any, /, *, dtype: Any = jnp.float32, inexact: bool = True) -> Any:
     """`promote_dtype` of an `nnx.Conv`: input, kernel and bias cast, the kernel gathered."""
-    x, kernel, bias = (x if x is None else x.astype(dtype) for x in arrays)
-    return x, gather_weight(kernel), bias
+    x, kernel, bias = arrays
+    bias = None if bias is None else bias.astype(dtype)
+    return x.astype(dtype), gather_weight(kernel.astype(dtype)), bias
 
 
 class DepthwiseConv(nnx.Module):
