@@ -110,14 +110,12 @@ def read_case(case: Case, table: LabelTable, axis: str = AXIAL) -> tuple[Volume,
     Raises:
         UserError: image and label do not match.
     """
-    if case.label is None:
-        raise UserError(f"case {case.case_id} ({case.image}) has no label file")
-    image, label = read_image(case.image, axis), read_label(case.label)
+    image, label = read_image(case.image, axis), read_label(case.truth)
     pairing = pair_grids(image.source, label.source)
     if pairing.remark:
-        warnings.warn(f"{case.label} {pairing.remark}", stacklevel=2)
+        warnings.warn(f"{case.truth} {pairing.remark}", stacklevel=2)
     ids = pairing.display(to_source(label.array, label.source))
-    return image, table.remap(np.ascontiguousarray(ids), case.label)
+    return image, table.remap(np.ascontiguousarray(ids), case.truth)
 
 
 def gather_slices(
@@ -132,29 +130,30 @@ def gather_slices(
     unknown = sorted({*ids.tolist()} - {case.case_id for case in cached})
     if unknown:
         raise UserError(f"slices are wanted of cases that are not cached: {', '.join(unknown)}")
-    images = labels = None
+    found = None
     for case in cached:
         rows = np.flatnonzero(ids == case.case_id)
         if not len(rows):
             continue
         case_images, case_labels = case.load()
-        if images is None:
+        if found is None:
             shape = (len(entries), *case_images.shape[1:])
-            images, labels = np.empty(shape, np.float16), np.empty(shape, np.uint8)
+            found = np.empty(shape, np.float16), np.empty(shape, np.uint8)
+        images, labels = found
         images[rows], labels[rows] = case_images[indices[rows]], case_labels[indices[rows]]
-    if images is None:
+    if found is None:
         raise UserError("no slices to gather; the few-shot list is empty")
-    return images, labels
+    return found
 
 
 def _cached(
     case: Case, table: LabelTable, preprocessing: Preprocessing, folder: Path
 ) -> CachedCase:
-    for path in (case.image, case.label):
-        if path is None or not path.is_file():
+    for path in (case.image, case.truth):
+        if not path.is_file():
             raise UserError(f"case {case.case_id}: file {path} not found; check the data folder")
-    sources = {"image": digest(case.image), "label": digest(case.label)}
-    pairing = pair_grids(read_grid(case.image), read_grid(case.label))
+    sources = {"image": digest(case.image), "label": digest(case.truth)}
+    pairing = pair_grids(read_grid(case.image), read_grid(case.truth))
     content = _recipe(table, preprocessing) | {"sources": sources}
     if pairing.code == LOST or (pairing.code and pairing.turns):  # formerly paired in another way
         content["pairing"] = pairing.code
@@ -174,7 +173,7 @@ def _cached(
 
 def _places(case: Case) -> str:
     """Returns a hash of the paths of a case."""
-    files = [str(file.absolute()) for s in (case.image, case.label) for file in files_of(s)]
+    files = [str(file.absolute()) for s in (case.image, case.truth) for file in files_of(s)]
     return hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -236,9 +235,9 @@ def _build(
         "window": list(map(float, preprocessing.window)),
         "appearance": appearance.describe(image.array, ids),
     }
-    arrays = {"images": images, "labels": labels, "areas": slice_areas(ids, table.num_classes)}
+    areas, described = slice_areas(ids, table.num_classes), np.array(json.dumps(meta))
     with atomic_path(file) as temporary:
-        np.savez(temporary, meta=np.array(json.dumps(meta)), **arrays)
+        np.savez(temporary, meta=described, images=images, labels=labels, areas=areas)
 
 
 def slice_areas(ids: np.ndarray, num_classes: int) -> np.ndarray:

@@ -113,11 +113,11 @@ def axis_of(data: ConfigDict, cases) -> str:
         raise UserError(f"data.axis is {data.axis!r}; give auto, {', '.join(AXES)}")
     if data.axis != "auto":
         return data.axis
-    axes = Counter()
+    axes: Counter[str] = Counter()
     for case in cases if data.layout != "transunet" else ():
         with contextlib.suppress(UserError):  # `verification` reports what cannot be read
-            axes[volumes.read_grid(case.image).thick_axis] += 1
-    del axes[None]
+            if axis := volumes.read_grid(case.image).thick_axis:
+                axes[axis] += 1
     return axes.most_common(1)[0][0] if axes else AXIAL
 
 

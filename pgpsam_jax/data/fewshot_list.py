@@ -91,9 +91,9 @@ def make_list(
         entries = draw.sample(slices, _size(len(slices), fraction, count))
     elif rule == "area":
         entries = _by_area(areas, slices, fraction, count, draw)
-    elif rule == "volumes":
+    elif volumes is not None:
         entries = _by_volume(slices, volumes, draw)
-    elif rule == "every":
+    elif every is not None:
         entries = _every(slices, every)
     else:
         entries = slices

@@ -105,7 +105,7 @@ def _resample(images: np.ndarray, axis: int, target: int) -> np.ndarray:
     """Linear along one axis, as a few weighted gathers."""
     taps, weights = _taps(images.shape[axis], target)
     shape = [-1 if a == axis else 1 for a in range(images.ndim)]
-    total = np.float32(0)
+    total: np.ndarray = np.zeros((), np.float32)
     for tap, weight in zip(taps.T, weights.T, strict=True):
         total = total + np.take(images, tap, axis) * weight.reshape(shape)
     return total

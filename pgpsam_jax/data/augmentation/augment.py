@@ -4,6 +4,7 @@ There are no flips: kidneys, liver and spleen have sides. Letters: `B` samples, 
 columns.
 """
 
+import functools
 import secrets
 
 import jax
@@ -47,7 +48,8 @@ def augment(keys, images, labels, config: AugmentConfig):
     Returns:
         Images and labels of the same shapes and types.
     """
-    return jax.vmap(lambda *sample: _augment_one(*sample, config))(keys, images, labels)
+    one = functools.partial(_augment_one, config=config)
+    return jax.vmap(one)(keys, images, labels)
 
 
 def _augment_one(key, image, label, config):

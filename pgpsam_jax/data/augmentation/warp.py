@@ -88,8 +88,8 @@ def _zoom(uniform, scaled, config):
 
 def _displacement(control, shape, config):
     """Spline displacement (2, H, W) in pixels from 2 n^2 numbers in [-1, 1)."""
-    weights = (_spline_weights(size, config.elastic_grid) for size in shape)
-    return _smooth(control, *weights, config.elastic_amplitude)
+    rows, columns = (_spline_weights(size, config.elastic_grid) for size in shape)
+    return _smooth(control, rows, columns, config.elastic_amplitude)
 
 
 def _smooth(control, rows, columns, amplitude: float):
@@ -117,8 +117,8 @@ def _affine_and_smooth(control, grid):
     pixels), then by a smooth displacement (border mirrored about their outer edges).
     """
     shape = grid.shape[1:]
-    weights = (_gaussian_weights(size) for size in shape)
-    place = grid + _smooth(control[6:], *weights, _AMPLITUDE)
+    rows, columns = (_gaussian_weights(size) for size in shape)
+    place = grid + _smooth(control[6:], rows, columns, _AMPLITUDE)
     place = _mirrored(place, shape, 0.5)
     return _mirrored(_affine(control[:6].reshape(3, 2), place), shape, 0)
 
@@ -168,7 +168,7 @@ def resample(image, label, coordinates):
     """
     # JAX rounds half away from 0, so -0.5 would fall outside.
     rows_columns = jnp.where(coordinates == -0.5, 0, coordinates)
-    return bilinear(image, coordinates), map_coordinates(label, rows_columns, order=0)
+    return bilinear(image, coordinates), map_coordinates(label, [*rows_columns], order=0)
 
 
 def bilinear(image, coordinates):

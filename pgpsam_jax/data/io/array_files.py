@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -141,7 +141,7 @@ def _npz(path: Path, key: str):
         ) from None
 
 
-def _read_npy(path: Path, stream, shape, dtype: np.dtype, order: str) -> np.ndarray:
+def _read_npy(path: Path, stream, shape, dtype: np.dtype, order: Literal["C", "F"]) -> np.ndarray:
     array, done = read_numbers(stream, math.prod(shape), dtype)
     if done < array.nbytes or stream.read(1):  # the last read checks the CRC
         raise BadFile(f"{path} does not have its declared length; get a new copy", "damaged")
@@ -154,9 +154,9 @@ def _npy_header(path: Path, stream):
             raise ValueError("its version is not 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     except Exception as error:  # from tokenizer, parser or dtype
-        error = str(error).partition("\n")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise BadFile(
-            f"{path} has a broken array header ({error}); save it again", "header"
+            f"{path} has a broken array header ({reason}); save it again", "header"
         ) from None
     if any(n < 0 for n in shape):
         raise BadFile(f"{path} declares the shape {shape}; save it again", "shape")

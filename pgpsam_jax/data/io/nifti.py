@@ -89,7 +89,7 @@ def from_nibabel(image: nib.Nifti1Image) -> Volume:
     path = Path(image.get_filename() or "the nibabel image")
     # A new image, because nibabel then updates the header to match affine and shape.
     header = type(image)(image.dataobj, image.affine, image.header).header
-    header.set_data_dtype(image.dataobj.dtype)
+    header.set_data_dtype(image.dataobj.dtype)  # type: ignore[attr-defined]  # nibabel's gap
     header.set_slope_inter(1, 0)  # `dataobj` gives scaled values already
     header["vox_offset"] = header.single_vox_offset
     grid = parse_header(io.BytesIO(header.binaryblock), path)

@@ -2,9 +2,10 @@
 
 import contextlib
 import gzip
+import io
 import zlib
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +18,8 @@ _CHUNK = 16 << 20  # bytes
 class Opened(NamedTuple):
     """Streams of header and voxels, which are the same unless the file is a pair."""
 
-    header: BinaryIO
-    voxels: BinaryIO
+    header: io.BufferedIOBase
+    voxels: io.BufferedIOBase
     zipped: bool
     size: int  # bytes of the file with the voxels
 
@@ -31,7 +32,7 @@ class Opened(NamedTuple):
 def opened(path: Path):
     """Opens the file, or both files of a pair."""
     with reading_errors(path), contextlib.ExitStack() as stack:
-        streams = []
+        streams: list[io.BufferedIOBase] = []
         for half in halves(path):
             check_entry(half)
             file = stack.enter_context(open(half, "rb"))
@@ -43,7 +44,7 @@ def opened(path: Path):
 def read_numbers(stream, count: int, dtype) -> tuple[np.ndarray, int]:
     """Reads an array (count,), as far as the stream goes, and returns it with the bytes read."""
     array = np.empty(count, dtype)
-    view, done = memoryview(array.view(np.uint8)), 0
+    view, done = array.view(np.uint8).data, 0
     while read := stream.readinto(view[done : done + _CHUNK]):
         done += read
     return array, done

@@ -79,7 +79,8 @@ class SourceGrid:
     @property
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size in millimeters, display order (D, H, W)."""
-        return tuple(float(s) for s in np.linalg.norm(self.display_affine[:3, :3], axis=0))
+        d, h, w = np.linalg.norm(self.display_affine[:3, :3], axis=0).tolist()
+        return d, h, w
 
     @property
     def millimeters(self) -> np.ndarray:
@@ -145,6 +146,7 @@ def to_source(array: np.ndarray, source: SourceGrid) -> np.ndarray:
     return nib.apply_orientation(array, ornt_transform(AS_STORED, source.moves))
 
 
-def moved_shape(shape, moves: np.ndarray) -> tuple[int, ...]:
+def moved_shape(shape, moves: np.ndarray) -> tuple[int, int, int]:
     """Returns the shape of an array after `nibabel.apply_orientation`."""
-    return tuple(int(shape[axis]) for axis in np.argsort(moves[:, 0]))
+    x, y, z = (int(shape[axis]) for axis in np.argsort(moves[:, 0]))
+    return x, y, z

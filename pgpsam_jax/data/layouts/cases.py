@@ -27,6 +27,13 @@ class Case:
     label: Source | None = None
     part: str = ""  # "train" or "test" if the layout splits the data
 
+    @property
+    def truth(self) -> Source:
+        """The label; raises a `UserError` if there is none."""
+        if self.label is None:
+            raise UserError(f"case {self.case_id} ({self.image}) has no label file")
+        return self.label
+
 
 @dataclass
 class Listing:

@@ -20,12 +20,13 @@ EXPECTED = (
     "labelsTr/CASE.nii.gz, or that of the Decathlon, which has no _0000"
 )
 _CHANNEL = "_0000"
+_Sources = list[tuple[str, Path]]  # (case id, file)
 
 
 def label_table(root) -> LabelTable:
     """Returns the class names and ids of dataset.json."""
     file, labels = Path(root) / "dataset.json", _description(Path(root))["labels"]
-    ids = {}
+    ids: dict[str, int] = {}
     for name, value in labels.items():
         if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", name):  # version 1
             name, value = value, int(name)
@@ -44,7 +45,7 @@ def label_table(root) -> LabelTable:
         ids[name] = value
     if ids.pop("background", None) != 0:
         raise UserError(f'{file}: labels must hold "background": 0')
-    names = sorted(ids, key=ids.get)
+    names = sorted(ids, key=ids.__getitem__)
     try:
         return LabelTable(("background", *names), {ids[n]: k for k, n in enumerate(names, 1)})
     except UserError as error:
@@ -110,6 +111,7 @@ def _of_folders(root: Path, part: str, plain: bool = False) -> Listing:
     label of the same name.
     """
     found = volumes_in(root / f"images{part}")
+    labels: _Sources | None
     labels = [(safe_case_id(stem_of(path)), path) for path in volumes_in(root / f"labels{part}")]
     stems = {stem_of(path) for path in found}
     of_labels = {stem_of(path) for _, path in labels}
@@ -137,7 +139,7 @@ def _has_channel(stem: str) -> bool:
     return stem.endswith(_CHANNEL) and stem != _CHANNEL
 
 
-def _decathlon(root: Path, value: dict):
+def _decathlon(root: Path, value: dict) -> tuple[_Sources, _Sources] | None:
     """Returns the images and labels listed in a dataset.json of the Decathlon, else None.
 
     That of nnU-Net's first version has the list too, but its images have other names.

@@ -24,7 +24,7 @@ def scan(root: Path, image_glob: str | None, label_glob: str | None) -> Listing:
     images, folders = _glob(root, image_glob)
     if label_glob is None:
         listing = pair(images, None, root, f"expected {image_glob}")
-        labels = []
+        labels: list[tuple[str, Path]] = []
     else:
         if ("*" in image_glob) != ("*" in label_glob):
             raise UserError(f"{image_glob!r} and {label_glob!r} must both hold one * or both none")

@@ -13,6 +13,8 @@ BTCV_TEST = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)
 # The authors' code: half of the test cases select the checkpoint, the other half are scored.
 BTCV_VALIDATION_6 = (2, 8, 22, 32, 36, 38)
 BTCV_TEST_6 = (1, 3, 4, 25, 29, 35)
+
+Ids = tuple[Sequence[int | str], Sequence[int | str], Sequence[int | str]]  # of the three parts
 _PUBLISHED = {
     "btcv_18_12": (BTCV_TRAIN, (), BTCV_TEST),
     "btcv_18_6_6": (BTCV_TRAIN, BTCV_VALIDATION_6, BTCV_TEST_6),
@@ -57,7 +59,7 @@ def split_cases(
     if kind == "given":
         return _given(cases)
     if kind in _PUBLISHED:
-        parts = _PUBLISHED[kind]
+        parts: Ids = _PUBLISHED[kind]
     elif kind == "file":
         parts = _split_file(file)
     elif kind == "fraction":
@@ -80,7 +82,7 @@ def _given(cases: list[Case]) -> tuple[list[Case], list[Case], list[Case]]:
     return parts[0], [], parts[1]
 
 
-def _split_file(file) -> tuple[list, list, list]:
+def _split_file(file) -> Ids:
     value = read_user_json(file or "", "split file")
     keys = set(value) if isinstance(value, dict) else set()
     if (
@@ -95,7 +97,7 @@ def _split_file(file) -> tuple[list, list, list]:
     return value["train"], value.get("validation", []), value["test"]
 
 
-def _split_fraction(cases: list[Case], validation, test, seed: int) -> tuple[list[str], ...]:
+def _split_fraction(cases: list[Case], validation, test, seed: int) -> Ids:
     if test is None or not 0 < test < 1 or len(cases) < 2:
         raise UserError(
             f"split fraction needs 0 < test_fraction < 1 and at least 2 cases, got {test} and "
@@ -115,19 +117,20 @@ def _split_fraction(cases: list[Case], validation, test, seed: int) -> tuple[lis
     return [i for i in rest if i not in chosen], sorted(chosen), sorted(tests)
 
 
-def _select(cases: list[Case], parts, what: str) -> tuple[list[Case], ...]:
+def _select(cases: list[Case], parts: Ids, what: str) -> tuple[list[Case], list[Case], list[Case]]:
     known = {_key(case.case_id): case for case in cases}
     if len(known) < len(cases):
         raise UserError(f"{what}: case ids differ only by leading zeros; rename the files")
-    parts = [[_key(i) for i in part] for part in parts]
-    named = [i for part in parts for i in part]
+    keys = [[_key(i) for i in part] for part in parts]
+    named = [i for part in keys for i in part]
     missing = sorted({i for i in named if i not in known})
     if missing:
         raise UserError(f"{what} names cases that are not in the data: {_listed(missing)}")
     double = sorted({i for i in named if named.count(i) > 1})
     if double:
         raise UserError(f"{what} names cases twice, which would leak: {_listed(double)}")
-    return tuple([known[i] for i in part] for part in parts)
+    train, validation, test = ([known[i] for i in part] for part in keys)
+    return train, validation, test
 
 
 def _listed(ids: list[str]) -> str:

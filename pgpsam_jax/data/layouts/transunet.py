@@ -42,7 +42,7 @@ def scan(root: Path) -> Listing:
     for case in listing.cases:
         if case.part == "test" and ids.count(case.case_id) > 1:
             message = f"case {case.case_id} is in the training and the test list, which leaks"
-            listing.add("both_splits", case.image.files[0], message)
+            listing.add("both_splits", volumes[case.case_id], message)
     listing.cases.sort(key=lambda case: case.case_id)
     return listing
 

@@ -51,8 +51,8 @@ def draw_bowel(p):
         at = np.array([s.x[d, h, w], s.y[d, h, w], s.z[d, h, w]])
         way = rng.normal(size=(2, 3)) * [16, 12, 9]
         gas = rng.uniform(0.2, 0.5) if rng.random() < 0.35 else 0.0
-        path, radii = [at - way[0], at, at + way[1]], rng.uniform(9, 12.5, 3)
-        _loop(p, path, radii, fluid=rng.uniform(5, 35), gas=gas)
+        bend, radii = [at - way[0], at, at + way[1]], rng.uniform(9, 12.5, 3)
+        _loop(p, bend, radii, fluid=rng.uniform(5, 35), gas=gas)
 
 
 def _loop(p, path, radii, *, fluid, gas=0.0, stool=False):

@@ -170,8 +170,8 @@ def _complete(root: Path, seed, cases, workers):
         folder = Path(temporary)
         with ThreadPoolExecutor(workers) as pool:
             jobs = pool.map(lambda case: _write_case(folder, seed, case), missing)
-            jobs = tqdm(jobs, "phantom", len(missing), leave=False, disable=None)
-            made = dict(zip(missing, jobs, strict=True))
+            shown = tqdm(jobs, "phantom", len(missing), leave=False, disable=None)
+            made = dict(zip(missing, shown, strict=True))
         for path in (path for case in stale for path in _paths(case)):
             (root / path).unlink(missing_ok=True)
         digests = {f"{case:04d}": digest for case, digest in sorted((intact | made).items())}

@@ -7,6 +7,7 @@ Letters: Q quantiles.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,8 +38,8 @@ def describe(image: np.ndarray, ids: np.ndarray | None = None) -> dict:
         without labeled voxels.
     """
     sample = subsample(image)
-    found = {"whole": _quantiles(sample), "foreground": None, "share": None}
-    labeled = image[ids > 0] if ids is not None else ()
+    found: dict[str, Any] = {"whole": _quantiles(sample), "foreground": None, "share": None}
+    labeled = image[:0] if ids is None else image[ids > 0]
     if len(labeled):
         found["foreground"] = _quantiles(subsample(labeled))
         found["share"] = _share(sample, found["foreground"][_LOW], found["foreground"][_HIGH])

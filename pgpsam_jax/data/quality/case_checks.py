@@ -5,6 +5,7 @@ Unreadable files are findings, not exceptions. JAX is not imported: worker proce
 
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from pgpsam_jax.data.findings import ERROR, WARNING, BadFile, Finding
 from pgpsam_jax.data.io import nifti, volumes
 from pgpsam_jax.data.io.array_files import ArrayFiles, Source
 from pgpsam_jax.data.io.pairing import pair_grids
-from pgpsam_jax.data.io.voxel_grid import to_source
+from pgpsam_jax.data.io.voxel_grid import SourceGrid, to_source
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.data.preprocessing import Percentiles, Window, intensity_limits
@@ -38,7 +39,7 @@ def check_case(case: Case, table: LabelTable | None = None, window: Window | Non
         `spacing` (mm), `orientation`, `content` (SHA-256 of the voxels in display orientation) and
         `range` or `voxels` (`{id: count}`).
     """
-    record = {"case": case.case_id, "part": case.part, "features": {}}
+    record: dict[str, Any] = {"case": case.case_id, "part": case.part, "features": {}}
     image = _File(case.image, "image", np.float32)
     files = [image]
     image.run(lambda: _check_image(image, window))
@@ -56,8 +57,9 @@ class _File:
 
     def __init__(self, source: Source, kind: str, dtype):
         self.source, self.has_grid = source, not isinstance(source, ArrayFiles)
-        self.record = {"file": str(source), "kind": kind, "findings": []}
-        self.raw = self.grid = self.array = None
+        self.record: dict[str, Any] = {"file": str(source), "kind": kind, "findings": []}
+        self.grid: SourceGrid | None = None
+        self.array: np.ndarray | None = None
         self.run(lambda: self._read(dtype))
 
     def add(self, code: str, message: str, level: str = ERROR) -> None:
@@ -81,25 +83,25 @@ class _File:
             self.add("unreadable", f"cannot be read ({what:.200}); export it again")
 
     def _read(self, dtype) -> None:
-        raw, self.grid, trailing = volumes.read_raw(self.source)
-        shape = list(self.grid.display_shape)
-        self.record |= {"shape": shape, "spacing": [round(s, 5) for s in self.grid.spacing]}
-        self.record["orientation"] = self.grid.orientation if self.has_grid else None
+        raw, grid, trailing = volumes.read_raw(self.source)
+        self.grid, shape = grid, list(grid.display_shape)
+        self.record |= {"shape": shape, "spacing": [round(s, 5) for s in grid.spacing]}
+        self.record["orientation"] = grid.orientation if self.has_grid else None
         if trailing:
             more = f"{trailing} bytes" if trailing < 1 << 20 else "a MiB or more"
             message = f"has {more} after its voxel data; check its header"
             self.warn("trailing", message)
         if self.has_grid:
-            self.run(self._check_grid)
-        self.array = nifti.to_volume(raw, self.grid, dtype).array
-        content = hashlib.sha256(f"{self.array.dtype} {self.array.shape}".encode())
-        content.update(self.array)
+            self.run(lambda: self._check_grid(grid))
+        self.array = array = nifti.to_volume(raw, grid, dtype).array
+        content = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+        content.update(array.data)
         self.record["content"] = content.hexdigest()
 
-    def _check_grid(self) -> None:
-        for code, message in self.grid.remarks().items():
+    def _check_grid(self, grid: SourceGrid) -> None:
+        for code, message in grid.remarks().items():
             self.warn(code, message)
-        slope, inter = nifti.scale_of(self.grid)
+        slope, inter = nifti.scale_of(grid)
         if self.record["kind"] == "label" and (slope, inter) != (1.0, 0.0):
             self.warn(
                 "scaled",
@@ -110,7 +112,7 @@ class _File:
 
 def _check_image(image: _File, window) -> None:
     array = image.array
-    if array is None:
+    if array is None or image.grid is None:
         return
     low, high = float(array.min()), float(array.max())
     image.record |= {"range": [low, high], "appearance": appearance.describe(array)}
@@ -171,18 +173,18 @@ def _check_pair(image: _File, label: _File, record: dict, table: LabelTable | No
     pairing = pair_grids(image.grid, label.grid)
     if pairing.remark:
         label.warn(pairing.code, pairing.remark)
-    ids = label.array
-    if ids is None or image.array is None or ids.min() < 0 or ids.max() > _MAX_ID:
+    array, ids = image.array, label.array
+    if ids is None or array is None or ids.min() < 0 or ids.max() > _MAX_ID:
         return
     ids = pairing.display(to_source(ids, label.grid))
     if table is not None:  # ids that the table ignores are not organs
         kept = np.arange(_MAX_ID + 1, dtype=np.int32)
         kept[[not table.source_to_class.get(i) for i in range(_MAX_ID + 1)]] = 0
         ids = kept[ids]
-    image.record["appearance"] = appearance.describe(image.array, ids)
+    image.record["appearance"] = appearance.describe(array, ids)
     if window is not None:
-        _check_clipping(image, ids, intensity_limits(window, image.array))
-    features = describe(image.array, ids, image.grid.spacing, has_grid=image.has_grid)
+        _check_clipping(image, array[ids > 0], intensity_limits(window, array))
+    features = describe(array, ids, image.grid.spacing, has_grid=image.has_grid)
     record["features"] = {str(i): values for i, values in features.items()}
     if table is not None and image.has_grid:
         if flips := flips_of(features, table.organs):
@@ -192,9 +194,8 @@ def _check_pair(image: _File, label: _File, record: dict, table: LabelTable | No
             )
 
 
-def _check_clipping(image: _File, ids: np.ndarray, window) -> None:
-    """Warns when the window clips a large part of the labeled voxels."""
-    values = image.array[ids > 0]
+def _check_clipping(image: _File, values: np.ndarray, window) -> None:
+    """Warns when the window clips a large part of the labeled voxels, `values`."""
     if not len(values):
         return
     below, above = float(np.mean(values < window[0])), float(np.mean(values > window[1]))

@@ -4,7 +4,8 @@ Several orders of the same eight organs circulate under the same file names, and
 notice a wrong one. The misfits of `organ_priors` do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def known_orders() -> dict[str, dict[int, str]]:
 
 
 def check_label_order(
-    described: list[Mapping[int, list[float]]],
+    described: Sequence[Mapping[int, list[float]]],
     names: Mapping[int, str] | None,
     *,
     has_grid: bool = True,
@@ -111,7 +112,8 @@ def check_label_order(
     present = {i for case in cases for i in case}
     organs = {i: organ for i, name in (names or {}).items() if (organ := organ_of(name))}
     table = {i: organ for i, organ in organs.items() if i in present}
-    answer = {"cases": len(cases), "order": None, "likely": {}, "gain": None, "distance": None}
+    answer: dict[str, Any] = {"cases": len(cases), "order": None, "likely": {}}
+    answer |= {"gain": None, "distance": None}
     possible = {
         name: {i: o for i, o in order.items() if i in present}
         for name, order in known_orders().items()
@@ -158,7 +160,7 @@ def _better(cases, table, possible, lost: set):
 def _guess(cases, possible) -> dict:
     """Returns the best-fitting known order when there is no label table."""
     fits = {name: _distance(cases, order) for name, order in possible.items() if len(order) >= 3}
-    name = min(fits, key=fits.get, default=None)
+    name = min(fits, key=fits.__getitem__, default=None)
     if name is None or fits[name] > _FAR:
         return {}
     distance = round(fits[name], 2)

@@ -150,7 +150,8 @@ def flips_of(features: Mapping[int, list[float]], names: Mapping[int, str]) -> s
     table = {i: organ for i, organ in table.items() if organ}
     if len(table) < 4:
         return None
-    total = sum(fits[i][:, NAMES.index(organ)] for i, organ in table.items())
+    each = (fits[i][:, NAMES.index(organ)] for i, organ in table.items())
+    total = sum(each, np.zeros(len(ORIENTATIONS)))
     best = int(total.argmin())
     if total[0] - total[best] < 2 * CERTAIN:
         return None

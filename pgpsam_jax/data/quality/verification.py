@@ -82,7 +82,7 @@ def summarize(
     unlike = outliers.compare(files, table, has_grid=has_grid)
     found = [*findings, *_duplicates(files), *unlike, *_order_findings(order, table)]
     by_file = {file["file"]: file for file in files}
-    data_set = []
+    data_set: list[dict[str, str]] = []
     for finding in found:
         record = by_file.get(finding.file)
         (record["findings"] if record else data_set).append(finding.to_json())
@@ -106,7 +106,8 @@ def summarize(
 
 def _duplicates(files: list[dict]) -> list[Finding]:
     """Reports files with equal voxels: a duplicated patient, or a label of another case."""
-    found, seen = [], {}
+    found: list[Finding] = []
+    seen: dict[tuple[str, str], dict] = {}
     for file in files:
         content = file.get("content")
         empty = file["kind"] == "label" and set(file.get("voxels", {})) <= {"0"}
@@ -127,7 +128,7 @@ def _duplicates(files: list[dict]) -> list[Finding]:
 
 def _order(records, table: LabelTable | None, *, has_grid: bool) -> dict:
     described = [{int(i): f for i, f in record["features"].items()} for record in records]
-    return check_label_order(described, table and table.organs, has_grid=has_grid)
+    return check_label_order(described, None if table is None else table.organs, has_grid=has_grid)
 
 
 def _order_findings(order: dict, table: LabelTable | None) -> list[Finding]:
