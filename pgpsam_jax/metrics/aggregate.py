@@ -6,12 +6,14 @@ each organ first, then over organs; the *case mean* over the organs of each case
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import special
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.metrics.protocols import METRICS
+from pgpsam_jax.metrics.protocols import METRICS, Row
 
 INTERVAL = (
     "two-sided 95 % Student t interval of the mean over cases (n cases, sample SD with n - 1)"
@@ -23,7 +25,7 @@ SMALL_SAMPLE = (
 SMALL = 50
 
 
-def defined_mean(values, axis=None):
+def defined_mean(values: ArrayLike, axis: int | None = None) -> np.ndarray:
     """Returns the mean over defined values; NaN (without numpy's warning) where there are none."""
     defined = np.isfinite(values)
     count = defined.sum(axis=axis)
@@ -31,29 +33,31 @@ def defined_mean(values, axis=None):
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def class_mean(scores):
+def class_mean(scores: np.ndarray) -> np.ndarray:
     """Returns the mean over cases, then over organs, of scores (..., N cases, C organs)."""
     return defined_mean(defined_mean(scores, axis=-2), axis=-1)
 
 
-def case_mean(scores):
+def case_mean(scores: np.ndarray) -> np.ndarray:
     """Returns the mean over organs, then over cases, of scores (..., N cases, C organs)."""
     return defined_mean(defined_mean(scores, axis=-1), axis=-1)
 
 
-def spread(values) -> tuple[float | None, list[float] | None]:
+def spread(values: ArrayLike) -> tuple[float | None, list[float] | None]:
     """Returns sample SD and t interval of the mean; None for fewer than two defined values."""
-    values = np.asarray(values, float)
-    values = values[np.isfinite(values)]
-    if values.size < 2:
+    scores = np.asarray(values, float)
+    scores = scores[np.isfinite(scores)]
+    if scores.size < 2:
         return None, None
-    sd = float(values.std(ddof=1))
-    half = float(special.stdtrit(values.size - 1, 0.975)) * sd / math.sqrt(values.size)
-    mean = float(values.mean())
+    sd = float(scores.std(ddof=1))
+    half = float(special.stdtrit(scores.size - 1, 0.975)) * sd / math.sqrt(scores.size)
+    mean = float(scores.mean())
     return sd, [mean - half, mean + half]
 
 
-def score_arrays(rows, protocol, cases, classes):
+def score_arrays(
+    rows: Iterable[Row], protocol: str, cases: Sequence[str], classes: Mapping[int, str]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Arranges the rows of one protocol as arrays.
 
     Args:
@@ -100,7 +104,7 @@ class Scores:
     organs: tuple[str, ...]
     values: np.ndarray
 
-    def select(self, seeds, cases, organs) -> "Scores":
+    def select(self, seeds: Iterable[int], cases: Iterable[str], organs: Iterable[str]) -> "Scores":
         """Returns the scores of these seeds, cases and organs, in the given order."""
         wanted = tuple(seeds), tuple(cases), tuple(organs)
         axes = self.seeds, self.cases, self.organs
@@ -131,7 +135,7 @@ class Scores:
         return float(defined_mean(means)), spread(means)[0]
 
 
-def gather(by_seed, protocol: str, metric: str) -> Scores | None:
+def gather(by_seed: Mapping[int, Sequence[Row]], protocol: str, metric: str) -> Scores | None:
     """Collects the scores of {seed: rows of `cases.csv`} over the cases and organs of all seeds.
 
     Seeds without rows of the protocol are left out; None if no seed has any.
@@ -152,7 +156,7 @@ def gather(by_seed, protocol: str, metric: str) -> Scores | None:
     return Scores(tuple(by_seed), cases, organs, np.stack(values))
 
 
-def shared(lists, key: str) -> tuple[str, ...]:
+def shared(lists: Iterable[Sequence[Row]], key: str) -> tuple[str, ...]:
     """Returns the values of `key` ("case" or "class") common to all lists, in the first's order."""
     found = [dict.fromkeys(row[key] for row in rows) for rows in lists]
     return tuple(name for name in found[0] if all(name in other for other in found))

@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def overlap_counts(prediction, truth, num_classes: int) -> np.ndarray:
+def overlap_counts(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
     """Counts the pixels of each organ per slice: in both, in the prediction, in the truth.
 
     Args:
@@ -23,13 +23,13 @@ def overlap_counts(prediction, truth, num_classes: int) -> np.ndarray:
     return counts
 
 
-def dice_of_counts(counts) -> np.ndarray:
+def dice_of_counts(counts: np.ndarray) -> np.ndarray:
     """Converts counts (3, ...) to Dice (...); NaN for an organ in neither map."""
     both, predicted, true = counts
     size = predicted + true
     return np.where(size > 0, 2.0 * both / np.maximum(size, 1), np.nan)
 
 
-def slice_dice(prediction, truth, num_classes: int) -> np.ndarray:
+def slice_dice(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
     """Dice (N, K - 1) per slice and organ of two (N, H, W) maps; NaN where absent from both."""
     return dice_of_counts(overlap_counts(prediction, truth, num_classes))

@@ -14,14 +14,17 @@ hallucinated organ scores Dice 1, a missed one HD95 0), for comparison with thos
 models by `strict`. The third protocol, `release`, is in `release_protocol`.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.metrics import surface
 from pgpsam_jax.metrics.overlap import overlap_counts
+
+Row = dict[str, Any]  # of a table of scores
 
 NAN = float("nan")
 COLUMNS = tuple(
@@ -101,8 +104,15 @@ DEFINITIONS = {
 
 
 def score_case(
-    prediction, truth, spacing, names, *, case_id, nsd_tolerance_mm: float = 2.0, region=None
-) -> list[dict]:
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing: Sequence[float],
+    names: Sequence[str],
+    *,
+    case_id: object,
+    nsd_tolerance_mm: float = 2.0,
+    region: np.ndarray | None = None,
+) -> list[Row]:
     """Scores one predicted volume under `strict` and `transunet`. Pure and picklable.
 
     Args:
@@ -145,7 +155,9 @@ def score_case(
     return rows
 
 
-def _check(prediction, truth, names, case_id) -> None:
+def _check(
+    prediction: np.ndarray, truth: np.ndarray, names: Sequence[str], case_id: object
+) -> None:
     if prediction.shape != truth.shape:
         raise UserError(
             f"case {case_id}: prediction {prediction.shape} and label {truth.shape} differ in "

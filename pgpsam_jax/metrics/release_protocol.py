@@ -10,31 +10,39 @@ averages over the items of each class, then over classes. Items without any clas
 Letters: N slices, K classes with the background as id 0.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pgpsam_jax.data.cache import slice_areas
 from pgpsam_jax.data.fewshot_list import in_pool
 from pgpsam_jax.metrics.aggregate import case_mean
 from pgpsam_jax.metrics.overlap import dice_of_counts, overlap_counts, slice_dice
-from pgpsam_jax.metrics.protocols import COLUMNS, STATUSES
+from pgpsam_jax.metrics.protocols import COLUMNS, STATUSES, Row
 
 NAME = "release"
 SLICE_COLUMNS = ("case", "slice", "class", "dice")
 
 
-def valid_slices(truth, num_classes: int, min_pixels: int) -> np.ndarray:
+def valid_slices(truth: np.ndarray, num_classes: int, min_pixels: int) -> np.ndarray:
     """Returns the mask (N,) of the slices of a label map (N, H, W) to score."""
     return in_pool(slice_areas(truth, num_classes), "valid", min_pixels)
 
 
-def mean_slice_dice(prediction, truth, num_classes: int) -> float:
+def mean_slice_dice(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> float:
     """Returns the release's slice-level "Dice" of label maps (N, H, W)."""
     return float(case_mean(slice_dice(prediction, truth, num_classes)))
 
 
 def score_release(
-    prediction, truth, names, *, case_id, min_pixels: int, region=None
-) -> tuple[list[dict], list[dict]]:
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    names: Sequence[str],
+    *,
+    case_id: object,
+    min_pixels: int,
+    region: np.ndarray | None = None,
+) -> tuple[list[Row], list[Row]]:
     """Scores one predicted volume under `release`.
 
     Args:

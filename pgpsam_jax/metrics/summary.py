@@ -12,9 +12,12 @@ excluded from every mean and counted instead; the mean of no values is null in J
 
 import csv
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.metrics.aggregate import (
@@ -25,16 +28,22 @@ from pgpsam_jax.metrics.aggregate import (
     score_arrays,
     spread,
 )
-from pgpsam_jax.metrics.protocols import COLUMNS, DEFINITIONS, METRICS
+from pgpsam_jax.metrics.protocols import COLUMNS, DEFINITIONS, METRICS, Row
 from pgpsam_jax.metrics.release_protocol import SLICE_COLUMNS
 from pgpsam_jax.metrics.summary_markdown import format_markdown
-from pgpsam_jax.utils.files import csv_text, write_json, write_text
+from pgpsam_jax.utils.files import StrPath, csv_text, write_json, write_text
 
 _TYPES = {"class_id": int, "truth_voxels": int, "predicted_voxels": int, "value": float}
 _TYPES |= {"slice": int, "dice": float}
 
 
-def write_evaluation(rows, out_dir, names, meta, slices=()) -> dict:
+def write_evaluation(
+    rows: Sequence[Row],
+    out_dir: StrPath,
+    names: Sequence[str],
+    meta: Mapping[str, Any],
+    slices: Sequence[Row] = (),
+) -> dict[str, Any]:
     """Writes the four files into `out_dir`, each atomically, and returns the summary.
 
     Args:
@@ -63,22 +72,22 @@ def write_evaluation(rows, out_dir, names, meta, slices=()) -> dict:
     return summary
 
 
-def _format(rows, columns, score: str) -> str:
+def _format(rows: Sequence[Row], columns: tuple[str, ...], score: str) -> str:
     """Formats rows as CSV; scores in full precision, undefined ones as `nan`."""
     return csv_text(columns, ({**row, score: repr(float(row[score]))} for row in rows))
 
 
-def read_cases(path) -> list[dict]:
+def read_cases(path: StrPath) -> list[Row]:
     """Reads the rows of a `cases.csv`; raises `UserError` if the file is not one."""
     return _read(path, COLUMNS)
 
 
-def read_slices(path) -> list[dict]:
+def read_slices(path: StrPath) -> list[Row]:
     """Reads the rows of a `slices.csv`; raises `UserError` if the file is not one."""
     return _read(path, SLICE_COLUMNS)
 
 
-def _read(path, columns) -> list[dict]:
+def _read(path: StrPath, columns: tuple[str, ...]) -> list[Row]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -91,13 +100,13 @@ def _read(path, columns) -> list[dict]:
         ) from error
 
 
-def _typed(row, line) -> dict:
+def _typed(row: dict[str, Any], line: int) -> dict[str, Any]:
     if None in row or None in row.values():
         raise ValueError(f"line {line} does not have {len(row) - (None in row)} fields")
     return {key: _TYPES.get(key, str)(text) for key, text in row.items()}
 
 
-def summarize(rows, slices=()) -> dict:
+def summarize(rows: Sequence[Row], slices: Sequence[Row] = ()) -> dict[str, Any]:
     """Computes class means, case means and per-class statistics of each protocol.
 
     Undefined values are None. With rows of single slices, `release` also has `slice_dice`,
@@ -118,7 +127,7 @@ def summarize(rows, slices=()) -> dict:
     return _jsonable(summary | {"n_cases": len(cases)})
 
 
-def _add_slices(release: dict, slices) -> None:
+def _add_slices(release: dict[str, Any], slices: Sequence[Row]) -> None:
     """Adds the slice mode to the summary of the protocol and of each class."""
     items = {key: i for i, key in enumerate(dict.fromkeys(map(_slice_key, slices)))}
     per_class = release["per_class"]
@@ -134,13 +143,15 @@ def _add_slices(release: dict, slices) -> None:
         per_class[name]["n_slices"] = int(np.isfinite(scores[:, column]).sum())
 
 
-def _slice_key(row) -> tuple[str, int]:
+def _slice_key(row: Row) -> tuple[str, int]:
     return row["case"], row["slice"]
 
 
-def _summarize_protocol(rows, protocol, cases, classes) -> dict:
+def _summarize_protocol(
+    rows: Sequence[Row], protocol: str, cases: Sequence[str], classes: Mapping[int, str]
+) -> dict[str, Any]:
     values, status = score_arrays(rows, protocol, cases, classes)
-    means = {}
+    means: dict[str, Any] = {}
     for metric, table in values.items():
         means[f"{metric}_class_mean"] = class_mean(table)
         means[f"{metric}_case_mean"] = case_mean(table)
@@ -148,7 +159,7 @@ def _summarize_protocol(rows, protocol, cases, classes) -> dict:
     per_class = {}
     for column, name in enumerate(classes.values()):
         scores = {metric: table[:, column] for metric, table in values.items()}
-        entry = {metric: defined_mean(score) for metric, score in scores.items()}
+        entry: dict[str, Any] = {metric: defined_mean(score) for metric, score in scores.items()}
         entry["n"] = int(np.isfinite(scores["dice"]).sum())
         for kind in ("both_empty", "missed", "hallucinated"):
             entry[f"n_{kind}"] = int((status[:, column] == kind).sum())
@@ -160,11 +171,11 @@ def _summarize_protocol(rows, protocol, cases, classes) -> dict:
     return means | {"per_class": per_class}
 
 
-def _spread(values, label) -> dict:
+def _spread(values: ArrayLike, label: str) -> dict[str, Any]:
     return dict(zip((f"{label}_sd", f"{label}_ci95"), spread(values), strict=True))
 
 
-def _jsonable(value):
+def _jsonable(value: Any) -> Any:
     """Converts to plain Python values; NaN and infinity become None, as JSON lacks them."""
     if isinstance(value, dict):
         return {str(key): _jsonable(item) for key, item in value.items()}

@@ -1,11 +1,14 @@
 """The evaluation summary as Markdown, `summary.md`."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from pgpsam_jax.metrics.aggregate import INTERVAL, SMALL, SMALL_SAMPLE
 from pgpsam_jax.metrics.protocols import DEFINITIONS, METRICS
 from pgpsam_jax.utils.markdown import escape_cell, pipe_table
 
 
-def format_markdown(summary) -> str:
+def format_markdown(summary: Mapping[str, Any]) -> str:
     """Formats the summary as Markdown: notices, tables (one row per organ), definitions."""
     strict, transunet = summary["strict"], summary["transunet"]
     tolerance = summary.get("nsd_tolerance_mm")
@@ -35,7 +38,7 @@ def format_markdown(summary) -> str:
     return "\n".join([*lines, "", *_explanations(summary)]) + "\n"
 
 
-def _release_table(summary) -> list[str]:
+def _release_table(summary: Mapping[str, Any]) -> list[str]:
     """Formats both modes of `release`; its "Dice" and "mcDice" are our case and class means."""
     release, n = summary["release"], summary["n_cases"]
     head = ["organ (`release`)", "n volumes", "Dice of volumes", "n slices", "Dice of slices"]
@@ -51,7 +54,14 @@ def _release_table(summary) -> list[str]:
     return pipe_table([[str(cell) for cell in row] for row in [head, *cells]])
 
 
-def _table_row(label, n, strict, spread, counts, transunet) -> list[str]:
+def _table_row(
+    label: str,
+    n: int,
+    strict: Mapping[str, Any],
+    spread: str,
+    counts: Sequence[object],
+    transunet: Mapping[str, Any],
+) -> list[str]:
     """Formats a table row; `spread` is the key prefix of SD and interval, blank if missing."""
     sd, ends = (strict.get(f"{spread}_{part}", "") for part in ("sd", "ci95"))
     cells = [label, n, _number(strict["dice"]), _number(sd), _interval(ends)]
@@ -60,7 +70,7 @@ def _table_row(label, n, strict, spread, counts, transunet) -> list[str]:
     return [str(cell) for cell in cells]
 
 
-def _explanations(summary) -> list[str]:
+def _explanations(summary: Mapping[str, Any]) -> list[str]:
     definitions = summary.get("definitions", DEFINITIONS)
     lines = [
         "- Columns without a protocol are `strict`; n is the number of cases with a defined Dice; "
@@ -77,10 +87,10 @@ def _explanations(summary) -> list[str]:
     return lines + [f"- `{name}`: {text}." for name, text in definitions.items()]
 
 
-def _number(value, digits: int = 3) -> str:
+def _number(value: Any, digits: int = 3) -> str:
     """Formats a number; None as n/a, and "" (not applicable) stays blank."""
     return value if value == "" else "n/a" if value is None else f"{value:.{digits}f}"
 
 
-def _interval(ends) -> str:
+def _interval(ends: Any) -> str:
     return " to ".join(_number(end) for end in ends) if ends else _number(ends)

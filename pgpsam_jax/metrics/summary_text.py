@@ -1,7 +1,9 @@
 """The evaluation summary for a terminal: a few lines, however many organs there are."""
 
 import math
+from collections.abc import Mapping
 from itertools import chain, zip_longest
+from typing import Any
 
 from pgpsam_jax.utils.markdown import one_line, pipe_table
 
@@ -9,7 +11,7 @@ ROWS, COLUMNS = 7, 2  # organs below and beside each other
 _NAME = 24  # characters
 
 
-def format_text(summary) -> str:
+def format_text(summary: Mapping[str, Any]) -> str:
     """Formats Dice and HD95 of protocol `strict`: the means and a table of organs."""
     strict, most = summary["strict"], ROWS * COLUMNS
     organs, count = list(strict["per_class"].items()), len(strict["per_class"])
@@ -32,5 +34,5 @@ def format_text(summary) -> str:
     return "\n".join([line, *pipe_table([head, *([*chain(*row)] for row in rows)])])
 
 
-def _number(value, digits: int) -> str:
+def _number(value: Any, digits: int) -> str:
     return "n/a" if value is None else f"{value:.{digits}f}"

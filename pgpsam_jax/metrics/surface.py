@@ -30,7 +30,7 @@ _TOLERANCE_SLACK = 1e-6
 _VOXELS_PER_TREE_POINT = 10
 
 
-def dice(prediction, truth, region=None) -> float:
+def dice(prediction: np.ndarray, truth: np.ndarray, region: np.ndarray | None = None) -> float:
     """Returns 2 |P and T| / (|P| + |T|) over the scored slices; NaN if both are empty.
 
     prediction, truth: boolean (D, H, W). region: None or boolean (D,).
@@ -41,21 +41,21 @@ def dice(prediction, truth, region=None) -> float:
     return 2.0 * np.count_nonzero(prediction & truth) / size if size else float("nan")
 
 
-def directed_percentile(forward, backward, percent: float = 95.0) -> float:
+def directed_percentile(forward: np.ndarray, backward: np.ndarray, percent: float = 95.0) -> float:
     """Returns the larger percentile of the two directions; NaN if a direction is empty."""
     if not (forward.size and backward.size):
         return float("nan")
     return float(max(np.percentile(forward, percent), np.percentile(backward, percent)))
 
 
-def pooled_percentile(forward, backward, percent: float = 95.0) -> float:
+def pooled_percentile(forward: np.ndarray, backward: np.ndarray, percent: float = 95.0) -> float:
     """Returns the percentile of both directions together; NaN if a direction is empty."""
     if not (forward.size and backward.size):
         return float("nan")
     return float(np.percentile(np.concatenate([forward, backward]), percent))
 
 
-def share_within(forward, backward, tolerance: float) -> float:
+def share_within(forward: np.ndarray, backward: np.ndarray, tolerance: float) -> float:
     """Returns the share of distances <= tolerance; 0 if a direction is empty, NaN if both are."""
     if not (forward.size and backward.size):
         return 0.0 if forward.size or backward.size else float("nan")
@@ -64,7 +64,7 @@ def share_within(forward, backward, tolerance: float) -> float:
     return within / (forward.size + backward.size)
 
 
-def surface(labels) -> np.ndarray:
+def surface(labels: np.ndarray) -> np.ndarray:
     """Returns the mask (D, H, W) of surface voxels of all classes, in one pass.
 
     labels: a boolean mask, or class ids with 0 for the background (no surface). Surface voxels have
@@ -89,7 +89,7 @@ def surface(labels) -> np.ndarray:
     return edge
 
 
-def surface_points(labels) -> tuple[np.ndarray, np.ndarray]:
+def surface_points(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the surface voxels (N, 3) of a mask or label map in voxel order, and their ids."""
     indices = np.flatnonzero(surface(labels))
     points = np.stack(np.unravel_index(indices, labels.shape), axis=1)
@@ -97,7 +97,10 @@ def surface_points(labels) -> tuple[np.ndarray, np.ndarray]:
 
 
 def point_distances(
-    prediction, truth, spacings: Sequence, region=None
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacings: Sequence[Sequence[float]],
+    region: np.ndarray | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Computes the distance of each scored surface voxel to the other surface, both ways.
 
@@ -133,7 +136,7 @@ def point_distances(
     return list(zip(*directions, strict=True))
 
 
-def _is_in(values, others) -> np.ndarray:
+def _is_in(values: np.ndarray, others: np.ndarray) -> np.ndarray:
     """`np.isin` of two sorted arrays."""
     if not others.size:
         return np.zeros(len(values), bool)
@@ -141,7 +144,13 @@ def _is_in(values, others) -> np.ndarray:
     return others[nearest] == values
 
 
-def _distances(far, targets, spacings, box, count: int) -> list[np.ndarray]:
+def _distances(
+    far: np.ndarray,
+    targets: np.ndarray,
+    spacings: Sequence[Sequence[float]],
+    box: tuple[int, ...],
+    count: int,
+) -> list[np.ndarray]:
     """Distances of the points `far` to the nearest of `targets` for each spacing.
 
     box: shape of the bounding box. count: number of scored surface voxels, shared ones included.
