@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,8 @@ def score_and_write(
     case: LabeledVolume, *, folder: Path, names, window, nsd_tolerance_mm: float, min_pixels: int
 ) -> tuple[list[dict], list[dict]]:
     """Writes mask and overlays of a case; returns its rows of `cases.csv` and `slices.csv`."""
-    pair, options = (case.prediction, case.truth), {"case_id": case.name, "region": case.region}
+    options: dict[str, Any] = {"case_id": case.name, "region": case.region}
+    pair = case.prediction, case.truth
     rows = score_case(*pair, case.spacing, names, nsd_tolerance_mm=nsd_tolerance_mm, **options)
     of_volume, slices = score_release(*pair, names, min_pixels=min_pixels, **options)
     write_label(folder / "predictions" / f"{case.name}.nii.gz", case.prediction, case.source)
