@@ -150,7 +150,7 @@ def test_shapes_that_do_not_fit():
 class Knows:
     """A predictor that gives back what is stored in the intensities."""
 
-    preprocessing = Preprocessing(32, (0, 400))
+    preprocessing, oracle = Preprocessing(32, (0, 400)), False
 
     def __call__(self, volume):
         return np.where(volume.array > 150, 2, np.where(volume.array > 30, 1, 0)).astype(np.uint8)

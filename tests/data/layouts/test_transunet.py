@@ -80,7 +80,7 @@ def test_trained_on_and_evaluated(tmp_path):
     assert set(np.unique(data.labels)) == {0, 1, 2}
 
     class Known:
-        preprocessing = Preprocessing(32, (0.0, 1.0))
+        preprocessing, oracle = Preprocessing(32, (0.0, 1.0)), False
 
         def __call__(self, volume):
             ids = volumes.read_label(split.test[0].label).array
