@@ -120,7 +120,9 @@ def test_missing_sam_weights_name_the_download(tiny, tmp_path):
     config = config_for(
         write_data(tmp_path / "data"), **TINY, model__base=str(tmp_path / "sam_vit_b")
     )
-    with pytest.raises(UserError, match=r"segment_anything/sam_vit_b_01ec64.pth.*then run: pgpsam convert"):
+    with pytest.raises(
+        UserError, match=r"segment_anything/sam_vit_b_01ec64.pth.*then run: pgpsam convert"
+    ):
         train.train(config, tmp_path / "run")
 
 
