@@ -13,6 +13,17 @@ from pgpsam_jax.data.findings import BadFile
 from pgpsam_jax.data.io.volume_files import check_entry, halves
 
 _CHUNK = 16 << 20  # bytes
+_PIECE = 16 << 10  # compressed bytes read at a time
+# Python 3.12 and newer refill a larger buffer at each member of a gzip, and copy it: a file of
+# empty members took seven times as long as on 3.11.
+_UNFILLED = getattr(gzip, "READ_BUFFER_SIZE", _PIECE) - _PIECE
+
+
+class _ShortReads(io.BufferedReader):
+    """Fills no more than a piece of the buffer of `gzip`."""
+
+    def read(self, size=-1):
+        return super().read(max(size - _UNFILLED, 1) if size > _PIECE else size)
 
 
 class Opened(NamedTuple):
@@ -37,7 +48,7 @@ def opened(path: Path):
             check_entry(half)
             file = stack.enter_context(open(half, "rb"))
             zipped = _is_gzip(file, half)
-            streams.append(gzip.GzipFile(fileobj=file) if zipped else file)
+            streams.append(gzip.GzipFile(fileobj=_ShortReads(file)) if zipped else file)
         yield Opened(streams[0], streams[-1], zipped, half.stat().st_size)
 
 
