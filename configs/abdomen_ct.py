@@ -3,8 +3,8 @@
 ONE PATIENT, software labels, slices of the same volume in both splits: this shows that the pipeline
 runs from file to table; it is no claim of accuracy or generalization.
 
-Command:  python -m pgpsam_jax.main --config configs/abdomen_ct.py:small --config.data.root=FOLDER
-          python -m pgpsam_jax.main --config configs/abdomen_ct.py --config.data.root=FOLDER
+Command:  pgpsam train --config abdomen_ct:small --config.data.root=FOLDER
+          pgpsam train --config abdomen_ct --config.data.root=FOLDER
 Data:     a FOLDER with ct.nii.gz and seg104.nii.gz, the reference case of TotalSegmentator (122 x
           101 x 112 voxels of 3 mm, Apache-2.0).
 Variants: default: SAM ViT-b with LoRA at 512 px from weights/sam_vit_b; without the weights,

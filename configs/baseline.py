@@ -1,10 +1,10 @@
 """A compared method on Synapse (BTCV), 10 % of the slices: a row of Table 1, `baseline.py:NAME`.
 
-Command:  python -m pgpsam_jax.main --config configs/baseline.py:samed --workdir runs/samed
+Command:  pgpsam train --config baseline:samed --workdir runs/samed
 NAME:     samed, hsam, autosam, samlst, surgicalsam, fssp, sam (an ORACLE: it is given the labels).
 Data:     as configs/synapse.py.
 Weights:  as configs/synapse.py; samlst also takes ImageNet weights for its CNN:
-          python -m weights_conversion.convert --kind resnet18 --source resnet18-f37072fd.pth \\
+          pgpsam convert --kind resnet18 --source resnet18-f37072fd.pth \\
               --output weights/resnet18
           With --config.model.cnn_base= the CNN starts at random, and every report says so.
 Recipe:   the authors', adapted to the common protocol: docs/methods.md.

@@ -1,6 +1,6 @@
 """The built-in default: 30 abdominal CT phantoms, eight organs, 155 labeled slices.
 
-Command:  python -m pgpsam_jax.main --config configs/phantom.py --workdir runs/phantom
+Command:  pgpsam train --config phantom --workdir runs/phantom
 Data:     generated in datasets/phantom by the first run (39 MB, BTCV layout, the 18/12 split).
 Expected: mean Dice (strict, class mean) 0.814 on the 12 held-out phantoms, gallbladder
           lowest with 0.640; a rerun on the same machine gives the same digits (docs/results).

@@ -1,6 +1,6 @@
 """PGP-SAM on Synapse (BTCV), 10 % of the slices: the paper's main run (Table 1).
 
-Command:  python -m pgpsam_jax.main --config configs/synapse.py --workdir runs/synapse
+Command:  pgpsam train --config synapse --workdir runs/synapse
 Data:     BTCV RawData (30 abdominal CTs with labels, Synapse project syn3193805), unpacked to
           datasets/btcv/RawData/Training/{img,label}, or another --config.data.root=FOLDER.
 Weights:  sam_vit_b_01ec64.pth, converted to weights/sam_vit_b (docs/weights.md).

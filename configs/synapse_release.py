@@ -1,6 +1,6 @@
 """PGP-SAM on Synapse (BTCV) as the authors' code trains it: preset `release`, its data and recipe.
 
-Command:  python -m pgpsam_jax.main --config configs/synapse_release.py --workdir runs/release
+Command:  pgpsam train --config synapse_release --workdir runs/release
 Data:     as configs/synapse.py, stored in 8 bits; train 18, validation 6, test 6 patients.
 List:     the authors' rule, 10 % of the valid slices, those with the largest organ area by the
           labels, seed 42.

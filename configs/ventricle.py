@@ -1,6 +1,6 @@
 """PGP-SAM on head CT, four ventricles, 10 % of the slices: the paper's second data set (Table 2).
 
-Command:  python -m pgpsam_jax.main --config configs/ventricle.py --workdir runs/ventricle
+Command:  pgpsam train --config ventricle --workdir runs/ventricle
 Data:     your own datasets/ventricle/{images,labels}/CASE.nii.gz, or another
           --config.data.root=FOLDER, with label ids 1 right, 2 left, 3 third, 4 fourth
           (configs/labels/ventricles.json); the paper's 500 cases are private. A seed holds out 20 %
@@ -11,7 +11,7 @@ Settings: HU window 10..90, lr 1e-3 and batch 16 (the authors' release).
 
 Variant:  head_mr: one head MR, a FOLDER with t1.nii.gz and ventricles4.nii.gz (256^3, software
           labels, source ids 1 left and 2 right), and a small encoder trained from scratch:
-          python -m pgpsam_jax.main --config configs/ventricle.py:head_mr --config.data.root=FOLDER
+          pgpsam train --config ventricle:head_mr --config.data.root=FOLDER
           Mean Dice 0.783 on the slices with a ventricle that were not trained on: slices of the
           same patient, so no claim of accuracy (docs/results/README.md).
 """

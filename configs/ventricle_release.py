@@ -1,6 +1,6 @@
 """PGP-SAM on head CT, four ventricles, as the authors' code trains it: preset `release`.
 
-Command:  python -m pgpsam_jax.main --config configs/ventricle_release.py --workdir runs/ventricle
+Command:  pgpsam train --config ventricle_release --workdir runs/ventricle
 Data:     as configs/ventricle.py, split by seed: an eighth of the patients for validation and an
           eighth for testing (the authors split 800 volumes by index into 600, 100 and 100).
 List:     the authors' rule, 5 % of the slices as their code runs it (the paper says 10 %).

@@ -1,6 +1,6 @@
 """The two settings of every grid: the paper's on Synapse, and a small one that runs anywhere.
 
-`phantom` adapts a small SAM, weights/sam_vit_t, to generated CT; `python -m experiments.pretrain`
+`phantom` adapts a small SAM, weights/sam_vit_t, to generated CT; `pgpsam pretrain`
 trains it on generated CT of another seed. It shows that a study runs, and the effect of a module
 *there*; it says nothing about Meta's weights or patients.
 """

@@ -1,6 +1,6 @@
 """Colors that the encoder sees, and the initialization of release, H-SAM and SurgicalSAM.
 
-python -m experiments.run_grid --grid experiments/grids/conventions.py --workdir runs/conventions
+pgpsam grid conventions --workdir runs/conventions
 
 Rows in addition to `table1`, each with one change: colors from 0 to 1, as the authors of PGP-SAM,
 SAMed and H-SAM pass them to SAM; or the other initialization (`model.start`) of the methods that

@@ -1,10 +1,10 @@
 """Table 1 with PGP-SAM's recipe for all: optimizer, schedule, loss weights, batch, LoRA rank.
 
-python -m experiments.run_grid --grid experiments/grids/equal_recipe.py --workdir runs/equal_recipe
+pgpsam grid equal_recipe --workdir runs/equal_recipe
 
 Compared with `table1`, where each method has its authors' recipe, this separates method and recipe.
 A method keeps only its trainable parts of the encoder, its outputs and its kind of loss. The
-initial weights are those of `table1`; phantom: python -m experiments.pretrain
+initial weights are those of `table1`; phantom: pgpsam pretrain
 """
 
 from experiments.grid.plan import Plan, method_rows

@@ -1,6 +1,6 @@
 """Rules for the few-shot list: random, by label area (the authors'), or two whole volumes.
 
-python -m experiments.run_grid --grid experiments/grids/list_rule.py --workdir runs/list_rule
+pgpsam grid list_rule --workdir runs/list_rule
 
 Two of 18 volumes hold about 10 % of the slices: the same labeling effort, spent on two patients
 instead of all. The area rule takes floor(10 %) + 1 slices, richest in each organ first.

@@ -1,6 +1,6 @@
 """Initial strength of PPR: alpha and beta of Eq 5, which the paper does not specify.
 
-python -m experiments.run_grid --grid experiments/grids/mixing.py --workdir runs/mixing
+pgpsam grid mixing --workdir runs/mixing
 
 At 0.5 the update of Eq 5 is longer than the prototype it is added to, and all class prototypes
 become alike (docs/results/README.md); the authors' release initializes its gains to 0.001.

@@ -1,7 +1,7 @@
 """Dice against one setting of PGP-SAM, the variant: alpha, k, lora_rank or image_size.
 
-python -m experiments.run_grid --grid experiments/grids/one_field.py:k --workdir runs/k
-python -m experiments.run_grid --grid experiments/grids/one_field.py:k:phantom --workdir runs/k
+pgpsam grid one_field:k --workdir runs/k
+pgpsam grid one_field:k:phantom --workdir runs/k
 
 The reference row is the paper's: 8 inter-class prototypes per class (alpha), alpha / 2 = 4 of them
 matched (k, which stays 4 in the grid of alpha), LoRA of rank 4, 512 px.

@@ -1,6 +1,6 @@
 """The registered presets of PGP-SAM at equal budget.
 
-python -m experiments.run_grid --grid experiments/grids/preset.py --workdir runs/preset
+pgpsam grid preset --workdir runs/preset
 """
 
 from experiments.grid.plan import Plan, method_rows

@@ -1,6 +1,6 @@
 """Effects of two details of preset `release`: scrambled tokens and deformable convolutions.
 
-python -m experiments.run_grid --grid experiments/grids/release.py --workdir runs/release
+pgpsam grid release --workdir runs/release
 """
 
 from experiments.grid.plan import Plan, Row

@@ -1,6 +1,6 @@
 """Number of labeled slices: 1, 5, 10, 25 and 100 % of the valid ones, sampled at random.
 
-python -m experiments.run_grid --grid experiments/grids/slices.py --workdir runs/slices
+pgpsam grid slices --workdir runs/slices
 
 All rows take the same number of steps (on Synapse 3150, 300 epochs of 10 %): more slices mean more
 labels, not more training.

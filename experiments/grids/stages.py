@@ -1,6 +1,6 @@
 """Number of refinement stages, two in the paper; each adds one block, from deep to shallow.
 
-python -m experiments.run_grid --grid experiments/grids/stages.py --workdir runs/stages
+pgpsam grid stages --workdir runs/stages
 """
 
 from experiments.grid.plan import Plan, tap_rows

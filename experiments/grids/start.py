@@ -1,6 +1,6 @@
 """Initial contribution of PGP-SAM's modules to SAM's features, and the LayerNorms of Eq 5.
 
-python -m experiments.run_grid --grid experiments/grids/start.py:choice --workdir runs/start
+pgpsam grid start:choice --workdir runs/start
 
 The paper specifies neither. `choice` has phantoms of a separate seed, which no other table scores:
 `model.start_scale` and `model.ppr_norm` were chosen on them (docs/paper.md).

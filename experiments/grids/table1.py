@@ -1,9 +1,9 @@
 """Table 1 of the paper: all registered methods on Synapse, Dice per organ.
 
-python -m experiments.run_grid --grid experiments/grids/table1.py --workdir runs/table1
+pgpsam grid table1 --workdir runs/table1
 
 Each has its authors' recipe. `phantom` starts all of them from a small SAM trained on other
-phantoms, weights/sam_vit_t: python -m experiments.pretrain
+phantoms, weights/sam_vit_t: pgpsam pretrain
 """
 
 from experiments.grid.plan import Plan, method_rows

@@ -1,6 +1,6 @@
 """Table 2 of the paper: the compared methods on head CT, four ventricles.
 
-python -m experiments.run_grid --grid experiments/grids/table2.py --workdir runs/table2
+pgpsam grid table2 --workdir runs/table2
 
 The paper's data are private; the default takes your own (configs/ventricle.py). There is no head
 phantom: `phantom` rehearses five classes and a split by fraction on four phantom organs, with the

@@ -1,6 +1,6 @@
 """Table 3 of the paper: CFM, PPG and PPR added one by one.
 
-python -m experiments.run_grid --grid experiments/grids/table3.py --workdir runs/table3
+pgpsam grid table3 --workdir runs/table3
 
 The paper's baseline (71.92) is below its SAMed row (73.91), so it is not SAMed. Ours is this model
 with the three modules off (docs/paper.md): projection and addition instead of CFM, SAM's no-mask

@@ -1,6 +1,6 @@
 """Encoder blocks that feed the two refinement stages; the paper only says early features.
 
-python -m experiments.run_grid --grid experiments/grids/taps.py --workdir runs/taps
+pgpsam grid taps --workdir runs/taps
 
 Rows name block indices, stage 1 first. The default is the last and the first block with global
 attention (ViT-b: 11 and 2 of 12; the phantom's encoder: 3 and 1 of 4).

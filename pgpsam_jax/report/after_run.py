@@ -35,4 +35,4 @@ def report_after_run(config: ConfigDict, workdir) -> str:
     if not reason:
         return f"report      {done.stdout.splitlines()[-1]}"
     reason = reason.splitlines()[-1].removeprefix("error: ")
-    return f"no report ({reason}); write it with python -m pgpsam_jax.report {workdir}"
+    return f"no report ({reason}); write it with pgpsam report {workdir}"

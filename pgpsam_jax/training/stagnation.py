@@ -23,5 +23,5 @@ def stagnation(records: list[dict]) -> str | None:
     return (
         f"!!! the loss has hardly fallen: median {np.median(first):.4g} of the first {len(first)} "
         f"records, {np.median(last):.4g} of the last {len(last)}; try another "
-        "optim.learning_rate, and check the labels with python -m pgpsam_jax.verify"
+        "optim.learning_rate, and check the labels with pgpsam verify"
     )
