@@ -39,7 +39,7 @@ def test_its_error_becomes_a_sentence(run, monkeypatch):
     (run / "report" / "report.html").write_text("something else")
     said = report(run)
     assert said.startswith(f"no report ({run / 'report' / 'report.html'} was not written by")
-    assert said.endswith(f"; write it with python -m pgpsam_jax.report {run}")
+    assert said.endswith(f"; write it with pgpsam report {run}")
     assert "\n" not in said and "error:" not in said
 
 
