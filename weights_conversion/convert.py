@@ -23,6 +23,7 @@ Names, shapes and exact round trips are tested for both layouts; the published f
 not available.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -70,7 +71,12 @@ def convert(
     layout = sam.detect_layout(tensors, str(file))
     log(f"read     {len(tensors)} tensors in the {layout} layout")
     ours = read(sam.LAYOUTS[layout], tensors, str(file))
-    casts = {n: t.dtype.name for n, t in tensors.items() if t.dtype != np.float32}
+    unused = sam.LAYOUTS[layout].unused
+    casts = {
+        name: tensor.dtype.name
+        for name, tensor in tensors.items()
+        if tensor.dtype != np.float32 and not re.fullmatch(unused, name)
+    }
     if casts:
         log(f"cast     {len(casts)} tensors to float32 (listed in {sidecar.name})")
     origin = {

@@ -37,6 +37,7 @@ def read(layout: Layout, tensors: Tensors, source: str = "checkpoint") -> dict[s
     """Returns our float32 tensors for tensors of `layout`; `source` names the file in errors."""
     errors: list[str] = []
     tensors = _without_duplicates(tensors, layout, errors)
+    tensors = {n: t for n, t in tensors.items() if not re.fullmatch(layout.unused, n)}
     found = _look_up(tensors, layout, THEIRS, errors)
     _raise(errors, layout.name, layout.family, source)
     parts = defaultdict(list)

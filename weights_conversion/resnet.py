@@ -3,11 +3,10 @@
 Only the layers before the fourth group of blocks are used.
 """
 
+import functools
 import itertools
 import re
 from pathlib import Path
-
-import numpy as np
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.baselines.resnet_weights import FORMAT, HOW_TO_GET, cnn_file
@@ -17,10 +16,10 @@ from weights_conversion.checkpoint_files import (
     report_source,
     write_weights,
 )
-from weights_conversion.remap import Tensors, read
+from weights_conversion.remap import read
 from weights_conversion.tensor_layouts import CONV, SAME, Layout, Row
 
-_IDLE = re.compile(r"(layer4\.|fc\.).*|.*\.num_batches_tracked")
+_UNUSED = r"(layer4\.|fc\.).*|.*\.num_batches_tracked"
 _PUBLISHED = re.compile(r"resnet18-([0-9a-f]{8})\.pth")  # the digits begin the file's SHA-256
 
 
@@ -52,13 +51,9 @@ def _rows() -> list[Row]:
     return rows
 
 
-TORCHVISION = Layout("torchvision", "ResNet-18", tuple(_rows()))
-
-
-def from_torchvision(tensors: Tensors, source: str = "checkpoint") -> dict[str, np.ndarray]:
-    """Returns our float32 tensors, without counters and unused layers."""
-    used = {name: tensor for name, tensor in tensors.items() if not _IDLE.fullmatch(name)}
-    return read(TORCHVISION, used, source)
+TORCHVISION = Layout("torchvision", "ResNet-18", tuple(_rows()), unused=_UNUSED)
+# Our float32 tensors, without counters and unused layers.
+from_torchvision = functools.partial(read, TORCHVISION)
 
 
 def convert(source, output, *, overwrite: bool = False, log=print) -> None:

@@ -2,14 +2,13 @@
 
 import functools
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.sam.weights import FORMAT, FORMAT_VERSION, base_files
 from pgpsam_jax.utils.files import write_json
 from pgpsam_jax.utils.untrusted_text import read_user_json
-from weights_conversion import sam_table
+from weights_conversion import sam_table, tiny_vit_table
 from weights_conversion.checkpoint_files import write_weights, writing
 from weights_conversion.remap import Tensors, read, write
 from weights_conversion.tensor_layouts import Layout
@@ -30,12 +29,16 @@ VARIANTS = {(768, 12): "vit_b", (1024, 24): "vit_l", (1280, 32): "vit_h"}  # (wi
 from_official, to_official = functools.partial(read, OFFICIAL), functools.partial(write, OFFICIAL)
 from_huggingface = functools.partial(read, HUGGINGFACE)
 to_huggingface = functools.partial(write, HUGGINGFACE)
-LAYOUTS = {"official": OFFICIAL, "huggingface": HUGGINGFACE}
+LITE_MEDSAM = Layout("lite_medsam", "SAM", tiny_vit_table.LITE_MEDSAM, unused=tiny_vit_table.UNUSED)
+MOBILE_SAM = Layout("mobile_sam", "SAM", tiny_vit_table.MOBILE_SAM, unused=tiny_vit_table.UNUSED)
+LAYOUTS = {layout.name: layout for layout in (OFFICIAL, HUGGINGFACE, LITE_MEDSAM, MOBILE_SAM)}
 
 
-def detect_layout(names: Iterable[str], source: str) -> str:
-    """Returns `official` or `huggingface`, by the image encoder; raises `UserError` for neither."""
-    heads = {re.match(r"[^./]*[./]?", name)[0] for name in names}
+def detect_layout(tensors: Tensors, source: str) -> str:
+    """Returns a key of `LAYOUTS`, by the image encoder; raises `UserError` for none."""
+    if (embed := tensors.get("image_encoder.patch_embed.seq.0.c.weight")) is not None:
+        return "lite_medsam" if embed.shape[2:] == (1, 1) else "mobile_sam"
+    heads = {re.match(r"[^./]*[./]?", name)[0] for name in tensors}
     for head, layout in (("image_encoder.", "official"), ("vision_encoder.", "huggingface")):
         if head in heads:
             return layout
@@ -48,12 +51,20 @@ def detect_layout(names: Iterable[str], source: str) -> str:
 
 
 def describe(tensors: Tensors) -> dict:
-    """Returns variant (`custom` for unofficial sizes), image size and patch size of our tensors."""
+    """Returns variant, image size, patch size, and colors of the images that weights are for.
+
+    variant: name of the encoder; `custom` for unofficial sizes.
+    """
+    if "image_encoder/pos_embed" not in tensors:
+        lite = tensors["image_encoder/patch_embed/0/kernel"].ndim == 2
+        size, patch, colors = (256, 4, "unit") if lite else (1024, 16, "normalized")
+        return {"variant": "tiny_vit", "image_size": size, "patch_size": patch, "colors": colors}
     _, grid, _, width = tensors["image_encoder/pos_embed"].shape
     patch = tensors["image_encoder/patch_embed/kernel"].shape[0]
     depth = sum(name.endswith("/attn/qkv/kernel") for name in tensors)
     variant = VARIANTS.get((width, depth), "custom")
-    return {"variant": variant, "image_size": grid * patch, "patch_size": patch}
+    sizes = {"variant": variant, "image_size": grid * patch, "patch_size": patch}
+    return sizes | {"colors": "normalized"}  # see `image_encoder.COLORS`
 
 
 def store(output, tensors: Tensors, origin: dict, *, overwrite: bool = False) -> dict:
@@ -81,7 +92,6 @@ def store(output, tensors: Tensors, origin: dict, *, overwrite: bool = False) ->
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         **describe(tensors),
-        "colors": "normalized",  # every SAM here; see `models.sam.COLORS`
         **origin,
         "sha256": write_weights(weights, tensors, overwrite=overwrite),
         "tensor_count": len(tensors),

@@ -79,9 +79,11 @@ class Layout(NamedTuple):
     """The names of one kind of checkpoint: `name` of `family` in messages, and its table.
 
     duplicates: ignored names of copies, with the name of the tensor that each must equal.
+    unused: regular expression of names that have no part in the model; they are dropped.
     """
 
     name: str
     family: str
     rows: tuple[Row, ...]
     duplicates: Mapping[str, str] = {}
+    unused: str = ""

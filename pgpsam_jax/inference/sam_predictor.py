@@ -70,13 +70,13 @@ class SamPredictor:
 
     @classmethod
     def from_pretrained(
-        cls, path, encoder: str = "vit_b", *, image_size: int | None = None, dtype=jnp.float32
+        cls, path, encoder: str | None = None, *, image_size: int | None = None, dtype=jnp.float32
     ) -> "SamPredictor":
         """Loads weights that `weights_conversion.convert` wrote.
 
         Args:
           path: `<stem>`, `<stem>.safetensors` or `<stem>.json`.
-          encoder: "vit_b", "vit_l" or "vit_h".
+          encoder: "vit_b", "vit_l", "vit_h" or "tiny_vit"; None for that of the weights.
           image_size: side of the model's square input in pixels; None for that of the weights
             (1024 in SAM). Position tables are resized to any other.
           dtype: of the computation, float32 or bfloat16; weights and logits are float32.
@@ -90,7 +90,7 @@ class SamPredictor:
                 f"--source {path} --output {Path(path).with_suffix('')} and give the output"
             )
         base = load_base(path)
-        model = _load(base, encoder, image_size, dtype)
+        model = _load(base, encoder or base.meta["variant"], image_size, dtype)
         return cls(model, colors=base.meta.get("colors", "normalized"))
 
     def set_image(self, image) -> None:
@@ -225,9 +225,9 @@ def _array(what: str, value, *axes) -> tuple[np.ndarray, bool]:
 
 def _load(base: Base, encoder: str, image_size: int | None, dtype) -> Sam:
     """A SAM with converted weights, fitted to the image size."""
-    patch = base.tensors["image_encoder/patch_embed/kernel"].shape[0]
-    size = image_size or patch * base.tensors["image_encoder/pos_embed"].shape[1]
-    config = SamConfig.preset(encoder, size, patch)
+    config = SamConfig.preset(
+        encoder, image_size or base.meta["image_size"], base.meta["patch_size"]
+    )
     model = nnx.eval_shape(lambda: Sam(config, dtype=dtype, rngs=ShapeOnlyRngs()))
     graphdef, state = nnx.split(model)
     leaves, sizes = flat_paths(state), config.encoder

@@ -9,7 +9,6 @@ from pgpsam_jax.methods.pretrained import apply_base, apply_cnn
 from pgpsam_jax.methods.registry import method_of
 from pgpsam_jax.models.initializers import FastRngs, ShapeOnlyRngs
 from pgpsam_jax.models.parameters import State, split_model
-from pgpsam_jax.models.sam.image_encoder import attention_report
 from pgpsam_jax.models.segmenter import Segmenter
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -23,7 +22,7 @@ def make_model(settings: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> Segmen
         )
     dtype = DTYPES[settings.compute_dtype]
     model = method_of(settings).from_settings(settings, num_classes, dtype=dtype, rngs=rngs)
-    attention_report(model.image_encoder.config, dtype)  # refuses what cannot run here
+    model.image_encoder.config.describe_attention(dtype)  # refuses what cannot run here
     return model
 
 
@@ -86,4 +85,4 @@ def attention_of(
 ) -> str:
     """Returns one line that names the attention kernels of the encoder's blocks."""
     encoder = nnx.merge(graphdef, params, frozen).image_encoder
-    return attention_report(encoder.config, DTYPES[settings.compute_dtype])
+    return encoder.config.describe_attention(DTYPES[settings.compute_dtype])

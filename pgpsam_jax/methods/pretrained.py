@@ -12,10 +12,10 @@ from pgpsam_jax.methods.registry import key_of, method_of, name_of
 from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.models.parameters import State, flat_paths, under
 from pgpsam_jax.models.sam import weights
-from pgpsam_jax.models.sam.image_encoder import EncoderConfig
+from pgpsam_jax.models.sam.sam import Encoder
 
 
-def apply_base(settings: ConfigDict, encoder: EncoderConfig, params: State, frozen: State) -> str:
+def apply_base(settings: ConfigDict, encoder: Encoder, params: State, frozen: State) -> str:
     """Copies the converted SAM `settings.base` into the states; returns its SHA-256."""
     method, base = method_of(settings), weights.load_base(settings.base)
     tensors = weights.fit_base(base.tensors, encoder.grid, global_blocks=encoder.global_blocks)

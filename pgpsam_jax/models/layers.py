@@ -98,13 +98,14 @@ class DepthwiseConv(nnx.Module):
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)
 
 
-def depthwise(x, kernel, dilation: int = 1):
-    """Depthwise convolution of (B, H, W, C) with (h, w, C), zero padding, same size."""
+def depthwise(x, kernel, dilation: int = 1, stride: int = 1):
+    """Depthwise convolution of (B, H, W, C) with (h, w, C), zero padding."""
     (_, h, w, _), (rows, columns, _) = x.shape, kernel.shape
     pads = [(dilation * (n // 2),) * 2 for n in (rows, columns)]
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
     return sum(
-        kernel[i, j] * x[:, dilation * i : dilation * i + h, dilation * j : dilation * j + w]
+        kernel[i, j]
+        * x[:, dilation * i : dilation * i + h : stride, dilation * j : dilation * j + w : stride]
         for i in range(rows)
         for j in range(columns)
     )

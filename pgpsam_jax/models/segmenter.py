@@ -18,6 +18,7 @@ from pgpsam_jax.models.sam.lora import TARGETS, LoraConfig
 from pgpsam_jax.models.sam.mask_decoder import MaskDecoder
 from pgpsam_jax.models.sam.prompt_encoder import PromptEncoder
 from pgpsam_jax.models.sam.sam import SamConfig
+from pgpsam_jax.models.sam.tiny_vit import TinyVit
 from pgpsam_jax.models.sam.weights import colors_of_base
 
 STARTS = ("auto", "sam", "random")  # how the modules that a method adds to SAM are initialized
@@ -66,7 +67,7 @@ class Segmenter(nnx.Module):
     sam_start: Mapping[str, str] = {}
     auto_colors: str | None = None
     oracle: bool = False
-    image_encoder: ImageEncoder
+    image_encoder: ImageEncoder | TinyVit
 
     def __init__(self, *sizes: Any, dtype: Any, rngs: nnx.Rngs, **options: Any) -> None:
         """Takes what `from_settings` gives: by default a `SamConfig`, K and `options`."""
@@ -192,7 +193,7 @@ class SamSegmenter(Segmenter):
         rngs: nnx.Rngs,
     ):
         common = dict(dtype=dtype, rngs=rngs)
-        self.image_encoder = ImageEncoder(sam.encoder, lora, **common)
+        self.image_encoder = sam.encoder.make(lora, **common)
         self.prompt_encoder = PromptEncoder(
             sam.decoder.width, sam.encoder.grid, sam.image_size, **common
         )

@@ -18,9 +18,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from pgpsam_jax.models.pgpsam.model import PgpSamConfig
-from pgpsam_jax.models.sam.image_encoder import EncoderConfig
+from pgpsam_jax.models.sam.image_encoder import EncoderConfig, strips
 from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.mask_decoder import DecoderConfig
+from pgpsam_jax.models.sam.sam import Encoder
+from pgpsam_jax.models.sam.tiny_vit import STRIDES, TinyVitConfig
 
 
 class Product(NamedTuple):
@@ -52,7 +54,7 @@ def total(products: Iterable[Product]) -> Flops:
 
 
 def encoder(
-    config: EncoderConfig, lora: LoraConfig | None, train: str, *, pad_projections: bool = False
+    config: Encoder, lora: LoraConfig | None, train: str, *, pad_projections: bool = False
 ) -> list[Product]:
     """Returns the products of the image encoder.
 
@@ -63,6 +65,8 @@ def encoder(
       pad_projections: pads windows before the qkv projection and crops them after the output
         projection, as the published SAM does, rather than between the two, as this package does.
     """
+    if isinstance(config, TinyVitConfig):
+        return _tiny_vit(config, lora, train)
     (h, w), d, out = config.grid, config.width, config.out_channels
     tokens, full = h * w, train == "full"
     products = [Product(2 * tokens * d * 3 * config.patch_size**2, int(full))]
@@ -85,6 +89,68 @@ def encoder(
         _linear(tokens, d, out, inside, full),
         _linear(tokens, 9 * out, out, inside, full),
     ]
+
+
+def _tiny_vit(config: TinyVitConfig, lora: LoraConfig | None, train: str) -> list[Product]:
+    (h, w), full = config.grid, train == "full"
+    rank, adapted = (lora.rank, len(lora.targets)) if lora and train == "lora" else (0, 0)
+    stride, first = STRIDES[config.patch_size], config.widths[0]
+    size = 9 if stride == 2 else 1
+    cells = [(4 * h) * (4 * w), (2 * h) * (2 * w), h * w, h * w]
+    products = [
+        _linear(cells[0] * stride**2, 3 * size, first // 2, False, full),
+        _linear(cells[0], first // 2 * size, first, full, full),
+    ]
+    below = full  # a gradient flows further back
+    for i, (dim, heads, window) in enumerate(
+        zip(config.widths, config.head_counts, config.windows, strict=True)
+    ):
+        hidden = config.expansion * dim
+        for _ in range(config.depths[i]):
+            if not heads:
+                products += _bottleneck(cells[i], cells[i], dim, hidden, dim, below, full)
+                continue
+            products.append(_linear(cells[i], dim, 3 * dim, below, full))
+            if adapted:
+                products.append(_linear(cells[i], dim, adapted * rank, below, True))
+                products.append(_linear(cells[i], rank, adapted * dim, True, True))
+            below = full or adapted > 0
+            scale = 2 if i == 1 else 1
+            products.append(_windowed_products(scale * h, scale * w, window, dim, below))
+            products.append(_linear(cells[i], dim, dim, below, full))
+            products.append(_linear(cells[i], 9, dim, below, full))  # depthwise
+            products.append(_linear(cells[i], dim, 2 * hidden, below, full))  # both of the MLP
+        if i + 1 < len(cells):
+            out = config.widths[i + 1]
+            products += _bottleneck(cells[i], cells[i + 1], dim, out, out, below, full)
+    out = config.out_channels
+    return [
+        *products,
+        _linear(h * w, config.widths[-1], out, below, full),
+        _linear(h * w, 9 * out, out, below, full),
+    ]
+
+
+def _bottleneck(rows, rows_out, dim, hidden, out, below, full) -> list[Product]:
+    """1x1, depthwise 3x3 and 1x1 convolution of TinyViT."""
+    return [
+        _linear(rows, dim, hidden, below, full),
+        _linear(rows_out, 9, hidden, below, full),
+        _linear(rows_out, hidden, out, below, full),
+    ]
+
+
+def _windowed_products(height, width, window, dim, gradient) -> Product:
+    """q k^T and weights v of one block; an overhanging window has one key for all cells outside."""
+    pairs = 0
+    for _, rows in strips(height, window):
+        for _, columns in strips(width, window):
+            tokens = rows * columns
+            count = (height // window if rows == window else 1) * (
+                width // window if columns == window else 1
+            )
+            pairs += count * tokens * (tokens + (tokens < window**2))
+    return Product(4 * dim * pairs, 2 * int(gradient))
 
 
 def _linear(rows, dim, out, input_gradient=True, trained=True, padded_rows=0) -> Product:
@@ -147,7 +213,10 @@ def masks(config: DecoderConfig, cells: int, count: int) -> list[Product]:
 
 
 def sam(
-    encoder_config: EncoderConfig, decoder: DecoderConfig, lora: LoraConfig | None, train: str
+    encoder_config: EncoderConfig | TinyVitConfig,
+    decoder: DecoderConfig,
+    lora: LoraConfig | None,
+    train: str,
 ) -> list[Product]:
     """Returns the products of SAM without a prompt: four mask tokens and the quality token."""
     cells = math.prod(encoder_config.grid)
@@ -175,7 +244,7 @@ def pgpsam(config: PgpSamConfig, train: str, *, training: bool) -> list[Product]
     tokens = classes * (1 + config.ppg)
     adapts = train == "full" or (train == "lora" and config.lora.rank > 0)
     products = encoder(sizes, config.lora if config.lora.rank else None, train)
-    products += [_linear(cells, sizes.width, c, adapts)] * stages
+    products += [_linear(cells, sizes.tap_widths[tap], c, adapts) for tap in config.stage_taps]
     if config.cfm:
         products += [_linear(1, c, c)] * stages
     if config.ppg:

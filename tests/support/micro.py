@@ -7,10 +7,12 @@ one block in the decoder.
 import dataclasses
 
 from pgpsam_jax.models.sam import sam
+from pgpsam_jax.models.sam.image_encoder import EncoderConfig
 
 NAME = "vit_micro"
-sam._VIT[NAME] = dict(
-    width=32, depth=2, heads=4, global_blocks=(1,), window_size=4, out_channels=32
+sam._ENCODERS[NAME] = (
+    EncoderConfig,
+    dict(width=32, depth=2, heads=4, global_blocks=(1,), window_size=4, out_channels=32),
 )
 _preset = sam.SamConfig.preset
 

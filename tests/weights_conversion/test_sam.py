@@ -346,7 +346,7 @@ def test_layout_is_found_from_the_names(state, ours):
     with pytest.raises(UserError, match="already in this project's layout"):
         detect_layout(ours, "x")
     with pytest.raises(UserError, match=r"x holds no SAM image encoder .*backbone"):
-        detect_layout(["backbone.weight"], "x")
+        detect_layout({"backbone.weight": np.zeros(1)}, "x")
 
 
 @pytest.mark.parametrize(
@@ -358,4 +358,5 @@ def test_variant(width, depth, variant):
         "image_encoder/pos_embed": np.broadcast_to(np.float32(0), (1, 32, 32, width)),
         "image_encoder/patch_embed/kernel": np.broadcast_to(np.float32(0), (16, 16, 3, width)),
     } | {f"image_encoder/blocks/{i}/attn/qkv/kernel": np.zeros(0) for i in range(depth)}
-    assert describe(tensors) == {"variant": variant, "image_size": 512, "patch_size": 16}
+    wanted = {"variant": variant, "image_size": 512, "patch_size": 16, "colors": "normalized"}
+    assert describe(tensors) == wanted

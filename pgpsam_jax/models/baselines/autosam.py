@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pgpsam_jax.models import initializers, layers, losses
-from pgpsam_jax.models.sam.image_encoder import ImageEncoder
 from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.mask_decoder import DecoderConfig, Upscaling, token_products
 from pgpsam_jax.models.sam.prompt_encoder import FourierPositions
@@ -84,7 +83,7 @@ class AutoSam(Segmenter):
         rngs: nnx.Rngs,
     ):
         common = dict(dtype=dtype, rngs=rngs)
-        self.image_encoder = ImageEncoder(sam.encoder, lora, **common)
+        self.image_encoder = sam.encoder.make(lora, **common)
         self.pe_layer = FourierPositions(sam.decoder.width, rngs=rngs)
         self.mask_decoder = ClassDecoder(sam.decoder, classes, **common)
         self.grid = sam.encoder.grid

@@ -16,7 +16,6 @@ from pgpsam_jax.models import initializers
 from pgpsam_jax.models.pgpsam.cfm import ContextualFeatureModulation
 from pgpsam_jax.models.pgpsam.ppg import PromptGenerator
 from pgpsam_jax.models.pgpsam.ppr import PrototypeRefinement, Refined
-from pgpsam_jax.models.sam.image_encoder import ImageEncoder
 from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.mask_decoder import MaskDecoder, class_features
 from pgpsam_jax.models.sam.prompt_encoder import FourierPositions
@@ -45,11 +44,11 @@ class PrototypeConfig:
     def __post_init__(self):
         encoder = self.sam.encoder
         if not self.stage_taps:
-            taps = (encoder.global_blocks[-1], encoder.global_blocks[0])
-            object.__setattr__(self, "stage_taps", taps)
-        if any(not 0 <= tap < encoder.depth for tap in self.stage_taps):
+            object.__setattr__(self, "stage_taps", encoder.default_taps)
+        if any(not 0 <= tap < len(encoder.tap_widths) for tap in self.stage_taps):
             raise UserError(
-                f"stage_taps {self.stage_taps} must be block indices from 0 to {encoder.depth - 1}"
+                f"stage_taps {self.stage_taps} must be indices from 0 to "
+                f"{len(encoder.tap_widths) - 1}"
             )
         if self.num_classes < 2:
             raise UserError(f"num_classes is {self.num_classes}; the background and one more")
@@ -176,14 +175,14 @@ class PgpSam(PrototypeSegmenter):
         # A middle pass only gives PPR its class feature; without PPR its prompts would be dead.
         passes = 1 + (len(config.stage_taps) if config.ppr else 1)
         common = dict(dtype=dtype, rngs=rngs)
-        self.image_encoder = ImageEncoder(encoder, config.lora, **common)
+        self.image_encoder = encoder.make(config.lora, **common)
         self.pe_layer = FourierPositions(c, rngs=rngs)
         self.mask_decoder = MaskDecoder(config.sam.decoder, classes, iou_head=False, **common)
         self.cfm = nnx.List(
             ContextualFeatureModulation(
-                encoder.width, c, k=config.strip_kernel, enabled=config.cfm, **common
+                encoder.tap_widths[tap], c, k=config.strip_kernel, enabled=config.cfm, **common
             )
-            for _ in config.stage_taps
+            for tap in config.stage_taps
         )
         if config.ppg:
             self.intra = initializers.normal_param(rngs, classes, c)

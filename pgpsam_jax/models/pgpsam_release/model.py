@@ -18,7 +18,6 @@ from pgpsam_jax.models.pgpsam_release.cfm import ChannelSemantics, ContextualFea
 from pgpsam_jax.models.pgpsam_release.mask_decoder import MaskDecoder
 from pgpsam_jax.models.pgpsam_release.ppg import PromptGenerator
 from pgpsam_jax.models.pgpsam_release.ppr import PrototypeRefinement
-from pgpsam_jax.models.sam.image_encoder import ImageEncoder
 from pgpsam_jax.models.segmenter import register
 
 
@@ -84,7 +83,7 @@ class ReleasePgpSam(PrototypeSegmenter):
         classes, inter, stages = config.num_classes, config.inter, len(config.stage_taps)
         common = dict(dtype=dtype, rngs=rngs)
         sizes = c, classes, inter
-        self.image_encoder = ImageEncoder(encoder, config.lora, **common)
+        self.image_encoder = encoder.make(config.lora, **common)
         self.mask_decoder = MaskDecoder(
             config.sam.decoder, classes, encoder.grid, token_order=config.token_order, **common
         )
@@ -94,8 +93,8 @@ class ReleasePgpSam(PrototypeSegmenter):
         self.inter, self.inter_embed = (initializers.normal_param(rngs, inter, c) for _ in range(2))
         self.pre_prompt = PrePrompt(*sizes, dcn=config.dcn, **common)
         self.cfm = nnx.List(
-            ContextualFeatureModulation(encoder.width, c, k=config.strip_kernel, **common)
-            for _ in range(stages)
+            ContextualFeatureModulation(encoder.tap_widths[tap], c, k=config.strip_kernel, **common)
+            for tap in config.stage_taps
         )
         self.ppr = nnx.List(
             PrototypeRefinement(*sizes, config.k, encoder.grid, **common) for _ in range(stages)

@@ -77,6 +77,42 @@ class EncoderConfig:
             )
 
     @property
+    def tap_widths(self) -> tuple[int, ...]:
+        """Channels of what each tap returns: the output of each block."""
+        return (self.width,) * self.depth
+
+    @property
+    def default_taps(self) -> tuple[int, int]:
+        """The paper's: the last and the first block with global attention."""
+        return self.global_blocks[-1], self.global_blocks[0]
+
+    def make(self, lora: LoraConfig | None, *, dtype=jnp.float32, rngs: nnx.Rngs) -> "ImageEncoder":
+        """Returns the module."""
+        return ImageEncoder(self, lora, dtype=dtype, rngs=rngs)
+
+    def describe_attention(self, dtype) -> str:
+        """Returns one line on the kernels of window and global blocks.
+
+        Raises:
+            UserError: they cannot be computed here.
+        """
+        channels = self.width // self.heads
+        found: dict[str, list[str]] = {}
+        sides = [self.grid] if self.global_blocks else []
+        if len(self.global_blocks) < self.depth:
+            rows, columns = (
+                [size for _, size in strips(length, self.window_size)] for length in self.grid
+            )
+            sides += itertools.product(rows, columns)
+        for i, (h, w) in enumerate(sides):
+            window = i > 0 or not self.global_blocks
+            overhangs = window and min(h, w) < self.window_size
+            depth = channels + h + w + overhangs
+            name = attention.choose(self.attention, h * w, depth, dtype)
+            found.setdefault(name, []).append(f"{'windows' if window else 'global'} {h}x{w}")
+        return "; ".join(f"{name} for {', '.join(places)}" for name, places in found.items())
+
+    @property
     def period(self) -> int:
         """Blocks in the group that repeats: up to the first global one."""
         return self.global_blocks[0] + 1 if self.global_blocks else 1
@@ -262,22 +298,3 @@ def recomputing(remat: str):
     if remat == "dots":
         return jax.checkpoint(run, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     return run
-
-
-def attention_report(config: EncoderConfig, dtype) -> str:
-    """One line on what window and global blocks are computed with; a `UserError` if they cannot."""
-    channels = config.width // config.heads
-    found: dict[str, list[str]] = {}
-    sides = [config.grid] if config.global_blocks else []
-    if len(config.global_blocks) < config.depth:
-        rows, columns = (
-            [size for _, size in strips(length, config.window_size)] for length in config.grid
-        )
-        sides += itertools.product(rows, columns)
-    for i, (h, w) in enumerate(sides):
-        window = i > 0 or not config.global_blocks
-        overhangs = window and min(h, w) < config.window_size
-        depth = channels + h + w + overhangs
-        name = attention.choose(config.attention, h * w, depth, dtype)
-        found.setdefault(name, []).append(f"{'windows' if window else 'global'} {h}x{w}")
-    return "; ".join(f"{name} for {', '.join(places)}" for name, places in found.items())

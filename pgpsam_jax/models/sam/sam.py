@@ -11,18 +11,26 @@ import numpy as np
 from flax import nnx
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.sam.image_encoder import EncoderConfig, ImageEncoder, normalize
+from pgpsam_jax.models.sam.image_encoder import EncoderConfig, normalize
 from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.mask_decoder import DecoderConfig, MaskDecoder
 from pgpsam_jax.models.sam.prompt_encoder import PromptEncoder
+from pgpsam_jax.models.sam.tiny_vit import TinyVitConfig
 
-_VIT = {
-    "vit_b": dict(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11)),
-    "vit_l": dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)),
-    "vit_h": dict(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
+_ENCODERS = {
+    "vit_b": (EncoderConfig, dict(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11))),
+    "vit_l": (EncoderConfig, dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23))),
+    "vit_h": (EncoderConfig, dict(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31))),
     # Small enough to train from scratch on two CPU cores: tests and the phantom.
-    "vit_t": dict(width=96, depth=4, heads=3, global_blocks=(1, 3), window_size=8, out_channels=64),
+    "vit_t": (
+        EncoderConfig,
+        dict(width=96, depth=4, heads=3, global_blocks=(1, 3), window_size=8, out_channels=64),
+    ),
+    "tiny_vit": (TinyVitConfig, {}),  # LiteMedSAM at patch size 4, MobileSAM at 16
 }
+
+
+Encoder = EncoderConfig | TinyVitConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +38,14 @@ class SamConfig:
     """Sizes of a SAM: encoder, decoder and the input it is built for (pixels, rows x columns)."""
 
     image_size: tuple[int, int]
-    encoder: EncoderConfig
+    encoder: Encoder
     decoder: DecoderConfig
 
     @classmethod
     def preset(cls, name: str, image_size=1024, patch_size: int = 16, **encoder):
-        """`vit_t`, `vit_b`, `vit_l` or `vit_h` at a square size or (rows, columns)."""
-        if name not in _VIT:
-            raise UserError(f"unknown SAM encoder {name!r}; choose one of {', '.join(_VIT)}")
+        """Returns the sizes of an encoder of that name at a square size or (rows, columns)."""
+        if name not in _ENCODERS:
+            raise UserError(f"unknown SAM encoder {name!r}; choose one of {', '.join(_ENCODERS)}")
         size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
         if any(s <= 0 or s % patch_size for s in size):
             raise UserError(
@@ -45,7 +53,8 @@ class SamConfig:
                 f"choose a multiple of {patch_size}"
             )
         grid = (size[0] // patch_size, size[1] // patch_size)
-        sizes = EncoderConfig(grid=grid, patch_size=patch_size, **{**_VIT[name], **encoder})
+        kind, preset = _ENCODERS[name]
+        sizes = kind(grid=grid, patch_size=patch_size, **{**preset, **encoder})
         width = sizes.out_channels
         return cls(size, sizes, DecoderConfig(width=width, mlp_dim=8 * width))
 
@@ -61,7 +70,7 @@ class Sam(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.image_encoder = ImageEncoder(config.encoder, lora, dtype=dtype, rngs=rngs)
+        self.image_encoder = config.encoder.make(lora, dtype=dtype, rngs=rngs)
         self.prompt_encoder = PromptEncoder(
             config.decoder.width, config.encoder.grid, config.image_size, dtype=dtype, rngs=rngs
         )

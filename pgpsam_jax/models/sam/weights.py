@@ -150,6 +150,8 @@ def fit_base(
     block is global if its tables have 2G-1 rows for the checkpoint's own grid G. Where that holds
     for every block the grid may equal the window: then `global_blocks` (block numbers) must tell.
     """
+    if "image_encoder/pos_embed" not in tensors:  # TinyViT has no absolute positions
+        return dict(tensors)
     position = tensors["image_encoder/pos_embed"]
     own = position.shape[1:3]
     result = dict(tensors)

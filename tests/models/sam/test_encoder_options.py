@@ -12,7 +12,7 @@ from pgpsam_jax.config import defaults, serialization
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import build
 from pgpsam_jax.models.initializers import ShapeOnlyRngs
-from pgpsam_jax.models.sam.image_encoder import REMAT, EncoderConfig, ImageEncoder, attention_report
+from pgpsam_jax.models.sam.image_encoder import REMAT, EncoderConfig, ImageEncoder
 from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.sharding import context, device_mesh
@@ -152,14 +152,14 @@ def test_stored_remat_of_before_it_had_names(stored, name):
 def test_report_of_what_was_picked():
     vit_b = SamConfig.preset("vit_b", 512).encoder
     folded = dataclasses.replace(vit_b, attention="folded")
-    assert attention_report(folded, jnp.float32) == (
+    assert folded.describe_attention(jnp.float32) == (
         "folded for global 32x32, windows 14x14, windows 14x4, windows 4x14, windows 4x4"
     )
     with context.traced_for(context.TracingContext("tpu")):
-        assert attention_report(vit_b, jnp.bfloat16).startswith("splash for global 32x32; ")
+        assert vit_b.describe_attention(jnp.bfloat16).startswith("splash for global 32x32; ")
     with context.traced_for(context.TracingContext("gpu", 8.0)):
         large = SamConfig.preset("vit_b", 1024).encoder
-        assert "; cudnn for windows 14x14, " in attention_report(large, jnp.bfloat16)
+        assert "; cudnn for windows 14x14, " in large.describe_attention(jnp.bfloat16)
 
 
 @pytest.mark.slow
