@@ -77,7 +77,8 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
         notices=[notice for notice in notices if notice],
         **options,
     )
-    notes = f", {len(summary['notices'])} note(s) on these numbers" if summary["notices"] else ""
     multihost.print_once(format_text(summary))
-    multihost.print_once(f"evaluation  {folder / 'summary.md'}: all protocols, definitions{notes}")
+    for text in summary["notices"]:  # in full in the file
+        multihost.print_once(f"!!! {text.split('. ')[0].rstrip('.')}.")
+    multihost.print_once(f"evaluation  {folder / 'summary.md'}: all protocols, definitions")
     return summary

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pgpsam_jax.data.io import nifti
+from pgpsam_jax.data.io import volumes
 from pgpsam_jax.data.io.volumes import read_image
 from tests.support.fuzz import nifti as nifti_target
 from tests.support.fuzz import torch_file as torch_target
@@ -23,7 +23,7 @@ def test_a_reader_that_breaks_its_promise_is_noticed(monkeypatch):
     def broken(path):
         raise ValueError("a traceback")
 
-    monkeypatch.setattr(nifti, "read_label", broken)
+    monkeypatch.setattr(volumes, "read_label", broken)
     monkeypatch.setattr(torch_file, "read_torch_file", broken)
     for module in (nifti_target, torch_target):
         with pytest.raises(ValueError, match="a traceback"):

@@ -64,7 +64,7 @@ class Finds:
 def selection(workdir, dead_epochs=3):
     validation = default_config().validation
     validation.every_epochs, validation.dead_epochs = 1, dead_epochs
-    data = ValidationData(None, TRUTH, len(NAMES), 1, "")
+    data = ValidationData(None, TRUTH, "", num_classes=len(NAMES), cases=1)
     return model_selection.Selection(validation, data, workdir, 2, 4, 100, NAMES)
 
 

@@ -33,7 +33,7 @@ class Scripted:
 def selection(workdir, every=1, batch_size=4, epoch_size=4, total=100):
     validation = default_config().validation
     validation.every_epochs = every
-    data = ValidationData("images", LABELS, 2, 1, "digest")
+    data = ValidationData("images", LABELS, "digest", num_classes=2, cases=1)
     return model_selection.Selection(validation, data, workdir, batch_size, epoch_size, total)
 
 

@@ -58,7 +58,7 @@ def config(root):
     """Path of a config file for three classes and the encoder vit_t."""
     path = root / "release.py"
     path.write_text(
-        "from pathlib import Path\nfrom small_run import config_for\n"
+        "from pathlib import Path\nfrom tests.support.small_run import config_for\n"
         f"def get_config():\n    return config_for(Path({str(root)!r}), **{SETTINGS!r})\n"
     )
     return path
