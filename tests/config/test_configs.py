@@ -142,7 +142,7 @@ def test_stored_configurations_round_trip():
         ("train_encoder", "some", "choose one of"),
         ("name", "unet", "choose from pgpsam/paper"),
         ("lora_targets", ("q", "x"), "unknown; choose from"),
-        ("stage_taps", (99,), "block indices from 0 to 11"),
+        ("stage_taps", (99,), "must be indices from 0 to 11"),
         ("compute_dtype", "float8", "choose float32 or bfloat16"),
     ],
 )

@@ -75,7 +75,7 @@ def test_grids_by_name(pgpsam):
 def test_demo_of_an_installed_package(pgpsam):
     """Two steps of the built-in run, then its masks and its report."""
     fields = ["train.steps=2", "data.root=data", "data.split=fraction", "data.test_fraction=0.1"]
-    fields += ["model.image_size=32"]
+    fields += ["model.image_size=32", "log.report=False"]
     pgpsam("train", "--config", "phantom", *[f"--config.{field}" for field in fields])
     image = next((pgpsam.work / "data").rglob("img*.nii.gz"))
     pgpsam("predict", "--workdir", "runs/phantom", "--input", image, "--output", "masks")

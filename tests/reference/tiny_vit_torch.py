@@ -1,14 +1,16 @@
 """TinyViT as LiteMedSAM and MobileSAM have it: functions on torch over an official state dict."""
 
+import itertools
+
 import numpy as np
 
 from tests.support.optional import F, torch
 
-WIDTHS, DEPTHS = (64, 128, 160, 320), (2, 2, 6, 2)
+WIDTHS = (64, 128, 160, 320)
 HEADS, WINDOWS = (0, 4, 5, 10), (0, 7, 14, 7)
 
 
-def random_state(lite: bool, seed: int = 0) -> dict[str, np.ndarray]:
+def random_state(lite: bool, depths=(2, 2, 6, 2), seed: int = 0) -> dict[str, np.ndarray]:
     """Tensors by their official names; batch statistics and biases are no trivial ones."""
     rng, state = np.random.default_rng(seed), {}
 
@@ -37,7 +39,7 @@ def random_state(lite: bool, seed: int = 0) -> dict[str, np.ndarray]:
     conv(f"{head}.patch_embed.seq.0", 32, 3, size)
     conv(f"{head}.patch_embed.seq.2", 64, 32, size)
     for i, dim in enumerate(WIDTHS):
-        for j in range(DEPTHS[i]):
+        for j in range(depths[i]):
             block = f"{head}.layers.{i}.blocks.{j}"
             if i == 0:
                 conv(f"{block}.conv1", 4 * dim, dim, 1)
@@ -116,7 +118,9 @@ def _encode(p, x):
     x = conv(f"{head}.patch_embed.seq.0", x, stride)
     x = conv(f"{head}.patch_embed.seq.2", F.gelu(x), stride)
     for i in range(4):
-        for j in range(DEPTHS[i]):
+        for j in itertools.count():
+            if not any(name.startswith(f"{head}.layers.{i}.blocks.{j}.") for name in p):
+                break
             name = f"{head}.layers.{i}.blocks.{j}"
             if i == 0:
                 x = F.gelu(x + bottleneck(name, x))

@@ -89,9 +89,8 @@ class TinyVitConfig:
         return TinyVit(self, lora, dtype=dtype, rngs=rngs)
 
     def describe_attention(self, dtype) -> str:
-        """Returns a line on how attention is computed."""
-        sides = ", ".join(f"{w}x{w}" for w in self.windows if w)
-        return f"einsum for windows {sides}"
+        """Returns one line on how attention is computed."""
+        return f"einsum for windows {', '.join(f'{w}x{w}' for w in self.windows if w)}"
 
 
 class ConvNorm(nnx.Module):
@@ -256,14 +255,7 @@ class TinyVit(nnx.Module):
     fourth stage, 3 the output of the fourth.
     """
 
-    def __init__(
-        self,
-        config: TinyVitConfig,
-        lora: LoraConfig | None,
-        *,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: TinyVitConfig, lora: LoraConfig | None, *, dtype, rngs: nnx.Rngs):
         common = dict(dtype=dtype, rngs=rngs)
         lora = lora if lora is not None and lora.rank and lora.targets else None
         stride, first = STRIDES[config.patch_size], config.widths[0]

@@ -25,6 +25,7 @@ from weights_conversion.sam import LAYOUTS
 from weights_conversion.tensor_layouts import Layout
 
 TOLERANCE = 3e-6
+DEPTHS = (1, 2, 1, 1)  # compiling is what these tests cost; `test_golden_lite` has all blocks
 SIZES = {"lite_medsam": (40, 72), "mobile_sam": (160, 288)}  # tokens: 10 x 18; windows overhang
 
 
@@ -35,7 +36,7 @@ def encoder_layout(layout: Layout) -> Layout:
 
 @functools.cache
 def state_of(name: str):
-    return tiny_vit_torch.random_state(name == "lite_medsam")
+    return tiny_vit_torch.random_state(name == "lite_medsam", DEPTHS)
 
 
 @functools.cache
@@ -46,7 +47,7 @@ def tensors_of(name: str):
 def build(name: str, size, lora=None, dtype=jnp.float32, **options):
     """An encoder with the random state of a checkpoint; LoRA's B is random, too."""
     patch = 4 if name == "lite_medsam" else 16
-    config = SamConfig.preset("tiny_vit", size, patch, **options).encoder
+    config = SamConfig.preset("tiny_vit", size, patch, depths=DEPTHS, **options).encoder
     model = nnx.eval_shape(lambda: config.make(lora, dtype=dtype, rngs=ShapeOnlyRngs()))
     graph, state = nnx.split(model)
     rng = np.random.default_rng(3)
@@ -95,7 +96,7 @@ def test_lora_starts_as_the_base_and_changes_q_and_v():
     size = (28, 28)
     plain, adapted = build("lite_medsam", size), build("lite_medsam", size, LoraConfig(4))
     blocks = [block for stage in adapted.stages[1:] for block in stage]
-    assert sum(hasattr(block.attn, "lora") for block in blocks) == len(blocks) == 10
+    assert sum(hasattr(block.attn, "lora") for block in blocks) == len(blocks) == 4
     images = images_of(size, 1)
     assert error(run(adapted, images)[0], np.asarray(run(plain, images)[0])) > 1e-3
     for block in blocks:
@@ -109,7 +110,7 @@ def test_lora_starts_as_the_base_and_changes_q_and_v():
     assert np.abs(changed[..., [0, 2], :]).min(initial=1) > 0
 
 
-@pytest.mark.parametrize("remat", ["blocks", "dots"])
+@pytest.mark.parametrize("remat", ["blocks"])
 def test_recomputing_changes_no_gradient(remat):
     size = (28, 28)
 
@@ -125,7 +126,7 @@ def test_recomputing_changes_no_gradient(remat):
         flat_paths(gradient(build("lite_medsam", size, LoraConfig(2), remat=kind), images))
         for kind in ("none", remat)
     )
-    assert len(one) == 20
+    assert len(one) == 8
     for path in one:
         np.testing.assert_allclose(one[path][...], other[path][...], rtol=1e-4, atol=1e-7)
 
