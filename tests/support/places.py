@@ -29,6 +29,14 @@ def shared(relative: str) -> Path:
     return path
 
 
+def weights(name: str) -> Path:
+    """Stem of converted weights, or skip. Who asks for them is of the tier `golden`."""
+    stem = REPOSITORY / "weights" / name
+    if not stem.with_suffix(".safetensors").exists():
+        pytest.skip(f"{stem.relative_to(REPOSITORY)} is missing; docs/weights.md has the commands")
+    return stem
+
+
 def gpu():
     """An NVIDIA GPU, or skip. Who asks for it is of the tier `gpu`."""
     import jax  # not before `conftest` has set its variables
