@@ -84,8 +84,14 @@ def test_a_config_makes_model_optimizer_and_settings_of_a_step(name, arguments, 
     make_train_step(graphdef, optimizer, TrainingPlan.from_config(settings).step)
 
 
-STEPS = [("baseline", ("autosam",), SMALL)]
+TINY_VIT = dict(encoder="tiny_vit", image_size=64, patch_size=4)
+STEPS = [("baseline", ("autosam",), SMALL), ("baseline", ("samed",), TINY_VIT)]
 STEPS += [pytest.param(*config, {}, marks=pytest.mark.slow) for config in CONFIGS]
+STEPS += [
+    pytest.param(*config, TINY_VIT, marks=pytest.mark.slow)
+    for config in CONFIGS
+    if config[0] in ("synapse", "synapse_release", "baseline") and config[1] != ("samed",)
+]
 
 
 @pytest.mark.parametrize(("name", "arguments", "model"), STEPS)
