@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
                 train.train(config, workdir)
         config = config or load_config(workdir)
         if config.log.report and (info is None or info.process == 0):
-            print(report_after_run(config, workdir), flush=True)
+            print(report_after_run(workdir, config.data.root, config.model.base), flush=True)
 
 
 def _process_info(flags: argparse.Namespace) -> cluster_env.ProcessInfo | None:

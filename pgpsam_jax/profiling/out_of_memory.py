@@ -7,6 +7,7 @@ enough of them fit or its time is up.
 """
 
 import contextlib
+import functools
 import gc
 import math
 import re
@@ -99,9 +100,7 @@ def advice(config: ConfigDict, workdir, reason: str, segmenting: bool = False) -
     resident = _resident_bytes(config.model.image_size, config.data.resident_gib, workdir)
     classes = dataset.label_table(locations.resolve_paths(config, workdir).data).num_classes
 
-    def measure(setting: ConfigDict) -> int:
-        return step_bytes(setting, classes) + resident
-
+    measure = functools.partial(step_bytes, classes=classes, resident=resident)
     device = jax.local_devices()[0]
     needs, limit = measure(config), memory_limit(device)
     found = measure_remedies([(r, r.applied(config)) for r in remedies], needs, limit, measure)
@@ -198,8 +197,8 @@ def list_remedies(config: ConfigDict) -> list[Remedy]:
     return list(filter(runs, found))
 
 
-def step_bytes(config: ConfigDict, classes: int) -> int:
-    """Returns the bytes that a train step needs on a device, without a resident few-shot set.
+def step_bytes(config: ConfigDict, classes: int, resident: int = 0) -> int:
+    """Returns the bytes that a train step needs on a device, with those of resident slices.
 
     The TPU compiler refuses a step that does not fit; its error states the size.
     """
@@ -213,8 +212,8 @@ def step_bytes(config: ConfigDict, classes: int) -> int:
     except jax.errors.JaxRuntimeError as error:
         if (used := re.search(r"Used ([\d.]+)([KMGT]?) of", str(error))) is None:
             raise
-        return math.ceil(float(used[1]) * 2 ** _UNITS[used[2]])
-    return aot.compiled_cost(compiled).total
+        return math.ceil(float(used[1]) * 2 ** _UNITS[used[2]]) + resident
+    return aot.compiled_cost(compiled).total + resident
 
 
 def memory_limit(device) -> int | None:

@@ -4,26 +4,25 @@ import os
 import subprocess
 import sys
 
-from ml_collections import ConfigDict
-
 _SECONDS = 1800  # until a report is given up
 
 
-def report_after_run(config: ConfigDict, workdir) -> str:
+def report_after_run(workdir, data: str, base: str) -> str:
     """Writes the report in a process of its own, on the CPU; a failure never fails the run.
 
     The run may hold the accelerators and most of their memory, and its processes may have ended.
 
     Args:
-      config: of the run, with the places of its data and weights.
       workdir: of the run.
+      data: root of its data set; empty for the stored one.
+      base: stem of its converted SAM weights; empty for the stored ones.
 
     Returns:
       A line for the user: where the report is, or why there is none.
     """
     command = [sys.executable, "-m", "pgpsam_jax.report", str(workdir)]
-    for flag, place in (("--data", config.data.root), ("--base", config.model.base)):
-        command += [flag, str(place)] if place else []
+    for flag, place in (("--data", data), ("--base", base)):
+        command += [flag, place] if place else []
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     try:
         done = subprocess.run(

@@ -12,6 +12,7 @@ from pgpsam_jax.checkpointing.provenance import provenance
 from pgpsam_jax.config import exclusive_fields, to_json
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.cache import build_cache
+from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.preprocessing import Preprocessing, window_of
 from pgpsam_jax.data.quality import appearance, verification
 from pgpsam_jax.distributed import multihost
@@ -92,7 +93,10 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
     with watch("data"):
         with multihost.first_before_others("verify"):
             verification.verify_run_data(config.data, split, workdir, say=multihost.print_once)
-        trained, validated = _read_cases(config, split, workdir)
+        validation = split.validation if best_parameters.keeps_best(config.validation) else []
+        preprocessing = Preprocessing.from_config(config.data, config.model.image_size)
+        folder = config.data.cache_dir or workdir / "cache"
+        trained, validated = _read_cases(split, validation, preprocessing, folder)
         data = dataset.few_shot_data(
             trained, config.fewshot, split.table.names, workdir if resume else None
         )
@@ -140,17 +144,15 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
     return run
 
 
-def _read_cases(config: ConfigDict, split: dataset.Split, workdir: Path):
-    """Reads training and, if they select parameters, validation cases through the cache."""
-    preprocessing = Preprocessing.from_config(config.data, config.model.image_size)
-    folder = config.data.cache_dir or workdir / "cache"
-    validated = split.validation if best_parameters.keeps_best(config.validation) else []
+def _read_cases(split: dataset.Split, validation: list[Case], preprocessing: Preprocessing, folder):
+    """Reads training and validation cases through the cache in `folder`."""
     if multihost.is_multiprocess():  # share the work of filling the cache
-        share = multihost.shard_for_process(split.train + validated)
+        share = multihost.shard_for_process(split.train + validation)
         build_cache(share, split.table, preprocessing, folder)
         multihost.barrier("cache")
     return (
-        build_cache(cases, split.table, preprocessing, folder) for cases in (split.train, validated)
+        build_cache(cases, split.table, preprocessing, folder)
+        for cases in (split.train, validation)
     )
 
 

@@ -23,7 +23,8 @@ def run(tmp_path):
 
 
 def report(folder) -> str:
-    return after_run.report_after_run(serialization.load_config(folder), folder)
+    config = serialization.load_config(folder)
+    return after_run.report_after_run(folder, config.data.root, config.model.base)
 
 
 def test_a_report_is_written(run, monkeypatch):
@@ -68,9 +69,7 @@ def test_moved_data_and_weights_are_passed_on(run, monkeypatch):
     seen = []
     done = SimpleNamespace(returncode=0, stdout="there\n", stderr="")
     monkeypatch.setattr(after_run.subprocess, "run", lambda c, **_: seen.append(c) or done)
-    config = serialization.load_config(run)
-    config.data.root, config.model.base = "elsewhere", "weights/sam"
-    assert after_run.report_after_run(config, run) == "report      there"
+    assert after_run.report_after_run(run, "elsewhere", "weights/sam") == "report      there"
     assert seen[0][4:] == ["--data", "elsewhere", "--base", "weights/sam"]
 
 
