@@ -195,7 +195,9 @@ def test_a_run_that_is_out_of_memory_can_be_started_again(tmp_path, single, monk
 
     monkeypatch.setattr(train_loop, "run_steps", greedy)
     monkeypatch.setattr(out_of_memory, "list_remedies", lambda config: [HALF])
-    monkeypatch.setattr(out_of_memory, "step_bytes", lambda config, classes, resident: GIB + resident)
+    monkeypatch.setattr(
+        out_of_memory, "step_bytes", lambda config, classes, resident: GIB + resident
+    )
     text = message_of(
         config_for(root, **TINY, **NOISE), workdir, lambda: run(root, workdir, **NOISE)
     )
