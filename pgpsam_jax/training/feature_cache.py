@@ -3,6 +3,7 @@
 With augmentation, each slice is encoded in several augmented copies that epochs use in turn.
 """
 
+import itertools
 import math
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from pgpsam_jax.data.augmentation.augment import augment, sample_keys
 from pgpsam_jax.distributed import multihost
@@ -59,26 +61,32 @@ def encode_few_shot_set(
         images, labels = augment(keys, images.astype(wide(images.dtype)), labels, settings)
         return nnx.merge(graphdef, *states).encode(to_input(images)), labels.astype(jnp.uint8)
 
+    shapes = jax.eval_shape(
+        encode, states, images[:1], labels[:1], np.int32(0), np.zeros(1, np.int32)
+    )
+    leaves = jax.tree.leaves(shapes)
+    taken = copies * count * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 2**30
+    if taken > resident_gib:
+        raise UserError(
+            f"{copies} encoded copies of {count} slices take {taken:.1f} GiB on each device, more "
+            f"than data.resident_gib ({resident_gib:g}); raise it, or lower train.encoded_copies"
+        )
+    kept = jax.tree.map(lambda x: np.empty((copies * count, *x.shape[1:]), x.dtype), shapes)
     run = jax.jit(device_mesh.traced_on(mesh)(encode), out_shardings=rows)
-    parts = []
-    for copy in range(copies):
-        for start in range(0, count, size):
+    silent = not multihost.is_first()
+    with tqdm(total=copies * count, desc="encoding", unit="slice", disable=silent) as progress:
+        for copy, start in itertools.product(range(copies), range(0, count, size)):
             # The last batch is padded with its last slice; the padding is dropped below.
             indices = np.minimum(np.arange(start, start + size), count - 1)
             batch = multihost.put_global(
                 (images[indices], labels[indices], indices.astype(np.int32)), rows
             )
             found = run(states, *batch[:2], np.int32(copy), batch[2])
-            kept = min(size, count - start)
-            parts.append(jax.tree.map(lambda x, n=kept: _host(x)[:n], found))
-    encoded, labels = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-    taken = sum(leaf.nbytes for leaf in jax.tree.leaves((encoded, labels))) / 2**30
-    if taken > resident_gib:
-        raise UserError(
-            f"{copies} encoded copies of {count} slices take {taken:.1f} GiB on each device, more "
-            f"than data.resident_gib ({resident_gib:g}); raise it, or lower train.encoded_copies"
-        )
-    return {"encoded": encoded, "label": labels}
+            end = min(start + size, count)
+            for target, part in zip(jax.tree.leaves(kept), jax.tree.leaves(found), strict=True):
+                target[copy * count + start : copy * count + end] = _host(part)[: end - start]
+            progress.update(end - start)
+    return dict(zip(("encoded", "label"), kept, strict=True))
 
 
 def _host(array) -> np.ndarray:

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from ml_collections import ConfigDict
 
 from pgpsam_jax.config import default_config, use_small_encoder
 from pgpsam_jax.data.augmentation.augment import augment, sample_keys
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import build
+from pgpsam_jax.models.segmenter import METHODS, Training
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training import feature_cache, train_state
 from pgpsam_jax.training import train_step as steps
@@ -24,7 +26,10 @@ from tests.support import micro, tiny_method
 SLICES, SIDE, BATCH, CLASSES, SEED = 5, 32, 2, 3, 3
 
 
-@pytest.fixture(scope="module", params=["tiny", pytest.param("samed", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("samed", "pgpsam"))],
+)
 def configuration(request):
     with tiny_method.known():
         yield functools.partial(configured, request.param)
@@ -130,7 +135,8 @@ def test_copies_are_the_augmented_slices(configuration, few_shot_set, model):
         part = found[0]["label"][copy * SLICES : (copy + 1) * SLICES]
         assert (part == wanted).mean() > 0.999  # a compiled warp may round another pixel's way
     np.testing.assert_array_equal(found[0]["label"], found[1]["label"])
-    np.testing.assert_allclose(found[0]["encoded"], found[1]["encoded"], atol=1e-4)
+    for one, other in zip(*(jax.tree.leaves(each["encoded"]) for each in found), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 def entropy(metrics) -> float:
@@ -156,3 +162,19 @@ def test_what_takes_too_much_is_refused(configuration, few_shot_set, model):
         feature_cache.encode_few_shot_set(
             step, device_mesh.make_mesh(), model, *few_shot_set, seed=SEED, resident_gib=1e-6
         )
+
+
+@pytest.mark.parametrize("key", [key for key in METHODS if METHODS[key].training is Training.SGD])
+def test_every_trained_method_has_features_to_keep(key):
+    """By shapes: what a frozen encoder gives is all that the rest of the method needs."""
+    settings = configured(key[0], 1, False).model
+    settings.preset = key[1] or settings.preset
+    graphdef, *states = build.abstract_model(settings, CLASSES)
+
+    def outputs(states, images):
+        model = nnx.merge(graphdef, *states)
+        return model(images), model.segment(model.encode(images))
+
+    image = jax.ShapeDtypeStruct((2, SIDE, SIDE, 3), jnp.float32)
+    whole, parts = jax.eval_shape(outputs, states, image)
+    assert jax.tree.map(jnp.shape, whole) == jax.tree.map(jnp.shape, parts)

@@ -5,7 +5,7 @@ Source: Yan et al., PGP-SAM (2025), sections 2.1-2.3; equations live in cfm.py, 
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +116,7 @@ class PrototypeSegmenter(Segmenter):
     """Base of both presets; `switches` are the fields of `config_class` that are its own."""
 
     config_class = PrototypeConfig
+    config: Any  # of `config_class`
     switches: tuple[str, ...] = ()
 
     @classmethod
@@ -132,13 +133,21 @@ class PrototypeSegmenter(Segmenter):
         )
         return cls(config, dtype=dtype, rngs=rngs)
 
+    def encode(self, images):
+        """Returns the neck's feature (B, H, W, C) and the tokens of the tapped blocks."""
+        return self.image_encoder(images, self.config.stage_taps)
+
+    def segment(self, encoded, keys=None):
+        passes = self.decode_passes(encoded)
+        return {"bootstrap": passes[0].logits, "final": passes[-1].logits}
+
     def passes(self, images) -> list[Pass]:
         """Returns every pass of the decoder, the bootstrap first, with its inputs."""
-        raise NotImplementedError
+        return self.decode_passes(self.encode(images))
 
-    def __call__(self, images, keys=None):
-        passes = self.passes(images)
-        return {"bootstrap": passes[0].logits, "final": passes[-1].logits}
+    def decode_passes(self, encoded) -> list[Pass]:
+        """Returns the passes for what `encode` returned."""
+        raise NotImplementedError
 
 
 @register("pgpsam", "paper")
@@ -224,8 +233,8 @@ class PgpSam(PrototypeSegmenter):
         logits = self.mask_decoder.masks(mask_tokens, image_tokens)
         return logits, class_features(mask_tokens, image_tokens)
 
-    def passes(self, images) -> list[Pass]:
-        feature, taps = self.image_encoder(images, self.config.stage_taps)
+    def decode_passes(self, encoded) -> list[Pass]:
+        feature, taps = encoded
         refined = None
         if self.config.ppg:
             raw = (self.intra[...], self.inter[...])

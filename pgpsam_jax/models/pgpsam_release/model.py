@@ -123,8 +123,8 @@ class ReleasePgpSam(PrototypeSegmenter):
         """(intra, inter) with the additive tables, as every refinement and generator sees them."""
         return refined.intra + self.intra_embed[...], refined.inter + self.inter_embed[...]
 
-    def passes(self, images) -> list[Pass]:
-        neck, taps = self.image_encoder(images, self.config.stage_taps)
+    def decode_passes(self, encoded) -> list[Pass]:
+        neck, taps = encoded
         raw = (self.intra[...], self.inter[...])
         refined = Refined(*(jnp.broadcast_to(p, (len(neck), *p.shape)) for p in raw))
         feature = self.pre_prompt.csm(neck + self.pre_prompt.mask_embed[...].astype(neck.dtype))

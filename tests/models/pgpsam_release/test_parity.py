@@ -169,8 +169,8 @@ class Given(nnx.Module):
 
 def everything(model, images):
     """What the model and every module in it give, by recorded names, and the weights W_q."""
-    passes, trace = [], model.passes
-    model.passes = lambda images: passes.extend(trace(images)) or passes
+    passes, trace = [], model.decode_passes
+    model.decode_passes = lambda encoded: passes.extend(trace(encoded)) or passes
     neck, taps = model.image_encoder(images, model.config.stage_taps)
     model.image_encoder = Given(neck, taps, model.config.stage_taps)  # traced once
     outputs = model(images)
