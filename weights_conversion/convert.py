@@ -25,12 +25,20 @@ not available.
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.sam.weights import OFFICIAL, base_files, how_to_get, load_base
+from pgpsam_jax.models.sam.weights import (
+    COLORS,
+    MASK_TOKENS,
+    OFFICIAL,
+    base_files,
+    how_to_get,
+    load_base,
+)
 from pgpsam_jax.runtime.cli import Parser, running
 from pgpsam_jax.utils.files import file_digest
 from weights_conversion import resnet, sam
@@ -45,13 +53,21 @@ from weights_conversion.remap import read, write
 
 
 def convert(
-    source, output, *, allow_unknown_md5: bool = False, overwrite: bool = False, log=print
+    source,
+    output,
+    *,
+    colors: str | None = None,
+    mask_tokens: Sequence[int] | None = None,
+    allow_unknown_md5: bool = False,
+    overwrite: bool = False,
+    log=print,
 ) -> dict:
     """Writes `<output>.safetensors` and `<output>.json` from a SAM checkpoint.
 
     Args:
       source: checkpoint file, or folder with `model.safetensors`.
       output: stem of the two files.
+      colors, mask_tokens: see `TrainedFor`; those of SAM or LiteMedSAM by default.
       allow_unknown_md5: convert a file with an official name but another MD5.
       overwrite: replace files of other content.
       log: called with each line of the report.
@@ -87,12 +103,15 @@ def convert(
         "official_file": official,
         "casts": [{"tensor": name, "from": dtype} for name, dtype in sorted(casts.items())],
     }
-    meta = sam.store(output, ours, origin, overwrite=overwrite)
+    trained: dict = {} if colors is None else {"colors": colors}
+    trained |= {} if mask_tokens is None else {"mask_tokens": [*mask_tokens]}
+    meta = sam.store(output, ours, origin, trained=trained, overwrite=overwrite)
     log(f"wrote    {weights} and {sidecar.name}")
     if meta["variant"] == "custom":
-        log("note     width and depth are not those of vit_b, vit_l or vit_h")
+        log("note     width and depth are those of no SAM encoder")
     log(
         f"summary  {meta['variant']}, {meta['image_size']} px, patch {meta['patch_size']}, "
+        f"{meta['colors']} colors, mask tokens {', '.join(map(str, meta['mask_tokens']))}, "
         f"{meta['tensor_count']} tensors, {meta['parameter_count']:,} parameters"
     )
     return meta
@@ -152,6 +171,16 @@ def _parser() -> Parser:
         "--layout", choices=sorted(sam.LAYOUTS), help="SAM: layout that --reverse writes"
     )
     parser.add_argument(
+        "--colors", choices=COLORS, help="SAM: that it was trained on, if not those of its layout"
+    )
+    parser.add_argument(
+        "--mask-tokens",
+        type=int,
+        nargs="+",
+        choices=MASK_TOKENS,
+        help="SAM: that were trained last, such as 0 of MedSAM",
+    )
+    parser.add_argument(
         "--allow-unknown-md5",
         action="store_true",
         help="SAM: convert a file that has an official name but not the official MD5",
@@ -181,8 +210,9 @@ def _main(argv) -> None:
     settings = [f"--config={arguments.config}"] * bool(arguments.config) + fields
     kind, backwards = arguments.kind, arguments.reverse
     paths, options = (arguments.source, arguments.output), {"overwrite": arguments.overwrite}
-    if kind != "sam" and (arguments.layout or arguments.allow_unknown_md5):
-        parser.error("--layout and --allow-unknown-md5 go with --kind sam")
+    trained = {"colors": arguments.colors, "mask_tokens": arguments.mask_tokens}
+    if kind != "sam" and (arguments.layout or arguments.allow_unknown_md5 or any(trained.values())):
+        parser.error("--layout, --colors, --mask-tokens, --allow-unknown-md5 go with --kind sam")
     if kind != "pgpsam_release" and settings:
         parser.error("--config goes with --kind pgpsam_release")
     if kind == "pgpsam_release":
@@ -203,7 +233,7 @@ def _main(argv) -> None:
     elif backwards:
         reverse(*paths, arguments.layout, **options)
     else:
-        convert(*paths, allow_unknown_md5=arguments.allow_unknown_md5, **options)
+        convert(*paths, allow_unknown_md5=arguments.allow_unknown_md5, **trained, **options)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.inference.trained_run import load_run
 from pgpsam_jax.methods import build
+from pgpsam_jax.methods.registry import method_of
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.models.sam.weights import read_safetensors
@@ -167,6 +168,7 @@ def _check_settings(settings: ConfigDict, table: LabelTable, ours: Tensors, sour
             ours["image_encoder/blocks/0/attn/lora/a"].shape[-1],
         ),
         "model.alpha": (settings.alpha, len(ours["inter"]) // classes),
+        "model.colors": (settings.colors.replace("auto", "unit"), "unit"),  # auto: without a base
         "model.k": (settings.k, tokens // classes - 1),
     }
     if wrong := _contradictions(fields):
@@ -211,6 +213,7 @@ def _check_exportable(settings: ConfigDict, workdir: Path) -> None:
         "model.preset": (settings.preset, "release"),
         "model.dcn": (settings.dcn, "deformable"),
         "model.token_order": (settings.token_order, "released"),
+        "model.colors": (method_of(settings).resolve_colors(settings), "unit"),
         "model.lora_targets": (lora, ("q", "v")),
     }
     if wrong := _contradictions(fields):

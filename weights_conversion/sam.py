@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.sam.weights import FORMAT, FORMAT_VERSION, base_files
+from pgpsam_jax.models.sam.weights import FORMAT, FORMAT_VERSION, MASK_TOKENS, base_files
 from pgpsam_jax.utils.files import write_json
 from pgpsam_jax.utils.untrusted_text import read_user_json
 from weights_conversion import sam_table, tiny_vit_table
@@ -21,7 +21,12 @@ HUGGINGFACE = Layout(
     sam_table.HUGGINGFACE,
     duplicates={"prompt_encoder.shared_embedding.positional_embedding": _POSITIONS},
 )
-VARIANTS = {(768, 12): "vit_b", (1024, 24): "vit_l", (1280, 32): "vit_h"}  # (width, depth)
+VARIANTS = {  # (width, depth)
+    (768, 12): "vit_b",
+    (1024, 24): "vit_l",
+    (1280, 32): "vit_h",
+    (96, 4): "vit_t",
+}
 
 
 # Functions (tensors, source): our float32 tensors for those of a layout, and back, bit for bit, but
@@ -32,6 +37,8 @@ to_huggingface = functools.partial(write, HUGGINGFACE)
 LITE_MEDSAM = Layout("lite_medsam", "SAM", tiny_vit_table.LITE_MEDSAM, unused=tiny_vit_table.UNUSED)
 MOBILE_SAM = Layout("mobile_sam", "SAM", tiny_vit_table.MOBILE_SAM, unused=tiny_vit_table.UNUSED)
 LAYOUTS = {layout.name: layout for layout in (OFFICIAL, HUGGINGFACE, LITE_MEDSAM, MOBILE_SAM)}
+
+OF_SAM = {"colors": "normalized", "mask_tokens": [*MASK_TOKENS]}  # what Meta's weights are for
 
 
 def detect_layout(tensors: Tensors, source: str) -> str:
@@ -51,29 +58,35 @@ def detect_layout(tensors: Tensors, source: str) -> str:
 
 
 def describe(tensors: Tensors) -> dict:
-    """Returns variant, image size, patch size, and colors of the images that weights are for.
+    """Returns what weights are for: encoder, image and patch size, colors, trained mask tokens.
 
-    variant: name of the encoder; `custom` for unofficial sizes.
+    variant: name of the encoder; `custom` for unofficial sizes. colors and mask_tokens, see
+    `TrainedFor`, are those of LiteMedSAM or of SAM: what was trained further may have others.
     """
     if "image_encoder/pos_embed" not in tensors:
         lite = tensors["image_encoder/patch_embed/0/kernel"].ndim == 2
-        size, patch, colors = (256, 4, "unit") if lite else (1024, 16, "normalized")
-        return {"variant": "tiny_vit", "image_size": size, "patch_size": patch, "colors": colors}
+        sizes = {"variant": "tiny_vit", "image_size": 256 if lite else 1024}
+        if lite:
+            return sizes | {"patch_size": 4, "colors": "unit", "mask_tokens": [0]}
+        return sizes | {"patch_size": 16} | OF_SAM
     _, grid, _, width = tensors["image_encoder/pos_embed"].shape
     patch = tensors["image_encoder/patch_embed/kernel"].shape[0]
     depth = sum(name.endswith("/attn/qkv/kernel") for name in tensors)
     variant = VARIANTS.get((width, depth), "custom")
     sizes = {"variant": variant, "image_size": grid * patch, "patch_size": patch}
-    return sizes | {"colors": "normalized"}  # see `image_encoder.COLORS`
+    return sizes | OF_SAM
 
 
-def store(output, tensors: Tensors, origin: dict, *, overwrite: bool = False) -> dict:
+def store(
+    output, tensors: Tensors, origin: dict, *, trained: dict | None = None, overwrite: bool = False
+) -> dict:
     """Writes our tensors to `<output>.safetensors` and `<output>.json`, for `config.model.base`.
 
     Args:
       output: stem of the two files.
       tensors: by our paths.
       origin: fields of `<output>.json` about their source.
+      trained: `colors` and `mask_tokens` where they are not what `describe` returns.
       overwrite: replace files of other content.
 
     Returns:
@@ -92,6 +105,7 @@ def store(output, tensors: Tensors, origin: dict, *, overwrite: bool = False) ->
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         **describe(tensors),
+        **(trained or {}),
         **origin,
         "sha256": write_weights(weights, tensors, overwrite=overwrite),
         "tensor_count": len(tensors),

@@ -88,7 +88,7 @@ def method_rows(only: str = "", equal: bool = False) -> tuple[Row, ...]:
         Row(
             "_".join(filter(None, key)),
             registry.METHODS[key].label,
-            {"model.name": key[0], "model.preset": key[1] or "paper"} | recipe(key[0]),
+            {"model.name": key[0], "model.preset": key[1] or "paper"} | recipe(*key),
         )
         for key in keys
     )

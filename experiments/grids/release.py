@@ -6,7 +6,7 @@ pgpsam grid release --workdir runs/release
 from experiments.grid.plan import Plan, Row
 from experiments.grids._targets import SYNAPSE, target
 
-_RELEASE = {"model.preset": "release"}
+_RELEASE = {"model.preset": "release", "model.colors": "unit"}
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict, config_dict
 
 from pgpsam_jax.config.augmentation import RELEASE, AugmentConfig
 from pgpsam_jax.config.exclusive_fields import DataSettings, FewShotSettings, TrainSettings
+from pgpsam_jax.config.method_recipes import recipe_of
 from pgpsam_jax.config.optimizer import OptimConfig
 
 
@@ -23,8 +24,8 @@ def default_config() -> ConfigDict:
     config.model.preset = "paper"  # its equations; or release: the authors' code
     config.model.encoder = "vit_b"  # vit_t, vit_b, vit_l, vit_h
     config.model.base = ""  # converted SAM weights; empty = random backbone
-    # Input colors of the encoder: auto (those the base was trained on), unit (0 to 1, as in the
-    # authors' code), normalized (by SAM's mean and SD).
+    # Input colors of the encoder: auto (those the base was trained on; unit without one), unit (0
+    # to 1), normalized (by SAM's mean and SD).
     config.model.colors = "auto"
     # How what a method adds to SAM is initialized: auto (docs/paper.md), sam (small), random.
     config.model.start = "auto"
@@ -153,8 +154,12 @@ def use_small_encoder(config: ConfigDict) -> None:
 
 
 def use_release_recipe(config: ConfigDict) -> None:
-    """Sets the authors' model, 8-bit slices, list rule, augmentation and best-epoch selection."""
+    """Sets the authors' model, 8-bit slices, list rule, augmentation and best-epoch selection.
+
+    Colors are from 0 to 1 with any weights, as the authors show them to Meta's.
+    """
     config.model.preset = "release"
+    config.update_from_flattened_dict(recipe_of("pgpsam", "release"))
     config.model.lora_rank = 5
     config.data.levels = 256
     config.fewshot.rule = "area"

@@ -86,19 +86,21 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fssp": _FSSP,
     "sam": _SAM,
 }
+# Of a preset, beside its method's: the authors of PGP-SAM show Meta's SAM colors from 0 to 1.
+_PRESETS = {"release": {"model.colors": "unit"}}
 
 
-def recipe_of(name: str) -> dict[str, Any]:
+def recipe_of(name: str, preset: str = "") -> dict[str, Any]:
     """Returns the configuration fields that a method's recipe sets, {"optim.name": ...}."""
-    return RECIPES.get(name, {})
+    return RECIPES.get(name, {}) | _PRESETS.get(preset, {})
 
 
-def intrinsic_settings(name: str) -> dict[str, Any]:
+def intrinsic_settings(name: str, preset: str = "") -> dict[str, Any]:
     """Returns the part of a recipe that defines the method itself.
 
     All methods then share optimizer, schedule, loss weights, batch and LoRA rank.
     """
-    own = recipe_of(name).items()
+    own = recipe_of(name, preset).items()
     return {k: v for k, v in own if k.startswith("model.") and k != "model.lora_rank"}
 
 

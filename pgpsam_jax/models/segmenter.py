@@ -19,7 +19,7 @@ from pgpsam_jax.models.sam.mask_decoder import MaskDecoder
 from pgpsam_jax.models.sam.prompt_encoder import PromptEncoder
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.models.sam.tiny_vit import TinyVit
-from pgpsam_jax.models.sam.weights import colors_of_base
+from pgpsam_jax.models.sam.weights import TrainedFor, check_encoder
 
 STARTS = ("auto", "sam", "random")  # how the modules that a method adds to SAM are initialized
 
@@ -51,7 +51,6 @@ class Segmenter(nnx.Module):
       start: what `model.start=auto` means where there is a base, "sam" or "random".
       sam_start: regex of paths of this model -> path in a converted SAM, loaded besides
         `base_tensors` where the start is "sam".
-      auto_colors: what `model.colors=auto` means; None for the colors the base was trained on.
       oracle: whether it is given the labels of the volumes that it is scored on.
     """
 
@@ -65,7 +64,6 @@ class Segmenter(nnx.Module):
     cnn_prefix: str = ""
     start: str = "random"
     sam_start: Mapping[str, str] = {}
-    auto_colors: str | None = None
     oracle: bool = False
     image_encoder: ImageEncoder | TinyVit
 
@@ -86,7 +84,9 @@ class Segmenter(nnx.Module):
 
     @classmethod
     def sam_config(cls, settings) -> SamConfig:
-        """Returns the sizes of the SAM of `settings`."""
+        """Returns the sizes of the SAM of `settings`, which must be those of its base."""
+        if settings.base:
+            check_encoder(settings.base, settings.encoder, settings.patch_size)
         return SamConfig.preset(
             settings.encoder,
             settings.image_size,
@@ -99,15 +99,13 @@ class Segmenter(nnx.Module):
 
     @classmethod
     def resolve_colors(cls, settings) -> str:
-        """Returns `model.colors`, with `auto` resolved: the colors of the base, or `auto_colors`.
+        """Returns `model.colors`, with `auto` resolved: the colors the base was trained on.
 
         Without a base the encoder is trained from scratch, on images in [0, 1].
         """
         if settings.colors != "auto":
             return settings.colors
-        if cls.auto_colors or not settings.base:
-            return cls.auto_colors or "unit"
-        return colors_of_base(settings.base)
+        return TrainedFor.of(settings.base).colors if settings.base else "unit"
 
     @classmethod
     def resolve_start(cls, settings) -> str:

@@ -13,7 +13,6 @@ from pgpsam_jax.config.defaults import total_steps
 from pgpsam_jax.config.optimizer import OptimConfig
 from pgpsam_jax.data.augmentation.augment import AugmentConfig
 from pgpsam_jax.methods.registry import Training, key_of, method_of
-from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.sharding import device_mesh
 from pgpsam_jax.training.lbfgs_step import make_fit_step
 from pgpsam_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -30,10 +29,11 @@ def mesh_of(sizes: ConfigDict, model: ConfigDict, batch_size: int, devices=None)
       devices: all by default.
 
     Raises:
-      UserError: the encoder or the batch is not divisible over the mesh.
+      UserError: the encoder or the batch is not divisible over the mesh, or the encoder is not that
+        of its base.
     """
     mesh = device_mesh.make_mesh(**sizes, devices=devices)
-    encoder = SamConfig.preset(model.encoder, model.image_size, model.patch_size).encoder
+    encoder = method_of(model).sam_config(model).encoder
     device_mesh.check(mesh, model.encoder, encoder.heads, encoder.width, batch_size)
     return mesh
 

@@ -5,7 +5,7 @@ import jax
 from pgpsam_jax.checkpointing import frozen_weights
 from pgpsam_jax.methods import registry
 from pgpsam_jax.models.parameters import report
-from pgpsam_jax.models.sam.weights import colors_of_base
+from pgpsam_jax.models.sam.weights import TrainedFor
 from pgpsam_jax.models.segmenter import Training
 from pgpsam_jax.training.plan import TrainingPlan
 
@@ -46,7 +46,7 @@ def _conventions(settings) -> str:
     method = registry.method_of(settings)
     colors, start = method.resolve_colors(settings), method.resolve_start(settings)
     line = f"colors     {colors}; the method's additions to SAM start: {start}"
-    own = settings.base and colors_of_base(settings.base)
+    own = settings.base and TrainedFor.of(settings.base).colors
     if own and own != colors:
         line += f" (the base was trained on {own} colors)"
     return line

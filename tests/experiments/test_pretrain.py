@@ -10,7 +10,7 @@ from experiments import pretrain
 from pgpsam_jax.models.baselines.sam_oracle import OracleSam
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
-from pgpsam_jax.models.sam.weights import colors_of_base, load_base
+from pgpsam_jax.models.sam.weights import TrainedFor, load_base
 from pgpsam_jax.models.segmenter import to_input
 from tests.support import micro
 
@@ -70,7 +70,7 @@ def test_it_is_trained_on_the_colors_that_its_files_name(tmp_path):
     got, wanted = masks(model, prompted)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
     pretrain.store(model, tmp_path / "small")
-    assert colors == colors_of_base(tmp_path / "small") == "normalized"
+    assert colors == TrainedFor.of(tmp_path / "small").colors == "normalized"
 
 
 def test_its_files_are_a_base(tmp_path, capsys):

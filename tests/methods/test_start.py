@@ -8,7 +8,9 @@ not meant.
 
 import dataclasses
 import functools
+import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments.grid.plan import method_rows
 from pgpsam_jax.config import defaults, method_recipes, serialization
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.methods import build, pretrained
@@ -23,6 +26,7 @@ from pgpsam_jax.methods.registry import METHODS, method_of
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam import weights
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
+from pgpsam_jax.models.sam.weights import COLORS
 from pgpsam_jax.models.segmenter import to_input
 from tests.support import micro
 from weights_conversion import sam as conversion
@@ -217,7 +221,7 @@ def test_which_start_and_which_colors(base):
         return resolved(settings)
 
     assert chosen("pgpsam") == ("sam", "normalized")
-    assert chosen("pgpsam", "release") == ("random", "unit")
+    assert chosen("pgpsam", "release") == ("random", "normalized")  # its recipe: unit
     assert chosen("samed") == ("random", "normalized")
     assert chosen("pgpsam", start="random", colors="unit") == ("random", "unit")
     scratch = configuration("", "pgpsam").model  # there is no SAM to start from
@@ -226,6 +230,29 @@ def test_which_start_and_which_colors(base):
         chosen("pgpsam", start="none")
     with pytest.raises(UserError, match=r"model\.colors 'gray' unknown; choose auto or unit or"):
         model_of(base, "samed", colors="gray")
+
+
+@pytest.mark.parametrize("own", COLORS)
+def test_the_base_decides_the_colors_of_every_method(base, own, tmp_path):
+    """Trained encoders, too; one field overrides, and the release's recipe sets it."""
+    for end in ("json", "safetensors"):
+        shutil.copy(f"{base}.{end}", tmp_path / f"sam.{end}")
+    sidecar = tmp_path / "sam.json"
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"colors": own}))
+    other = COLORS[own == COLORS[0]]
+    for name, preset in METHODS:
+        made = configuration(str(tmp_path / "sam"), name, preset or "paper")
+        for trained in ("frozen", "lora", "full"):
+            made.model.train_encoder = trained
+            assert resolved(made.model)[1] == own
+        made.model.colors = other
+        assert method_of(made.model).sam_config(made.model).encoder.colors == other
+    release = defaults.default_config()
+    defaults.use_release_recipe(release)
+    release.model.base = str(tmp_path / "sam")
+    assert resolved(release.model)[1] == "unit"
+    row = next(row for row in method_rows() if row.name == "pgpsam_release")
+    assert row.overrides["model.colors"] == "unit"
 
 
 def test_a_run_keeps_what_was_decided(base):

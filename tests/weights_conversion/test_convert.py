@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pgpsam_jax.models.sam.weights import load_base
+from pgpsam_jax.models.sam.weights import TrainedFor, load_base
 from pgpsam_jax.utils.files import file_digest
 from tests.reference.sam_official import SMALL, VIT_B, assert_equal, random_state, save_pth
 from tests.support.optional import torch
@@ -56,6 +56,7 @@ def test_pth_round_trip_and_sidecar(capsys, state, ours, tmp_path):
         "image_size": 16,
         "patch_size": 4,
         "colors": "normalized",
+        "mask_tokens": [0, 1, 2, 3],
         "layout": "official",
         "source": "small.v2.pth",
         "source_sha256": file_digest(source),
@@ -76,6 +77,17 @@ def test_pth_round_trip_and_sidecar(capsys, state, ours, tmp_path):
         else:
             found = load_file(back)
         assert_equal(found, state)
+
+
+def test_weights_that_were_trained_further(capsys, state, tmp_path):
+    """MedSAM has the names and shapes of SAM; what it was trained on only its user can say."""
+    source = save_pth(tmp_path / "medsam.pth", state)
+    command = ("--source", source, "--output", tmp_path / "medsam", "--mask-tokens", 0)
+    printed = run(capsys, *command, "--colors", "unit")
+    assert "unit colors, mask tokens 0," in printed
+    assert TrainedFor.of(tmp_path / "medsam") == TrainedFor(None, 4, "unit", (0,))
+    command = ("--kind", "resnet18", *command)
+    assert "go with --kind sam" in fail(capsys, *command)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])

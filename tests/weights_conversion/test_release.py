@@ -239,6 +239,7 @@ def test_all_problems_come_in_one_message(state, config, tmp_path, capsys):
         (["model.preset=paper"], "it has model.preset paper, not release; change these"),
         (["model.train_encoder=full"], "model.train_encoder full, not lora"),
         (["model.dcn=plain"], "model.dcn plain, not deformable"),
+        (["model.colors=normalized"], "model.colors normalized, not unit"),
         (["model.lora_rank=4", "model.image_size=64"], "image_size 64, not 32; .*lora_rank 4, not"),
         (["model.encoder=vit_b"], "width of model.encoder 768, not 96; depth of .* 12, not 4"),
         (["model.alpha=4", "model.k=2"], "model.alpha 4, not 8; model.k 2, not 4"),
@@ -280,10 +281,13 @@ def test_mistaken_paths(source, config, workdir, tmp_path, capsys):
 
 def test_runs_that_the_layout_cannot_hold(workdir, tmp_path, capsys):
     stored = json.loads((workdir / "config.json").read_text())
+    assert stored["model"]["colors"] == "unit"
     stored["model"] |= {"preset": "paper", "dcn": "plain", "lora_targets": ["q", "k"]}
+    stored["model"]["colors"] = "normalized"
     write_json(tmp_path / "run" / "config.json", stored)
     message = fail(capsys, tmp_path / "run", tmp_path / "a.pth", "--reverse")
     assert "it has model.preset paper, not release; model.dcn plain, not deformable; " in message
+    assert "model.colors normalized, not unit; " in message
     assert "model.lora_targets ('q', 'k'), not ('q', 'v')" in message
 
 

@@ -19,6 +19,7 @@ from tests.support.places import shared
 from weights_conversion import convert as program
 from weights_conversion import sam_table
 from weights_conversion.sam import (
+    OF_SAM,
     describe,
     detect_layout,
     from_huggingface,
@@ -351,12 +352,27 @@ def test_layout_is_found_from_the_names(state, ours):
 
 @pytest.mark.parametrize(
     ("width", "depth", "variant"),
-    [(768, 12, "vit_b"), (1024, 24, "vit_l"), (1280, 32, "vit_h"), (768, 24, "custom")],
+    [
+        (768, 12, "vit_b"),
+        (1024, 24, "vit_l"),
+        (1280, 32, "vit_h"),
+        (96, 4, "vit_t"),
+        (768, 24, "custom"),
+    ],
 )
 def test_variant(width, depth, variant):
     tensors = {
         "image_encoder/pos_embed": np.broadcast_to(np.float32(0), (1, 32, 32, width)),
         "image_encoder/patch_embed/kernel": np.broadcast_to(np.float32(0), (16, 16, 3, width)),
     } | {f"image_encoder/blocks/{i}/attn/qkv/kernel": np.zeros(0) for i in range(depth)}
-    wanted = {"variant": variant, "image_size": 512, "patch_size": 16, "colors": "normalized"}
-    assert describe(tensors) == wanted
+    wanted = {"variant": variant, "image_size": 512, "patch_size": 16}
+    assert describe(tensors) == wanted | OF_SAM
+
+
+def test_what_tiny_vit_was_trained_for():
+    """LiteMedSAM is known by its embedding of 1 x 1 pixels."""
+    embed = "image_encoder/patch_embed/0/kernel"
+    lite = {"image_size": 256, "patch_size": 4, "colors": "unit", "mask_tokens": [0]}
+    mobile = {"image_size": 1024, "patch_size": 16} | OF_SAM
+    for shape, wanted in (((3, 32), lite), ((3, 3, 3, 32), mobile)):
+        assert describe({embed: np.zeros(shape)}) == {"variant": "tiny_vit"} | wanted

@@ -65,7 +65,6 @@ class ReleasePgpSam(PrototypeSegmenter):
         "mask_decoder/iou_head",
     )
     sam_start = {r"(ppg/\d+|pre_prompt/ppg)/dense/mlp/lin2/bias": "prompt_encoder/no_mask_embed"}
-    auto_colors = "unit"
     config_class = ReleaseConfig
     switches = ("dcn", "token_order")
 

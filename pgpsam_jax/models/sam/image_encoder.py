@@ -29,18 +29,15 @@ REMAT = {
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
-# How an encoder normalizes images in [0, 1]: as those that its weights were trained
-# on. Unit: nothing. Normalized: mean 0 and SD 1 over the pictures SAM was trained on.
-COLORS = ("unit", "normalized")
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """Sizes of the encoder, and how it is computed; `grid` is image size / patch size in tokens.
 
-    colors: one of `COLORS`. attention: a name of `attention.NAMES`; remat: one of `REMAT`.
-    scan_blocks compiles the group of blocks that repeats once instead of all blocks, for a copy of
-    their weights.
+    colors: one of `weights.COLORS`, to which it brings images in [0, 1]. attention: a name of
+    `attention.NAMES`; remat: one of `REMAT`. scan_blocks compiles the group of blocks that repeats
+    once instead of all blocks, for a copy of their weights.
     """
 
     grid: tuple[int, int]
@@ -61,10 +58,6 @@ class EncoderConfig:
             raise UserError(
                 f"model.attention {self.attention!r} unknown; choose one of "
                 f"{', '.join(attention.NAMES)}"
-            )
-        if self.colors not in COLORS:
-            raise UserError(
-                f"model.colors {self.colors!r} unknown; choose auto or {' or '.join(COLORS)}"
             )
         if self.remat not in REMAT:
             raise UserError(f"model.remat {self.remat!r} unknown; choose one of {', '.join(REMAT)}")

@@ -16,6 +16,7 @@ from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.mask_decoder import DecoderConfig, MaskDecoder
 from pgpsam_jax.models.sam.prompt_encoder import PromptEncoder
 from pgpsam_jax.models.sam.tiny_vit import TinyVitConfig
+from pgpsam_jax.models.sam.weights import COLORS
 
 _ENCODERS = {
     "vit_b": (EncoderConfig, dict(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11))),
@@ -46,6 +47,10 @@ class SamConfig:
         """Returns the sizes of an encoder of that name at a square size or (rows, columns)."""
         if name not in _ENCODERS:
             raise UserError(f"unknown SAM encoder {name!r}; choose one of {', '.join(_ENCODERS)}")
+        if (colors := encoder.get("colors", "unit")) not in COLORS:
+            raise UserError(
+                f"model.colors {colors!r} unknown; choose auto or {' or '.join(COLORS)}"
+            )
         size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
         if any(s <= 0 or s % patch_size for s in size):
             raise UserError(
@@ -101,7 +106,7 @@ def preprocess(image: np.ndarray, size: tuple[int, int], colors: str = "normaliz
     Args:
       image: (h, w, 3) RGB, uint8 or float32, both from 0 to 255.
       size: rows and columns of the model's input.
-      colors: what the encoder was trained on, one of `image_encoder.COLORS`.
+      colors: what the encoder was trained on, one of `weights.COLORS`.
 
     Returns:
       The input (1, *size, 3) float32, and (rows, columns) of the resized image within it.

@@ -21,6 +21,10 @@ from pgpsam_jax.utils.untrusted_text import read_user_json, sanitize
 FORMAT = "pgpsam_jax SAM weights"
 FORMAT_VERSION = 1
 _DOWNLOADS = "https://dl.fbaipublicfiles.com/segment_anything/"
+# What an encoder was trained on. Unit: images in [0, 1]. Normalized: to mean 0 and SD 1 over the
+# pictures that SAM was trained on.
+COLORS = ("unit", "normalized")
+MASK_TOKENS = (0, 1, 2, 3)  # of SAM: the single mask, then three of an ambiguous prompt
 _RESIZED = ("image_encoder/blocks/{}/attn/rel_pos_h", "image_encoder/blocks/{}/attn/rel_pos_w")
 
 
@@ -127,14 +131,51 @@ def recorded_digest(path) -> str | None:
     return meta.get("sha256") if isinstance(meta, dict) else None
 
 
-def colors_of_base(path) -> str:
-    """What the encoder of converted weights was trained on, one of `image_encoder.COLORS`.
+class TrainedFor(NamedTuple):
+    """What converted weights were trained for, as their sidecar says.
 
-    Sidecars of before this was written, and weights that are not there, are of SAM.
+    encoder: name in `SamConfig.preset`, or None; patch_size: pixels, or None. colors: one of
+    `COLORS`. mask_tokens: those whose masks were trained; the others give noise. Sidecars without
+    the last two are of SAM.
     """
-    sidecar = base_files(path)[1]
-    meta = read_user_json(sidecar, "description of weights") if sidecar.is_file() else {}
-    return meta.get("colors", "normalized") if isinstance(meta, dict) else "normalized"
+
+    encoder: str | None = None
+    patch_size: int | None = None
+    colors: str = "normalized"
+    mask_tokens: tuple[int, ...] = MASK_TOKENS
+
+    @classmethod
+    def of(cls, path) -> "TrainedFor":
+        """Reads the sidecar of converted weights; the defaults where there is none."""
+        sidecar = base_files(path)[1]
+        meta = read_user_json(sidecar, "description of weights") if sidecar.is_file() else {}
+        return cls.from_meta(meta if isinstance(meta, dict) else {}, sidecar)
+
+    @classmethod
+    def from_meta(cls, meta: dict, sidecar) -> "TrainedFor":
+        """Reads the content of a sidecar."""
+        encoder, colors = meta.get("variant", "custom"), meta.get("colors", "normalized")
+        tokens = meta.get("mask_tokens", MASK_TOKENS)
+        listed = isinstance(tokens, list | tuple) and len(tokens) > 0
+        if colors not in COLORS or not listed or any(t not in MASK_TOKENS for t in tokens):
+            raise UserError(
+                f"{sidecar} has colors {sanitize(str(colors), 40)} and mask tokens "
+                f"{sanitize(str(tokens), 40)}, where {' or '.join(COLORS)} and numbers from 0 to 3 "
+                "belong; convert the weights again"
+            )
+        encoder = None if encoder == "custom" else encoder
+        return cls(encoder, meta.get("patch_size"), colors, tuple(sorted(tokens)))
+
+
+def check_encoder(path, encoder: str, patch_size: int) -> None:
+    """Raises `UserError` if converted weights are of another encoder or patch size."""
+    own = TrainedFor.of(path)
+    given = {"encoder": (own.encoder, encoder), "patch_size": (own.patch_size, patch_size)}
+    wrong = {field: pair for field, pair in given.items() if pair[0] not in (None, pair[1])}
+    if wrong:
+        settings = " and ".join(f"model.{field} is {is_}" for field, (_, is_) in wrong.items())
+        flags = " ".join(f"--config.model.{field}={must}" for field, (must, _) in wrong.items())
+        raise UserError(f"{settings}, which model.base ({path}) is not for; set {flags}")
 
 
 def fit_base(

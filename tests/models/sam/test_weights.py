@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.models.sam.weights import fit_base, load_base, read_safetensors, select_base
+from pgpsam_jax.models.sam.weights import (
+    TrainedFor,
+    check_encoder,
+    fit_base,
+    load_base,
+    read_safetensors,
+    select_base,
+)
 from pgpsam_jax.utils.files import file_digest
 from tests.reference.sam_official import SMALL, random_state, save_pth
 from tests.support.optional import F, torch
@@ -39,6 +46,44 @@ def test_load_base_by_stem_and_by_file(stem):
         assert base.tensors.keys() == expected.keys()
         for name, array in expected.items():
             np.testing.assert_array_equal(base.tensors[name], array, strict=True)
+
+
+def change_sidecar(stem, **fields):
+    sidecar = stem.with_name(f"{stem.name}.json")
+    meta = json.loads(sidecar.read_text()) | fields
+    sidecar.write_text(json.dumps({k: v for k, v in meta.items() if v is not None}))
+
+
+def test_what_a_base_was_trained_for(stem):
+    assert TrainedFor.of(stem) == TrainedFor(None, 4, "normalized", (0, 1, 2, 3))
+    change_sidecar(stem, variant="tiny_vit", colors="unit", mask_tokens=[0])
+    assert TrainedFor.of(stem) == TrainedFor("tiny_vit", 4, "unit", (0,))
+    change_sidecar(stem, colors=None, mask_tokens=None)  # of before these were written
+    assert TrainedFor.of(stem) == TrainedFor("tiny_vit", 4)
+    assert TrainedFor.of(stem.with_name("nowhere")) == TrainedFor()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"colors": "gray"}, {"mask_tokens": []}, {"mask_tokens": [4]}, {"mask_tokens": 0}]
+)
+def test_sidecars_that_say_nothing_sensible(stem, fields):
+    change_sidecar(stem, **fields)
+    with pytest.raises(UserError, match=r"unit or normalized and numbers from 0 to 3 belong"):
+        TrainedFor.of(stem)
+
+
+def test_an_encoder_that_is_not_the_base_s_is_refused_with_the_fields_to_set(stem):
+    check_encoder(stem, "vit_b", 4)  # of sizes without a name: their shapes tell
+    change_sidecar(stem, variant="tiny_vit")
+    check_encoder(stem, "tiny_vit", 4)
+    with pytest.raises(UserError) as caught:
+        check_encoder(stem, "vit_b", 16)
+    assert str(caught.value) == (
+        f"model.encoder is vit_b and model.patch_size is 16, which model.base ({stem}) is not for; "
+        "set --config.model.encoder=tiny_vit --config.model.patch_size=4"
+    )
+    with pytest.raises(UserError, match=r"; set --config\.model\.patch_size=4$"):
+        check_encoder(stem, "tiny_vit", 16)
 
 
 @pytest.mark.parametrize("gone", ["sam_vit_l.safetensors", "sam_vit_l.json"])
