@@ -103,6 +103,7 @@ def verify(
         table,
         findings=rest,
         has_grid=layout != "transunet",
+        window=window,
         root=str(root),
         layout=layout,
         skipped=listing.skipped,

@@ -153,7 +153,7 @@ def test_the_program(root, capsys):
     cut(root / "images" / "b.nii.gz")
     assert program.main([*arguments, "--report", str(report)]) == 1
     stored = json.loads(report.read_text())
-    assert stored["schema"] == 2 and stored["layout"] == "pairs" and stored["root"] == str(root)
+    assert stored["schema"] == 3 and stored["layout"] == "pairs" and stored["root"] == str(root)
     assert stored["counts"]["errors"] == 1 and len(stored["files"]) == 6
     assert "error    images/b.nii.gz: is damaged" in capsys.readouterr().out
     for wrong in (

@@ -63,10 +63,11 @@ def default_config() -> ConfigDict:
     config.data.image_glob = ""  # layout pairs: the part matched by * is the case id
     config.data.label_glob = ""  # layout pairs: label files, with the same *
     config.data.label_table = ""  # JSON file; empty = the layout's own (btcv, phantom, nnunet)
-    config.data.window = (-125.0, 275.0)  # intensities mapped to [0, 1]
-    # Unit of the window: intensity, or percent (percentiles of each volume, such as (0.5, 99.5)
-    # for MR, whose intensities have no unit).
-    config.data.window_unit = "intensity"
+    # How a volume's intensities become 0 to 1: window (the same for all volumes), percentile (of
+    # each volume, for MR, whose intensities have no unit), or zscore (mean -3 to +3 SD of each).
+    config.data.normalize = "window"
+    config.data.window = (-125.0, 275.0)  # normalize window: intensities mapped to 0 and 1
+    config.data.percentiles = (0.5, 99.5)  # normalize percentile: percents mapped to 0 and 1
     # Orientation of slices: auto (as most training cases were acquired), axial, coronal, sagittal.
     config.data.axis = "auto"
     config.data.levels = 0  # gray levels to round down to; 0 = continuous, 256 = 8 bits

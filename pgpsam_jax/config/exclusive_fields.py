@@ -58,7 +58,10 @@ class _Section(ConfigDict):
 
 
 class DataSettings(_Section):
-    """`config.data`: a split file implies split `file`; globs belong to layout `pairs`."""
+    """`config.data`: a split file implies split `file`; globs belong to layout `pairs`.
+
+    A window implies normalization by window, percentiles that by percentile.
+    """
 
     def _excluded(self, key: str) -> dict[str, Any]:
         if key == "split_file" and self[key]:
@@ -67,6 +70,8 @@ class DataSettings(_Section):
             return {"split_file": ""}
         if key == "layout" and self[key] != "pairs":
             return {"image_glob": "", "label_glob": ""}
+        if key in ("window", "percentiles"):
+            return {"normalize": key.removesuffix("s")}
         return {}
 
 

@@ -73,8 +73,9 @@ def validate(config: ConfigDict) -> None:
             if isinstance(item, float) and not (math.isfinite(item) and item >= least):
                 wanted = "a finite number" + f", {least} or more" * (least > -math.inf)
                 raise UserError(f"{key} is {sanitize(str(value), 60)}; give {wanted}")
-    if len(config.data.window) != 2:
-        raise UserError(f"data.window is {config.data.window}; give two numbers, (low, high)")
+    for field in ("window", "percentiles"):
+        if len(config.data[field]) != 2:
+            raise UserError(f"data.{field} is {config.data[field]}; give two numbers, (low, high)")
     exclusive_fields.check_few_shot(config.fewshot)
 
 
@@ -111,7 +112,12 @@ def _upgrade(value: dict[str, Any]) -> dict[str, Any]:
     if isinstance(data, dict):
         value["data"] = data = {"axis": "axial"} | data  # before there was a choice
         if data.get("split", "file") != "file":  # nor a file of another
-            value["data"] = data | {"split_file": ""}
+            value["data"] = data = data | {"split_file": ""}
+        unit = data.get("window_unit")  # now data.normalize
+        if unit in ("intensity", "percent"):
+            del data["window_unit"]
+        if unit == "percent" and "window" in data:
+            data |= {"normalize": "percentile", "percentiles": data.pop("window")}
     if value.get("optim", {}).get("accumulate_steps") == 1:  # now train.microbatches
         del value["optim"]["accumulate_steps"]
     return value

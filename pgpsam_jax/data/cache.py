@@ -25,8 +25,8 @@ from pgpsam_jax.data.io.voxel_grid import AXIAL, to_source
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.data.letterbox import Letterbox, to_model
-from pgpsam_jax.data.preprocessing import Percentiles, Preprocessing, intensity_limits
-from pgpsam_jax.data.quality import appearance
+from pgpsam_jax.data.preprocessing import Preprocessing, intensity_limits, is_relative
+from pgpsam_jax.data.quality import appearance, clipping
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.files import atomic_path
 
@@ -76,7 +76,11 @@ def build_cache(
         UserError: unreadable or mismatching files, or label ids outside the table.
     """
     progress = tqdm(cases, desc="reading volumes", unit="case", leave=False)
-    return [_cached(case, table, preprocessing, Path(folder)) for case in progress]
+    cached = [_cached(case, table, preprocessing, Path(folder)) for case in progress]
+    clipped = {case.case_id: case.meta.get("clipped") for case in cached}
+    if message := clipping.message(clipped, preprocessing.window):
+        warnings.warn(message, stacklevel=2)
+    return cached
 
 
 def _recipe(table: LabelTable, preprocessing: Preprocessing) -> dict:
@@ -90,8 +94,8 @@ def _recipe(table: LabelTable, preprocessing: Preprocessing) -> dict:
     # Defaults are omitted, which keeps older files valid.
     if preprocessing.levels:
         recipe["levels"] = preprocessing.levels
-    if isinstance(preprocessing.window, Percentiles):
-        recipe["percentiles"] = True
+    if is_relative(preprocessing.window):
+        recipe[type(preprocessing.window).__name__.lower()] = True
     if preprocessing.axis != AXIAL:
         recipe["axis"] = preprocessing.axis
     return recipe
@@ -234,6 +238,7 @@ def _build(
         "orientation": image.source.orientation,
         "window": list(map(float, preprocessing.window)),
         "appearance": appearance.describe(image.array, ids),
+        "clipped": clipping.describe(image.array[ids > 0], limits),
     }
     areas, described = slice_areas(ids, table.num_classes), np.array(json.dumps(meta))
     with atomic_path(file) as temporary:

@@ -1,4 +1,4 @@
-"""From stored intensities to network inputs: window, gray levels and letterbox.
+"""From stored intensities to network inputs: normalization, gray levels and letterbox.
 
 Letters: D slices of a volume, N slices, H W native size, S input side.
 """
@@ -13,6 +13,7 @@ from pgpsam_jax.data.io.voxel_grid import AXES, AXIAL
 from pgpsam_jax.data.letterbox import Letterbox, to_model
 from pgpsam_jax.errors import UserError
 
+NORMALIZATIONS = ("window", "percentile", "zscore")
 _SAMPLE = 1 << 21  # voxels, enough for quantiles to three digits
 
 
@@ -23,7 +24,18 @@ class Percentiles(NamedTuple):
     high: float
 
 
-Window = tuple[float, float] | Percentiles
+class Deviations(NamedTuple):
+    """Window in SDs from the mean of each volume, for intensities without a unit.
+
+    Mean and SD are those of the voxels above the volume's minimum, which leaves out the constant
+    padding around a body, a stripped skull or a crop and does not depend on unit or offset.
+    """
+
+    low: float = -3.0
+    high: float = 3.0
+
+
+Window = tuple[float, float] | Percentiles | Deviations
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class Preprocessing:
 
     Attributes:
         image_size: S, in pixels.
-        window: intensities that map to 0 and 1.
+        window: intensities that map to 0 and 1, the same for all volumes or relative to each.
         levels: gray levels to round down to; 0 = continuous. See `quantize`.
         axis: the axis to slice along, one of `voxel_grid.AXES`.
 
@@ -77,21 +89,36 @@ class Preprocessing:
 
 def window_of(data: ConfigDict) -> Window:
     """Returns the intensities that `config.data` maps to [0, 1]."""
-    low, high = map(float, data.window)
-    if data.window_unit not in ("intensity", "percent"):
-        raise UserError(f"data.window_unit is {data.window_unit!r}; give intensity, percent")
-    if data.window_unit == "intensity":
+    kind = data.normalize
+    if kind not in NORMALIZATIONS:
+        raise UserError(f"data.normalize is {kind!r}; choose from {', '.join(NORMALIZATIONS)}")
+    if kind == "zscore":
+        return Deviations()
+    if kind == "window":
+        low, high = map(float, data.window)
         return low, high
+    low, high = map(float, data.percentiles)
     if not 0 <= low < high <= 100:
-        raise UserError(f"data.window {(low, high)} is in percent; give 0 <= low < high <= 100")
+        raise UserError(f"data.percentiles is {(low, high)}; give 0 <= low < high <= 100")
     return Percentiles(low, high)
+
+
+def is_relative(window: Window) -> bool:
+    """Returns whether each volume is normalized by its own intensities."""
+    return isinstance(window, Percentiles | Deviations)
 
 
 def intensity_limits(window: Window, volume: np.ndarray) -> tuple[float, float]:
     """Returns the intensities of a volume (D, H, W) that map to 0 and 1."""
-    if not isinstance(window, Percentiles):
+    if not is_relative(window):
         return window
-    low, high = map(float, np.percentile(subsample(volume), window))
+    sample = subsample(volume)
+    if isinstance(window, Percentiles):
+        low, high = map(float, np.percentile(sample, window))
+    else:
+        body = sample[sample > sample.min()].astype(np.float64)
+        mean, sd = (body.mean(), body.std()) if body.size else (float(sample.min()), 0.0)
+        low, high = (float(mean + end * sd) for end in window)
     return (low, high) if low < high else (low, low + 1)
 
 

@@ -207,6 +207,7 @@ def test_a_config_file_on_top_of_another(tmp_path, monkeypatch):
         (["fewshot.file=x", "fewshot.rule=area"], "a complete list and excludes fewshot.rule=area"),
         (["fewshot.rule=some"], "fewshot.rule is 'some'; choose from"),
         (["data.window=1,2,3"], "give two numbers"),
+        (["data.percentiles=1,2,3"], "give two numbers"),
     ],
 )
 def test_contradictions_are_refused(flags, message, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pgpsam_jax.data.io.nifti import Volume
-from pgpsam_jax.data.preprocessing import Percentiles, Window, subsample
+from pgpsam_jax.data.preprocessing import Window, is_relative, subsample
 from pgpsam_jax.utils.untrusted_text import read_user_json
 
 FILE = "training_data.json"
@@ -55,7 +55,7 @@ def training_statistics(cached: Sequence, *, window: Window, layout: str) -> dic
         "cases": len(cached),
         "layout": layout,
         "window": list(window),
-        "percentiles": isinstance(window, Percentiles),
+        "relative": is_relative(window),
         "quantiles": list(QUANTILES),
         "whole": _ranges([found["whole"] for found in described]),
         "foreground": _ranges([found["foreground"] for found in labeled]),
@@ -95,7 +95,8 @@ def differences(volume: Volume, statistics: dict) -> list[str]:
 
 
 def _intensities(sample: np.ndarray, statistics: dict) -> list[str]:
-    if statistics["percentiles"]:  # each volume is normalized by its own percentiles
+    # Volumes that are normalized by their own intensities; formerly by percentiles only.
+    if statistics.get("relative", statistics.get("percentiles")):
         return []
     (low, high), whole = statistics["window"], _quantiles(sample)
     if statistics["layout"] == "transunet" and (whole[0] < low - 1 or whole[-1] > high + 1):

@@ -16,13 +16,12 @@ from pgpsam_jax.data.io.pairing import pair_grids
 from pgpsam_jax.data.io.voxel_grid import SourceGrid, to_source
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
-from pgpsam_jax.data.preprocessing import Percentiles, Window, intensity_limits
-from pgpsam_jax.data.quality import appearance
+from pgpsam_jax.data.preprocessing import Window, intensity_limits, is_relative
+from pgpsam_jax.data.quality import appearance, clipping
 from pgpsam_jax.data.quality.organ_priors import describe, flips_of
 from pgpsam_jax.errors import UserError
 
 _HU = (-2048, 4000)
-_MAX_CLIPPED = 0.1  # fraction of the labeled voxels outside the window
 _MAX_ID = 4096  # larger ids skip the anatomy checks
 
 
@@ -115,17 +114,18 @@ def _check_image(image: _File, window) -> None:
     if array is None or image.grid is None:
         return
     low, high = float(array.min()), float(array.max())
+    relative = window is not None and is_relative(window)
     image.record |= {"range": [low, high], "appearance": appearance.describe(array)}
     image.record["thick_axis"] = image.grid.thick_axis if image.has_grid else None
     if low == high:
         image.warn("constant", f"has the constant value {low:g}; check that it is an image")
-    elif image.has_grid and (low < _HU[0] or high > _HU[1]):
+    elif image.has_grid and (low < _HU[0] or high > _HU[1]) and not relative:
         image.warn(
             "intensity",
             f"has values from {low:g} to {high:g}, outside [{_HU[0]}, {_HU[1]}] HU; if it is a CT, "
             "check its scale",
         )
-    if window is not None and not isinstance(window, Percentiles):
+    if window is not None and not relative:
         seen = min(high, window[1]) - max(low, window[0])
         if seen < 0.05 * (window[1] - window[0]) and low < high:
             image.add(
@@ -183,7 +183,8 @@ def _check_pair(image: _File, label: _File, record: dict, table: LabelTable | No
         ids = kept[ids]
     image.record["appearance"] = appearance.describe(array, ids)
     if window is not None:
-        _check_clipping(image, array[ids > 0], intensity_limits(window, array))
+        limits = intensity_limits(window, array)
+        image.record["clipped"] = clipping.describe(array[ids > 0], limits)
     features = describe(array, ids, image.grid.spacing, has_grid=image.has_grid)
     record["features"] = {str(i): values for i, values in features.items()}
     if table is not None and image.has_grid:
@@ -192,18 +193,3 @@ def _check_pair(image: _File, label: _File, record: dict, table: LabelTable | No
                 "turned",
                 f"has its organs where they would be with {flips}; check the affine of the image",
             )
-
-
-def _check_clipping(image: _File, values: np.ndarray, window) -> None:
-    """Warns when the window clips a large part of the labeled voxels, `values`."""
-    if not len(values):
-        return
-    below, above = float(np.mean(values < window[0])), float(np.mean(values > window[1]))
-    if below + above > _MAX_CLIPPED:
-        image.warn(
-            "cut",
-            f"has {below + above:.0%} of its labeled voxels outside data.window ({window[0]:g}, "
-            f"{window[1]:g}) ({below:.0%} below, {above:.0%} above), where contrast is lost; they "
-            f"range from {np.quantile(values, 0.005):.4g} to {np.quantile(values, 0.995):.4g}: "
-            "widen data.window to cover them",
-        )

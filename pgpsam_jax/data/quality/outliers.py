@@ -23,12 +23,20 @@ _SPAN, _PIXEL, _SLICES, _WIDTH, _ORGAN = 3.0, 2.0, 3.0, 1.7, 4.0  # factors
 
 
 def compare(
-    files: Sequence[dict], table: LabelTable | None, *, has_grid: bool
+    files: Sequence[dict], table: LabelTable | None, *, has_grid: bool, relative: bool = False
 ) -> Iterable[Finding]:
-    """Reports cases that differ from the others; `files`: records with `case` and `part`."""
+    """Reports cases that differ from the others.
+
+    Args:
+        files: records with `case` and `part`.
+        table: of the data set.
+        has_grid: False for plain arrays without voxel size and orientation.
+        relative: volumes are normalized by their own intensities, whose unit does not matter then.
+    """
     images = [f for f in files if f["kind"] == "image" and f.get("appearance")]
     labels = {f["case"]: f for f in files if f["kind"] == "label" and "voxels" in f}
-    yield from _intensities(images)
+    if not relative:
+        yield from _intensities(images)
     if has_grid:
         yield from _grids(images)
         yield from _axes(images)

@@ -1,6 +1,6 @@
 """Data-set verification: runs all checks, caches them per case, and reports the findings.
 
-The report is JSON: `schema` 2, `root`, `layout`, `label_table` (or null), `files` (the file records
+The report is JSON: `schema` 3, `root`, `layout`, `label_table` (or null), `files` (the file records
 of `case_checks.check_case`, with `case` and `part`), `data_set` (findings without a single file),
 `order` (`label_order.check_label_order`) and `counts` (files, cases, errors, warnings). A finding
 has `level` ("error" or "warning"), `code`, `file` and `message`. Codes of errors:
@@ -11,9 +11,9 @@ has `level` ("error" or "warning"), `code`, `file` and `message`. Codes of error
   (the same voxels), both_splits, split, order, no_table, shape (plain arrays with swapped axes).
 Codes of warnings:
 - of a file or a pair: trailing (a little), no_orientation, two_affines, shear, scaled, intensity,
-  constant, empty, absent, affine_mismatch, orientation_lost, turned, cut (by the window);
-- across cases: duplicate (of labels), slices, count, unlike (intensities), spacing, axis, volume,
-  size.
+  constant, empty, absent, affine_mismatch, orientation_lost, turned;
+- across cases: cut (labels clipped by normalization), duplicate (of labels), slices, count, unlike
+  (intensities), spacing, axis, volume, size.
 """
 
 import functools
@@ -27,8 +27,8 @@ from pgpsam_jax.data.findings import ERROR, WARNING, Finding
 from pgpsam_jax.data.io import array_checks, volumes
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
-from pgpsam_jax.data.preprocessing import Window, window_of
-from pgpsam_jax.data.quality import outliers
+from pgpsam_jax.data.preprocessing import Window, is_relative, window_of
+from pgpsam_jax.data.quality import clipping, outliers
 from pgpsam_jax.data.quality.case_checks import check_case
 from pgpsam_jax.data.quality.label_order import check_label_order
 from pgpsam_jax.data.quality.organ_priors import organ_of
@@ -36,7 +36,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.runtime.worker_pool import Work, map_in_order, worker_count
 from pgpsam_jax.utils.files import read_record, write_json
 
-SCHEMA = 2
+SCHEMA = 3
 REPORT = "verify.json"
 _MANY = 1 << 40  # voxels: always enough work for the requested processes
 _CHECKING = Work("checks cases", "--workers")
@@ -63,6 +63,7 @@ def summarize(
     *,
     findings: Iterable[Finding] = (),
     has_grid: bool = True,
+    window: Window | None = None,
     **about,
 ) -> dict:
     """Builds the report of checked cases.
@@ -71,6 +72,7 @@ def summarize(
         records: from `check_cases`.
         findings: additional ones, of the listing.
         has_grid: False for plain arrays without voxel size and orientation.
+        window: of `check_cases`.
         **about: entries to add to the report.
     """
     files = [
@@ -79,8 +81,12 @@ def summarize(
         for file in record["files"]
     ]
     order = _order(records, table, has_grid=has_grid)
-    unlike = outliers.compare(files, table, has_grid=has_grid)
+    relative = window is not None and is_relative(window)
+    unlike = outliers.compare(files, table, has_grid=has_grid, relative=relative)
     found = [*findings, *_duplicates(files), *unlike, *_order_findings(order, table)]
+    clipped = {file["case"]: file["clipped"] for file in files if "clipped" in file}
+    if window is not None and (message := clipping.message(clipped, window)):
+        found.append(Finding(WARNING, "cut", "", message))
     by_file = {file["file"]: file for file in files}
     data_set: list[dict[str, str]] = []
     for finding in found:
@@ -194,6 +200,7 @@ def verify_run_data(data, split, workdir, *, say: Callable[[str], None] = print)
         records,
         split.table,
         has_grid=data.layout != "transunet",
+        window=window,
         root=str(data.root),
         layout=data.layout,
     )

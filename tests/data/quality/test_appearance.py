@@ -1,6 +1,8 @@
 """What volumes look like: predictions are warned of, and odd cases of a data set are named."""
 
 import json
+import re
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +16,6 @@ from pgpsam_jax.data.io.nifti import Volume
 from pgpsam_jax.data.io.volumes import read_image
 from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.data.quality import appearance, outliers
-from pgpsam_jax.data.quality.case_checks import check_case
 from pgpsam_jax.data.quality.verification import findings_of, summarize
 from pgpsam_jax.errors import UserError
 from tests.support.small_run import TABLE, cached_cases, config_for, write_data
@@ -167,15 +168,49 @@ def test_cases_that_all_differ_are_one_finding():
 
 
 def test_a_window_that_cuts_what_is_labeled(root):
-    """Of the two organs, at 110 and 200, one is clipped to white."""
-    table = LabelTable.from_json(TABLE)
-    from pgpsam_jax.data.layouts.cases import Case
-
-    case = Case("a", root / "images" / "a.nii.gz", root / "labels" / "a.nii.gz")
+    """Of the two organs, at 110 and 200, one is clipped to black or white: one sentence in all."""
     for window, cut in (((-125, 275), False), ((-125, 150), True), ((150, 275), True)):
-        (image, _) = check_case(case, table, window)["files"]
-        assert [f["code"] for f in image["findings"]] == ["cut"] * cut
-        assert not cut or "of its labeled voxels outside data.window" in str(image["findings"])
+        report = program.verify(
+            root,
+            image_glob="images/*.nii.gz",
+            label_glob="labels/*.nii.gz",
+            table=LabelTable.from_json(TABLE),
+            window=window,
+            say=lambda line: None,
+        )
+        found = [finding for finding in findings_of(report) if finding["code"] == "cut"]
+        assert len(found) == cut
+        if cut:
+            (message,) = (finding["message"] for finding in found)
+            shares = {
+                file["case"]: file["clipped"]["below"] + file["clipped"]["above"]
+                for file in report["files"]
+                if file["kind"] == "image"
+            }
+            assert "in 5 of 5 cases" in message and min(shares.values()) > 0.3
+            assert f"most in {max(shares, key=shares.get)} (" in message
+            assert "above" in message and "widen data.window" in message
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"data__window": (-125.0, 150.0)}, r"data\.window .* clips more than 5% .* in 2 of 2"),
+        ({"data__normalize": "percentile", "data__percentiles": (0.0, 98.0)}, r"data\.percentiles"),
+        ({"data__normalize": "zscore"}, r"data\.normalize zscore .*set data\.normalize=percentile"),
+        ({}, None),
+    ],
+)
+def test_clipped_labels_are_told_when_volumes_are_read(root, tmp_path, settings, said):
+    config = config_for(root, data__axis="axial", **settings)
+    split = dataset.find_split(config.data)
+    for _ in range(2):  # made, then found
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            cached_cases(config, split, tmp_path, split.train[:2])
+        told = [str(one.message) for one in told if "clips" in str(one.message)]
+        assert len(told) == (said is not None)
+        assert said is None or re.search(said, told[0])
 
 
 def test_no_orientation_is_named(root):
@@ -211,7 +246,8 @@ def test_plain_volumes_against_training_slices(shape, level):
     assert finding["level"] == level and finding["file"] == "b"
 
 
-def test_a_window_in_percent_makes_intensities_relative(root, tmp_path):
+@pytest.mark.parametrize("kind", ["percentile", "zscore"])
+def test_normalization_by_the_volume_makes_intensities_relative(root, tmp_path, kind):
     """As in MR: the same picture at another scale is the same input, trained on and predicted."""
     factor = 300.0
     other = write_data(tmp_path / "scaled", CASES)
@@ -220,7 +256,7 @@ def test_a_window_in_percent_makes_intensities_relative(root, tmp_path):
         image = nib.load(path)
         array = np.asarray(image.dataobj).astype(np.float32) * factor
         nib.save(nib.Nifti1Image(array, image.affine), path)
-    settings = {"data__axis": "axial", "data__window_unit": "percent", "data__window": (1, 99)}
+    settings = {"data__axis": "axial", "data__percentiles": (1.0, 99.0), "data__normalize": kind}
     inputs = []
     for folder in (root, other):
         config = config_for(folder, **settings)
@@ -232,7 +268,7 @@ def test_a_window_in_percent_makes_intensities_relative(root, tmp_path):
         volume = read_image(folder / "images" / f"{split.train[0].case_id}.nii.gz")
         ends = preprocessing.intensity_limits(window, volume.array)
         inside = np.mean((volume.array >= ends[0]) & (volume.array <= ends[1]))
-        assert inside == pytest.approx(0.98, abs=0.005)
+        assert inside == pytest.approx({"percentile": 0.98, "zscore": 0.953}[kind], abs=0.005)
         record = appearance.training_statistics(cached, window=window, layout="pairs")
         assert appearance.differences(volume, record) == []
     np.testing.assert_allclose(*inputs, atol=2e-3)
@@ -242,9 +278,15 @@ def test_a_window_in_percent_makes_intensities_relative(root, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "window, unit", [((-5, 50), "percent"), ((0, 101), "percent"), ((0, 1), "x")]
+    "settings, said",
+    [
+        ({"data__percentiles": (-5.0, 50.0)}, r"data\.percentiles"),
+        ({"data__percentiles": (0.0, 101.0)}, r"data\.percentiles"),
+        ({"data__percentiles": (60.0, 40.0)}, r"data\.percentiles"),
+        ({"data__normalize": "percent"}, r"data\.normalize .* window, percentile, zscore"),
+    ],
 )
-def test_windows_that_are_none(root, window, unit):
-    config = config_for(root, data__window=window, data__window_unit=unit)
-    with pytest.raises(UserError, match=r"data\.window"):
+def test_normalizations_that_are_none(root, settings, said):
+    config = config_for(root, **settings)
+    with pytest.raises(UserError, match=said):
         preprocessing.window_of(config.data)
