@@ -29,7 +29,10 @@ def default_config() -> ConfigDict:
     config.model.colors = "auto"
     # How what a method adds to SAM is initialized: auto (docs/paper.md), sam (small), random.
     config.model.start = "auto"
-    config.model.start_scale = 0.1  # scale of the small additions
+    config.model.start_scale = 0.1  # scale of the small additions, and of the noise below
+    # What each class's mask token and hypernetwork start from: random, or sam (a copy, with noise,
+    # of the trained ones).
+    config.model.class_tokens = "random"
     config.model.train_encoder = "lora"  # lora, full, frozen
     config.model.image_size = 512  # side of the network's input in pixels
     config.model.patch_size = 16  # side of a token in pixels

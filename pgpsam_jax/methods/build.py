@@ -21,7 +21,9 @@ def make_model(settings: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> Segmen
             f"model.compute_dtype {settings.compute_dtype!r} unknown; choose {' or '.join(DTYPES)}"
         )
     dtype = DTYPES[settings.compute_dtype]
-    model = method_of(settings).from_settings(settings, num_classes, dtype=dtype, rngs=rngs)
+    method = method_of(settings)
+    method.resolve_class_tokens(settings)  # refuses what the method has not
+    model = method.from_settings(settings, num_classes, dtype=dtype, rngs=rngs)
     model.image_encoder.config.describe_attention(dtype)  # refuses what cannot run here
     return model
 

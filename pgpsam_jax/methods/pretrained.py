@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -42,7 +43,28 @@ def apply_base(settings: ConfigDict, encoder: Encoder, params: State, frozen: St
     chosen = weights.select_base(tensors, shapes, taken, method.base_unused)
     for path, value in chosen.items():
         leaves[path].set_value(jax.device_put(value))
+    token = weights.TrainedFor.of(settings.base).mask_tokens[0]
+    for prefix, source in method.resolve_class_tokens(settings).items():
+        for path in (path for path in leaves if under(path, (prefix,))):
+            drawn = leaves[path].get_value()
+            if not isinstance(drawn, jax.ShapeDtypeStruct):  # which a workdir fills in
+                one = base.tensors[source + path.removeprefix(prefix)][token]
+                near = _copies(one, np.asarray(drawn), settings.start_scale)
+                leaves[path].set_value(jax.device_put(near))
     return base.digest
+
+
+def _copies(value: np.ndarray, drawn: np.ndarray, scale: float) -> np.ndarray:
+    """Returns copies of a value, (K, *value.shape), with noise of `scale` times its size (rms).
+
+    The noise has the directions of `drawn`, the random initialization in place of the copies.
+    """
+    size = _rms(drawn)
+    return value + drawn * np.float32(scale * _rms(value) / size if size else 0)
+
+
+def _rms(array: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(array, dtype=np.float64))))
 
 
 def randomly_initialized_frozen_params(settings: ConfigDict, frozen: State) -> dict[str, Any]:

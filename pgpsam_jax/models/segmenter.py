@@ -21,6 +21,7 @@ from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.models.sam.tiny_vit import TinyVit
 from pgpsam_jax.models.sam.weights import TrainedFor, check_encoder
 
+CLASS_TOKENS = ("random", "sam")  # what the mask token of a class starts from
 STARTS = ("auto", "sam", "random")  # how the modules that a method adds to SAM are initialized
 
 
@@ -51,6 +52,8 @@ class Segmenter(nnx.Module):
       start: what `model.start=auto` means where there is a base, "sam" or "random".
       sam_start: regex of paths of this model -> path in a converted SAM, loaded besides
         `base_tensors` where the start is "sam".
+      class_tokens: path prefix of this model -> path in a converted SAM: what a class has of mask
+        tokens and hypernetworks on SAM's decoder, for `model.class_tokens=sam`.
       oracle: whether it is given the labels of the volumes that it is scored on.
     """
 
@@ -64,6 +67,7 @@ class Segmenter(nnx.Module):
     cnn_prefix: str = ""
     start: str = "random"
     sam_start: Mapping[str, str] = {}
+    class_tokens: Mapping[str, str] = {}
     oracle: bool = False
     image_encoder: ImageEncoder | TinyVit
 
@@ -121,6 +125,28 @@ class Segmenter(nnx.Module):
         """Returns the factor on what is first added to SAM's features; None if that is random."""
         return settings.start_scale if cls.resolve_start(settings) == "sam" else None
 
+    @classmethod
+    def resolve_class_tokens(cls, settings) -> Mapping[str, str]:
+        """Returns `class_tokens` if `model.class_tokens` is "sam", nothing if it is "random"."""
+        if settings.class_tokens not in CLASS_TOKENS:
+            raise UserError(
+                f"model.class_tokens is {settings.class_tokens!r}; choose from "
+                f"{', '.join(CLASS_TOKENS)}"
+            )
+        if settings.class_tokens == "random":
+            return {}
+        if not cls.class_tokens:
+            raise UserError(
+                f"model.class_tokens is 'sam', but {cls.label} has no mask token of a class on "
+                "SAM's decoder; set it to random"
+            )
+        if not settings.base:
+            raise UserError(
+                "model.class_tokens is 'sam', but model.base is empty: there is no SAM to start "
+                "from; set it to random, or name a base"
+            )
+        return cls.class_tokens
+
     def encode(self, images):
         """Returns the encoder's features, without random numbers: they may be cached."""
         raise NotImplementedError
@@ -159,11 +185,16 @@ def lora_config(settings) -> LoraConfig:
     return LoraConfig(settings.lora_rank if adapted else 0, tuple(settings.lora_targets))
 
 
+# `Segmenter.class_tokens` of a method whose `mask_decoder` is SAM's with K masks.
+OF_DECODER = {name: name for name in ("mask_decoder/mask_tokens", "mask_decoder/hyper_mlps")}
+
+
 class SamSegmenter(Segmenter):
     """SAM's encoder and decoder, prompted by its no-mask embedding alone, one mask token per class.
 
-    It has all of SAM's prompt encoder, as SAMed does: the rest of it gets no gradient. Mask tokens,
-    their hypernetworks and the quality head, one per class here, start at random.
+    It has all of SAM's prompt encoder, as SAMed does: the rest of it gets no gradient. The quality
+    head, one output per class here, starts at random, and so do mask tokens and hypernetworks
+    unless `model.class_tokens` is "sam".
     """
 
     decoder = MaskDecoder
@@ -174,6 +205,7 @@ class SamSegmenter(Segmenter):
         "mask_decoder/upscaling": "mask_decoder/upscaling",
         "mask_decoder/iou_token": "mask_decoder/iou_token",
     }
+    class_tokens = OF_DECODER
     base_unused: tuple[str, ...] = (
         "mask_decoder/mask_tokens",
         "mask_decoder/hyper_mlps",

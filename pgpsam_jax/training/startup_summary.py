@@ -46,6 +46,8 @@ def _conventions(settings) -> str:
     method = registry.method_of(settings)
     colors, start = method.resolve_colors(settings), method.resolve_start(settings)
     line = f"colors     {colors}; the method's additions to SAM start: {start}"
+    if method.resolve_class_tokens(settings):
+        line += "; class tokens: sam"
     own = settings.base and TrainedFor.of(settings.base).colors
     if own and own != colors:
         line += f" (the base was trained on {own} colors)"

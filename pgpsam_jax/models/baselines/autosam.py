@@ -65,6 +65,7 @@ class AutoSam(Segmenter):
         "mask_decoder/hyper_mlps": "mask_decoder/hyper_mlps",
     }
     base_rows = {"mask_decoder/hyper_mlps": MASKS}  # of SAM's four hypernetworks, the first
+    class_tokens = {"mask_decoder/mask_tokens": "mask_decoder/mask_tokens"}  # both of a class
     base_unused = (
         "prompt_encoder",
         "mask_decoder/iou_token",

@@ -20,6 +20,7 @@ class PromptedSam(SamSegmenter):
 
     base_tensors = {name: name for name in ("image_encoder", "prompt_encoder", "mask_decoder")}
     base_unused = ()
+    class_tokens = {}  # SAM's own
     frozen: tuple[str, ...] = ("prompt_encoder",)
 
     def __init__(self, sam: SamConfig, **options):

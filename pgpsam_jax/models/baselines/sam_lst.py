@@ -24,7 +24,7 @@ class SamLst(SamSegmenter):
     label = "SAM-LST"
     loss = staticmethod(losses.final_only)
     cnn_prefix = "cnn"
-    frozen = (  # with the mask tokens and their hypernetworks, one per class and random
+    frozen = (  # with the mask tokens and their hypernetworks, one per class
         "prompt_encoder",
         "mask_decoder/transformer",
         "mask_decoder/mask_tokens",

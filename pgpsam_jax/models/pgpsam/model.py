@@ -20,7 +20,7 @@ from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.mask_decoder import MaskDecoder, class_features
 from pgpsam_jax.models.sam.prompt_encoder import FourierPositions
 from pgpsam_jax.models.sam.sam import SamConfig
-from pgpsam_jax.models.segmenter import Segmenter, lora_config, register
+from pgpsam_jax.models.segmenter import OF_DECODER, Segmenter, lora_config, register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +175,7 @@ class PgpSam(PrototypeSegmenter):
     )
     start = "sam"
     sam_start = {r"ppg/\d+/dense/mlp/lin2/bias": "prompt_encoder/no_mask_embed"}
+    class_tokens = OF_DECODER
     config_class = PgpSamConfig
     switches = ("mix_start", "ppr_norm", "cfm", "ppr", "ppg")
 

@@ -149,11 +149,7 @@ class TrainedFor(NamedTuple):
         """Reads the sidecar of converted weights; the defaults where there is none."""
         sidecar = base_files(path)[1]
         meta = read_user_json(sidecar, "description of weights") if sidecar.is_file() else {}
-        return cls.from_meta(meta if isinstance(meta, dict) else {}, sidecar)
-
-    @classmethod
-    def from_meta(cls, meta: dict, sidecar) -> "TrainedFor":
-        """Reads the content of a sidecar."""
+        meta = meta if isinstance(meta, dict) else {}
         encoder, colors = meta.get("variant", "custom"), meta.get("colors", "normalized")
         tokens = meta.get("mask_tokens", MASK_TOKENS)
         listed = isinstance(tokens, list | tuple) and len(tokens) > 0
