@@ -25,7 +25,7 @@ from typing import Any
 from pgpsam_jax.data.findings import ERROR, WARNING, Finding
 from pgpsam_jax.data.io import array_checks
 from pgpsam_jax.data.io.array_files import NO_GRID
-from pgpsam_jax.data.layouts import find
+from pgpsam_jax.data.layouts import find, groups
 from pgpsam_jax.data.layouts.cases import Listing
 from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
 from pgpsam_jax.data.layouts.split import split_cases
@@ -36,7 +36,8 @@ from pgpsam_jax.utils.untrusted_text import read_user_json, sanitize
 
 # Fields of `config.data`; names without `data.` match only outside paths.
 _SETTINGS = re.compile(
-    r"\bdata\.(?P<name>layout|image_glob|label_glob|label_table|split_file|split|window)\b"
+    r"\bdata\.(?P<name>layout|image_glob|label_glob|label_table|split_file|split|group_file"
+    r"|group|window)\b"
     r"|(?<![\w/.'\"-])(?P<short>image_glob|label_glob|label_table|split_file)(?![\w/.'\"-])"
 )
 _MAX_LINE = 4000  # characters
@@ -51,6 +52,8 @@ def verify(
     table: LabelTable | None = None,
     split: str | None = None,
     split_file: StrPath | None = None,
+    group: str = "",
+    group_file: StrPath = "",
     window: tuple[float, float] | None = None,
     workers: int = 0,
     say: Callable[[str], None] = print,
@@ -62,7 +65,8 @@ def verify(
         layout: one of `find.LAYOUTS`, or "auto" to detect it.
         image_glob, label_glob: file patterns of the layout "pairs".
         table: label table; by default that of the layout.
-        split, split_file: as in the data configuration; reports patients in more than one part.
+        split, split_file, group, group_file: as in the data configuration; reports patients and
+            groups in more than one part.
         window: intensities (low, high) that a run maps to [0, 1].
         workers: processes; 0 = this one, -1 = one per core.
         say: prints a line.
@@ -81,8 +85,8 @@ def verify(
         layout = find.detect(root, image_glob)
     listing = find.scan(layout, root, image_glob, label_glob)
     table = table or find.label_table(layout, root)
-    if split:
-        _split(listing, split, split_file)
+    if group or group_file or split:
+        _split(listing, split, split_file, group, group_file)
     of_file: dict[str, list[Finding]] = {}
     for finding in listing.findings:
         of_file.setdefault(finding.file, []).append(finding)
@@ -120,11 +124,15 @@ def verify(
     return report | {"seconds": round(seconds, 2)}
 
 
-def _split(listing: Listing, kind: str, file: StrPath | None) -> None:
-    """Assigns each case its part of the split; an invalid split is a finding."""
-    cases = [case for case in listing.cases if case.label is not None]
+def _split(
+    listing: Listing, kind: str | None, file: StrPath | None, group: str, group_file: StrPath
+) -> None:
+    """Assigns each case its group and part of the split; invalid ones are a finding."""
     try:
-        parts = split_cases(cases, kind, file=file)
+        listing.cases = groups.with_groups(listing.cases, group, group_file)
+        if not kind:
+            return
+        parts = split_cases([c for c in listing.cases if c.label is not None], kind, file=file)
     except UserError as error:
         listing.add("split", "", str(error))
         return
@@ -176,6 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--label-table", help="JSON file that names the classes")
     parser.add_argument("--split", help="like data.split: btcv_18_12, btcv_18_6_6, given or file")
     parser.add_argument("--split-file", help="JSON lists of case ids; implies --split file")
+    parser.add_argument("--group", default="", help="like data.group: part of the case id, a regex")
+    parser.add_argument("--group-file", default="", help="like data.group_file")
     parser.add_argument("--report", help="JSON file to write the report to")
     parser.add_argument(
         "--workers", type=int, default=0, help="processes; 0 = this one, -1 = one per core"
@@ -205,6 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
             table=load_label_table(given.label_table) if given.label_table else None,
             split="file" if given.split_file else given.split,
             split_file=given.split_file,
+            group=given.group,
+            group_file=given.group_file,
             window=given.window,
             workers=given.workers,
         )

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from pgpsam_jax.config import exclusive_fields, serialization
 from pgpsam_jax.config.serialization import flatten
 from pgpsam_jax.data.fewshot_list import read_list
+from pgpsam_jax.data.layouts.groups import read_groups
 from pgpsam_jax.data.layouts.label_table import load_label_table
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.baselines import resnet_weights
@@ -28,12 +29,19 @@ PATHS = (
     *DATA,
     "data.label_table",
     "data.split_file",
+    "data.group_file",
     "data.cache_dir",
     "fewshot.file",
     "model.base",
     "model.cnn_base",
 )
-SPLIT = ("data.split", "data.split_seed", "data.test_fraction", "data.validation_fraction")
+SPLIT = (
+    "data.split",
+    "data.split_seed",
+    "data.test_fraction",
+    "data.validation_fraction",
+    "data.group",
+)
 LIST = ("fewshot.rule", "fewshot.seed", *(f"fewshot.{size}" for size in exclusive_fields.SIZES))
 LENGTH = ("train.epochs", "train.steps")
 
@@ -99,6 +107,7 @@ def _file(file: Path, _: int) -> str:
 CONTENT_DIGESTS = {
     "data.label_table": lambda path: _of_value(load_label_table(path).to_json()),
     "data.split_file": _of_split,
+    "data.group_file": lambda path: _of_value(read_groups(path)),
     "fewshot.file": lambda path: read_list(path).hash,
     "model.base": weights.recorded_digest,
     "model.cnn_base": _of_cnn,

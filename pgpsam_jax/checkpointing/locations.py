@@ -2,8 +2,8 @@
 
 A configured path is tried as given, relative to the current folder; if it is the path the run was
 made with, also at its former absolute location and relative to the workdir (`places.json`). The
-workdir has copies of label table, split and few-shot list. Files whose content has changed are
-refused.
+workdir has copies of label table, split, groups and few-shot list. Files whose content has changed
+are refused.
 """
 
 import os
@@ -23,6 +23,7 @@ from pgpsam_jax.utils.files import StrPath, read_record, write_json
 
 RECORD = "places.json"
 LABELS, LIST, SPLIT, ORIGIN = "labels.json", "fewshot.txt", "split.json", "provenance.json"
+GROUPS = "groups.json"
 PARTS = ("train", "validation", "test")
 _RECORDED = tuple(field for field in PATHS if not field.endswith("_glob"))
 _NAME_BASE = (
@@ -54,6 +55,7 @@ def resolve_paths(
     data.label_table = _file(candidates, "data.label_table", workdir / LABELS)
     if data.split == "file":
         data.split_file = _file(candidates, "data.split_file", workdir / SPLIT)
+    data.group_file = _file(candidates, "data.group_file", workdir / GROUPS)
     fewshot.file = _file(candidates, "fewshot.file", workdir / LIST)
     config.model.base = find_base(config, workdir)
     config.model.cnn_base = _cnn(candidates("model.cnn_base"), workdir)
@@ -140,7 +142,9 @@ def _file(candidates: _Candidates, field: str, own: Path) -> str:
     digest = CONTENT_DIGESTS[field]
     wanted = digest(own)
     same = [path for path in there if digest(path) == wanted]
-    if field == "data.split_file":  # order changes its digest; `resumption.check_split` compares
+    # The order of a split changes its digest, and groups may be those of more cases than the run
+    # has; `resumption.check_split` compares the parts.
+    if field in ("data.split_file", "data.group_file"):
         return str(own) if same else there[0]
     if same:
         return same[0]

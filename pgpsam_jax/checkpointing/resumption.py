@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pgpsam_jax.checkpointing import identity, locations
-from pgpsam_jax.checkpointing.locations import LABELS, LIST, ORIGIN, PARTS, SPLIT
+from pgpsam_jax.checkpointing.locations import GROUPS, LABELS, LIST, ORIGIN, PARTS, SPLIT
 from pgpsam_jax.config import serialization
 from pgpsam_jax.data.dataset import Split, images_digest
 from pgpsam_jax.data.fewshot_list import FewShotList
@@ -68,6 +68,12 @@ def _ids(split: Split) -> dict[str, list[str]]:
     return {part: cases for part, cases in ids.items() if cases}
 
 
+def _groups(split: Split) -> dict[str, str]:
+    """The known groups in the format of `data.group_file`."""
+    cases = [case for part in PARTS for case in getattr(split, part)]
+    return {case.case_id: case.group for case in cases if case.group}
+
+
 def _parts_by_case(ids: dict[str, Any]) -> dict[str, str]:
     """Case -> the parts of the split that contain it."""
     found: dict[str, str] = {}
@@ -115,7 +121,9 @@ def record_run_identity(
         given = stored
     else:
         slices.write(workdir / LIST)
-    for name, value in ((LABELS, split.table.to_json()), (SPLIT, _ids(split))):
+    copies = {LABELS: split.table.to_json(), SPLIT: _ids(split)}
+    copies |= {GROUPS: groups} if (groups := _groups(split)) else {}
+    for name, value in copies.items():
         if not resume or not (workdir / name).is_file():
             write_json(workdir / name, value)
     write_json(workdir / ORIGIN, origin)

@@ -60,7 +60,8 @@ class _Section(ConfigDict):
 class DataSettings(_Section):
     """`config.data`: a split file implies split `file`; globs belong to layout `pairs`.
 
-    A window implies normalization by window, percentiles that by percentile.
+    Groups have one source. A window implies normalization by window, percentiles that by
+    percentile.
     """
 
     def _excluded(self, key: str) -> dict[str, Any]:
@@ -70,6 +71,8 @@ class DataSettings(_Section):
             return {"split_file": ""}
         if key == "layout" and self[key] != "pairs":
             return {"image_glob": "", "label_glob": ""}
+        if key in ("group", "group_file") and self[key]:
+            return {"group_file" if key == "group" else "group": ""}
         if key in ("window", "percentiles"):
             return {"normalize": key.removesuffix("s")}
         return {}
@@ -162,7 +165,12 @@ def check_run_settings(config: ConfigDict) -> None:
 
 
 def _check_used(data: ConfigDict) -> None:
-    """Refuses paths that layout or split would not use."""
+    """Refuses paths that layout or split would not use, and two sources of groups."""
+    if data.group and data.group_file:
+        raise UserError(
+            f"data.group {data.group!r} and data.group_file {data.group_file!r} exclude each "
+            "other; give one of them"
+        )
     unused = {"split_file": data.split != "file" and ("split", data.split, "file")}
     pairs = data.layout != "pairs" and ("layout", data.layout, "pairs")
     for field, used_by in (unused | dict.fromkeys(("image_glob", "label_glob"), pairs)).items():

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from pgpsam_jax.data import cache, fewshot_list
 from pgpsam_jax.data.io import array_checks, volumes
 from pgpsam_jax.data.io.voxel_grid import AXES, AXIAL
-from pgpsam_jax.data.layouts import find
+from pgpsam_jax.data.layouts import find, groups
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
 from pgpsam_jax.data.layouts.split import split_cases
@@ -93,8 +93,9 @@ def find_cases(data: ConfigDict) -> list[Case]:
 def find_split(data: ConfigDict) -> Split:
     """Returns the cases of `config.data` by part."""
     table = label_table(data)
+    cases = groups.with_groups(find_cases(data), data.group, data.group_file)
     parts = split_cases(
-        find_cases(data),
+        cases,
         data.split,
         file=data.split_file or None,
         test_fraction=data.test_fraction,

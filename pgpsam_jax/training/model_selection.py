@@ -34,7 +34,7 @@ def check(validation: ConfigDict, data: ConfigDict, split: Split) -> None:
     if every and not split.validation:
         raise UserError(
             f"validation.every_epochs is {every}, but data.split {data.split!r} has no validation "
-            "cases; use btcv_18_6_6, or fraction with data.validation_fraction, or list "
+            "cases; use btcv_18_6_6, or fraction or group with data.validation_fraction, or list "
             '"validation" in data.split_file, or set validation.every_epochs to 0'
         )
 

@@ -4,7 +4,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ class Case:
     image: Source
     label: Source | None = None
     part: str = ""  # "train" or "test" if the layout splits the data
+    group: str = ""  # cases of one group, such as one person, are never in two parts
 
     @property
     def truth(self) -> Source:
@@ -95,6 +96,21 @@ def safe_case_id(text: str) -> str:
         mark = f"-{hashlib.sha256(content).hexdigest()[:12]}"
         result = content[: _LONGEST - len(mark)].decode(errors="ignore") + mark
     return result
+
+
+def case_key(case_id: str | int) -> str:
+    """Maps `5`, `05` and `0005` to one patient, and `pat 1` to the file `pat 1.nii.gz`."""
+    try:
+        text = safe_case_id(str(case_id))
+    except UserError:  # no file has such a name
+        text = str(case_id)
+    return (text.lstrip("0") or "0") if text.isascii() and text.isdigit() else text
+
+
+def listed(ids: Sequence[str]) -> str:
+    """Returns the first twenty ids for a message."""
+    more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
+    return ", ".join(sanitize(i) for i in ids[:20]) + more
 
 
 def _is_letter(character: str) -> bool:

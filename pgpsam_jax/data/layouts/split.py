@@ -3,9 +3,10 @@
 import random
 from collections.abc import Sequence
 
-from pgpsam_jax.data.layouts.cases import Case, safe_case_id
+from pgpsam_jax.data.layouts import groups
+from pgpsam_jax.data.layouts.cases import Case, case_key, listed
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.utils.untrusted_text import read_user_json, sanitize
+from pgpsam_jax.utils.untrusted_text import read_user_json
 
 # The split used by all papers of this family on BTCV/Synapse.
 BTCV_TRAIN = (5, 6, 7, 9, 10, 21, 23, 24, 26, 27, 28, 30, 31, 33, 34, 37, 39, 40)
@@ -15,6 +16,7 @@ BTCV_VALIDATION_6 = (2, 8, 22, 32, 36, 38)
 BTCV_TEST_6 = (1, 3, 4, 25, 29, 35)
 
 Ids = tuple[Sequence[int | str], Sequence[int | str], Sequence[int | str]]  # of the three parts
+Parts = tuple[list[Case], list[Case], list[Case]]
 _PUBLISHED = {
     "btcv_18_12": (BTCV_TRAIN, (), BTCV_TEST),
     "btcv_18_6_6": (BTCV_TRAIN, BTCV_VALIDATION_6, BTCV_TEST_6),
@@ -29,33 +31,43 @@ def split_cases(
     test_fraction=None,
     validation_fraction: float = 0.0,
     seed: int = 0,
-) -> tuple[list[Case], list[Case], list[Case]]:
+) -> Parts:
     """Splits cases by patient; no patient is in two parts.
 
     Args:
         cases: of one data set.
         kind: "btcv_18_12", the published split; "btcv_18_6_6", that of the authors' code; "file";
             "given" by the layout (the lists of TransUNet, imagesTr and imagesTs of nnU-Net);
-            "fraction", a seeded draw of patients; or "within_volume", which returns all cases as
-            training and as test cases, so that scoring has to leave out the training slices. The
-            last two ignore the test cases that the layout has.
+            "fraction", a seeded draw of cases; "group", one of groups of cases (`groups`), such as
+            persons with several volumes; or "within_volume", which returns all cases as training
+            and as test cases, so that scoring has to leave out the training slices. The last three
+            ignore the test cases that the layout has.
         file: JSON object with id lists "train", "test" and optionally "validation".
-        test_fraction: share of the cases drawn for testing.
+        test_fraction: share of the cases or groups drawn for testing.
         validation_fraction: share drawn for validation; it does not change the test cases.
         seed: of the draw.
 
     Returns:
         Training, validation (may be empty) and test cases.
+
+    Raises:
+        UserError: the split does not fit the cases, or has a group of cases in two parts.
     """
     cases = list(cases)
-    if validation_fraction and kind != "fraction":
+    if validation_fraction and kind not in ("fraction", "group"):
         raise UserError(
             f"data.validation_fraction is {validation_fraction}, which split {kind!r} does not "
-            "use; set it to 0, or data.split to fraction"
+            "use; set it to 0, or data.split to fraction or group"
         )
     own = [case for case in cases if case.part != "test"] or cases
     if kind == "within_volume":
         return own, [], own
+    parts = _parts(cases, own, kind, file, validation_fraction, test_fraction, seed)
+    groups.check_parts(dict(zip(("train", "validation", "test"), parts, strict=True)), kind)
+    return parts
+
+
+def _parts(cases: list[Case], own: list[Case], kind: str, file, validation, test, seed) -> Parts:
     if kind == "given":
         return _given(cases)
     if kind in _PUBLISHED:
@@ -63,16 +75,19 @@ def split_cases(
     elif kind == "file":
         parts = _split_file(file)
     elif kind == "fraction":
-        parts = _split_fraction(own, validation_fraction, test_fraction, seed)
+        ids = [case.case_id for case in own]
+        parts = _draw(ids, "cases", validation, test, seed)
+    elif kind == "group":
+        parts = _split_groups(own, validation, test, seed)
     else:
         raise UserError(
-            f"unknown split {kind!r}; known are btcv_18_12, btcv_18_6_6, file, given, fraction and "
-            "within_volume"
+            f"unknown split {kind!r}; known are btcv_18_12, btcv_18_6_6, file, given, fraction, "
+            "group and within_volume"
         )
     return _select(cases, parts, f"split {file or kind}")
 
 
-def _given(cases: list[Case]) -> tuple[list[Case], list[Case], list[Case]]:
+def _given(cases: list[Case]) -> Parts:
     parts = [[case for case in cases if case.part == part] for part in ("train", "test")]
     if not all(parts):
         raise UserError(
@@ -97,51 +112,55 @@ def _split_file(file) -> Ids:
     return value["train"], value.get("validation", []), value["test"]
 
 
-def _split_fraction(cases: list[Case], validation, test, seed: int) -> Ids:
-    if test is None or not 0 < test < 1 or len(cases) < 2:
+def _split_groups(cases: list[Case], validation, test, seed: int) -> Ids:
+    members: dict[str, list[str]] = {}
+    for case in cases:
+        members.setdefault(case.group, []).append(case.case_id)
+    if "" in members:
         raise UserError(
-            f"split fraction needs 0 < test_fraction < 1 and at least 2 cases, got {test} and "
-            f"{len(cases)} (within_volume is the split for a single case)"
+            "split group needs the group of each case; give data.group, a regular expression with "
+            "one capture group that is searched in case ids, or data.group_file"
         )
-    count = min(max(round(test * len(cases)), 1), len(cases) - 1)
-    held_out = max(round(validation * len(cases)), 1) if validation else 0
-    if not 0 <= validation < 1 or count + held_out >= len(cases):
+    parts = _draw(list(members), "groups", validation, test, seed)
+    train, held_out, tests = (
+        sorted(case_id for group in part for case_id in members[str(group)]) for part in parts
+    )
+    return train, held_out, tests
+
+
+def _draw(units: list[str], what: str, validation, test, seed: int) -> Ids:
+    """Draws the parts of a split from cases or groups."""
+    total = len(units)
+    if test is None or not 0 < test < 1 or total < 2:
+        raise UserError(
+            f"split by seed needs 0 < test_fraction < 1 and at least 2 {what}, got {test} and "
+            f"{total} (within_volume is the split for a single case)"
+        )
+    count = min(max(round(test * total), 1), total - 1)
+    held_out = max(round(validation * total), 1) if validation else 0
+    if not 0 <= validation < 1 or count + held_out >= total:
         raise UserError(
             f"data.validation_fraction {validation} must lie in [0, 1) and, beside test_fraction "
-            f"{test}, leave one of the {len(cases)} cases to train on; lower one of them"
+            f"{test}, leave one of the {total} {what} to train on; lower one of them"
         )
-    ids, draw = sorted(case.case_id for case in cases), random.Random(seed)
+    ids, draw = sorted(units), random.Random(seed)
     tests = set(draw.sample(ids, count))
     rest = [i for i in ids if i not in tests]
     chosen = set(draw.sample(rest, held_out))
     return [i for i in rest if i not in chosen], sorted(chosen), sorted(tests)
 
 
-def _select(cases: list[Case], parts: Ids, what: str) -> tuple[list[Case], list[Case], list[Case]]:
-    known = {_key(case.case_id): case for case in cases}
+def _select(cases: list[Case], parts: Ids, what: str) -> Parts:
+    known = {case_key(case.case_id): case for case in cases}
     if len(known) < len(cases):
         raise UserError(f"{what}: case ids differ only by leading zeros; rename the files")
-    keys = [[_key(i) for i in part] for part in parts]
+    keys = [[case_key(i) for i in part] for part in parts]
     named = [i for part in keys for i in part]
     missing = sorted({i for i in named if i not in known})
     if missing:
-        raise UserError(f"{what} names cases that are not in the data: {_listed(missing)}")
+        raise UserError(f"{what} names cases that are not in the data: {listed(missing)}")
     double = sorted({i for i in named if named.count(i) > 1})
     if double:
-        raise UserError(f"{what} names cases twice, which would leak: {_listed(double)}")
+        raise UserError(f"{what} names cases twice, which would leak: {listed(double)}")
     train, validation, test = ([known[i] for i in part] for part in keys)
     return train, validation, test
-
-
-def _listed(ids: list[str]) -> str:
-    more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
-    return ", ".join(sanitize(i) for i in ids[:20]) + more
-
-
-def _key(case_id) -> str:
-    """Maps `5`, `05` and `0005` to one patient, and `pat 1` to the file `pat 1.nii.gz`."""
-    try:
-        text = safe_case_id(str(case_id))
-    except UserError:  # no file has such a name
-        text = str(case_id)
-    return (text.lstrip("0") or "0") if text.isascii() and text.isdigit() else text
