@@ -10,12 +10,14 @@ Data:     a FOLDER with ct.nii.gz and seg104.nii.gz, the reference case of Total
 Variants: default: SAM ViT-b with LoRA at 512 px from weights/sam_vit_b; without the weights,
           --config.model.base= trains on a random frozen backbone, and says so.
           small: a four-block encoder at 128 px trained from scratch.
-Expected: small: mean Dice 0.863 on the 34 organ-bearing slices not trained on, 4 minutes on two CPU
+          lite_medsam: LiteMedSAM with LoRA at 128 px from weights/lite_medsam.
+Expected: lite_medsam: not measured yet.
+          small: mean Dice 0.863 on the 34 organ-bearing slices not trained on, 4 minutes on two CPU
           cores. Default: 18 s per step on two busy cores, peak memory 4.9 GiB; without the official
           weights its Dice means nothing. More in docs/results/README.md.
 """
 
-from pgpsam_jax.config import default_config, use_small_encoder
+from pgpsam_jax.config import default_config, use_lite_medsam, use_small_encoder
 
 
 def get_config(variant: str = "vit_b"):
@@ -39,6 +41,12 @@ def get_config(variant: str = "vit_b"):
         config.name = "abdomen_small"
         config.train.steps = 600
         use_small_encoder(config)
+    elif variant == "lite_medsam":
+        config.name = "abdomen_lite_medsam"
+        config.train.steps = 600
+        use_lite_medsam(config, image_size=128)
     elif variant != "vit_b":
-        raise ValueError(f"configs/abdomen_ct.py knows no variant {variant!r}; vit_b or small")
+        raise ValueError(
+            f"configs/abdomen_ct.py knows no variant {variant!r}; vit_b, small or lite_medsam"
+        )
     return config

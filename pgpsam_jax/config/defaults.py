@@ -1,4 +1,4 @@
-"""All configuration fields with their defaults, and the small-encoder and release presets."""
+"""All configuration fields with their defaults, and presets: small encoder, LiteMedSAM, release."""
 
 import dataclasses
 
@@ -158,6 +158,25 @@ def use_small_encoder(config: ConfigDict) -> None:
     config.train.batch_size = 4
     config.log.every_steps = 10
     config.log.checkpoint_steps = 200
+    config.eval.batch_size = 8
+
+
+def use_lite_medsam(config: ConfigDict, image_size: int) -> None:
+    """Sets LiteMedSAM as the base, with LoRA, at a size for CPU cores.
+
+    Args:
+      config: of `default_config`, changed in place.
+      image_size: in pixels, divisible by 4; LiteMedSAM was trained at 256.
+    """
+    config.model.base = "weights/lite_medsam"
+    config.model.encoder = "tiny_vit"
+    config.model.train_encoder = "lora"
+    config.model.image_size = image_size
+    config.model.patch_size = 4
+    config.optim.clip_norm = 1.0
+    config.train.batch_size = 4
+    config.log.every_steps = 10
+    config.log.checkpoint_steps = 100
     config.eval.batch_size = 8
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pgpsam_jax.config import serialization
-from pgpsam_jax.data.dataset import label_table
+from pgpsam_jax.config import exclusive_fields, serialization
+from pgpsam_jax.data.dataset import find_split, label_table
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.inference.predictor import make_predict_step
 from pgpsam_jax.methods import build, registry
@@ -19,7 +19,7 @@ from pgpsam_jax.training.plan import TrainingPlan
 from pgpsam_jax.training.train_state import init_state
 from pgpsam_jax.training.train_step import make_train_step
 from tests.support import micro
-from tests.support.places import REPOSITORY
+from tests.support.places import REPOSITORY, shared
 
 CONFIGS = [
     ("synapse", ()),
@@ -30,6 +30,10 @@ CONFIGS = [
     ("phantom", ()),
     ("abdomen_ct", ()),
     ("abdomen_ct", ("small",)),
+    ("abdomen_ct", ("lite_medsam",)),
+    ("hippocampus", ()),
+    ("hippocampus", ("20slices",)),
+    ("phantom_lite_medsam", ()),
     ("baseline", ("samed",)),
     ("baseline", ("hsam",)),
     ("baseline", ("autosam",)),
@@ -53,9 +57,10 @@ def test_all_config_files_are_listed():
 
 
 # Tracing a step of ViT-b takes ten seconds, of one stage of a small encoder two.
-SMALL = dict(encoder=micro.NAME, image_size=32, patch_size=8, stage_taps=(0,))
+SMALL = dict(encoder=micro.NAME, base="", image_size=32, patch_size=8, stage_taps=(0,))
 # PGP-SAM again, with other data or as released: here on a small encoder, below as they are.
 AGAIN = ("ventricle", "synapse_release", "ventricle_release", "phantom", "abdomen_ct")
+AGAIN += ("hippocampus", "phantom_lite_medsam")
 
 
 @functools.cache
@@ -74,7 +79,7 @@ def test_a_config_makes_model_optimizer_and_settings_of_a_step(name, arguments, 
     assert settings.data.root in ("", f"datasets/{settings.data.root[9:]}")  # none from elsewhere
     classes, sizes = label_table(settings.data).num_classes, settings.model
     whole = SamConfig.preset(sizes.encoder, sizes.image_size, sizes.patch_size).encoder
-    assert max(sizes.stage_taps, default=0) < whole.depth
+    assert max(sizes.stage_taps, default=0) < len(whole.tap_widths)
     if name in AGAIN:
         sizes.update(SMALL)
     made = synapse()[1] if name == "synapse" else build.abstract_model(settings.model, classes)
@@ -84,7 +89,7 @@ def test_a_config_makes_model_optimizer_and_settings_of_a_step(name, arguments, 
     make_train_step(graphdef, optimizer, TrainingPlan.from_config(settings).step)
 
 
-TINY_VIT = dict(encoder="tiny_vit", image_size=64, patch_size=4)
+TINY_VIT = dict(encoder="tiny_vit", base="", image_size=64, patch_size=4)
 STEPS = [("baseline", ("autosam",), SMALL), ("baseline", ("samed",), TINY_VIT)]
 STEPS += [pytest.param(*config, {}, marks=pytest.mark.slow) for config in CONFIGS]
 STEPS += [
@@ -130,6 +135,32 @@ def test_the_synapse_config_is_the_paper_run():
     assert encoder and all("/lora/" in p for p in encoder)
     assert sum(math.prod(paths[p].shape) for p in encoder) == 147_456
     assert "total" in parameters.report(params, frozen)
+
+
+@pytest.mark.parametrize(
+    "budget, wanted", [("1volumes", ("volumes", 1, None)), ("100slices", ("random", None, 100))]
+)
+def test_budgets_of_the_hippocampus_config(budget, wanted):
+    settings, _ = load("hippocampus", (budget,))
+    exclusive_fields.check_run_settings(settings)
+    assert (settings.fewshot.rule, settings.fewshot.volumes, settings.fewshot.count) == wanted
+    for wrong in ("volumes", "0volumes", "5 volumes", "5persons", ""):
+        with pytest.raises(ValueError, match="Nvolumes or Nslices"):
+            load("hippocampus", (wrong,))
+
+
+@pytest.mark.golden
+def test_the_hippocampus_split_is_by_person(monkeypatch):
+    """About 60 volumes of persons that are not trained on, on the 200 volumes at hand."""
+    settings, _ = load("hippocampus")
+    settings.data.root = str(shared("data/msd_hippocampus"))
+    monkeypatch.chdir(REPOSITORY)
+    split = find_split(settings.data)
+    parts = [split.train, split.validation, split.test]
+    assert sum(map(len, parts)) == 200
+    persons = [{(int(case.case_id[-3:]) + 1) // 2 for case in part} for part in parts]
+    assert sum(map(len, persons)) == len(set.union(*persons)) == 132
+    assert abs(len(split.test) - 60) <= 5 and [len(p) for p in persons[1:]] == [13, 40]
 
 
 def test_stored_configurations_round_trip():

@@ -1,0 +1,21 @@
+"""The phantoms of configs/phantom.py from LiteMedSAM, a pretrained medical SAM, at 128 px.
+
+Command:  pgpsam train --config phantom_lite_medsam --workdir runs/phantom_lite_medsam
+Data:     as configs/phantom.py, with the same 155 labeled slices.
+Weights:  LiteMedSAM, converted to weights/lite_medsam (docs/weights.md).
+Model:    PGP-SAM, preset paper; the encoder is frozen but for its LoRA.
+Expected: not measured yet.
+"""
+
+from pgpsam_jax.config import default_config, use_lite_medsam
+
+
+def get_config():
+    config = default_config()
+    config.name = "phantom_lite_medsam"
+    config.data.layout = "phantom"
+    config.data.root = "datasets/phantom"
+    config.fewshot.fraction = 0.25
+    config.train.steps = 700
+    use_lite_medsam(config, image_size=128)
+    return config
