@@ -33,12 +33,13 @@ def check_case(case: Case, table: LabelTable | None = None, window: Window | Non
         window: intensities that a run maps to [0, 1]; without one, clipping is not checked.
 
     Returns:
-        `{"case", "part", "files": [record], "features": {id: [floats]}}`. The record of a file has
-        `file`, `kind` ("image" or "label"), `findings` and, if readable, `shape` (D, H, W),
-        `spacing` (mm), `orientation`, `content` (SHA-256 of the voxels in display orientation) and
-        `range` or `voxels` (`{id: count}`).
+        `{"case", "part", "group", "files": [record], "features": {id: [floats]}}`. The record of a
+        file has `file`, `kind` ("image" or "label"), `findings` and, if readable, `shape`
+        (D, H, W), `spacing` (mm), `orientation`, `content` (SHA-256 of the voxels in display
+        orientation) and `range` or `voxels` (`{id: count}`).
     """
-    record: dict[str, Any] = {"case": case.case_id, "part": case.part, "features": {}}
+    record: dict[str, Any] = {"case": case.case_id, "part": case.part, "group": case.group}
+    record["features"] = {}
     image = _File(case.image, "image", np.float32)
     files = [image]
     image.run(lambda: _check_image(image, window))

@@ -1,9 +1,9 @@
 """Data-set verification: runs all checks, caches them per case, and reports the findings.
 
 The report is JSON: `schema` 3, `root`, `layout`, `label_table` (or null), `files` (the file records
-of `case_checks.check_case`, with `case` and `part`), `data_set` (findings without a single file),
-`order` (`label_order.check_label_order`) and `counts` (files, cases, errors, warnings). A finding
-has `level` ("error" or "warning"), `code`, `file` and `message`. Codes of errors:
+of `case_checks.check_case`, with `case`, `part` and `group`), `data_set` (findings without a single
+file), `order` (`label_order.check_label_order`) and `counts` (files, cases, errors, warnings). A
+finding has `level` ("error" or "warning"), `code`, `file` and `message`. Codes of errors:
 - of a file: missing, unreadable, damaged (cut off, checksum), name, header, shape (4-D), dtype,
   size, trailing (inflates past its header), affine (singular), key, storage, not_finite,
   not_integer, unknown_label, window;
@@ -12,10 +12,11 @@ has `level` ("error" or "warning"), `code`, `file` and `message`. Codes of error
 Codes of warnings:
 - of a file or a pair: trailing (a little), no_orientation, two_affines, shear, scaled, intensity,
   constant, empty, absent, affine_mismatch, orientation_lost, turned;
-- across cases: cut (labels clipped by normalization), duplicate (of labels), slices, count, unlike
-  (intensities), spacing, axis, volume, size.
+- across cases: cut (labels clipped by normalization), duplicate (of labels), neighbors (of one
+  person), slices, count, unlike (intensities), spacing, axis, volume, size.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -28,7 +29,7 @@ from pgpsam_jax.data.io import array_checks, volumes
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.data.preprocessing import Window, is_relative, window_of
-from pgpsam_jax.data.quality import clipping, outliers
+from pgpsam_jax.data.quality import clipping, neighbors, outliers
 from pgpsam_jax.data.quality.case_checks import check_case
 from pgpsam_jax.data.quality.label_order import check_label_order
 from pgpsam_jax.data.quality.organ_priors import organ_of
@@ -76,7 +77,7 @@ def summarize(
         **about: entries to add to the report.
     """
     files = [
-        {"case": record["case"], "part": record["part"], **file}
+        {"case": record["case"], "part": record["part"], "group": record["group"], **file}
         for record in records
         for file in record["files"]
     ]
@@ -87,6 +88,8 @@ def summarize(
     clipped = {file["case"]: file["clipped"] for file in files if "clipped" in file}
     if window is not None and (message := clipping.message(clipped, window)):
         found.append(Finding(WARNING, "cut", "", message))
+    if alike := neighbors.check(files):
+        found.append(alike)
     by_file = {file["file"]: file for file in files}
     data_set: list[dict[str, str]] = []
     for finding in found:
@@ -183,7 +186,7 @@ def verify_run_data(data, split, workdir, *, say: Callable[[str], None] = print)
         return None
     parts = {"train": split.train, "validation": split.validation, "test": split.test}
     cases = {
-        case.case_id: Case(case.case_id, case.image, case.label, part)
+        case.case_id: dataclasses.replace(case, part=part)
         for part, members in reversed(parts.items())
         for case in members
     }
@@ -195,7 +198,8 @@ def verify_run_data(data, split, workdir, *, say: Callable[[str], None] = print)
         if key not in cached:
             cached[key] = check_case(case, split.table, window)
             fresh.append(case.case_id)
-        records.append(json.loads(json.dumps(cached[key])) | {"part": case.part})
+        own = {"part": case.part, "group": case.group}
+        records.append(json.loads(json.dumps(cached[key])) | own)
     report = summarize(
         records,
         split.table,

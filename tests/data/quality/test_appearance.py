@@ -227,6 +227,7 @@ def test_plain_volumes_against_training_slices(shape, level):
         return {
             "case": name,
             "part": part,
+            "group": "",
             "features": {},
             "files": [
                 {
