@@ -38,18 +38,18 @@ class FewShotList:
         return hashlib.sha256(_text(self.entries).encode()).hexdigest()
 
     def summary(self, areas: Areas, names: Sequence[str]) -> str:
-        """Returns one line: slices, patients, and the number of slices with each organ."""
+        """Returns one line: slices, volumes, and the number of slices with each organ."""
         present = sum(areas[case_id][index] > 0 for case_id, index in self.entries)
         organs = ", ".join(f"{names[k]} {present[k]}" for k in range(1, len(names)))
-        patients = len({case_id for case_id, _ in self.entries})
-        return f"{len(self)} slices of {patients} of {len(areas)} patients; with {organs}"
+        volumes = len({case_id for case_id, _ in self.entries})
+        return f"{len(self)} slices of {volumes} of {len(areas)} volumes; with {organs}"
 
     def write(self, path) -> None:
         """Writes the list as text: `#` header lines, then `case_id<TAB>slice` per line."""
-        patients = len({case_id for case_id, _ in self.entries})
+        volumes = len({case_id for case_id, _ in self.entries})
         head = [
             f"# rule: {json.dumps(self.rule, sort_keys=True)}",
-            f"# counts: {len(self)} slices, {patients} patients",
+            f"# counts: {len(self)} slices, {volumes} volumes",
             f"# hash: {self.hash}",
         ]
         write_text(path, "\n".join(head) + "\n" + _text(self.entries))

@@ -56,6 +56,7 @@ def evaluate(
     """
     folder, rows, slices = Path(folder), [], []
     notices = [*notices, *_doubtful_pairs(cases)]
+    groups = {case.case_id: case.group for case in cases if case.group}
     count, cases = len(cases), multihost.shard_for_process(cases)
     voxels = sum(math.prod(read_grid(case.image).shape) for case in cases)
     finish = functools.partial(
@@ -94,7 +95,9 @@ def evaluate(
         "notices": list(notices),
     }
     first = multihost.is_first()
-    summary = write_evaluation(rows, folder, table.names, meta, slices) if first else {}
+    summary = {}
+    if first:
+        summary = write_evaluation(rows, folder, table.names, meta, slices, groups)
     return multihost.gather(summary)[0]
 
 

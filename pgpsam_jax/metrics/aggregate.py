@@ -25,6 +25,14 @@ SMALL_SAMPLE = (
 SMALL = 50
 
 
+def grouped_note(groups: object) -> str:
+    """Returns the sentence about intervals over groups; `groups`: their number."""
+    return (
+        "Cases of one group, such as a person, are averaged first: intervals and tests are over "
+        f"{groups} groups"
+    )
+
+
 def defined_mean(values: ArrayLike, axis: int | None = None) -> np.ndarray:
     """Returns the mean over defined values; NaN (without numpy's warning) where there are none."""
     defined = np.isfinite(values)
@@ -53,6 +61,20 @@ def spread(values: ArrayLike) -> tuple[float | None, list[float] | None]:
     half = float(special.stdtrit(scores.size - 1, 0.975)) * sd / math.sqrt(scores.size)
     mean = float(scores.mean())
     return sd, [mean - half, mean + half]
+
+
+def unit_means(scores: np.ndarray, units: Sequence[str]) -> np.ndarray:
+    """Averages scores (..., N cases) over the cases of each unit: (..., U), NaN where undefined.
+
+    Args:
+        scores: of the N cases.
+        units: of each case, the group it belongs to or itself.
+    """
+    names = np.array(units)
+    return np.stack(
+        [defined_mean(scores[..., names == unit], axis=-1) for unit in dict.fromkeys(units)],
+        axis=-1,
+    )
 
 
 def score_arrays(
@@ -96,20 +118,27 @@ def score_arrays(
 class Scores:
     """Scores of one metric and protocol over seeds, cases and organs.
 
-    values: (S, N, C) for S seeds, N cases, C organs; NaN where undefined.
+    values: (S, N, C) for S seeds, N cases, C organs; NaN where undefined. groups: of cases that
+    count as one in intervals and tests, such as a person's.
     """
 
     seeds: tuple[int, ...]
     cases: tuple[str, ...]
     organs: tuple[str, ...]
     values: np.ndarray
+    groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What each case is counted as, (N,): its group, else the case itself."""
+        return tuple(self.groups.get(case, case) for case in self.cases)
 
     def select(self, seeds: Iterable[int], cases: Iterable[str], organs: Iterable[str]) -> "Scores":
         """Returns the scores of these seeds, cases and organs, in the given order."""
         wanted = tuple(seeds), tuple(cases), tuple(organs)
         axes = self.seeds, self.cases, self.organs
         picks = [[axis.index(key) for key in keys] for axis, keys in zip(axes, wanted, strict=True)]
-        return Scores(*wanted, self.values[np.ix_(*picks)])
+        return Scores(*wanted, self.values[np.ix_(*picks)], self.groups)
 
     def common_with(self, other: "Scores") -> tuple["Scores", "Scores"]:
         """Returns both, of the seeds, cases and organs that they share, in the order of `self`."""
@@ -125,6 +154,10 @@ class Scores:
         """Returns the mean over organs of each case, averaged over seeds, (N,)."""
         return defined_mean(defined_mean(self.values, axis=2), axis=0)
 
+    def unit_scores(self) -> np.ndarray:
+        """Returns the mean of `case_scores` over the cases of each unit, (U,)."""
+        return unit_means(self.case_scores(), self.units)
+
     def organ_means(self) -> np.ndarray:
         """Returns the mean over cases of each organ, averaged over seeds, (C,)."""
         return defined_mean(defined_mean(self.values, axis=1), axis=0)
@@ -135,7 +168,12 @@ class Scores:
         return float(defined_mean(means)), spread(means)[0]
 
 
-def gather(by_seed: Mapping[int, Sequence[Row]], protocol: str, metric: str) -> Scores | None:
+def gather(
+    by_seed: Mapping[int, Sequence[Row]],
+    protocol: str,
+    metric: str,
+    groups: Mapping[str, str] | None = None,
+) -> Scores | None:
     """Collects the scores of {seed: rows of `cases.csv`} over the cases and organs of all seeds.
 
     Seeds without rows of the protocol are left out; None if no seed has any.
@@ -153,7 +191,7 @@ def gather(by_seed: Mapping[int, Sequence[Row]], protocol: str, metric: str) -> 
         rows = [row for row in rows if row["case"] in cases and row["class"] in organs]
         arrays, _ = score_arrays(rows, protocol, cases, {ids[name]: name for name in organs})
         values.append(arrays[metric])
-    return Scores(tuple(by_seed), cases, organs, np.stack(values))
+    return Scores(tuple(by_seed), cases, organs, np.stack(values), groups or {})
 
 
 def shared(lists: Iterable[Sequence[Row]], key: str) -> tuple[str, ...]:

@@ -25,8 +25,10 @@ from pgpsam_jax.metrics.aggregate import (
     case_mean,
     class_mean,
     defined_mean,
+    grouped_note,
     score_arrays,
     spread,
+    unit_means,
 )
 from pgpsam_jax.metrics.protocols import COLUMNS, DEFINITIONS, METRICS, Row
 from pgpsam_jax.metrics.release_protocol import SLICE_COLUMNS
@@ -43,6 +45,7 @@ def write_evaluation(
     names: Sequence[str],
     meta: Mapping[str, Any],
     slices: Sequence[Row] = (),
+    groups: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Writes the four files into `out_dir`, each atomically, and returns the summary.
 
@@ -52,15 +55,17 @@ def write_evaluation(
         meta: notes to add to `summary.json` (weights, definitions, ...); `summary.md` prints
             `notices`, `nsd_tolerance_mm` and `valid_min_pixels` of them.
         slices: rows of single slices, from `score_release`.
+        groups: group of each case, if known, over which the intervals are.
 
     Raises:
         UserError: there is no case, or a case occurs twice.
     """
-    summary = summarize(rows, slices)
+    summary = summarize(rows, slices, groups)
     found = list(summary["strict"]["per_class"])
     if found != list(names[1:]):
         raise ValueError(f"rows score the classes {found}, the label table has {list(names[1:])}")
-    notes = {"interval": INTERVAL, "definitions": DEFINITIONS, "notices": [], **meta}
+    over = f". {grouped_note(summary['n_groups'])}" if groups else ""
+    notes = {"interval": INTERVAL + over, "definitions": DEFINITIONS, "notices": [], **meta}
     if clash := set(notes) & set(summary):
         raise ValueError(f"meta may not replace {sorted(clash)}")
     summary |= _jsonable(notes)
@@ -106,11 +111,14 @@ def _typed(row: dict[str, Any], line: int) -> dict[str, Any]:
     return {key: _TYPES.get(key, str)(text) for key, text in row.items()}
 
 
-def summarize(rows: Sequence[Row], slices: Sequence[Row] = ()) -> dict[str, Any]:
+def summarize(
+    rows: Sequence[Row], slices: Sequence[Row] = (), groups: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Computes class means, case means and per-class statistics of each protocol.
 
     Undefined values are None. With rows of single slices, `release` also has `slice_dice`,
-    `slice_mcdice` and their counts.
+    `slice_mcdice` and their counts. With groups of cases, SDs and intervals are over groups, of
+    which `n_groups` is the number.
     """
     if not rows:
         raise UserError("no case was evaluated; check that the evaluation list is not empty.")
@@ -118,13 +126,16 @@ def summarize(rows: Sequence[Row], slices: Sequence[Row] = ()) -> dict[str, Any]
     classes = dict(sorted({row["class_id"]: row["class"] for row in rows}.items()))
     written = {row["protocol"] for row in rows}
     summary = {
-        protocol: _summarize_protocol(rows, protocol, cases, classes)
+        protocol: _summarize_protocol(rows, protocol, cases, classes, groups or {})
         for protocol in METRICS
         if protocol in written
     }
     if slices:
         _add_slices(summary["release"], slices)
-    return _jsonable(summary | {"n_cases": len(cases)})
+    count: dict[str, Any] = {"n_cases": len(cases)}
+    if groups:
+        count["n_groups"] = len({groups.get(case, case) for case in cases})
+    return _jsonable(summary | count)
 
 
 def _add_slices(release: dict[str, Any], slices: Sequence[Row]) -> None:
@@ -148,14 +159,19 @@ def _slice_key(row: Row) -> tuple[str, int]:
 
 
 def _summarize_protocol(
-    rows: Sequence[Row], protocol: str, cases: Sequence[str], classes: Mapping[int, str]
+    rows: Sequence[Row],
+    protocol: str,
+    cases: Sequence[str],
+    classes: Mapping[int, str],
+    groups: Mapping[str, str],
 ) -> dict[str, Any]:
+    units = [groups.get(case, case) for case in cases]
     values, status = score_arrays(rows, protocol, cases, classes)
     means: dict[str, Any] = {}
     for metric, table in values.items():
         means[f"{metric}_class_mean"] = class_mean(table)
         means[f"{metric}_case_mean"] = case_mean(table)
-    means |= _spread(defined_mean(values["dice"], axis=1), "dice_case")
+    means |= _spread(unit_means(defined_mean(values["dice"], axis=1), units), "dice_case")
     per_class = {}
     for column, name in enumerate(classes.values()):
         scores = {metric: table[:, column] for metric, table in values.items()}
@@ -166,7 +182,7 @@ def _summarize_protocol(
         if "hd95" in scores:
             entry["n_hd95"] = int(np.isfinite(scores["hd95"]).sum())
         for metric, score in scores.items():
-            entry |= _spread(score, metric)
+            entry |= _spread(unit_means(score, units), metric)
         per_class[name] = entry
     return means | {"per_class": per_class}
 

@@ -82,7 +82,7 @@ def _explanations(summary: Mapping[str, Any]) -> list[str]:
     if "valid_min_pixels" in summary:
         least = summary["valid_min_pixels"]
         lines.append(f"- A slice is valid if some organ has at least {least} pixels in it.")
-    if summary["n_cases"] < SMALL:
+    if summary.get("n_groups", summary["n_cases"]) < SMALL:
         lines.append(f"- {SMALL_SAMPLE}.")
     return lines + [f"- `{name}`: {text}." for name, text in definitions.items()]
 

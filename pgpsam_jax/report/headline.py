@@ -93,11 +93,11 @@ def _grid_tiles(groups: list[Group]) -> list[tuple[str, str, str]]:
 
 def _row_tile(group: Group, scores: Scores, what: str) -> tuple[str, str, str]:
     mean, sd = scores.over_seeds("class")
-    ends = spread(scores.case_scores())[1]
-    n = int(np.isfinite(scores.case_scores()).sum())
+    ends = spread(scores.unit_scores())[1]
+    n = int(np.isfinite(scores.unit_scores()).sum())
     seeds = "one seed" if sd is None else f"SD {percent(sd)} over {len(scores.seeds)} seeds"
     more = (
         f"Dice, class mean (strict), {seeds}; 95 % CI of the case mean {interval(ends, percent)}, "
-        f"n = {n} cases"
+        f"n = {n} {'groups' if scores.groups else 'cases'}"
     )
     return f"{what}: {group.label}", f"{percent(mean)} %", more

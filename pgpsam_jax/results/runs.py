@@ -25,6 +25,8 @@ class Run:
     cases: list[dict]  # rows of evaluation/cases.csv
     summary: dict  # evaluation/summary.json
     list_hash: str | None  # of the few-shot slices
+    # Case -> group, such as a person; empty if not known.
+    groups: dict = dataclasses.field(default_factory=dict)
     # New paths of files that have moved: "data.root", "model.base".
     path_overrides: dict = dataclasses.field(default_factory=dict)
 
@@ -53,6 +55,7 @@ def read_run(workdir) -> Run:
         read_cases(cases) if cases.is_file() else [],
         read_record(evaluation / "summary.json", missing={}),
         _list_hash(workdir / "fewshot.txt"),
+        read_record(workdir / "groups.json", missing={}),
     )
 
 

@@ -168,7 +168,7 @@ def test_file_round_trip(tmp_path):
     made.write(path)
     lines = path.read_text().splitlines()
     assert lines[0].startswith('# rule: {"fraction": 0.2, ') and '"seed": 3' in lines[0]
-    assert lines[1].startswith(f"# counts: {len(made)} slices, 5 patients")
+    assert lines[1].startswith(f"# counts: {len(made)} slices, 5 volumes")
     assert lines[2] == f"# hash: {made.hash}"
     assert lines[3] == f"{made.entries[0][0]}\t{made.entries[0][1]}"
     again = read_list(path, AREAS)
@@ -226,7 +226,7 @@ def test_file_problems(tmp_path):
 def test_summary():
     areas = {"p": np.array([[9, 1, 0, 0], [9, 4, 4, 0]]), "q": np.array([[9, 0, 0, 0]])}
     text = make_list(areas, "all", min_pixels=1).summary(areas, NAMES)
-    assert text == "2 slices of 1 of 2 patients; with a 2, b 1, c 0"
+    assert text == "2 slices of 1 of 2 volumes; with a 2, b 1, c 0"
 
 
 def test_unseen_slices_are_the_pool_without_the_list():

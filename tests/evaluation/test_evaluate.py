@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,6 +113,17 @@ def test_processes_change_no_file(cases, tmp_path, count):
         assert pair[0] == pair[1], ours
     rows = (tmp_path / str(count) / "cases.csv").read_text().splitlines()[1:]
     assert list(dict.fromkeys(row.split(",")[0] for row in rows)) == list(NAMES[:2])
+
+
+def test_intervals_are_over_known_groups(cases, tmp_path):
+    """Of three cases, two of one person: an interval of two means."""
+    grouped = [replace(case, group="cd"[case.case_id == "c"]) for case in cases[0]]
+    summary = run((grouped, cases[1]), tmp_path / "out", 0, overlays=False)
+    plain = run(cases, tmp_path / "plain", 0, overlays=False)
+    assert summary["n_groups"] == 2 and "n_groups" not in plain and summary["n_cases"] == 3
+    assert summary["strict"]["dice_case_mean"] == plain["strict"]["dice_case_mean"]
+    assert summary["strict"]["dice_case_ci95"] != plain["strict"]["dice_case_ci95"]
+    assert "over 2 groups" in (tmp_path / "out" / "summary.md").read_text()
 
 
 @pytest.mark.parametrize("count", [0, pytest.param(1, marks=pytest.mark.slow)])

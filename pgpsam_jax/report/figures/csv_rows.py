@@ -53,7 +53,9 @@ def groups_of(source: Run | Grid) -> list[Group]:
 
 def scores_of(group: Group, metric: str = "dice") -> Scores | None:
     """Scores of the group under protocol `strict`; None if no run was evaluated."""
-    return gather({run.config.seed: run.cases for run in group.runs}, "strict", metric)
+    groups = {case: name for run in group.runs for case, name in run.groups.items()}
+    cases = {run.config.seed: run.cases for run in group.runs}
+    return gather(cases, "strict", metric, groups)
 
 
 def _scored(groups, metric: str = "dice") -> Iterator[tuple[Group, Scores]]:

@@ -4,14 +4,14 @@ Dice and NSD in %, HD95 in mm (`strict`) or voxels (`transunet`). "-": no result
 number is undefined.
 """
 
-from pgpsam_jax.metrics.aggregate import INTERVAL, defined_mean, spread
+from pgpsam_jax.metrics.aggregate import INTERVAL, defined_mean, grouped_note, spread
 from pgpsam_jax.metrics.protocols import METRICS
 from pgpsam_jax.metrics.summary import summarize
 from pgpsam_jax.results.runs import Run
 from pgpsam_jax.results.tables import published
 from pgpsam_jax.results.tables.comparison import comparison_table, organ_table
 from pgpsam_jax.results.tables.cost_table import run_cost, study_cost
-from pgpsam_jax.results.tables.statistics import data_notes, sample_notes
+from pgpsam_jax.results.tables.statistics import data_notes, group_notes, sample_notes
 from pgpsam_jax.results.tables.study import Line, Study, nsd_tolerance
 from pgpsam_jax.results.tables.text import (
     NONE,
@@ -92,8 +92,8 @@ def _dice_table(of: Study, protocol, organs) -> Table:
             "Warning: some runs were evaluated before this protocol was added and have no scores "
             "for it; evaluate them again with --mode evaluate."
         )
-    counts = [len(one.cases) for one in found], [len(one.seeds) for one in found]
-    notes += sample_notes(*counts) + data_notes(lines)
+    counts = [len(set(one.units)) for one in found], [len(one.seeds) for one in found]
+    notes += group_notes(found) + sample_notes(*counts) + data_notes(lines)
     return Table(f"{of.title}: Dice (`{protocol}`)", head, rows, notes)
 
 
@@ -105,8 +105,8 @@ def _dice_cells(line: Line, protocol, organs) -> list[str]:
     means = dict(zip(scores.organs, scores.organ_means(), strict=True))
     cells = [percent(means[organ]) if organ in means else NONE for organ in organs]
     cells += [plus_minus(*scores.over_seeds(kind), percent) for kind in ("class", "case")]
-    ends = spread(scores.case_scores())[1]
-    return [*start, str(len(scores.cases)), *cells, interval(ends, percent)]
+    ends = spread(scores.unit_scores())[1]
+    return [*start, str(len(set(scores.units))), *cells, interval(ends, percent)]
 
 
 def _slice_cells(line: Line) -> list[str]:
@@ -166,7 +166,7 @@ def _distance_cells(line: Line, tolerances) -> list[str]:
         for row in rows
         if (row["protocol"], row["metric"]) == ("strict", "dice")
     ]
-    cells = [str(len(strict.cases)), class_mean(strict)]
+    cells = [str(len(set(strict.units))), class_mean(strict)]
     cells.append(
         class_mean(line.scores("strict", "nsd"), percent) if len(tolerances) == 1 else NONE
     )
@@ -202,7 +202,7 @@ def _run_table(run: Run, protocol) -> Table:
     if not run.cases:
         rows = [[label] + [NONE] * (len(head) - 1) for label in labels]
         return Table(title, head, rows, ["Not evaluated yet."])
-    summary = summarize(run.cases)
+    summary = summarize(run.cases, groups=run.groups)
     part, n = summary[protocol], summary["n_cases"]
     organs = recorded.get("per_class", {})  # includes slice scores
     rows = [
@@ -217,7 +217,8 @@ def _run_table(run: Run, protocol) -> Table:
     notes = [
         f"`{protocol}`: {RULES[protocol]}. n: cases in which Dice is defined; SD over cases.",
         f"{MEANS}. CI: {INTERVAL}.",
-        *sample_notes([n], []),
+        *([f"{grouped_note(summary['n_groups'])}."] if run.groups else []),
+        *sample_notes([summary.get("n_groups", n)], []),
     ]
     return Table(title, head, rows, notes + [f"Note: {notice}" for notice in run.notices])
 

@@ -11,6 +11,7 @@ from pgpsam_jax.results.tables.statistics import (
     compare,
     comparison_notes,
     data_notes,
+    group_notes,
     holm,
     sample_notes,
 )
@@ -81,10 +82,12 @@ def _notes(study: Study, found) -> list[str]:
     comparisons = [one for one in found.values() if one is not None]
     if not any(line.name == study.reference for line in study.lines if line.runs):
         return ["The reference row has no results yet, so there are no comparisons."]
+    scored = [line.scores(PROTOCOL, METRIC) for line in study.lines]
+    notes = group_notes([one for one in scored if one is not None])
     counts = [one.n for one in comparisons], [len(one.seeds) for one in comparisons]
     unpaired = {label for label, _ in found if label in lines}
     unpaired -= {label for (label, _), one in found.items() if one is not None}
-    notes = [
+    notes += [
         f"Warning: {label} shares no seed and case with the reference row."
         for label in lines
         if label in unpaired

@@ -1,4 +1,4 @@
-"""Paired comparisons of the rows of a table over test cases, with warnings.
+"""Paired comparisons of the rows of a table over test cases or groups of them, with warnings.
 
 The test is over cases, not seeds: five seeds cannot reach p < 0.05 in a two-sided signed-rank test,
 twelve cases can. Its p-value therefore generalizes to other cases for the trained models; variation
@@ -10,7 +10,15 @@ import dataclasses
 import numpy as np
 from scipy import stats
 
-from pgpsam_jax.metrics.aggregate import SMALL, SMALL_SAMPLE, Scores, defined_mean, spread
+from pgpsam_jax.metrics.aggregate import (
+    SMALL,
+    SMALL_SAMPLE,
+    Scores,
+    defined_mean,
+    grouped_note,
+    spread,
+    unit_means,
+)
 
 LEVEL = 0.05
 EXACT, APPROXIMATE = "exact", "normal approximation"
@@ -21,10 +29,10 @@ DIFFERENCE_INTERVAL = (
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Row minus reference over the n cases in which both are defined.
+    """Row minus reference over the n cases in which both are defined, or their groups if known.
 
     Scores are in the unit of the rows (Dice 0..1). interval: 95 % CI of the mean difference, None
-    for n < 2. better, worse, same: numbers of cases; the test drops ties. by_seed: the mean
+    for n < 2. better, worse, same: numbers of these; the test drops ties. by_seed: the mean
     difference per seed.
     """
 
@@ -60,9 +68,11 @@ def compare(row: Scores | None, reference: Scores | None, organ=None) -> Compari
     pairs = np.stack([scores.case_scores() for scores in both])
     each = np.stack([defined_mean(scores.values, axis=2) for scores in both])
     by_seed = defined_mean(each[0] - each[1], axis=1).tolist()
-    pairs = pairs[:, np.isfinite(pairs).all(axis=0)]
-    if not pairs.size:
+    defined = np.isfinite(pairs).all(axis=0)
+    if not defined.any():
         return None
+    units = [unit for unit, kept in zip(both[0].units, defined, strict=True) if kept]
+    pairs = unit_means(pairs[:, defined], units)
     differences = pairs[0] - pairs[1]
     p, method = signed_rank(differences)
     better, worse, same = (int((np.sign(differences) == sign).sum()) for sign in (1, -1, 0))
@@ -151,6 +161,12 @@ def comparison_notes(comparisons) -> list[str]:
             f"below {min(1, m * smallest_p(max(pairs))):.3g}, so none can reach {LEVEL}."
         )
     return notes
+
+
+def group_notes(found) -> list[str]:
+    """The sentence on groups of cases, if any scores have them; found: `Scores` of the rows."""
+    counts = [len(set(scores.units)) for scores in found if scores.groups]
+    return [f"{grouped_note(_range(counts))}, which n counts."] if counts else []
 
 
 def sample_notes(n_cases, n_seeds) -> list[str]:

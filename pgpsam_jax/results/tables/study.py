@@ -33,7 +33,8 @@ class Line:
 
     def scores(self, protocol: str, metric: str) -> Scores | None:
         """The scores of all seeds; None if there are none."""
-        return gather(self.cases, protocol, metric)
+        groups = {case: g for run in self.runs.values() for case, g in run.groups.items()}
+        return gather(self.cases, protocol, metric, groups)
 
 
 @dataclasses.dataclass(frozen=True)

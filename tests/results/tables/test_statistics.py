@@ -18,6 +18,7 @@ from pgpsam_jax.results.tables.statistics import (
     compare,
     comparison_notes,
     data_notes,
+    group_notes,
     holm,
     sample_notes,
     signed_rank,
@@ -30,6 +31,55 @@ ROW = {
     0: case_rows({"a": (0.8, 0.6), "b": (0.9, 0.5), "c": (0.7, 0.0)}),
     1: case_rows({"a": (0.6, 0.6), "b": (0.7, None), "c": (0.9, 0.4)}),
 }
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=2, max_size=14),
+    st.integers(0, 2**32 - 1),
+)
+def test_cases_of_one_group_count_as_one(groups, seed):
+    """Comparison and interval over groups are those of cases that have the groups' means."""
+    rng = np.random.default_rng(seed)
+    dice = rng.uniform(0, 1, (2, len(groups), 2))
+    names = [f"case{i}" for i in range(len(groups))]
+    of_case = {name: f"person{group}" for name, group in zip(names, groups, strict=True)}
+    rows = [{0: case_rows(dict(zip(names, values.tolist(), strict=True)))} for values in dice]
+    grouped = [gather(by_seed, "strict", "dice", of_case) for by_seed in rows]
+    means = [
+        {
+            person: np.mean(
+                [values[i] for i, name in enumerate(names) if of_case[name] == person], axis=0
+            ).tolist()
+            for person in dict.fromkeys(of_case.values())
+        }
+        for values in dice
+    ]
+    alone = [gather({0: case_rows(by_person)}, "strict", "dice") for by_person in means]
+    np.testing.assert_allclose(grouped[0].unit_scores(), alone[0].case_scores(), atol=1e-12)
+    ours, theirs = compare(*grouped), compare(*alone)
+    assert ours.n == theirs.n == len(set(groups))
+    assert (ours.better, ours.worse) == (theirs.better, theirs.worse)
+    assert ours.p == pytest.approx(theirs.p) and ours.row == pytest.approx(theirs.row)
+    if ours.n > 1:
+        assert ours.interval == pytest.approx(theirs.interval, abs=1e-9)
+    summary, of_means = summarize(rows[0][0], groups=of_case), summarize(case_rows(means[0]))
+    assert summary["n_groups"] == ours.n and summary["n_cases"] == len(names)
+    for ends, wanted in (
+        (summary["strict"], of_means["strict"]),
+        *zip(*(s["strict"]["per_class"].values() for s in (summary, of_means)), strict=True),
+    ):
+        key = next(key for key in ends if key in ("dice_case_ci95", "dice_ci95"))
+        assert ends[key] == (None if ours.n == 1 else pytest.approx(wanted[key], abs=1e-9))
+
+
+def test_groups_of_one_change_nothing():
+    plain, single = (gather(ROW, "strict", "dice", g) for g in (None, {"a": "x", "b": "y"}))
+    np.testing.assert_array_equal(plain.case_scores(), single.unit_scores())
+    assert group_notes([plain]) == []
+    assert group_notes([plain, gather(ROW, "strict", "dice", {"a": "x", "b": "x"})]) == [
+        "Cases of one group, such as a person, are averaged first: intervals and tests are over 2 "
+        "groups, which n counts."
+    ]
 
 
 def test_scores_by_hand():
