@@ -1,11 +1,16 @@
-"""The two settings of every grid: the paper's on Synapse, and a small one that runs anywhere.
+"""The settings of every grid: the paper's on Synapse, and small ones that run on two CPU cores.
 
 `phantom` adapts a small SAM, weights/sam_vit_t, to generated CT; `pgpsam pretrain`
 trains it on generated CT of another seed. It shows that a study runs, and the effect of a module
-*there*; it says nothing about Meta's weights or patients.
+*there*; it says nothing about Meta's weights or patients. `hippocampus` adapts LiteMedSAM to real
+patients: `--set data.root=FOLDER` (configs/hippocampus.py). `phantom_lite_medsam` adapts it to the
+generated CT.
 """
 
 SYNAPSE, PHANTOM = "synapse", "phantom"
+HIPPOCAMPUS, LITE_MEDSAM = "hippocampus", "phantom_lite_medsam"
+FROM_LITE_MEDSAM = HIPPOCAMPUS, LITE_MEDSAM
+SEEDS = (0, 1, 2)
 SEEDED = ("seed", "fewshot.seed")  # a seed sets initialization, data order and few-shot list
 PHANTOM_NOTE = (
     "Generated phantoms, 400 steps of 4 slices, gradients clipped to norm 1, weight decay 0.01 "
@@ -25,15 +30,51 @@ _PHANTOM = {
 }
 
 
+_ON_TWO_CORES = {
+    "train.batch_size": 8,
+    "train.steps": 150,
+    "log.every_steps": 30,
+    "log.checkpoint_steps": 75,
+    "eval.batch_size": 16,
+    "eval.overlays": False,
+}
+HIPPOCAMPUS_NOTE = (
+    "Real T1 MR crops (Medical Segmentation Decathlon, Task04), split by person, 64 px, 150 steps "
+    "of 8 slices; all rows but the U-Net start from LiteMedSAM. A seed sets initialization, data "
+    "order and few-shot list."
+)
+LITE_MEDSAM_NOTE = (
+    "Generated phantoms, 128 px, 150 steps of 8 slices, gradients clipped to norm 1; all rows but "
+    "the U-Net start from LiteMedSAM, which was trained on patients, not on phantoms."
+)
+# Config file, fields for all cells, seeds, notes.
+_TARGETS: dict[str, tuple[str, dict, tuple[int, ...], tuple[str, ...]]] = {
+    SYNAPSE: ("configs/synapse.py", {}, SEEDS, ()),
+    PHANTOM: ("configs/phantom.py", _PHANTOM, SEEDS, (PHANTOM_NOTE,)),
+    HIPPOCAMPUS: (
+        "configs/hippocampus.py:20slices",
+        _ON_TWO_CORES,
+        tuple(range(6)),
+        (HIPPOCAMPUS_NOTE,),
+    ),
+    LITE_MEDSAM: (
+        "configs/phantom_lite_medsam.py",
+        _ON_TWO_CORES | {"fewshot.fraction": 0.10},
+        SEEDS,
+        (LITE_MEDSAM_NOTE,),
+    ),
+}
+
+
 def target(variant: str) -> dict:
-    """Returns the fields `config`, `overrides`, `seed_fields` and `notes` of a plan."""
-    if variant == SYNAPSE:
-        return {"config": "configs/synapse.py", "overrides": {}, "seed_fields": SEEDED, "notes": ()}
-    if variant == PHANTOM:
-        return {
-            "config": "configs/phantom.py",
-            "overrides": dict(_PHANTOM),
-            "seed_fields": SEEDED,
-            "notes": (PHANTOM_NOTE,),
-        }
-    raise ValueError(f"unknown variant {variant!r}; there are {SYNAPSE} and {PHANTOM}")
+    """Returns the fields of a plan that depend on data and weights."""
+    if variant not in _TARGETS:
+        raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(_TARGETS)}")
+    config, overrides, seeds, notes = _TARGETS[variant]
+    return {
+        "config": config,
+        "overrides": dict(overrides),
+        "seeds": seeds,
+        "seed_fields": SEEDED,
+        "notes": notes,
+    }

@@ -4,12 +4,12 @@ pgpsam grid stages --workdir runs/stages
 """
 
 from experiments.grid.plan import Plan, tap_rows
-from experiments.grids._targets import PHANTOM, SYNAPSE, target
+from experiments.grids._targets import FROM_LITE_MEDSAM, PHANTOM, SYNAPSE, target
 
 TAPS = {
     SYNAPSE: ((11,), (11, 2), (11, 5, 2), (11, 8, 5, 2)),
     PHANTOM: ((3,), (3, 1), (3, 2, 1), (3, 2, 1, 0)),
-}
+} | dict.fromkeys(FROM_LITE_MEDSAM, ((3,), (3, 0), (3, 2, 0), (3, 2, 1, 0)))
 
 
 def get_grid(variant: str = SYNAPSE) -> Plan:
