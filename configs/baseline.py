@@ -1,9 +1,10 @@
 """A compared method on Synapse (BTCV), 10 % of the slices: a row of Table 1, `baseline.py:NAME`.
 
 Command:  pgpsam train --config baseline:samed --workdir runs/samed
-NAME:     samed, hsam, autosam, samlst, surgicalsam, fssp, sam (an ORACLE: it is given the labels).
+NAME:     samed, hsam, autosam, samlst, surgicalsam, fssp, sam (an ORACLE: it is given the labels);
+          unet or unet_large (1.9 and 7.8 M parameters), which have no SAM.
 Data:     as configs/synapse.py.
-Weights:  as configs/synapse.py; samlst also takes ImageNet weights for its CNN:
+Weights:  as configs/synapse.py, none for unet; samlst also takes ImageNet weights for its CNN:
           pgpsam convert --kind resnet18 --source resnet18-f37072fd.pth \\
               --output weights/resnet18
           With --config.model.cnn_base= the CNN starts at random, and every report says so.
@@ -14,7 +15,7 @@ Expected: not measured: neither the data nor the weights were available. The pap
 
 from pgpsam_jax.config import default_config, method_recipes
 
-NAMES = ("samed", "hsam", "autosam", "samlst", "surgicalsam", "fssp", "sam")
+NAMES = ("samed", "hsam", "autosam", "samlst", "surgicalsam", "fssp", "sam", "unet", "unet_large")
 
 
 def get_config(name: str = ""):
@@ -28,5 +29,7 @@ def get_config(name: str = ""):
     config.fewshot.fraction = 0.10
     if name == "samlst":
         config.model.cnn_base = "weights/resnet18"
-    method_recipes.apply_recipe(config, name)
+    method_recipes.apply_recipe(config, name.removesuffix("_large"))
+    if name == "unet_large":
+        config.model.unet_width = 32
     return config

@@ -26,7 +26,11 @@ def get_grid(variant: str = HIPPOCAMPUS) -> Plan:
     }
     budgets |= {f"{n}slices": {"fewshot.count": n} for n in SLICES}
     rows = tuple(
-        Row(f"{budget}_{start}", f"{budget.replace('v', ' v').replace('sl', ' sl')}, {label}", fields | own)
+        Row(
+            f"{budget}_{start}",
+            f"{budget.replace('v', ' v').replace('sl', ' sl')}, {label}",
+            fields | own,
+        )
         for budget, fields in budgets.items()
         for start, (label, own) in _STARTS.items()
     )

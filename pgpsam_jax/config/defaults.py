@@ -19,7 +19,7 @@ def default_config() -> ConfigDict:
     config.deterministic = False
 
     config.model = ConfigDict()
-    # Method: pgpsam, samed, hsam, autosam, samlst, surgicalsam, fssp, or sam (an oracle).
+    # Method: pgpsam, samed, hsam, autosam, samlst, surgicalsam, fssp, unet, or sam (an oracle).
     config.model.name = "pgpsam"
     config.model.preset = "paper"  # its equations; or release: the authors' code
     config.model.encoder = "vit_b"  # vit_t, vit_b, vit_l, vit_h
@@ -50,6 +50,7 @@ def default_config() -> ConfigDict:
     config.model.mask_gate = "released"
     config.model.prompt_tokens = 4  # method surgicalsam: sparse prompts per class
     config.model.prompt = "both"  # methods fssp and sam: prompts are point, box, or both
+    config.model.unet_width = 16  # method unet: channels at the image's resolution
     config.model.cnn_base = ""  # method samlst: converted ResNet-18; empty = a random start
     config.model.lora_rank = 4  # of the low-rank updates
     config.model.lora_targets = ("q", "v")  # projections with an update, of q, k and v

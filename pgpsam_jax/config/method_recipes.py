@@ -75,6 +75,18 @@ _SAMLST = {
     "optim.final_learning_rate": 0.0,
 }
 
+# Ours: nnU-Net's loss, and AdamW, which a few hundred steps need in place of its SGD.
+_UNET = {
+    "model.base": "",
+    "model.train_encoder": "full",
+    "optim.learning_rate": 2e-3,
+    "optim.weight_decay": 0.01,
+    "optim.decay": "polynomial",
+    "optim.final_learning_rate": 0.0,
+    "train.ce_weight": 1.0,
+    "train.dice_weight": 1.0,
+}
+
 # One per method, in the order of tables.
 RECIPES: dict[str, dict[str, Any]] = {
     "pgpsam": {},
@@ -84,6 +96,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "samlst": _SAMLST,
     "surgicalsam": _SURGICALSAM,
     "fssp": _FSSP,
+    "unet": _UNET,
     "sam": _SAM,
 }
 # Of a preset, beside its method's: the authors of PGP-SAM show Meta's SAM colors from 0 to 1.

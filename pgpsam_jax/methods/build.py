@@ -24,7 +24,7 @@ def make_model(settings: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> Segmen
     method = method_of(settings)
     method.resolve_class_tokens(settings)  # refuses what the method has not
     model = method.from_settings(settings, num_classes, dtype=dtype, rngs=rngs)
-    model.image_encoder.config.describe_attention(dtype)  # refuses what cannot run here
+    model.describe_attention(dtype)  # refuses what cannot run here
     return model
 
 
@@ -86,5 +86,5 @@ def attention_of(
     settings: ConfigDict, graphdef: nnx.GraphDef[Segmenter], params: State, frozen: State
 ) -> str:
     """Returns one line that names the attention kernels of the encoder's blocks."""
-    encoder = nnx.merge(graphdef, params, frozen).image_encoder
-    return encoder.config.describe_attention(DTYPES[settings.compute_dtype])
+    model = nnx.merge(graphdef, params, frozen)
+    return model.describe_attention(DTYPES[settings.compute_dtype])

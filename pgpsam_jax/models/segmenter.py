@@ -147,6 +147,10 @@ class Segmenter(nnx.Module):
             )
         return cls.class_tokens
 
+    def describe_attention(self, dtype) -> str:
+        """Returns one line that names the attention kernels; refuses what cannot run here."""
+        return self.image_encoder.config.describe_attention(dtype)
+
     def encode(self, images):
         """Returns the encoder's features, without random numbers: they may be cached."""
         raise NotImplementedError

@@ -53,6 +53,10 @@ _SURGICALSAM = (
     (r"prompter/(sparse1|dense[12])/kernel$", INPUTS),
     (r"iou_head/layers/\d+/kernel$", INPUTS),
 )
+_UNET = (
+    (r"(stem|down/\d+|merge/\d+)/(first|second)/conv/kernel$", P(None, None, PARTS, None)),
+    (r"up/\d+/kernel$", P(PARTS, None, None, None)),
+)
 # Key of `methods.registry.METHODS` -> rows of a method, which come before SAM's.
 METHOD_RULES: dict[tuple[str, str] | None, tuple[tuple[str, P], ...]] = {
     ("pgpsam", "paper"): _PAPER,
@@ -60,6 +64,7 @@ METHOD_RULES: dict[tuple[str, str] | None, tuple[tuple[str, P], ...]] = {
     ("hsam", ""): _HSAM,
     ("samlst", ""): _SAMLST,
     ("surgicalsam", ""): _SURGICALSAM,
+    ("unet", ""): _UNET,
 }
 
 

@@ -41,6 +41,8 @@ CONFIGS = [
     ("baseline", ("surgicalsam",)),
     ("baseline", ("fssp",)),
     ("baseline", ("sam",)),
+    ("baseline", ("unet",)),
+    ("baseline", ("unet_large",)),
 ]
 
 
@@ -91,11 +93,13 @@ def test_a_config_makes_model_optimizer_and_settings_of_a_step(name, arguments, 
 
 TINY_VIT = dict(encoder="tiny_vit", base="", image_size=64, patch_size=4)
 STEPS = [("baseline", ("autosam",), SMALL), ("baseline", ("samed",), TINY_VIT)]
+STEPS += [("baseline", ("unet",), dict(image_size=32))]
 STEPS += [pytest.param(*config, {}, marks=pytest.mark.slow) for config in CONFIGS]
 STEPS += [
     pytest.param(*config, TINY_VIT, marks=pytest.mark.slow)
     for config in CONFIGS
-    if config[0] in ("synapse", "synapse_release", "baseline") and config[1] != ("samed",)
+    if config[0] in ("synapse", "synapse_release", "baseline")
+    and config[1] not in (("samed",), ("unet",), ("unet_large",))
 ]
 
 
@@ -120,7 +124,8 @@ def test_one_step_by_shapes(name, arguments, model, monkeypatch):
     told = (labels,) if oracle else ()
     logits = jax.eval_shape(make_predict_step(graphdef), params, frozen, slices, *told)
     grid = size // settings.model.patch_size
-    side = size if settings.model.name == "hsam" else 4 * grid  # the mean of outputs of two sizes
+    # H-SAM's are the mean of outputs of two sizes.
+    side = size if settings.model.name in ("hsam", "unet") else 4 * grid
     assert logits.shape == (batch, side, side, classes)
 
 
@@ -177,7 +182,7 @@ def test_stored_configurations_round_trip():
         ("image_size", 500, "not divisible by the patch size 16"),
         ("encoder", "vit_x", "choose one of"),
         ("train_encoder", "some", "choose one of"),
-        ("name", "unet", "choose from pgpsam/paper"),
+        ("name", "vnet", "choose from pgpsam/paper"),
         ("lora_targets", ("q", "x"), "unknown; choose from"),
         ("stage_taps", (99,), "must be indices from 0 to 11"),
         ("compute_dtype", "float8", "choose float32 or bfloat16"),
