@@ -200,6 +200,25 @@ def test_another_way_to_the_same_split(run):
         identity.check_same(stored, settings, workdir)
 
 
+def test_a_run_split_by_person_keeps_its_groups(run, tmp_path):
+    """Its file may be gone, but one that lacks a case is told of."""
+    (_, data), workdir, file = run, tmp_path / "grouped", tmp_path / "persons.csv"
+    file.write_text("case,group\na,p\nb,p\nc,q\nd,r\ne,s\n")  # of one case more than there is
+    own = {"data__split": "group", "data__split_file": "", "data__test_fraction": 0.34}
+    settings = settings_for(data, **own, data__group_file=str(file), fewshot__count=3)
+    summary = train.train(settings, workdir)
+    wanted = {"a": "p", "b": "p", "c": "q", "d": "r"}
+    assert json.loads((workdir / "groups.json").read_text()) == read_run(workdir).groups == wanted
+    tested = json.loads((workdir / "split.json").read_text())["test"]
+    assert summary["n_groups"] == 1 and summary["n_cases"] == len(tested)
+    assert evaluate(workdir) == evaluate(workdir, settings) == summary
+    file.unlink()
+    assert evaluate(workdir) == summary  # by the workdir's copy
+    file.write_text("case,group\na,p\n")
+    with pytest.raises(UserError, match=r"does not name the case\(s\) b, c, d"):
+        evaluate(workdir, settings)
+
+
 def test_other_images_are_scored_with_a_word(run):
     workdir, data = run
     shutil.copy(data / "images" / "a.nii.gz", data / "images" / "d.nii.gz")

@@ -13,7 +13,7 @@ from pgpsam_jax import verify as program
 from pgpsam_jax.config import defaults, serialization
 from pgpsam_jax.data import fewshot_list
 from pgpsam_jax.data.io.volumes import read_image
-from pgpsam_jax.data.layouts import cases, find, label_table, nnunet, split, transunet
+from pgpsam_jax.data.layouts import cases, find, groups, label_table, nnunet, split, transunet
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.utils.untrusted_text import sanitize
@@ -67,6 +67,7 @@ READERS = {
     "few-shot list": fewshot_list.read_list,
     "label table": label_table.load_label_table,
     "split": split_of,
+    "groups": groups.read_groups,
     "TransUNet": lambda path: transunet.scan(path.parent),
     "nnU-Net": lambda path: nnunet.label_table(path.parent),
 }
