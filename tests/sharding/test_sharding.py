@@ -149,7 +149,8 @@ def test_nothing_large_is_replicated(method, encoder):
 def test_no_row_of_a_table_is_idle(method):
     leaves = make_sharding.leaves_of(method, "vit_b")
     adapted = any(path.endswith("lora/b") for path in leaves)
-    for pattern, spec in (*rules.METHOD_RULES.get(method, ()), *rules.SAM_RULES):
+    of_sam = rules.SAM_RULES if registry.METHODS[method].base_tensors else ()
+    for pattern, spec in (*rules.METHOD_RULES.get(method, ()), *of_sam):
         if "lora" in pattern and not adapted:
             continue
         hits = [path for path, shape in leaves.items() if re.search(pattern, path)]
@@ -211,7 +212,7 @@ def small_model(method):
     else:
         model = build.make_model(config.model, CLASSES, nnx.Rngs(0))
     rng = np.random.default_rng(1)
-    for block in getattr(model.image_encoder, "blocks", ()):
+    for block in getattr(getattr(model, "image_encoder", None), "blocks", ()):
         if block.attn.adapted:
             b = block.attn.lora.b
             b.set_value(jnp.asarray(0.3 * rng.standard_normal(b.shape), jnp.float32))
@@ -291,7 +292,9 @@ def test_meshes_agree_with_one_device(method, sizes):
         / max(np.abs(value).max(), 10 * floor if canceling(path) else floor)
         for path, value in wanted.items()
     }
-    assert max(errors.values()) <= 2e-4, max(errors, key=errors.get)
+    # The U-Net's group norms over 4 x 4 cells amplify rounding: measured 2.6e-4, in float64 2e-14.
+    bound = 4e-4 if method == ("unet", "") else 2e-4
+    assert max(errors.values()) <= bound, max(errors, key=errors.get)
 
 
 @pytest.mark.parametrize(
