@@ -17,7 +17,14 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam.sam import Sam, SamConfig, postprocess, preprocess
-from pgpsam_jax.models.sam.weights import Base, fit_base, load_base, select_base
+from pgpsam_jax.models.sam.weights import (
+    MASK_TOKENS,
+    Base,
+    TrainedFor,
+    fit_base,
+    load_base,
+    select_base,
+)
 
 THRESHOLD = 0.0  # logits above it are in the mask
 
@@ -44,18 +51,22 @@ class SamPredictor:
     the original image once per image size.
     """
 
-    def __init__(self, model: Sam, *, colors: str = "normalized"):
+    def __init__(
+        self, model: Sam, *, colors: str = "normalized", mask_tokens: tuple[int, ...] = MASK_TOKENS
+    ):
         """Wraps a model with its weights, which stay where they are.
 
         Args:
           model: for images that are normalized already (`EncoderConfig.colors` is "unit").
           colors: what its encoder was trained on: "normalized" by the pixel mean and standard
             deviation of SAM, or "unit", from 0 to 1.
+          mask_tokens: those that were trained: 0 for the single mask, 1 to 3 for three masks.
         """
         if model.image_encoder.config.colors != "unit":
             raise ValueError("the encoder normalizes again; build it with colors='unit'")
         self.image_size = model.prompt_encoder.image_size
         self._grid, self._colors = model.prompt_encoder.grid, colors
+        self._mask_tokens = mask_tokens
         self._embedding: jax.Array | None = None
         graphdef, state = nnx.split(model)
 
@@ -89,9 +100,14 @@ class SamPredictor:
                 f"{path} is not converted; run pgpsam convert "
                 f"--source {path} --output {Path(path).with_suffix('')} and give the output"
             )
-        base = load_base(path)
+        base, trained = load_base(path), TrainedFor.of(path)
+        if encoder and trained.encoder not in (None, encoder):
+            raise UserError(
+                f"{path} has the encoder {trained.encoder}, not {encoder}; leave it out or "
+                "give other weights"
+            )
         model = _load(base, encoder or base.meta["variant"], image_size, dtype)
-        return cls(model, colors=base.meta.get("colors", "normalized"))
+        return cls(model, colors=trained.colors, mask_tokens=trained.mask_tokens)
 
     def set_image(self, image) -> None:
         """Encodes the image that the following calls of `predict` are about.
@@ -121,7 +137,7 @@ class SamPredictor:
         labels=None,
         box=None,
         mask_input=None,
-        multimask: bool = True,
+        multimask: bool | None = None,
         return_logits: bool = False,
     ) -> SamMasks:
         """Predicts masks for one prompt, or for B prompts about the same image at once.
@@ -137,13 +153,14 @@ class SamPredictor:
           mask_input: (4H, 4W), (1, 4H, 4W) or (B, 4H, 4W), logits over the padded input:
             `low_res_logits` of an earlier call.
           multimask: whether to return the three masks of an ambiguous prompt, M = 3, instead of
-            one.
+            one; by default three, if they were trained.
           return_logits: whether `masks` are logits at the original size instead of bool.
 
         Raises:
-          ValueError: no image is set, prompts do not fit together or lie outside the image.
+          ValueError: no image is set, prompts do not fit together or lie outside the image, or the
+            masks were not trained.
         """
-        embedding = self.embedding
+        embedding, multimask = self.embedding, self._masks(multimask)
         prompts, batched = self._prompts(points, labels, box, mask_input)
         logits, scores = self._decode(embedding, prompts, multimask)
         masks = _postprocess(logits, self.image_size, self._resized, self._original)
@@ -151,6 +168,18 @@ class SamPredictor:
         masks, scores, logits = jax.device_get((masks, scores, logits))
         result = SamMasks(np.moveaxis(masks, -1, 1), scores, np.moveaxis(logits, -1, 1))
         return result if batched else SamMasks(*(x[0] for x in result))
+
+    def _masks(self, multimask: bool | None) -> bool:
+        """Whether to return three masks; refuses masks that would be noise."""
+        three = {1, 2, 3} <= set(self._mask_tokens)
+        multimask = three if multimask is None else multimask
+        if not (three if multimask else 0 in self._mask_tokens):
+            raise ValueError(
+                f"multimask={multimask} needs mask token {'1 to 3' if multimask else '0'}, but of "
+                f"these weights {', '.join(map(str, self._mask_tokens))} was trained; set "
+                f"multimask={not multimask}"
+            )
+        return multimask
 
     def _prompts(self, points, labels, box, mask_input):
         """Arguments of `PromptEncoder` in its own pixels, and whether a leading B was given."""

@@ -7,6 +7,7 @@ The official code has no package here; `Official` is its documented steps writte
 import json
 import re
 import runpy
+import shutil
 
 import numpy as np
 import pytest
@@ -217,6 +218,21 @@ def test_from_pretrained(stem):
     smaller = pgpsam_jax.SamPredictor.from_pretrained(stem, micro.NAME, image_size=32)
     smaller.set_image(image)
     assert smaller.embedding.shape == (1, 4, 4, 32)
+
+
+def test_masks_that_were_not_trained_are_not_given(stem):
+    sidecar = stem.with_name("sam_lite.json")
+    meta = json.loads(stem.with_name("sam_micro.json").read_text())
+    shutil.copy(f"{stem}.safetensors", sidecar.with_suffix(".safetensors"))
+    sidecar.write_text(json.dumps(meta | {"mask_tokens": [0], "colors": "unit"}))
+    one = pgpsam_jax.SamPredictor.from_pretrained(sidecar, micro.NAME)
+    one.set_image(picture((50, 40)))
+    assert len(one.predict().scores) == len(one.predict(multimask=False).scores) == 1
+    with pytest.raises(ValueError, match=r"needs mask token 1 to 3, but .* 0 was trained; set"):
+        one.predict(multimask=True)
+    sidecar.write_text(json.dumps(meta | {"variant": "tiny_vit"}))
+    with pytest.raises(UserError, match="has the encoder tiny_vit, not vit_micro; leave it out"):
+        pgpsam_jax.SamPredictor.from_pretrained(sidecar, micro.NAME)
 
 
 def test_wrong_files_are_said(stem):
