@@ -25,7 +25,13 @@ GRIDS = sorted(
     if not path.stem.startswith("_") and path.stem != "one_field"
 )
 GRIDS += [f"one_field:{field}" for field in ("alpha", "image_size", "k", "lora_rank")]
-METHODS = ("table1", "table3", "taps", "stages")  # of those that have also these settings:
+METHODS = (
+    "class_tokens",
+    "table1",
+    "table3",
+    "taps",
+    "stages",
+)  # of those that have also these settings:
 REAL = ("hippocampus", "phantom_lite_medsam")
 
 
