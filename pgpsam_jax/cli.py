@@ -30,6 +30,7 @@ COMMANDS = {
     "predict": Command("pgpsam_jax.predict", "write masks for NIfTI files with a trained run"),
     "verify": Command("pgpsam_jax.verify", "check a data set before training"),
     "report": Command("pgpsam_jax.report.__main__", "write the HTML report of a run or a grid"),
+    "fetch": Command("weights_conversion.fetch", "download published SAM weights by name"),
     "convert": Command("weights_conversion.convert", "convert SAM and PGP-SAM checkpoints"),
     "grid": Command("experiments.run_grid", "run the cells of an experiment grid"),
     "tables": Command("experiments.tables", "print the tables of runs and grids"),

@@ -142,16 +142,16 @@ def _source_file(source: Path, output) -> Path:
 def _official_name(file: Path, md5: str, allow_unknown: bool, log) -> str | None:
     """Returns the name of the published file with this MD5; refuses another file of such a name."""
     known = {official.md5: official for official in OFFICIAL.values()}
-    claimed = next((o for o in OFFICIAL.values() if o.name == file.name), None)
+    claimed = next((o for o in OFFICIAL.values() if o.file == file.name), None)
     if claimed and claimed.md5 != md5:
         problem = f"{file} has MD5 {md5} instead of {claimed.md5}"
         if not allow_unknown:
             raise UserError(
-                f"{problem}: the download is damaged or it is another file; download {claimed.url} "
-                "again, or pass --allow-unknown-md5 if you mean this file"
+                f"{problem}: the download is damaged or it is another file; download "
+                f"{claimed.address} again, or pass --allow-unknown-md5 if you mean this file"
             )
         log(f"warning  {problem}, converted because of --allow-unknown-md5")
-    return known[md5].name if md5 in known else None
+    return known[md5].file if md5 in known else None
 
 
 def _parser() -> Parser:

@@ -116,7 +116,7 @@ def _backbone_notice(settings: ConfigDict, workdir: StrPath) -> str | None:
     if settings.train_encoder == "full":
         return "The backbone was initialized at random and trained from scratch: no SAM weights."
     official = weights.OFFICIAL.get(settings.encoder)
-    where = f" Official weights: {official.url}" if official else ""
+    where = f" Official weights: {official.address}" if official else ""
     return (
         "THE BACKBONE IS RANDOM AND FROZEN (model.base is empty): scores say nothing about "
         f"{method_of(settings).label.partition(',')[0]} on SAM weights.{where}"

@@ -19,6 +19,7 @@ from pgpsam_jax.config import serialization
 from pgpsam_jax.errors import UserError
 from pgpsam_jax.models.baselines import resnet_weights
 from pgpsam_jax.models.sam import weights
+from pgpsam_jax.models.sam.bases import locate
 from pgpsam_jax.utils.files import StrPath, read_record, write_json
 
 RECORD = "places.json"
@@ -92,6 +93,8 @@ def record_locations(workdir: StrPath, config: ConfigDict) -> None:
     locations, workdir = _read(workdir), Path(os.path.abspath(workdir))
     for field in _RECORDED:
         path = attrgetter(field)(config)
+        if field == "model.base" and path:
+            path = str(locate(path))  # it may be a name
         absolute = os.path.abspath(path)
         if path and Path(absolute).parent != workdir:  # not the workdir's copies
             beside = os.path.relpath(absolute, workdir)

@@ -15,6 +15,7 @@ import filelock
 import jax
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.utils.files import user_cache
 
 MAX_BYTES = 5 * 10**9
 
@@ -68,11 +69,8 @@ def start() -> None:
 
 
 def cache_folder() -> Path:
-    """Returns `$XDG_CACHE_HOME/pgpsam_jax/compiled/<kind of machine>`, by default in `~/.cache`."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # unset, or relative, which the XDG specification ignores
-        base = Path.home() / ".cache"
-    return base / "pgpsam_jax" / "compiled" / machine_kind()
+    """Returns `compiled/<kind of machine>` in the user's cache."""
+    return user_cache() / "compiled" / machine_kind()
 
 
 def machine_kind() -> str:

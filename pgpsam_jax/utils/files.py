@@ -41,6 +41,14 @@ def local(path: StrPath, what: str) -> Path:
     return Path(path)
 
 
+def user_cache() -> Path:
+    """Returns `$XDG_CACHE_HOME/pgpsam_jax`, by default in `~/.cache`."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # unset, or relative, which the XDG specification ignores
+        base = Path.home() / ".cache"
+    return base / "pgpsam_jax"
+
+
 @contextlib.contextmanager
 def atomic_path(path: StrPath) -> Iterator[Path]:
     """Yields a temporary path beside `path` with the same suffixes, renamed to it on success.

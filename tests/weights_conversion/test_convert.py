@@ -131,7 +131,7 @@ def test_md5_of_official_names(capsys, state, tmp_path, monkeypatch):
 
 def test_published_digests_begin_as_the_file_names_say():
     for variant, file in program.OFFICIAL.items():
-        assert file.name == f"sam_{variant}_{file.md5[:6]}.pth" and len(file.md5) == 32
+        assert file.file == f"sam_{variant}_{file.md5[:6]}.pth" and len(file.md5) == 32
 
 
 def test_missing_source_says_where_to_get_it(capsys, tmp_path):

@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.models.sam.bases import BASES, locate
 from pgpsam_jax.utils.files import file_digest
 from pgpsam_jax.utils.untrusted_text import read_user_json, sanitize
 
 FORMAT = "pgpsam_jax SAM weights"
 FORMAT_VERSION = 1
-_DOWNLOADS = "https://dl.fbaipublicfiles.com/segment_anything/"
 # What an encoder was trained on. Unit: images in [0, 1]. Normalized: to mean 0 and SD 1 over the
 # pictures that SAM was trained on.
 COLORS = ("unit", "normalized")
@@ -28,22 +28,8 @@ MASK_TOKENS = (0, 1, 2, 3)  # of SAM: the single mask, then three of an ambiguou
 _RESIZED = ("image_encoder/blocks/{}/attn/rel_pos_h", "image_encoder/blocks/{}/attn/rel_pos_w")
 
 
-class OfficialFile(NamedTuple):
-    """A checkpoint that the SAM authors publish."""
-
-    name: str
-    md5: str
-
-    @property
-    def url(self) -> str:
-        return _DOWNLOADS + self.name
-
-
-OFFICIAL = {
-    "vit_b": OfficialFile("sam_vit_b_01ec64.pth", "01ec64d29a2fca3f0661936605ae66f8"),
-    "vit_l": OfficialFile("sam_vit_l_0b3195.pth", "0b3195507c641ddb6910d2bb5adee89c"),
-    "vit_h": OfficialFile("sam_vit_h_4b8939.pth", "4b8939a88964f0f4ff5f5b2642c598a6"),
-}
+# Checkpoints that the SAM authors publish, by encoder.
+OFFICIAL = {size: BASES[f"sam_{size}"].sources[0] for size in ("vit_b", "vit_l", "vit_h")}
 
 
 @dataclass(frozen=True)
@@ -56,8 +42,11 @@ class Base:
 
 
 def base_files(path) -> tuple[Path, Path]:
-    """The safetensors file and its sidecar, from their common stem or the name of either."""
-    path = Path(path)
+    """The safetensors file and its sidecar, from their common stem or the name of either.
+
+    The stem may be a name in `bases.BASES`.
+    """
+    path = locate(path)
     stem = path.name.removesuffix(".safetensors").removesuffix(".json")
     return path.with_name(f"{stem}.safetensors"), path.with_name(f"{stem}.json")
 
@@ -68,13 +57,15 @@ def how_to_get(path, source=None) -> str:
     The variant is the one named in `source` (a `.pth` to download to) or `path`; else vit_b.
     """
     stem = base_files(path)[0].with_suffix("")
+    if stem == locate(stem.name) and source is None:
+        return f"run: pgpsam fetch {stem.name}"
     source = Path(source) if source and Path(source).suffix == ".pth" else None
     names = f"{source.name if source else ''} {stem.name}"
     file = OFFICIAL[next((v for v in OFFICIAL if v in names), "vit_b")]
-    source = str(source or file.name)
+    source = str(source or file.file)
     command = ["pgpsam", "convert"]
     command += ["--source", source, "--output", str(stem)]
-    return f"download {file.url} to {source}, then run: {shlex.join(command)}"
+    return f"download {file.address} to {source}, then run: {shlex.join(command)}"
 
 
 def read_safetensors(path) -> dict[str, np.ndarray]:
