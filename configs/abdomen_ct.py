@@ -7,10 +7,10 @@ Command:  pgpsam train --config abdomen_ct:small --config.data.root=FOLDER
           pgpsam train --config abdomen_ct --config.data.root=FOLDER
 Data:     a FOLDER with ct.nii.gz and seg104.nii.gz, the reference case of TotalSegmentator (122 x
           101 x 112 voxels of 3 mm, Apache-2.0).
-Variants: default: SAM ViT-b with LoRA at 512 px from weights/sam_vit_b; without the weights,
+Variants: default: SAM ViT-b with LoRA at 512 px from sam_vit_b; without the weights,
           --config.model.base= trains on a random frozen backbone, and says so.
           small: a four-block encoder at 128 px trained from scratch.
-          lite_medsam: LiteMedSAM with LoRA at 128 px from weights/lite_medsam.
+          lite_medsam: LiteMedSAM with LoRA at 128 px, `pgpsam fetch lite_medsam`.
 Expected: lite_medsam: not measured yet.
           small: mean Dice 0.863 on the 34 organ-bearing slices not trained on, 4 minutes on two CPU
           cores. Default: 18 s per step on two busy cores, peak memory 4.9 GiB; without the official
@@ -23,7 +23,7 @@ from pgpsam_jax.config import default_config, use_lite_medsam, use_small_encoder
 def get_config(variant: str = "vit_b"):
     config = default_config()
     config.name = "abdomen_ct"
-    config.model.base = "weights/sam_vit_b"
+    config.model.base = "sam_vit_b"
     config.data.layout = "pairs"
     config.data.image_glob = "ct.nii.gz"
     config.data.label_glob = "seg104.nii.gz"

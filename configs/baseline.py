@@ -23,7 +23,7 @@ def get_config(name: str = ""):
         raise ValueError(f"no baseline {name!r}; write one of {', '.join(NAMES)} after the colon")
     config = default_config()
     config.name = name
-    config.model.base = "weights/sam_vit_b"
+    config.model.base = "sam_vit_b"
     config.data.layout = "btcv"
     config.data.root = "datasets/btcv"
     config.fewshot.fraction = 0.10

@@ -11,7 +11,7 @@ Split:    by person, two volumes each (configs/labels/hippocampus_persons.csv, d
           (--config.validation.every_epochs=N).
 Slices:   sagittal, of which 85 % show both classes (36 % of axial and 1 % of coronal ones do),
           enlarged by 1.28 to 64 px. Intensities are normalized by percentiles of each volume.
-Weights:  LiteMedSAM, converted to weights/lite_medsam (docs/weights.md).
+Weights:  pgpsam fetch lite_medsam (docs/weights.md).
 Expected: not measured yet.
 """
 

@@ -2,7 +2,7 @@
 
 Command:  pgpsam train --config phantom_lite_medsam --workdir runs/phantom_lite_medsam
 Data:     as configs/phantom.py, with the same 155 labeled slices.
-Weights:  LiteMedSAM, converted to weights/lite_medsam (docs/weights.md).
+Weights:  pgpsam fetch lite_medsam (docs/weights.md).
 Model:    PGP-SAM, preset paper; the encoder is frozen but for its LoRA.
 Expected: not measured yet.
 """

@@ -3,7 +3,7 @@
 Command:  pgpsam train --config synapse --workdir runs/synapse
 Data:     BTCV RawData (30 abdominal CTs with labels, Synapse project syn3193805), unpacked to
           datasets/btcv/RawData/Training/{img,label}, or another --config.data.root=FOLDER.
-Weights:  sam_vit_b_01ec64.pth, converted to weights/sam_vit_b (docs/weights.md).
+Weights:  pgpsam fetch sam_vit_b (docs/weights.md).
 Expected: the paper prints 78.75 mean Dice (its own organ columns average 79.40) and does not
           specify slices, cases and empty-mask rule. Not measured here: neither the data nor the
           weights were available.
@@ -19,7 +19,7 @@ from pgpsam_jax.config import default_config
 def get_config():
     config = default_config()
     config.name = "synapse"
-    config.model.base = "weights/sam_vit_b"
+    config.model.base = "sam_vit_b"
     config.data.layout = "btcv"
     config.data.root = "datasets/btcv"
     config.fewshot.fraction = 0.10

@@ -21,7 +21,7 @@ from pgpsam_jax.config import default_config, use_release_recipe
 def get_config():
     config = default_config()
     config.name = "synapse_release"
-    config.model.base = "weights/sam_vit_b"
+    config.model.base = "sam_vit_b"
     config.data.layout = "btcv"
     config.data.root = "datasets/btcv"
     config.data.split = "btcv_18_6_6"

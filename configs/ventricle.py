@@ -22,7 +22,7 @@ from pgpsam_jax.config import default_config, use_small_encoder
 def get_config(variant: str = ""):
     config = default_config()
     config.name = "ventricle"
-    config.model.base = "weights/sam_vit_b"
+    config.model.base = "sam_vit_b"
     config.data.layout = "pairs"
     config.data.root = "datasets/ventricle"
     config.data.image_glob = "images/*.nii.gz"

@@ -15,7 +15,7 @@ from pgpsam_jax.config import default_config, use_release_recipe
 def get_config():
     config = default_config()
     config.name = "ventricle_release"
-    config.model.base = "weights/sam_vit_b"
+    config.model.base = "sam_vit_b"
     config.data.layout = "pairs"
     config.data.root = "datasets/ventricle"
     config.data.image_glob = "images/*.nii.gz"

@@ -23,7 +23,7 @@ def default_config() -> ConfigDict:
     config.model.name = "pgpsam"
     config.model.preset = "paper"  # its equations; or release: the authors' code
     config.model.encoder = "vit_b"  # vit_t, vit_b, vit_l, vit_h
-    config.model.base = ""  # converted SAM weights; empty = random backbone
+    config.model.base = ""  # SAM: a name (pgpsam fetch) or converted weights; empty = random
     # Input colors of the encoder: auto (those the base was trained on; unit without one), unit (0
     # to 1), normalized (by SAM's mean and SD).
     config.model.colors = "auto"
@@ -169,7 +169,7 @@ def use_lite_medsam(config: ConfigDict, image_size: int) -> None:
       config: of `default_config`, changed in place.
       image_size: in pixels, divisible by 4; LiteMedSAM was trained at 256.
     """
-    config.model.base = "weights/lite_medsam"
+    config.model.base = "lite_medsam"
     config.model.encoder = "tiny_vit"
     config.model.train_encoder = "lora"
     config.model.image_size = image_size

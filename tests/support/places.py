@@ -29,12 +29,13 @@ def shared(relative: str) -> Path:
     return path
 
 
-def weights(name: str) -> Path:
-    """Stem of converted weights, or skip. Who asks for them is of the tier `golden`."""
-    stem = REPOSITORY / "weights" / name
-    if not stem.with_suffix(".safetensors").exists():
-        pytest.skip(f"{stem.relative_to(REPOSITORY)} is missing; docs/weights.md has the commands")
-    return stem
+def weights(name: str) -> str:
+    """Name of weights that were fetched, or skip. Who asks for them is of the tier `golden`."""
+    from pgpsam_jax.models.sam.weights import recorded_digest
+
+    if recorded_digest(name) is None:
+        pytest.skip(f"the weights are missing; run: pgpsam fetch {name}")
+    return name
 
 
 def gpu():
