@@ -33,8 +33,12 @@ def mesh_of(sizes: ConfigDict, model: ConfigDict, batch_size: int, devices=None)
         of its base.
     """
     mesh = device_mesh.make_mesh(**sizes, devices=devices)
-    encoder = method_of(model).sam_config(model).encoder
-    device_mesh.check(mesh, model.encoder, encoder.heads, encoder.width, batch_size)
+    method = method_of(model)
+    heads = width = mesh.size  # without SAM, only the batch must divide
+    if method.base_tensors:
+        encoder = method.sam_config(model).encoder
+        heads, width = encoder.heads, encoder.width
+    device_mesh.check(mesh, model.encoder, heads, width, batch_size)
     return mesh
 
 

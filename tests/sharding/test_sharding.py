@@ -103,6 +103,13 @@ def test_meshes_that_do_not_fit_the_model_or_the_batch(sizes, encoder, batch, me
         )
 
 
+def test_without_sam_only_the_batch_must_divide():
+    config = default_config()
+    method_recipes.apply_recipe(config, "unet")
+    config.mesh.tensor = 8  # of the 12 heads of vit_b, no divisor
+    assert plan.mesh_of(config.mesh, config.model, config.train.batch_size).size == 8
+
+
 def test_what_a_refusal_offers_is_taken():
     config = default_config()  # 12 heads, 12 slices
     for tensor in (2, 4):
