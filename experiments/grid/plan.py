@@ -75,14 +75,16 @@ def tap_rows(taps) -> tuple[Row, ...]:
 def method_rows(only: str = "", equal: bool = False) -> tuple[Row, ...]:
     """Returns one row per registered method, or per preset of the method `only`.
 
-    Each has its own recipe; with `equal`, the methods trained by SGD share one.
+    Each has its own recipe; with `equal`, the methods that adapt a SAM by SGD share one.
     """
     from pgpsam_jax.config import method_recipes
     from pgpsam_jax.methods import registry
 
     keys = [key for key in registry.METHODS if not only or key[0] == only]
     if equal:
-        keys = [key for key in keys if registry.METHODS[key].training is registry.Training.SGD]
+        methods = {key: registry.METHODS[key] for key in keys}
+        sgd = registry.Training.SGD
+        keys = [key for key, m in methods.items() if m.training is sgd and m.base_tensors]
     recipe = method_recipes.intrinsic_settings if equal else method_recipes.recipe_of
     return tuple(
         Row(

@@ -14,22 +14,20 @@ SEEDS = (0, 1, 2)
 SEEDED = ("seed", "fewshot.seed")  # a seed sets initialization, data order and few-shot list
 PHANTOM_NOTE = (
     "Generated phantoms, 400 steps of 4 slices, gradients clipped to norm 1, weight decay 0.01 "
-    "where a recipe sets none; all rows start from the same small SAM, trained on other phantoms "
-    "with the same kinds of organs (experiments.pretrain), not from Meta's: differences hold in "
-    "this setting only."
+    "where a recipe sets none; all rows but the U-Net start from the same small SAM, trained on "
+    "other phantoms with the same kinds of organs (experiments.pretrain), not from Meta's: "
+    "differences hold in this setting only."
 )
 _PHANTOM = {
     "model.base": "weights/sam_vit_t",
     "model.train_encoder": "lora",
     "fewshot.fraction": 0.10,
-    "optim.learning_rate": 3e-3,  # the paper's: nothing is trained from scratch
+    "optim.learning_rate": 3e-3,  # the paper's: SAM is not trained from scratch
     "train.steps": 400,
     "log.every_steps": 20,
     "log.checkpoint_steps": 200,
     "eval.overlays": False,
 }
-
-
 _ON_TWO_CORES = {
     "train.batch_size": 8,
     "train.steps": 150,
@@ -59,7 +57,8 @@ _TARGETS: dict[str, tuple[str, dict, tuple[int, ...], tuple[str, ...]]] = {
     ),
     LITE_MEDSAM: (
         "configs/phantom_lite_medsam.py",
-        _ON_TWO_CORES | {"fewshot.fraction": 0.10},
+        _ON_TWO_CORES
+        | {"fewshot.fraction": 0.10, "model.train_encoder": "lora", "train.encoded_copies": 0},
         SEEDS,
         (LITE_MEDSAM_NOTE,),
     ),

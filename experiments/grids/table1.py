@@ -2,8 +2,9 @@
 
 pgpsam grid table1 --workdir runs/table1
 
-Each has its authors' recipe. `phantom` starts all of them from a small SAM trained on other
-phantoms, weights/sam_vit_t: pgpsam pretrain
+Each has its authors' recipe (docs/methods.md). `phantom` starts all but the U-Net from a small SAM
+trained on other phantoms, weights/sam_vit_t: pgpsam pretrain. `hippocampus` and
+`phantom_lite_medsam` start them from LiteMedSAM: pgpsam fetch lite_medsam
 """
 
 from experiments.grid.plan import Plan, method_rows
