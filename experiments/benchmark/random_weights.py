@@ -3,6 +3,7 @@
 A tensor depends on its name, shape and nothing else, so two processes draw the same model.
 """
 
+import re
 import zlib
 
 import numpy as np
@@ -18,9 +19,12 @@ def sam_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     return {name: _draw(name, shape) for name, shape in shapes.items()}
 
 
-def lora_tensors(block: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns A (targets, D, r) and a nonzero B (targets, r, D) of a block: A has a gradient."""
-    count = len(TARGETS)
+def lora_tensors(name: str, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A (targets, D, r) and a nonzero B (targets, r, D) of a block: A has a gradient.
+
+    A block is what the numbers in a name of something within it say, in either framework.
+    """
+    count, block = len(TARGETS), " ".join(re.findall(r"\d+", name))
     a = _normal(f"lora a {block}", (count, width, RANK)) / np.float32(width**0.5)
     b = _normal(f"lora b {block}", (count, RANK, width)) / np.float32(RANK**0.5)
     return a, np.float32(0.1) * b
@@ -30,9 +34,11 @@ def _draw(name: str, shape) -> np.ndarray:
     if name.endswith("shared_embedding.positional_embedding"):  # a second name of one tensor
         name = "shared_image_embedding.positional_embedding"
     values = _normal(name, shape)
-    if "norm" in name and name.endswith("weight"):
+    if name.endswith("running_var"):
+        return 1 + np.float32(0.1) * np.abs(values)
+    if len(shape) == 1 and name.endswith("weight"):  # of a norm
         return 1 + np.float32(0.1) * values
-    if len(shape) == 1 or "rel_pos" in name or "pos_embed" in name:
+    if len(shape) == 1 or re.search("rel_pos|pos_embed|attention_biases", name):
         return np.float32(0.1) * values
     if name.startswith("vision_encoder.") or "upscale" in name or "proj" in name or "lin" in name:
         return values / np.float32(np.sqrt(np.prod(shape[1:])))

@@ -47,17 +47,20 @@ def measure(point: Point, effort: Effort) -> dict:
 
 def sizes_of(point: Point) -> dict:
     """Returns the sizes of SAM, for the process without JAX."""
-    from experiments.benchmark.steps_jax import PATCH
     from pgpsam_jax.models.sam.sam import SamConfig
 
-    return dataclasses.asdict(SamConfig.preset(point.encoder, point.image_size, PATCH))
+    config = SamConfig.preset(point.encoder, point.image_size, point.patch_size)
+    return dataclasses.asdict(config)
 
 
 def against(point: Point, ours: Process, row: dict, effort: Effort) -> dict:
     """Returns PyTorch's rows by variant, with the ratio to ours; `row` gets our seconds."""
     rows, platform = {}, row["platform"]
     given = {"point": dataclasses.asdict(point), "sizes": sizes_of(point)}
-    for variant in ("eager",) if platform == "cpu" else ("compile", "eager"):
+    variants = ["eager"] if platform == "cpu" else ["compile", "eager"]
+    if point.encoder == "tiny_vit":  # of convolutions
+        variants.append("channels-last")
+    for variant in variants:
         try:
             with Process() as theirs:
                 step = "experiments.benchmark.steps_torch:Step"

@@ -18,9 +18,24 @@ from pgpsam_jax.models.parameters import flat_paths
 from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.mask_decoder import upsample_logits
 from pgpsam_jax.models.sam.sam import Sam, SamConfig
-from weights_conversion.sam import from_huggingface, to_huggingface
+from pgpsam_jax.models.sam.tiny_vit import TinyVitConfig
+from weights_conversion.remap import read, write
+from weights_conversion.sam import HUGGINGFACE, LITE_MEDSAM
+from weights_conversion.tensor_layouts import Layout
 
 LORA = LoraConfig(random_weights.RANK, random_weights.TARGETS)
+
+# `transformers.SamModel` with the encoder of `tiny_vit_torch` in the place of its own.
+TINY_VIT = HUGGINGFACE._replace(
+    rows=(
+        *(row for row in HUGGINGFACE.rows if not row.ours.startswith("image_encoder/")),
+        *(
+            row._replace(theirs=row.theirs.replace("image_encoder", "vision_encoder", 1))
+            for row in LITE_MEDSAM.rows
+            if row.ours.startswith("image_encoder/")
+        ),
+    )
+)
 
 TRAINED = nnx.Any(
     nnx.LoRAParam,
@@ -34,14 +49,21 @@ def build(config: SamConfig, dtype):
     graphdef, params, frozen = nnx.split(model, TRAINED, ...)
     leaves = flat_paths(params) | flat_paths(frozen)
     for path in [path for path, leaf in leaves.items() if isinstance(leaf, nnx.LoRAParam)]:
-        tensors = random_weights.lora_tensors(int(path.split("/")[2]), config.encoder.width)
-        leaves.pop(path).set_value(jnp.asarray(tensors["ab".index(path[-1])]))
+        leaf = leaves.pop(path)
+        tensors = random_weights.lora_tensors(path, max(leaf.shape))
+        leaf.set_value(jnp.asarray(tensors["ab".index(path[-1])]))
     # Half precision: only the shapes are needed.
     empty = {path: np.broadcast_to(np.float16(0), leaf.shape) for path, leaf in leaves.items()}
-    shapes = {name: tensor.shape for name, tensor in to_huggingface(empty).items()}
-    for path, tensor in from_huggingface(random_weights.sam_tensors(shapes)).items():
+    layout = layout_of(config)
+    shapes = {name: tensor.shape for name, tensor in write(layout, empty).items()}
+    for path, tensor in read(layout, random_weights.sam_tensors(shapes)).items():
         leaves[path].set_value(jnp.asarray(tensor))
     return graphdef, params, frozen
+
+
+def layout_of(config: SamConfig) -> Layout:
+    """Returns the names of the tensors on PyTorch's side."""
+    return TINY_VIT if isinstance(config.encoder, TinyVitConfig) else HUGGINGFACE
 
 
 def encode(graphdef, params, frozen, images):

@@ -8,27 +8,30 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from experiments.benchmark import random_weights
+from experiments.benchmark import random_weights, tiny_vit_torch
 from experiments.benchmark.random_weights import CLASSES, LEARNING_RATE, WEIGHT_DECAY
 
 _DICE_EPS = 1e-5
 
 
 class LoraQkv(nn.Module):
-    """A frozen (D, 3D) projection with a low-rank update of its q and v."""
+    """A frozen (D, 3D) projection with a low-rank update of its q and v.
 
-    def __init__(self, projection: nn.Linear, block: int):
+    groups: parts of its output that have q, k and v of some heads: 1 for SAM, the heads of TinyViT.
+    """
+
+    def __init__(self, projection: nn.Linear, name: str, groups: int):
         super().__init__()
-        a, b = (
-            torch.from_numpy(x) for x in random_weights.lora_tensors(block, projection.in_features)
-        )
-        self.projection, self.a, self.b = projection, nn.Parameter(a), nn.Parameter(b)
+        tensors = random_weights.lora_tensors(name, projection.in_features)
+        self.a, self.b = (nn.Parameter(torch.from_numpy(each)) for each in tensors)
+        self.projection, self.groups = projection, groups
 
     def forward(self, x):
         qkv = self.projection(x)
-        width = x.shape[-1]
-        qkv[..., :width] += x @ self.a[0] @ self.b[0]
-        qkv[..., 2 * width :] += x @ self.a[1] @ self.b[1]
+        parts = qkv.unflatten(-1, (self.groups, 3, -1))
+        for i, target in enumerate((0, 2)):
+            update = x @ self.a[i] @ self.b[i]
+            parts[..., target, :] += update.unflatten(-1, (self.groups, -1))
         return qkv
 
 
@@ -43,8 +46,10 @@ def build(sizes: dict, tensors: dict[str, torch.Tensor], attention: str):
     model = _empty(sizes, attention)
     model.load_state_dict(tensors, strict=True, assign=True)
     model.requires_grad_(False)
-    for i, layer in enumerate(model.vision_encoder.layers):
-        layer.attn.qkv = LoraQkv(layer.attn.qkv, i)
+    for name, module in list(model.vision_encoder.named_modules()):
+        if name.endswith(".attn"):
+            groups = module.heads if isinstance(module, tiny_vit_torch.Attention) else 1
+            module.qkv = LoraQkv(module.qkv, name, groups)
     model.mask_decoder.requires_grad_(True)
     model.mask_decoder.iou_prediction_head.requires_grad_(False)
     return model.eval()
@@ -54,16 +59,18 @@ def _empty(sizes: dict, attention: str) -> "transformers.SamModel":  # loads whe
     encoder, decoder = sizes["encoder"], sizes["decoder"]
     width, size = decoder["width"], sizes["image_size"][0]
     place = dict(image_size=size, patch_size=encoder["patch_size"])
-    vision = dict(
-        place,
-        hidden_size=encoder["width"],
-        output_channels=width,
-        num_hidden_layers=encoder["depth"],
-        num_attention_heads=encoder["heads"],
-        window_size=encoder["window_size"],
-        global_attn_indexes=list(encoder["global_blocks"]),
-        num_pos_feats=width // 2,
-    )
+    vision = dict(place, output_channels=width, num_pos_feats=width // 2)
+    tiny = "windows" in encoder
+    if tiny:  # takes the place of theirs
+        vision |= dict(num_hidden_layers=0)
+    else:
+        vision |= dict(
+            hidden_size=encoder["width"],
+            num_hidden_layers=encoder["depth"],
+            num_attention_heads=encoder["heads"],
+            window_size=encoder["window_size"],
+            global_attn_indexes=list(encoder["global_blocks"]),
+        )
     mask = dict(
         hidden_size=width,
         mlp_dim=decoder["mlp_dim"],
@@ -80,12 +87,17 @@ def _empty(sizes: dict, attention: str) -> "transformers.SamModel":  # loads whe
         attn_implementation=attention,
     )
     with torch.device("meta"):
-        return transformers.SamModel(config)
+        model = transformers.SamModel(config)
+        if tiny:
+            model.vision_encoder = tiny_vit_torch.TinyVit(encoder)
+    return model
 
 
 def encode(model, images):
     """Maps images (B, 3, S, S) to the neck's output (B, C, H, W)."""
     encoder = model.vision_encoder
+    if isinstance(encoder, tiny_vit_torch.TinyVit):
+        return encoder(images)
     x = encoder.patch_embed(images) + encoder.pos_embed
     for layer in encoder.layers:
         x = layer(x)

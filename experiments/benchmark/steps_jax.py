@@ -14,7 +14,6 @@ from experiments.measurement.points import CLASSES, SLICES
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.profiling import flops
 
-PATCH = 16
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -66,7 +65,7 @@ def _keep(out, arguments):
 
 def _sam(point: Point):
     settings, size = point.settings, point.image_size
-    config = SamConfig.preset(point.encoder, size, PATCH, **settings)
+    config = SamConfig.preset(point.encoder, size, point.patch_size, **settings)
     graphdef, params, frozen = sam_jax.build(config, _DTYPES[point.dtype])
     images, labels = random_weights.batch(point.batch, size, random_weights.CLASSES, channels=True)
     if point.task == "encoder":

@@ -1,4 +1,7 @@
-"""The step of a point in PyTorch: eager with the faster attention, or compiled with SDPA."""
+"""The step of a point in PyTorch: eager with the faster attention, or compiled with SDPA.
+
+Variants: `eager`, `channels-last` (eager, in that memory layout), `compile`.
+"""
 
 import contextlib
 import os
@@ -30,7 +33,8 @@ class Step:
             point["batch"], size, random_weights.CLASSES, channels=True
         )
         images = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
-        self._images = images.to(self._device)
+        layout = torch.channels_last if variant == "channels-last" else torch.contiguous_format
+        self._images = images.to(self._device).contiguous(memory_format=layout)
         self._labels = torch.from_numpy(labels).long().to(self._device)
         tensors = {n: t.to(self._device) for n, t in sam_torch.load_tensors(sizes).items()}
         self._half = point["dtype"] == "bfloat16"
@@ -76,6 +80,8 @@ class Step:
         # The decoder's parameters are trained, hence copied; the frozen ones are shared.
         tensors = {n: t.clone() if n.startswith("mask_decoder") else t for n, t in tensors.items()}
         model = sam_torch.build(self._sizes, tensors, attention).to(self._device)
+        if self._variant == "channels-last":
+            model = model.to(memory_format=torch.channels_last)
         task = self._point["task"]
         if task == "training":
             return self._training(model)

@@ -22,8 +22,8 @@ def numbers(flag: str, text: str) -> list[int]:
 def add_point_flags(parser: ArgumentParser, output: str) -> None:
     """Adds the flags of `point_lists`, and `--output`."""
     add = parser.add_argument
-    add("--encoders", default="vit_b", help="vit_t, vit_b, vit_l, vit_h")
-    add("--sizes", default="512", help="image sizes in pixels")
+    add("--encoders", default="vit_b", help="vit_t, vit_b, vit_l, vit_h, tiny_vit")
+    add("--sizes", default="", help="image sizes in pixels: 512, of tiny_vit alone 256")
     add("--batches", default="1", help="batch sizes, per chip")
     add("--remat", default="none", help="recomputation policies of config.model")
     add("--attention", default="auto", help="attention backends of config.model")
@@ -33,9 +33,11 @@ def add_point_flags(parser: ArgumentParser, output: str) -> None:
 
 def point_lists(options: Namespace) -> dict[str, list]:
     """Returns the values of a point's fields, except `dtype`."""
+    encoders = words(options.encoders)
+    sizes = options.sizes or ("256" if encoders == ["tiny_vit"] else "512")
     return dict(
-        encoder=words(options.encoders),
-        image_size=numbers("--sizes", options.sizes),
+        encoder=encoders,
+        image_size=numbers("--sizes", sizes),
         batch=numbers("--batches", options.batches),
         remat=words(options.remat),
         attention=words(options.attention),

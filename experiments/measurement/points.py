@@ -38,6 +38,11 @@ class Point:
         return " ".join(map(str, dataclasses.astuple(self)))
 
     @property
+    def patch_size(self) -> int:
+        """Pixels of a token: 16, and 4 for TinyViT as LiteMedSAM has it."""
+        return 4 if self.encoder == "tiny_vit" else 16
+
+    @property
     def settings(self) -> dict[str, str | bool]:
         """The settings as fields of `config.model`."""
         return {"attention": self.attention, "remat": self.remat, "scan_blocks": bool(self.scan)}
@@ -48,6 +53,7 @@ class Point:
         config.model.update(
             encoder=self.encoder,
             image_size=self.image_size,
+            patch_size=self.patch_size,
             compute_dtype=self.dtype,
             **self.settings,
         )

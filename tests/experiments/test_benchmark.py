@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 from unittest import mock
 
@@ -27,11 +28,14 @@ from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.profiling import flops
 from tests.support import launcher, micro
 from tests.support.optional import OptionalModule, torch
-from weights_conversion.sam import to_huggingface
+from weights_conversion.remap import write
 
 sam_torch = OptionalModule("experiments.benchmark.sam_torch")
 CLASSES = {"pgpsam": 9, "sam": 3}
 CONFIG = SamConfig.preset(micro.NAME, 80, 8)  # 10 cells a side: windows of 4 overhang the grid
+TINY = SamConfig.preset("tiny_vit", 40, 4, depths=(1, 1, 1, 1))  # and those of 7 and 14
+TINY = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, depth=1, mlp_dim=64))
+CONFIGS = {"vit": CONFIG, "tiny_vit": TINY}
 BATCH = 2
 
 
@@ -45,11 +49,12 @@ def keeping(found: list, function):
     return kept
 
 
-@pytest.fixture(scope="module")
-def ours():
+@functools.cache
+def ours(encoder):
     """(logits, loss, gradients by PyTorch's names) of the JAX side."""
-    graphdef, params, frozen = sam_jax.build(CONFIG, np.float32)
-    images, labels = random_weights.batch(BATCH, 80, random_weights.CLASSES, channels=True)
+    config = CONFIGS[encoder]
+    graphdef, params, frozen = sam_jax.build(config, np.float32)
+    images, labels = batch_of(config)
 
     @jax.jit
     def run(params, frozen):
@@ -65,43 +70,59 @@ def ours():
 
     logits, value, gradients = run(params, frozen)
     found = {path: np.asarray(leaf[...]) for path, leaf in flat_paths(gradients).items()}
-    return np.asarray(logits), float(value), by_their_names(found, frozen)
+    return np.asarray(logits), float(value), by_their_names(config, found, frozen)
 
 
-def by_their_names(gradients: dict, frozen) -> dict:
+def batch_of(config):
+    return random_weights.batch(BATCH, config.image_size[0], random_weights.CLASSES, channels=True)
+
+
+def by_their_names(config, gradients: dict, frozen) -> dict:
     lora = {path: gradients.pop(path) for path in list(gradients) if "/lora/" in path}
     rest = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flat_paths(frozen).items()}
-    named = to_huggingface(rest | gradients)
+    named = write(sam_jax.layout_of(config), rest | gradients)
     for path, gradient in lora.items():
-        block, leaf = path.split("/")[2], path[-1]
-        named[f"vision_encoder.layers.{block}.attn.qkv.{leaf}"] = gradient
+        block = ".blocks.".join(re.findall(r"\d+", path))
+        named[f"vision_encoder.layers.{block}.attn.qkv.{path[-1]}"] = gradient
     return named
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
-def theirs(request):
-    """(logits, loss, model with gradients) of the PyTorch side."""
-    sizes = dataclasses.asdict(CONFIG)
-    model = sam_torch.build(sizes, sam_torch.load_tensors(sizes), request.param)
-    images, labels = random_weights.batch(BATCH, 80, random_weights.CLASSES, channels=True)
+CASES = [
+    ("vit", "sdpa"),
+    ("vit", "eager"),
+    pytest.param(("tiny_vit", "eager"), marks=pytest.mark.slow),  # `test_tiny_vit` has it forward
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def both(request):
+    """`ours`, and (logits, loss, model with gradients) of the PyTorch side."""
+    encoder, attention = request.param
+    config = CONFIGS[encoder]
+    sizes = dataclasses.asdict(config)
+    model = sam_torch.build(sizes, sam_torch.load_tensors(sizes), attention)
+    images, labels = batch_of(config)
     images = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
     value = sam_torch.loss(model, images, torch.from_numpy(labels).long())
     value.backward()
     logits = sam_torch.predict(model, images).detach().movedim(1, -1).numpy()
-    return logits, value.item(), model
+    return ours(encoder), (logits, value.item(), model)
 
 
-def test_equal_logits_and_loss(ours, theirs):
+def test_equal_logits_and_loss(both):
+    ours, theirs = both
     assert np.linalg.norm(ours[0] - theirs[0]) < 1e-5 * np.linalg.norm(theirs[0])
     assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
 
 
-def test_equal_gradients_of_all_that_trains(ours, theirs):
+def test_equal_gradients_of_all_that_trains(both):
     """LoRA and decoder, nothing else. A key's bias, which no softmax sees, has but rounding."""
+    ours, theirs = both
     expected = {n: p.grad.numpy() for n, p in theirs[2].named_parameters() if p.requires_grad}
     trained = {n for n in ours[2] if n.startswith("mask_decoder") or n[-2:] in (".a", ".b")}
     assert expected.keys() == {n for n in trained if "iou_prediction_head" not in n}
-    assert sum(n[-2:] in (".a", ".b") for n in expected) == 2 * CONFIG.encoder.depth
+    adapted = [name for name, _ in theirs[2].named_modules() if name.endswith(".attn.qkv")]
+    assert sum(n[-2:] in (".a", ".b") for n in expected) == 2 * len(adapted) >= 4
     largest = max(map(np.linalg.norm, expected.values()))
     for name, gradient in expected.items():
         silent = "k_proj.bias" in name or "hypernetworks_mlps.0." in name

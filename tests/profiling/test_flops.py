@@ -114,7 +114,7 @@ def test_encoder_against_its_trace(mode, kind):
 
 
 def test_published_sizes_against_xla():
-    """At 224 px there is no padding: XLA counts 1.6 % more, the elementwise work, in blocks of a
+    """At 224 px there is no padding: XLA counts 0.1 % more, the elementwise work, in blocks of a
     ViT-b, and 7 % more in the decoder, whose upscaling is thin."""
     config = SamConfig.preset("vit_b", 224, attention="naive", depth=3, global_blocks=(2,))
     model = nnx.eval_shape(lambda: ImageEncoder(config.encoder, LORA, rngs=ShapeOnlyRngs()))
@@ -122,7 +122,7 @@ def test_published_sizes_against_xla():
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     lowered = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)[0]).lower(state, images)
     needed = flops.total(flops.encoder(config.encoder, LORA, "lora")).forward
-    assert 1.01 < lowered.cost_analysis()["flops"] / needed < 1.02
+    assert 1 < lowered.cost_analysis()["flops"] / needed < 1.002
 
     decoder = SamConfig.preset("vit_b", 512).decoder
     model = nnx.eval_shape(

@@ -1,10 +1,10 @@
-"""TinyViT as LiteMedSAM and MobileSAM have it: functions on torch over an official state dict."""
-
-import itertools
+"""TinyViT in PyTorch, in float64, over an official state dict of LiteMedSAM or MobileSAM."""
 
 import numpy as np
 
-from tests.support.optional import F, torch
+from tests.support.optional import OptionalModule, torch
+
+tiny_vit_torch = OptionalModule("experiments.benchmark.tiny_vit_torch")
 
 WIDTHS = (64, 128, 160, 320)
 HEADS, WINDOWS = (0, 4, 5, 10), (0, 7, 14, 7)
@@ -69,76 +69,28 @@ def random_state(lite: bool, depths=(2, 2, 6, 2), seed: int = 0) -> dict[str, np
 def encode(state: dict[str, np.ndarray], images: np.ndarray):
     """Embedding (B, 256, H, W) and the four maps on the output's grid, all float64.
 
-    images: (B, 3, rows, columns). The state says which of the two embeddings it has.
+    images: (B, 3, rows, columns). The state says which of the two embeddings it has, and depths.
     """
-    state = {name: torch.tensor(np.asarray(array, np.float64)) for name, array in state.items()}
-    x = torch.tensor(np.asarray(images, np.float64))
+    head = "image_encoder."
+    state = {
+        name.removeprefix(head): torch.tensor(np.asarray(array, np.float64))
+        for name, array in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    sizes = {
+        "patch_size": {1: 4, 3: 16}[state["patch_embed.seq.0.c.weight"].shape[-1]],
+        "widths": WIDTHS,
+        "depths": [
+            len({name.split(".")[3] for name in state if name.startswith(f"layers.{i}.blocks.")})
+            for i in range(len(WIDTHS))
+        ],
+        "head_counts": HEADS,
+        "windows": WINDOWS,
+        "expansion": 4,
+        "out_channels": 256,
+    }
     with torch.no_grad():
-        embedding, maps = _encode(state, x)
+        model = tiny_vit_torch.TinyVit(sizes).double()
+        model.load_state_dict(state, strict=True)
+        embedding, maps = model.maps(torch.tensor(np.asarray(images, np.float64)))
     return embedding.numpy(), [each.numpy() for each in maps]
-
-
-def _encode(p, x):
-    def conv(name, x, stride=1):
-        kernel = p[f"{name}.c.weight"]
-        groups = x.shape[1] if kernel.shape[1] == 1 and x.shape[1] > 1 else 1
-        x = F.conv2d(x, kernel, None, stride, kernel.shape[-1] // 2, 1, groups)
-        statistics = (p[f"{name}.bn.running_mean"], p[f"{name}.bn.running_var"])
-        return F.batch_norm(x, *statistics, p[f"{name}.bn.weight"], p[f"{name}.bn.bias"], eps=1e-5)
-
-    def linear(name, x):
-        return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
-
-    def norm(name, x, eps=1e-5):
-        return F.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"], eps)
-
-    def bottleneck(name, x, stride=1):
-        hidden = F.gelu(conv(f"{name}.conv2", F.gelu(conv(f"{name}.conv1", x)), stride))
-        return conv(f"{name}.conv3", hidden)
-
-    def attention(name, x, heads, window):
-        """x (B, H, W, D): padded with zeros to whole windows, then normalized, padding and all."""
-        b, h, w, d = x.shape
-        x = F.pad(x, (0, 0, 0, -w % window, 0, -h % window))
-        table, out = p[f"{name}.attention_biases"], torch.zeros_like(x)
-        y, z = np.divmod(np.arange(window**2), window)
-        entry = np.abs(y[:, None] - y) * window + np.abs(z[:, None] - z)
-        for top in range(0, x.shape[1], window):
-            for left in range(0, x.shape[2], window):
-                place = (slice(None), slice(top, top + window), slice(left, left + window))
-                tokens = linear(f"{name}.qkv", norm(f"{name}.norm", x[place].reshape(b, -1, d)))
-                q, k, v = tokens.reshape(b, window**2, heads, 3, -1).permute(3, 0, 2, 1, 4)
-                scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + table[:, entry]
-                mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, window**2, d)
-                out[place] = linear(f"{name}.proj", mixed).reshape(b, window, window, d)
-        return out[:, :h, :w]
-
-    head, maps = "image_encoder", []
-    stride = 1 if p[f"{head}.patch_embed.seq.0.c.weight"].shape[-1] == 1 else 2
-    x = conv(f"{head}.patch_embed.seq.0", x, stride)
-    x = conv(f"{head}.patch_embed.seq.2", F.gelu(x), stride)
-    for i in range(4):
-        for j in itertools.count():
-            if not any(name.startswith(f"{head}.layers.{i}.blocks.{j}.") for name in p):
-                break
-            name = f"{head}.layers.{i}.blocks.{j}"
-            if i == 0:
-                x = F.gelu(x + bottleneck(name, x))
-                continue
-            x = x.permute(0, 2, 3, 1)
-            x = x + attention(f"{name}.attn", x, HEADS[i], WINDOWS[i])
-            x = conv(f"{name}.local_conv", x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            hidden = F.gelu(linear(f"{name}.mlp.fc1", norm(f"{name}.mlp.norm", x)))
-            x = (x + linear(f"{name}.mlp.fc2", hidden)).permute(0, 3, 1, 2)
-        if i >= 2:
-            maps.append(x)
-        if i < 3:
-            x = bottleneck(f"{head}.layers.{i}.downsample", x, (2, 2, 1)[i])
-        if i in (1, 2):
-            maps.append(x)
-
-    def channel_norm(name, x):
-        return norm(name, x.permute(0, 2, 3, 1), 1e-6).permute(0, 3, 1, 2)
-
-    x = channel_norm(f"{head}.neck.1", F.conv2d(x, p[f"{head}.neck.0.weight"]))
-    return channel_norm(f"{head}.neck.3", F.conv2d(x, p[f"{head}.neck.2.weight"], padding=1)), maps

@@ -91,7 +91,7 @@ def test_softmaxes_norms_and_losses_are_float32(preset):
     assert narrow(jaxpr) == []
     seen = list(equations(jaxpr))
     half = [e.primitive.name for e in seen if is_half(e.invars)]
-    assert half.count("dot_general") > 100 and {"erfc", "logistic"} <= set(half)
+    assert half.count("dot_general") > 100 and "logistic" in half
     assert sum(e.primitive.name == "exp" for e in seen) > 10
     assert {v.aval.dtype for v in jaxpr.outvars} == {jnp.dtype("float32")}
     state = (
@@ -125,7 +125,7 @@ def test_softmaxes_norms_and_losses_of_the_step_are_float32(preset):
     # There is something to be found: 16-bit products, and the pointwise functions that are let off.
     seen = list(equations(traced.jaxpr.jaxpr))
     half = [e.primitive.name for e in seen if is_half(e.invars)]
-    assert half.count("dot_general") > 300 and {"erfc", "logistic"} <= set(half)
+    assert half.count("dot_general") > 300 and "logistic" in half
     assert sum(e.primitive.name == "exp" for e in seen) > 20
     new, metrics = traced.out_info
     assert {leaf.dtype for leaf in metrics.values()} == {jnp.dtype("float32")}

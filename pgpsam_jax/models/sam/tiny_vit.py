@@ -21,10 +21,9 @@ from pgpsam_jax.models import initializers, layers
 from pgpsam_jax.models.sam.attention import join_windows, split_windows
 from pgpsam_jax.models.sam.image_encoder import Neck, normalize, recomputing, strips
 from pgpsam_jax.models.sam.lora import LoraConfig, LoraQKV
-from pgpsam_jax.sharding.context import gather_weight, split_batch
-from pgpsam_jax.sharding.matmul import matmul
+from pgpsam_jax.models.sam.tiny_vit_conv import EPS, ConvNorm, MBConv, Merge
+from pgpsam_jax.sharding.context import split_batch
 
-EPS = 1e-5  # of batch norms and of the LayerNorms of tokens
 STRIDES = {4: 1, 16: 2}  # pixels of an output token -> stride of each embedding convolution
 
 
@@ -93,62 +92,6 @@ class TinyVitConfig:
         return f"einsum for windows {', '.join(f'{w}x{w}' for w in self.windows if w)}"
 
 
-class ConvNorm(nnx.Module):
-    """Convolution and batch norm at its running averages, folded into one kernel and bias.
-
-    kernel: (in, out) for 1x1, (3, 3, C) for depthwise, else (3, 3, in, out); zero padding of 1.
-    """
-
-    def __init__(self, kernel: tuple[int, ...], stride: int = 1, *, dtype, rngs: nnx.Rngs):
-        fan_in = 9 if len(kernel) == 3 else math.prod(kernel[:-1])
-        self.kernel = initializers.kernel_param(rngs, kernel, fan_in)
-        self.scale = nnx.Param(initializers.array(np.ones(kernel[-1])))
-        self.bias = initializers.zeros_param(kernel[-1])
-        self.mean = layers.Buffer(initializers.array(np.zeros(kernel[-1])))
-        self.var = layers.Buffer(initializers.array(np.ones(kernel[-1])))
-        self.stride, self.dtype = stride, dtype
-
-    def __call__(self, x):
-        scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + EPS)
-        kernel = gather_weight((self.kernel[...] * scale).astype(self.dtype))
-        bias = (self.bias[...] - self.mean[...] * scale).astype(self.dtype)
-        x = x.astype(self.dtype)
-        if kernel.ndim == 2:
-            return matmul(x, kernel) + bias
-        if kernel.ndim == 3:
-            return layers.depthwise(x, kernel, stride=self.stride) + bias
-        strides, pads = (self.stride,) * 2, ((1, 1), (1, 1))
-        names = ("NHWC", "HWIO", "NHWC")
-        return (
-            jax.lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=names) + bias
-        )
-
-
-class MBConv(nnx.Module):
-    """Inverted bottleneck: 1x1 to more channels, depthwise 3x3, 1x1 back, beside a shortcut."""
-
-    def __init__(self, dim: int, hidden: int, **common):
-        self.expand = ConvNorm((dim, hidden), **common)
-        self.depthwise = ConvNorm((3, 3, hidden), **common)
-        self.project = ConvNorm((hidden, dim), **common)
-
-    def __call__(self, x):
-        hidden = layers.gelu(self.depthwise(layers.gelu(self.expand(x))))
-        return layers.gelu(x + self.project(hidden))
-
-
-class Merge(nnx.Module):
-    """Between stages: 1x1, depthwise 3x3 of a stride, 1x1; (B, h, w, dim) to (B, h/s, w/s, out)."""
-
-    def __init__(self, dim: int, out: int, stride: int, **common):
-        self.expand = ConvNorm((dim, out), **common)
-        self.depthwise = ConvNorm((3, 3, out), stride, **common)
-        self.project = ConvNorm((out, out), **common)
-
-    def __call__(self, x):
-        return self.project(layers.gelu(self.depthwise(layers.gelu(self.expand(x)))))
-
-
 class Attention(nnx.Module):
     """Pre-norm self-attention in windows with a bias by |dy|, |dx|; qkv may carry LoRA.
 
@@ -179,9 +122,9 @@ class Attention(nnx.Module):
         Returns (B, rows, columns, D).
         """
         b, *grid, _, d = qkv.shape
-        qkv = qkv.reshape(b, -1, 3, self.heads, d // self.heads)
-        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # each (B, N, T, C)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, -1, 3, self.heads, d // self.heads), 2, 0)
         q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+        q, k, v = (each.swapaxes(1, 2) for each in (q, k, v))  # (B, N, T, C)
         inside, beyond = bias_indices(self.window, *grid)
         table = self.biases[...].astype(layers.wide(self.dtype))
         scores = layers.wide_einsum("bntc,bnsc->bnts", q, k) + table[:, inside]

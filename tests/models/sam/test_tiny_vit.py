@@ -15,7 +15,7 @@ from pgpsam_jax.errors import UserError
 from pgpsam_jax.models import layers
 from pgpsam_jax.models.initializers import ShapeOnlyRngs
 from pgpsam_jax.models.parameters import flat_paths
-from pgpsam_jax.models.sam import tiny_vit
+from pgpsam_jax.models.sam import tiny_vit, tiny_vit_conv
 from pgpsam_jax.models.sam.lora import LoraConfig
 from pgpsam_jax.models.sam.sam import SamConfig
 from pgpsam_jax.sharding import device_mesh
@@ -147,6 +147,28 @@ def test_the_same_on_a_mesh():
         shared = jax.device_put(images, device_mesh.batch_sharding(mesh))
         found = jax.jit(lambda state, x: nnx.merge(graph, state)(x)[0])(state, shared)
     assert error(found, np.asarray(alone)) < TOLERANCE
+
+
+def test_strips_of_a_map_give_the_whole(monkeypatch):
+    """Values, and gradients of input and kernels; four strips, whose halos cross borders."""
+    block = tiny_vit_conv.MBConv(3, 8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(block)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 5, 3)), jnp.float32)
+
+    def run(rows):
+        monkeypatch.setattr(tiny_vit_conv, "STRIP", rows * 2 * 5 * 8)
+        assert tiny_vit_conv.strip_rows(12, 2 * 5 * 8) == rows
+
+        def loss(kernels, x):
+            out = nnx.merge(graph, kernels, rest)(x)
+            return jnp.sin(out).sum(), out
+
+        kernels, rest = nnx.split_state(state, nnx.Param, ...)
+        (_, out), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(kernels, x)
+        return jax.tree.leaves((out, gradients))
+
+    for whole, strips in zip(run(12), run(3), strict=True):
+        np.testing.assert_allclose(strips, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_strided_depthwise_convolution():
