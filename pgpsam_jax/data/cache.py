@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from pgpsam_jax.data.io.array_files import Source
 from pgpsam_jax.data.io.nifti import Volume
 from pgpsam_jax.data.io.pairing import LOST, pair_grids
 from pgpsam_jax.data.io.volumes import digest, files_of, read_grid, read_image, read_label
-from pgpsam_jax.data.io.voxel_grid import AXIAL, to_source
+from pgpsam_jax.data.io.voxel_grid import AXIAL, SourceGrid, to_source
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.data.letterbox import Letterbox, to_model
@@ -114,12 +115,18 @@ def read_case(case: Case, table: LabelTable, axis: str = AXIAL) -> tuple[Volume,
     Raises:
         UserError: image and label do not match.
     """
-    image, label = read_image(case.image, axis), read_label(case.truth)
-    pairing = pair_grids(image.source, label.source)
+    image = read_image(case.image, axis)
+    return image, read_truth(image.source, case.truth, table)
+
+
+def read_truth(image: SourceGrid, label: Source, table: LabelTable) -> np.ndarray:
+    """Reads the class ids (D, H, W) uint8 of an image whose grid is known; see `read_case`."""
+    volume = read_label(label)
+    pairing = pair_grids(image, volume.source)
     if pairing.remark:
-        warnings.warn(f"{case.truth} {pairing.remark}", stacklevel=2)
-    ids = pairing.display(to_source(label.array, label.source))
-    return image, table.remap(np.ascontiguousarray(ids), case.truth)
+        warnings.warn(f"{label} {pairing.remark}", stacklevel=2)
+    ids = pairing.display(to_source(volume.array, volume.source))
+    return table.remap(np.ascontiguousarray(ids), label)
 
 
 def gather_slices(
