@@ -40,8 +40,8 @@ def traced(name):
 
     def run(state, images):
         model, passes = nnx.merge(graphdef, state), []
-        found = model.passes
-        model.passes = lambda images: passes.extend(found(images)) or passes
+        found = model.decode_passes
+        model.decode_passes = lambda encoded: passes.extend(found(encoded)) or passes
         outputs = model(images)
         assert outputs["bootstrap"] is passes[0].logits
         assert outputs["final"] is passes[-1].logits

@@ -100,4 +100,4 @@ def test_settings_that_it_has_no_use_for(fields, message):
 
 
 def test_it_learns_squares():
-    loss_falls("unet")
+    loss_falls("unet", steps=5, model__unet_width=8)
