@@ -81,12 +81,11 @@ def test_splash_keeps_no_scores():
 
 @pytest.mark.slow
 @pytest.mark.tpu_backend
-@pytest.mark.parametrize("name", ["v5e:2x2", "v6e:2x4"])
-def test_the_training_step(name):
+def test_the_training_step():
     """vit_t at 64 px: memory of a chip, and gradients as all that is exchanged."""
-    chips(name)
-    row = compile_point(dataclasses.asdict(Compiled("vit_t", 64, 1, topology=name)))
-    assert row["status"] == OK and row["chips"] == row["data"] == (4 if name == "v5e:2x2" else 8)
+    chips()
+    row = compile_point(dataclasses.asdict(Compiled("vit_t", 64, 1, topology="v5e:2x2")))
+    assert row["status"] == OK and row["chips"] == row["data"] == 4
     # Parameters and both moments of what trains, and the frozen base, in float32: 1.52 times with
     # the padding of so small arrays.
     held = 4 * (3 * row["trained_parameters"] + row["frozen_parameters"])
