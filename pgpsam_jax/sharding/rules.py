@@ -20,6 +20,9 @@ SAM_RULES = (
     (r"attn/lora/b$", P(None, None, "tensor")),
     (r"blocks/\d+/mlp/lin1/kernel$", P("fsdp", "tensor")),
     (r"blocks/\d+/(attn/proj|mlp/lin2)/kernel$", P("tensor", "fsdp")),
+    # TinyViT, whose stages have no common number of heads that `tensor` could split.
+    (r"stages/\d+/\d+/(attn/proj|mlp/lin[12])/kernel$", INPUTS),
+    (r"(stages/\d+/\d+|merges/\d+)/(expand|project)/kernel$", INPUTS),
     (r"(patch_embed/kernel|pos_embed)$", P(None, None, None, PARTS)),
     (r"neck/conv[12]/kernel$", P(None, None, PARTS, None)),
     (r"transformer/.*/([qkv]_proj|out_proj|lin[12])/kernel$", INPUTS),

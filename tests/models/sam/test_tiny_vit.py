@@ -110,7 +110,7 @@ def test_lora_starts_as_the_base_and_changes_q_and_v():
     assert np.abs(changed[..., [0, 2], :]).min(initial=1) > 0
 
 
-@pytest.mark.parametrize("remat", ["blocks"])
+@pytest.mark.parametrize("remat", ["blocks", pytest.param("dots", marks=pytest.mark.slow)])
 def test_recomputing_changes_no_gradient(remat):
     size = (28, 28)
 
@@ -138,15 +138,48 @@ def test_bfloat16_is_close_and_its_softmax_is_float32():
     assert half.dtype == jnp.bfloat16 and error(half.astype(jnp.float32), np.asarray(full)) < 0.05
 
 
-def test_the_same_on_a_mesh():
-    size, images = (28, 28), images_of((28, 28), 4)
-    alone = run(build("lite_medsam", size), images)[0]
+def on_a_mesh(function, images):
+    """function(graph, trained, rest, images), in parts on 2 x 2 devices and on one."""
+    model = build("lite_medsam", (28, 28), LoraConfig(2))
+    graph, *states = nnx.split(model, nnx.Param, ...)
+
+    def run(*arguments):  # traced anew for each placement
+        return jax.jit(lambda *given: function(graph, *given))(*arguments)
+
     mesh = device_mesh.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
     with device_mesh.traced_on(mesh):
-        graph, state = nnx.split(build("lite_medsam", size))
-        shared = jax.device_put(images, device_mesh.batch_sharding(mesh))
-        found = jax.jit(lambda state, x: nnx.merge(graph, state)(x)[0])(state, shared)
-    assert error(found, np.asarray(alone)) < TOLERANCE
+        places = device_mesh.state_shardings(states, mesh)
+        stored = jax.device_put(states, places)
+        assert any(not place.is_fully_replicated for place in jax.tree.leaves(places))
+        parts = run(*stored, jax.device_put(images, device_mesh.batch_sharding(mesh)))
+    return parts, run(*states, images)
+
+
+def test_the_same_on_a_mesh():
+    """Kernels and images in parts."""
+
+    def embedding(graph, trained, rest, images):
+        return nnx.merge(graph, trained, rest)(images)[0]
+
+    found, expected = on_a_mesh(embedding, images_of((28, 28), 4))
+    assert error(found, np.asarray(expected)) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_the_same_gradients_on_a_mesh():
+    """Of all parameters, LoRA's among them."""
+
+    def gradients(graph, trained, rest, images):
+        def loss(trained):
+            return jnp.square(nnx.merge(graph, trained, rest)(images)[0]).mean()
+
+        return jax.grad(loss)(trained)
+
+    parts, whole = on_a_mesh(gradients, images_of((28, 28), 4))
+    for (path, found), expected in zip(
+        flat_paths(parts).items(), flat_paths(whole).values(), strict=True
+    ):
+        assert error(found[...], np.asarray(expected[...])) < 1e-4, path
 
 
 def test_strips_of_a_map_give_the_whole(monkeypatch):

@@ -28,6 +28,8 @@ def configuration(method, encoder: str):
     config = default_config()
     config.model.name, config.model.preset = method
     config.model.encoder = encoder
+    if encoder == "tiny_vit":
+        config.model.patch_size = 4
     if not registry.METHODS[method].base_tensors:  # no SAM to adapt
         config.model.train_encoder = "full"
     return config
