@@ -27,7 +27,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("pgpsam_jax.main", "train and evaluate a run, or resume it"),
     "evaluate": Command("pgpsam_jax.main", "evaluate a trained run", ("--mode", "evaluate")),
-    "predict": Command("pgpsam_jax.predict", "write masks for NIfTI files with a trained run"),
+    "predict": Command(
+        "pgpsam_jax.predict", "write masks for NIfTI files, with a run or SAM and boxes"
+    ),
     "verify": Command("pgpsam_jax.verify", "check a data set before training"),
     "report": Command("pgpsam_jax.report.__main__", "write the HTML report of a run or a grid"),
     "fetch": Command("weights_conversion.fetch", "download published SAM weights by name"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pgpsam_jax.data.io.volume_files import stem_of, volumes_in
 from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
 from pgpsam_jax.data.preprocessing import Percentiles, Preprocessing, Window
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.evaluation.masks import DICE
 from pgpsam_jax.inference.box_prompts import BoxPredictor
 from pgpsam_jax.inference.sam_predictor import SamPredictor
 from pgpsam_jax.metrics.aggregate import defined_mean
@@ -24,7 +26,6 @@ from pgpsam_jax.utils.files import StrPath, csv_text, file_digest, write_text
 from pgpsam_jax.utils.markdown import one_line, pipe_table
 from pgpsam_jax.utils.untrusted_text import sanitize
 
-DICE = "dice.csv"
 ORACLE = "ORACLE: the boxes come from the labels that the masks are scored against"
 _WINDOW = Percentiles(0.5, 99.5)  # what MedSAM clips images other than CT to
 _CHANNEL = "_0000"  # in nnU-Net's names of images
@@ -103,6 +104,9 @@ def open_box_run(
     Raises:
         UserError: some file is missing or wrong.
     """
+    widening = (0.0 if boxes else 1.0) if widening is None else widening
+    if not 0 <= widening < math.inf:
+        raise UserError(f"boxes cannot be widened by {widening:g} pixels; give 0 or more")
     if truth and not label_table:
         raise UserError("labels need a --label-table, which names their classes")
     given = read_boxes(boxes) if boxes else {}
@@ -132,7 +136,6 @@ def open_box_run(
     start()
     sam = SamPredictor.from_pretrained(base)
     window = window or _WINDOW
-    widening = (0.0 if boxes else 1.0) if widening is None else widening
     predictor = BoxPredictor(
         sam,
         Preprocessing(sam.image_size[0], window),

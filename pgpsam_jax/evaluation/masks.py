@@ -16,6 +16,7 @@ from pgpsam_jax.utils.files import csv_text, file_digest, write_json, write_text
 from pgpsam_jax.utils.untrusted_text import read_user_json, sanitize
 
 RECORD, LABELS, VOLUMES = "predictions.json", "labels.json", "volumes.csv"
+DICE = "dice.csv"  # where the masks were scored
 SCHEMA = 1
 _ENDS = (".nii", ".nii.gz")
 _RUN_FILES = ("config.json", "grid.json", "checkpoints")
@@ -185,7 +186,7 @@ class Masks:
             pictures = {n: n.removesuffix(".nii.gz") + ".png" for n in targets}
             strange += [p for n, p in pictures.items() if p in there and n not in known]
         if RECORD not in there:
-            strange += [n for n in (LABELS, VOLUMES) if n in there]
+            strange += [n for n in (LABELS, VOLUMES, DICE) if n in there]
         if strange:
             raise UserError(
                 f"{folder} holds files that no run wrote (manual labels perhaps) or that were "

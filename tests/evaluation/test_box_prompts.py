@@ -124,6 +124,8 @@ def test_masks_of_other_settings_are_protected(folder, monkeypatch, capsys, chan
         ([], {"boxes_from": "labels", "truth": "labels"}, "leave out --truth"),
         (["--skip-existing"], {"boxes_from": "labels"}, "--skip-existing would"),
         ([], {"boxes_from": "labels"}, "need a --label-table"),
+        (["--widen=-1"], {"boxes_from": "labels"}, "cannot be widened by -1 pixels"),
+        (["--widen=nan"], {"boxes_from": "labels"}, "cannot be widened by nan pixels"),
         ([], {"boxes_from": "labels/a.nii.gz", "label_table": "table.json"}, "is one label for 2"),
         ([], {"boxes_from": "lost", "label_table": "table.json"}, "has no label for a_0000"),
     ],
