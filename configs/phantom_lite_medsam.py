@@ -5,7 +5,10 @@ Data:     as configs/phantom.py, with the same 155 labeled slices.
 Weights:  pgpsam fetch lite_medsam (docs/weights.md).
 Model:    PGP-SAM, preset paper. The encoder is frozen, and the slices are encoded beforehand, in
           three augmented copies each: a step takes the time of the decoder's passes.
-Expected: EXPECTED
+Expected: mean Dice (strict, class mean) 0.942 on the 12 held-out phantoms, pancreas lowest with
+          0.896; configs/phantom.py has 0.811 from random weights.
+Time:     11 minutes on two CPU cores with other work beside it (encoding 1, training 8, evaluation
+          1.5), 9 GB of memory.
 """
 
 from pgpsam_jax.config import default_config, use_lite_medsam
