@@ -4,6 +4,7 @@ Letters: B batch, H W grid, T tokens, D width, M parallel heads of an MLP. Chann
 Parameters are float32; `dtype` is the compute type, LayerNorm statistics stay float32.
 """
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -99,23 +100,58 @@ class DepthwiseConv(nnx.Module):
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def depthwise(x, kernel, dilation: int = 1, stride: int = 1, halo: int = 0):
     """Depthwise convolution of (B, H, W, C) with (h, w, C), zero padding.
 
     halo: rows above and below the result that x has, in place of padding.
     """
+    return _depthwise(x, kernel, dilation, stride, halo)
+
+
+def _depthwise(x, kernel, dilation: int, stride: int, halo: int):
     (_, h, w, _), (rows, columns, _) = x.shape, kernel.shape
     above, beside = (dilation * (n // 2) for n in (rows, columns))
-    h -= 2 * halo
-    x = jnp.pad(x, [(0, 0), (above - halo,) * 2, (beside,) * 2, (0, 0)])
-    # Without the barrier XLA takes slices of x instead, and computes x for each of them anew.
-    x = jax.lax.optimization_barrier(x)
+    pads = ((above - halo,) * 2, (beside,) * 2)
+    size = tuple(-(-n // stride) for n in (h - 2 * halo, w))
+    return _shifts(jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel, size, dilation, stride)
+
+
+def _shifts(x, kernel, size: tuple[int, int], dilation: int, stride: int):
+    """Sum of kernel[i, j] times x from row i and column j on, in steps of dilation and stride."""
+    # Without the barrier XLA takes slices of what x was made of, and makes it anew for each.
+    x, (h, w) = jax.lax.optimization_barrier(x), size
     return sum(
         kernel[i, j]
-        * x[:, dilation * i : dilation * i + h : stride, dilation * j : dilation * j + w : stride]
-        for i in range(rows)
-        for j in range(columns)
+        * x[
+            :,
+            dilation * i : dilation * i + stride * (h - 1) + 1 : stride,
+            dilation * j : dilation * j + stride * (w - 1) + 1 : stride,
+        ]
+        for i in range(kernel.shape[0])
+        for j in range(kernel.shape[1])
     )
+
+
+def _depthwise_forward(x, kernel, *sizes):
+    return _depthwise(x, kernel, *sizes), (x, kernel)
+
+
+def _depthwise_backward(dilation: int, stride: int, halo: int, kept, slope):
+    """By autodiff the gradient of x is a sum of padded terms, each of which makes slope anew."""
+    x, kernel = kept
+    pads = [(0, 0, 0)]
+    for axis, halo_here in ((1, halo), (2, 0)):
+        reach, spread = dilation * (kernel.shape[axis - 1] // 2), stride * (slope.shape[axis] - 1)
+        before = reach + halo_here
+        pads.append((before, x.shape[axis] + 2 * reach - before - spread - 1, stride - 1))
+    wide_slope = jax.lax.pad(slope, jnp.zeros((), slope.dtype), [*pads, (0, 0, 0)])
+    by_x = _shifts(wide_slope, kernel[::-1, ::-1], x.shape[1:3], dilation, 1)
+    _, pullback = jax.vjp(lambda k: _depthwise(x, k, dilation, stride, halo), kernel)
+    return by_x, *pullback(slope)
+
+
+depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def gelu(x):

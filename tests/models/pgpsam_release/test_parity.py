@@ -246,12 +246,15 @@ def test_logits_and_loss_end_to_end(name):
 
 def test_gradients_are_not_stopped():
     """But those of picks and of the pixels around a point, which have none; nor are they made by
-    hand but for the attention of the encoder, whose are in `test_gradients`."""
+    hand but for the attention of the encoder, whose are in `test_gradients`, and for depthwise
+    convolutions, whose are in `test_tiny_vit`."""
     assert jaxprs.own_gradients(traced("small")[0].jaxpr.jaxpr) == {
         ("stop_gradient", "ppr.py", "select_inter"),
         ("stop_gradient", "deformable_conv.py", "_neighbors"),
         ("stop_gradient", "attention_kernels.py", "attend"),  # the largest score
         ("custom_vjp_call", "attention_kernels.py", "lean"),
+        ("custom_vjp_call", "layers.py", "DepthwiseConv.__call__"),
+        ("custom_vjp_call", "cfm.py", "StripConv.__call__"),
     }
 
 

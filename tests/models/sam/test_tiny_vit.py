@@ -217,6 +217,28 @@ def test_strided_depthwise_convolution():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [((3, 3), ()), ((3, 3), (1, 2)), ((3, 5), (2, 3)), ((3, 3), (1, 1, 1)), ((1, 7), ())],
+)
+def test_gradients_of_a_depthwise_convolution(size, options):
+    """It is linear in x and in the kernel: the gradients are its adjoints."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    x, kernel = draw(2, 9, 12, 3), draw(*size, 3)
+    out, pullback = jax.vjp(lambda x, kernel: layers.depthwise(x, kernel, *options), x, kernel)
+    slope, other_x, other_kernel = draw(*out.shape), draw(*x.shape), draw(*kernel.shape)
+    by_x, by_kernel = pullback(slope)
+    for gradient, other, changed in (
+        (by_x, other_x, layers.depthwise(other_x, kernel, *options)),
+        (by_kernel, other_kernel, layers.depthwise(x, other_kernel, *options)),
+    ):
+        np.testing.assert_allclose((gradient * other).sum(), (changed * slope).sum(), rtol=1e-4)
+
+
 def test_settings_that_tiny_vit_has_not():
     with pytest.raises(UserError, match=r"patch_size is 8; TinyViT has 4 .* or 16"):
         SamConfig.preset("tiny_vit", 64, 8)
