@@ -108,6 +108,7 @@ def test_one_step_by_shapes(name, arguments, model, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     settings, _ = load(name, arguments)
     settings.model.update(model)
+    settings.train.encoded_copies = 0  # a batch of slices, not of features
     classes = label_table(settings.data).num_classes
     graphdef, params, frozen = build.abstract_model(settings.model, classes)
     optimizer = TrainingPlan.from_config(settings).make_optimizer(126)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -194,10 +195,29 @@ def products(jaxpr) -> float:
         elif equation.primitive.name == "conv_general_dilated":
             kernel, places = shapes[1], equation.params["dimension_numbers"].rhs_spec
             depth = math.prod(kernel) // kernel[places[0]]
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
+            share = pixels_inside(shapes[0], kernel, equation)
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth * share
         inner = sum(map(products, jaxprs_in_params(equation.params)))
         total += inner * (equation.params["length"] if equation.primitive.name == "scan" else 1)
     return total
+
+
+def pixels_inside(image, kernel, equation) -> float:
+    """Share of a convolution's products with a pixel of the image, not of its padding.
+
+    Of a U-Net at 64 px, whose smallest maps have 4 x 4 pixels, it is 0.92.
+    """
+    given, share = equation.params, 1.0
+    numbers, out = given["dimension_numbers"], equation.outvars[0].aval.shape
+    axes = zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], strict=True)
+    for place, axis in enumerate(axes):
+        size, taps, places = (shape[i] for shape, i in zip((image, kernel, out), axis, strict=True))
+        steps = [given[name][place] for name in ("window_strides", "rhs_dilation", "lhs_dilation")]
+        first, (stride, apart, spread) = -given["padding"][place][0], steps
+        read = first + stride * np.arange(places)[:, None] + apart * np.arange(taps)
+        inside = (read >= 0) & (read <= spread * (size - 1)) & (read % spread == 0)
+        share *= inside.mean()
+    return share
 
 
 def looped_products(jaxpr) -> float:

@@ -223,7 +223,8 @@ print(next(line for line in lines if line.startswith("VmHWM")))
         (SMALL, "tensors, "),
         pytest.param(
             VIT_B,
-            "vit_b, 1024 px, patch 16, 293 tensors, 93,735,728 parameters",
+            "vit_b, 1024 px, patch 16, normalized colors, mask tokens 0, 1, 2, 3, 293 tensors, "
+            "93,735,728 parameters",
             marks=pytest.mark.slow,
         ),
     ],
