@@ -124,6 +124,9 @@ def _one_connection(url: str, part: Path, size: int | None) -> bool:
             )
         if answer.status != 206:
             start = 0
+        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            part.unlink()  # another part than was asked for must not be glued
+            return False
         length = answer.headers.get("Content-Length")
         total = start + int(length) if length and length.isdigit() else None
         if size is not None and total not in (None, size):

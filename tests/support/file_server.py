@@ -12,7 +12,8 @@ class FileServer:
     """Serves `content` at every path; `/moved` leads to `/file`, `/away` to another scheme.
 
     cuts: bytes after which each of the next connections is cut; ranges: whether a part can be asked
-    for; asked: the Range headers of the requests.
+    for; shift: by how much another part is sent than was asked for; asked: the Range headers of
+    the requests.
     """
 
     content: bytes
@@ -20,6 +21,7 @@ class FileServer:
     kind: str = "application/octet-stream"
     ranges: bool = True
     status: int = 200
+    shift: int = 0
     cuts: list[int] = dataclasses.field(default_factory=list)
     asked: list[str | None] = dataclasses.field(default_factory=list)
     url: str = ""
@@ -49,6 +51,9 @@ def serving(content: bytes, **settings) -> Iterator[FileServer]:
             if start >= len(state.content) > 0:
                 return self.send_error(416)
             self.send_response(206 if start else 200)
+            if start:
+                size = len(state.content)
+                self.send_header("Content-Range", f"bytes {start + state.shift}-{size - 1}/{size}")
             self.send_header("Content-Type", state.kind)
             self.send_header("Content-Length", str(len(state.content) - start))
             if state.etag:

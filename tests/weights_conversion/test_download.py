@@ -56,7 +56,9 @@ def test_a_later_command_continues(target, monkeypatch):
     assert only(target)
 
 
-@pytest.mark.parametrize("settings", [{"ranges": False}, {"etag": ""}, {"etag": 'W/"1"'}])
+@pytest.mark.parametrize(
+    "settings", [{"ranges": False}, {"etag": ""}, {"etag": 'W/"1"'}, {"shift": 5}]
+)
 def test_without_a_promise_of_the_same_bytes_it_starts_again(settings, target):
     with serving(CONTENT, cuts=[10**5], **settings) as server:
         download(f"{server.url}/file", target, digests={"sha256": SHA})
