@@ -33,7 +33,7 @@ from pgpsam_jax.runtime.cli import Parser, running
 from pgpsam_jax.utils.files import csv_text, write_text
 from pgpsam_jax.utils.markdown import pipe_table
 
-_LORA = {"LoRA of the encoder": {r"image_encoder/blocks/\d+/attn/lora/b": 0.0}}
+_LORA = {"LoRA of the encoder": {r"image_encoder/(blocks|stages/\d+)/\d+/attn/lora/b": 0.0}}
 
 # Part -> {pattern of parameter paths: value}. A gate is a sigmoid: a large negative bias closes it.
 # A silent dense prompt is its last bias, initialized as SAM's no-mask embedding.
@@ -47,6 +47,7 @@ _PGPSAM = {
     "PPR (Eq 5)": {r"ppr/\d+/(alpha|beta)": 0.0},
     "class attention W_c (Eq 4)": {r"ppr/\d+/alpha": 0.0},
     "query attention W_q (Eq 5)": {r"ppr/\d+/beta": 0.0},
+    "fine maps (plus)": {r"refine/\d+/project_out/(kernel|bias)": 0.0},
     "context gates (release)": {r"cfm/\d+/(alpha|beta)": 0.0},
     "update by attention (release)": {r"ppr/\d+/(inter|intra)_gain": 0.0},
     "skip connection (release)": {r"mask_decoder/skip/norm2/(scale|bias)": 0.0},

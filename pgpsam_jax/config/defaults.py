@@ -21,7 +21,8 @@ def default_config() -> ConfigDict:
     config.model = ConfigDict()
     # Method: pgpsam, samed, hsam, autosam, samlst, surgicalsam, fssp, unet, or sam (an oracle).
     config.model.name = "pgpsam"
-    config.model.preset = "paper"  # its equations; or release: the authors' code
+    # Of pgpsam: paper (its equations), release (the authors' code), plus (ours: docs/plus.md).
+    config.model.preset = "paper"
     config.model.encoder = "vit_b"  # vit_t, vit_b, vit_l, vit_h
     config.model.base = ""  # SAM: a name (pgpsam fetch) or converted weights; empty = random
     # Input colors of the encoder: auto (those the base was trained on; unit without one), unit (0

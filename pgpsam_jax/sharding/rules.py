@@ -36,6 +36,12 @@ _PAPER = (
     # Their inputs, channels and classes, rarely divide.
     (r"(ppr/\d+/fuse|ppg/\d+/(dense|sparse)/join)/kernel$", OUTPUTS),
 )
+_PLUS = (
+    *_PAPER,
+    (r"refine/\d+/project_(in|out)/kernel$", INPUTS),
+    (r"(refine/\d+|stem)/conv/kernel$", P(None, None, PARTS, None)),
+    (r"stem/(embed|shrink)/kernel$", P(None, None, None, PARTS)),
+)
 _RELEASE = (
     (r"cfm/\d+/(projection|channel/(reduce|expand)|merge|ffn/project_(in|out))/kernel$", INPUTS),
     (r"cfm/\d+/up/conv[12]/kernel$", P(PARTS, None, None, None)),
@@ -63,6 +69,7 @@ _UNET = (
 # Key of `methods.registry.METHODS` -> rows of a method, which come before SAM's.
 METHOD_RULES: dict[tuple[str, str] | None, tuple[tuple[str, P], ...]] = {
     ("pgpsam", "paper"): _PAPER,
+    ("pgpsam", "plus"): _PLUS,
     ("pgpsam", "release"): _RELEASE,
     ("hsam", ""): _HSAM,
     ("samlst", ""): _SAMLST,

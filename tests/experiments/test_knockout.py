@@ -149,9 +149,9 @@ def test_wrong_folders(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", sorted(knockout.PARTS))
 def test_the_parts_of_a_method_are_all_there(name):
-    """Every pattern is one of its parameters'; PGP-SAM's are those of one preset or the other."""
+    """Every pattern is one of its parameters'; PGP-SAM's are those of one of its presets."""
     paths = []
-    for preset in ("paper", "release") if name == "pgpsam" else ("paper",):
+    for preset in ("paper", "release", "plus") if name == "pgpsam" else ("paper",):
         config = small_config(
             name, model__train_encoder=method_recipes.recipe_of(name).get(ENCODER, "lora")
         )

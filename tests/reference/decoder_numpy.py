@@ -76,11 +76,16 @@ def upsample_2x(x, p):
     return out
 
 
-def masks(mask_tokens, image_tokens, p):
-    """Logits (4H, 4W, M): each token's MLP gives the weights of a sum over the upscaled map."""
+def masks(mask_tokens, image_tokens, p, refine=None):
+    """Logits (4H, 4W, M): each token's MLP gives the weights of a sum over the upscaled map.
+
+    refine: two functions of the maps (2H, 2W, D/4) and (4H, 4W, D/8), or None.
+    """
     up = sub(p, "upscaling")
-    x = gelu(layer_norm(upsample_2x(image_tokens, sub(up, "conv1")), sub(up, "norm")))
-    x = gelu(upsample_2x(x, sub(up, "conv2")))
+    x = upsample_2x(image_tokens, sub(up, "conv1"))
+    x = gelu(layer_norm(refine[0](x) if refine else x, sub(up, "norm")))
+    x = upsample_2x(x, sub(up, "conv2"))
+    x = gelu(refine[1](x) if refine else x)
     out = np.zeros((*x.shape[:2], len(mask_tokens)))
     for m, token in enumerate(mask_tokens):
         for i in range(3):
@@ -91,11 +96,11 @@ def masks(mask_tokens, image_tokens, p):
     return out
 
 
-def decode(feature, sparse, dense, image_pe, p, depth, heads):
+def decode(feature, sparse, dense, image_pe, p, depth, heads, refine=None):
     """One pass: logits (4H, 4W, M), mask tokens (M, D) and image tokens (H, W, D)."""
     own = p["mask_tokens"]
     image, pe = (x.reshape(-1, x.shape[-1]) for x in (feature + dense, image_pe))
     prompt = np.concatenate([own, sparse])
     tokens, image = transformer(image, pe, prompt, sub(p, "transformer"), depth, heads)
     tokens, image = tokens[: len(own)], image.reshape(feature.shape)
-    return masks(tokens, image, p), tokens, image
+    return masks(tokens, image, p, refine), tokens, image

@@ -29,5 +29,6 @@ class Unet(nn.Module):
             kept.append(down(kept[-1]))
         x = kept.pop()
         for up, merge in zip(self.up, self.merge, strict=True):
-            x = merge(torch.cat([kept.pop(), up(x)], 1))
+            skip = kept.pop()
+            x = merge(torch.cat([skip, up(x)[..., : skip.shape[2], : skip.shape[3]]], 1))
         return self.head(x)

@@ -34,18 +34,18 @@ class Given(nnx.Module):
         return images
 
 
-def create(config, encoder=False, dtype=jnp.float32, *, rngs):
+def create(config, encoder=False, dtype=jnp.float32, *, kind=PgpSam, rngs):
     """A model at its own initialization, with its image encoder or `Given`."""
-    model = PgpSam(config, dtype=dtype, rngs=rngs)
+    model = kind(config, dtype=dtype, rngs=rngs)
     if not encoder:
         model.image_encoder = Given()
     return model
 
 
 @functools.cache
-def build(config, encoder=False, dtype=jnp.float32):
+def build(config, encoder=False, dtype=jnp.float32, kind=PgpSam):
     """A model with every parameter random, and its arrays in float64."""
-    return eq.random_module(functools.partial(create, config, encoder, dtype), 1)
+    return eq.random_module(functools.partial(create, config, encoder, dtype, kind=kind), 1)
 
 
 def inputs_for(config, encoder=False, batch=2):

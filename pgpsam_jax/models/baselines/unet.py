@@ -81,11 +81,6 @@ class Unet(Segmenter):
                     f"model.{field} is {getattr(settings, field)!r}, but the U-Net {why}; set "
                     f"--config.model.{field}={needed}"
                 )
-        if settings.image_size % 2**DOWNS:
-            raise UserError(
-                f"model.image_size is {settings.image_size}, but the U-Net halves images {DOWNS} "
-                f"times; choose a multiple of {2**DOWNS}"
-            )
         if settings.unet_width % GROUPS:
             raise UserError(
                 f"model.unet_width is {settings.unet_width}; GroupNorm needs a multiple of {GROUPS}"
@@ -114,5 +109,7 @@ class Unet(Segmenter):
             skips.append(stage(skips[-1]))
         x = skips.pop()
         for up, merge in zip(self.up, self.merge, strict=True):
-            x = merge(jnp.concatenate([skips.pop(), up(x)], axis=-1))
+            skip = skips.pop()
+            rows, columns = skip.shape[1:3]  # odd sizes were halved upward
+            x = merge(jnp.concatenate([skip, up(x)[:, :rows, :columns]], axis=-1))
         return {"final": self.head(x).astype(layers.wide(x.dtype))}

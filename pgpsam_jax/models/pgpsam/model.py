@@ -113,7 +113,7 @@ class Pass(NamedTuple):
 
 
 class PrototypeSegmenter(Segmenter):
-    """Base of both presets; `switches` are the fields of `config_class` that are its own."""
+    """Base of the presets; `switches` are the fields of `config_class` that are its own."""
 
     config_class = PrototypeConfig
     config: Any  # of `config_class`
@@ -145,8 +145,8 @@ class PrototypeSegmenter(Segmenter):
         """Returns every pass of the decoder, the bootstrap first, with its inputs."""
         return self.decode_passes(self.encode(images))
 
-    def decode_passes(self, encoded) -> list[Pass]:
-        """Returns the passes for what `encode` returned."""
+    def decode_passes(self, encoded, **masks) -> list[Pass]:
+        """Returns the passes for what `encode` returned; masks: options of the masks."""
         raise NotImplementedError
 
 
@@ -227,20 +227,20 @@ class PgpSam(PrototypeSegmenter):
         dense = jnp.broadcast_to(self.default_dense[...].astype(feature.dtype), feature.shape)
         return jnp.zeros((feature.shape[0], 0, feature.shape[-1]), feature.dtype), dense
 
-    def decode(self, feature, sparse, dense):
+    def decode(self, feature, sparse, dense, **masks):
         """One pass of the shared decoder: logits (B, 4H, 4W, K) and F_M (B, H, W, K)."""
         positions = self.pe_layer.grid(self.config.sam.encoder.grid).astype(feature.dtype)
         mask_tokens, image_tokens, _ = self.mask_decoder.run(feature, positions, sparse, dense)
-        logits = self.mask_decoder.masks(mask_tokens, image_tokens)
+        logits = self.mask_decoder.masks(mask_tokens, image_tokens, **masks)
         return logits, class_features(mask_tokens, image_tokens)
 
-    def decode_passes(self, encoded) -> list[Pass]:
+    def decode_passes(self, encoded, **masks) -> list[Pass]:
         feature, taps = encoded
         refined = None
         if self.config.ppg:
             raw = (self.intra[...], self.inter[...])
             refined = Refined(*(jnp.broadcast_to(p, (len(feature), *p.shape)) for p in raw))
-        passes = [self._pass(0, feature, refined)]
+        passes = [self._pass(0, feature, refined, **masks)]
         for i, tap in enumerate(taps):
             feature = self.cfm[i](tap, feature)
             if refined is not None and self.config.ppr:
@@ -248,12 +248,12 @@ class PgpSam(PrototypeSegmenter):
                 refined = self.ppr[i](feature, last, refined.intra, refined.inter)
             elif i + 1 < len(taps):
                 continue
-            passes.append(self._pass(len(passes), feature, refined))
+            passes.append(self._pass(len(passes), feature, refined, **masks))
         return passes
 
-    def _pass(self, i: int, feature, refined: Refined | None) -> Pass:
+    def _pass(self, i: int, feature, refined: Refined | None, **masks) -> Pass:
         sparse, dense = self.prompts(i, feature, refined)
-        decoded = self.decode(feature, sparse, dense)
+        decoded = self.decode(feature, sparse, dense, **masks)
         if refined is None:
             return Pass(feature, None, None, None, None, None, sparse, dense, *decoded)
         return Pass(feature, *refined, sparse, dense, *decoded)

@@ -79,6 +79,11 @@ class EncoderConfig:
         """The paper's: the last and the first block with global attention."""
         return self.global_blocks[-1], self.global_blocks[0]
 
+    @property
+    def fine_widths(self) -> tuple[int, ...]:
+        """Channels of maps finer than the token grid: there are none."""
+        return ()
+
     def make(self, lora: LoraConfig | None, *, dtype=jnp.float32, rngs: nnx.Rngs) -> "ImageEncoder":
         """Returns the module."""
         return ImageEncoder(self, lora, dtype=dtype, rngs=rngs)

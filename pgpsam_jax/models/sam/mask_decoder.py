@@ -32,8 +32,10 @@ class Upscaling(nnx.Module):
         self.norm = layers.LayerNorm(dim // 4, eps=layers.ENCODER_EPS, dtype=dtype, rngs=rngs)
         self.conv2 = layers.Upsample2x(dim // 4, dim // 8, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x):
-        return layers.gelu(self.conv2(layers.gelu(self.norm(self.conv1(x)))))
+    def __call__(self, x, refine=(lambda up: up, lambda up: up)):
+        """refine: functions of the maps of 2H x 2W and 4H x 4W, before norm and activation."""
+        x = self.norm(refine[0](self.conv1(x)))
+        return layers.gelu(refine[1](self.conv2(layers.gelu(x))))
 
 
 class MaskDecoder(nnx.Module):
@@ -69,9 +71,12 @@ class MaskDecoder(nnx.Module):
         iou = tokens[:, 0] if self.quality else None
         return tokens[:, first : first + masks], source.reshape(b, h, w, d), iou
 
-    def masks(self, mask_tokens, image_tokens):
-        """Logits (B, 4H, 4W, M), float32: hypernetwork weights applied to the upscaled image."""
-        up = self.upscaling(image_tokens)
+    def masks(self, mask_tokens, image_tokens, **upscaling):
+        """Logits (B, 4H, 4W, M), float32: hypernetwork weights applied to the upscaled image.
+
+        upscaling: options of `Upscaling`.
+        """
+        up = self.upscaling(image_tokens, **upscaling)
         weights = self.hyper_mlps(mask_tokens)
         return token_products(up, weights)
 

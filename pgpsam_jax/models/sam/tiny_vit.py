@@ -74,6 +74,11 @@ class TinyVitConfig:
         return 3, 0
 
     @property
+    def fine_widths(self) -> tuple[int, ...]:
+        """Channels of the maps of 2H x 2W and 4H x 4W."""
+        return self.widths[1], self.widths[0]
+
+    @property
     def heads(self) -> int:
         """Number of parts into which the heads of every stage divide."""
         return math.gcd(*self.head_counts)
@@ -226,18 +231,21 @@ class TinyVit(nnx.Module):
 
     def __call__(self, images, taps: tuple[int, ...] = ()):
         """Returns (embedding, [tap i for i in taps])."""
+        return self.pyramid(images, taps)[:2]
+
+    def pyramid(self, images, taps: tuple[int, ...] = ()):
+        """Returns the same, and the outputs of the second and first stage (`fine_widths`)."""
         if self.config.colors == "normalized":
             images = normalize(255 * images)
         run = recomputing(self.config.remat)
         x = split_batch(self.patch_embed[1](layers.gelu(self.patch_embed[0](images))))
-        outputs = []
+        outputs, fine = [], []
         for i, blocks in enumerate(self.stages):
             for block in blocks:
                 x = run(block, x)
-            if i >= 2:
-                outputs.append(x)
+            (outputs if i >= 2 else fine).append(x)
             if i < len(self.merges):
                 x = run(self.merges[i], x)
                 if i >= 1:
                     outputs.append(x)
-        return self.neck(x), [outputs[tap] for tap in taps]
+        return self.neck(x), [outputs[tap] for tap in taps], fine[::-1]

@@ -44,8 +44,8 @@ def test_logits_and_gradients_equal_pytorch_in_float64():
         with torch.no_grad():
             for name, tensor in theirs.named_parameters():
                 tensor.copy_(torch.from_numpy(layout(name, np.asarray(named[name])).copy()))
-        images = rng.random((2, 32, 48, 3))
-        weights = rng.random((2, 32, 48, 3))
+        images = rng.random((2, 32, 44, 3))  # odd from the third resolution on
+        weights = rng.random((2, 32, 44, 3))
 
         def loss(state):
             final = nnx.merge(graphdef, state)(images)["final"]
@@ -90,7 +90,6 @@ def layout(name: str, kernel: np.ndarray) -> np.ndarray:
         ({"base": "weights/sam_vit_b"}, "the U-Net has no SAM; set --config.model.base="),
         ({"train_encoder": "lora"}, "set --config.model.train_encoder=full"),
         ({"remat": "blocks"}, "set --config.model.remat=none"),
-        ({"image_size": 72}, "choose a multiple of 16"),
         ({"unet_width": 12}, "needs a multiple of 8"),
     ],
 )

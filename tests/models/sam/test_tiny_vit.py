@@ -66,7 +66,7 @@ def images_of(size, batch=2):
 
 @nnx.jit
 def run(model, images):
-    return model(images, (0, 1, 2, 3))
+    return model.pyramid(images, (0, 1, 2, 3))
 
 
 def error(found, expected) -> float:
@@ -75,12 +75,19 @@ def error(found, expected) -> float:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_equals_the_transcription(name):
-    """Embedding and all four taps, on a grid whose windows overhang on both sides."""
-    images = images_of(SIZES[name])
-    found, taps = run(build(name, SIZES[name]), images)
+    """Embedding and all four taps, on a grid whose windows overhang on both sides; the fine maps
+    are what the first tap is made of."""
+    images, model = images_of(SIZES[name]), build(name, SIZES[name])
+    found, taps, fine = run(model, images)
     expected, maps = tiny_vit_torch.encode(state_of(name), images.transpose(0, 3, 1, 2))
     for ours, theirs in zip((found, *taps), (expected, *maps), strict=True):
         assert error(np.moveaxis(np.asarray(ours), -1, 1), theirs) < TOLERANCE
+    assert error(model.merges[1](fine[0]), np.asarray(taps[0])) < TOLERANCE
+    second = model.merges[0](fine[1])
+    for block in model.stages[1]:
+        second = block(second)
+    assert error(second, np.asarray(fine[0])) < TOLERANCE
+    assert tuple(each.shape[-1] for each in fine) == model.config.fine_widths
 
 
 @pytest.mark.parametrize("name", SIZES)
