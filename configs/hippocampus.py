@@ -10,7 +10,8 @@ Split:    by person, two volumes each (configs/labels/hippocampus_persons.csv, d
           holds out 30 % of the persons for testing and 10 % for validation, which is off
           (--config.validation.every_epochs=N).
 Slices:   sagittal, of which 85 % show both classes (36 % of axial and 1 % of coronal ones do),
-          enlarged by 1.28 to 64 px. Intensities are normalized by percentiles of each volume.
+          enlarged to 56 px, whose 14 x 14 tokens LiteMedSAM's windows of 7 and 14 divide.
+          Intensities are normalized by percentiles of each volume.
 Weights:  pgpsam fetch lite_medsam (docs/weights.md).
 Expected: not measured yet.
 """
@@ -43,5 +44,5 @@ def get_config(budget: str = "5volumes"):
     else:
         config.fewshot.count = int(parts[1])
     config.train.steps = 400
-    use_lite_medsam(config, image_size=64)
+    use_lite_medsam(config, image_size=56)
     return config

@@ -31,6 +31,7 @@ class Plan:
       config: config file, with its variant after a colon.
       rows: one line of the table each.
       overrides: {"model.k": 4, ...} for all cells; each row adds its own.
+      exceptions: {name of a row: {field: value}}, after the row's own; for rows that are there.
       seeds: of each row.
       seed_fields: the fields that a seed sets.
       reference: the row that others are compared with; empty for the first.
@@ -43,6 +44,7 @@ class Plan:
     config: str
     rows: tuple[Row, ...]
     overrides: dict = dataclasses.field(default_factory=dict)
+    exceptions: dict = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     seed_fields: tuple[str, ...] = ("seed",)
     reference: str = ""
@@ -110,7 +112,7 @@ def resolve(plan: Plan, row: Row, seed: int, settings: dict) -> ConfigDict:
     """Returns the configuration of a cell: file, plan, row, seed, then the user's settings."""
     config = load_file(plan.config)
     assign(config, plan.overrides, "the grid")
-    assign(config, row.overrides, f"row {row.name}")
+    assign(config, row.overrides | plan.exceptions.get(row.name, {}), f"row {row.name}")
     assign(config, {field: seed for field in plan.seed_fields}, "the seeds")
     assign(config, settings, "--set")
     serialization.validate(config)

@@ -1,4 +1,4 @@
-"""Table 1 of the paper: all registered methods on Synapse, Dice per organ.
+"""Table 1 of the paper, on Synapse: all registered methods, Dice per organ.
 
 pgpsam grid table1 --workdir runs/table1
 
@@ -13,7 +13,7 @@ from experiments.grids._targets import SYNAPSE, target
 
 def get_grid(variant: str = SYNAPSE) -> Plan:
     return Plan(
-        title="Table 1: methods on Synapse, eight organs",
+        title="Table 1: methods",
         rows=method_rows(),
         published="table1" if variant == SYNAPSE else None,
         **target(variant),
