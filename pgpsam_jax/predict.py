@@ -285,6 +285,7 @@ def _open(arguments: argparse.Namespace, inputs: Inputs) -> Any:
     return open_box_run(
         inputs.files,
         arguments.base,
+        output=arguments.output,
         boxes=arguments.boxes,
         truth=arguments.boxes_from or arguments.truth,
         label_table=arguments.label_table,

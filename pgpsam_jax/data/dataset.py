@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,7 +123,11 @@ def axis_of(data: ConfigDict, cases) -> str:
 
 
 def few_shot_data(
-    cached: Sequence[cache.CachedCase], fewshot: ConfigDict, names: Sequence[str], workdir=None
+    cached: Sequence[cache.CachedCase],
+    fewshot: ConfigDict,
+    names: Sequence[str],
+    workdir=None,
+    groups: Mapping[str, str] | None = None,
 ) -> FewShotData:
     """Returns the slices of the few-shot list.
 
@@ -132,6 +136,7 @@ def few_shot_data(
         fewshot: `config.fewshot`, the sampling rule or file of the list.
         names: of the K classes, for the summary.
         workdir: of a run to resume, whose list is used.
+        groups: of `fewshot_list.make_list`.
     """
     areas = {case.case_id: case.areas for case in cached}
     settings = dict(fewshot)
@@ -141,7 +146,7 @@ def few_shot_data(
     elif file:
         chosen = fewshot_list.read_list(file, areas)
     else:
-        chosen = fewshot_list.make_list(areas, rule, **settings)
+        chosen = fewshot_list.make_list(areas, rule, **settings, groups=groups)
     images, labels = cache.gather_slices(cached, chosen.entries)
     return FewShotData(images, labels, _digest(cached), chosen, chosen.summary(areas, names))
 

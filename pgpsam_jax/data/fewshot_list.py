@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -66,6 +67,7 @@ def make_list(
     volumes: int | None = None,
     every: int | None = None,
     min_pixels: int = 100,
+    groups: Mapping[str, str] | None = None,
 ) -> FewShotList:
     """Samples a few-shot list.
 
@@ -73,8 +75,10 @@ def make_list(
         areas: case id -> (D, K) native pixels per slice and class.
         rule: "random", a `fraction` or `count` of the pool; "area", the rule of the authors' code
             (docs/release_code.md#few-shot-list; seed 42 by default); "volumes", the pool of as many
-            random cases; "every", each n-th slice of the pool of each case, from its first; "all".
+            random cases, none of a group that has one already while there are others; "every", each
+            n-th slice of the pool of each case, from its first; "all".
         pool: "valid" for slices in which some organ has at least `min_pixels` pixels, else all.
+        groups: case id -> its group, such as a person; each case is its own by default.
     """
     if rule not in RULES:
         raise UserError(f"unknown few-shot rule {rule!r}; known are {', '.join(RULES)}")
@@ -92,7 +96,7 @@ def make_list(
     elif rule == "area":
         entries = _by_area(areas, slices, fraction, count, draw)
     elif volumes is not None:
-        entries = _by_volume(slices, volumes, draw)
+        entries = _by_volume(slices, volumes, groups or {}, draw)
     elif every is not None:
         entries = _every(slices, every)
     else:
@@ -202,11 +206,18 @@ def _by_area(areas: Areas, slices, fraction, count, draw: random.Random):
     return [*chosen, *draw.sample(others, target - len(chosen))]
 
 
-def _by_volume(slices, volumes: int, draw: random.Random):
+def _by_volume(slices, volumes: int, groups: Mapping[str, str], draw: random.Random):
     cases = sorted({case_id for case_id, _ in slices})
     if not 1 <= volumes <= len(cases):
         raise UserError(f"few-shot volumes {volumes} is not in 1..{len(cases)}, the cases at hand")
-    kept = set(draw.sample(cases, volumes))
+    drawn = draw.sample(cases, len(cases) if groups else volumes)  # the two differ in what is first
+    members: Counter[str] = Counter()
+    rank = {}  # case -> number of cases of its group that were drawn before it
+    for case in drawn:
+        group = groups.get(case, case)
+        rank[case] = members[group]
+        members[group] += 1
+    kept = set(sorted(drawn, key=rank.__getitem__)[:volumes])
     return [entry for entry in slices if entry[0] in kept]
 
 

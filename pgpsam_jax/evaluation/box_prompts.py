@@ -16,7 +16,7 @@ from pgpsam_jax.data.io.volume_files import stem_of, volumes_in
 from pgpsam_jax.data.layouts.label_table import LabelTable, load_label_table
 from pgpsam_jax.data.preprocessing import Percentiles, Preprocessing, Window
 from pgpsam_jax.errors import UserError
-from pgpsam_jax.evaluation.masks import DICE
+from pgpsam_jax.evaluation.masks import DICE, file_id
 from pgpsam_jax.inference.box_prompts import BoxPredictor
 from pgpsam_jax.inference.sam_predictor import SamPredictor
 from pgpsam_jax.metrics.aggregate import defined_mean
@@ -82,6 +82,7 @@ def open_box_run(
     files: Sequence[Path],
     base: str,
     *,
+    output: StrPath,
     boxes: str | None = None,
     truth: str | None = None,
     label_table: str | None = None,
@@ -94,6 +95,7 @@ def open_box_run(
     Args:
         files: the volumes.
         base: stem of converted SAM weights.
+        output: folder of the masks to come, which must not be that of the truth.
         boxes: table of boxes (`data.boxes.read_boxes`); None for those of the truth, an oracle.
         truth: label file of the one volume, or folder with a label of the name of each.
         label_table: names the classes; without truth, by default the labels of `boxes`.
@@ -123,6 +125,11 @@ def open_box_run(
         else LabelTable(names, {i: i for i in range(len(names))})
     )
     labels = _labels(files, Path(truth)) if truth else {}
+    if any(file_id(label.parent) == file_id(Path(output)) for label in labels.values()):
+        raise UserError(
+            f"--output {output} is the folder of the labels, which masks would replace; choose "
+            "another --output"
+        )
     ids = {name: i for i, name in enumerate(table.names) if i}
 
     def boxes_of(volume: Volume):

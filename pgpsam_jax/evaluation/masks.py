@@ -151,15 +151,15 @@ class Masks:
                 f"{found[0]}); choose another --output"
             )
         for path in self.inputs.values():
-            if _file_id(path.parent) == _file_id(folder):
+            if file_id(path.parent) == file_id(folder):
                 raise UserError(
                     f"{path} is in --output {folder}, where its mask would overwrite its input or "
                     "later be mistaken for one; choose another --output"
                 )
-        places = {_file_id(path): path for path in self.inputs.values()}
+        places = {file_id(path): path for path in self.inputs.values()}
         for stem in self.inputs:
             target = folder / self.name(stem)
-            if target.exists() and (source := places.get(_file_id(target))):
+            if target.exists() and (source := places.get(file_id(target))):
                 raise UserError(
                     f"{target} is the same file as {source} and would overwrite its input; choose "
                     "another --output"
@@ -218,7 +218,7 @@ def _changed(path: Path, entry: dict) -> bool:
         return False
 
 
-def _file_id(path: Path):
+def file_id(path: Path):
     """Device and inode of a file; None if it does not exist."""
     try:
         status = path.stat()

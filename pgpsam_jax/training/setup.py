@@ -98,7 +98,11 @@ def set_up(given: ConfigDict, workdir: Path) -> Run:
         folder = config.data.cache_dir or workdir / "cache"
         trained, validated = _read_cases(split, validation, preprocessing, folder)
         data = dataset.few_shot_data(
-            trained, config.fewshot, split.table.names, workdir if resume else None
+            trained,
+            config.fewshot,
+            split.table.names,
+            workdir if resume else None,
+            {case.case_id: case.group for case in split.train if case.group},
         )
         held_out = None
         if validated:

@@ -111,6 +111,17 @@ def test_pool():
         make_list(AREAS, "all", min_pixels=10**6)
 
 
+def test_volumes_of_one_group_are_the_last_to_be_drawn():
+    cases = sorted(AREAS)
+    groups = dict(zip(cases, "aabbc", strict=True))
+    for seed in range(20):
+        for volumes in (1, 3, 4, 5):
+            made = make_list(AREAS, "volumes", volumes=volumes, seed=seed, groups=groups)
+            kept = {c for c, _ in made.entries}
+            assert len(kept) == volumes
+            assert len({groups[c] for c in kept}) == min(volumes, 3)
+
+
 def test_volumes_and_every():
     made = make_list(AREAS, "volumes", volumes=2)
     cases = {c for c, _ in made.entries}

@@ -123,6 +123,11 @@ def test_masks_of_other_settings_are_protected(folder, monkeypatch, capsys, chan
         (["--mirrored"], {"workdir": "x"}, "--mirrored is for --boxes"),
         ([], {"boxes_from": "labels", "truth": "labels"}, "leave out --truth"),
         (["--skip-existing"], {"boxes_from": "labels"}, "--skip-existing would"),
+        (
+            ["--overwrite"],
+            {"boxes_from": "labels", "output": "labels", "label_table": "table.json"},
+            "is the folder of the labels, which masks would replace",
+        ),
         ([], {"boxes_from": "labels"}, "need a --label-table"),
         (["--widen=-1"], {"boxes_from": "labels"}, "cannot be widened by -1 pixels"),
         (["--widen=nan"], {"boxes_from": "labels"}, "cannot be widened by nan pixels"),
@@ -141,5 +146,8 @@ def test_a_table_for_other_volumes(folder):
     (folder / "boxes.csv").write_text(f"{','.join(COLUMNS)}\nc,liver,1,2,0,1,1,2\n")
     with pytest.raises(UserError, match=r"has no box for a_0000\.nii\.gz"):
         box_prompts.open_box_run(
-            [folder / "images/a_0000.nii.gz"], str(folder / "base"), boxes=folder / "boxes.csv"
+            [folder / "images/a_0000.nii.gz"],
+            str(folder / "base"),
+            output=folder / "masks",
+            boxes=folder / "boxes.csv",
         )

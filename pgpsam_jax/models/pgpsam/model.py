@@ -145,8 +145,8 @@ class PrototypeSegmenter(Segmenter):
         """Returns every pass of the decoder, the bootstrap first, with its inputs."""
         return self.decode_passes(self.encode(images))
 
-    def decode_passes(self, encoded, **masks) -> list[Pass]:
-        """Returns the passes for what `encode` returned; masks: options of the masks."""
+    def decode_passes(self, encoded) -> list[Pass]:
+        """Returns the passes for what `encode` returned."""
         raise NotImplementedError
 
 
@@ -235,6 +235,7 @@ class PgpSam(PrototypeSegmenter):
         return logits, class_features(mask_tokens, image_tokens)
 
     def decode_passes(self, encoded, **masks) -> list[Pass]:
+        """As the base; masks: options of the decoder's masks."""
         feature, taps = encoded
         refined = None
         if self.config.ppg:

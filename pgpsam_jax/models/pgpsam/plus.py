@@ -92,12 +92,12 @@ class PlusPgpSam(PgpSam):
 
     def encode(self, images):
         """Returns the neck's feature, the tapped tokens, and the encoder's fine maps or images."""
-        if self.stem is None:
-            return self.image_encoder.pyramid(images, self.config.stage_taps)
-        return *super().encode(images), [images]
+        feature, taps, fine = self.image_encoder.pyramid(images, self.config.stage_taps)
+        return feature, taps, fine or [images]
 
     def decode_passes(self, encoded, **masks) -> list[Pass]:
         feature, taps, fine = encoded
         fine = fine if self.stem is None else self.stem(*fine)
-        refine = [functools.partial(*pair) for pair in zip(self.refine, fine, strict=True)]
+        pairs = zip(self.refine, fine, strict=True)
+        refine = [functools.partial(each, maps) for each, maps in pairs]
         return super().decode_passes((feature, taps), refine=refine, **masks)

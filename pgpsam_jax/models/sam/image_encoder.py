@@ -6,6 +6,7 @@ Source: Kirillov et al. 2023 (Segment Anything), Li et al. 2022 (ViTDet).
 
 import dataclasses
 import itertools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,7 @@ class EncoderConfig:
     attention: str = "auto"
     remat: str = "none"
     scan_blocks: bool = False
+    fine_widths: ClassVar[tuple[int, ...]] = ()  # of maps finer than the token grid: none
 
     def __post_init__(self):
         if self.attention not in attention.NAMES:
@@ -78,11 +80,6 @@ class EncoderConfig:
     def default_taps(self) -> tuple[int, int]:
         """The paper's: the last and the first block with global attention."""
         return self.global_blocks[-1], self.global_blocks[0]
-
-    @property
-    def fine_widths(self) -> tuple[int, ...]:
-        """Channels of maps finer than the token grid: there are none."""
-        return ()
 
     def make(self, lora: LoraConfig | None, *, dtype=jnp.float32, rngs: nnx.Rngs) -> "ImageEncoder":
         """Returns the module."""
@@ -260,6 +257,10 @@ class ImageEncoder(nnx.Module):
             x = run(block, x)
             outputs.append(x)
         return self.neck(x), [outputs[i] for i in taps]
+
+    def pyramid(self, images, taps: tuple[int, ...] = ()):
+        """Returns the same, and the maps of `fine_widths`: none."""
+        return *self(images, taps), []
 
     def scan(self, run, x, taps: tuple[int, ...]):
         """The blocks as a loop over the group that repeats: (last output, [outputs of taps])."""

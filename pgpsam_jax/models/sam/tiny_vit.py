@@ -239,7 +239,8 @@ class TinyVit(nnx.Module):
             images = normalize(255 * images)
         run = recomputing(self.config.remat)
         x = split_batch(self.patch_embed[1](layers.gelu(self.patch_embed[0](images))))
-        outputs, fine = [], []
+        outputs: list[jax.Array] = []
+        fine: list[jax.Array] = []
         for i, blocks in enumerate(self.stages):
             for block in blocks:
                 x = run(block, x)
