@@ -30,6 +30,7 @@ COMMANDS = {
     "predict": Command(
         "pgpsam_jax.predict", "write masks for NIfTI files, with a run or SAM and boxes"
     ),
+    "tune": Command("pgpsam_jax.evaluation.tune", "choose how masks are made, by validation cases"),
     "verify": Command("pgpsam_jax.verify", "check a data set before training"),
     "report": Command("pgpsam_jax.report.__main__", "write the HTML report of a run or a grid"),
     "fetch": Command("weights_conversion.fetch", "download published SAM weights by name"),

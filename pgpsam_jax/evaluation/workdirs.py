@@ -41,7 +41,7 @@ def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
         config.data.axis = dataset.axis_of(config.data, split.train)
         identity.check_same(stored, config, workdir, free=identity.LENGTH)
         resumption.check_split(workdir, split)
-        predictor = load_predictor(config, workdir, split.table.num_classes)
+        predictor = load_predictor(config, workdir, split.table.names)
         return run_evaluation(config, workdir, predictor, split)
 
 
@@ -53,6 +53,7 @@ def run_evaluation(config: ConfigDict, workdir, predictor, split: dataset.Split)
     notices = [frozen_weights.base_notice(config.model, workdir), registry.notice(config.model)]
     notices.append(best_parameters.notice(config.validation, workdir))
     notices.append(resumption.notice(workdir, split))
+    notices.append(predictor.settings.describe(split.table.names))
     options = {"axis": config.data.axis}
     if config.data.layout == "transunet":
         notices.append(array_files.NO_GRID)

@@ -13,6 +13,8 @@ from pgpsam_jax.data.letterbox import Letterbox, logits_to_native, to_model, to_
 from pgpsam_jax.data.preprocessing import Preprocessing, intensity_limits
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.errors import UserError
+from pgpsam_jax.inference.postprocessing import keep_components, smooth_slices
+from pgpsam_jax.inference.settings import MOVES, PLAIN, InferenceSettings
 from pgpsam_jax.models.segmenter import to_input
 from pgpsam_jax.sharding import device_mesh
 
@@ -29,6 +31,8 @@ class Predictor:
       batch_size: slices segmented at a time, rounded up to a multiple of the mesh's batch shards.
       mesh: the devices.
       oracle: whether the method takes prompts from the labels, which only then may be passed.
+      settings: how masks are made of the model's outputs.
+      token: side of a token in pixels, by half of which `settings.shifts` move the image.
     """
 
     def __init__(
@@ -41,7 +45,10 @@ class Predictor:
         batch_size: int,
         mesh,
         oracle: bool = False,
+        settings: InferenceSettings = PLAIN,
+        token: int = 2,
     ):
+        self.settings, self._token = settings, token
         self._requested_size = batch_size
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // shards) * shards
@@ -81,7 +88,15 @@ class Predictor:
             batch_size=self._requested_size,
             mesh=mesh,
             oracle=self.oracle,
+            settings=self.settings,
+            token=self._token,
         )
+
+    def with_settings(self, settings: InferenceSettings) -> "Predictor":
+        """Returns a predictor with the same compiled program and other settings."""
+        other = copy.copy(self)
+        other.settings = settings
+        return other
 
     def with_params(self, params) -> "Predictor":
         """Returns a predictor with the same compiled program and other trainable parameters."""
@@ -96,16 +111,35 @@ class Predictor:
           volume: to segment.
           truth: its true class ids (D, H, W), for an oracle only.
         """
-        limits = intensity_limits(self.preprocessing.window, volume.array)
-        normalize = functools.partial(self.preprocessing.normalize, limits=limits)
-        return self._segment(volume.array, normalize, truth)
+        if self.settings.smooth:
+            ids = self.probabilities(volume, truth).argmax(axis=-1).astype(np.uint8)
+        else:
+            finish = _class_ids if self.settings.shifts == 1 else _mean_class_ids
+            ids = self._run(volume.array, self._normalize(volume), finish, truth)
+        return keep_components(ids, self.settings.components)
+
+    def probabilities(self, volume: Volume, truth=None) -> np.ndarray:
+        """Returns class probabilities (D, H, W, K) float16: 2 K bytes per voxel.
+
+        As `settings` has it, averaged over shifted passes and smoothed along the slice axis.
+        """
+        found = self._run(volume.array, self._normalize(volume), _mean_probabilities, truth)
+        smooth = self.settings.smooth
+        return smooth_slices(found, smooth / volume.spacing[0]) if smooth else found
 
     def slices(self, images) -> np.ndarray:
-        """Returns class ids (N, S, S) uint8 of preprocessed slices (N, S, S)."""
-        return self._segment(images, lambda part: part)
+        """Returns class ids (N, S, S) uint8 of preprocessed slices (N, S, S), of one pass."""
+        return self.with_settings(PLAIN)._run(images, lambda part: part, _class_ids)
 
-    def _segment(self, images, prepare, truth=None) -> np.ndarray:
-        """Class ids of `images` (N, H, W); `prepare` maps a batch to intensities in [0, 1]."""
+    def _normalize(self, volume: Volume):
+        limits = intensity_limits(self.preprocessing.window, volume.array)
+        return functools.partial(self.preprocessing.normalize, limits=limits)
+
+    def _run(self, images, prepare, finish, truth=None) -> np.ndarray:
+        """What `finish` makes of the logits of `images` (N, H, W), (N, H, W, ...).
+
+        prepare: maps a batch to intensities in [0, 1].
+        """
         if self.oracle and truth is None:
             raise UserError(
                 "this method takes its prompts from labels, and there are none; evaluate it on "
@@ -113,8 +147,8 @@ class Predictor:
             )
         if truth is not None and not self.oracle:
             raise ValueError("labels are for an oracle only")
-        out = np.empty(images.shape, np.uint8)
         shape = images.shape[1:]
+        out = np.empty((0, *shape), np.uint8)
         letterbox = Letterbox.of(shape, self.preprocessing.image_size)
         pending = None  # one batch in flight: the host prepares while the device computes
         for start in range(0, len(images), self.batch_size):
@@ -123,13 +157,27 @@ class Predictor:
             batch[: len(images[part])] = prepare(images[part])
             inputs = self._to_model(multihost.put_global(batch, self._sharding), letterbox)
             labels = () if truth is None else (self._labels(truth[part], letterbox),)
-            ids = _class_ids(self._predict(*self._states, inputs, *labels), letterbox, shape)
+            passes = [self._moved_pass(move, inputs, *labels) for move in self._moves]
+            found = finish(passes, self._moves, letterbox, shape)
+            if not len(out):
+                out = np.empty((len(images), *found.shape[1:]), found.dtype)
             if pending:
                 self._collect(out, *pending)
-            pending = part, ids
+            pending = part, found
         if pending:
             self._collect(out, *pending)
         return out
+
+    @property
+    def _moves(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns by which each pass moves the image, in pixels of the input."""
+        half = self._token // 2
+        return tuple((half * y, half * x) for y, x in MOVES[: self.settings.shifts])
+
+    def _moved_pass(self, move: tuple[int, int], *inputs):
+        if any(move):
+            inputs = tuple(_moved(each, *move) for each in inputs)
+        return self._predict(*self._states, *inputs)
 
     def _labels(self, ids, letterbox: Letterbox):
         """A batch of class ids at the network's size, on the device."""
@@ -138,13 +186,55 @@ class Predictor:
         return multihost.put_global(batch, self._sharding)
 
     @staticmethod
-    def _collect(out, part, ids) -> None:
-        out[part] = jax.device_get(multihost.all_gather(ids))[: len(out[part])]
+    def _collect(out, part, found) -> None:
+        out[part] = jax.device_get(multihost.all_gather(found))[: len(out[part])]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _class_ids(logits, letterbox: Letterbox, native: tuple[int, int]):
+def _moved(x, down: int, right: int):
+    """(B, h, w, ...) moved by rows and columns; zeros come in."""
+    h, w = x.shape[1:3]
+    margins = [(0, 0), (abs(down),) * 2, (abs(right),) * 2, *[(0, 0)] * (x.ndim - 3)]
+    top, left = abs(down) - down, abs(right) - right
+    return jnp.pad(x, margins)[:, top : top + h, left : left + w]
+
+
+_ON_DEVICE = functools.partial(jax.jit, static_argnums=(1, 2, 3))
+
+
+@_ON_DEVICE
+def _class_ids(passes, moves, letterbox: Letterbox, native: tuple[int, int]):
+    """Class ids (B, H, W) uint8 of the one pass there is."""
+    (logits,) = passes
     return jnp.argmax(logits_to_native(logits, letterbox, native), axis=-1).astype(jnp.uint8)
+
+
+@_ON_DEVICE
+def _mean_class_ids(passes, moves, letterbox: Letterbox, native: tuple[int, int]):
+    mean = _mean_probabilities(passes, moves, letterbox, native)
+    return jnp.argmax(mean, axis=-1).astype(jnp.uint8)
+
+
+@_ON_DEVICE
+def _mean_probabilities(passes, moves, letterbox: Letterbox, native: tuple[int, int]):
+    """Probabilities (B, H, W, K) float16 averaged over passes (B, h, w, K) of moved images.
+
+    Where a move pushed the image out of sight, the unmoved pass counts in its place.
+    """
+    total = jnp.zeros((), jnp.float32)
+    for logits, move in zip(passes, moves, strict=True):
+        if any(move):
+            h, w = logits.shape[1:3]
+            down, right = (-m * n // letterbox.size for m, n in zip(move, (h, w), strict=True))
+            if (down * letterbox.size, right * letterbox.size) != (-move[0] * h, -move[1] * w):
+                raise UserError(
+                    f"eval.shifts moves images by half a token, which is no whole number of the "
+                    f"{h} x {w} outputs of this method; set it to 1"
+                )
+            seen = _moved(jnp.ones((1, h, w, 1), bool), down, right)
+            logits = jnp.where(seen, _moved(logits, down, right), passes[0])
+        total += jax.nn.softmax(logits_to_native(logits, letterbox, native))
+    return (total / len(passes)).astype(jnp.float16)
 
 
 def make_predict_step(graphdef):

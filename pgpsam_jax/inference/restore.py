@@ -1,5 +1,7 @@
 """Restores a predictor from a workdir."""
 
+from collections.abc import Sequence
+
 import jax
 from ml_collections import ConfigDict
 
@@ -12,17 +14,18 @@ from pgpsam_jax.checkpointing import (
 from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.inference.predictor import Predictor
+from pgpsam_jax.inference.settings import PLAIN, InferenceSettings
 from pgpsam_jax.methods import build, pretrained, registry
 from pgpsam_jax.sharding import device_mesh
 
 
-def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
+def load_predictor(config: ConfigDict, workdir, names: Sequence[str]) -> Predictor:
     """Restores a predictor with the newest or best parameters of a workdir.
 
     Args:
       config: of the run.
       workdir: of the run.
-      num_classes: K, including the background.
+      names: K class names, the background first.
 
     Raises:
       UserError: there is no checkpoint, or weights are missing, damaged or not those of the run.
@@ -33,7 +36,7 @@ def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
     no_base = pinned is not None and pinned["sha256"] is None
     config.model.base = "" if no_base else locations.find_base(config, workdir)
     graphdef, params, frozen, digest = build.init_model(
-        config.model, num_classes, config.seed if pinned is None else None
+        config.model, len(names), config.seed if pinned is None else None
     )
     random_frozen = pretrained.randomly_initialized_frozen_params(config.model, frozen)
     frozen_weights.pin_frozen_weights(workdir, config.model.base, digest, frozen, random_frozen)
@@ -45,25 +48,27 @@ def load_predictor(config: ConfigDict, workdir, num_classes: int) -> Predictor:
     if notice := best_parameters.notice(config.validation, workdir):
         multihost.print_once(notice)
     mesh, model = device_mesh.make_mesh(), (graphdef, params, frozen)
-    predictor = make_predictor(config.data, config.model, config.eval.batch_size, model, mesh)
-    return predictor.on_local_devices()
+    settings = InferenceSettings.of(config.eval, workdir, names)
+    return make_predictor(config, model, mesh, settings).on_local_devices()
 
 
 def make_predictor(
-    data: ConfigDict, settings: ConfigDict, batch_size: int, model: tuple, mesh
+    config: ConfigDict, model: tuple, mesh, settings: InferenceSettings = PLAIN
 ) -> Predictor:
-    """Returns a predictor with the preprocessing of a run.
+    """Returns a predictor with the preprocessing and batch size of a run.
 
     Args:
-      data, settings: `config.data` and `config.model` of the run.
-      batch_size: slices segmented at a time.
+      config: of the run.
       model: (graphdef, params, frozen).
       mesh: the devices.
+      settings: how masks are made.
     """
     return Predictor(
         *model,
-        preprocessing=Preprocessing.from_config(data, settings.image_size),
-        batch_size=batch_size,
+        preprocessing=Preprocessing.from_config(config.data, config.model.image_size),
+        batch_size=config.eval.batch_size,
         mesh=mesh,
-        oracle=registry.method_of(settings).oracle,
+        oracle=registry.method_of(config.model).oracle,
+        settings=settings,
+        token=config.model.patch_size,
     )

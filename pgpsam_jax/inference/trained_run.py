@@ -53,9 +53,13 @@ class TrainedRun:
 
     @functools.cached_property
     def identity(self) -> dict:
-        """Workdir and checksum of all parameters, which identify the run."""
-        numbers = multihost.checksum(nnx.state(self.model))
-        return {"workdir": str(self.workdir), "parameters": f"{numbers:08x}"}
+        """Workdir, and checksum of all parameters with how masks are made of them."""
+        numbers = f"{multihost.checksum(nnx.state(self.model)):08x}"
+        made = self.predictor.settings.describe(self.label_names)
+        return {
+            "workdir": str(self.workdir),
+            "parameters": f"{numbers} {made}" if made else numbers,
+        }
 
     @property
     def results(self) -> runs.Run:
@@ -153,7 +157,7 @@ def load_run(workdir, base=None) -> TrainedRun:
     start()
     array_checks.allow(config.data.max_gib)
     names = tuple(load_label_table(Path(workdir) / "labels.json").names)
-    return TrainedRun(Path(workdir), config, names, load_predictor(config, workdir, len(names)))
+    return TrainedRun(Path(workdir), config, names, load_predictor(config, workdir, names))
 
 
 def as_volume(volume, axis: str = AXIAL) -> Volume:

@@ -14,6 +14,7 @@ from pgpsam_jax.distributed import multihost
 from pgpsam_jax.evaluation import workdirs
 from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.inference.restore import make_predictor
+from pgpsam_jax.inference.settings import InferenceSettings
 from pgpsam_jax.methods.registry import Training
 from pgpsam_jax.runtime import determinism, preemption
 from pgpsam_jax.training import feature_cache, startup_summary, step_cost
@@ -197,8 +198,9 @@ def _untrained_predictor(run: Run) -> Predictor:
 
 
 def _predictor_of(run: Run, params) -> Predictor:
-    config, model = run.config, (run.graphdef, params, run.frozen)
-    return make_predictor(config.data, config.model, config.eval.batch_size, model, run.mesh)
+    settings = InferenceSettings.of(run.config.eval, run.workdir, run.split.table.names)
+    model = run.graphdef, params, run.frozen
+    return make_predictor(run.config, model, run.mesh, settings)
 
 
 def _evaluate(run: Run, predictor: Predictor) -> dict:

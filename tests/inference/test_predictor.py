@@ -9,7 +9,10 @@ from flax import nnx
 from pgpsam_jax.data.io.nifti import Volume
 from pgpsam_jax.data.letterbox import Letterbox, to_model, to_model_on_device
 from pgpsam_jax.data.preprocessing import Preprocessing
+from pgpsam_jax.errors import UserError
+from pgpsam_jax.inference.postprocessing import keep_components, smooth_slices
 from pgpsam_jax.inference.predictor import Predictor
+from pgpsam_jax.inference.settings import InferenceSettings
 from pgpsam_jax.models.segmenter import Segmenter
 from pgpsam_jax.sharding import device_mesh
 
@@ -27,12 +30,20 @@ class Bands(Segmenter):
         return {"final": -jnp.abs(images[..., :1] - self.levels[...])}
 
 
-def predictor_of(batch_size=3, devices=1, levels=0):
-    graphdef, params, frozen = nnx.split(Bands(), nnx.Param, ...)
+class Place(Bands):
+    """The nearest level, but scores depend on the place in the image."""
+
+    def __call__(self, images, keys=None):
+        weights = np.random.default_rng(3).random(images.shape[1:3], np.float32)
+        return {"final": super().__call__(images)["final"] * weights[..., None] * 9}
+
+
+def predictor_of(batch_size=3, devices=1, levels=0, kind=Bands, **more):
+    graphdef, params, frozen = nnx.split(kind(), nnx.Param, ...)
     mesh = device_mesh.make_mesh(devices=jax.devices()[:devices])
     preprocessing = Preprocessing(SIZE, WINDOW, levels)
     options = dict(preprocessing=preprocessing, batch_size=batch_size, mesh=mesh)
-    return Predictor(graphdef, params, frozen, **options)
+    return Predictor(graphdef, params, frozen, **options, **more)
 
 
 def volume_of(shape, seed=0):
@@ -101,3 +112,70 @@ def test_the_last_batch_and_other_depths_compile_nothing():
     finally:
         jax.monitoring.clear_event_listeners()
     assert predictor._predict._cache_size() == 1  # a new shape leaves the network's program alone
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def shifted_mean(images, moves):
+    """What shifted passes of `Place` average to, at the network's own size."""
+    weights = np.random.default_rng(3).random(images.shape[1:], np.float32)[..., None] * 9
+    levels, total = np.float32(LEVELS), 0
+    for down, right in moves:
+        y, x = (np.arange(n) for n in images.shape[1:])
+        # Where a pixel is in the moved image, or in the unmoved one if it is pushed out.
+        rows, columns = np.meshgrid(y + down, x + right, indexing="ij")
+        gone = (rows < 0) | (rows >= len(y)) | (columns < 0) | (columns >= len(x))
+        own_rows, own_columns = np.meshgrid(y, x, indexing="ij")
+        place = weights[np.where(gone, own_rows, rows), np.where(gone, own_columns, columns)]
+        total = total + softmax(-np.abs(images[..., None] - levels) * place)
+    return total / len(moves)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_shifted_passes_are_averaged_where_each_pixel_went(devices):
+    settings = InferenceSettings(shifts=5)
+    predictor = predictor_of(devices=devices, kind=Place, settings=settings, token=6)
+    volume = volume_of((7, SIZE, SIZE))
+    seen = Preprocessing(SIZE, WINDOW).to_model(volume.array, WINDOW)
+    wanted = shifted_mean(seen, [(0, 0), (3, 0), (-3, 0), (0, 3), (0, -3)])
+    found = predictor.probabilities(volume)
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+    close = np.sort(wanted, -1)[..., -2] > np.sort(wanted, -1)[..., -1] - 1e-3
+    np.testing.assert_array_equal(predictor(volume)[~close], wanted.argmax(-1)[~close])
+    single = predictor.with_settings(InferenceSettings()).probabilities(volume)
+    np.testing.assert_allclose(single, shifted_mean(seen, [(0, 0)]), atol=1e-3)
+
+
+def test_probabilities_of_a_volume_of_another_size_sum_to_one():
+    predictor = predictor_of(settings=InferenceSettings(shifts=9), token=8)
+    volume = volume_of((4, 50, 37))
+    found = predictor.probabilities(volume)
+    assert found.shape == (4, 50, 37, 3)
+    np.testing.assert_allclose(found.astype(np.float32).sum(-1), 1, atol=2e-3)
+
+
+def test_smoothing_and_components_are_applied_to_the_volume():
+    volume = volume_of((6, SIZE, SIZE))
+    plain = predictor_of()
+    smooth = plain.with_settings(InferenceSettings(smooth=1.5))
+    wanted = smooth_slices(plain.probabilities(volume), 1.5 / 3.0)  # slices are 3 mm apart
+    np.testing.assert_array_equal(smooth.probabilities(volume), wanted)
+    np.testing.assert_array_equal(smooth(volume), wanted.argmax(-1))
+    largest = plain.with_settings(InferenceSettings(components=(1.0, 0.2)))
+    np.testing.assert_array_equal(largest(volume), keep_components(plain(volume), (1.0, 0.2)))
+    slices = np.random.default_rng(0).random((2, SIZE, SIZE), np.float32)
+    np.testing.assert_array_equal(largest.slices(slices), plain.slices(slices))
+
+
+def test_moves_that_are_no_whole_number_of_outputs_are_refused():
+    class Coarse(Bands):
+        def __call__(self, images, keys=None):
+            return {"final": super().__call__(images[:, ::4, ::4])["final"]}
+
+    predictor = predictor_of(kind=Coarse, settings=InferenceSettings(shifts=5), token=6)
+    with pytest.raises(UserError, match="half a token, which is no whole number of the"):
+        predictor(volume_of((1, SIZE, SIZE)))

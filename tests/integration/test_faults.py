@@ -26,6 +26,7 @@ from tests.support import kept_steps, tiny_method
 from tests.support.faults import again, copied, logged, newest, prepare, records, rubbish, saving
 from tests.support.launcher import start
 from tests.support.places import REPOSITORY
+from tests.support.small_run import NAMES
 
 pytestmark = pytest.mark.faults
 
@@ -119,7 +120,7 @@ def test_a_read_only_workdir(root, finished, small_disk):
             again(root, workdir)
     with tiny_method.known():  # reading takes nothing away
         config = serialization.load_config(place / "run")
-        assert restore.load_predictor(config, place / "run", 3) is not None
+        assert restore.load_predictor(config, place / "run", NAMES) is not None
 
 
 def test_a_workdir_that_is_a_file(root, tmp_path):
@@ -156,7 +157,7 @@ def test_one_writer_at_a_time(root, finished, tmp_path):
             train.train(config, workdir)
         with pytest.raises(UserError, match=said):
             workdirs.evaluate_workdir(workdir)
-        assert restore.load_predictor(config, workdir, 3) is not None
+        assert restore.load_predictor(config, workdir, NAMES) is not None
     assert under_way.is_dir()
     holder.send_signal(signal.SIGKILL)
     holder.communicate()

@@ -25,7 +25,7 @@ from pgpsam_jax.training import metric_logger, plan, train
 from tests.support import kept_steps, tiny_method
 from tests.support.faults import NOISE, TINY, run
 from tests.support.file_modes import modes, umask
-from tests.support.small_run import cached_cases, config_for, hold_out, write_data
+from tests.support.small_run import NAMES, cached_cases, config_for, hold_out, write_data
 
 SELECT = {"validation__every_epochs": 1}  # 7 slices in batches of 8: after every step
 
@@ -135,7 +135,7 @@ def test_the_best_parameters_are_kept_and_used(finished):
     assert same(kept, numbers(workdir, checkpoint.Checkpoints)) == (best["step"] == 6)
     config = serialization.load_config(workdir)
     split = dataset.find_split(config.data)
-    predictor = restore.load_predictor(config, workdir, 3)
+    predictor = restore.load_predictor(config, workdir, NAMES)
     used = {k: np.asarray(leaf[...]) for k, leaf in flat_paths(predictor.params).items()}
     assert same(used, kept)
     cached = cached_cases(config, split, workdir, split.validation)
@@ -227,7 +227,7 @@ def test_settings_that_cannot_run_claim_no_folder(root, tmp_path, settings, mess
 def test_predict_equals_evaluation(finished, root, tmp_path):
     workdir, _ = finished
     config = serialization.load_config(workdir)
-    predictor = restore.load_predictor(config, workdir, 3)
+    predictor = restore.load_predictor(config, workdir, NAMES)
     names = ["background", "liver", "spleen"]
     inputs = predict.find_inputs(root / "images" / "c.nii.gz")
     options = dict(run={"workdir": "run", "parameters": "0"}, overlay=True)
@@ -251,10 +251,10 @@ def test_a_truncated_checkpoint_is_said(finished, root, tmp_path):
             path.write_bytes(path.read_bytes()[:7])
     config = serialization.load_config(workdir)
     with pytest.raises(UserError, match=r"best/\d cannot be read"):
-        restore.load_predictor(config, workdir, 3)
+        restore.load_predictor(config, workdir, NAMES)
     shutil.rmtree(workdir / "best")
     with pytest.raises(UserError, match=r"checkpoints/6 cannot be read"):
-        restore.load_predictor(config, workdir, 3)
+        restore.load_predictor(config, workdir, NAMES)
 
 
 def test_validation_without_validation_cases_is_said(root, tmp_path):

@@ -39,6 +39,6 @@ def ready_run(root, workdir, *, predictor=None, evaluated=True, **settings):
     checkpoints.close()
     loader.close()
     if evaluated:
-        predictor = predictor or restore.load_predictor(config, workdir, table.num_classes)
+        predictor = predictor or restore.load_predictor(config, workdir, table.names)
         workdirs.run_evaluation(config, workdir, predictor, split)
     return workdir

@@ -16,6 +16,7 @@ TABLE = {
     "classes": [{"name": "liver", "source": [6]}, {"name": "spleen", "source": [1]}],
     "other": "background",
 }
+NAMES = ("background", "liver", "spleen")
 
 
 def write_data(root, cases=("a", "b", "c"), seed=0):
