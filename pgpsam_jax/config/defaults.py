@@ -136,8 +136,8 @@ def default_config() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.batch_size = 8  # slices per prediction step, over all devices
-    # Passes over moved images that are averaged: 1, 5, 9. If this, smooth or components is unset, it
-    # is what `pgpsam tune` chose for the run, else plain.
+    # Passes over moved images that are averaged: 1, 5 or 9. If this, smooth or components is unset,
+    # it is what `pgpsam tune` chose for the run, else plain.
     config.eval.shifts = config_dict.placeholder(int)
     config.eval.smooth = config_dict.placeholder(float)  # mm, SD of a Gaussian across slices
     # Connected components to keep, as a share of an organ's largest: 0 = all, 1 = the largest.

@@ -1,14 +1,16 @@
 """Scores, mask file and images of a predicted volume. Free of JAX, for worker processes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pgpsam_jax.data.io.nifti import SourceGrid, write_label
+from pgpsam_jax.data.io.nifti import SourceGrid, write_label, write_map
 from pgpsam_jax.data.preprocessing import normalize_volume
+from pgpsam_jax.inference.postprocessing import uncertainty
 from pgpsam_jax.metrics.protocols import score_case
 from pgpsam_jax.metrics.release_protocol import score_release
 from pgpsam_jax.utils.files import file_digest
@@ -18,7 +20,7 @@ from pgpsam_jax.utils.files import file_digest
 class PredictedVolume:
     """A volume (D, H, W) in display orientation and its predicted class ids.
 
-    image: intensities, None for no images.
+    image: intensities, None for no images; probabilities: (D, H, W, K), None for no maps.
     """
 
     name: str
@@ -26,6 +28,7 @@ class PredictedVolume:
     spacing: tuple[float, float, float]
     source: SourceGrid
     image: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -54,13 +57,23 @@ def score_and_write(
     return rows + of_volume, slices
 
 
-def write_prediction(case: PredictedVolume, *, folder: Path, names, window) -> tuple[str, dict]:
+def write_prediction(
+    case: PredictedVolume, *, folder: Path, names, window, maps: Sequence[str] = ()
+) -> tuple[str, dict]:
     """Writes `<folder>/<name>.nii.gz` and, if the image is given, a contact sheet beside it.
 
+    maps: "probabilities", "uncertainty", or both, written to folders of these names.
     Returns the name and the facts for `Masks`: voxels and milliliters per organ, SHA-256.
     """
     path = folder / f"{case.name}.nii.gz"
     write_label(path, case.prediction, case.source)
+    if case.probabilities is not None:
+        found = {
+            "probabilities": lambda: case.probabilities,
+            "uncertainty": lambda: uncertainty(case.probabilities),
+        }
+        for name in maps:
+            write_map(folder / name / path.name, found[name](), case.source)
     if case.image is not None:
         from pgpsam_jax.visualization.overlays import write_preview
 

@@ -6,7 +6,7 @@ Letters: D slices, H rows, W columns of a volume, K classes with background.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, special
 
 _TRUNCATE = 3.0  # SDs at which the Gaussian ends
 _NEIGHBORS = np.ones((3, 3, 3), bool)  # corners connect, too
@@ -44,3 +44,11 @@ def keep_components(ids: np.ndarray, shares: Sequence[float]) -> np.ndarray:
         small = np.append(False, sizes < share * sizes.max())
         out[box][small[parts]] = 0
     return out
+
+
+def uncertainty(probabilities: np.ndarray) -> np.ndarray:
+    """Returns the entropy of probabilities (D, H, W, K) as a share of log K, (D, H, W) float32."""
+    total = np.zeros(probabilities.shape[:-1], np.float32)
+    for k in range(probabilities.shape[-1]):
+        total += special.entr(probabilities[..., k].astype(np.float32))
+    return total / np.float32(np.log(probabilities.shape[-1]))

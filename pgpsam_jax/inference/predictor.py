@@ -112,10 +112,14 @@ class Predictor:
           truth: its true class ids (D, H, W), for an oracle only.
         """
         if self.settings.smooth:
-            ids = self.probabilities(volume, truth).argmax(axis=-1).astype(np.uint8)
-        else:
-            finish = _class_ids if self.settings.shifts == 1 else _mean_class_ids
-            ids = self._run(volume.array, self._normalize(volume), finish, truth)
+            return self.decide(self.probabilities(volume, truth))
+        finish = _class_ids if self.settings.shifts == 1 else _mean_class_ids
+        ids = self._run(volume.array, self._normalize(volume), finish, truth)
+        return keep_components(ids, self.settings.components)
+
+    def decide(self, probabilities: np.ndarray) -> np.ndarray:
+        """Returns class ids (D, H, W) uint8 for probabilities (D, H, W, K), components dropped."""
+        ids = probabilities.argmax(axis=-1).astype(np.uint8)
         return keep_components(ids, self.settings.components)
 
     def probabilities(self, volume: Volume, truth=None) -> np.ndarray:

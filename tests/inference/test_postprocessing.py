@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pgpsam_jax.inference.postprocessing import keep_components, smooth_slices
+from pgpsam_jax.inference.postprocessing import keep_components, smooth_slices, uncertainty
 
 
 def test_smoothing_is_a_gaussian_over_slices_that_continues_outward():
@@ -48,3 +48,13 @@ def test_two_kidneys_stay_two_and_specks_go():
     assert keep_components(speck, (1.0,))[:, :, 6:].any() == False  # noqa: E712
     np.testing.assert_array_equal(keep_components(speck, ()), speck)
     np.testing.assert_array_equal(keep_components(0 * ids, (1.0,)), 0 * ids)
+
+
+def test_uncertainty_is_the_entropy_as_a_share_of_the_largest():
+    certain, alike = np.zeros((1, 2, 2, 4)), np.full((1, 2, 2, 4), 0.25)
+    certain[..., 1] = 1
+    np.testing.assert_array_equal(uncertainty(certain), np.zeros((1, 2, 2), np.float32))
+    np.testing.assert_allclose(uncertainty(alike.astype(np.float16)), 1, atol=1e-3)
+    halves = np.zeros((1, 1, 1, 4))
+    halves[..., :2] = 0.5
+    np.testing.assert_allclose(uncertainty(halves), 0.5, atol=1e-6)

@@ -51,7 +51,15 @@ def read_grid(path) -> SourceGrid:
 
 def write_label(path, array: np.ndarray, source: SourceGrid) -> None:
     """Writes class ids (D, H, W) uint8 on the source grid, with its affine, qform and sform."""
-    image = label_image(array, source)
+    _write(path, label_image(array, source))
+
+
+def write_map(path, array: np.ndarray, source: SourceGrid) -> None:
+    """Writes numbers (D, H, W) or (D, H, W, K) as float32 on the source grid, K as its 4th axis."""
+    _write(path, _image(array.astype(np.float32), source))
+
+
+def _write(path, image: nib.Nifti1Image) -> None:
     if not str(path).endswith((".nii", ".nii.gz")):
         raise UserError(f"cannot write {path}: name the file .nii or .nii.gz")
     with atomic_path(path) as temporary:
@@ -64,14 +72,20 @@ def label_image(array: np.ndarray, source: SourceGrid) -> nib.Nifti1Image:
         raise ValueError(
             f"need uint8 {source.display_shape}, got {array.dtype} {tuple(array.shape)}"
         )
+    return _image(array, source)
+
+
+def _image(array: np.ndarray, source: SourceGrid) -> nib.Nifti1Image:
     header = source.header.copy()
-    header.set_data_dtype(np.uint8)
+    header.set_data_dtype(array.dtype)
     for field in ("scl_slope", "scl_inter", "cal_min", "cal_max", "vox_offset"):
         header[field] = 0
     header["descrip"] = b""
     header.set_intent("none")
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    stored = to_source(array, source).reshape(source.header.get_data_shape())
+    stored = to_source(array, source)
+    if array.ndim == 3:  # the header may have more axes, of length one
+        stored = stored.reshape(source.header.get_data_shape())
     return kind(stored, source.affine, header)
 
 
