@@ -40,6 +40,8 @@ SPLIT = (
     "data.split_seed",
     "data.test_fraction",
     "data.validation_fraction",
+    "data.folds",
+    "data.fold",
     "data.group",
 )
 LIST = ("fewshot.rule", "fewshot.seed", *(f"fewshot.{size}" for size in exclusive_fields.SIZES))

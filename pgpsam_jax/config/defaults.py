@@ -76,15 +76,19 @@ def default_config() -> ConfigDict:
     # Orientation of slices: auto (as most training cases were acquired), axial, coronal, sagittal.
     config.data.axis = "auto"
     config.data.levels = 0  # gray levels to round down to; 0 = continuous, 256 = 8 bits
-    config.data.split = "btcv_18_12"  # or btcv_18_6_6, given, file, fraction, group, within_volume
+    # Or btcv_18_6_6, given, file, fraction, group, folds, all (no test cases), within_volume.
+    config.data.split = "btcv_18_12"
     config.data.split_file = ""  # JSON lists of case ids: train, test, perhaps validation
     # Group of a case, which is never in two parts: a regular expression that is searched in the
     # case id and whose one capture group names it, such as (patient[0-9]+)_scan.
     config.data.group = ""
     config.data.group_file = ""  # or a JSON or CSV file with the group of each case (docs/data.md)
     config.data.test_fraction = 0.4  # of the patients or groups, splits fraction and group
-    config.data.validation_fraction = 0.0  # of the patients or groups, splits fraction and group
-    config.data.split_seed = 0  # of splits fraction and group
+    # Of the patients or groups, splits fraction, group and folds.
+    config.data.validation_fraction = 0.0
+    config.data.folds = 5  # split folds: equal parts of the cases, or of the groups if there are
+    config.data.fold = 0  # split folds: the part that is tested, from 0; the others are trained on
+    config.data.split_seed = 0  # of splits fraction, group and folds
     config.data.cache_dir = ""  # empty = <workdir>/cache
     config.data.resident_gib = 2.0  # a few-shot set up to this size stays on each device
     config.data.max_gib = 2.0  # of a volume as float32; a larger one counts as a broken file

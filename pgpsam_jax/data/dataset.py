@@ -101,6 +101,8 @@ def find_split(data: ConfigDict) -> Split:
         test_fraction=data.test_fraction,
         validation_fraction=data.validation_fraction,
         seed=data.split_seed,
+        folds=data.folds,
+        fold=data.fold,
     )
     return Split(*parts, table)
 

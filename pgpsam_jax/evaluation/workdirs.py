@@ -16,9 +16,15 @@ from pgpsam_jax.config import serialization
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.io import array_files
 from pgpsam_jax.distributed import multihost
+from pgpsam_jax.errors import UserError
 from pgpsam_jax.inference.restore import load_predictor
 from pgpsam_jax.methods import build, registry
 from pgpsam_jax.runtime import determinism
+
+NO_TEST = (
+    "has no test cases (data.split=all), so that nothing can be scored; pgpsam predict segments "
+    "new volumes with it"
+)
 
 
 def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
@@ -41,6 +47,8 @@ def evaluate_workdir(workdir, config: ConfigDict | None = None) -> dict:
         config.data.axis = dataset.axis_of(config.data, split.train)
         identity.check_same(stored, config, workdir, free=identity.LENGTH)
         resumption.check_split(workdir, split)
+        if not split.test:
+            raise UserError(f"{workdir} {NO_TEST}")
         predictor = load_predictor(config, workdir, split.table.names)
         return run_evaluation(config, workdir, predictor, split)
 

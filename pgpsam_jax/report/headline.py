@@ -58,7 +58,7 @@ def _grid_line(grid: Grid) -> str:
 
 def _run_tiles(run: Run) -> list[tuple[str, str, str]]:
     if not run.cases:
-        return [("Dice, class mean (strict)", "-", "not evaluated yet")]
+        return [("Dice, class mean (strict)", "-", run.unscored)]
     summary = summarize(run.cases)
     strict, n = summary["strict"], summary["n_cases"]
     ends = strict["dice_case_ci95"]

@@ -121,7 +121,7 @@ def _result_sections(subject: Subject, figures: Path) -> dict[str, list[str]]:
         compared = charts.comparison_charts(groups, source.axis, figures)
         parts["Results"] = [results, *figures_html(compared)]
     else:
-        parts["Results"] = [results] if scored else [_missing("Not evaluated yet.")]
+        parts["Results"] = [results] if scored else [_missing(source.unscored)]
     if scored:
         parts["Distributions"] = figures_html(charts.distribution_charts(scored, figures))
     if isinstance(source, Run) and (reason := missing_curve_text(source)):

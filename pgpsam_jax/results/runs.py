@@ -35,6 +35,13 @@ class Run:
         """The caveats of its scores, each once."""
         return list(dict.fromkeys(self.summary.get("notices", ())))
 
+    @property
+    def unscored(self) -> str:
+        """Why it has no scores."""
+        if self.config.data.split == "all":
+            return "Not scored: it has no test cases (data.split=all)."
+        return "Not evaluated yet."
+
 
 def read_run(workdir) -> Run:
     """Reads the settings and results of a workdir; `UserError` if the folder is none."""

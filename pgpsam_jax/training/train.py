@@ -204,6 +204,10 @@ def _predictor_of(run: Run, params) -> Predictor:
 
 
 def _evaluate(run: Run, predictor: Predictor) -> dict:
+    if not run.split.test:
+        multihost.print_once(f"{run.workdir} {workdirs.NO_TEST}")
+        run.store_times()
+        return {}
     run.watch.seconds.pop("evaluate", None)  # of a replaced evaluation
     with run.watch("evaluate"):
         summary = workdirs.run_evaluation(run.config, run.workdir, predictor, run.split)

@@ -31,6 +31,8 @@ def split_cases(
     test_fraction=None,
     validation_fraction: float = 0.0,
     seed: int = 0,
+    folds: int = 5,
+    fold: int = 0,
 ) -> Parts:
     """Splits cases by patient; no patient is in two parts.
 
@@ -39,30 +41,38 @@ def split_cases(
         kind: "btcv_18_12", the published split; "btcv_18_6_6", that of the authors' code; "file";
             "given" by the layout (the lists of TransUNet, imagesTr and imagesTs of nnU-Net);
             "fraction", a seeded draw of cases; "group", one of groups of cases (`groups`), such as
-            persons with several volumes; or "within_volume", which returns all cases as training
-            and as test cases, so that scoring has to leave out the training slices. The last three
-            ignore the test cases that the layout has.
+            persons with several volumes; "folds", one of `folds` parts of the cases, or of the
+            groups of those that have one, is tested; "all", none is; or "within_volume", which
+            returns all cases as training and as test cases, so that scoring has to leave out the
+            training slices. The last five ignore the test cases that the layout has.
         file: JSON object with id lists "train", "test" and optionally "validation".
         test_fraction: share of the cases or groups drawn for testing.
         validation_fraction: share drawn for validation; it does not change the test cases.
         seed: of the draw.
+        folds, fold: number of parts of split "folds", and the one to test, from 0.
 
     Returns:
-        Training, validation (may be empty) and test cases.
+        Training, validation (may be empty) and test cases (empty for split "all").
 
     Raises:
         UserError: the split does not fit the cases, or has a group of cases in two parts.
     """
     cases = list(cases)
-    if validation_fraction and kind not in ("fraction", "group"):
+    if validation_fraction and kind not in ("fraction", "group", "folds"):
         raise UserError(
             f"data.validation_fraction is {validation_fraction}, which split {kind!r} does not "
-            "use; set it to 0, or data.split to fraction or group"
+            "use; set it to 0, or data.split to fraction, group or folds"
         )
     own = [case for case in cases if case.part != "test"] or cases
     if kind == "within_volume":
         return own, [], own
-    parts = _parts(cases, own, kind, file, validation_fraction, test_fraction, seed)
+    if kind == "all":
+        return own, [], []
+    if kind == "folds":
+        ids = _split_folds(own, validation_fraction, folds, fold, seed)
+        parts = _select(cases, ids, f"fold {fold} of {folds}")
+    else:
+        parts = _parts(cases, own, kind, file, validation_fraction, test_fraction, seed)
     groups.check_parts(dict(zip(("train", "validation", "test"), parts, strict=True)), kind)
     return parts
 
@@ -82,7 +92,7 @@ def _parts(cases: list[Case], own: list[Case], kind: str, file, validation, test
     else:
         raise UserError(
             f"unknown split {kind!r}; known are btcv_18_12, btcv_18_6_6, file, given, fraction, "
-            "group and within_volume"
+            "group, folds, all and within_volume"
         )
     return _select(cases, parts, f"split {file or kind}")
 
@@ -121,11 +131,35 @@ def _split_groups(cases: list[Case], validation, test, seed: int) -> Ids:
             "split group needs the group of each case; give data.group, a regular expression with "
             "one capture group that is searched in case ids, or data.group_file"
         )
-    parts = _draw(list(members), "groups", validation, test, seed)
+    return _members(_draw(list(members), "groups", validation, test, seed), members)
+
+
+def _members(parts: Ids, members: dict[str, list[str]]) -> Ids:
+    """The cases of groups."""
     train, held_out, tests = (
         sorted(case_id for group in part for case_id in members[str(group)]) for part in parts
     )
     return train, held_out, tests
+
+
+def _split_folds(cases: list[Case], validation, folds: int, fold: int, seed: int) -> Ids:
+    members: dict[str, list[str]] = {}
+    for case in cases:  # a case without a group is one of its own, and no group has that name
+        members.setdefault(case.group or f"\0{case.case_id}", []).append(case.case_id)
+    units, draw = sorted(members), random.Random(seed)
+    if not 2 <= folds <= len(units):
+        raise UserError(
+            f"data.folds is {folds}; choose from 2 to {len(units)}, the cases or groups at hand"
+        )
+    if not 0 <= fold < folds:
+        raise UserError(f"data.fold is {fold}; the {folds} folds are numbered from 0")
+    draw.shuffle(units)
+    tests = units[fold::folds]
+    rest = [unit for unit in units if unit not in tests]
+    count = _validation_size(validation, len(units), len(tests), "cases or groups")
+    held_out = draw.sample(rest, count)
+    train = [unit for unit in rest if unit not in held_out]
+    return _members((train, held_out, tests), members)
 
 
 def _draw(units: list[str], what: str, validation, test, seed: int) -> Ids:
@@ -137,17 +171,22 @@ def _draw(units: list[str], what: str, validation, test, seed: int) -> Ids:
             f"{total} (within_volume is the split for a single case)"
         )
     count = min(max(round(test * total), 1), total - 1)
-    held_out = max(round(validation * total), 1) if validation else 0
-    if not 0 <= validation < 1 or count + held_out >= total:
-        raise UserError(
-            f"data.validation_fraction {validation} must lie in [0, 1) and, beside test_fraction "
-            f"{test}, leave one of the {total} {what} to train on; lower one of them"
-        )
+    held_out = _validation_size(validation, total, count, what)
     ids, draw = sorted(units), random.Random(seed)
     tests = set(draw.sample(ids, count))
     rest = [i for i in ids if i not in tests]
     chosen = set(draw.sample(rest, held_out))
     return [i for i in rest if i not in chosen], sorted(chosen), sorted(tests)
+
+
+def _validation_size(validation: float, total: int, tests: int, what: str) -> int:
+    size = max(round(validation * total), 1) if validation else 0
+    if not 0 <= validation < 1 or tests + size >= total:
+        raise UserError(
+            f"data.validation_fraction {validation} must lie in [0, 1) and, beside {tests} for "
+            f"testing, leave one of the {total} {what} to train on; lower one of them"
+        )
+    return size
 
 
 def _select(cases: list[Case], parts: Ids, what: str) -> Parts:

@@ -201,7 +201,7 @@ def _run_table(run: Run, protocol) -> Table:
     labels = [*map(display_name, run.names[1:]), "class mean", "case mean"]
     if not run.cases:
         rows = [[label] + [NONE] * (len(head) - 1) for label in labels]
-        return Table(title, head, rows, ["Not evaluated yet."])
+        return Table(title, head, rows, [run.unscored])
     summary = summarize(run.cases, groups=run.groups)
     part, n = summary[protocol], summary["n_cases"]
     organs = recorded.get("per_class", {})  # includes slice scores
