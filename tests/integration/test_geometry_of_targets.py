@@ -17,6 +17,7 @@ from experiments import pretrain
 from pgpsam_jax.config import default_config, method_recipes
 from pgpsam_jax.data.letterbox import Letterbox
 from pgpsam_jax.inference.predictor import _class_ids
+from pgpsam_jax.inference.settings import MOVES
 from pgpsam_jax.methods import build
 from pgpsam_jax.methods.registry import METHODS, RELEASE, Training, name_of
 from pgpsam_jax.models import losses
@@ -27,6 +28,7 @@ from pgpsam_jax.training.plan import TrainingPlan
 from tests.support import micro
 
 # Cells of 4 pixels, as at 512 px; the discs do not know how large the rest of the image is.
+UNMOVED = MOVES[:1]
 SIZE, PATCH = 128, 16
 RADII = (12, 20, 50)
 CENTER = (63.3, 62.6)  # x, y: on no symmetric place of a cell
@@ -119,7 +121,7 @@ def test_what_is_perfect_for_the_loss_is_perfect_for_the_labels(key):
     predict = Hsam.predict if key[0] == "hsam" else Segmenter.predict
     answers = {"predict": jax.jit(lambda: predict(Answering(), None))()} | outputs
     for name, logits in answers.items():
-        ids = _class_ids(logits, Letterbox.of((SIZE, SIZE), SIZE), (SIZE, SIZE))
+        ids = _class_ids([logits], UNMOVED, Letterbox.of((SIZE, SIZE), SIZE), (SIZE, SIZE))
         for radius, (dice, shift) in zip(RADII, judged(np.asarray(ids)), strict=True):
             assert dice >= 0.99, (name, radius, dice)
             assert shift <= 0.05, (name, radius, shift)
@@ -193,7 +195,9 @@ def test_logits_become_masks_in_place(shape):
         return np.stack([np.zeros_like(field), field], -1)[None]
 
     ids = np.asarray(
-        _class_ids(jnp.asarray(logits((letterbox.left, letterbox.top))), letterbox, shape)
+        _class_ids(
+            [jnp.asarray(logits((letterbox.left, letterbox.top)))], UNMOVED, letterbox, shape
+        )
     )[0]
     resized = letterbox.height, letterbox.width
     back = jax.jit(lambda x: postprocess(x, (SIZE, SIZE), resized, shape))

@@ -62,7 +62,7 @@ def rms(x):
 
 
 def test_which_methods_have_them():
-    names = "pgpsam/paper samed hsam autosam samlst"
+    names = "pgpsam/paper pgpsam/plus samed hsam autosam samlst"
     assert {"/".join(filter(None, key)) for key in FROM_SAM} == set(names.split())
 
 

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from pgpsam_jax.data.preprocessing import Preprocessing
+from pgpsam_jax.inference.settings import PLAIN
 from pgpsam_jax.models.pgpsam.model import Pass
 from pgpsam_jax.models.pgpsam.ppr import PrototypeRefinement, select_inter
 from pgpsam_jax.report.figures import picture as drawing
@@ -198,7 +199,7 @@ def root(tmp_path_factory):
 class Nothing:
     """Finds no organ: the pictures need cases that were scored, and no scores."""
 
-    preprocessing, oracle = Preprocessing(8, (0, 1)), False
+    preprocessing, oracle, settings = Preprocessing(8, (0, 1)), False, PLAIN
 
     def __call__(self, volume):
         return np.zeros(volume.array.shape, np.uint8)

@@ -258,7 +258,9 @@ def test_forward_passes_are_their_products_and_little_else(name, preset):
     assert looped < 0.02 * own
     # The most: 1.17 of H-SAM, which predicts at the size of the image; 1.02 to 1.04 with ViT-b at
     # 512 px, of FSSP-SAM and the oracle too, which search masks for points and boxes.
-    assert own - looped < lowered.cost_analysis()["flops"] < 1.2 * own
+    # Preset plus has 1.30: GELU and LayerNorm of 8 channels at the size of the image.
+    most = 1.35 if preset == "plus" else 1.2
+    assert own - looped < lowered.cost_analysis()["flops"] < most * own
 
 
 def records(seconds, batch=BATCH):
