@@ -18,6 +18,7 @@ from pgpsam_jax.methods import build, registry
 from pgpsam_jax.models import parameters
 from pgpsam_jax.models.parameters import split_model
 from pgpsam_jax.models.pgpsam.model import PgpSam, PgpSamConfig
+from pgpsam_jax.models.pgpsam.plus import PlusPgpSam
 from pgpsam_jax.models.pgpsam_release.model import ReleaseConfig, ReleasePgpSam
 from pgpsam_jax.models.sam.mask_decoder import DecoderConfig
 from pgpsam_jax.models.sam.sam import SamConfig
@@ -222,6 +223,7 @@ def small_model(method):
     if method in PGPSAM:
         module, sizes = {
             "paper": (PgpSam, PgpSamConfig),
+            "plus": (PlusPgpSam, PgpSamConfig),
             "release": (ReleasePgpSam, ReleaseConfig),
         }[method[1]]
         sam = SamConfig.preset(micro.NAME, SIZE, 8)
