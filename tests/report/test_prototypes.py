@@ -6,6 +6,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import nibabel as nib
 import numpy as np
 import pytest
 from flax import nnx
@@ -249,14 +250,33 @@ def pixels_only(figure, target, kind, dpi):
         target.write_bytes(b"%PDF")
 
 
-def test_pictures_of_a_run(workdir, tmp_path, monkeypatch):
+@pytest.fixture
+def given_passes(monkeypatch):
     monkeypatch.setattr(drawing, "_save", pixels_only)
     model = Prototypes()
     monkeypatch.setattr("pgpsam_jax.inference.trained_run.TrainedRun.model", model)
     monkeypatch.setattr(
         "pgpsam_jax.inference.trained_run.TrainedRun.passes", lambda _, *of: model.passes(*of)
     )
+
+
+def test_pictures_of_a_run(workdir, tmp_path, given_passes):
     check_pictures(workdir, tmp_path)
+
+
+def test_pictures_of_volumes_of_different_sizes(tmp_path, given_passes):
+    """Crops around an organ, as hippocampi are handed out."""
+    root = write_data(tmp_path / "data", "abcd")
+    for path in (root / "images" / "d.nii.gz", root / "labels" / "d.nii.gz"):
+        nib.save(nib.load(path).slicer[:, 2:], path)
+    (root / "split.json").write_text('{"train": ["a", "b"], "test": ["c", "d"]}')
+    (tmp_path / "run").mkdir()
+    with tiny_method.known():
+        options = dict(predictor=Nothing(), model__name=tiny_method.NAME)
+        run = runs.read_run(ready_run(root, tmp_path / "run", **options))
+        made = pictures.prototype_pictures(run, tmp_path)
+    assert [p.stem.removeprefix("prototype_") for p in made] == [*RASTER, *CHARTS]
+    assert set(read_columns(tmp_path / "prototype_dense.csv")["case"]) == {"c", "d"}
 
 
 @pytest.mark.slow

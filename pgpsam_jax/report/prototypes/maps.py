@@ -20,12 +20,12 @@ def dense_figure(probe: Probe, table: dict):
     table: the columns of `prototype_dense.csv`.
     """
     passes = range(len(probe.passes))
-    labels = np.stack([probe.slices[i].truth for i in probe.examples])
+    labels = [probe.slices[i].truth for i in probe.examples]
     titles = ["image and\norgans"]
     for number in passes:
         titles += [f"pass {number}\nnorm of D", f"pass {number}\ncontent of D"]
     frames = [probe.slices[index].body_frame for index in probe.examples]
-    figure, axes = _sheet(frames, titles, probe.names, overlays.present(probe.names, labels))
+    figure, axes = _sheet(frames, titles, probe.names, overlays.present(probe.names, *labels))
     for line, (index, frame) in enumerate(zip(probe.examples, frames, strict=True)):
         part, here = probe.slices[index], axes[line * len(titles) : (line + 1) * len(titles)]
         draw_panel(here[0], part, part.truth, probe.names, frame)
