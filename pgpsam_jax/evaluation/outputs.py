@@ -53,7 +53,16 @@ def score_and_write(
 
         maps, place = (case.truth, case.prediction), folder / "overlays"
         image = normalize_volume(case.image, window)
-        write_overlays(image, *maps, case.spacing, names, case.name, place, case.region)
+        write_overlays(
+            image,
+            *maps,
+            case.spacing,
+            names,
+            case.name,
+            place,
+            case.region,
+            directions=case.source.directions,
+        )
     return rows + of_volume, slices
 
 
@@ -79,7 +88,12 @@ def write_prediction(
 
         picture = folder / f"{case.name}.png"
         write_preview(
-            normalize_volume(case.image, window), case.prediction, case.spacing, names, picture
+            normalize_volume(case.image, window),
+            case.prediction,
+            case.spacing,
+            names,
+            picture,
+            directions=case.source.directions,
         )
     counts = np.bincount(case.prediction.ravel(), minlength=len(names))
     voxels = {name: int(count) for name, count in zip(names[1:], counts[1:], strict=True)}

@@ -15,6 +15,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from pgpsam_jax.data.io.voxel_grid import AXES, AXIAL
 from pgpsam_jax.data.layouts.cases import safe_case_id
 from pgpsam_jax.metrics.overlap import slice_dice
 from pgpsam_jax.utils.untrusted_text import sanitize
@@ -33,6 +34,7 @@ _GAP = 0.08  # inches between panels
 _MARGIN = 0.15
 _LONGEST = 4.0  # largest ratio of the sides of a panel; beyond it the slice is not to scale
 _FINEST = 1024  # voxels drawn along a side, more than there are pixels
+_OTHER_SIDE = dict(zip("LRAPSI", "RLPAIS", strict=True))
 
 
 def palette(names) -> dict[str, str]:
@@ -58,7 +60,9 @@ def _mix(color, level: float, share: float) -> str:
     return to_hex((red, green, blue)).upper()
 
 
-def overlay_slice(image, truth, prediction, spacing, names, title: str) -> Figure:
+def overlay_slice(
+    image, truth, prediction, spacing, names, title: str, directions: str = AXES[AXIAL]
+) -> Figure:
     """Figure of one slice: image | ground truth | prediction, with the slice's Dice per organ.
 
     Args:
@@ -67,6 +71,7 @@ def overlay_slice(image, truth, prediction, spacing, names, title: str) -> Figur
         spacing: mm along (H, W).
         names: K class names, background first.
         title: of the figure.
+        directions: `SourceGrid.directions` of the volume.
     """
     title += scale_note(image.shape, spacing)
     spacing = display_spacing(image.shape, spacing)
@@ -79,13 +84,13 @@ def overlay_slice(image, truth, prediction, spacing, names, title: str) -> Figur
     layout, ratio = (1, 1 + len(maps)), _ratio(image.shape, spacing)
     figure, axes = panels(layout, ratio, 3.6, legend, names, title, head=0.22)
     for ax, (what, labels) in zip(axes, {"image": None, **maps}.items(), strict=True):
-        draw_slice(ax, image, labels, spacing, names)
+        draw_slice(ax, image, labels, spacing, names, directions)
         ax.set_title(what, fontsize=10, pad=4)
     return figure
 
 
 def write_overlays(
-    image, truth, prediction, spacing, names, case_id, out_dir, region=None
+    image, truth, prediction, spacing, names, case_id, out_dir, region=None, *, directions
 ) -> list[Path]:
     """Writes overlays of the worst, median and best slice with organs; replaces earlier ones.
 
@@ -100,6 +105,7 @@ def write_overlays(
         case_id: of the case, for titles and file names.
         out_dir: folder of the overlays.
         region: boolean (D,), the slices to choose from; None for all.
+        directions: `SourceGrid.directions` of the volume.
 
     Returns:
         The paths, named by case, kind, slice and Dice.
@@ -116,7 +122,8 @@ def write_overlays(
     for kind, z in chosen.items():
         mean = np.nanmean(scores[z])
         title = f"{case_id}, {kind} slice: z = {z} (0 to {len(truth) - 1}), Dice {mean:.2f}"
-        figure = overlay_slice(image[z], truth[z], prediction[z], spacing[1:], names, title)
+        maps = image[z], truth[z], prediction[z]
+        figure = overlay_slice(*maps, spacing[1:], names, title, directions)
         paths.append(save_png(figure, out_dir / f"{stem}_{kind}_z{z}_dice{mean:.2f}.png"))
     return paths
 
@@ -136,7 +143,7 @@ def _worst_median_best(scores, bearing, truth, prediction) -> dict[str, int]:
     return picks if middle in picks.values() else picks | {"median": middle}
 
 
-def write_preview(image, prediction, spacing, names, path) -> Path:
+def write_preview(image, prediction, spacing, names, path, *, directions: str) -> Path:
     """Writes a contact sheet of a prediction: up to 12 evenly spaced slices with organs.
 
     If no organ was found, the sheet shows slices of the whole volume, and its title says so.
@@ -147,6 +154,7 @@ def write_preview(image, prediction, spacing, names, path) -> Path:
         spacing: mm along (D, H, W).
         names: K class names, background first.
         path: of the PNG.
+        directions: `SourceGrid.directions` of the volume.
     """
     path = Path(path)
     organs = np.flatnonzero((prediction > 0).any(axis=(1, 2)))
@@ -160,7 +168,7 @@ def write_preview(image, prediction, spacing, names, path) -> Path:
     legend = present(names, prediction[chosen])
     figure, axes = panels(layout, ratio, 2.7, legend, names, title)
     for ax, z in zip(axes, chosen, strict=False):
-        draw_slice(ax, image[z], prediction[z], spacing, names)
+        draw_slice(ax, image[z], prediction[z], spacing, names, directions)
         write_on(ax, 0.98, 0.98, f"z = {z}", ha="right", va="top")
     for ax in axes[len(chosen) :]:
         ax.set_visible(False)
@@ -244,10 +252,11 @@ def panels(layout, ratio: float, width: float, legend, names, title="", head=0.0
     return figure, axes
 
 
-def draw_slice(ax, image, labels, spacing, names, letters=True) -> None:
-    """Draws a slice in mm with the organs of `labels` and the orientation letters.
+def draw_slice(ax, image, labels, spacing, names, directions: str | None) -> None:
+    """Draws a slice in mm with the organs of `labels` and the letters of the body's sides.
 
-    image: (H, W) in [0, 1]; labels: class ids (H, W) or None; spacing: mm along (H, W).
+    image: (H, W) in [0, 1]; labels: class ids (H, W) or None; spacing: mm along (H, W);
+    directions: `SourceGrid.directions` of the volume, None for no letters.
     """
     height, width = (n * s for n, s in zip(image.shape, spacing, strict=True))
     thin = tuple(slice(None, None, -(-n // _FINEST)) for n in image.shape)
@@ -263,9 +272,12 @@ def draw_slice(ax, image, labels, spacing, names, letters=True) -> None:
     ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     for spine in ax.spines.values():
         spine.set_visible(False)
-    sides = ("R", 0.03, 0.5), ("L", 0.97, 0.5), ("A", 0.5, 0.96), ("P", 0.5, 0.04)
-    for letter, x, y in sides if letters else ():
-        write_on(ax, x, y, letter, size=9)
+    if directions:
+        down, right = directions[1], directions[2]
+        places = (0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04)
+        letters = _OTHER_SIDE[right], right, _OTHER_SIDE[down], down
+        for place, letter in zip(places, letters, strict=True):
+            write_on(ax, *place, letter, size=9)
 
 
 def draw_outline(ax, mask, spacing, color, width: float, fill: float = 0.0) -> None:

@@ -145,6 +145,14 @@ def test_a_volume_of_one_slice_is_that_slice(codes, thin, axis):
     assert grid.display_shape[0] == 1 and sorted(grid.display_shape) == sorted(shape)
 
 
+@pytest.mark.parametrize("codes", AXIS_CODES)
+@pytest.mark.parametrize("axis", AXES)
+def test_pictures_name_the_sides_of_the_body_whatever_was_stored(codes, axis):
+    image = stored_as(ras((1, 1, 2), (6, 7, 8)), codes)
+    grid = SourceGrid.of("x", image.header, image.affine).along(axis)
+    assert grid.directions == AXES[axis]
+
+
 def test_a_slice_with_its_label_is_a_case(tmp_path):
     array = np.zeros((20, 16), np.int16)
     array[4:9, 5:11] = 1

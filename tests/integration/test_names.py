@@ -122,8 +122,12 @@ def test_figures_show_names_literally(tmp_path):
     shown = {text.get_text() for text in texts}
     assert title in shown and {f"{name.replace('_', ' ')}  1.00" for name in HARD[1:]} <= shown
     assert not any(text.get_parse_math() for text in texts)
-    overlays.write_preview(image, ids, (1.0, 1.0, 1.0), HARD, tmp_path / r"$\frac{$.png")
-    paths = overlays.write_overlays(image, ids, ids, (1, 1, 1), HARD, "हिन्दी", tmp_path)
+    overlays.write_preview(
+        image, ids, (1.0, 1.0, 1.0), HARD, tmp_path / r"$\frac{$.png", directions="SPL"
+    )
+    paths = overlays.write_overlays(
+        image, ids, ids, (1, 1, 1), HARD, "हिन्दी", tmp_path, directions="SPL"
+    )
     assert all(path.name.startswith("हिन्दी_") for path in paths) and paths
 
 

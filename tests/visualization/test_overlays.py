@@ -8,6 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
+from pgpsam_jax.data.io.voxel_grid import AXES
 from pgpsam_jax.metrics.overlap import slice_dice
 from pgpsam_jax.visualization import overlays, training_curve
 from pgpsam_jax.visualization.overlays import (
@@ -97,7 +98,7 @@ def unseen(figure, path):
 def test_overlays_are_named_by_slice_and_dice(tmp_path, monkeypatch):
     image, truth, prediction = phantom()
     arguments = (SPACING, SYNAPSE, "img 0001", tmp_path)
-    paths = write_overlays(image, truth, prediction, *arguments)
+    paths = write_overlays(image, truth, prediction, *arguments, directions="SPL")
     # Mean Dice 1: .966, 2: .929, 3: .944, 4: .923, 5: .9, 6: .75, 7: .696; the median is 4.
     assert sorted(path.name for path in paths) == [
         "img_0001_best_z1_dice0.97.png",
@@ -110,7 +111,7 @@ def test_overlays_are_named_by_slice_and_dice(tmp_path, monkeypatch):
     # Other scores, other names: the old pictures go, those of a case with a longer name stay.
     monkeypatch.setattr(overlays, "save_png", unseen)
     (tmp_path / "img_00012_best_z1_dice0.97.png").touch()
-    write_overlays(image, truth, truth, *arguments)
+    write_overlays(image, truth, truth, *arguments, directions="SPL")
     names = {path.name for path in tmp_path.iterdir()}
     assert len(names) == 4 and "img_00012_best_z1_dice0.97.png" in names
     assert all("dice1.00" in name for name in names if name.startswith("img_0001_"))
@@ -122,7 +123,7 @@ def test_region_limits_the_choice_and_few_slices_give_few_pictures(tmp_path, mon
     arguments = (image, truth, prediction, SPACING, SYNAPSE, "c", tmp_path)
 
     def chosen(*slices):
-        paths = write_overlays(*arguments, region=np.isin(np.arange(9), slices))
+        paths = write_overlays(*arguments, region=np.isin(np.arange(9), slices), directions="SPL")
         return {m[1]: int(m[2]) for p in paths for m in [re.search(r"_(\w+)_z(\d+)_", p.name)]}
 
     assert chosen(2, 5, 6) == {"best": 2, "median": 5, "worst": 6}
@@ -135,7 +136,9 @@ def test_among_failures_the_large_organ_comes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(overlays, "save_png", unseen)
     _, truth, _ = phantom()
     image, prediction = truth / 8.0, truth * 0
-    paths = write_overlays(image, truth, prediction, SPACING, SYNAPSE, "c", tmp_path)
+    paths = write_overlays(
+        image, truth, prediction, SPACING, SYNAPSE, "c", tmp_path, directions="SPL"
+    )
     worst = next(path.name for path in paths if "worst" in path.name)
     assert worst == "c_worst_z3_dice0.00.png"  # 3..5 hold the spleen as well
 
@@ -158,6 +161,11 @@ def test_overlay_panels_orientation_aspect_and_legend():
     ax = figure.axes[1]
     where = {text.get_text(): text.get_position() for text in ax.texts}
     assert where["R"][0] < 0.1 < 0.9 < where["L"][0] and where["P"][1] < 0.1 < 0.9 < where["A"][1]
+    turned = overlay_slice(
+        image[4], truth[4], prediction[4], (2.0, 0.5), SYNAPSE, "a title", AXES["sagittal"]
+    )
+    where = {text.get_text(): text.get_position() for text in turned.axes[1].texts}
+    assert where["A"][0] < 0.1 < 0.9 < where["P"][0] and where["I"][1] < 0.1 < 0.9 < where["S"][1]
     # 30 rows of 2 mm by 40 columns of 0.5 mm, row 0 on top.
     assert ax.get_xlim() == (0, 20) and ax.get_ylim() == (60, 0)
     inches = ax.get_position().transformed(figure.dpi_scale_trans.inverted())
@@ -169,7 +177,16 @@ def test_overlay_draws_an_organ_where_it_is_in_its_color(tmp_path):
     """One organ in the patient's right anterior corner: upper left quarter of its panel."""
     truth = np.zeros((1, 40, 40), np.uint8)
     truth[0, 2:18, 2:18] = 7
-    write_overlays(np.zeros((1, 40, 40)), truth, truth, (1.0, 1.0, 1.0), SYNAPSE, "c", tmp_path)
+    write_overlays(
+        np.zeros((1, 40, 40)),
+        truth,
+        truth,
+        (1.0, 1.0, 1.0),
+        SYNAPSE,
+        "c",
+        tmp_path,
+        directions="SPL",
+    )
     pixels = imread(next(tmp_path.iterdir()))[..., :3]
     color = np.array(to_rgb(palette(SYNAPSE)["aorta"]))
     hits = np.argwhere(np.abs(pixels - 0.3 * color).max(axis=-1) < 0.02)  # the fill on black
@@ -207,13 +224,15 @@ def test_preview_shows_slices_with_organs(tmp_path, monkeypatch):
     monkeypatch.setattr(overlays, "save_png", kept)
     image, _, prediction = phantom(depth=40)
     prediction[10:36, 12, 12] = 7
-    path = write_preview(image, prediction, SPACING, SYNAPSE, tmp_path / "img0001.png")
+    path = write_preview(
+        image, prediction, SPACING, SYNAPSE, tmp_path / "img0001.png", directions="SPL"
+    )
     shown = [int(t[4:]) for t in text_of(figures[-1]) if t.startswith("z = ")]
     assert len(shown) == 12 and {1, 35} <= set(shown)
     assert all(prediction[z].any() for z in shown)
     assert legend_of(figures[-1]) == ["spleen", "liver", "aorta"]
     assert imread(path).shape[1] > 1000
-    write_preview(image[:5], prediction[:5] * 0, SPACING, SYNAPSE, path)
+    write_preview(image[:5], prediction[:5] * 0, SPACING, SYNAPSE, path, directions="SPL")
     assert "no organ found" in figures[-1].texts[0].get_text()
     assert len([t for t in text_of(figures[-1]) if t.startswith("z = ")]) == 5
     assert sum(ax.get_visible() for ax in figures[-1].axes) == 5
@@ -273,8 +292,9 @@ def test_pictures_of_odd_shapes_are_bounded(shape, spacing, tmp_path):
     labels[:, : -(-shape[1] // 2), : shape[2] // 2] = 1
     image = np.full(shape, 0.5, np.float32)
     names = ["background", "organ"]
-    paths = [overlays.write_preview(image, labels, spacing, names, tmp_path / "sheet.png")]
-    paths += overlays.write_overlays(image, labels, labels, spacing, names, "c", tmp_path)
+    given = {"directions": "SPL"}
+    paths = [overlays.write_preview(image, labels, spacing, names, tmp_path / "sheet.png", **given)]
+    paths += overlays.write_overlays(image, labels, labels, spacing, names, "c", tmp_path, **given)
     for path in paths:
         high, wide, _ = imread(path).shape
         assert 100 < high < 4000 and 300 < wide < 4000

@@ -77,6 +77,11 @@ class SourceGrid:
         return self.millimeters @ inv_ornt_aff(self.moves, self.shape[:3])
 
     @property
+    def directions(self) -> str:
+        """The sides of the body to which displayed slices, rows and columns run, as in `AXES`."""
+        return "".join(nib.aff2axcodes(self.display_affine))
+
+    @property
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size in millimeters, display order (D, H, W)."""
         d, h, w = np.linalg.norm(self.display_affine[:3, :3], axis=0).tolist()

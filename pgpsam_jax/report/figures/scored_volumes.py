@@ -17,7 +17,7 @@ class ScoredVolume(NamedTuple):
     """Volume of a case.
 
     image: (D, H, W) in [0, 1]; truth, predictions (one per run): class ids (D, H, W); spacing: mm
-    along (H, W); region: slices that are scored, boolean (D,).
+    along (H, W); region: slices that are scored, boolean (D,); directions: `SourceGrid.directions`.
     """
 
     image: np.ndarray
@@ -25,6 +25,7 @@ class ScoredVolume(NamedTuple):
     predictions: list[np.ndarray]
     spacing: tuple[float, float]
     region: np.ndarray
+    directions: str
 
 
 class TestSet:
@@ -68,7 +69,8 @@ class TestSet:
                 )
         region = self.region_of(case_id, truth)
         image = normalize_volume(volume.array, self.window)
-        return ScoredVolume(image, truth, predictions, volume.spacing[1:], region)
+        of_grid = volume.spacing[1:], region, volume.source.directions
+        return ScoredVolume(image, truth, predictions, *of_grid)
 
 
 def fullest_slice(truth, num_classes: int, region=True) -> int:

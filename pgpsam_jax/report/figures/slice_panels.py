@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
+from pgpsam_jax.data.io.voxel_grid import AXES, AXIAL
 from pgpsam_jax.visualization.overlays import display_spacing, draw_slice, write_on
 
 _AIR = 0.1  # share of the window; darker pixels are no body
@@ -25,6 +26,7 @@ class Slice:
     truth: np.ndarray
     spacing: tuple[float, float]
     predictions: Sequence[np.ndarray] = ()
+    directions: str = AXES[AXIAL]  # `SourceGrid.directions`
 
     @property
     def key(self) -> dict:
@@ -82,7 +84,7 @@ def frame_ratio(frame) -> float:
 
 def draw_panel(ax, part: Slice, labels, names, frame=None, letters: bool = False) -> None:
     """Draws a slice, or a frame of it in mm, on black where the panel has another shape."""
-    draw_slice(ax, part.image, labels, part.spacing, names, letters)
+    draw_slice(ax, part.image, labels, part.spacing, names, part.directions if letters else None)
     left, right, bottom, top = frame or part.frame
     box, (wide, high) = ax.get_position(original=True), ax.figure.get_size_inches()
     ratio = box.height * high / (box.width * wide)
@@ -91,6 +93,6 @@ def draw_panel(ax, part: Slice, labels, names, frame=None, letters: bool = False
     ax.set(xlim=(left - x, right + x), ylim=(bottom + y, top - y), facecolor="black")
 
 
-def corner_text(ax, text: str, right: bool = False) -> None:
-    """Writes in the upper left or right corner of a panel."""
-    write_on(ax, 0.97 if right else 0.03, 0.97, text, "right" if right else "left", "top")
+def corner_text(ax, text: str, right: bool = False, y: float = 0.97) -> None:
+    """Writes in the upper left or right corner of a panel, down from y."""
+    write_on(ax, 0.97 if right else 0.03, y, text, "right" if right else "left", "top")

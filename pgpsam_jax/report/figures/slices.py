@@ -33,9 +33,10 @@ def qualitative(groups, folder) -> Picture:
     omitted: list[str] = []
     cases = _ranked_cases(scores_of(groups[-1]))
     for case_id, volume in _read_cases(tests, cases, runs, omitted):
-        image, truth, predictions, spacing, region = volume
+        image, truth, predictions, spacing, region, directions = volume
         z = fullest_slice(truth, len(names), region)
-        part = Slice(case_id, z, image[z], truth[z], spacing, [p[z] for p in predictions])
+        of_slice = [p[z] for p in predictions]
+        part = Slice(case_id, z, image[z], truth[z], spacing, of_slice, directions)
         slices.append(part.cropped())
         for label, prediction in zip(labels, slices[-1].predictions, strict=True):
             dice = _mean_dice(prediction, slices[-1].truth, names)
@@ -102,7 +103,7 @@ def _comparison(slices, rows, labels, names):
         here = axes[line * width : (line + 1) * width]
         corner = f"{own[0]['case']}\nz = {own[0]['z']:.0f}"
         draw_panel(here[0], part, None, names, letters=True)
-        corner_text(here[0], corner)
+        corner_text(here[0], corner, y=0.87)  # below the letter of the body's side
         for ax, row, prediction in zip(here[1:], own, part.predictions, strict=False):
             draw_panel(ax, part, prediction, names)
             corner_text(ax, f"{100 * row['dice']:.0f} %")
@@ -140,7 +141,7 @@ def failures(group, folder) -> Picture:
 
 def _worst_slices(case_id, volume: ScoredVolume, names):
     """Up to two (sort key, CSV row, Slice) per case."""
-    image, truth, [prediction], spacing, region = volume
+    image, truth, [prediction], spacing, region, directions = volume
     scores = slice_dice(prediction, truth, len(names))
     bearing = np.flatnonzero(np.isfinite(scores).any(axis=1) & region)
     area = np.count_nonzero((truth > 0) | (prediction > 0), axis=(1, 2))
@@ -151,7 +152,7 @@ def _worst_slices(case_id, volume: ScoredVolume, names):
             kept.append(key)
     result = []
     for mean, size, z in kept:
-        part = Slice(case_id, z, image[z], truth[z], spacing, [prediction[z]])
+        part = Slice(case_id, z, image[z], truth[z], spacing, [prediction[z]], directions)
         row = part.key | {"dice": mean, "organ_pixels": -size}
         row |= _worst_organ(scores[z], truth[z], prediction[z], names)
         result.append(((mean, size, case_id, z), row, part.cropped()))
