@@ -1,12 +1,12 @@
 """What is done to the probabilities and masks of a whole volume, in NumPy.
 
-Letters: D slices, H rows, W columns of a volume, K classes with background.
+SciPy is imported where it is used: a training run starts without. Letters: D slices, H rows, W
+columns of a volume, K classes with background.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage, special
 
 _TRUNCATE = 3.0  # SDs at which the Gaussian ends
 _NEIGHBORS = np.ones((3, 3, 3), bool)  # corners connect, too
@@ -17,6 +17,8 @@ def smooth_slices(probabilities: np.ndarray, deviation: float) -> np.ndarray:
 
     The first and last slice continue outward. deviation: its SD in slices.
     """
+    from scipy import ndimage
+
     out = np.empty_like(probabilities)
     for k in range(probabilities.shape[-1]):
         of_class = probabilities[..., k].astype(np.float32)
@@ -34,6 +36,8 @@ def keep_components(ids: np.ndarray, shares: Sequence[float]) -> np.ndarray:
       shares: for classes 1 to K - 1, the smallest component to keep as a share of the largest; of
         equally large ones none is dropped.
     """
+    from scipy import ndimage
+
     out = ids.copy()
     for k, share in enumerate(shares, 1):
         if not share or not (mask := ids == k).any():
@@ -48,6 +52,8 @@ def keep_components(ids: np.ndarray, shares: Sequence[float]) -> np.ndarray:
 
 def uncertainty(probabilities: np.ndarray) -> np.ndarray:
     """Returns the entropy of probabilities (D, H, W, K) as a share of log K, (D, H, W) float32."""
+    from scipy import special
+
     total = np.zeros(probabilities.shape[:-1], np.float32)
     for k in range(probabilities.shape[-1]):
         total += special.entr(probabilities[..., k].astype(np.float32))
