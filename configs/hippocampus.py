@@ -13,7 +13,9 @@ Slices:   sagittal, of which 85 % show both classes (36 % of axial and 1 % of co
           enlarged to 56 px, whose 14 x 14 tokens LiteMedSAM's windows of 7 and 14 divide.
           Intensities are normalized by percentiles of each volume.
 Weights:  pgpsam fetch lite_medsam (docs/weights.md).
-Expected: not measured yet.
+Expected: 20slices with train.steps=150, train.batch_size=8, six seeds, mean Dice (strict) of the 62
+          test volumes: 0.756 (SD 0.005); with model.preset=plus 0.776 (0.015), and with its encoder
+          frozen 0.780 (0.013). SAMed 0.732, U-Net 0.745 (docs/results/real).
 """
 
 import re
