@@ -130,7 +130,8 @@ def test_table_of_a_run(tmp_path, capsys):
     capsys.readouterr()  # what the evaluation said
     knockout.main([str(workdir), "--output", str(tmp_path / "out.csv")])
     lines = capsys.readouterr().out.strip().splitlines()
-    parts = [part for part in PARTS if "(release)" not in part and "LoRA" not in part]
+    others = "(release)", "(plus)", "LoRA"
+    parts = [part for part in PARTS if not any(other in part for other in others)]
     assert len(lines) == 2 + 1 + len(parts)
     assert lines[2].startswith("| nothing ") and "+0.00" in lines[2]
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
