@@ -127,7 +127,9 @@ def test_boxes_on_two_slices(tmp_path):
         nib.save(image.slicer[..., 86:93:6], tmp_path / f"{name}.nii.gz")
     path, truth = tmp_path / "ct.nii.gz", str(tmp_path / "seg104.nii.gz")
     options = dict(label_table=LABEL_TABLE, window=(-160.0, 240.0), mirrored=True)
-    run = open_box_run([path], weights("lite_medsam"), truth=truth, **options)
+    run = open_box_run(
+        [path], weights("lite_medsam"), output=tmp_path / "masks", truth=truth, **options
+    )
     run.predictor(read_image(path))
     ((own, _),) = run.predictor.dice.values()
     found = dict(zip(run.label_names[1:], own.tolist(), strict=True))
