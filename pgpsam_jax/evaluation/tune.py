@@ -64,12 +64,14 @@ def score(
 def choose(dice: np.ndarray, smooth: Sequence[float]) -> InferenceSettings:
     """Returns the first settings, from cheap to costly, within `MARGIN` of the best mean Dice.
 
-    Components are chosen after that, for each organ. Arguments as `score` returns and takes them.
+    Each organ has the share of components that is best for it. Arguments as `score` returns and
+    takes them.
     """
-    means = defined_mean(dice, axis=0)
-    overall = defined_mean(means[:, :, 0], axis=-1)
+    means = defined_mean(dice, axis=0)  # (shifts, smooth, shares, K - 1)
+    organs = np.isfinite(means).all(axis=(0, 1, 2))
+    overall = means[..., organs].max(axis=2).mean(axis=-1)
     i, j = np.argwhere(overall >= overall.max() - MARGIN)[0]
-    of_shares = np.nan_to_num(means[i, j])  # (shares, K - 1)
+    of_shares = np.nan_to_num(means[i, j])
     best = of_shares.argmax(axis=0)
     gain = of_shares.max(axis=0) - of_shares[0]
     shares = [SHARES[s] if g > MARGIN else 0.0 for s, g in zip(best, gain, strict=True)]

@@ -36,7 +36,8 @@ def scores(value=0.7, **better):
         (scores(_1_1=0.8, _0_3=0.7995), InferenceSettings(1, 3.0)),  # as good, and cheaper
         (scores(_0_0_2_1=0.72), InferenceSettings(components=(0.0, 1.0))),
         (scores(_0_0_1_0=0.72, _0_0_2_0=0.71), InferenceSettings(components=(0.3, 0.0))),
-        (scores(_0_1_2_0=0.9), PLAIN),  # components do not decide on the smoothing
+        (scores(_0_1_2_0=0.9), InferenceSettings(1, 1.0, (1.0, 0.0))),  # good together
+        (scores(_0_1_2_0=0.7015), PLAIN),  # for a class mean of 0.0008 more
     ],
 )
 def test_the_cheapest_of_the_best_is_chosen(dice, chosen):
