@@ -16,8 +16,10 @@ import numpy as np
 from tqdm import tqdm
 
 from pgpsam_jax.checkpointing import locations
+from pgpsam_jax.config import load_config
 from pgpsam_jax.data import dataset
 from pgpsam_jax.data.cache import read_case
+from pgpsam_jax.data.io.volumes import read_grid
 from pgpsam_jax.data.layouts.cases import Case
 from pgpsam_jax.data.layouts.label_table import LabelTable
 from pgpsam_jax.errors import UserError
@@ -25,6 +27,7 @@ from pgpsam_jax.inference.postprocessing import keep_components, smooth_slices
 from pgpsam_jax.inference.predictor import Predictor
 from pgpsam_jax.inference.settings import FILE, PLAIN, InferenceSettings, write
 from pgpsam_jax.inference.trained_run import load_run
+from pgpsam_jax.methods.registry import method_of
 from pgpsam_jax.metrics.aggregate import defined_mean
 from pgpsam_jax.metrics.overlap import dice_of_counts, overlap_counts
 from pgpsam_jax.runtime.cli import Parser, running
@@ -66,9 +69,14 @@ def choose(dice: np.ndarray, smooth: Sequence[float]) -> InferenceSettings:
 
     Each organ has the share of components that is best for it. Arguments as `score` returns and
     takes them.
+
+    Raises:
+      UserError: there is no organ whose Dice is defined.
     """
     means = defined_mean(dice, axis=0)  # (shifts, smooth, shares, K - 1)
     organs = np.isfinite(means).all(axis=(0, 1, 2))
+    if not organs.any():
+        raise UserError("no validation case has an organ, so nothing can be chosen by its Dice")
     overall = means[..., organs].max(axis=2).mean(axis=-1)
     i, j = np.argwhere(overall >= overall.max() - MARGIN)[0]
     of_shares = np.nan_to_num(means[i, j])
@@ -84,22 +92,22 @@ def tune(workdir) -> InferenceSettings:
     Raises:
       UserError: the run has no validation cases, or its method needs labels.
     """
-    run = load_run(workdir)
-    split = dataset.find_split(locations.resolve_paths(run.config, workdir).data)
-    if run.predictor.oracle:
+    config = load_config(workdir)  # cheap checks first
+    if method_of(config.model).oracle:
         raise UserError(f"{workdir} is a run of an oracle, whose masks need no settings")
+    split = dataset.find_split(locations.resolve_paths(config, workdir).data)
     if not split.validation:
         raise UserError(
             f"{workdir} has no validation cases to choose by, and test cases must not decide; "
             "train with data.validation_fraction, or with validation cases in data.split_file"
         )
+    run, axis = load_run(workdir), config.data.axis
     names = run.label_names
-    spacing = float(
-        np.median([_thickness(case, run.config.data.axis) for case in split.validation])
-    )
+    grids = [read_grid(case.image).along(axis) for case in split.validation]
+    spacing = float(np.median([grid.spacing[0] for grid in grids]))
     smooth = [round(factor * spacing, 3) for factor in SMOOTH]
     plain = run.predictor.with_settings(PLAIN)
-    dice = score(plain, split.validation, split.table, run.config.data.axis, smooth)
+    dice = score(plain, split.validation, split.table, axis, smooth)
     chosen = choose(dice, smooth)
     overall = defined_mean(defined_mean(dice, axis=0), axis=-1)
     evidence = {
@@ -126,12 +134,6 @@ def tune(workdir) -> InferenceSettings:
     print(*pipe_table(rows), sep="\n")
     print(f"{one_line(chosen.describe(names) or 'Masks stay plain.')} {Path(workdir) / FILE}")
     return chosen
-
-
-def _thickness(case: Case, axis: str) -> float:
-    from pgpsam_jax.data.io.volumes import read_grid
-
-    return read_grid(case.image).along(axis).spacing[0]
 
 
 def main(arguments=None) -> None:

@@ -14,7 +14,7 @@ from pgpsam_jax.checkpointing import (
 from pgpsam_jax.data.preprocessing import Preprocessing
 from pgpsam_jax.distributed import multihost
 from pgpsam_jax.inference.predictor import Predictor
-from pgpsam_jax.inference.settings import PLAIN, InferenceSettings
+from pgpsam_jax.inference.settings import InferenceSettings
 from pgpsam_jax.methods import build, pretrained, registry
 from pgpsam_jax.sharding import device_mesh
 
@@ -53,7 +53,7 @@ def load_predictor(config: ConfigDict, workdir, names: Sequence[str]) -> Predict
 
 
 def make_predictor(
-    config: ConfigDict, model: tuple, mesh, settings: InferenceSettings = PLAIN
+    config: ConfigDict, model: tuple, mesh, settings: InferenceSettings
 ) -> Predictor:
     """Returns a predictor with the preprocessing and batch size of a run.
 

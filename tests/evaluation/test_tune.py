@@ -50,6 +50,11 @@ def test_an_organ_that_no_case_has_decides_nothing():
     assert tune.choose(dice, SMOOTH) == InferenceSettings(1, 2.0)
 
 
+def test_cases_without_any_organ_are_refused():
+    with pytest.raises(UserError, match="no validation case has an organ"):
+        tune.choose(scores(np.nan), SMOOTH)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """An untrained run with a validation case."""

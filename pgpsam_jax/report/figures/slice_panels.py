@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-from pgpsam_jax.data.io.voxel_grid import AXES, AXIAL
 from pgpsam_jax.visualization.overlays import display_spacing, draw_slice, write_on
 
 _AIR = 0.1  # share of the window; darker pixels are no body
@@ -26,7 +25,7 @@ class Slice:
     truth: np.ndarray
     spacing: tuple[float, float]
     predictions: Sequence[np.ndarray] = ()
-    directions: str = AXES[AXIAL]  # `SourceGrid.directions`
+    directions: str | None = None  # `SourceGrid.directions`; None for no letters
 
     @property
     def key(self) -> dict:
